@@ -126,7 +126,7 @@ class LoraConfig(Config):
     _type: ClassVar[str | None] = "LORA"
     main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
     facts: ClassVar[MethodFacts] = MethodFacts(
-        rows="call", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0
+        rows="put", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0
     )
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

@@ -19,6 +19,7 @@ from jaxadapt.methods.file_sizes import file_sizes
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
+from jaxadapt.methods.rows import AppliedRows, split_rows
 
 __all__ = [
     "COLLECTIONS",
@@ -26,6 +27,7 @@ __all__ = [
     "METHODS",
     "AppliedMethod",
     "AppliedMethods",
+    "AppliedRows",
     "Change",
     "Effects",
     "MatrixMethod",
@@ -45,4 +47,5 @@ __all__ = [
     "refuse_rivals",
     "register",
     "require_weights",
+    "split_rows",
 ]  # fmt: skip

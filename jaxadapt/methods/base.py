@@ -121,6 +121,7 @@ class Method(abc.ABC):
             file lacks.
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
+        row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -133,6 +134,7 @@ class Method(abc.ABC):
     on_parameters: bool = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
+    row_neutral: Mapping[str, float] = MappingProxyType({})
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -251,6 +253,28 @@ class Method(abc.ABC):
     def stored(self, config: Any, shared: Params) -> Params:
         """Return the shared tensors that a file holds, from those of an adapter."""
         return shared
+
+    def row_hparams(self, hparams: Any) -> Any:
+        """Return the hyperparameters that adapters must share so that each row of a batch can have its own.
+
+        `input` and `output` get them with the tensors of one row. Raises `AttachError` if rows cannot differ.
+        """
+        return hparams
+
+    def row_params(self, hparams: Any, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        """Return the tensors of one adapter for a batch that mixes adapters, as arrays of numpy.
+
+        Hyperparameters that differ between adapters become tensors, with one number for each entry.
+
+        Args:
+            params: the tensors, with the stacked axes first.
+            entries: the sizes of the stacked axes and of the batch axes.
+        """
+        return dict(params)
+
+    def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""
+        return dict(params)
 
     def role(self, hparams: Any, tensor: str) -> str:
         """Return the role of a tensor in training; `optim.roles` lists the roles."""

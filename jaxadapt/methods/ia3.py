@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
@@ -52,6 +53,7 @@ class IA3(Method):
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
     neutral = MappingProxyType({"ia3_l": 1.0})
+    row_neutral = MappingProxyType({"ia3_l": 1.0})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
         match, modules = target.match, target.modules
@@ -113,6 +115,21 @@ class IA3(Method):
     def measure_change(self, config: IA3Config, module: str, arrays: Mapping[str, Any]) -> Change | None:
         l = arrays.get("ia3_l")
         return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
+
+    def row_hparams(self, hparams: IA3Hparams) -> IA3Hparams:
+        if hparams.conv:
+            raise AttachError(
+                "the rows of a batch cannot each have an IA3 of their own here: it adapts a convolution, not a matrix"
+                " product"
+            )
+        return dataclasses.replace(hparams, used=None)
+
+    def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        vector = params["ia3_l"]
+        if hparams.used is not None:
+            used = np.array(hparams.used.values).reshape(entries + (1,) * (vector.ndim - len(entries)))
+            vector = np.where(used > 0, vector, np.ones((), vector.dtype))
+        return {"ia3_l": vector}
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
 # From the bottom to the top; a package imports from those above it in this table.
 PACKAGES = (
     "core", "configs", "arrays", "keymaps", "methods", "storage", "adapters", "models", "merging", "initializers",
-    "analysis", "persistence", "training", "export", "demo", "cli",
+    "analysis", "persistence", "serving", "training", "export", "demo", "cli",
 )  # fmt: skip
 RANK = {package: number for number, package in enumerate(PACKAGES)}
 

@@ -26,10 +26,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
+from jaxadapt.arrays.per_entry import PerEntry, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.configs.lora_variants import fields_set
@@ -40,13 +42,17 @@ from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, 
 from jaxadapt.methods.lora import alora, dora, kasa, norms
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
+SCALE, USED = "scale", "used"
+"""The tensors that hold the scale s, and 1 for each adapted entry, where every row of a batch has its own adapter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraHparams:
     """Hyperparameters of one site.
 
     Attributes:
-        scale: the scale s; a `PerEntry` if the leaf's layers or parts differ.
+        scale: the scale s; a `PerEntry` if the leaf's layers or parts differ; None if it is a tensor, as the rows of a
+            batch have it.
         dropout: the dropout rate.
         kind: the weight's kind, "" for a plain matrix.
         groups: the groups of a convolution.
@@ -59,7 +65,7 @@ class LoraHparams:
             to leave an entry unchanged.
     """
 
-    scale: float | PerEntry
+    scale: float | PerEntry | None
     dropout: float
     kind: str
     groups: int
@@ -77,6 +83,7 @@ class Lora(Method):
     peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv", "attention"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
+    row_neutral = MappingProxyType({dora.MAGNITUDE: 1.0})
     roles = MappingProxyType(
         {
             "lora_A": "A",
@@ -226,8 +233,13 @@ class Lora(Method):
         delta = low_rank.low_rank_delta(use, scale, hparams.groups, *_factors(hparams, params), x, y)
         if hparams.dora:
             w = as_computable(w)
-            changed = _changed_weight(hparams, params, use.axes, w)
-            magnitude = dora.magnitude_factor(use.axes, params, hparams.used, changed)
+            if hparams.scale is None:  # `prepare_rows` computed the factor; only a transposed use needs the weight
+                transposed = isinstance(use, Use) and use.transposed
+                changed = _changed_weight(hparams, params, use.axes, w) if transposed else w
+                magnitude = params[dora.MAGNITUDE]
+            else:
+                changed = _changed_weight(hparams, params, use.axes, w)
+                magnitude = dora.magnitude_factor(use.axes, params, hparams.used, changed)
             return dora.output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if hparams.bias:
             delta = delta + low_rank.expand_over_outputs(use, _bias(hparams, params), y.ndim)
@@ -270,6 +282,34 @@ class Lora(Method):
         added = _bias(hparams, params).reshape(bias.shape)
         return (bias - added if undo else bias + added).astype(bias.dtype)
 
+    def row_hparams(self, hparams: LoraHparams) -> LoraHparams:
+        problem = "it is an aLoRA, which adapts only some tokens of a row" if hparams.invoked else None
+        if hparams.kind:
+            problem = f"it adapts {'an' if hparams.kind == 'embedding' else 'a'} {hparams.kind}, not a matrix product"
+        if problem is not None:
+            raise AttachError(f"the rows of a batch cannot each have a LoRA of their own here: {problem}")
+        return dataclasses.replace(hparams, scale=None, dropout=0.0, frozen=False, used=None)
+
+    def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        by_entry = [x.values if isinstance(x, PerEntry) else x for x in (hparams.scale, hparams.used)]
+        scale, used = (_broadcast(1.0 if x is None else x, entries) for x in by_entry)
+        tensors = {name: x for name, x in params.items() if name != kasa.DIAGONAL}
+        tensors |= {"lora_A": kasa.scale_a(params, params["lora_A"]), SCALE: scale}
+        if hparams.bias:
+            bias = params["lora_B_bias"]
+            tensors["lora_B_bias"] = bias * used.reshape(entries + (1,) * (bias.ndim - used.ndim)).astype(bias.dtype)
+        if hparams.dora:
+            tensors[USED] = used
+        return tensors
+
+    def prepare_rows(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        tensors = {name: x for name, x in params.items() if name != USED}
+        if hparams.dora:
+            length = dora.output_norms(axes, _changed_weight(hparams, params, axes, as_computable(w)))
+            used = expand_leading(params[USED], length)
+            tensors[dora.MAGNITUDE] = jnp.where(used > 0, params[dora.MAGNITUDE] / length, 1.0)
+        return tensors
+
     def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
         tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
         if not sequence or tokens is None:
@@ -306,7 +346,15 @@ def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:
 
 def _scale(hparams: LoraHparams, params: Params) -> Any:
     """Return the scale s: one number, or an array (batch...) of the layer's scales."""
+    if hparams.scale is None:
+        return params[SCALE]
     return hparams.scale.layer_values(params) if isinstance(hparams.scale, PerEntry) else hparams.scale
+
+
+def _broadcast(values: Any, entries: tuple[int, ...]) -> Any:
+    """Return one number, or the numbers of all entries, as a float32 array of numpy with the entries' shape."""
+    array = np.asarray(values, np.float32)
+    return np.broadcast_to(array, entries) if array.ndim == 0 else array.reshape(entries)
 
 
 def _bias(hparams: LoraHparams, params: Params) -> Array:
@@ -328,7 +376,7 @@ def _used_sizes(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int
 def _changed_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
     """Return W + s·B·A, in the dtype of the sum."""
     a, b = _factors(hparams, params)
-    if isinstance(hparams.scale, PerEntry):
+    if not isinstance(hparams.scale, float):
         return w + low_rank.multiply_factors(axes, low_rank.scale_factor(_scale(hparams, params), a), b)
     return w + hparams.scale * low_rank.multiply_factors(axes, a, b)
 

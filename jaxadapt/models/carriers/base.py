@@ -78,6 +78,10 @@ class Carrier:
         filled = jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
         return filled if params is self.tree else collections.with_entry(self.tree, "params", filled)
 
+    def abstract(self) -> Any:
+        """Return a copy of the tree with shapes instead of arrays."""
+        return jax.eval_shape(lambda: self.tree)
+
     def statistics(self) -> list[str]:
         """Return the paths of statistics of batch normalization."""
         return []

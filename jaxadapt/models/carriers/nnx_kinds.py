@@ -133,6 +133,10 @@ class Model(_Variables, Object):
     def leaves(self) -> dict[str, Any]:
         return survey.base_values(self._contents.leaves)
 
+    def abstract(self) -> Any:
+        graphdef, state = nnx.split(self.tree)
+        return nnx.merge(graphdef, jax.eval_shape(lambda: state))
+
     def statistics(self) -> list[str]:
         return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
 
@@ -182,8 +186,7 @@ class Model(_Variables, Object):
         values = adapter.flat()
         if present is not None or rngs is not None or new:
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
-            graphdef, state = nnx.split(self.tree)
-            copy = nnx.merge(graphdef, jax.eval_shape(lambda: state))
+            copy = self.abstract()
             if present is not None:
                 attach.delete(copy, name)
             attach.attach(copy, adapter.recipe, sites, name, values, None if rngs is None else nnx.clone(rngs))

@@ -19,7 +19,7 @@ from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import Kind
-from jaxadapt.methods import AppliedMethod, AppliedMethods
+from jaxadapt.methods import AppliedMethod, AppliedMethods, AppliedRows
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.uses import describe_uses
@@ -200,6 +200,7 @@ class LeafAdapter:
     Attributes:
         keys: the names in `params` of its tensors during the call.
         whole: shared tensors that are not in `params`, because the model's scan would slice them there.
+        rows: True if the tensors have an axis of rows, and each row has its own adapter.
     """
 
     method: methods.Method
@@ -207,6 +208,7 @@ class LeafAdapter:
     axes: Axes
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    rows: bool = False
 
     @property
     def rate(self) -> float:
@@ -222,7 +224,8 @@ class LeafAdapter:
                 " nn.jit around or inside a scan over layers: its compiled function would keep the first values. Remove"
                 " that nn.jit, and compile the whole call with jax.jit"
             )
-        return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
+        applied = AppliedRows if self.rows else AppliedMethod
+        return applied(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,33 +249,53 @@ class Interceptor:
         if not is_own_method(context) or module.scope.path in self.running:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
-        hooks = self._active_hooks(module.scope)
+        hooks, known = self._active_hooks(module.scope), known_use(module, method)
+        outer, inner = methods.split_rows(hooks) if known is not None and list(hooks) == ["kernel"] else ({}, hooks)
+        if known is not None and outer:
+            use = self._known_use(module, outer["kernel"], known, args, kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return self._call_hooked(next_fun, module, method, inner, None, args, kwargs)
+
+            if use is not None:
+                return _apply_around(module, outer["kernel"], use, run, args, kwargs)
+        return self._call_hooked(next_fun, module, method, hooks, known, args, kwargs)
+
+    def _call_hooked(
+        self, next_fun: Any, module: Any, method: str, hooks: dict[str, Any], known: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Call a method of a module with these adapters applied."""
         if module.scope.path in self.quantized_scopes and (params := quantized_params(module)):
             return self._call_dequantized(module, method, hooks, params, args, kwargs)
         if not hooks:
             return next_fun(*args, **kwargs)
-        known = known_use(module, method)
         if known is not None and list(hooks) == ["kernel"] and not (hooks["kernel"].apart or hooks["kernel"].by_weight):
-            hook = hooks["kernel"]
-            kernel_roles, kernel_use = known
-            x, rest = call_input(args, kwargs)
-            use = kernel_use(module, x, rest, hook.axes)
-            # A layer that gets its equation as an argument may also get the reverse one.
-            if hook.forward and use.transposed and not any(rest):
-                axes = kernel_roles(module, rest)
-                raise AttachError(f"{'.'.join(module.scope.path)}: {contradiction_message(hook.axes, axes)}")
-            if _is_along_roles(use) and hook.follows_use(use):
-                x = hook.input(use, x)
-                args, kwargs = with_input(x, args, kwargs)
+            use = self._known_use(module, hooks["kernel"], known, args, kwargs)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
                 self.running.append(module.scope.path)
                 try:
-                    y = next_fun(*args, **kwargs)
+                    return next_fun(*args, **kwargs)
                 finally:
                     self.running.pop()
-                return hook.output(use, x, y, meta.unbox(module.scope.get_variable("params", "kernel")))
+
+            if use is not None:
+                return _apply_around(module, hooks["kernel"], use, run, args, kwargs)
         y, changed = self._call_rewritten(module, method, hooks, {}, args, kwargs)
         write_back(module.scope, changed)
         return y
+
+    @staticmethod
+    def _known_use(module: Any, hook: Any, known: tuple[_Roles, _ToUse], args: Any, kwargs: Any) -> Use | None:
+        """Return the use of the kernel in a call of one of Flax's layers; None if the adapter cannot follow it."""
+        kernel_roles, kernel_use = known
+        x, rest = call_input(args, kwargs)
+        use = kernel_use(module, x, rest, hook.axes)
+        # A layer that gets its equation as an argument may also get the reverse one.
+        if hook.forward and use.transposed and not any(rest):
+            axes = kernel_roles(module, rest)
+            raise AttachError(f"{'.'.join(module.scope.path)}: {contradiction_message(hook.axes, axes)}")
+        return use if _is_along_roles(use) and hook.follows_use(use) else None
 
     def _call_dequantized(
         self, module: Any, method: str, hooks: dict[str, Any], params: dict[str, Any], args: Any, kwargs: Any
@@ -395,6 +418,13 @@ class UseRecorder(Interceptor):
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
             self.notes[".".join((*module.scope.path, leaf))] = describe_uses(name, uses, hooks[leaf])
         return super()._call_rewritten(module, method, hooks, dense, args, kwargs)
+
+
+def _apply_around(module: Any, hook: Any, use: Use, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a module, with its adapter applied to the input and the output."""
+    x = hook.input(use, call_input(args, kwargs)[0])
+    args, kwargs = with_input(x, args, kwargs)
+    return hook.output(use, x, run(*args, **kwargs), meta.unbox(module.scope.get_variable("params", "kernel")))
 
 
 def _is_along_roles(use: Use) -> bool:

@@ -30,7 +30,9 @@ from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
+from jaxadapt.models.linen.rows import add_rows
 from jaxadapt.models.prompt.embedding import with_width
+from jaxadapt.models.row_sites import RowLayout, Rows
 
 _CACHE_SIZE = 64
 
@@ -49,6 +51,8 @@ class Adapted:
         active: the names of the adapters that `apply` applies, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise the family.
         dtype: the dtype of new adapter parameters; float32 by default.
+        layout: the sites of the bank of adapters, if the module has one; `jaxadapt.serving.attach` sets it.
+        rows: the adapters of the rows of the calls; `jaxadapt.serving.route` sets it.
         data: `{adapter: {name: array}}` of the calls, such as an aLoRA's tokens; `jaxadapt.models.invoke` sets it.
         deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
             random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
@@ -67,6 +71,8 @@ class Adapted:
         default_factory=dict[str, Mapping[str, Any]], repr=False, compare=False
     )
     deterministic: bool | None = None
+    layout: RowLayout | None = dataclasses.field(default=None, repr=False)
+    rows: Rows | None = dataclasses.field(default=None, repr=False, compare=False)
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
     # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
@@ -242,6 +248,8 @@ class Adapted:
         """Return the overlay of one call, after the check for dropout without a random stream."""
         has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
         overlay = build_overlay(variables, dict(self.adapters), self.active, self.data, has_stream)
+        if self.layout is not None:
+            overlay = add_rows(overlay, self.layout, self.rows)
         self._check_dropout(overlay.with_dropout, has_stream)
         return overlay
 

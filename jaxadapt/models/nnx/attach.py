@@ -35,7 +35,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import Owner
-from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
+from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
@@ -251,7 +251,11 @@ def install_adapters(layer: nnx.Module) -> None:
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
-    if isinstance(type(layer), AdaptedMeta) and ACTIVE not in vars(layer) and not survey.quantized_params(layer):
+    if (
+        isinstance(type(layer), AdaptedMeta)
+        and vars(layer).keys().isdisjoint((ACTIVE, ROWS))
+        and not survey.quantized_params(layer)
+    ):
         set_class(layer, base_class(layer))
 
 

@@ -20,9 +20,12 @@ from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
 from jaxadapt.models.prompt import calling
+from jaxadapt.models.row_sites import NO_ROUTE, RowSite
 from jaxadapt.models.tracing import rewrite
 
 ACTIVE = "active_adapters"
+ROWS = "adapter_rows"
+"""The attribute of a layer with a bank: `{leaf: {number of the site: {tensor: RowParam}}}`, empty without a route."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +117,12 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
                 assert attached.axes is not None, "only a shared tensor has no axes"
                 hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, dropout)
                 hooks.setdefault(leaf, []).append(hook)
+    for leaf, sites in attributes.get(ROWS, {}).items():
+        if not sites:
+            raise AttachError(NO_ROUTE)
+        for tensors in sites.values():
+            site: RowSite = next(iter(tensors.values())).get_metadata()["row_site"]
+            hooks.setdefault(leaf, []).append(site.apply({name: var.get_value() for name, var in tensors.items()}))
     return {
         leaf: of_leaf[0] if len(of_leaf) == 1 else AppliedMethods(tuple(of_leaf)) for leaf, of_leaf in hooks.items()
     }
@@ -146,10 +155,29 @@ def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any
 
 def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with the adapters of its own weights."""
-    hooks, quantized = _active_hooks(module), survey.quantized_params(module)
+    hooks, known_use = _active_hooks(module), kernel_use(module)
+    outer, inner = methods.split_rows(hooks) if known_use is not None else ({}, hooks)
+    if known_use is None or not outer:
+        return _call_hooked(module, base, f, args, kwargs, hooks)
+
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call_hooked(module, base, f, args, kwargs, inner)
+
+    return _call_known(module, base, outer, known_use, call, args, kwargs)
+
+
+def _call_hooked(
+    module: Any,
+    base: Any,
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    hooks: dict[str, AppliedMethod | AppliedMethods],
+) -> Any:
+    """Call a method of a layer with these adapters applied."""
+    quantized, known_use = survey.quantized_params(module), kernel_use(module)
     if not quantized and not hooks:
         return f(module, *args, **kwargs)
-    known_use = kernel_use(module)
     if not quantized and known_use is not None and not any(hook.apart or hook.by_weight for hook in hooks.values()):
         return _call_known(module, base, hooks, known_use, f, args, kwargs)
     variables = survey.layer_state(module)

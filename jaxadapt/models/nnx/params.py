@@ -123,6 +123,13 @@ class LayerNumber(nnx.Variable[Any]):
     """
 
 
+class RowParam(FrozenParam):
+    """A tensor of the adapters of a batch's rows, beside a weight that they adapt; `jaxadapt.serving.route` sets it.
+
+    A scan slices it as it slices the parameters.
+    """
+
+
 class CallData(nnx.Param[Any]):
     """Data of one call, such as the mask of the tokens that an aLoRA adapts, stored beside a site's tensors.
 

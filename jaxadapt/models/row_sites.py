@@ -1,0 +1,78 @@
+"""The sites of a model at which each row of a batch may have its own adapter, and the tensors of one batch's rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods import AppliedRows, Method
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSite:
+    """One method on one base leaf, for rows.
+
+    Attributes:
+        leaf: the path of the base leaf.
+        stack: the axes of the leaf that stack layers.
+        method: the method.
+        hparams: the hyperparameters that all rows share.
+        axes: the roles of the weight's axes.
+    """
+
+    leaf: str
+    stack: tuple[int, ...]
+    method: Method
+    hparams: Any
+    axes: Axes
+
+    def apply(self, params: Mapping[str, Any]) -> AppliedRows:
+        """Return the method with the tensors of one layer's rows."""
+        return AppliedRows(self.method, self.hparams, params, self.axes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowLayout:
+    """The sites of one bank. It is compared by identity, so a compiled program recognizes it without a comparison."""
+
+    sites: tuple[RowSite, ...]
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """The adapters of the rows of one batch: a pytree of arrays.
+
+    Attributes:
+        arrays: `{tensor: array}` of each site. A layer's slice of an array has the rows first; stacked axes have their
+            places in the base leaf.
+        layout: the sites.
+    """
+
+    arrays: Sequence[Mapping[str, Any]]
+    layout: RowLayout
+
+    def tree_flatten(self) -> tuple[tuple[Any], RowLayout]:
+        """Flatten the rows for JAX."""
+        return (tuple(self.arrays),), self.layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: RowLayout, children: tuple[Any]) -> Rows:
+        """Rebuild the rows that `tree_flatten` flattened."""
+        return cls(children[0], layout)
+
+    def check_layout(self, layout: RowLayout) -> None:
+        """Raise `AttachError` if these rows are of another bank than the attached one."""
+        if self.layout is not layout:
+            raise AttachError("the route has rows of another bank than the one that the model was banked with")
+
+
+NO_ROUTE = (
+    "the model has a bank of adapters, and this call has no route to choose an adapter for each row. Call it within"
+    " jaxadapt.serving.route(model, bank.select(ids)); slot 0 is the base"
+)

@@ -1,0 +1,19 @@
+"""Many adapters on one base: a bank of adapters on the devices, a route for a batch's rows, and a pool of folders."""
+
+from typing import TYPE_CHECKING
+
+from jaxadapt.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from jaxadapt.models.row_sites import Rows as Rows
+    from jaxadapt.serving.bank import Bank as Bank
+    from jaxadapt.serving.bank import create as create
+    from jaxadapt.serving.bank import prepare as prepare
+    from jaxadapt.serving.bank import put as put
+    from jaxadapt.serving.pool import AdapterPool as AdapterPool
+    from jaxadapt.serving.pool import Lease as Lease
+    from jaxadapt.serving.routing import attach as attach
+    from jaxadapt.serving.routing import detach as detach
+    from jaxadapt.serving.routing import route as route
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,0 +1,216 @@
+"""Many adapters of one base as arrays with an axis of slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.arrays import quantized
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.models import planning
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.row_sites import Rows
+from jaxadapt.serving.layout import REMEDY, Layout, Place, Tensors, blank, fit_adapter, make_place, refusal
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bank:
+    """Many adapters of one base: a pytree of arrays whose structure and shapes never change.
+
+    Slot 0 is the bare base. Ranks and targets that an adapter lacks are zeros (ones for factors), so one compiled
+    program serves every mixture.
+
+    Attributes:
+        arrays: `{tensor: array}` of each place, with the axis of slots after those of stacked layers:
+            (layers..., slots, …).
+        layout: the places and the number of slots.
+    """
+
+    arrays: Sequence[Mapping[str, Any]]
+    layout: Layout
+
+    def tree_flatten(self) -> tuple[tuple[Any], Layout]:
+        """Flatten the bank for JAX."""
+        return (tuple(self.arrays),), self.layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: Layout, children: tuple[Any]) -> Bank:
+        """Rebuild the bank that `tree_flatten` flattened."""
+        return cls(children[0], layout)
+
+    @property
+    def slots(self) -> int:
+        """The number of slots, with slot 0."""
+        return self.layout.slots
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all slots."""
+        return self.layout.slot_bytes * self.slots
+
+    def select(self, ids: Any) -> Rows:
+        """Gather the adapters of a batch's rows, for `route`. Do it once, when the batch changes.
+
+        Args:
+            ids: the slot of each row, integers (rows). A row whose id is not a slot gets NaN in every adapted layer.
+
+        Raises `AttachError` if the ids are not a vector of integers.
+
+        >>> import jaxadapt
+        >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
+        >>> bank = jaxadapt.serving.create(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=3)
+        >>> bank.select([1, 1, 0, 2]).arrays[0]["lora_A"].shape
+        (4, 2, 4)
+        """
+        ids = jnp.asarray(ids)
+        if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise AttachError(f"ids: expected integers of shape (rows), found {ids.dtype} of shape {list(ids.shape)}")
+        return _gather(self, ids)
+
+
+def create(
+    base: Any,
+    configs: Config | Sequence[Config],
+    *,
+    slots: int,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = jnp.float32,
+    stack_axes: Sequence[int] | None = None,
+    example: Sequence[Any] | None = None,
+) -> Bank:
+    """Create an empty bank for a base: every slot is the bare base.
+
+    Args:
+        base: an NNX model, Linen variables or base parameters, or the shapes of any of them. The bank's arrays are
+            sharded as its weights ask.
+        configs: what the bank has room for: for each kind of adapter (LoRA, DoRA, IA3) a configuration with the largest
+            rank and all targets. Alphas and dropout have no effect.
+        slots: the number of slots, with slot 0.
+        keymap, stack_axes, example: as in `jaxadapt.adapt`.
+        dtype: the dtype of the tensors; scales are float32.
+
+    Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose.
+
+    >>> import jaxadapt
+    >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
+    >>> bank = create(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=3)
+    >>> {name: x.shape for name, x in bank.arrays[0].items()}
+    {'lora_A': (3, 2, 4), 'lora_B': (3, 6, 2), 'scale': (3,)}
+    """
+    if operator.index(slots) < 2:
+        raise AttachError(f"slots: expected at least 2, one for the base and one for an adapter, found {slots}")
+    held = carrier(base).base()
+    places: list[Place] = []
+    problems: list[str] = []
+    for config in [configs] if isinstance(configs, Config) else configs:
+        _, sites = planning.plan_adapter(held, config, keymap, stack_axes, example)
+        refused = [problem for site in sites if (problem := refusal(site)) is not None]
+        problems += refused
+        if not refused:
+            shardings, leaves = held.shardings, held.leaves
+            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype)) for s in sites]
+    kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams) for place in places]
+    twice = [kind for number, kind in enumerate(kinds) if kind in kinds[:number]]
+    problems += [f"{leaf}: two of the configurations have the same kind of {method}" for leaf, method, _ in twice]
+    if problems:
+        raise AttachError(f"cannot create the bank:\n{paths.bullets(problems)}\n{REMEDY}")
+    layout = Layout(tuple(places), slots)
+    return Bank(tuple(_empty(place, slots) for place in places), layout)
+
+
+def _empty(place: Place, slots: int) -> Tensors:
+    at = place.layers
+    return {
+        name: jnp.full((*shape[:at], slots, *shape[at:]), place.neutral(name), dtype, device=place.shardings.get(name))
+        for name, (shape, dtype) in place.kept.items()
+    }
+
+
+def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base: Any = None) -> Bank:
+    """Return the bank with an adapter in one slot. The given bank's arrays are donated: do not use it again.
+
+    It is one compiled call, the same for every slot and adapter.
+
+    Args:
+        bank: the bank.
+        slot: 1 to `bank.slots - 1`.
+        adapter: an `Adapter`, the result of `prepare`, or None for the bare base.
+        base: the model or parameters of the base. Only DoRA needs it, whose norm is computed here.
+
+    Raises `AttachError` if the adapter does not fit: a larger rank, other targets, or a method whose adapters rows
+    cannot choose.
+
+    >>> import jax, jaxadapt
+    >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> bank = create(base, config, slots=3)
+    >>> bank = put(bank, 1, jaxadapt.init(config.replace(r=1), base, key=jax.random.key(0)))
+    >>> jnp.abs(bank.arrays[0]["lora_A"]).sum((1, 2)) > 0
+    Array([False,  True, False], dtype=bool)
+    """
+    if not 0 < operator.index(slot) < bank.slots:
+        raise AttachError(f"slot: expected 1 to {bank.slots - 1}, found {slot}; slot 0 is the base")
+    rows = prepare(bank, adapter) if adapter is None or isinstance(adapter, Adapter) else tuple(adapter)
+    return write(bank, rows, np.int32(slot), weights_read(bank, base))
+
+
+def weights_read(bank: Bank, base: Any) -> dict[str, Any]:
+    """Return `{leaf: array}` of the base weights that `put` computes with; raise `AttachError` if they are missing."""
+    read = [place.row.leaf for place in bank.layout.places if place.reads]
+    if read and base is None:
+        raise AttachError("base: expected the base's model or parameters, because the norm of a DoRA needs them")
+    leaves = carrier(base).base().leaves if read else {}
+    return {leaf: leaves[leaf] for leaf in read}
+
+
+def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
+    """Return an adapter's tensors as arrays of numpy with the bank's shapes, for `put`; raise its errors.
+
+    >>> import jaxadapt
+    >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
+    >>> bank = create(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=3)
+    >>> prepare(bank, None)[0]["scale"]
+    array(0., dtype=float32)
+    """
+    if adapter is None:
+        return tuple(blank(place) for place in bank.layout.places)
+    return fit_adapter(bank.layout, adapter)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, Any]) -> Bank:
+    """Write one adapter into a slot of every array."""
+    written: list[Tensors] = []
+    for place, arrays, new in zip(bank.layout.places, bank.arrays, rows, strict=True):
+        new = place.prepare(new, quantized.to_dense(weights[place.row.leaf])) if place.reads else new
+        changed: Tensors = {}
+        for name, array in arrays.items():
+            value = jax.lax.dynamic_update_index_in_dim(array, new[name].astype(array.dtype), slot, place.layers)
+            target = place.shardings.get(name)
+            changed[name] = value if target is None else jax.lax.with_sharding_constraint(value, target)
+        written.append(changed)
+    return Bank(tuple(written), bank.layout)
+
+
+@jax.jit
+def _gather(bank: Bank, ids: Any) -> Rows:
+    """Gather one slot for each row; the stacked axes return to their places in the base leaf."""
+    # JAX would take -1 for the last slot. An index that is too large gives NaN.
+    ids = jnp.where(ids < 0, bank.slots, ids)
+    gathered: list[Tensors] = []
+    for place, arrays in zip(bank.layout.places, bank.arrays, strict=True):
+        taken = {name: jnp.take(x, ids, place.layers, mode="fill", fill_value=jnp.nan) for name, x in arrays.items()}
+        first = range(place.layers)
+        gathered.append({name: jnp.moveaxis(x, first, place.row.stack) for name, x in taken.items()})
+    return Rows(tuple(gathered), bank.layout.rows)

@@ -1,0 +1,159 @@
+"""Adapter folders by name, and slots and memory given to the most recently used ones. No JAX."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.core.suggest import close_matches
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One version of an adapter: the files of a folder at one time.
+
+    Attributes:
+        id: a number that no other version of the pool has or will have, such as for the keys of prefix caches.
+        name: the adapter's name.
+        path: the folder.
+        files: `(file, bytes, time of change in ns)` of the folder's files.
+    """
+
+    id: int
+    name: str
+    path: Path
+    files: tuple[tuple[str, int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the folder's files."""
+        return sum(size for _, size, _ in self.files)
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The configuration, which has the rank (`r`) and the base's name. It is read when it is first asked for."""
+        from jaxadapt.persistence import read_config
+
+        return read_config(self.path)
+
+
+class Folders:
+    """The newest version of each name. It is not thread-safe."""
+
+    def __init__(self) -> None:
+        self.newest: dict[str, Version] = {}
+        self._numbers = itertools.count(1)
+
+    def add(self, name: str, path: str | os.PathLike[str]) -> Version:
+        """Record a folder under a name; return its version, a new one if the folder or a file in it changed.
+
+        Raises `FileError` if the folder cannot be read.
+        """
+        files = _list_files(path)
+        known = self.newest.get(name)
+        if known is None or (known.path, known.files) != (Path(path), files):
+            known = self.newest[name] = Version(next(self._numbers), name, Path(path), files)
+        return known
+
+    def get(self, name: str) -> Version:
+        """Return the newest version of a name; raise `AttachError` for an unknown name."""
+        version = self.newest.get(name)
+        if version is None:
+            similar = close_matches([name], list(self.newest))
+            hint = f"; similar names are {', '.join(map(repr, similar))}" if similar else ""
+            raise AttachError(f"the pool has no adapter {name!r} among {len(self.newest)}{hint}")
+        return version
+
+
+def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return `{name: folder}` of the adapter folders directly in a folder, sorted by name.
+
+    Raises `FileError` if the folder cannot be read.
+    """
+    try:
+        with os.scandir(root) as entries:
+            folders = {entry.name: Path(entry.path) for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise FileError(f"cannot list the adapters in {os.fspath(root)}: {error}") from error
+    return {name: path for name, path in sorted(folders.items()) if (path / "adapter_config.json").is_file()}
+
+
+def _list_files(path: str | os.PathLike[str]) -> tuple[tuple[str, int, int], ...]:
+    try:
+        with os.scandir(path) as entries:
+            found = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
+    except OSError as error:
+        raise FileError(f"cannot read the adapter folder {os.fspath(path)}: {error}") from error
+    return tuple(sorted(found))
+
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Key, Value]):
+    """Values by key within a budget; the least recently used ones that are not pinned make room. Not thread-safe.
+
+    Attributes:
+        budget: the largest cost of all values together.
+        used: the cost of all values.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._held: collections.OrderedDict[Key, tuple[Value, int]] = collections.OrderedDict()
+        self._pins: collections.Counter[Key] = collections.Counter()
+        self.used = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def get(self, key: Key) -> Value | None:
+        """Return a value and count it as used now; None if there is none."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][0]
+
+    def make_room(self, cost: int) -> list[Value] | None:
+        """Remove values until one of this cost fits, and return them; return None, removing nothing, if it cannot."""
+        free = self.budget - self.used
+        victims: list[Key] = []
+        for key, (_, size) in self._held.items():
+            if free >= cost:
+                break
+            if not self._pins[key]:
+                victims.append(key)
+                free += size
+        if free < cost:
+            return None
+        self.used = self.budget - free
+        return [self._held.pop(key)[0] for key in victims]
+
+    def add(self, key: Key, value: Value, cost: int) -> None:
+        """Hold a value that `make_room` made room for."""
+        self._held[key] = value, cost
+        self.used += cost
+
+    def pin(self, keys: Iterable[Key]) -> None:
+        """Keep these values until `unpin` is called as often."""
+        self._pins.update(keys)
+
+    def unpin(self, keys: Iterable[Key]) -> None:
+        """Undo one `pin`."""
+        self._pins.subtract(keys)
+        self._pins += collections.Counter()
+
+    def pinned(self) -> Mapping[Key, int]:
+        """Return the number of pins of each pinned key."""
+        return dict(self._pins)

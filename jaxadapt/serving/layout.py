@@ -1,0 +1,246 @@
+"""The places of a bank: one method at one base leaf, with the shapes that every adapter is padded to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxadapt.adapters import sharding
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.models.row_sites import RowLayout, RowSite
+
+Shape = tuple[int, ...]
+Tensors = dict[str, Any]
+
+REMEDY = (
+    "Convert the adapter to a plain LoRA (jaxadapt.merging.to_lora), or merge it into a base of its own"
+    " (jaxadapt.merge)"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """One method at one base leaf.
+
+    Attributes:
+        row: what the model's layers need to apply it.
+        site: the site of the bank's configuration.
+        weight: the shape and dtype of the base leaf.
+        stored: `{tensor: (shape, dtype)}` of one adapter as the host prepares it, stacked axes first.
+        kept: the same of one slot on the devices. It differs from `stored` where `put` computes with the weight.
+        shardings: `{tensor: sharding}` of the arrays with all slots, where the base has one.
+    """
+
+    row: RowSite
+    site: Site
+    weight: jax.ShapeDtypeStruct
+    stored: Mapping[str, tuple[Shape, Any]]
+    kept: Mapping[str, tuple[Shape, Any]]
+    shardings: Mapping[str, NamedSharding]
+
+    @property
+    def layers(self) -> int:
+        """The number of stacked axes, which is the position of the axis of slots."""
+        return len(self.row.stack)
+
+    @property
+    def reads(self) -> bool:
+        """True if `put` needs the base weight."""
+        return self.site.effects.reads
+
+    def neutral(self, name: str) -> float:
+        """Return the value of a tensor in an adapter that changes nothing."""
+        return self.row.method.row_neutral.get(name, 0.0)
+
+    def prepare(self, params: Tensors, w: Any) -> Tensors:
+        """Return one slot's tensors on the devices, from those of `stored` and the base leaf."""
+
+        def one_layer(params: Tensors, w: Any) -> Tensors:
+            return self.row.method.prepare_rows(self.row.hparams, params, self.row.axes, w)
+
+        mapped: Any = one_layer
+        for position, axis in enumerate(self.row.stack):
+            mapped = jax.vmap(mapped, in_axes=(position, axis), out_axes=position)
+        return mapped(params, w)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """The places of a bank and its number of slots. It never changes, and is compared by identity."""
+
+    places: tuple[Place, ...]
+    slots: int
+
+    @functools.cached_property
+    def rows(self) -> RowLayout:
+        """The sites as the layers need them."""
+        return RowLayout(tuple(place.row for place in self.places))
+
+    @functools.cached_property
+    def by_leaf(self) -> dict[str, list[int]]:
+        """`{base leaf: numbers of the places}`."""
+        places: dict[str, list[int]] = {}
+        for number, place in enumerate(self.places):
+            places.setdefault(place.row.leaf, []).append(number)
+        return places
+
+    @functools.cached_property
+    def slot_bytes(self) -> int:
+        """The bytes of one adapter on the devices."""
+        kept = [each for place in self.places for each in place.kept.values()]
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kept)
+
+
+def refusal(site: Site) -> str | None:
+    """Return why the rows of a batch cannot each have their own adapter at this site, or None."""
+    if site.method.copies:
+        return f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)"
+    if site.method.rows == "no" or site.effects.form == "weight":
+        return f"{site.leaf}: {site.method.peft_type} has no form with a separate adapter for each row"
+    try:
+        site.method.row_hparams(site.hparams)
+    except AttachError as error:
+        return f"{site.leaf}: {error}"
+    return None
+
+
+def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any) -> Place:
+    """Return the place of a site, for a base leaf with the shape and dtype of `weight`."""
+    method, axes = site.method, site.axes
+    row = RowSite(site.leaf, tuple(site.match.stack), method, method.row_hparams(site.hparams), axes)
+    spec = jax.ShapeDtypeStruct(tuple(weight.shape), weight.dtype)
+    zeros = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in site.shapes.items()}
+    params = method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
+    stored = {name: (x.shape, x.dtype) for name, x in params.items()}
+    place = Place(row, site, spec, stored, stored, {})
+    if place.reads:
+        specs = {name: jax.ShapeDtypeStruct(*each) for name, each in stored.items()}
+        kept = jax.eval_shape(place.prepare, specs, spec)
+        place = dataclasses.replace(place, kept={name: (x.shape, stored[name][1]) for name, x in kept.items()})
+    return dataclasses.replace(place, shardings=_shardings(place, base_sharding))
+
+
+def _shardings(place: Place, base: Any) -> dict[str, NamedSharding]:
+    """Return the shardings of the arrays with slots: those of the tensors in a model, replicated over the slots."""
+    if not isinstance(base, NamedSharding):
+        return {}
+    site = place.site
+    entries = {tensor.name: entry for tensor, entry in zip(site.tensors, site.entries, strict=True)}
+    shardings = dict.fromkeys(place.kept, NamedSharding(base.mesh, PartitionSpec()))
+    for name in place.kept.keys() & entries.keys():
+        form = entries[name].form
+        spec = sharding.propagate_axes(site.match, form, tuple(base.spec))
+        order = _stack_first_order(site, len(form.shape))
+        spec = [spec[axis] for axis in order]
+        spec.insert(place.layers, None)
+        shardings[name] = NamedSharding(base.mesh, PartitionSpec(*spec))
+    return shardings
+
+
+def _stack_first_order(site: Site, rank: int) -> list[int]:
+    stack = list(site.match.stack)
+    return stack + [axis for axis in range(rank) if axis not in stack]
+
+
+def _stack_first(site: Site, params: Mapping[str, Any]) -> Tensors:
+    """Return the tensors of a site as arrays of numpy, with the stacked axes first."""
+    arrays = {name: np.asarray(x) for name, x in params.items()}
+    return {name: x.transpose(_stack_first_order(site, x.ndim)) for name, x in arrays.items()}
+
+
+def _entries(site: Site, shape: Shape) -> Shape:
+    """Return the sizes of the stacked axes and of the batch axes of a site."""
+    unstacked = tuple(size for axis, size in enumerate(shape) if axis not in site.match.stack)
+    return tuple(shape[axis] for axis in site.match.stack) + site.axes.sizes("batch", unstacked)
+
+
+# ---------------------------------------------------------------- one adapter
+
+
+def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
+    """Return an adapter's tensors on the host, padded to the bank's shapes, with neutral ones where it has none.
+
+    Raises `AttachError`, listing all problems, if the adapter does not fit the bank.
+    """
+    tensors = adapter.sites
+    chosen: dict[int, Tensors] = {}
+    problems: list[str] = []
+    for site in sites_of(adapter):
+        try:
+            number = _find_place(layout, site)
+            chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
+        except AttachError as error:
+            problems.append(str(error))
+    if problems:
+        raise AttachError(
+            f"cannot put the adapter into the bank:\n{paths.bullets(problems)}\n{REMEDY}, or create the bank with"
+            " configurations that cover the adapter"
+        )
+    return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
+
+
+def blank(place: Place) -> Tensors:
+    """Return the tensors of an adapter that changes nothing, as `fit_adapter` returns them."""
+    return {name: np.full(shape, place.neutral(name), dtype) for name, (shape, dtype) in place.stored.items()}
+
+
+def _find_place(layout: Layout, site: Site) -> int:
+    """Return the number of the place for a site of an adapter."""
+    if (problem := refusal(site)) is not None:
+        raise AttachError(problem)
+    at_leaf = [(number, layout.places[number]) for number in layout.by_leaf.get(site.leaf, ())]
+    if not at_leaf:
+        raise AttachError(f"{site.leaf}: the bank has no place at this weight")
+    hparams = site.method.row_hparams(site.hparams)
+    for number, place in at_leaf:
+        if place.row.method == site.method and place.row.hparams == hparams:
+            return number
+    found = ", ".join(f"{place.row.method.peft_type} {place.row.hparams}" for _, place in at_leaf)
+    raise AttachError(f"{site.leaf}: the adapter is {site.method.peft_type} {hparams}; the bank has {found}")
+
+
+def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
+    own, bank = site.axes, place.row.axes
+    if dataclasses.replace(own, parts=None, torch=None) != dataclasses.replace(bank, parts=None, torch=None):
+        raise AttachError(f"{site.leaf}: the adapter's axes {own} are not the bank's {bank}")
+    entries = _entries(site, place.weight.shape)
+    rows = site.method.row_params(site.hparams, _stack_first(site, params), entries)
+    if unknown := rows.keys() - place.stored.keys():
+        raise AttachError(f"{site.leaf}: the bank has no tensor {', '.join(sorted(unknown))}")
+    padded = blank(place)
+    forms = {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
+    for name, x in rows.items():
+        order = _stack_first_order(site, x.ndim)
+        letters = [forms[name].left[axis] for axis in order] if name in forms else ["entry"] * x.ndim
+        index: list[Any] = [slice(size) for size in x.shape]
+        if own.parts != bank.parts:
+            axis = place.layers  # of the fused parts, the first batch axis
+            all_parts = list(range(place.weight.shape[_fused_axis(site)])) if bank.parts is None else list(bank.parts)
+            if missing := sorted(set(own.parts or range(len(all_parts))) - set(all_parts)):
+                raise AttachError(f"{site.leaf}: the bank lacks the fused parts {missing}")
+            index[axis] = np.array([all_parts.index(part) for part in own.parts or range(x.shape[axis])])
+        misfits = [
+            f"{letter.removeprefix('~')} is {size}, the bank has {room}"
+            for letter, size, room, at in zip(letters, x.shape, padded[name].shape, index, strict=True)
+            if isinstance(at, slice) and (size > room if letter.startswith("~") else size != room)
+        ]
+        if misfits:
+            raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
+        padded[name][tuple(index)] = x
+    return padded
+
+
+def _fused_axis(site: Site) -> int:
+    """Return the axis of the base leaf that holds its fused parts."""
+    axes: Sequence[int] = [axis for axis in range(len(site.match.weight.left)) if axis not in site.match.stack]
+    return axes[site.axes.batch_axes[0]]

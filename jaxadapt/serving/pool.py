@@ -1,0 +1,279 @@
+"""Thousands of adapter folders on disk, some of them in host memory, and those that batches use in a bank's slots."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, AttachError, FileError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.row_sites import Rows
+from jaxadapt.persistence.folder import read
+from jaxadapt.persistence.peft import from_peft
+from jaxadapt.serving import bank as banks
+from jaxadapt.serving.bank import Bank
+from jaxadapt.serving.index import Folders, Recent, Version, find_folders
+from jaxadapt.serving.layout import Tensors
+
+_Prepared = tuple[Tensors, ...]
+_NO_SLOT = -1  # its rows are NaN
+
+
+class Lease(Sequence[int]):
+    """The slots of a batch's rows, as integers; they are valid until the lease ends.
+
+    Attributes:
+        slots: int32 (rows); -1 for a row whose adapter failed.
+        versions: for each row the id of the adapter's version, 0 for the base. No other version has it, ever: use it in
+            the keys of prefix and KV caches.
+    """
+
+    def __init__(self, slots: Sequence[int], versions: Sequence[int]) -> None:
+        self.slots = np.array(slots, np.int32)
+        self.versions = tuple(versions)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.slots[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.slots, dtype)
+
+
+class AdapterPool:
+    """Adapters by name, loaded from their folders into the slots of a bank when a batch needs them.
+
+    All methods may be called from several threads. One lock covers the bank and the tables; files are read outside it.
+
+    Args:
+        bank: the bank. The pool owns it from now on, because `put` donates its arrays.
+        base: the NNX model, Linen variables or base parameters that the bank was created for.
+        folders: a folder of adapter folders, whose names they get, or `{name: folder}`.
+        host_bytes: the budget for prepared adapters in host memory, each of `bank.layout.slot_bytes`.
+        keymap: as in `jaxadapt.load`.
+
+    Raises `FileError` if a folder cannot be listed.
+
+    >>> import tempfile, jax, jax.numpy as jnp, jaxadapt
+    >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> root = tempfile.TemporaryDirectory()
+    >>> jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), root.name + "/fr")
+    >>> pool = AdapterPool(jaxadapt.serving.create(base, config, slots=3), base, root.name)
+    >>> with pool.lease(["fr", None, "fr"]) as ids:
+    ...     ids.slots.tolist(), pool.select(ids).arrays[0]["scale"].tolist()
+    ([1, 0, 1], [4.0, 0.0, 4.0])
+    >>> root.cleanup()
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        base: Any,
+        folders: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+        *,
+        host_bytes: int = 1 << 30,
+        keymap: KeyMap | str | None = None,
+    ) -> None:
+        self._bank = bank
+        self._weights = banks.weights_read(bank, base)
+        self._shapes, self._keymap = carrier(base).abstract(), keymap
+        self._folders = Folders()
+        self._host: Recent[int, _Prepared] = Recent(host_bytes)
+        self._slots: Recent[int, int] = Recent(bank.slots - 1)
+        self._free = list(range(bank.slots - 1, 0, -1))
+        self._loading: dict[int, concurrent.futures.Future[_Prepared]] = {}
+        self._changed = threading.Condition(threading.RLock())
+        self._threads = concurrent.futures.ThreadPoolExecutor(2, "adapter-pool")
+        for name, path in (folders if isinstance(folders, Mapping) else find_folders(folders)).items():
+            self._folders.add(name, path)
+
+    # ------------------------------------------------------------ names
+
+    def add(self, name: str, path: str | os.PathLike[str]) -> Version:
+        """Give a name to a folder, or a new version to a name whose folder changed; return the version.
+
+        Leases that exist keep the old version, new ones get the new one.
+        """
+        with self._changed:
+            return self._folders.add(name, path)
+
+    def names(self) -> list[str]:
+        """Return the names."""
+        with self._changed:
+            return list(self._folders.newest)
+
+    def version(self, name: str) -> Version:
+        """Return the newest version of a name: its id, folder, size and configuration."""
+        with self._changed:
+            return self._folders.get(name)
+
+    def resident(self) -> list[str]:
+        """Return the names whose newest version is in a slot."""
+        with self._changed:
+            return [name for name, version in self._folders.newest.items() if version.id in self._slots]
+
+    # ------------------------------------------------------------ leases
+
+    @contextlib.contextmanager
+    def lease(
+        self, names: Sequence[str | None], *, failed: dict[str, AdapterError] | None = None, wait: float = 0.0
+    ) -> Generator[Lease]:
+        """Bring the adapters of a batch's rows into slots, and keep them there within a context.
+
+        Args:
+            names: the adapter of each row, None for the base.
+            failed: a dictionary for the errors of adapters that cannot be loaded. Their rows get the id -1, which gives
+                NaN. Without it, an error of one adapter ends the whole call.
+            wait: the seconds to wait until other leases end, if they hold too many slots.
+
+        Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if slots
+        are lacking.
+        """
+        errors: dict[str, AdapterError] = {}
+        pinned: list[int] = []
+        found: dict[str, tuple[int, Version]] = {}
+        try:
+            for name in dict.fromkeys(name for name in names if name is not None):
+                try:
+                    found[name] = self._acquire(name, pinned, time.monotonic() + wait)
+                except AdapterError as error:
+                    errors[name] = error
+            if errors and failed is None:
+                _raise_together(errors)
+            if failed is not None:
+                failed.update(errors)
+            versions = {name: version.id for name, (_, version) in found.items()}
+            slots = {name: slot for name, (slot, _) in found.items()}
+            yield Lease(
+                [0 if name is None else slots.get(name, _NO_SLOT) for name in names],
+                [0 if name is None else versions.get(name, 0) for name in names],
+            )
+        finally:
+            with self._changed:
+                self._slots.unpin(pinned)
+                self._changed.notify_all()
+
+    def prefetch(self, names: Iterable[str]) -> dict[str, concurrent.futures.Future[Version]]:
+        """Load adapters into host memory in the background; return `{name: future}`, whose results are the versions."""
+        return {name: self._threads.submit(self._prefetch, name) for name in names}
+
+    def _prefetch(self, name: str) -> Version:
+        version = self._refresh(name)
+        self._load(version)
+        return version
+
+    def _acquire(self, name: str, pinned: list[int], deadline: float) -> tuple[int, Version]:
+        """Return a pinned slot with the newest version of a name; append the version's id to `pinned`."""
+        with self._changed:
+            version = self._folders.get(name)
+            slot = self._pin(version, pinned)
+        if slot is not None:
+            return slot, version
+        version = self._refresh(name)
+        prepared = self._load(version)
+        with self._changed:
+            while (slot := self._pin(version, pinned)) is None:  # another thread may have put it
+                if (slot := self._take_slot()) is not None:
+                    self._write(slot, prepared)
+                    self._slots.add(version.id, slot, 1)
+                elif not self._changed.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    raise AttachError(
+                        f"cannot bring {name!r} into a slot: leases hold all {self._bank.slots - 1} slots. End some of"
+                        " them, create the bank with more slots, or pass wait="
+                    )
+        return slot, version
+
+    def _pin(self, version: Version, pinned: list[int]) -> int | None:
+        slot = self._slots.get(version.id)
+        if slot is not None:
+            self._slots.pin([version.id])
+            pinned.append(version.id)
+        return slot
+
+    def _write(self, slot: int, prepared: _Prepared) -> None:
+        try:
+            self._bank = banks.write(self._bank, prepared, np.int32(slot), self._weights)
+        except BaseException:
+            self._free.append(slot)
+            raise
+
+    def _take_slot(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        evicted = self._slots.make_room(1)
+        return None if evicted is None else evicted[0]
+
+    # ------------------------------------------------------------ the bank
+
+    def select(self, ids: Any) -> Rows:
+        """Return `Bank.select(ids)` of the present bank. The result stays valid when slots change."""
+        with self._changed:
+            return self._bank.select(ids)
+
+    @contextlib.contextmanager
+    def bank(self) -> Generator[Bank]:
+        """Return the present bank within a context that no other thread can change it in: dispatch, and leave."""
+        with self._changed:
+            yield self._bank
+
+    def close(self) -> None:
+        """Stop the threads that prefetch."""
+        self._threads.shutdown(cancel_futures=True)
+
+    # ------------------------------------------------------------ host memory
+
+    def _refresh(self, name: str) -> Version:
+        """Return the newest version of a name, a new one if files of its folder changed."""
+        with self._changed:
+            return self._folders.add(name, self._folders.get(name).path)
+
+    def _load(self, version: Version) -> _Prepared:
+        """Return an adapter's padded tensors, from host memory or from its folder, which one thread reads."""
+        with self._changed:
+            held = self._host.get(version.id)
+            if held is not None:
+                return held
+            waiting = self._loading.get(version.id)
+            mine = self._loading.setdefault(version.id, concurrent.futures.Future())
+        if waiting is not None:
+            return waiting.result()
+        try:
+            prepared = self._read(version)
+        except BaseException as error:
+            with self._changed:
+                del self._loading[version.id]
+            mine.set_exception(error)
+            raise
+        with self._changed:
+            del self._loading[version.id]
+            if self._host.make_room(self._bank.layout.slot_bytes) is not None:
+                self._host.add(version.id, prepared, self._bank.layout.slot_bytes)
+        mine.set_result(prepared)
+        return prepared
+
+    def _read(self, version: Version) -> _Prepared:
+        adapter = from_peft(read(version.path), self._shapes, keymap=self._keymap)
+        prepared = banks.prepare(self._bank, adapter)
+        if self._refresh(version.name) != version:
+            raise FileError(f"{version.path}: the adapter changed while it was read; ask for it again")
+        return prepared
+
+
+def _raise_together(errors: Mapping[str, AdapterError]) -> None:
+    """Raise the only error, or one that lists all."""
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    raise AttachError(
+        "cannot load these adapters:\n" + paths.bullets([f"{name}: {error}" for name, error in errors.items()])
+    )

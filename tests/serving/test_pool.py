@@ -1,0 +1,219 @@
+"""The pool: names become slots, leases hold them, and an error belongs to the adapter that caused it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxadapt
+from jaxadapt import serving
+from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.serving.index import Recent
+from tests.support import small
+
+LORA = small.LORA.replace(r=2)
+
+
+def value(number: int) -> float:
+    return float(number + 1)
+
+
+def write(root: Path, name: str, number: int) -> None:
+    """A folder whose lora_A is `value(number)` everywhere, so that a row shows whose it is."""
+    adapter = small.adapter(LORA)
+    flat = {path: np.full(x.shape, value(number), "f4") for path, x in adapter.flat().items()}
+    jaxadapt.save(jaxadapt.Adapter(adapter.config, jaxadapt.core.paths.unflatten(flat), adapter.keymap), root / name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for number in range(8):
+        write(root, f"a{number}", number)
+    (root / "broken").mkdir()
+    (root / "broken" / "adapter_config.json").write_text("{")
+    (root / "notes").mkdir()
+    return root
+
+
+def make(folders, slots=4, **options) -> serving.AdapterPool:
+    bank = serving.create(small.base(), LORA, slots=slots)
+    return serving.AdapterPool(bank, small.base(), folders, **options)
+
+
+def marks(pool, ids) -> list[float]:
+    return pool.select(ids).arrays[0]["lora_A"][:, 0, 0].tolist()
+
+
+def test_rows_get_their_adapters_and_the_base(folders):
+    pool = make(folders)
+    assert pool.names() == [*(f"a{n}" for n in range(8)), "broken"]
+    with pool.lease(["a3", None, "a1", "a3"]) as ids:
+        assert marks(pool, ids) == [value(3), 0, value(1), value(3)]
+        assert ids.versions[0] == ids.versions[3] == pool.version("a3").id != ids.versions[2]
+        assert (ids.versions[1], ids[1], len(ids)) == (0, 0, 4)
+    assert pool.version("a3").config.r == 2
+    assert pool.version("a3").nbytes > 100
+
+
+def test_the_least_recently_used_adapter_without_a_lease_leaves(folders):
+    pool = make(folders, slots=3)
+    with pool.lease(["a0"]):
+        for name in ("a1", "a2", "a3"):
+            with pool.lease([name]):
+                assert sorted(pool.resident()) == ["a0", name]
+        with pool.lease(["a1"]), pytest.raises(AttachError, match="leases hold all 2 slots"), pool.lease(["a2"]):
+            pass
+    with pool.lease(["a1", "a2"]):
+        assert sorted(pool.resident()) == ["a1", "a2"]
+
+
+def test_a_lease_waits_for_another_to_end(folders):
+    pool = make(folders, slots=2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pool.lease(["a0"]):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    threading.Timer(0.1, leave.set).start()
+    with pool.lease(["a1"], wait=10) as ids:
+        assert marks(pool, ids) == [value(1)]
+    thread.join()
+
+
+def test_an_error_belongs_to_its_own_adapter(folders):
+    pool = make(folders)
+    failed = {}
+    with pool.lease(["a0", "broken", "nobody", None], failed=failed) as ids:
+        found = marks(pool, ids)
+    assert found[0] == value(0)
+    assert np.isnan(found[1:3]).all()
+    assert found[3] == 0
+    assert set(failed) == {"broken", "nobody"}
+    assert "broken" in str(failed["broken"])
+    with pytest.raises(AttachError, match="no adapter 'nobody'"), pool.lease(["a0", "nobody"]):
+        pass
+    with pytest.raises(AttachError, match=r"(?s)broken:.*nobody:"), pool.lease(["broken", "nobody"]):
+        pass
+    assert not pool._slots.pinned()
+
+
+def test_a_name_gets_a_new_version_while_the_old_one_is_leased(tmp_path):
+    write(tmp_path, "a", 0)
+    pool = make(tmp_path)
+    with pool.lease(["a"]) as old:
+        write(tmp_path, "a", 5)
+        assert pool.add("a", tmp_path / "a").id != old.versions[0]
+        with pool.lease(["a"]) as new:
+            assert marks(pool, old) == [value(0)]
+            assert marks(pool, new) == [value(5)]
+            assert old.versions != new.versions
+    assert pool.add("a", tmp_path / "a").id == new.versions[0]
+
+
+def test_host_memory_keeps_to_its_budget_and_saves_reading(folders, monkeypatch):
+    bank = serving.create(small.base(), LORA, slots=2)
+    pool = serving.AdapterPool(bank, small.base(), folders, host_bytes=2 * bank.layout.slot_bytes)
+    read = []
+    original = serving.AdapterPool._read
+    monkeypatch.setattr(serving.AdapterPool, "_read", lambda self, v: read.append(v.name) or original(self, v))
+    for future in pool.prefetch(["a0", "a1"]).values():
+        future.result(30)
+    for name in ("a0", "a1", "a0", "a2", "a1"):
+        with pool.lease([name]):
+            assert pool._host.used <= pool._host.budget
+    assert sorted(read[:2]) == ["a0", "a1"]
+    assert read[2:] == ["a2", "a1"]
+    pool.close()
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(FileError, match="cannot list"):
+        make(tmp_path / "none")
+    with pytest.raises(FileError, match="cannot read the adapter folder"):
+        make({"a": tmp_path / "none"})
+
+
+def test_five_thousand_known_adapters(folders):
+    start = time.perf_counter()
+    pool = make({f"user{n}": folders / f"a{n % 8}" for n in range(5000)})
+    with pool.lease(["user4999", "user1"]) as ids:
+        assert marks(pool, ids) == [value(4999 % 8), value(1)]
+    assert time.perf_counter() - start < 30  # a second on an idle machine
+
+
+def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
+    """Lease, check every row, and end, from several threads; return the number of batches."""
+    pool = make(folders, slots=5, host_bytes=700)  # of three adapters
+    with pool.lease(["a0", None, "a1"]) as ids:  # compiles
+        marks(pool, ids)
+    stop, errors, counts = time.monotonic() + seconds, [], [0] * threads
+
+    def work(number: int) -> None:
+        rng = np.random.default_rng(number)
+        try:
+            while time.monotonic() < stop:
+                numbers = rng.integers(-2, 8, 3).tolist()
+                names = [None if n == -1 else "broken" if n == -2 else f"a{n}" for n in numbers]
+                # One thread may hold a slot that another waits for, so a batch takes its slots or fails.
+                failed = {}
+                with pool.lease(names, failed=failed, wait=0.05) as ids:
+                    found = marks(pool, ids)
+                for n, name, mark in zip(numbers, names, found, strict=True):
+                    assert np.isnan(mark) if name in failed else mark == (0 if n == -1 else value(n))
+                assert all(name == "broken" or "leases hold" in str(error) for name, error in failed.items())
+                counts[number] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not errors, errors
+    assert not pool._slots.pinned()
+    assert not pool._loading
+    assert min(counts) > 0
+    return sum(counts)
+
+
+def test_threads_lease_and_evict_and_each_row_is_its_own(folders):
+    before = serving.bank.write._cache_size()
+    assert exercise(folders, 2) > 8
+    assert serving.bank.write._cache_size() <= before + 1  # the layout of this pool
+
+
+def test_the_index_needs_no_jax():
+    code = "import sys, jaxadapt.serving.index; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recent_makes_room_only_if_it_can():
+    held = Recent(10)
+    for key in "abc":
+        assert held.make_room(3) == []
+        held.add(key, key.upper(), 3)
+    held.pin(["a"])
+    assert held.get("b") == "B"
+    assert held.make_room(8) is None
+    assert len(held) == 3
+    assert held.make_room(4) == ["C"]
+    assert held.used == 6
+    assert held.make_room(7) == ["B"]
+    held.unpin(["a"])
+    assert held.make_room(10) == ["A"]
+    assert held.used == 0
+    assert "a" not in held
+    assert held.get("a") is None
