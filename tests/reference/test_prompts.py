@@ -108,7 +108,8 @@ def test_source_tasks_give_pefts_values(kind: str, folders: Any) -> None:
     }
     want = peft_start(peft.MultitaskPromptTuningConfig(**fields))
     config = jaxadapt.MultitaskPromptTuningConfig(**fields)
-    found = start(config, llama.twin_of(prompts.torch_base()), source=jaxadapt.read(folders(TASKS))).adapter.shared
+    source = jaxadapt.read(folders(TASKS))
+    found = start(config, llama.twin_of(prompts.torch_base()), source=source).adapter.shared
     for name in want if kind != "ONLY_SOURCE_SHARED" else ("prompt_embeddings",):
         np.testing.assert_allclose(found[name], want[name], rtol=1e-6, atol=1e-9, err_msg=name)
     with pytest.raises(MismatchError, match="do not fit the new adapter"):
@@ -158,7 +159,7 @@ def test_a_task_that_does_not_exist() -> None:
             pass
 
 
-@pytest.mark.parametrize("case", [PREFIX, prompts.PROMPT], ids=str)
+@pytest.mark.parametrize("case", [PREFIX], ids=str)
 def test_gradients_with_checkpointing(case: Case) -> None:
     """PEFT refuses a prefix with gradient checkpointing; here the gradients are the same."""
     gradients: list[Any] = []
@@ -177,7 +178,7 @@ def test_gradients_with_checkpointing(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [PREFIX, prompts.PROMPT], ids=str)
 def test_bfloat16(case: Case, folders: Any, tmp_path: Path) -> None:
-    """A base and an adapter in bfloat16 give the logits of float32 within the rounding, and the file keeps its dtype."""
+    """Base and adapter in bfloat16 give float32's logits within the rounding, and the file keeps the dtype."""
     want = prompts.peft_logits(case, "full")
     model = jaxadapt.load(folders(case), llama.twin_of(prompts.torch_base()), dtype=jnp.bfloat16)
     params = nnx.state(model, jaxadapt.BaseParam)
@@ -188,6 +189,7 @@ def test_bfloat16(case: Case, folders: Any, tmp_path: Path) -> None:
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].dtype == jnp.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 def test_generation_as_peft_generates(folders: Any) -> None:
     """Greedy tokens: PEFT with its cache, here a call of all tokens for each."""
     for case in (PREFIX, prompts.PROMPT):
