@@ -224,7 +224,7 @@ def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, sha
     for match, sizes, names in selected:
         indices = [index for index, name in names.items() if matching.is_parameter(config, name)]
         match, modules = targeted_entries(match, sizes, names, indices)
-        sites.append(bind_site(config, method.on_parameter(depths[match.leaf]), keymap, match, sizes, modules))
+        sites.append(bind_site(config, method.for_parameter(depths[match.leaf]), keymap, match, sizes, modules))
     return sites
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError, raise_listed
@@ -123,6 +124,8 @@ class LoraConfig(Config):
     """
 
     _type: ClassVar[str | None] = "LORA"
+    main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
+    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", learning_rate=1e-3, accuracy=0.478, time=1.0)
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
+<<<<<<< HEAD
 from jaxadapt.methods.base import Effects, Method, Start, Target, as_computable, at_least_float32, require_weights
+=======
+from jaxadapt.methods.base import Change, Effects, Method, Start, Target, as_computable, at_least_float32
+from jaxadapt.methods.file_sizes import file_sizes
+>>>>>>> main
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
@@ -15,6 +20,7 @@ __all__ = [
     "METHODS",
     "AppliedMethod",
     "AppliedMethods",
+    "Change",
     "Effects",
     "MatrixMethod",
     "Method",
@@ -24,6 +30,7 @@ __all__ = [
     "as_computable",
     "at_least_float32",
     "check_biases",
+    "file_sizes",
     "get_method",
     "needs_layer_number",
     "refuse_rivals",

@@ -75,12 +75,14 @@ class AppliedMethod:
         if self.drop is not None:
             raise AttachError(
                 "cannot apply dropout: the model uses this weight outside a supported product, where only an effective"
-                " weight can replace it. Set lora_dropout=0.0, or exclude this layer with exclude_modules"
+                " weight can replace it. Set the dropout of the configuration to 0.0, or exclude this layer with"
+                " exclude_modules"
             )
         if self.effects.bias == "adds" and not self.by_weight:
             raise AttachError(
-                "cannot apply lora_bias: the model uses this weight outside a supported product, where only an"
-                " effective weight can replace it, and that has no bias. Exclude this layer with exclude_modules"
+                "cannot apply the bias of the adapter: the model uses this weight outside a supported product, where"
+                " only an effective weight can replace it, and that has no bias. Exclude this layer with"
+                " exclude_modules"
             )
         return self._change_parts(w, self.method.weight)
 
@@ -207,8 +209,8 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
 def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
     """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
 
-    `others` are the layer's other parameters. One with the size of the output may be added to the output, and IA3 would
-    then have to scale it too; its name does not show that.
+    `others` are the layer's other parameters. One with the size of the output may be added to the output, and the
+    method would then have to scale it too; its name does not show that.
     """
     for hook in hooks:
         for name, value in others.items():

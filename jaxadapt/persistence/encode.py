@@ -196,5 +196,5 @@ def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap) -> Encod
     """Add the head's tensors for tied weights: PEFT stores them under both names (`ensure_weight_tying`)."""
     if not config.get("ensure_weight_tying"):
         return encoded
-    more = tied.repeat_for_heads(encoded.plan.entries, keymap)
+    more = tied.repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))

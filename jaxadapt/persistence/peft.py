@@ -182,11 +182,13 @@ def adapter_from_tensors(
     ]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
-        repeated = tied.redundant_head_keys(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
+        repeated = tied.redundant_head_keys(
+            tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
+        )
         shapes = {key: shape for key, shape in shapes.items() if key not in repeated}
     if shapes.keys() - plan.keys.keys():
         redundant = embeddings.embedding_keys(
-            tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
+            tensors.config, tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
         )
         redundant |= full_copies.redundant_keys(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}

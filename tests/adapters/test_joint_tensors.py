@@ -20,11 +20,11 @@ def parts(*numbers):
 @pytest.mark.parametrize("present", [(0,), (0, 1), (1, 2)])
 def test_a_tensor_of_which_a_part_is_missing_is_refused(present):
     with pytest.raises(MismatchError, match=r"some tensors are incomplete(.|\n)*attn.lora_B.weight"):
-        joint_tensors.join_tensors(CONFIG, (), parts(*present), None, "save")
+        joint_tensors.join_tensors(CONFIG, (), parts(*present), None)
 
 
 def test_all_parts_are_one_tensor():
-    config, joined = joint_tensors.join_tensors(CONFIG, (), parts(0, 1, 2), None, "save")
+    config, joined = joint_tensors.join_tensors(CONFIG, (), parts(0, 1, 2), None)
     assert config == CONFIG
     np.testing.assert_array_equal(joined["attn.lora_B.weight"], np.repeat([0, 1, 2], 2)[:, None].repeat(2, 1))
 

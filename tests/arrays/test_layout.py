@@ -44,7 +44,7 @@ def test_a_factor_is_exact_if_it_is_a_power_of_two_without_shift():
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_rows_of_a_partial_leaf_and_back(xp):
     """Layers 0 and 2 of three, of ranks 4 and 3: the rest of the leaf is zero."""
-    layout = FileLayout((3, 4, 2), ("{l}", RANK, "i"), ((RANK,), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
+    layout = FileLayout((3, 4, 2), ("{l}", RANK, "i"), ((RANK,), ("i",)), (0,), file_entries=(0, 2), ranks=(4, 3))
     leaf = np.arange(1, 25, dtype="float32").reshape(3, 4, 2)
     leaf[1] = 0
     leaf[2, 3] = 0

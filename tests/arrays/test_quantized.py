@@ -328,7 +328,7 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
         return {"params": tree, **adapter.collection}, None, adapter
 
     tree, y, slopes = attached(dense, True)
-    held = [x for x in _values(tree).values() if quantized.is_quantized(x)]
+    held = [x for x in _values(tree if api == "nnx" else tree["params"]).values() if quantized.is_quantized(x)]
     assert len(held) == (4 if scanned else 8)
     assert all(len(x.codes.sharding.device_set) == 8 and not x.codes.is_fully_replicated for x in held)
     assert all(not x.absmax.is_fully_replicated for x in held)

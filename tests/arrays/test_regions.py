@@ -70,23 +70,23 @@ def test_all_of_a_grid_is_one_region():
     assert regions.merge_neighbours([]) == {}
 
 
-@pytest.mark.parametrize(
-    ("spec", "step", "runs"),
-    [(("x", None), 6, True), (("x", None), 12, True), (("x", None), 8, False), ((None, "x"), 1, False), ((), 24, True)],
-)
-def test_runs_are_contiguous_and_aligned(spec, step, runs):
+@pytest.mark.parametrize(("spec", "runs"), [(("x", None), True), ((None, "x"), False), ((), True)])
+def test_the_regions_of_devices_cover_an_array_once(spec, runs):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     shape = (8, 12) if spec[:1] == (None,) else (8, 6)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    slices, found = regions.addressable_slices(sharding, shape, step)
-    assert found is runs
-    assert len(slices) == (4 if spec else 1)
+    found = regions.addressable_regions(sharding, shape)
+    assert len(found) == (4 if spec else 1)
+    array = np.arange(math.prod(shape)).reshape(shape)
     covered = np.zeros(shape, int)
-    for index in slices:
+    for region, device in found.items():
+        index = regions.to_slices(region)
         covered[index] += 1
+        np.testing.assert_array_equal(array[sharding.devices_indices_map(shape)[device]], array[index])
+        numbers = array[index].reshape(-1)
+        assert regions.is_contiguous(shape, region) is runs is bool((np.diff(numbers) == 1).all())
     assert (covered == 1).all()
     assert regions.addressable_size(sharding, shape) == math.prod(shape)
-    assert regions.addressable_starts(sharding, shape) == [tuple(s.start for s in index) for index in slices]
 
 
 def test_the_process_with_the_fewest_bytes_writes(monkeypatch):
@@ -124,8 +124,8 @@ FORMS = [
     FileLayout((3, 4, 6), ("{l}", "i", "o"), (("o",), ("i",)), (0,)),
     FileLayout((4, 6), ("i", "(c p)"), (("p", "c"), ("i",)), (), sizes=(("p", 2),)),
     FileLayout((4, 6), ("i", "o"), (("o", "i"),), (), factor=0.5, shift=1.0),
-    FileLayout((3, 4, 5), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), held=(0, 2), ranks=(4, 2)),
-    FileLayout((3, 4, 5), ("{l}", "a", "i"), (("a",), ("i",)), (0,), held=(1,)),
+    FileLayout((3, 4, 5), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), file_entries=(0, 2), ranks=(4, 2)),
+    FileLayout((3, 4, 5), ("{l}", "a", "i"), (("a",), ("i",)), (0,), file_entries=(1,)),
 ]
 
 

@@ -23,14 +23,14 @@ def test_a_model_and_its_checkpoint():
     report = check_keymap(keymap, leaves, tensors)
     assert report.fits
     assert report.claims["h.0.kv.w"] == ("h.0.k.weight", "h.0.v.weight")
-    assert report.lines == {Q: 1, KV: 1, HEAD: 1}
+    assert report.counts == {Q: 1, KV: 1, HEAD: 1}
     assert report.wrong == ()
     report = check_keymap(keymap, leaves, {**tensors, "h.0.q.weight": (2, 3), "extra": (1,)})
     assert report.problems["unclaimed"] == ("extra",)
     assert "h.0.q.weight: the model's weight has shape 3×2" in report.problems["misshapen"][0]
     assert "but the checkpoint's has 2×3" in report.problems["misshapen"][0]
     assert report.wrong == (Q,)
-    assert report.to_dict()["wrong"] == [{"leaf": Q.leaf, "key": Q.key, "pattern": Q.pattern}]
+    assert report.to_dict()["wrong"] == [{"leaf": Q.leaf, "key": Q.file_key, "pattern": Q.pattern}]
     assert report.to_dict()["unused"] == []
     del tensors["h.0.v.weight"]
     assert check_keymap(keymap, leaves, tensors).problems == {"missing": ("h.0.v.weight",)}

@@ -10,7 +10,7 @@ from jaxadapt.keymaps import expert_names
 KEYMAP = KeyMap(
     "t",
     (),
-    each=(
+    expert_modules=(
         ("h.{l}.experts.gate_up", ("h.{l}.e.{e}.w1", "h.{l}.e.{e}.w3")),
         ("h.{l}.experts.down", ("h.{l}.e.{e}.w2",)),
         ("h.{l}.router", ("h.{l}.gate",)),

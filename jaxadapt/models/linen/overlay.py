@@ -176,7 +176,7 @@ def _resolve_like(config: Config, resolved: Config) -> Config:
     """
     changes: dict[str, Any] = {}
     config = matching.with_task_heads(config)
-    for name in ("target_modules", "feedforward_modules"):
+    for name in {name for defaults in config.default_targets.values() for name in defaults}:
         if config.get(name) is None and name in config.to_dict():
             changes[name] = resolved.get(name)
     if isinstance(config, PromptLearningConfig):
@@ -184,9 +184,7 @@ def _resolve_like(config: Config, resolved: Config) -> Config:
     if config.get("fan_in_fan_out") is not None:
         changes["fan_in_fan_out"] = resolved.get("fan_in_fan_out")
     if str(config.get("target_modules")).lower() == matching.ALL_LINEAR:
-        names = changes["target_modules"] = resolved.get("target_modules")
-        if isinstance(config.get("feedforward_modules"), tuple):
-            changes["feedforward_modules"] = [n for n in names if matching.is_feedforward(config, n)]
+        config = config.with_targets(resolved.get("target_modules"))
     return config.replace(**changes) if changes else config
 
 

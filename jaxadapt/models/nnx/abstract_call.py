@@ -183,5 +183,5 @@ def check_calls(
             "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"
             " can follow:\n"
             + paths.bullets(f"{leaf}: {reason}" for leaf, reason in stray_uses.items())
-            + "\nSet lora_dropout=0.0, or exclude them with exclude_modules"
+            + "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules"
         )

@@ -366,7 +366,7 @@ def extract(tree: Tree, name: str) -> Adapter:
     recipe = _recipe_of(variables, name)
     values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
+    recipe.check_complete(len({path.rpartition(".")[0] for path in values} - {SHARED_NODE}), name)
     return adapter
 
 
