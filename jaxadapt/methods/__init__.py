@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
-<<<<<<< HEAD
-from jaxadapt.methods.base import Effects, Method, Start, Target, as_computable, at_least_float32, require_weights
-=======
-from jaxadapt.methods.base import Change, Effects, Method, Start, Target, as_computable, at_least_float32
+from jaxadapt.methods.base import (
+    Change,
+    Effects,
+    Method,
+    Start,
+    Target,
+    as_computable,
+    at_least_float32,
+    require_weights,
+)
 from jaxadapt.methods.file_sizes import file_sizes
->>>>>>> main
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register

@@ -18,12 +18,8 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
-<<<<<<< HEAD
-from jaxadapt.core.errors import AttachError, ConfigError
-=======
 from jaxadapt.configs.base import class_of
-from jaxadapt.core.errors import ConfigError
->>>>>>> main
+from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
