@@ -81,7 +81,7 @@ class PromptMethod(Method):
     def check(self, config: Any) -> None:
         heads = config.task_type if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
         if config.modules_to_save or heads:
-            field = "modules_to_save" if config.modules_to_save else f'task_type="{heads}", whose head PEFT trains too'
+            field = "modules_to_save" if config.modules_to_save else f'task_type="{heads}" (whose head PEFT trains too)'
             raise ConfigError(
                 f"{self.peft_type}: {field} is not implemented beside virtual tokens; leave it out, and train the"
                 " head as parameters of your own. (jaxadapt.read and write keep such files as they are)"
