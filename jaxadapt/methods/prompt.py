@@ -90,10 +90,14 @@ class PromptMethod(Method):
     def require_sizes(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration lacks a size that the shapes of the tensors depend on."""
         if config.missing_sizes:
+            traced = (
+                "or pass example=[tokens], the inputs of one call, to adapt, which reads them from a trace of that call"
+                if self.adds == "keys"
+                else "and if several layers embed something, pass embeddings to the call in place of tokens"
+            )
             raise ConfigError(
                 f"{self.peft_type}: {', '.join(config.missing_sizes)} must be set, because the model's parameters do"
-                " not show them. Set them in the configuration; or pass example=[tokens], the inputs of one call, to"
-                " adapt; adapt then reads the sizes of the base from a trace of that call"
+                f" not show them. Set them in the configuration; {traced}"
             )
 
     # ------------------------------------------------------------ the interface
