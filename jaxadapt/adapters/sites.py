@@ -28,6 +28,7 @@ from jaxadapt.adapters.site import make_file_plan as make_file_plan
 from jaxadapt.adapters.site import map_layers as map_layers
 from jaxadapt.adapters.site import map_stack as map_stack
 from jaxadapt.adapters.site import method_tensors as method_tensors
+from jaxadapt.adapters.site import repeated_keys as repeated_keys
 from jaxadapt.adapters.site import shared_tensors as shared_tensors
 from jaxadapt.adapters.site import torch_layout as torch_layout
 from jaxadapt.configs import Config, matching

@@ -1,9 +1,12 @@
-"""What is known of a method besides its computation: for `jaxadapt methods`, the demo and servers. No JAX."""
+"""Facts about a method besides its computation: for `jaxadapt methods`, the demo and servers. No JAX."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxadapt.configs.frozen import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +20,7 @@ class MethodFacts:
             prepare the adapter for it; "no" if they cannot.
         merges: False if no weight has the method's effect.
         learning_rate: AdamW's peak learning rate in `jaxadapt demo`.
-        weight_decay: AdamW's weight decay there.
+        demo: the fields of the configuration there, besides the targets.
         accuracy: the share of right answers in PEFT's benchmark; None if it has no figure. LoRA's is 0.478.
         time: the training time in PEFT's benchmark, divided by LoRA's; None if it has no figure.
     """
@@ -25,6 +28,6 @@ class MethodFacts:
     rows: Literal["call", "put", "no"] = "no"
     merges: bool = True
     learning_rate: float = 1e-3
-    weight_decay: float = 0.01
+    demo: Mapping[str, Any] = FrozenDict()
     accuracy: float | None = None
     time: float | None = None

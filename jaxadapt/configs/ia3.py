@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.validation import Problems, match
 from jaxadapt.core.errors import TargetError
 
@@ -55,7 +56,11 @@ class IA3Config(Config):
     _type: ClassVar[str | None] = "IA3"
     shortens_targets: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
-        rows="call", learning_rate=2e-2, weight_decay=0.0, accuracy=0.455, time=1.0
+        rows="call",
+        learning_rate=2e-2,
+        demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),
+        accuracy=0.455,
+        time=1.0,
     )
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},

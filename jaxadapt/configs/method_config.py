@@ -20,8 +20,9 @@ class MethodConfig(Config):
 
     Attributes:
         checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of 0 or more),
-            "probability", "text", "object", "any", or the tuple of the possible values. Null is valid if it is the
-            field's default.
+            "seed" (an integer or null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
+            patterns with such values), "any", or the tuple of the possible values. Null is valid if it is the field's
+            default.
     """
 
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
@@ -59,6 +60,10 @@ _BY_KIND: Mapping[str, Check] = {
     "probability": CHECKS["lora_dropout"],
     "text": CHECKS["revision"],
     "object": CHECKS["auto_mapping"],
+    "seed": expects("an integer or null", lambda x: x is None or is_int(x)),
+    "ranks": CHECKS["rank_pattern"],
+    "number": CHECKS["lora_alpha"],
+    "numbers": CHECKS["alpha_pattern"],
     "any": lambda problems, field, value: None,
 }
 _BY_DEFAULT: Mapping[type, Check] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
+from jaxadapt.configs.listing import MethodInfo, describe_methods, passing_types
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
 from jaxadapt.methods.base import (
     Change,
@@ -29,15 +30,18 @@ __all__ = [
     "Effects",
     "MatrixMethod",
     "Method",
+    "MethodInfo",
     "PerEntry",
     "Start",
     "Target",
     "as_computable",
     "at_least_float32",
     "check_biases",
+    "describe_methods",
     "file_sizes",
     "get_method",
     "needs_layer_number",
+    "passing_types",
     "refuse_rivals",
     "register",
     "require_weights",

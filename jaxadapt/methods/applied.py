@@ -37,6 +37,11 @@ class AppliedMethod:
         """True if the layer must run with the effective weight."""
         return self.effects.form == "weight"
 
+    @property
+    def adds_to_base(self) -> bool:
+        """True if the change is a sum, computed from the base weight or its output also beside other adapters."""
+        return self.effects.weight == "adds" and self.effects.reads
+
     def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
         return function(self)
 
@@ -173,16 +178,15 @@ class AppliedMethods:
         return has_bias or any(hook.apart for hook in self.hooks)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        base = y
         for hook in self.hooks:
-            y = hook.output(use, x, y, w)
+            y = y + (hook.output(use, x, base, w) - base) if hook.adds_to_base else hook.output(use, x, y, w)
         return y
 
     def weight(self, w: Array) -> Array:
         base = w
         for hook in self.hooks:
-            # As in PEFT, a change that is added to the weight is computed from the base weight.
-            adds = hook.effects.weight == "adds" and hook.effects.reads
-            w = w + (hook.weight(base) - base) if adds else hook.weight(w)
+            w = w + (hook.weight(base) - base) if hook.adds_to_base else hook.weight(w)
         return w
 
     def bias(self, bias: Array) -> Array:

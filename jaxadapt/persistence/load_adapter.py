@@ -168,16 +168,16 @@ def load(
             f" {present.config.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
             " load(…, name=…) keeps both"
         )
-    same = present if present is not None and present.config == adapter.config else None
-    is_encoded = same is not None and bool(adapter.shared) and same.shapes != adapter.shapes
-    if is_encoded and not replace:
-        raise MismatchError(
-            f"{source}: the attached adapter {name!r} has an encoder, and the file holds only what an encoder computed"
-            f" ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without its encoder,"
-            " and load(…, name=…) keeps both"
-        )
-    if dtype is None and same is not None and not is_encoded:
-        adapter = _promote(adapter, same)
+    if present is not None and present.config == adapter.config:
+        is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
+        if is_encoded and not replace:
+            raise MismatchError(
+                f"{source}: the attached adapter {name!r} has an encoder, and the file holds only what an encoder"
+                f" computed ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
+                " its encoder, and load(…, name=…) keeps both"
+            )
+        if dtype is None and not is_encoded:
+            adapter = _promote(adapter, present)
     changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxadapt.methods import METHODS
-from tests.support import properties
+from tests.support import entries, properties
 
 
-@pytest.mark.parametrize("peft_type", sorted(METHODS))
+@pytest.mark.parametrize("peft_type", sorted(entries.CASES))
 @pytest.mark.parametrize("check", properties.CHECKS, ids=lambda check: check.__name__)
 def test_property(check, peft_type):
     count = 20 * properties.CHECKS[check]

@@ -14,9 +14,8 @@ from jaxadapt.adapters import selection
 from jaxadapt.arrays.axes import Axes, Use
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.tensor_spec import Modules
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import METHODS, AppliedMethod, AppliedMethods, check_biases, refuse_rivals
+from jaxadapt.methods import METHODS, AppliedMethod, AppliedMethods, Start, Target, check_biases, refuse_rivals
 from jaxadapt.methods.full_copy import CopyHparams, FullCopy
 from jaxadapt.methods.trainable_tokens import TokensHparams, TrainableTokens
 
@@ -28,14 +27,21 @@ def applied(method, hparams, axes=LOOKUP, **params):
     return AppliedMethod(method, hparams, {k: jnp.asarray(v) for k, v in params.items()}, axes)
 
 
+def initial(hook, w):
+    """The initial value of the hook's one tensor."""
+    (value,) = hook.params.values()
+    start = Start(value.shape, w=jnp.asarray(w), axes=hook.axes, hparams=hook.hparams)
+    return hook.method.init(LoraConfig(), None, start)
+
+
 def test_a_copy_replaces_the_weight():
     hook = applied(FullCopy("modules_to_save"), CopyHparams("modules_to_save", None), copy=W + 1)
-    assert hook.replaces
+    assert hook.by_weight
     np.testing.assert_array_equal(hook.weight(jnp.asarray(W)), W + 1)
     assert hook.weight(jnp.asarray(W, "bfloat16")).dtype == "bfloat16"
     with pytest.raises(AttachError, match="cannot unmerge modules_to_save"):
         hook.unweight(jnp.asarray(W))
-    np.testing.assert_array_equal(hook.from_base(jnp.asarray(W))["copy"], W)
+    np.testing.assert_array_equal(initial(hook, W), W)
 
 
 def test_a_copy_of_some_layers_leaves_the_others():
@@ -47,7 +53,7 @@ def test_a_copy_of_some_layers_leaves_the_others():
 
 def test_a_copy_for_the_lookup_is_not_the_head():
     hook = applied(FullCopy("modules_to_save", lookup=True), CopyHparams("modules_to_save", None), copy=W + 1)
-    assert not hook.replaces
+    assert not hook.by_weight
     assert hook.follows("gather")
     assert not hook.follows("dot_general")
     x, y = jnp.eye(5)[:2], jnp.zeros((2, 4))
@@ -65,11 +71,10 @@ def test_rows_of_tokens_are_replaced(head):
     method = TrainableTokens((3, 1))
     hook = applied(method, TokensHparams((3, 1), head), axes, trainable_tokens_delta=[[9] * 4, [8] * 4])
     rows = np.array([[9] * 4, [8] * 4], "float32")
-    name = next(iter(hook.params))
     expected = W.copy()
     expected[[3, 1]] = rows
     np.testing.assert_array_equal(hook.weight(w), expected)
-    np.testing.assert_array_equal(hook.from_base(w)[name], W[[3, 1]])
+    np.testing.assert_array_equal(initial(hook, W), W[[3, 1]])
     with pytest.raises(AttachError, match="cannot unmerge trainable_token_indices"):
         hook.unweight(w)
     turned = Axes(axes.out_axes, axes.in_axes)  # the tokens on the other axis
@@ -82,15 +87,15 @@ def test_tokens_have_one_table(pattern):
     kind = "embedding" if "l" in pattern else "conv"
     match = Match("w", Weight("w", "h.{l}.q.weight" if "l" in pattern else "q.weight", pattern, kind=kind))
     with pytest.raises(ConfigError, match="only to a token embedding or a head"):
-        TrainableTokens((1,)).tensors(LoraConfig(), match, Modules())
+        TrainableTokens((1,)).tensors(LoraConfig(), Target(match))
 
 
 @pytest.mark.parametrize(("kind", "axes"), [("embedding", ("n", "out")), ("linear", ("n", "in"))])
 def test_rows_are_of_the_axis_that_is_not_the_tokens(kind, axes):
     match = Match("w", Weight("w", "q.weight", "v d -> v d", kind=kind))
-    (tensor,) = TrainableTokens((1, 4, 2)).tensors(LoraConfig(), match, Modules())
+    (tensor,) = TrainableTokens((1, 4, 2)).tensors(LoraConfig(), Target(match))
     assert (tensor.axes, tensor.own) == (axes, (("n", 3),))
-    assert TrainableTokens((1,)).hparams(LoraConfig(), match, Modules()) == TokensHparams((1,), kind == "linear")
+    assert TrainableTokens((1,)).hparams(LoraConfig(), Target(match)) == TokensHparams((1,), kind == "linear")
 
 
 # ---- several adapters --------------------------------------------------------------------------------------
@@ -120,19 +125,17 @@ def test_several_adapters_apply_in_order():
     np.testing.assert_allclose(both.bias(jnp.ones(4)), l, rtol=1e-6)
     turned = both.map(lambda hook: hook)
     assert turned.hooks == both.hooks
-    assert not both.replaces
+    assert not both.by_weight
     assert both.forward
     assert not both.apart
     assert not both.follows("gather")
 
 
 def test_one_of_several_decides_or_all():
-    flags = {
-        "replaces": all, "forward": any, "apart": any,
-    }  # fmt: skip
+    flags = {"by_weight": all, "forward": any, "apart": any}
     for name, rule in flags.items():
         for values in ((True, True), (True, False), (False, True), (False, False)):
-            hooks = tuple(SimpleNamespace(**{name: value}) for value in values)
+            hooks = tuple(SimpleNamespace(**{"by_weight": False, name: value}) for value in values)
             assert getattr(AppliedMethods(hooks), name) is rule(values)
     for values in ((True, True), (True, False), (False, False)):
         hooks = tuple(SimpleNamespace(follows=lambda _, value=value: value) for value in values)

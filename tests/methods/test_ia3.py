@@ -75,11 +75,11 @@ def test_a_bias_is_scaled_with_the_outputs():
     np.testing.assert_allclose(hook.bias(bias), vector * bias, rtol=1e-6)
     np.testing.assert_allclose(hook.bias(bias.reshape(6)), (vector * bias).reshape(6), rtol=1e-6)
     np.testing.assert_allclose(hook.merged_bias(hook.bias(bias), -1), bias, rtol=1e-6)
-    assert hook.method.scales_bias(site.hparams)
+    assert hook.effects.bias == "scales"
     with pytest.raises(AttachError, match=r"the bias has shape \(5,\), the vector \(2, 3\)"):
         hook.bias(numbers(5))
     site = site_of(linear, (4, 2, 3), True)
     hook = AppliedMethod(site.method, site.hparams, {"ia3_l": numbers(4)}, site.axes)
     assert hook.bias(bias) is bias
     assert hook.merged_bias(bias, -1) is bias
-    assert not hook.method.scales_bias(site.hparams)
+    assert hook.effects.bias is None

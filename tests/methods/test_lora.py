@@ -118,8 +118,6 @@ def test_alora_adds_its_output_to_those_tokens_only():
         alora.mask_delta({}, delta, y)
     with pytest.raises(AttachError, match=r"shape \[1, 3\] \(batch, time\).*shape \[3, 1, 2\]"):
         alora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
-    repeated = alora.repeat_mask(mask, [0, 2], (4, 1, 5, 3))
-    np.testing.assert_array_equal(repeated, np.broadcast_to(np.asarray(mask)[None, :, None], (4, 1, 5, 3)))
 
 
 def test_kasa_scales_the_rows_of_a():
@@ -229,8 +227,9 @@ def test_each_kind_follows_its_own_primitive(weight, shape, fields, follows):
     hparams, every = hparams_of(weight, shape, **fields), ("ragged_dot_general", "conv_general_dilated", "gather")
     assert {name for name in every if METHODS["LORA"].follows(hparams, name)} == follows
     assert METHODS["LORA"].forward(hparams) is (weight is LINEAR)
-    assert METHODS["LORA"].apart(hparams) is bool(fields.get("use_dora"))
-    assert METHODS["LORA"].adds_bias(hparams) is bool(fields.get("lora_bias"))
+    effects = METHODS["LORA"].effects(hparams)
+    assert effects.sees == ("product" if fields.get("use_dora") else "layer")
+    assert effects.bias == ("adds" if fields.get("lora_bias") else None)
 
 
 @pytest.mark.parametrize("init", ["mica", "MiCA", True])

@@ -81,7 +81,7 @@ def test_the_rules_are_the_measurements(case: str):
 def test_other_methods():
     found = verdicts(jaxadapt.IA3Config(target_modules=["q_proj"]), ["base_model.model.q_proj.ia3_l"])
     assert [found[name] for name in PROGRAMS] == [RIGHT, RIGHT, REFUSED, REFUSED]  # measured
-    found = verdicts(GenericConfig(peft_type="VERA"))
+    found = verdicts(jaxadapt.configs.VeraConfig(target_modules=["q_proj"]))
     assert [found[name] for name in PROGRAMS] == [RIGHT, UNKNOWN, REFUSED, REFUSED]
     assert set(verdicts(GenericConfig(peft_type="MAGIC")).values()) == {REFUSED}
 
@@ -132,7 +132,7 @@ def test_inspect_and_the_card_show_them(tmp_path):
     row = "| llama.cpp, Ollama, SGLang | silently computes something else | `use_rslora` ignored | `jaxadapt.merging."
     assert row in card
     assert "llama.cpp (the converter of llama-cpp-python 0.3.36, measured)" in card
-    shown = CliRunner().invoke(main, ["inspect", str(tmp_path)]).output
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path)], env={"COLUMNS": "200"}).output
     line = next(line for line in shown.splitlines() if line.startswith("misread by"))
     assert line.startswith("misread by    llama.cpp, Ollama, SGLang: use_rslora: ignored. What helps: jaxadapt.merging")
     document = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)

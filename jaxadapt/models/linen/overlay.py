@@ -13,7 +13,7 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
 from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
@@ -84,6 +84,7 @@ def build_overlay(
     """
     names = {collection_name(config) for config in configs.values()}
     names |= {c for c in methods.COLLECTIONS if _has_adapters(variables.get(c))}
+    names |= set(map(integers_name, names))
     adapters = {c: variables[c] for c in variables if c in names}
     base = {c: tree for c, tree in variables.items() if c not in names}
     params = base.get("params", {})
@@ -148,7 +149,7 @@ def build_overlay(
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
     """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
     collection = collection_name(config)
-    tree = adapters.get(collection, {}).get(name)
+    tree = collections.adapter_trees(adapters).get(collection, {}).get(name)
     if tree is None:
         raise AttachError(
             f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"

@@ -18,7 +18,7 @@ from flax.core import meta
 
 from jaxadapt import methods
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
+from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
 from jaxadapt.adapters.recipes import make_recipe
 from jaxadapt.adapters.sites import Sites
 from jaxadapt.configs import Config
@@ -127,7 +127,8 @@ class Adapted:
         has_prompt = any(methods.get_method(config).scope == "model" for _, config in self.adapters)
         sizes = prompt.measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
-        occupied = model.collections & {collection_name(config) for _, config in self.adapters}
+        own = {collection_name(config) for _, config in self.adapters}
+        occupied = model.collections & (own | set(map(integers_name, own)))
         if occupied:
             raise AttachError(
                 f"cannot add the adapter: the module has a collection {sorted(occupied)} of its own. Rename that"
@@ -277,7 +278,7 @@ class Adapted:
         shapes = {leaf: tuple(survey.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
         configs = dict(self.adapters)
         for name in self.active:
-            tree = overlay.adapters[collection_name(configs[name])][name]
+            tree = collections.adapter_trees(overlay.adapters)[collection_name(configs[name])][name]
             adapter = collections.read_adapter(meta.unbox(tree), name)
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             scopes = called() if missing else ()
