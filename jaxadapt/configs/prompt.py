@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems, is_int
 
@@ -24,9 +25,10 @@ class PromptLearningConfig(MethodConfig):
         num_attention_heads: the number of attention heads of the base; for keys and values that of their heads. None:
             the base's.
         num_layers: the number of attention layers of the base. None: the base's.
-        modules_to_save: modules that are trained in full and saved beside the adapter, or None.
+        modules_to_save: modules that PEFT trains in full beside the adapter; `adapt` and `load` refuse it.
     """
 
+    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
     checks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
         ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), "rank"
     )

@@ -78,13 +78,26 @@ class PromptMethod(Method):
         """
         return self.stored(config, params)[EMBEDDINGS]
 
+    def check(self, config: Any) -> None:
+        heads = config.task_type if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+        if config.modules_to_save or heads:
+            field = "modules_to_save" if config.modules_to_save else f'task_type="{heads}" (whose head PEFT trains too)'
+            raise ConfigError(
+                f"{self.peft_type}: {field} is not implemented beside virtual tokens; leave it out, and train the"
+                " head as parameters of your own. (jaxadapt.read and write keep such files as they are)"
+            )
+
     def require_sizes(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration lacks a size that the shapes of the tensors depend on."""
         if config.missing_sizes:
+            traced = (
+                "or pass example=[tokens], the inputs of one call, to adapt, which reads them from a trace of that call"
+                if self.adds == "keys"
+                else "and if several layers embed something, pass embeddings to the call in place of tokens"
+            )
             raise ConfigError(
                 f"{self.peft_type}: {', '.join(config.missing_sizes)} must be set, because the model's parameters do"
-                " not show them. Set them in the configuration; or pass example=[tokens], the inputs of one call, to"
-                " adapt; adapt then reads the sizes of the base from a trace of that call"
+                f" not show them. Set them in the configuration; {traced}"
             )
 
     # ------------------------------------------------------------ the interface

@@ -61,9 +61,6 @@ def take_adapter(
     adapter = held.extract(name, config, keymap, lora_alpha)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
-    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
-        params = {**source.adapter.params, SHARED_NODE: stored}
-        source = Source(held, dataclasses.replace(source.adapter, params=params))
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
@@ -103,6 +100,9 @@ def encode_tree(
             tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap)
         )
     source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
+    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+        params = {**source.adapter.params, SHARED_NODE: stored}
+        source = Source(held, dataclasses.replace(source.adapter, params=params))
     encoded = _with_embeddings(source, _encode(source, dtype), save_embedding_layers)
     config, keymap = source.adapter.config, source.adapter.keymap
     return PeftTensors(*_join_or_split(source, _repeat_for_heads(config, encoded, keymap), on_shared), "this adapter")

@@ -21,6 +21,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
@@ -238,7 +239,7 @@ def _from_orbax(
     recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example, shared)
     planning.check_kernels(base, target_sites)
     wanted, found = (
-        {entry.path: (entry.shape, entry.keys) for site in each for entry in site.entries}
+        {entry.path: (entry.shape, entry.keys) for site in (*each, *each.shared) for entry in _entries(site)}
         for each in (target_sites, stored_sites)
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
@@ -248,7 +249,11 @@ def _from_orbax(
     placement = peft.adapter_placement(shardings, base, target_sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and shardings is None:
-        like |= attached.flat()
+        like |= {p: x for p, x in attached.flat().items() if p in wanted}
     flat = orbax_folder.read(path, stored, like).flat()
     flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in flat.items()}
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
+
+
+def _entries(part: sites.Site | sites.SharedTensor) -> Sequence[PlanEntry]:
+    return part.entries if isinstance(part, sites.Site) else (part.entry,)

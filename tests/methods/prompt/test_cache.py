@@ -1,0 +1,86 @@
+"""Decoding token by token with a model's own cache gives the logits of one call with all tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt.core.errors import AttachError
+
+V, D, H, N, LENGTH = 9, 8, 2, 3, 12
+TOKENS = jnp.array([[3, 1, 4, 1, 5], [8, 0, 2, 6, 7]])
+
+
+class Net(nnx.Module):
+    """One layer of causal attention, with a cache that each call extends."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        self.places = nnx.Param(jax.random.normal(rngs.params(), (LENGTH, D)))
+        self.qkv, self.head = nnx.Linear(D, 3 * D, rngs=rngs), nnx.Linear(D, V, rngs=rngs)
+        self.keys, self.values = (nnx.Cache(jnp.zeros((2, LENGTH, H, D // H))) for _ in range(2))
+        self.used = nnx.Cache(jnp.zeros((), jnp.int32))
+
+    def __call__(self, tokens: Any = None, positions: Any = None, embeddings: Any = None) -> Any:
+        x = self.embed(tokens) if embeddings is None else embeddings
+        used, time = self.used[...], x.shape[1]
+        if positions is None:
+            positions = jnp.broadcast_to(used + jnp.arange(time)[None], x.shape[:2])
+        x = x + self.places[...][positions]
+        q, k, v = (part.reshape(*x.shape[:2], H, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache[...] = jax.lax.dynamic_update_slice(cache[...], new, (0, used, 0, 0))
+        self.used[...] = used + time
+        seen = jnp.arange(LENGTH)[None] <= (used + jnp.arange(time))[:, None]
+        y = jaxadapt.attention(q, self.keys[...], self.values[...], mask=seen[None, None])
+        return self.head(y.reshape(x.shape))
+
+
+CONFIGS = [jaxadapt.PrefixTuningConfig(num_virtual_tokens=N), jaxadapt.PromptTuningConfig(num_virtual_tokens=N)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.peft_type)
+def test_decoding_with_a_cache(config: Any) -> None:
+    model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), example=[TOKENS])
+    want = nnx.clone(model)(TOKENS)
+    model(TOKENS[:, :3])
+    for i in (3, 4):
+        embeds = config.peft_type == "PROMPT_TUNING"
+        context: Any = jaxadapt.models.invoke(model, prefilled=True) if embeds else contextlib.nullcontext()
+        with context:
+            step = model(TOKENS[:, i : i + 1], jnp.full((2, 1), i))
+        assert step.shape == (2, 1, V)
+        np.testing.assert_allclose(step[:, 0], want[:, i - 5], rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefix_has_no_use_for_prefilled() -> None:
+    model = jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIGS[0], rngs=nnx.Rngs(1), example=[TOKENS])
+    refused = pytest.raises(AttachError, match="no active adapter is a prompt of embeddings")
+    with refused, jaxadapt.models.invoke(model, prefilled=True):
+        pass
+
+
+def test_an_orbax_checkpoint_keeps_the_encoder(tmp_path: Path) -> None:
+    config = CONFIGS[0].replace(prefix_projection=True)
+    model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), example=[TOKENS])
+    jaxadapt.save(model, tmp_path / "orbax", format="orbax")
+    jaxadapt.save(model, tmp_path / "peft")
+    one, two = (jaxadapt.load(tmp_path / name, Net(nnx.Rngs(0))) for name in ("orbax", "peft"))
+    assert "kernel_1" in jaxadapt.extract(one).shared
+    assert list(jaxadapt.extract(two).shared) == ["prompt_embeddings"]
+    np.testing.assert_allclose(one(TOKENS), two(TOKENS), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_beside_virtual_tokens_are_refused() -> None:
+    for fields in ({"task_type": "SEQ_CLS"}, {"modules_to_save": ["head"]}):
+        with pytest.raises(jaxadapt.ConfigError, match="not implemented beside virtual tokens"):
+            jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIGS[0].replace(**fields), rngs=nnx.Rngs(1), example=[TOKENS])
+    assert jaxadapt.summary(jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIGS[1], rngs=nnx.Rngs(1))).trainable == N * D
