@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from jaxadapt.models.nnx.params import FrozenParam as FrozenParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
     from jaxadapt.models.nnx.params import SharedParam as SharedParam
+    from jaxadapt.models.prompt.attention import attention as attention
     from jaxadapt.models.summary_table import summary as summary
     from jaxadapt.models.target_selection import select as select
     from jaxadapt.persistence.folder import read as read

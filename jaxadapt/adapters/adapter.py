@@ -102,6 +102,17 @@ def collection_name(config: Config) -> str:
     return config.peft_type.lower()
 
 
+def integers_name(collection: str) -> str:
+    """Return the name of the Linen collection with the integer tensors of a collection's adapters.
+
+    `jax.grad` refuses integers, so they are not among the parameters that it differentiates.
+
+    >>> integers_name("shira")
+    'shira_integers'
+    """
+    return f"{collection}_integers"
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class Adapter:
@@ -155,8 +166,20 @@ class Adapter:
         return self.named("default")
 
     def named(self, name: str) -> dict[str, dict[str, Any]]:
-        """Return `{"lora": {name: {..., "~config": recipe}}}`, to merge into Linen variables."""
-        return {collection_name(self.config): {name: {**self.params, CONFIG_NODE: self.recipe}}}
+        """Return `{"lora": {name: {..., "~config": recipe}}}`, to merge into Linen variables.
+
+        Integer tensors, such as SHiRA's indices, have a collection of their own, `{"shira_integers": {name: ...}}`.
+        """
+        collection = collection_name(self.config)
+        leaves = paths.flatten(self.params)
+        integers = {path: x for path, x in leaves.items() if np.issubdtype(_unbox(x).dtype, np.integer)}
+        if not integers:
+            return {collection: {name: {**self.params, CONFIG_NODE: self.recipe}}}
+        floats = paths.unflatten({path: x for path, x in leaves.items() if path not in integers})
+        return {
+            collection: {name: {**floats, CONFIG_NODE: self.recipe}},
+            integers_name(collection): {name: paths.unflatten(integers)},
+        }
 
     def flat(self) -> dict[str, Any]:
         """Return `{"model.layers.0.q_proj.kernel.lora_A": array}`."""

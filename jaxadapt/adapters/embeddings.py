@@ -103,6 +103,7 @@ def add_embeddings(
 
 
 def embedding_keys(
+    config: Config,
     tensors: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     known: Mapping[str, Any],
@@ -123,7 +124,7 @@ def embedding_keys(
     entries = [
         entry for wrapped in (True, False) for entry in _embedding_entries(keymap, base_shapes, wrapped).values()
     ]
-    entries = [*tied.repeat_for_heads(entries, keymap), *entries]
+    entries = [*tied.repeat_for_heads(config, entries, keymap), *entries]
     embeddings = {key: entry for entry in entries for key in entry.keys if key in shapes and key not in known}
     problems: list[str] = []
     for key, entry in embeddings.items():

@@ -27,7 +27,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
         match = keymap.match(site.leaf)
         if match is None:
             unmapped.append(site.leaf)
-        elif site.method.wrapper_depth is not None:
+        elif site.method.on_parameters:
             names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
             renamed += [name for name in names if not matching.is_parameter(config, name)]
         elif site.method.copies:
@@ -48,7 +48,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
         unmapped,
     )
     old_modules = [
-        name for site in sites if not site.method.copies and site.method.wrapper_depth is None for name in site.modules
+        name for site in sites if not site.method.copies and not site.method.on_parameters for name in site.modules
     ]
     raise_listed(
         ConfigError,

@@ -81,6 +81,8 @@ def resolve_config(
 
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
+    if methods.get_method(config).scope == "model":
+        return config
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
@@ -222,7 +224,7 @@ def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, sha
     for match, sizes, names in selected:
         indices = [index for index, name in names.items() if matching.is_parameter(config, name)]
         match, modules = targeted_entries(match, sizes, names, indices)
-        sites.append(bind_site(config, method.on_parameter(depths[match.leaf]), keymap, match, sizes, modules))
+        sites.append(bind_site(config, method.for_parameter(depths[match.leaf]), keymap, match, sizes, modules))
     return sites
 
 

@@ -18,7 +18,7 @@ from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 
 Shape = tuple[int, ...]
@@ -143,8 +143,16 @@ def bind_shared(
         right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
         form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right, ())
         keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
+        if tensor.repeated:
+            modules = (module for site in sites if not site.method.copies for module in site.modules)
+            keys += tuple(f"{PEFT_PREFIX}{module}{tensor.suffix}" for module in modules)
         shared.append(SharedTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
     return tuple(shared)
+
+
+def repeated_keys(sites: Sequence[Site]) -> dict[str, str]:
+    """Return `{key: key of the same tensor}` of the keys that repeat a tensor of the whole adapter."""
+    return {key: each.entry.keys[0] for each in shared_tensors(sites) for key in each.entry.keys[1:]}
 
 
 def bind_site(

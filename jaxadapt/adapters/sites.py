@@ -28,6 +28,7 @@ from jaxadapt.adapters.site import make_file_plan as make_file_plan
 from jaxadapt.adapters.site import map_layers as map_layers
 from jaxadapt.adapters.site import map_stack as map_stack
 from jaxadapt.adapters.site import method_tensors as method_tensors
+from jaxadapt.adapters.site import repeated_keys as repeated_keys
 from jaxadapt.adapters.site import shared_tensors as shared_tensors
 from jaxadapt.adapters.site import torch_layout as torch_layout
 from jaxadapt.configs import Config, matching
@@ -101,7 +102,7 @@ def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> t
         for site in sites
         if not site.method.copies
         for name in site.modules
-        if not (matching.is_target if site.method.wrapper_depth is None else matching.is_parameter)(config, name)
+        if not (matching.is_parameter if site.method.on_parameters else matching.is_target)(config, name)
     )
     return sites, untargeted_names
 
@@ -127,7 +128,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     )
     for match, shapes in adapting:
         depth = depths.get(match.leaf)
-        site_method = method if depth is None else method.on_parameter(depth)
+        site_method = method if depth is None else method.for_parameter(depth)
         sites.append(_recover_site(config, site_method, keymap, match, shapes))
     adapted = {module for site in sites for module in site.modules}
     for match, shapes in copied:
@@ -232,7 +233,7 @@ def _recover_site(
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     names_of, is_targeted = (
         _names_function(method),
-        matching.is_target if method.wrapper_depth is None else matching.is_parameter,
+        matching.is_parameter if method.on_parameters else matching.is_target,
     )
     sizes = _stacked_sizes(config, method, match, shapes)
     names = names_of(match, sizes)
@@ -256,7 +257,7 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 def _names_function(method: methods.Method) -> Any:
     """Return `f(match, sizes)`, the function for the PyTorch names of the entries that this method adapts."""
-    return Match.modules if method.wrapper_depth is None else target_parameters.parameter_names
+    return target_parameters.parameter_names if method.on_parameters else Match.modules
 
 
 def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:

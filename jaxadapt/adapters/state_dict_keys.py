@@ -10,15 +10,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.configs.base import tensor_prefixes
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 
-_TENSORS = frozenset(
-    "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_diag"
-    " ia3_l trainable_tokens_delta".split()
-)
 _SAVED = ".modules_to_save."
 _ORIGINAL = ".token_adapter.trainable_tokens_original."
 _PLAIN = ("weight", "bias")
+_NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
 
 
 def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None]:
@@ -77,13 +75,17 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
     if end in _PLAIN:  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
-        if tensor in _TENSORS and name not in _TENSORS:
-            return name, stem if tensor == "lora_magnitude_vector" else f"{stem}.{end}"
-    elif stem.rpartition(".")[2] in _TENSORS and end not in _TENSORS:  # a parameter: ia3_l.default
+        if _is_tensor(tensor):
+            return name, stem if tensor in _NOT_MODULES else f"{stem}.{end}"
+    elif _is_tensor(stem.rpartition(".")[2]):  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
     return (name, f"{module}.{parameter}") if separator and dot else None
+
+
+def _is_tensor(name: str) -> bool:
+    return name.startswith((*tensor_prefixes(), "trainable_tokens_delta"))
 
 
 def is_original_row(key: str) -> bool:

@@ -18,6 +18,7 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import PlanEntry
+from jaxadapt.methods import METHODS
 
 _C = TypeVar("_C", bound=Config)
 
@@ -79,40 +80,34 @@ def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]
     return replaced
 
 
-def repeat_for_heads(entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
-    """Return the entries that a file repeats under the head's name.
-
-    LoRA's factors swap there: the head's B is the embedding's A, transposed, and the head's A is the embedding's B.
-    """
+def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
+    """Return the entries that a file repeats under the head's name, as the method says (`Method.as_head`)."""
+    method = METHODS.get(config.peft_type)
+    as_head = {**_COPIES, **({} if method is None else method.as_head)}
     repeated: list[PlanEntry] = []
     for head, embedding in keymap.tied:
         embedding_prefix, head_prefix = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (embedding, head))
         for entry in entries:
             suffix = entry.keys[0].removeprefix(embedding_prefix)
-            if not entry.keys[0].startswith(embedding_prefix) or suffix not in _AS_HEAD:
+            if not entry.keys[0].startswith(embedding_prefix) or suffix not in as_head:
                 continue
             form = entry.form
-            if suffix != _AS_HEAD[suffix]:
+            if suffix != as_head[suffix]:
                 form = dataclasses.replace(form, right=form.right[::-1])
-            repeated.append(PlanEntry(entry.path, form, (f"{head_prefix}{_AS_HEAD[suffix]}",)))
+            repeated.append(PlanEntry(entry.path, form, (f"{head_prefix}{as_head[suffix]}",)))
     return repeated
 
 
-_AS_HEAD = {
-    "weight": "weight",
-    "base_layer.weight": "base_layer.weight",
-    "lora_embedding_A": "lora_B.weight",
-    "lora_embedding_B": "lora_A.weight",
-}
+_COPIES = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
 
 
 def redundant_head_keys(
-    tensors: Mapping[str, Any], entries: Iterable[PlanEntry], keymap: KeyMap, source: str
+    config: Config, tensors: Mapping[str, Any], entries: Iterable[PlanEntry], keymap: KeyMap, source: str
 ) -> set[str]:
     """Return the keys of a file that repeat others for the head; raise `MismatchError` if their values differ."""
     entries = list(entries)
     first = {entry.path: entry for entry in entries}
-    repeated = {entry.keys[0]: entry for entry in repeat_for_heads(entries, keymap) if entry.keys[0] in tensors}
+    repeated = {entry.keys[0]: entry for entry in repeat_for_heads(config, entries, keymap) if entry.keys[0] in tensors}
     different: list[str] = []
     for key, entry in repeated.items():
         original_key = first[entry.path].keys[0]

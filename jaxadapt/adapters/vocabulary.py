@@ -13,16 +13,14 @@ from jaxadapt.adapters.tied import NAMES
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.keymap import KeyMap
 
-_ZEROS = ("lora_embedding_A", "lora_B", "lora_B_bias")  # a row of zeros in these has no effect
-
 
 def fit_vocabulary(
     tensors: Mapping[str, Any], sites: Sequence[Site], keymap: KeyMap, base: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
     """Return a file's tensors resized to the model's vocabulary, and warn for each.
 
-    Rows that the file lacks are zeros in an adapter, and the base's own in a copy. Tensors that differ in another way
-    stay unchanged; a later check reports them.
+    Rows that the file lacks have no effect in an adapter, and are the base's own in a copy. Tensors that differ in
+    another way stay unchanged; a later check reports them.
     """
     fitted = dict(tensors)
     for site in sites:
@@ -36,8 +34,8 @@ def fit_vocabulary(
             (axis,) = differing
             if not vocabulary_axes or entry.form.right[axis] != vocabulary_axes:
                 continue
-            if tensor.name in _ZEROS:
-                rows = np.zeros(expected, fitted[key].dtype)
+            if tensor.name in site.method.neutral:
+                rows = np.full(expected, site.method.neutral[tensor.name], fitted[key].dtype)
             elif tensor.is_copy and has_value(base.get(site.leaf), abstract=False):
                 rows = np.array(entry.form.encode(np.asarray(base[site.leaf]), 0)).astype(fitted[key].dtype)
             else:

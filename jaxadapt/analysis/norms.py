@@ -1,7 +1,7 @@
-"""Norms and effective ranks of the change that an adapter makes to each weight, computed from its file with NumPy.
+"""Norms and effective ranks of the change that an adapter makes to each weight, computed from its file.
 
-ΔW = s·B·A of LoRA is not computed: with B = Qb·Rb and Aᵀ = Qa·Ra, its singular values are those of the small matrix
-s·Rb·Raᵀ. The effective rank is exp of the entropy of the normalized singular values (Roy and Vetterli 2007). It is 1
+Each method measures its own change (`Method.measure_change`). The effective rank is exp of the entropy of the
+normalized singular values (Roy and Vetterli 2007). It is 1
 for a rank-one change, and r if r directions have equal weight.
 """
 
@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, IA3Config, LoraConfig, matching
+from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.methods import METHODS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,10 +30,10 @@ class Norm:
 
     Attributes:
         module: the path of the module or parameter.
-        norm: the Frobenius norm ‖ΔW‖; for IA3 the root mean square of l − 1, which is the relative change.
-        effective_rank: the effective rank, averaged over experts; None for IA3.
-        rank: the rank r; None for IA3.
-        scale: the scale s; None for IA3.
+        norm: the norm that `Norms.what` describes, such as the Frobenius norm ‖ΔW‖.
+        effective_rank: the effective rank, averaged over experts; None if the change has none.
+        rank: the rank r; None for methods without it.
+        scale: the scale s; None for methods without it.
     """
 
     module: str
@@ -71,9 +72,12 @@ class Norms:
 def measure_norms(tensors: PeftTensors) -> Norms:
     """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
     config = tensors.config
-    if not isinstance(config, LoraConfig | IA3Config):
+    method = METHODS.get(config.peft_type)
+    what = None if method is None else method.describe_change(config)
+    if method is None or what is None:
         raise ConfigError(
-            f"cannot compute norms for {config.peft_type}: without the base model they are known only for LORA and IA3"
+            f"cannot compute norms for {config.peft_type}: the file alone does not determine the change of a weight,"
+            " which depends on the base model. Compare the weights before and after jaxadapt.merge"
         )
     module_keys: dict[str, dict[str, Any]] = {}
     for key in tensors.tensors:
@@ -85,15 +89,15 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     for module, keys in module_keys.items():
         arrays = {name: _as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
-        norm = _lora_norm(config, module, arrays) if isinstance(config, LoraConfig) else _ia3_norm(module, arrays)
-        if norm is None:
+        change = method.measure_change(config, module, arrays)
+        if change is None:
             left_out.append(module)
         else:
-            norms.append(norm)
+            norms.append(Norm(module, **dataclasses.asdict(change)))
     left_out += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
     owner = {key: named_parameter(config, module) for module, keys in module_keys.items() for key in keys.values()}
     bad = [owner.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
-    return Norms(_describe_norm(config), tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
+    return Norms(what, tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
 
 
 def _is_finite(x: Any) -> bool:
@@ -121,56 +125,10 @@ def named_parameter(config: Config, module: str) -> str:
     return f"{owner}.{adapted[position]}" if 0 <= position < len(adapted) else module
 
 
-def _describe_norm(config: Config) -> str:
-    """Return a description of the numbers in `Norm.norm`."""
-    if config.peft_type == "IA3":
-        return "relative change, rms of l − 1"
-    return "‖s·B·A‖, before DoRA's normalization" if config.get("use_dora") else "‖ΔW‖ = ‖s·B·A‖"
-
-
 def _as_float64(x: Any) -> np.ndarray:
     import numpy as np
 
     return np.asarray(x).astype(np.float64)
-
-
-def _ia3_norm(module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
-    """Compute the norm of an IA3 module; None if its vector is missing."""
-    l = arrays.get("ia3_l")
-    return None if l is None else Norm(module, float(((l - 1) ** 2).mean()) ** 0.5)
-
-
-def _lora_norm(config: LoraConfig, module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
-    """Compute the norm of a LoRA module; None if it does not follow from A and B."""
-    import numpy as np
-
-    kind = "lora" if "lora_A" in arrays else "lora_embedding"
-    if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.use_qalora or config.use_bdlora:
-        return None
-    a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
-    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    if "lora_diag" in arrays:
-        a = arrays["lora_diag"][:, None] * a  # KaSA
-    rank, scale = config.rank_of(module), config.scale_of(module)
-    experts, remainder = divmod(a.shape[0], rank) if matching.is_parameter(config, module) else (1, 0)
-    if remainder or b.shape[1] != a.shape[0]:
-        return None  # a grouped convolution
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a diverged run, on which decompositions fail
-        return Norm(module, math.nan, None, a.shape[0] // experts, float(scale))
-    # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
-    expert_a, expert_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
-    r_factors: list[Any] = [np.linalg.qr(x, mode="r") for x in (expert_b, np.swapaxes(expert_a, 1, 2))]
-    s = np.linalg.svd(r_factors[0] @ np.swapaxes(r_factors[1], 1, 2), compute_uv=False)
-    effective = sum(map(_effective_rank, s)) / experts
-    return Norm(module, abs(scale) * float(np.sqrt((s**2).sum())), effective, expert_a.shape[1], float(scale))
-
-
-def _effective_rank(s: np.ndarray) -> float:
-    """Return exp of the entropy of normalized singular values; 0 if all are 0."""
-    import numpy as np
-
-    p = s[s > 0] / max(s.sum(), np.finfo(s.dtype).tiny)
-    return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
 
 
 # ---------------------------------------------------------------- grid

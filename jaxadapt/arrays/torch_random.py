@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxadapt.core.errors import ConfigError
+
+_LARGEST_PERMUTATION = (2**32 - 1) // 20
+
 
 class TorchRandom:
     """A stream of PyTorch's random numbers; each call continues it.
@@ -29,7 +33,15 @@ class TorchRandom:
         return values.astype(np.float32).reshape(shape)
 
     def permutation(self, size: int, count: int) -> np.ndarray:
-        """Return the first `count` entries of `torch.randperm(size)`, for a size below 2³²; nothing larger is made."""
+        """Return the first `count` entries of `torch.randperm(size)`; nothing larger is made.
+
+        Raises `ConfigError` for a size of 214,748,364 or more, which PyTorch shuffles in another way, as a whole.
+        """
+        if size >= _LARGEST_PERMUTATION:
+            raise ConfigError(
+                f"cannot draw PyTorch's random positions among {size:,} entries: it draws them in another way from"
+                f" {_LARGEST_PERMUTATION:,} entries on. Exclude the module with exclude_modules"
+            )
         moved: dict[int, int] = {}
         out = np.empty(count, np.int64)
         for i, word in enumerate(self._words(count)):

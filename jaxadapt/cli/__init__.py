@@ -36,6 +36,7 @@ COMMANDS = (
     "pull",
     "checkpoints",
     "families",
+    "methods",
     "completion",
 )
 """The commands in the order of the help page."""

@@ -65,7 +65,7 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
         raise click.UsageError("'auto' recognizes the family of a model: give --model, or name the family")
     from jaxadapt.keymaps import check, families
 
-    leaves = None if model is None else _read_model_shapes(Path(model))
+    leaves = None if model is None else read_model_shapes(Path(model))
     tensors = None if checkpoint is None else _read_checkpoint_shapes(Path(checkpoint))
     is_custom = ".py:" in family
     keymap = _run_keymap_file(family) if is_custom else families.resolve_keymap(family, leaves or {})
@@ -144,7 +144,7 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
     return texts
 
 
-def _read_model_shapes(path: Path) -> Shapes:
+def read_model_shapes(path: Path) -> Shapes:
     """Read `{leaf: shape}` of a model from a .json or .safetensors file or an Orbax folder."""
     import json
 

@@ -23,7 +23,7 @@ from jaxadapt.cli import output
 )
 @click.option("--api", default="nnx", show_default=True, type=click.Choice(["nnx", "linen"]), help="Flax API to use.")
 @click.option(
-    "--method", default="lora", show_default=True, type=click.Choice(["lora", "ia3"]), help="Method to train."
+    "--method", default="lora", show_default=True, help="Method to train, a type of `jaxadapt methods` in lower case."
 )
 @output.as_json
 def command(out: str, steps: int, seed: int, api: str, method: str, as_json: bool) -> None:

@@ -90,9 +90,7 @@ def _print_info(info: Info, tensors: bool) -> None:
     targets = config.get("target_modules")
     if targets is not None:
         rows.append(("targets", _value_text(targets)))
-    values = config.to_dict()
-    fields = [name for name, default in card.FIELDS.items() if name in values and values[name] not in (default, [])]
-    rows += [(name, _value_text(values[name])) for name in fields]
+    rows += [(name, _value_text(value)) for name, value in config.shown_fields().items()]
     if info.modules:
         rows.append(("adapted", ", ".join(info.modules)))
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from jaxadapt.configs import registry
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.peft_type import read_peft_type
@@ -67,6 +68,18 @@ class Config:
 
     # {peft_type: class} of every loaded subclass for one type; `class_of` loads those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
+
+    # The method's facts for lists, the demo and servers.
+    facts: ClassVar[MethodFacts] = MethodFacts()
+
+    # The names of the method's file tensors begin with this; None for the type in lower case and "_".
+    tensor_prefix: ClassVar[str | None] = None
+
+    # The fields that a card shows also where they have their default.
+    main_fields: ClassVar[tuple[str, ...]] = ("r", "alpha")
+
+    # False if PEFT stores the full names of the modules that "all-linear" selects, however many they are.
+    shortens_targets: ClassVar[bool] = True
 
     # {pattern of a keymap's name: field values}: PEFT's defaults for models of that type, if no targets are given.
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -232,6 +245,31 @@ class Config:
         new._keep(changes)
         return new
 
+    def with_targets(self, targets: Sequence[str]) -> Self:
+        """Return the configuration with other targets, which select the same modules."""
+        if "target_modules" in self.extra:  # a GenericConfig
+            return self.replace(extra={**self.extra, "target_modules": targets})
+        return self.replace(target_modules=targets)
+
+    def shown_fields(self) -> dict[str, Any]:
+        """Return the fields of the method that describe an adapter: its main fields, and those that are not default.
+
+        The targets, the task and the origin of the adapter are not among them.
+
+        >>> class_of("LORA")(r=4, target_modules=["q"], use_dora=True).shown_fields()
+        {'r': 4, 'lora_alpha': 8, 'use_dora': True}
+        """
+        plain = {item.name: _default(item) for item in dataclasses.fields(self)}
+        hidden = {item.name for item in dataclasses.fields(Config)} | {"target_modules"}
+        values = {name: thaw(getattr(self, name)) for name in plain} | thaw(self.extra)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in hidden
+            and value not in (None, [], {})
+            and ((value and name in self.main_fields) or value != thaw(plain.get(name, False)))
+        }
+
     def differences(self, other: Config, theirs: str = "in the file") -> str:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""
         x, y = self.to_dict(), other.to_dict()
@@ -293,6 +331,22 @@ def class_of(peft_type: str) -> type[Config] | None:
     ('IA3Config', None)
     """
     return Config.classes.get(peft_type) or registry.load_class(peft_type)
+
+
+def tensor_prefixes() -> tuple[str, ...]:
+    """Return the first parts of the names of all methods' file tensors, the longest first.
+
+    >>> {"lora_", "ia3_", "vera_"} <= set(tensor_prefixes())
+    True
+    """
+    return _prefixes_of(tuple(dict.fromkeys([*registry.config_classes(), *Config.classes])))
+
+
+@cache
+def _prefixes_of(types: tuple[str, ...]) -> tuple[str, ...]:
+    classes = [found for peft_type in types if (found := class_of(peft_type)) is not None]
+    prefixes = {cls.tensor_prefix or f"{str(cls._type).lower()}_" for cls in classes}  # pyright: ignore[reportPrivateUsage]
+    return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.validation import Problems, match
+from jaxadapt.core.errors import TargetError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -51,6 +54,14 @@ class IA3Config(Config):
     """
 
     _type: ClassVar[str | None] = "IA3"
+    shortens_targets: ClassVar[bool] = False
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        rows="call",
+        learning_rate=2e-2,
+        demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),
+        accuracy=0.455,
+        time=1.0,
+    )
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},
         "bert|roberta": {
@@ -78,6 +89,14 @@ class IA3Config(Config):
     modules_to_save: Collection[str] | None = None
     init_ia3_weights: bool = True
 
+    def with_targets(self, targets: Sequence[str]) -> Self:
+        inputs = self.feedforward_modules
+        if isinstance(inputs, tuple):
+            # IA3 requires a subset of the targets, so the names must be spelled alike. (PEFT keeps the old names, and
+            # then refuses the file that it has written.)
+            inputs = [name for name in targets if is_feedforward(self, name)]
+        return self.replace(target_modules=targets, feedforward_modules=inputs)
+
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         targets, inputs = self.target_modules, self.feedforward_modules
@@ -86,3 +105,23 @@ class IA3Config(Config):
             if untargeted:
                 way_out = "add them to target_modules, or remove them here"
                 problems.add("feedforward_modules", "a subset of target_modules", untargeted, way_out)
+
+
+def is_feedforward(config: Config, name: str) -> bool:
+    """Return True if the IA3 vector of the target `name` scales the module's inputs.
+
+    A string must match the whole name. An entry of a list must be the name's end; as in PEFT, without a dot before it.
+
+    Raises:
+        TargetError: `feedforward_modules` is null, for which PEFT has defaults by model type.
+        ConfigError: a regular expression is invalid.
+    """
+    inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
+    if inputs is None:
+        raise TargetError(
+            "feedforward_modules: expected names, found null, which selects PEFT's default only if target_modules is"
+            " null too; list the targets whose vectors scale inputs, or write [] for none"
+        )
+    if isinstance(inputs, str):
+        return match("feedforward_modules", inputs, name) is not None
+    return name.endswith(inputs)

@@ -123,26 +123,6 @@ def saving_entries(config: Config, module: str) -> set[str]:
     return tails & entries
 
 
-def is_feedforward(config: Config, name: str) -> bool:
-    """Return True if the IA3 vector of the target `name` scales the module's inputs.
-
-    A string must match the whole name. An entry of a list must be the name's end; as in PEFT, without a dot before it.
-
-    Raises:
-        TargetError: `feedforward_modules` is null, for which PEFT has defaults by model type.
-        ConfigError: a regular expression is invalid.
-    """
-    inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
-    if inputs is None:
-        raise TargetError(
-            "feedforward_modules: expected names, found null, which selects PEFT's default only if target_modules is"
-            " null too; list the targets whose vectors scale inputs, or write [] for none"
-        )
-    if isinstance(inputs, str):
-        return match("feedforward_modules", inputs, name) is not None
-    return name.endswith(inputs)
-
-
 def resolve_targets(
     config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None
 ) -> _C:
@@ -183,11 +163,11 @@ def resolve_targets(
             'target_modules: "all-linear" matches nothing: the model has no linear layer besides the output layer;'
             " list the modules instead"
         )
-    if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
+    if len(chosen) >= _COLLAPSE_FROM and config.shortens_targets:
         # A suffix must not match a parent module either (such as the layer "0"), which PEFT would fail to adapt.
         shorter = shortest_suffixes(chosen, all_modules.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
-    return _with_targets(config, chosen)
+    return config.with_targets(chosen)
 
 
 def select_names(
@@ -269,17 +249,6 @@ def is_all_linear(config: Config) -> bool:
     """Return True if `target_modules` is "all-linear", in any case of letters."""
     targets = config.get("target_modules")
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
-
-
-def _with_targets(config: _C, targets: Sequence[str]) -> _C:
-    """Return the configuration with other targets, and with its feedforward modules spelled like them."""
-    inputs = config.get("feedforward_modules")
-    if isinstance(inputs, tuple) and "feedforward_modules" not in config.extra:
-        # IA3 requires a subset of the targets, so the names must be spelled alike. (PEFT keeps the old names, and then
-        # refuses the file that it has written.)
-        inputs = [name for name in targets if is_feedforward(config, name)]
-        return config.replace(target_modules=targets, feedforward_modules=inputs)
-    return _replace_value(config, "target_modules", targets)
 
 
 def _replace_value(config: _C, key: str, value: Any) -> _C:

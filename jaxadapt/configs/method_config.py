@@ -19,8 +19,10 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
 
     Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "probability", "any", or the tuple
-            of the possible values.
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of 0 or more),
+            "seed" (an integer or null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
+            patterns with such values), "any", or the tuple of the possible values. Null is valid if it is the field's
+            default.
     """
 
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
@@ -37,7 +39,8 @@ class MethodConfig(Config):
         if isinstance(check, tuple):
             one_of(*cast("tuple[str, ...]", check), optional=default is None)(problems, name, value)
         elif check is not None:
-            _BY_KIND[check](problems, name, value)
+            if value is not None or default is not None:
+                _BY_KIND[check](problems, name, value)
         elif name in _defaults(Config):
             problems.check(name, value)
         elif name in COMMON:
@@ -53,7 +56,14 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
+    "size": expects("an integer of 0 or more", lambda x: is_int(x) and x >= 0),
     "probability": CHECKS["lora_dropout"],
+    "text": CHECKS["revision"],
+    "object": CHECKS["auto_mapping"],
+    "seed": expects("an integer or null", lambda x: x is None or is_int(x)),
+    "ranks": CHECKS["rank_pattern"],
+    "number": CHECKS["lora_alpha"],
+    "numbers": CHECKS["alpha_pattern"],
     "any": lambda problems, field, value: None,
 }
 _BY_DEFAULT: Mapping[type, Check] = {

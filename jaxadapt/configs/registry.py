@@ -13,10 +13,25 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
+    from jaxadapt.configs.c3a import C3AConfig as C3AConfig
+    from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
+    from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
+    from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
+    from jaxadapt.configs.miss import MissConfig as MissConfig
+    from jaxadapt.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from jaxadapt.configs.pvera import PveraConfig as PveraConfig
+    from jaxadapt.configs.randlora import RandLoraConfig as RandLoraConfig
+    from jaxadapt.configs.road import RoadConfig as RoadConfig
+    from jaxadapt.configs.shira import ShiraConfig as ShiraConfig
+    from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
+    from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
 

@@ -21,6 +21,7 @@ TEMPLATES: Mapping[str, str] = {
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
+    **dict.fromkeys(("block_size_pattern", "lambda_pattern", "n_frequency_pattern"), r"(.*\.)?({})$"),
 }
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")

@@ -24,7 +24,7 @@ from jaxadapt.core.errors import ConfigError, FileError
 from jaxadapt.demo import check
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2
 from jaxadapt.demo.text import batches, chunks, python_topics, spread
-from jaxadapt.demo.training import APIS, METHODS, Trainer, make_trainer
+from jaxadapt.demo.training import APIS, Trainer, make_trainer, method_names
 
 LENGTH = 64  # tokens of one chunk
 BATCH = 4
@@ -81,7 +81,7 @@ def run(
         out: folder for the adapter and ``loss.png``; created if it does not exist.
         steps: training steps of 4 × 64 tokens.
         seed: the seed of the adapter's initial values, the order of the text and the sampled passages.
-        api: "nnx" or "linen". method: "lora" or "ia3".
+        api: "nnx" or "linen". method: a method in lower case, such as "lora".
         console: the console to print to. Default: the terminal. The progress bar is drawn on terminals only.
 
     Raises:
@@ -154,8 +154,8 @@ def _check_arguments(steps: int, api: str, method: str) -> None:
         problems.append(f"steps: expected at least 1, found {steps}")
     if api not in APIS:
         problems.append(f"api: expected one of {', '.join(APIS)}, found {api!r}")
-    if method not in METHODS:
-        problems.append(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    if method not in method_names():
+        problems.append(f"method: expected one of {', '.join(method_names())}, found {method!r}")
     if problems:
         raise ConfigError("demo: " + "; ".join(problems))
 

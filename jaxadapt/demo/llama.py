@@ -107,9 +107,20 @@ def rope_tables(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def rope_at(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cosines and sines of the rotations at positions (B, T), each (B, T, head_dim / 2) float32."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second."""
-    cos, sin = (table[None, :, None, :] for table in rope)
+    """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second.
+
+    `rope` is what `rope_tables` or `rope_at` returns.
+    """
+    cos, sin = (table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -130,6 +141,11 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
+
+
+def mask_of(padding: jax.Array | None) -> jax.Array | None:
+    """Return the mask of the keys (B, 1, 1, T) from a mask of the tokens (B, T), which is 0 or False for padding."""
+    return None if padding is None else (padding != 0)[:, None, None, :]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

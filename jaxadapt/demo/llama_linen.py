@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, make_leaves, rms_norm, rope_tables, rotate
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
+from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -36,14 +38,14 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
         config = self.config
         heads = (*x.shape[:2], -1, config.head_dim)
         q = _dense(config, config.num_heads * config.head_dim, "q_proj")(x).reshape(heads)
         k = _dense(config, config.num_kv_heads * config.head_dim, "k_proj")(x).reshape(heads)
         v = _dense(config, config.num_kv_heads * config.head_dim, "v_proj")(x).reshape(heads)
-        mixed = causal_attention(rotate(q, rope), rotate(k, rope), v)
-        return _dense(config, config.hidden_size, "o_proj")(mixed)
+        mixed = attention(rotate(q, rope), rotate(k, rope), v, mask=mask, is_causal=True)
+        return _dense(config, config.hidden_size, "o_proj")(mixed.reshape(*x.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -64,9 +66,9 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None = None) -> tuple[jax.Array, None]:
         normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = x + Attention(self.config, name="self_attn")(normed, rope)
+        x = x + Attention(self.config, name="self_attn")(normed, rope, mask)
         normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
         return x + MLP(self.config, name="mlp")(normed), None
 
@@ -77,10 +79,10 @@ class Layers(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> tuple[jax.Array, None]:
         block: Any = nn.remat(Block) if self.config.remat else Block
         for l in range(self.config.num_layers):
-            x, _ = block(self.config, name=str(l))(x, rope)
+            x, _ = block(self.config, name=str(l))(x, rope, mask)
         return x, None
 
 
@@ -94,13 +96,13 @@ def _layers(config: LlamaConfig) -> Any:
         block,
         variable_axes={"params": config.scan_axis},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, nn.broadcast),
         length=config.num_layers,
     )(config)
 
 
 class LlamaModel(nn.Module):
-    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D)."""
+    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D); see `Llama` for the arguments."""
 
     config: LlamaConfig
 
@@ -110,8 +112,18 @@ class LlamaModel(nn.Module):
         self.layers = _layers(config)
         self.norm = RMSNorm(config)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x, _ = self.layers(self.embed_tokens(tokens), rope_tables(self.config, tokens.shape[1]))
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        x = embeddings if tokens is None else self.embed_tokens(tokens)
+        if x is None:
+            raise MismatchError("Llama: expected tokens or embeddings, found neither")
+        rope = rope_tables(self.config, x.shape[1]) if positions is None else rope_at(self.config, positions)
+        x, _ = self.layers(x, rope, mask_of(mask))
         return self.norm(x)
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -122,7 +134,9 @@ class LlamaModel(nn.Module):
 class Llama(nn.Module):
     """A causal language model whose parameters have Hugging Face's module paths.
 
-    ``module.apply(variables, tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
+    ``module.apply(variables, tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32. Optional
+    arguments: ``mask`` (B, T), 0 for padding; ``positions`` (B, T), by default 0 … T-1; ``embeddings`` (B, T, D) in
+    place of tokens.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
@@ -134,9 +148,16 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
         model = LlamaModel(self.config, name="model")
-        x = model(tokens)
+        x = model(tokens, mask, positions, embeddings)
         if self.config.tie_word_embeddings:
             return model.attend(x).astype(jnp.float32)
         return _dense(self.config, self.config.vocab_size, "lm_head")(x).astype(jnp.float32)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, make_leaves, rms_norm, rope_tables, rotate
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
 from jaxadapt.models.nnx.params import SharedParam
+from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -41,11 +43,12 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.hidden_size, keys, rngs)
         self.o_proj = _linear(config, queries, config.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q = rotate(self.q_proj(x).reshape(heads), rope)
         k = rotate(self.k_proj(x).reshape(heads), rope)
-        return self.o_proj(causal_attention(q, k, self.v_proj(x).reshape(heads)))
+        mixed = attention(q, k, self.v_proj(x).reshape(heads), mask=mask, is_causal=True)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -69,13 +72,13 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), rope)
+    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None = None) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nnx.Module):
-    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D)."""
+    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D); see `Llama` for the arguments."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -94,27 +97,38 @@ class LlamaModel(nnx.Module):
         # adapter are not stacked.
         return nnx.StateAxes({SharedParam: None, nnx.Param: self.config.scan_axis, ...: 0})
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        rope = rope_tables(self.config, tokens.shape[1])
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        x = embeddings if tokens is None else self.embed_tokens(tokens)
+        if x is None:
+            raise MismatchError("Llama: expected tokens or embeddings, found neither")
+        rope = rope_tables(self.config, x.shape[1]) if positions is None else rope_at(self.config, positions)
+        attended = mask_of(mask)
 
-        def layer(block: Block, x: jax.Array, rope: Rope) -> jax.Array:
-            return block(x, rope)
+        def layer(block: Block, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
+            return block(x, rope, mask)
 
         run: Any = nnx.remat(layer) if self.config.remat else layer
-        x = self.embed_tokens(tokens)
         if self.config.scan:
-            run = nnx.scan(run, in_axes=(self._axes(), nnx.Carry, None), out_axes=nnx.Carry)
-            x = run(self.layers, x, rope)
+            run = nnx.scan(run, in_axes=(self._axes(), nnx.Carry, None, None), out_axes=nnx.Carry)
+            x = run(self.layers, x, rope, attended)
         else:
             for block in self.layers:
-                x = run(block, x, rope)
+                x = run(block, x, rope, attended)
         return self.norm(x)
 
 
 class Llama(nnx.Module):
     """A causal language model whose leaves have Hugging Face's module paths.
 
-    ``model(tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
+    ``model(tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32. Optional arguments: ``mask``
+    (B, T), 0 for padding; ``positions`` (B, T), by default 0 … T-1; ``embeddings`` (B, T, D) in place of tokens.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
@@ -131,8 +145,15 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.model(tokens)
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+    ) -> jax.Array:
+        x = self.model(tokens, mask=mask, positions=positions, embeddings=embeddings)
         tied = self.config.tie_word_embeddings
         logits = self.model.embed_tokens.attend(x) if tied else self.lm_head(x)
         return logits.astype(jnp.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,42 +15,49 @@ import optax
 from flax import nnx
 
 import jaxadapt
+from jaxadapt import methods
+from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.training import optim
 
 Weights = Mapping[str, Tensor]
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 APIS = ("nnx", "linen")
-METHODS = ("lora", "ia3")
+
+
+def method_names() -> list[str]:
+    """Return the methods that the demo can train, in lower case."""
+    return sorted(methods.COLLECTIONS)
 
 
 def adapter_config(method: str) -> Any:
-    """Return the demo's configuration: LoRA on all seven projections, or IA3 on the modules of its paper.
+    """Return the demo's configuration of a method: on all seven projections, with the fields in its facts.
 
     Raises:
         ConfigError: the method is unknown.
     """
-    if method == "lora":
-        return jaxadapt.LoraConfig(r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
-    if method == "ia3":
-        return jaxadapt.IA3Config(
-            target_modules=["k_proj", "v_proj", "down_proj"],
-            feedforward_modules=["down_proj"],
-            task_type="CAUSAL_LM",
-        )
-    raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    cls = class_of(method.upper())
+    if cls is None:
+        raise ConfigError(f"method: expected one of {', '.join(method_names())}, found {method!r}")
+    known = {item.name for item in dataclasses.fields(cls)}
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16}
+    return cls(**{name: value for name, value in fields.items() if name in known} | dict(cls.facts.demo))
 
 
-def optimizer(method: str, steps: int) -> optax.GradientTransformation:
-    """Return AdamW with a short warm-up and a cosine decay over `steps`.
+def optimizer(method: str, steps: int, trained: Any) -> optax.GradientTransformation:
+    """Return AdamW with a short warm-up and a cosine decay over `steps`, with the learning rate of the method's facts.
 
-    IA3 trains a few thousand factors that start at one. It needs a larger learning rate and no weight decay,
-    which would pull the factors to zero.
+    Weight decay is for the matrices of the trained tree only: it would pull vectors such as IA3's, which start at one,
+    to zero.
     """
-    peak, decay = {"lora": (1e-3, 0.01), "ia3": (2e-2, 0.0)}[method]
+    peak = adapter_config(method).facts.learning_rate
     warmup = min(5, max(1, steps // 4))
     schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1), peak / 10)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=optim.decay_mask(trained))
+    )
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -85,11 +94,17 @@ class NnxTrainer:
     """A trainer of the NNX model, adapted in place."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        adapter: Any,
+        make: Callable[[Any], optax.GradientTransformation],
+        seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
         jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed))
-        self.optimizer = nnx.Optimizer(self.model, tx, wrt=jaxadapt.AdapterParam)
+        state = nnx.state(self.model, jaxadapt.AdapterParam)
+        self.optimizer = nnx.Optimizer(self.model, make(state), wrt=jaxadapt.AdapterParam)
 
         def loss(model: Any, tokens: jax.Array) -> jax.Array:
             return next_token_loss(model(tokens), tokens)
@@ -125,21 +140,35 @@ class NnxTrainer:
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, jaxadapt.AdapterParam)))
 
 
+def _keep(wanted: Callable[[str], bool], tree: Any, roles: Any) -> Any:
+    """Return the tree with None in place of the leaves of other roles."""
+    return jax.tree.map(lambda x, role: x if wanted(role) else None, tree, roles)
+
+
 class LinenTrainer:
     """A trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
+        self,
+        config: LlamaConfig,
+        weights: Weights,
+        adapter: Any,
+        make: Callable[[Any], optax.GradientTransformation],
+        seed: int,
     ) -> None:
         base = llama_linen.to_linen(config, weights)["params"]
         self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
         lora = jaxadapt.init(adapter, base, key=jax.random.key(seed))
         self.base: Any = {"params": base}
-        self.adapter: Any = lora.collection
+        roles = optim.roles(lora.collection)
+        # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
+        self.adapter: Any = _keep(lambda role: role != "frozen", lora.collection, roles)
+        self.fixed: Any = _keep(lambda role: role == "frozen", lora.collection, roles)
+        tx = make(self.adapter)
         self.state: Any = tx.init(self.adapter)
 
         def loss(adapter: Any, base: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(self.module.apply({**base, **adapter}, tokens), tokens)
+            return next_token_loss(self.module.apply({**base, **self._whole(adapter)}, tokens), tokens)
 
         def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
             value, grads = jax.value_and_grad(loss)(adapter, base, tokens)
@@ -150,6 +179,10 @@ class LinenTrainer:
         self._loss = jax.jit(loss)
         self._logits = jax.jit(self.module.apply)
 
+    def _whole(self, trained: Any) -> Any:
+        """Return the adapter's collection with these trained tensors."""
+        return jax.tree.map(lambda x, y: y if x is None else x, trained, self.fixed, is_leaf=lambda x: x is None)
+
     def step(self, tokens: np.ndarray) -> float:
         stepped = self._step(self.adapter, self.state, self.base, jnp.asarray(tokens))
         self.adapter, self.state, value = stepped
@@ -159,10 +192,10 @@ class LinenTrainer:
         return float(self._loss(self.adapter, self.base, jnp.asarray(tokens)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits({**self.base, **self.adapter}, jnp.asarray(tokens)))
+        return np.asarray(self._logits({**self.base, **self._whole(self.adapter)}, jnp.asarray(tokens)))
 
     def save(self, out: Path, base_model: str) -> None:
-        jaxadapt.save({**self.base, **self.adapter}, out, base_model=base_model)
+        jaxadapt.save({**self.base, **self._whole(self.adapter)}, out, base_model=base_model)
 
     def adapter_size(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
@@ -178,7 +211,7 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
     if kind is None:
         raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
     adapter = adapter_config(method)
-    return kind(config, weights, adapter, optimizer(method, steps), seed)
+    return kind(config, weights, adapter, functools.partial(optimizer, method, steps), seed)
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:

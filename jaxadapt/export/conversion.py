@@ -7,6 +7,7 @@ another library under their dotted paths, `save_file({".".join(path): leaf, …}
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxadapt import methods
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
@@ -125,7 +127,8 @@ def _with_pytorch_names(tensors: PeftTensors) -> Adapter:
     shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source))
+    sizes = functools.partial(methods.file_sizes, tensors.config)
+    return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
 
 
 def _read(

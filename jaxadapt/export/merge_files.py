@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from jaxadapt.export import base_export, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
+from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import folder, peft
 from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -98,7 +100,9 @@ def merge_folder(
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in base_tensors.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
         fan_in_fan_out = bool(tensors.config.get("fan_in_fan_out"))
-        keymap = pytorch.state_dict_keymap(shapes, _shapes(tensors), tensors.source, fan_in_fan_out, untied.tied)
+        keymap = pytorch.state_dict_keymap(
+            shapes, _shapes(tensors), tensors.source, _sizes(tensors), fan_in_fan_out, untied.tied
+        )
         loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, base_tensors, keymap), keymap)
         changed = base_merge.plan_merge(specs, loaded)
         file_dtype = None if dtype is None else np.dtype(dtype)
@@ -183,7 +187,9 @@ def _combine_tensors(
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
     all_shapes = {key: shape for adapter in tensors for key, shape in _shapes(adapter).items()}
-    keymap = pytorch.state_dict_keymap(shapes, all_shapes, " and ".join(adapter.source for adapter in tensors))
+    keymap = pytorch.state_dict_keymap(
+        shapes, all_shapes, " and ".join(adapter.source for adapter in tensors), _sizes(tensors[0])
+    )
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
         combined = rank_reduction.resize_rank(combined, resize).adapter
@@ -214,6 +220,10 @@ def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
 
 def _shapes(tensors: PeftTensors) -> dict[str, tuple[int, ...]]:
     return {key: tuple(x.shape) for key, x in tensors.tensors.items()}
+
+
+def _sizes(tensors: PeftTensors) -> pytorch.Sizes:
+    return functools.partial(file_sizes, tensors.config)
 
 
 def _is_float(spec: Any) -> bool:

@@ -7,23 +7,25 @@ PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.configs import LoraConfig, lora_variants
+from jaxadapt.adapters import initial_values, sites
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
+from jaxadapt.configs import LoraConfig, PromptTuningConfig, lora_variants
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
 from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind, init_settings
+from jaxadapt.initializers.start_prompt import NEEDS, Tokens, prompt_values, token_table
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, base_params, carrier, check_free
+from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 
@@ -44,7 +46,7 @@ class Started(NamedTuple):
 
 
 def start(
-    config: LoraConfig,
+    config: LoraConfig | PromptTuningConfig,
     base: Any,
     *,
     key: Any = None,
@@ -58,8 +60,10 @@ def start(
     forward: Callable[[Any, Any], Any] | None = None,
     mask: Callable[[Any], Any] | None = None,
     gradients: Any = None,
+    tokens: Tokens | None = None,
+    source: Adapter | PeftTensors | None = None,
 ) -> Started:
-    """Initialize a LoRA adapter as `init_lora_weights` requires, following PEFT 0.21.2.
+    """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT 0.21.2.
 
     The adapter and the returned base together compute the original base's outputs ("loftq", KaSA: approximately).
     W is the original weight:
@@ -75,6 +79,13 @@ def start(
     | "lora_ga" | W − s·B·A | `gradients`, `key` |
     | true or "gaussian", with `kasa_config` | W without its r smallest singular values | `key` |
 
+    | `prompt_tuning_init` | the prompt starts from | needs |
+    |---|---|---|
+    | "RANDOM" | normal values | `key` |
+    | "SAMPLE_VOCAB" | the embeddings of random tokens | `key` |
+    | "TEXT" | the embeddings of a text's tokens, repeated or cut | `tokens` |
+    | "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED" | an adapter of several tasks | `source` |
+
     Args:
         base: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
             adapter is attached under `name` and active).
@@ -88,6 +99,8 @@ def start(
             a mapping, as PEFT does.
         gradients: "lora_ga": a loss's gradients with respect to the base parameters, averaged over batches, in a tree
             like theirs (an `nnx.State` for a model).
+        tokens: "TEXT": the token ids of the text, or a function from `prompt_tuning_init_text` to them.
+        source: the adapter of MULTITASK_PROMPT_TUNING to start from, or the tensors that `jaxadapt.read` returns.
 
     Raises `ConfigError` for a configuration that the weights do not support exactly, `AttachError` for missing
     arguments. The base is then unchanged.
@@ -99,22 +112,41 @@ def start(
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
-    if not isinstance(config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; use jaxadapt.adapt for others")
+    if not isinstance(config, LoraConfig | PromptTuningConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(
+            f"start: expected a LoraConfig or a PromptTuningConfig, found {type(config).__name__}; use jaxadapt.adapt"
+        )
     held = carrier(base)
     if held.in_place:
         check_free(name, held.names())
     if key is None and rngs is not None:
         key = attach.draw_params_key(rngs)
-    kind = init_kind(config)
-    arguments = {"key": key, "batches": batches, "gradients": gradients, "mask": mask}
+    arguments = {
+        "key": key, "batches": batches, "gradients": gradients, "mask": mask, "tokens": tokens, "source": source,
+    }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
-    problems = [f"{name} has no effect" for name in sorted(given.difference(kind.needs, kind.takes, ("key",)))]
-    problems += [f"{name} is needed" for name in kind.needs if name not in given]
-    if problems:
-        raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
-
     parameters = base_params(base)
+    if isinstance(config, PromptTuningConfig):
+        _check_arguments(f'prompt_tuning_init="{config.prompt_tuning_init}"', given, NEEDS[config.prompt_tuning_init])
+        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+        plain: Any = recipe.config.replace(prompt_tuning_init="RANDOM", tokenizer_kwargs=None)
+        key = jax.random.key(0) if key is None else key
+        values = initial_values.init_values(plain, adapter_sites, key, dtype)
+        computed = prompt_values(
+            cast("PromptTuningConfig", recipe.config),
+            {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
+            jax.random.fold_in(key, 1),
+            lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
+            tokens,
+            source,
+        )
+        for tensor, x in computed.items():
+            path = paths.join(SHARED_NODE, tensor)
+            values[path] = x.astype(values[path].dtype)
+        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        return _attach(held, adapter, adapter_sites, name, rngs, base)
+    kind = init_kind(config)
+    _check_arguments(lora_variants.init_field(config), given, kind.needs, kind.takes)
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
@@ -137,10 +169,23 @@ def start(
         factors_by_leaf = initialization.factors()
     adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
     new_base = held.replace(new) if new else base
+    return _attach(held, adapter, initialization.sites, name, rngs, new_base)
+
+
+def _check_arguments(setting: str, given: Collection[str], needs: Sequence[str], takes: Sequence[str] = ()) -> None:
+    """Raise `AttachError` unless the arguments are those that an initialisation needs or takes; any takes a key."""
+    problems = [f"{name} has no effect" for name in sorted(set(given).difference(needs, takes, ("key",)))]
+    problems += [f"{name} is needed" for name in needs if name not in given]
+    if problems:
+        raise AttachError(f"{setting}: " + ", ".join(problems))
+
+
+def _attach(held: Carrier, adapter: Adapter, on: Sequence[sites.Site], name: str, rngs: Any, base: Any) -> Started:
+    """Attach an adapter to a model; leave it beside a tree of parameters, `base`."""
     if held.in_place:
-        attach.attach(base, adapter.recipe, initialization.sites, name, adapter.flat(), rngs)
-        return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(new_base, collections.box_like_base(adapter, parameters.held))
+        attach.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
+        return Started(held.tree, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
+    return Started(base, collections.box_like_base(adapter, base_params(base).held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

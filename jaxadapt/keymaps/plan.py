@@ -41,7 +41,7 @@ class PlanEntry:
     Attributes:
         path: the leaf.
         form: the layout of the leaf in the file.
-        keys: the tensors, in the order of `form`.
+        keys: the tensors, in the order of `form`; more keys than that repeat the same tensors.
     """
 
     path: str
@@ -52,6 +52,10 @@ class PlanEntry:
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf."""
         return self.form.shape
+
+    def keys_of(self, i: int) -> tuple[str, ...]:
+        """Return the keys of tensor `i` of the layout: one, and those that repeat it."""
+        return self.keys[i :: self.form.count]
 
     def dtype(self, dtypes: Mapping[str, Any]) -> np.dtype[Any]:
         """Return the dtype of the leaf, from the dtypes of its tensors by key.
@@ -75,7 +79,7 @@ class PlanEntry:
 
     def decode(self, tensors: Mapping[str, Array]) -> Array:
         """Return the leaf from `{key: tensor}`, NumPy or JAX arrays (also traced ones); a view where possible."""
-        form, file_tensors = self.form, [tensors[key] for key in self.keys]
+        form, file_tensors = self.form, [tensors[key] for key in self.keys[: self.form.count]]
         if not form.split:
             return form.decode(file_tensors[0])
         dtype = self.dtype({key: t.dtype for key, t in zip(self.keys, file_tensors, strict=True)})
@@ -196,7 +200,7 @@ class Encoded(TensorSource):
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
-        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i)
+        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i % entry.form.count)
         dtype = self._dtype_of(entry.path)
         return tensor if tensor.dtype == dtype else tensor.astype(dtype)
 

@@ -6,32 +6,36 @@ With such a keymap, files of adapters are merged and combined by the same arithm
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from jaxadapt.configs.base import tensor_prefixes
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight
 
-_TENSOR = re.compile(
-    r"(?P<module>.+)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|ia3_l)(?:\.weight|\.bias)?"
-)
 _ROWS = ".token_adapter.trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
+Sizes = Callable[[str, Shapes, tuple[int, ...]], tuple[int | None, int | None]]
+"""(module, its file tensors, the shape of a convolution's weight) -> its outputs and its inputs, if they are known."""
+
+SHARED_MODULE = "base_model"  # the part of a key before the tensors of the whole adapter
 
 KEYMAP_NAME = "pytorch"
 """The name of such a keymap."""
 
 
 def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return `{module: {tensor: shape}}` of an adapter file, without the copies of parameters.
+    """Return `{module: {tensor: shape}}` of an adapter file, without copies of parameters and shared tensors.
 
     >>> adapted_shapes({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
+    names = "|".join(map(re.escape, tensor_prefixes()))
+    tensor = re.compile(rf"(?P<module>.+)\.(?P<name>(?:{names})\w+)(?:\.weight)?")
     for key, shape in tensors.items():
-        match = _TENSOR.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if match is not None and not key.endswith(".bias"):
+        match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
+        if match is not None and match["module"] != SHARED_MODULE:
             found.setdefault(match["module"], {})[match["name"]] = shape
     return found
 
@@ -59,6 +63,7 @@ def state_dict_keymap(
     shapes: Shapes,
     tensors: Shapes,
     source: str,
+    sizes: Sizes,
     fan_in_fan_out: bool = False,
     tied: tuple[tuple[str, str], ...] = (),
 ) -> KeyMap:
@@ -69,6 +74,7 @@ def state_dict_keymap(
         tensors: the shapes of the adapter's tensors. Their names may lack the first part of the model's ("model."), or
             have an additional one, as GPT-2's do.
         source: the adapter, for the message.
+        sizes: the outputs and inputs of a module by its method, `methods.file_sizes` of a configuration.
         fan_in_fan_out: the adapter's setting, for weights whose sizes do not determine the orientation.
         tied: `(head, embedding)` of weights that are one weight in this model, which has no parameter for the head.
 
@@ -83,17 +89,24 @@ def state_dict_keymap(
         [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}],
     )
     row_modules = token_row_modules(tensors)
-    lookups = {module for module, module_shapes in adapted.items() if "lora_embedding_A" in module_shapes}
+    lookups = {module for module, own in adapted.items() if any("_embedding_" in name for name in own)}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
     turned = _find_turned(
-        {m: (linear[m], adapted[m]) for m in adapted if m in linear and m not in lookups}, fan_in_fan_out, source
+        {m: _is_turned(linear[m], sizes(m, adapted[m], ())) for m in adapted if m in linear and m not in lookups},
+        fan_in_fan_out,
+        source,
     )
     entries: list[Weight] = []
     for leaf, key in keys.items():
         module = key.removesuffix(".weight")
         module_shapes = adapted.get(module, {})
         lookup = module in lookups or (module in row_modules and not module_shapes)
-        entries.append(_make_entry(leaf, key, shapes[leaf], module_shapes, turned.get(module, False), lookup))
+        groups = 1
+        if module_shapes and len(shapes[leaf]) > 2:
+            channels, own = sizes(module, module_shapes, shapes[leaf])[1] or 0, shapes[leaf][1]
+            groups = channels // own if channels and channels % own == 0 else 1
+        turns = turned.get(module, False)
+        entries.append(_make_entry(leaf, key, shapes[leaf], bool(module_shapes), turns, lookup, groups))
     return KeyMap(KEYMAP_NAME, tuple(entries), tied=tied)
 
 
@@ -110,21 +123,21 @@ def match_model_keys(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
     return fitting[0] if fitting else candidates[0]
 
 
-def _make_entry(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool, lookup: bool) -> Weight:
+def _make_entry(
+    leaf: str, key: str, shape: tuple[int, ...], adapted: bool, turned: bool, lookup: bool, groups: int
+) -> Weight:
     axes = " ".join(f"a{i}" for i in range(len(shape)))
     pattern = f"{axes} -> {axes}"
     if lookup:
         return Weight(leaf, key, pattern, kind="embedding")
-    if len(shape) == 2 and own:
+    if len(shape) == 2 and adapted:
         return Weight(leaf, key, pattern, fan_in_fan_out=turned)
     if len(shape) > 2:
-        return Weight(leaf, key, pattern, kind="conv" if own else "other", groups=_groups(shape, own))
+        return Weight(leaf, key, pattern, kind="conv" if adapted else "other", groups=groups)
     return Weight(leaf, key, pattern)
 
 
-def _find_turned(
-    modules: Mapping[str, tuple[tuple[int, ...], Shapes]], fan_in_fan_out: bool, source: str
-) -> dict[str, bool]:
+def _find_turned(by_size: Mapping[str, bool | None], fan_in_fan_out: bool, source: str) -> dict[str, bool]:
     """Return `{module: True if its weight is stored (in, out)}`, as GPT-2's Conv1D stores it.
 
     The sizes of the tensors determine it. For a square weight, modules of the same name determine it, or the setting
@@ -132,7 +145,6 @@ def _find_turned(
 
     Raises `MismatchError` listing the modules whose orientation is unknown.
     """
-    by_size = {module: _is_turned(shape, own) for module, (shape, own) in modules.items()}
     known = {module: turned for module, turned in by_size.items() if turned is not None}
     orientations, unknown = dict(known), list[str]()
     for module in by_size.keys() - known.keys():
@@ -154,20 +166,8 @@ def _find_turned(
     return orientations
 
 
-def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
-    """Return True if the sizes of its tensors show that a weight is stored (in, out); None if both layouts fit."""
-    out, inputs = None, None
-    if "lora_A" in own and "lora_B" in own:
-        out, inputs = own["lora_B"][0], own["lora_A"][-1]
-    elif len(own.get("ia3_l", ())) == 2:
-        out, inputs = (own["ia3_l"][0], None) if own["ia3_l"][1] == 1 else (None, own["ia3_l"][1])
-    straight = all(size in (None, have) for size, have in zip((out, inputs), shape, strict=True))
-    crossed = all(size in (None, have) for size, have in zip((inputs, out), shape, strict=True))
+def _is_turned(shape: tuple[int, ...], sizes: tuple[int | None, int | None]) -> bool | None:
+    """Return True if its outputs and inputs show that a weight is stored (in, out); None if both layouts fit."""
+    straight = all(size in (None, have) for size, have in zip(sizes, shape, strict=True))
+    crossed = all(size in (None, have) for size, have in zip(sizes[::-1], shape, strict=True))
     return None if straight and crossed else crossed
-
-
-def _groups(shape: tuple[int, ...], own: Shapes) -> int:
-    """Return the groups of a convolution, from an IA3 vector over its input channels; 1 without such a vector."""
-    vector = own.get("ia3_l", ())
-    channels = vector[1] if len(vector) > 2 else shape[1]
-    return channels // shape[1] if channels % shape[1] == 0 else 1

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, require_complete, sites_of
 from jaxadapt.adapters.tied import tied_heads
@@ -108,10 +107,9 @@ def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) 
             " it, merge(variables, jaxadapt.extract(variables, name)), or pass variables['params'] and an adapter"
         )
     others: dict[str, Any] = {}
+    held = variables.keys() - collections.without_adapters(variables).keys()
     for collection, tree in variables.items():
-        has_selected = (
-            collection in methods.COLLECTIONS and isinstance(tree, Mapping) and not tree.keys().isdisjoint(selected)
-        )
+        has_selected = collection in held and isinstance(tree, Mapping) and not tree.keys().isdisjoint(selected)
         remaining = {name: stored for name, stored in tree.items() if name not in selected} if has_selected else tree
         others |= {} if has_selected and not remaining else {collection: remaining}
     return adapter or adapters[selected[0]], others
@@ -282,6 +280,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
     require_complete(adapter, sites)
+    methods.require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base

@@ -111,7 +111,7 @@ def combine(
             )
             rows |= matrix.split(combine_leaf(present, weights, combination, noise), first)
     named_modules = [
-        (module, site_factors.site.method.wrapper_depth is not None)
+        (module, site_factors.site.method.on_parameters)
         for several_factors in leaf_factors.values()
         for site_factors in several_factors
         for module in site_factors.site.modules

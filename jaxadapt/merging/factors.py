@@ -256,9 +256,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
     sizes = single_entry_sizes(match) | {
         name: size for name, size in _sizes(factors).items() if name not in match.roles["fused"]
     }
-    names = (target_parameters.parameter_names if factors.site.method.wrapper_depth is not None else Match.modules)(
-        match, sizes
-    )
+    names = (target_parameters.parameter_names if factors.site.method.on_parameters else Match.modules)(match, sizes)
     modules = {module.partition("#")[0].removeprefix(keymap.prefix) for module in rows.modules}
     return len({index[-1] for index, name in names.items() if name in modules}) or len(
         match.weight.index_names(match.roles["fused"][0]) or ()

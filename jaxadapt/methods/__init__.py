@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
+from jaxadapt.configs.listing import MethodInfo, describe_methods, passing_types
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
-from jaxadapt.methods.base import Effects, Method, Start, Target, as_computable, at_least_float32
+from jaxadapt.methods.base import (
+    Change,
+    Effects,
+    Method,
+    Start,
+    Target,
+    as_computable,
+    at_least_float32,
+    require_weights,
+)
+from jaxadapt.methods.file_sizes import file_sizes
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
@@ -15,17 +26,23 @@ __all__ = [
     "METHODS",
     "AppliedMethod",
     "AppliedMethods",
+    "Change",
     "Effects",
     "MatrixMethod",
     "Method",
+    "MethodInfo",
     "PerEntry",
     "Start",
     "Target",
     "as_computable",
     "at_least_float32",
     "check_biases",
+    "describe_methods",
+    "file_sizes",
     "get_method",
     "needs_layer_number",
+    "passing_types",
     "refuse_rivals",
     "register",
+    "require_weights",
 ]  # fmt: skip

@@ -37,6 +37,11 @@ class AppliedMethod:
         """True if the layer must run with the effective weight."""
         return self.effects.form == "weight"
 
+    @property
+    def adds_to_base(self) -> bool:
+        """True if the change is a sum, computed from the base weight or its output also beside other adapters."""
+        return self.effects.weight == "adds" and self.effects.reads
+
     def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
         return function(self)
 
@@ -75,12 +80,14 @@ class AppliedMethod:
         if self.drop is not None:
             raise AttachError(
                 "cannot apply dropout: the model uses this weight outside a supported product, where only an effective"
-                " weight can replace it. Set lora_dropout=0.0, or exclude this layer with exclude_modules"
+                " weight can replace it. Set the dropout of the configuration to 0.0, or exclude this layer with"
+                " exclude_modules"
             )
         if self.effects.bias == "adds" and not self.by_weight:
             raise AttachError(
-                "cannot apply lora_bias: the model uses this weight outside a supported product, where only an"
-                " effective weight can replace it, and that has no bias. Exclude this layer with exclude_modules"
+                "cannot apply the bias of the adapter: the model uses this weight outside a supported product, where"
+                " only an effective weight can replace it, and that has no bias. Exclude this layer with"
+                " exclude_modules"
             )
         return self._change_parts(w, self.method.weight)
 
@@ -171,16 +178,15 @@ class AppliedMethods:
         return has_bias or any(hook.apart for hook in self.hooks)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        base = y
         for hook in self.hooks:
-            y = hook.output(use, x, y, w)
+            y = y + (hook.output(use, x, base, w) - base) if hook.adds_to_base else hook.output(use, x, y, w)
         return y
 
     def weight(self, w: Array) -> Array:
         base = w
         for hook in self.hooks:
-            # As in PEFT, a change that is added to the weight is computed from the base weight.
-            adds = hook.effects.weight == "adds" and hook.effects.reads
-            w = w + (hook.weight(base) - base) if adds else hook.weight(w)
+            w = w + (hook.weight(base) - base) if hook.adds_to_base else hook.weight(w)
         return w
 
     def bias(self, bias: Array) -> Array:
@@ -207,8 +213,8 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
 def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
     """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
 
-    `others` are the layer's other parameters. One with the size of the output may be added to the output, and IA3 would
-    then have to scale it too; its name does not show that.
+    `others` are the layer's other parameters. One with the size of the output may be added to the output, and the
+    method would then have to scale it too; its name does not show that.
     """
     for hook in hooks:
         for name, value in others.items():

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.configs.base import class_of
+from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
@@ -48,6 +49,23 @@ class Effects:
     bias: Literal["scales", "adds"] | None = None
     reads: bool = False
     sees: Literal["layer", "product"] = "layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """The size of the change that an adapter makes to one weight.
+
+    Attributes:
+        norm: the norm, as `Method.describe_change` describes it.
+        effective_rank: exp of the entropy of the change's normalized singular values; None if it has none.
+        rank: the rank r, if the method has one.
+        scale: the scale s, if the method has one.
+    """
+
+    norm: float
+    effective_rank: float | None = None
+    rank: int | None = None
+    scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,9 +116,11 @@ class Method(abc.ABC):
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
         copies: True if the tensors accompany another method's: a full or partial copy of the weight.
-        rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
-            prepare the adapter for it; "no" if they cannot.
-        wrapper_depth: nesting depth of PEFT's ParamWrapper, when the weight is adapted through target_parameters.
+        on_parameters: True if it adapts a parameter in `target_parameters`, by the parameter's own name.
+        neutral: `{tensor: value}` of the tensors that have no effect where they have this value, for tokens that a
+            file lacks.
+        as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
+            to it, transposed if the ends differ.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -110,8 +130,9 @@ class Method(abc.ABC):
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
     copies: bool = False
-    rows: Literal["put", "call", "no"] = "no"
-    wrapper_depth: int | None = None
+    on_parameters: bool = False
+    neutral: Mapping[str, float] = MappingProxyType({})
+    as_head: Mapping[str, str] = MappingProxyType({})
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -120,12 +141,21 @@ class Method(abc.ABC):
     def __hash__(self) -> int:
         return hash(type(self))
 
+    @property
+    def rows(self) -> Literal["call", "put", "no"]:
+        """Whether the rows of a batch may each have their own adapter; see `MethodFacts`."""
+        config = class_of(self.peft_type)
+        return "no" if config is None else config.facts.rows
+
     def check(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration sets a field that the method would ignore."""
         return
 
-    def on_parameter(self, depth: int) -> Method:
-        """Return the method for a parameter in `target_parameters`; raise `ConfigError` if it adapts modules only."""
+    def for_parameter(self, depth: int) -> Method:
+        """Return the method for a parameter in `target_parameters`; raise `ConfigError` if it adapts modules only.
+
+        `depth` is the number of PEFT's wrappers outside the parameter's own.
+        """
         raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only; use target_modules")
 
     @abc.abstractmethod
@@ -176,7 +206,7 @@ class Method(abc.ABC):
         This detects a keymap that confuses inputs and outputs. Parameters of experts are exempt, because PEFT itself
         swaps the two for some of them. Copies are exempt, because they have neither.
         """
-        return self.wrapper_depth is None and not self.copies
+        return not self.on_parameters and not self.copies
 
     @abc.abstractmethod
     def output(
@@ -218,6 +248,10 @@ class Method(abc.ABC):
         """
         return {}
 
+    def stored(self, config: Any, shared: Params) -> Params:
+        """Return the shared tensors that a file holds, from those of an adapter."""
+        return shared
+
     def role(self, hparams: Any, tensor: str) -> str:
         """Return the role of a tensor in training; `optim.roles` lists the roles."""
         return self.roles.get(tensor, "other")
@@ -229,6 +263,17 @@ class Method(abc.ABC):
     def starts_unchanged(self, config: Any) -> bool:
         """Return True if a new adapter leaves the model's output as it is."""
         return True
+
+    def describe_change(self, config: Any) -> str | None:
+        """Return what the norms of `measure_change` measure; None if they cannot be computed from a file."""
+        return None
+
+    def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        """Return the size of the change of one module, from its file tensors in float64, without the base weight.
+
+        None if the tensors do not determine it.
+        """
+        return None
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """Return fields of small configurations that take every way through the arithmetic, for the tests."""
@@ -245,3 +290,12 @@ def at_least_float32(x: Array) -> Array:
     """Cast to float32, or keep a wider dtype; return integers as they are."""
     x = as_computable(x)
     return x.astype(jnp.promote_types(x.dtype, "float32")) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def require_weights(method: Method | None) -> None:
+    """Raise `AttachError` if a method changes no weights, so that its adapters cannot be merged or converted."""
+    if method is not None and method.scope == "model":
+        raise AttachError(
+            f"{method.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged,"
+            " combined or converted to LoRA. Keep the adapter beside the model"
+        )

@@ -19,11 +19,12 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import IA3Config, matching
+from jaxadapt.configs import IA3Config
+from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, shared_value
+from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Start, Target, shared_value
 from jaxadapt.methods.per_entry import adapted_entries
 
 
@@ -50,6 +51,7 @@ class IA3(Method):
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
+    neutral = MappingProxyType({"ia3_l": 1.0})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
         match, modules = target.match, target.modules
@@ -62,7 +64,7 @@ class IA3(Method):
 
     def hparams(self, config: IA3Config, target: Target) -> IA3Hparams:
         match, modules = target.match, target.modules
-        feedforward = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
+        feedforward = shared_value("feedforward", {m: is_feedforward(config, m) for m in modules})
         return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
 
     def init(self, config: IA3Config, tensor: MethodTensor, start: Start) -> Draw:
@@ -104,6 +106,13 @@ class IA3(Method):
     def bias(self, hparams: IA3Hparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
         scale = self._scale_over_bias(hparams, params, bias)
         return bias if scale is None else (bias / scale if undo else bias * scale).astype(bias.dtype)
+
+    def describe_change(self, config: IA3Config) -> str:
+        return "relative change, rms of l − 1"
+
+    def measure_change(self, config: IA3Config, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        l = arrays.get("ia3_l")
+        return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})

@@ -1,8 +1,9 @@
 """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098) with PEFT's conventions: W + s·(W1a·W1b)∘(W2a·W2b), s = α/r.
 
 A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d` its window has tensors of its
-own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`. PEFT's dropout
-of rows and modules is for training only and is refused for a new adapter.
+own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`, but the
+gradients of W1a and W2a with T1 and T2 are those of the function: PEFT computes each with the other's tensors.
+PEFT's dropout of rows and modules is for training only and is refused for a new adapter.
 """
 
 from __future__ import annotations
@@ -45,21 +46,26 @@ class Loha(MatrixMethod):
         def rank(module: str) -> int:
             return find_pattern_value(config.rank_pattern or {}, module, config.r)
 
-        r, window = (("r", target.rank(rank)),), target.window
-        effective = config.use_effective_conv2d and math.prod(window) > 1
+        r, is_conv = (("r", target.rank(rank)),), target.kind == "conv"
+        if target.found:  # the base may be unknown
+            effective, window = "hada_t1" in target.found, target.found.get("hada_t1", ())[2:]
+        else:
+            window = (*target.window, 1)[:2] if is_conv else ()
+            effective = config.use_effective_conv2d and math.prod(window) > 1
         made: list[MethodTensor] = []
         for i in "12":
             a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
             b = MethodTensor(f"hada_w{i}_b", f".hada_w{i}_b", ("batch", "r", "in"), (("r",), ("in",)), r)
             if effective:
-                sizes = (*r, ("r2", r[0][1]), *((f"k{n}", k) for n, k in enumerate(window)))
-                axes = ("r", "r2", *(f"k{n}" for n in range(len(window))))
-                torch = (*((name,) for name in axes), *(((),) if len(window) == 1 else ()))
-                made.append(MethodTensor(f"hada_t{i}", f".hada_t{i}", ("batch", *axes), torch, sizes))
+                sizes = (*r, ("r2", r[0][1]), *zip(("x", "y"), window, strict=True))
+                axes = ("r", "r2", "x", "y")
+                made.append(
+                    MethodTensor(f"hada_t{i}", f".hada_t{i}", ("batch", *axes), tuple((n,) for n in axes), sizes)
+                )
                 a = dataclasses.replace(a, axes=("batch", "r", "out"), torch=(("r",), ("out",)))
                 b = dataclasses.replace(b, axes=("batch", "r", "channels"), torch=(("r",), ("channels",)))
-            elif window:
-                inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(window))
+            elif is_conv:
+                inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
                 b = dataclasses.replace(b, axes=("batch", "r", "i"), torch=(("r",), ("i",)), own=(*r, ("i", inputs)))
             made += [a, b]
         return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], rank)

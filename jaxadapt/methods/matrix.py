@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
@@ -20,7 +21,9 @@ from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Target, at_least_float32
+from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
+from jaxadapt.methods.change import change_of_matrix
+from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries
 
 
@@ -90,6 +93,20 @@ class MatrixMethod(Method):
     def shift(self, own: Any, params: Params, bias: Array, undo: bool) -> Array:
         """Return the module's bias (out) as the adapter changes it, or its inverse."""
         return bias
+
+    def describe_change(self, config: Any) -> str | None:
+        return None if type(self).delta is MatrixMethod.delta else "‖ΔW‖"
+
+    def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        """Return the size of `delta`, if it does not read the weight and the file tensors determine its shape."""
+        found = {name: tuple(x.shape) for name, x in arrays.items()}
+        target = file_target(config, module, found)
+        own, tensors = self.own(config, target), {tensor.name for tensor in self.tensors(config, target)}
+        shape = file_sizes(config, module, found)
+        if self.effect(own).reads or None in shape or not tensors >= arrays.keys():
+            return None
+        delta = self.delta(own, {name: jnp.asarray(x) for name, x in arrays.items()}, jnp.zeros(shape))
+        return change_of_matrix(np.asarray(delta).astype(np.float64), config.get("r"))
 
     # ------------------------------------------------------------ the interface
 

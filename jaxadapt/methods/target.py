@@ -64,8 +64,9 @@ class Target:
 
     @property
     def is_known(self) -> bool:
-        """True if the sizes of the base weight are known."""
-        return bool(self.sizes)
+        """True if the numbers of inputs and outputs are known."""
+        roles = self.match.weight.torch_roles
+        return {*roles["in"], *roles["out"]} <= self._parts().keys()
 
     def _parts(self) -> dict[str, int]:
         named = dict(self.match.weight.sizes)

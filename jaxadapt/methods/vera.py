@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.vera import VeraConfig
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
@@ -51,6 +52,7 @@ class Vera(MatrixMethod):
         a, b = found.get("vera_A"), found.get("vera_B")
         a = (config.r, max(t.in_size for t in targets) if a is None else a[-1])
         b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
+        check_projections(targets, projection_needs("vera", a[1], b[0]))
         saved = config.save_projection
         return tuple(
             own_tensor(name, shape, trained=False, optional=True, in_file=saved)
@@ -74,13 +76,8 @@ class Vera(MatrixMethod):
             return Draw("constant", 0.0 if config.init_weights else 1.0)
         if tensor.name == "vera_lambda_d":
             return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
-        # PyTorch's Kaiming-uniform: the fan of A is its inputs, that of B the rank. B's numbers follow A's.
-        random = TorchRandom(config.projection_prng_key)
-        (_, inputs) = start.shared["vera_A"]
-        bound = math.sqrt(6 / inputs)
-        a = random.uniform((config.r, inputs), -bound, bound)
-        bound = math.sqrt(6 / config.r)
-        return a if tensor.name == "vera_A" else random.uniform(start.shape, -bound, bound)
+        a, b = draw_projections(config.projection_prng_key, start.shared["vera_A"], start.shared["vera_B"])
+        return a if tensor.name == "vera_A" else b
 
     def delta(self, own: VeraHparams, params: Params, w: Array) -> Array:
         out, inputs = w.shape
@@ -94,6 +91,43 @@ class Vera(MatrixMethod):
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
+
+
+def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Array, Array]:
+    """Return projections of these shapes by PyTorch's Kaiming-uniform of the last axis; B's numbers follow A's."""
+    random = TorchRandom(seed)
+    bounds = (math.sqrt(6 / shape[-1]) for shape in (a, b))
+    first, second = (random.uniform(shape, -bound, bound) for shape, bound in zip((a, b), bounds, strict=True))
+    return first, second
+
+
+def projection_needs(prefix: str, inputs: int, outputs: int) -> Any:
+    """Return the sizes of projections of all inputs and outputs, for `check_projections`."""
+    return (
+        (f"{prefix}_A", inputs, "inputs", lambda target: target.in_size),
+        (f"{prefix}_B", outputs, "outputs", lambda target: target.out_size),
+    )
+
+
+def check_projections(
+    targets: Sequence[Target], needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]
+) -> None:
+    """Raise `MismatchError` if shared projections are too small for a module of the base.
+
+    Args:
+        needs: `(tensor, size, name of the size, function of the size that a module needs)`.
+    """
+    raise_listed(
+        MismatchError,
+        "the adapter's shared tensors are too small for these modules, so the adapter is of another base model:",
+        [
+            f"{next(iter(target.modules))} has {needed} {axis}, {name} has {size}"
+            for target in targets
+            if target.is_known
+            for name, size, axis, need in needs
+            if (needed := need(target)) > size
+        ],
+    )
 
 
 METHOD = Vera()

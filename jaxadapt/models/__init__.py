@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
     from jaxadapt.models.nnx.params import BaseParam as BaseParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
+    from jaxadapt.models.prompt.attention import attention as attention
+    from jaxadapt.models.prompt.hooks import TakesEmbeddings as TakesEmbeddings
+    from jaxadapt.models.prompt.hooks import TakesKeys as TakesKeys
     from jaxadapt.models.quantization import dequantize as dequantize
     from jaxadapt.models.quantization import from_qwix as from_qwix
     from jaxadapt.models.quantization import quantize as quantize

@@ -1,4 +1,4 @@
-"""Data of a call for adapters that need it, such as the tokens for an aLoRA, which adapts only some of them."""
+"""Data of a call for adapters that need it: the tokens for an aLoRA, the tasks for a prompt of several tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.adapters.adapter import collection_name
+from jaxadapt.adapters.adapter import SHARED_NODE, collection_name
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
@@ -22,20 +22,25 @@ Array = Any
 
 
 @contextlib.contextmanager
-def invoke(model: Any, tokens: Any) -> Generator[Any]:
-    """Set the tokens that active aLoRA adapters (`alora_invocation_tokens`) adapt within a context.
+def invoke(model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: bool = False) -> Generator[Any]:
+    """Set the data that active adapters need for the calls within a context.
 
     NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
-    to use. A jitted function that takes `tokens` as an argument is not recompiled for other tokens.
+    to use. A jitted function that takes the data as an argument is not recompiled for other data.
 
     Args:
         model: an NNX model, or a Linen module adapted with `adapt`.
-        tokens: the token ids (batch, time) that the model is called with. In each row an adapter acts from the last
-            occurrence of its invocation sequence on; it does not act in a row without one (as in PEFT). Or a boolean
-            mask (batch, time) of the tokens to adapt, for all aLoRA adapters: use it with a KV cache, where the
-            invocation was in an earlier step.
+        tokens: for aLoRA (`alora_invocation_tokens`), the token ids (batch, time) that the model is called with. In
+            each row an adapter acts from the last occurrence of its invocation sequence on; it does not act in a row
+            without one (as in PEFT). Or a boolean mask (batch, time) of the tokens to adapt, for all aLoRA adapters:
+            use it with a KV cache, where the invocation was in an earlier step.
+        task_ids: for MULTITASK_PROMPT_TUNING, the task of each row, integers (batch,). Inside jit a task that does not
+            exist gives NaN.
+        prefilled: for prompts of embeddings, True while decoding with a cache, after a first call with the virtual
+            tokens: they are then not put before the tokens again, and only positions and mask count them. (A prefix of
+            keys and values is in no cache and needs no such data.)
 
-    Raises `AttachError` if no aLoRA is active, or if `tokens` has another shape or dtype.
+    Raises `AttachError` if no active adapter needs the data, or if the data have another shape or dtype.
 
     >>> import jax, jaxadapt
     >>> from flax import nnx as fnnx
@@ -51,27 +56,35 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
     ...     (net(ids) != before).any(-1).tolist()
     [[False, True, True, True]]
     """
-    ids = jnp.asarray(tokens)
-    if ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer)):
+    given = {name: jnp.asarray(x) for name, x in (("tokens", tokens), ("task_ids", task_ids)) if x is not None}
+    given |= {"prefilled": jnp.ones((), bool)} if prefilled else {}
+    ids = given.get("tokens")
+    if ids is not None and (ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer))):
         raise AttachError(
             f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
         )
     held = carrier(model)
     if isinstance(held, Wrapper):
-        data = _call_data({name: config for name, config in model.adapters if name in model.active}, ids)
+        data = _call_data({name: config for name, config in model.adapters if name in model.active}, given)
         yield dataclasses.replace(model, data=data)
         return
     if not isinstance(held, Model):
         raise held.unsupported("an NNX model, or a Linen module that adapt returned")
     adapters = {name: held.extract(name) for name in held.active()}
-    data = _call_data({name: adapter.config for name, adapter in adapters.items()}, ids)
+    data = _call_data({name: adapter.config for name, adapter in adapters.items()}, given)
     owners = held.walk().leaves
     extended: list[tuple[dict[str, Any], str]] = []
     for name, arrays in data.items():
-        for site in sites_of(adapters[name]):
+        sites, collection = sites_of(adapters[name]), collection_name(adapters[name].config)
+        if not sites:  # a prompt, whose tensors are the model's
+            variables = vars(model)[collection][name][SHARED_NODE]
+            for key, array in arrays.items():
+                variables[key] = params.CallData(array)
+                extended.append((variables, key))
+        for site in sites:
             module, attr = owners[site.leaf]
             if not site.method.copies:
-                variables = vars(module)[collection_name(adapters[name].config)][name][attr]
+                variables = vars(module)[collection][name][attr]
                 shape = vars(module)[attr].shape
                 for key, array in arrays.items():
                     variables[key] = params.CallData(repeat_on_stack(array, site.match.stack, shape))
@@ -83,10 +96,19 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
             del variables[key]
 
 
-def _call_data(configs: Mapping[str, Config], ids: Array) -> dict[str, dict[str, Array]]:
+def _call_data(configs: Mapping[str, Config], given: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
     """Return `{adapter: {name: array}}` of the data that the adapters' methods need."""
-    data = {name: get_method(config).call_data(config, {"tokens": ids}) for name, config in configs.items()}
+    data = {name: get_method(config).call_data(config, given) for name, config in configs.items()}
     data = {name: arrays for name, arrays in data.items() if arrays}
-    if not data:
-        raise AttachError(f"cannot set tokens: no active adapter is an aLoRA; active are {sorted(configs) or 'none'}")
+    unused = [name for name in given if name != "tokens" and not any(name in arrays for arrays in data.values())]
+    if not data or unused:
+        names, users = " and ".join(unused or given) or "tokens", " or ".join(_USERS[n] for n in unused or ["tokens"])
+        raise AttachError(f"cannot set {names}: no active adapter is {users}; active are {sorted(configs) or 'none'}")
     return data
+
+
+_USERS = {
+    "tokens": "an aLoRA",
+    "task_ids": "one of MULTITASK_PROMPT_TUNING",
+    "prefilled": "a prompt of embeddings",
+}

@@ -19,9 +19,11 @@ from jaxadapt.core.errors import AttachError, TargetError
 from jaxadapt.keymaps import families, generic
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models import layers
 from jaxadapt.models.base_params import BaseParams
-from jaxadapt.models.nnx import abstract_call, attach, graph, survey
+from jaxadapt.models.nnx import abstract_call, attach, graph, prompt, survey
+from jaxadapt.models.prompt.embedding import with_width
 
 
 def plan_adapter(
@@ -36,7 +38,11 @@ def plan_adapter(
 
     `found` are the shapes of the tensors of an adapter file, by key, if the sites are for a file.
     """
-    keymap = families.resolve_keymap(keymap, base.shapes)
+    keymap, method = families.resolve_keymap(keymap, base.shapes), methods.get_method(config)
+    if isinstance(method, PromptMethod):
+        sizes = BaseSizes() if example is None else prompt.measure_base(base.target, example)
+        config = method.complete(config, with_width(sizes, keymap, base.shapes))
+        return make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:
         return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
     return make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)

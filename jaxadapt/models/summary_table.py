@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Adapter, is_array
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core.errors import AttachError
@@ -141,7 +141,7 @@ def _times(shape: Sequence[int]) -> str:
 def _describe_hparams(hparams: Any) -> str:
     """Return a site's hyperparameters that are not the defaults, as text."""
     shown: list[str] = []
-    for field in dataclasses.fields(hparams):
+    for field in () if hparams is None else dataclasses.fields(hparams):
         value = getattr(hparams, field.name)
         if value and value != field.default and field.name != "used":  # `entries` shows the used layers
             shown.append(value_text(value) if field.name == "scale" else f"{field.name} {value}")
@@ -199,8 +199,13 @@ def summary(tree: Any, *inputs: Any) -> Summary:
 
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
-    tensors, shapes = adapter.sites, adapter.shapes
-    return [
+    tensors, shapes, sites = adapter.sites, adapter.shapes, sites_of(adapter)
+    prompts = [
+        Row(name, SHARED_NODE, (), (), adapter.shapes[SHARED_NODE], str(x.dtype), None, "the model's input", count)
+        for x in [*adapter.shared.values()][:1]
+        if not sites and (count := sum(math.prod(each.entry.shape) for each in sites.shared if each.tensor.trained))
+    ]
+    return prompts + [
         Row(
             name,
             site.leaf,
@@ -213,7 +218,7 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
             sum(math.prod(e.form.shape_of(i)) for e in site.entries for i in range(e.form.count)),
             "" if site.named.all else f"{len(site.modules)} of {len(site.named.names)} modules",
         )
-        for site in sites_of(adapter)
+        for site in sites
     ]
 
 
@@ -226,6 +231,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
         return how
     variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
     attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+    attached.pop(SHARED_NODE, None)
     hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     return how | abstract_call.record_uses(held.tree, used, inputs)

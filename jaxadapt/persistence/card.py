@@ -26,14 +26,6 @@ _CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification", "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "FEATURE_EXTRACTION": "AutoModel",
 }  # fmt: skip
-# Configuration fields shown on the card, with the value that is not shown.
-FIELDS: dict[str, Any] = {
-    "target_parameters": None, "exclude_modules": None, "layers_to_transform": None, "layer_replication": None,
-    "r": None, "lora_alpha": None, "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "rank_pattern": {},
-    "alpha_pattern": {}, "use_dora": False, "lora_bias": False, "trainable_token_indices": None,
-    "modules_to_save": None, "feedforward_modules": None, "num_virtual_tokens": None, "init_lora_weights": True,
-    "init_ia3_weights": True, "fan_in_fan_out": False,
-}  # fmt: skip
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MARK = re.compile(r"\n<!-- jaxadapt card ([0-9a-f]{12}) ([0-9a-f]{12}): [^\n]*-->\n?\Z")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -284,8 +276,7 @@ def _settings(config: Config, facts: Facts) -> list[str]:
     target = config.get("target_modules")
     if target is not None:
         rows.append(("target_modules", target if isinstance(target, str) else ", ".join(sorted(target))))
-    values = config.to_dict()
-    rows += [(k, _value(values[k])) for k, plain in FIELDS.items() if k in values and values[k] != plain]
+    rows += [(name, _value(value)) for name, value in config.shown_fields().items()]
     size = f"{facts.parameters:,} parameters in {len(facts.tensors)} tensors, {'/'.join(facts.dtypes)}"
     rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
@@ -299,11 +290,11 @@ def _settings(config: Config, facts: Facts) -> list[str]:
 
 
 def _image_caption(config: Config) -> list[str]:
-    if config.peft_type != "LORA":
-        return ["Layer by module: how far the trained factors are from 1, which would change nothing."]
-    return [
-        "Layer by module: how much is added to each weight (Frobenius norm), in how many directions (effective rank)."
-    ]
+    from jaxadapt.methods import METHODS  # imports JAX, which a card without a picture does not need
+
+    method = METHODS.get(config.peft_type)
+    what = None if method is None else method.describe_change(config)
+    return [f"Layer by module: how much each weight changes{f' ({what})' if what else ''}."]
 
 
 def _readers(readers: Sequence[consumers.Reader]) -> list[str]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxadapt import methods
 from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError
@@ -60,6 +61,9 @@ def take_adapter(
     adapter = held.extract(name, config, keymap, lora_alpha)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
+    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+        params = {**source.adapter.params, SHARED_NODE: stored}
+        source = Source(held, dataclasses.replace(source.adapter, params=params))
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
@@ -192,5 +196,5 @@ def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap) -> Encod
     """Add the head's tensors for tied weights: PEFT stores them under both names (`ensure_weight_tying`)."""
     if not config.get("ensure_weight_tying"):
         return encoded
-    more = tied.repeat_for_heads(encoded.plan.entries, keymap)
+    more = tied.repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))

@@ -167,8 +167,16 @@ def load(
             f" {present.config.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
             " load(…, name=…) keeps both"
         )
-    if dtype is None and present is not None and present.config == adapter.config:
-        adapter = _promote(adapter, present)
+    if present is not None and present.config == adapter.config:
+        is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
+        if is_encoded and not replace:
+            raise MismatchError(
+                f"{source}: the attached adapter {name!r} has an encoder, and the file holds only what an encoder"
+                f" computed ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
+                " its encoder, and load(…, name=…) keeps both"
+            )
+        if dtype is None and not is_encoded:
+            adapter = _promote(adapter, present)
     changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 
@@ -226,7 +234,8 @@ def _from_orbax(
     stored_sites = sites.sites_of(stored.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
     keymap = planning.target_keymap(base, keymap, keys)
-    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example)
+    shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
+    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example, shared)
     planning.check_kernels(base, target_sites)
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for site in each for entry in site.entries}

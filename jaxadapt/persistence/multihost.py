@@ -210,4 +210,5 @@ def _parts(encoded: Encoded, entry: PlanEntry, box: Region, values: np.ndarray) 
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
         if encoded.dtype is not None:
             tile = tile.astype(encoded.dtype, copy=False)
-        yield TensorPart(entry.keys[piece.number], piece.shape, piece.tensor_region, tile)
+        for key in entry.keys_of(piece.number):
+            yield TensorPart(key, piece.shape, piece.tensor_region, tile)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, name_donated_arrays
+from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, integers_name, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import Report
@@ -102,7 +102,7 @@ def _find_leaves(
     path: Path, items: Mapping[str, Mapping[tuple[str, ...], Any]], like: Adapter, name: str
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
     """Return the item of a training checkpoint that contains this adapter, and the parameters' key paths in it."""
-    collection = collection_name(like.config)
+    own = (collection_name(like.config), integers_name(collection_name(like.config)))
     wanted = set(like.flat())
     # The same paths occur several times: an optimizer's moments are trees of the same structure.
     candidates: dict[tuple[str, tuple[str, ...]], dict[str, tuple[str, ...]]] = {}
@@ -110,7 +110,7 @@ def _find_leaves(
         for key in leaves:
             parts = key[:-1] if key[-1] == "value" else key  # as NNX variables are saved
             for i in range(len(parts) - 1):
-                if parts[i : i + 2] != (collection, name):
+                if parts[i + 1] != name or parts[i] not in own:
                     continue
                 plain = (*parts[:i], *parts[i + 2 :])
                 for start in range(i + 1):
@@ -123,7 +123,7 @@ def _find_leaves(
         best = max((candidates[p] for p in parameters), key=len, default={})
         missing = sorted(wanted - set(best))
         raise MismatchError(
-            f"{os.fspath(path)}: this checkpoint does not contain the adapter {name!r} ({collection}); missing:\n"
+            f"{os.fspath(path)}: this checkpoint does not contain the adapter {name!r} ({own[0]}); missing:\n"
             + paths.bullets(missing)
         )
     shortest = min(len(prefix) for _, prefix in complete)

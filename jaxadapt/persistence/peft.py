@@ -26,7 +26,7 @@ from jaxadapt.adapters import (
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import PEFT_VERSION, Config, lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
+from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, raise_listed, warn
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps import parts
 from jaxadapt.keymaps import plan as plans
@@ -182,11 +182,13 @@ def adapter_from_tensors(
     ]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
-        repeated = tied.redundant_head_keys(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
+        repeated = tied.redundant_head_keys(
+            tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
+        )
         shapes = {key: shape for key, shape in shapes.items() if key not in repeated}
     if shapes.keys() - plan.keys.keys():
         redundant = embeddings.embedding_keys(
-            tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
+            tensors.config, tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
         )
         redundant |= full_copies.redundant_keys(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
@@ -195,6 +197,9 @@ def adapter_from_tensors(
             tensors.tensors, unexpected, recipe.keymap, base.leaves, tensors.source, strict
         )
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
+    for key, original in _checked_repeats(tensors, adapter_sites).items():
+        if original in shapes and key not in shapes:
+            shapes[key], dtypes[key] = shapes[original], dtypes[original]
     if optional := _missing_optional(adapter_sites, shapes):
         added = _created_tensors(tensors, plan, optional, recipe.config, adapter_sites, base)
         tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
@@ -234,6 +239,24 @@ def adapter_from_tensors(
             given=leaves,
         )
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+
+
+def _checked_repeats(tensors: PeftTensors, adapter_sites: sites.Sites) -> dict[str, str]:
+    """Return `{key: key of the same tensor}` of the repeated tensors; raise `MismatchError` if copies differ."""
+    repeats, given = sites.repeated_keys(adapter_sites), tensors.tensors
+    differing = [
+        f"{key} and {original}"
+        for key, original in repeats.items()
+        if key in given
+        and original in given
+        and not np.array_equal(np.asarray(given[key]), np.asarray(given[original]))
+    ]
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: these tensors must be equal, since one repeats the other, and they differ:",
+        differing,
+    )
+    return repeats
 
 
 def _missing_optional(adapter_sites: Sequence[sites.Site], shapes: Mapping[str, Any]) -> list[str]:
@@ -313,7 +336,8 @@ def _created_tensors(
     dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
     copied = _copied_keys(incomplete)
     common = dtypes.pop() if len(dtypes) == 1 else None
-    return {key: encoded[key] if common is None or key in copied else encoded[key].astype(common) for key in missing}
+    own = copied | {key for key, spec in encoded.specs.items() if spec.dtype.kind in "iu"}
+    return {key: encoded[key] if common is None or key in own else encoded[key].astype(common) for key in missing}
 
 
 AUTOCAST = "autocast"

@@ -54,7 +54,7 @@ class _Leaf:
 
     @property
     def decays(self) -> bool:
-        return self.role in ("A", "B", "embedding") or (self.role == "copy" and self.ndim > 1)
+        return self.role in ("A", "B", "embedding") or (self.role in ("copy", "other") and self.ndim > 1)
 
 
 def _leaves(tree: Any) -> Any:
@@ -97,7 +97,7 @@ def roles(tree: Any) -> Any:
 
     The labels are "A" and "B" for LoRA's matrices, "embedding" for the matrices of an adapted embedding, "bias" for a
     trained bias, "vector" for the vectors of IA3, DoRA and KaSA, "copy" for a fully trained weight, "frozen" for MiCA's
-    B, and "other".
+    B, and "other" for the tensors of methods without such roles.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}

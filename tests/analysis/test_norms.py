@@ -109,8 +109,16 @@ def test_ia3_and_methods_that_need_the_base():
     (norm,) = measure_norms(tensors(config, **{"q.ia3_l": l})).modules
     assert norm.norm == pytest.approx(np.sqrt(np.mean((l - 1) ** 2)))
     assert norm.rank is norm.scale is norm.effective_rank is None
-    other = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
-    with pytest.raises(jaxadapt.ConfigError, match="norms for LOHA"):
+    w1a, w1b, w2a, w2b = array(6, 2), array(2, 4), array(6, 2), array(2, 4)
+    loha = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2, "alpha": 3})
+    named = {"hada_w1_a": w1a, "hada_w1_b": w1b, "hada_w2_a": w2a, "hada_w2_b": w2b}
+    found = measure_norms(tensors(loha, **{f"q.{name}": x for name, x in named.items()}))
+    size, effective = of_matrix(3 / 2 * (w1a @ w1b) * (w2a @ w2b))
+    assert (found.what, found.modules[0].rank) == ("‖ΔW‖", 2)
+    # The product is formed in float32 on both sides.
+    np.testing.assert_allclose([found.modules[0].norm, found.modules[0].effective_rank], [size, effective], rtol=1e-4)
+    other = jaxadapt.Config.from_dict({"peft_type": "OFT", "target_modules": ["q"], "oft_block_size": 2})
+    with pytest.raises(jaxadapt.ConfigError, match="norms for OFT"):
         measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 

@@ -273,8 +273,9 @@ def test_completion_works_in_a_real_shell(tmp_path):
 # What each needs at most, of what takes long to load; the exit status.
 LIGHT = {
     "inspect": (("inspect", "out"), set(), 0),
-    "inspect --norms": (("inspect", "out", "--norms"), {"numpy"}, 0),
+    "inspect --norms": (("inspect", "out", "--norms"), {"numpy", "jax", "jaxlib"}, 0),
     "families": (("families",), set(), 0),
+    "methods": (("methods",), set(), 0),
     "families NAME": (("families", "llama"), set(), 0),
     "check-keymap": (("check-keymap", "auto", "--model", "shapes.json"), {"numpy"}, 0),
     "completion": (("completion", "zsh"), set(), 0),
@@ -321,6 +322,7 @@ JSON = {
     "checkpoints": ("checkpoints", "run"),
     "checkpoints --export": ("checkpoints", "run", "--export", "new"),
     "families": ("families",),
+    "methods": ("methods",),
     "families NAME": ("families", "gpt2"),
     "completion": ("completion", "fish"),
 }

@@ -31,7 +31,8 @@ TINY = llama.LlamaConfig(
     head_dim=8,
     rope_theta=50000.0,
 )
-CASES = [(api, method) for api in training.APIS for method in training.METHODS]
+METHODS = ("lora", "ia3")
+CASES = [(api, method) for api in training.APIS for method in METHODS]
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
 
 
@@ -85,7 +86,7 @@ def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, we
         np.testing.assert_array_equal(base[path], array, err_msg=path)
 
 
-@pytest.mark.parametrize("method", training.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str, np.ndarray]) -> None:
     nnx_tuner, linen_tuner = (training.make_trainer(api, TINY, weights, method, 1) for api in training.APIS)
     np.testing.assert_array_equal(nnx_tuner.logits(TOKENS), linen_tuner.logits(TOKENS))

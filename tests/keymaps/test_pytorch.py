@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from jaxadapt import MismatchError
+from jaxadapt import IA3Config, LoraConfig, MismatchError
 from jaxadapt.keymaps import pytorch
+from jaxadapt.methods import file_sizes
 
 
 def lora(module, out, inputs, r=2):
@@ -13,8 +16,14 @@ def lora(module, out, inputs, r=2):
     return {f"{prefix}A.weight": (r, *inputs), f"{prefix}B.weight": (out, r, *(1 for _ in inputs[1:]))}
 
 
+_sizes = functools.partial(file_sizes, LoraConfig(r=2, target_modules=["q"]))
+
+
 def entry(shapes, tensors, **options):
-    keymap = pytorch.state_dict_keymap(shapes, tensors, "it", **options)
+    inputs = any(len(shape) > 1 and shape[:1] == (1,) for shape in tensors.values())
+    config = IA3Config(target_modules=["q"], feedforward_modules=".*" if inputs else [])
+    config = config if any("ia3_l" in key for key in tensors) else LoraConfig(r=2, target_modules=["q"])
+    keymap = pytorch.state_dict_keymap(shapes, tensors, "it", functools.partial(file_sizes, config), **options)
     return {w.leaf: w for w in keymap.weights}
 
 
@@ -81,8 +90,8 @@ def test_a_first_part_of_the_names_may_differ(model, adapter, expected):
 
 def test_every_module_that_the_model_lacks_is_listed():
     with pytest.raises(MismatchError, match=r"(?s)it: the model has no weight for these modules.*a\.k.*a\.v"):
-        pytorch.state_dict_keymap({"a.q.weight": (6, 4)}, lora("a.k", 6, (4,)) | lora("a.v", 6, (4,)), "it")
+        pytorch.state_dict_keymap({"a.q.weight": (6, 4)}, lora("a.k", 6, (4,)) | lora("a.v", 6, (4,)), "it", _sizes)
     keymap = pytorch.state_dict_keymap(
-        {"emb.weight": (6, 4)}, lora("head", 6, (4,)), "it", tied=(("head.weight", "emb.weight"),)
+        {"emb.weight": (6, 4)}, lora("head", 6, (4,)), "it", _sizes, tied=(("head.weight", "emb.weight"),)
     )
     assert keymap.tied == (("head.weight", "emb.weight"),)

@@ -260,7 +260,7 @@ def test_a_bias_of_lora_is_scaled_and_merged_once():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(hook.merged_bias(jnp.asarray(bias), 1), bias + 3 * params["lora_B_bias"], rtol=1e-6)
     np.testing.assert_allclose(hook.merged_bias(hook.merged_bias(jnp.asarray(bias), 1), -1), bias, atol=1e-6)
-    with pytest.raises(AttachError, match="cannot apply lora_bias"):
+    with pytest.raises(AttachError, match="cannot apply the bias of the adapter"):
         hook.weight(jnp.asarray(w))
 
 

@@ -23,7 +23,7 @@ PUBLIC = {
     "SharedParam", "FrozenParam",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
-    "merge", "unmerge", "combine",
+    "merge", "unmerge", "combine", "attention",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft", "verify", "repair",
     # while training
@@ -44,7 +44,7 @@ PACKAGES = {
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
         "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
-        "slot", "summary", "Selection", "Target",
+        "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys",
     },
     "persistence": {
         "from_peft", "inspect", "load", "pull", "push", "read", "read_config", "repair", "save", "to_peft", "verify",

@@ -36,8 +36,8 @@ from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
-from jaxadapt.methods.lora import alora, dora, kasa
+from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Start, Target, as_computable
+from jaxadapt.methods.lora import alora, dora, kasa, norms
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
 
@@ -89,11 +89,18 @@ class Lora(Method):
         }
     )
 
+    # The nesting depth of PEFT's ParamWrapper, if the weight is adapted through target_parameters.
+    wrapper_depth: int | None = None
+    neutral = MappingProxyType({"lora_embedding_A": 0.0, "lora_B": 0.0, "lora_B_bias": 0.0})
+    # The head's B is the embedding's A, transposed, and the head's A is the embedding's B.
+    as_head = MappingProxyType({"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"})
+
     def __init__(self, depth: int | None = None) -> None:
         if depth is not None:
             self.wrapper_depth = depth
+            self.on_parameters = True
 
-    def on_parameter(self, depth: int) -> Lora:
+    def for_parameter(self, depth: int) -> Lora:
         return Lora(depth)
 
     def check(self, config: Config) -> None:
@@ -268,6 +275,12 @@ class Lora(Method):
         if not sequence or tokens is None:
             return {}
         return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
+
+    def describe_change(self, config: LoraConfig) -> str:
+        return norms.describe(config)
+
+    def measure_change(self, config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        return norms.measure(config, module, arrays)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})

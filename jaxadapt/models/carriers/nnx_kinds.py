@@ -174,7 +174,8 @@ class Model(_Variables, Object):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        if present is not None and rngs is None and not new and is_same(present, adapter):
+        fits = present is not None and present.shapes == adapter.shapes and is_same(present, adapter)
+        if fits and rngs is None and not new:
             attach.inject(adapter, self._contents, name)
             attach.activate(self._contents, (name,))
             return self.tree

@@ -9,7 +9,7 @@ from typing import Any
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name, integers_name
 from jaxadapt.adapters.sites import Site, make_file_plan, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -110,42 +110,48 @@ class Params(Carrier):
 
     def delete(self, name: str) -> Any:
         collection = collection_name(self.extract(name).config)
-        kept = {k: v for k, v in self.tree[collection].items() if k != name}
-        rest = {k: v for k, v in self.tree.items() if k != collection}
-        return {**rest, collection: kept} if kept else rest
+        out = dict(self.tree)
+        for each in (collection, integers_name(collection)):
+            kept = {k: v for k, v in out.pop(each, {}).items() if k != name}
+            out |= {each: kept} if kept else {}
+        return out
 
     def detach(self) -> Any:
-        return {k: v for k, v in self.tree.items() if k not in methods.COLLECTIONS}
+        return collections.without_adapters(self.tree)
 
     def adapters(self) -> list[tuple[str, Adapter]]:
         return [
             (name, collections.read_adapter(inner, name))
-            for collection in collections.collection_names(self.tree)
-            for name, inner in dict(self.tree[collection]).items()
+            for collection in collections.adapter_trees(self.tree).values()
+            for name, inner in collection.items()
         ]
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""
 
-        def walk(tree: Mapping[str, Any]) -> dict[str, Any]:
-            new = dict(tree)
+        def walk(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            new, new_integers = dict(tree), dict(integers)
             for name, value in tree.items():
                 if not isinstance(value, Mapping):
                     continue
                 if CONFIG_NODE in value and (names is None or name in names):
-                    values = f(name, collections.read_adapter(value, name))
-                    new[name] = {**paths.unflatten(values), CONFIG_NODE: value[CONFIG_NODE]}
+                    own = integers.get(name, {})
+                    values = f(name, collections.read_adapter(collections.with_integers(value, own), name))
+                    floats = {k: v for k, v in value.items() if k != CONFIG_NODE}
+                    new[name] = {**_pick(values, floats), CONFIG_NODE: value[CONFIG_NODE]}
+                    new_integers |= {name: _pick(values, own)} if own else {}
                 elif name in methods.COLLECTIONS:
-                    new[name] = walk(value)
-            return new
+                    key = integers_name(name)
+                    new[name], changed = walk(value, tree.get(key, {}))
+                    new |= {key: changed} if changed else {}
+            return new, new_integers
 
-        return walk(self.tree)
+        return walk(self.tree, {})[0]
 
     def rest(self) -> Any:
-        adapters = collections.collection_names(self.tree)
-        if not (adapters or self.has_base):
+        if not (collections.collection_names(self.tree) or self.has_base):
             return {}
-        return {k: v for k, v in self.tree.items() if k not in _NOT_REST and k not in adapters}
+        return {k: v for k, v in collections.without_adapters(self.tree).items() if k not in _NOT_REST}
 
     def with_rest(self, rest: Any) -> Any:
         mapping_type: Any = type(self.tree)
@@ -235,6 +241,11 @@ class Foreign(Carrier):
 
     def with_rest(self, rest: Any) -> Any:
         return self.whole.with_rest(rest)
+
+
+def _pick(values: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values at the paths of a tree, as a tree."""
+    return paths.unflatten({path: values[path] for path in paths.flatten(tree)})
 
 
 def check_fit(adapter: Adapter, present: Adapter, name: str) -> None:

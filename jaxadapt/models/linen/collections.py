@@ -14,7 +14,15 @@ from flax.linen import spmd
 
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt.adapters.adapter import (
+    CONFIG_NODE,
+    SHARED_NODE,
+    Adapter,
+    Recipe,
+    collection_name,
+    integers_name,
+    is_array,
+)
 from jaxadapt.arrays import placement
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -85,7 +93,11 @@ def replace_adapter_values(
     if isinstance(inner, Mapping) and CONFIG_NODE in inner:
         return with_entry(tree, name, replace_values(inner, values, recipe))
     key = next(c for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c])
-    return with_entry(tree, key, with_entry(tree[key], name, replace_values(tree[key][name], values, recipe)))
+    for collection in (key, integers_name(key)):
+        if name in tree.get(collection, {}):
+            inner = replace_values(tree[collection][name], values, recipe)
+            tree = with_entry(tree, collection, with_entry(tree[collection], name, inner))
+    return tree
 
 
 def with_entry(tree: Mapping[str, Any], key: str, value: Any) -> Any:
@@ -121,14 +133,34 @@ def replace_values(
 # ---------------------------------------------------------------- finding and reading adapters
 
 
-def adapter_collections(variables: Any) -> dict[str, Mapping[str, Any]]:
-    """Return the adapter collections of Linen variables.
+def adapter_collections(variables: Any) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return `{collection: {name: tree of one adapter}}` of Linen variables.
 
     Returns none for a tree without "params": in a parameter tree, "lora" may be the name of a module.
     """
     if not isinstance(variables, Mapping) or "params" not in variables:
         return {}
-    return {name: variables[name] for name in collection_names(variables)}
+    return adapter_trees(variables)
+
+
+def with_integers(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tree of one adapter with the integer tensors that its own collection holds."""
+    added = {
+        key: with_integers(tree.get(key, {}), value) if isinstance(value, Mapping) else value
+        for key, value in integers.items()
+    }
+    return {**tree, **added}
+
+
+def adapter_trees(tree: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return `{collection: {name: tree of one adapter}}` of the collections in Linen variables, with their integers."""
+    return {
+        collection: {
+            name: with_integers(inner, tree.get(integers_name(collection), {}).get(name, {}))
+            for name, inner in dict(tree[collection]).items()
+        }
+        for collection in collection_names(tree)
+    }
 
 
 def adapter_names(tree: Mapping[str, Any]) -> list[str]:
@@ -144,8 +176,15 @@ def adapter_names(tree: Mapping[str, Any]) -> list[str]:
 
 
 def collection_names(tree: Mapping[str, Any]) -> list[str]:
-    """Return the names of the adapter collections in Linen variables."""
+    """Return the names of the adapter collections in Linen variables, without those of integer tensors."""
     return [name for name in methods.COLLECTIONS if name in tree]
+
+
+def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Linen variables without the adapters' collections."""
+    held = collection_names(tree)
+    dropped = {*held, *map(integers_name, held)}
+    return {name: value for name, value in tree.items() if name not in dropped}
 
 
 def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -167,7 +206,10 @@ def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
             f"several adapters are called {name!r} here, in {' and '.join(matches)}. Rename one of them, for example"
             " with adapter.named('other')"
         )
-    return next((collection[name] for collection in matches.values()), None)
+    for collection in matches:
+        own = {collection, integers_name(collection)}
+        return adapter_trees({key: value for key, value in tree.items() if key in own})[collection][name]
+    return None
 
 
 def is_moment(path: str) -> bool:
@@ -219,7 +261,7 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
         if parts[-1] == "value":  # Orbax restores an nnx.Variable without a target as {"value": array}
             parts.pop()
         for i in range(len(parts) - 1):
-            if parts[i] == collection and parts[i + 1] == name:
+            if parts[i] in (collection, integers_name(collection)) and parts[i + 1] == name:
                 values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
                 break
     if not values:

@@ -13,14 +13,16 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
 from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
+from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
+from jaxadapt.models.prompt.calling import Prompt, require_one
 
 Keys = tuple[str, ...]
 
@@ -35,6 +37,7 @@ class Overlay:
         leaves: `{keys: value}` added to the base parameters, or replacing some of them, during the call.
         interceptor: applies the active adapters.
         with_dropout: the names of the active adapters that have dropout.
+        prompt: the active adapter with virtual tokens, if any.
     """
 
     base: Mapping[str, Any]
@@ -42,6 +45,7 @@ class Overlay:
     leaves: Mapping[Keys, Any]
     interceptor: Interceptor
     with_dropout: Sequence[str]
+    prompt: Prompt | None = None
 
     def module_variables(self) -> dict[str, Any]:
         """Return the variables with which the module is called."""
@@ -80,6 +84,7 @@ def build_overlay(
     """
     names = {collection_name(config) for config in configs.values()}
     names |= {c for c in methods.COLLECTIONS if _has_adapters(variables.get(c))}
+    names |= set(map(integers_name, names))
     adapters = {c: variables[c] for c in variables if c in names}
     base = {c: tree for c, tree in variables.items() if c not in names}
     params = base.get("params", {})
@@ -88,9 +93,12 @@ def build_overlay(
     leaf_adapters: dict[Keys, dict[str, list[LeafAdapter]]] = {}
     replacing: dict[str, dict[str, methods.Method]] = {}
     with_dropout: list[str] = []
+    prompts: dict[str, Prompt] = {}
     for order, name in enumerate(active):
         adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
         values, shared = adapter.sites, adapter.shared
+        if methods.get_method(adapter.config).scope == "model":
+            prompts[name] = Prompt(adapter.recipe, shared, data.get(name, {}))
         shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
         for site in _cached_sites(adapter.recipe, shapes):
             keys = keys_by_leaf[site.leaf]
@@ -134,13 +142,14 @@ def build_overlay(
             leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
     methods.refuse_rivals(replacing)
     interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)
-    return Overlay(base, adapters, leaves, interceptor, with_dropout)
+    require_one(prompts)
+    return Overlay(base, adapters, leaves, interceptor, with_dropout, next(iter(prompts.values()), None))
 
 
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
     """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
     collection = collection_name(config)
-    tree = adapters.get(collection, {}).get(name)
+    tree = collections.adapter_trees(adapters).get(collection, {}).get(name)
     if tree is None:
         raise AttachError(
             f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"
@@ -168,15 +177,15 @@ def _resolve_like(config: Config, resolved: Config) -> Config:
     """
     changes: dict[str, Any] = {}
     config = matching.with_task_heads(config)
-    for name in ("target_modules", "feedforward_modules"):
+    for name in {name for defaults in config.default_targets.values() for name in defaults}:
         if config.get(name) is None and name in config.to_dict():
             changes[name] = resolved.get(name)
+    if isinstance(config, PromptLearningConfig):
+        changes |= {name: resolved.get(name) for name, value in config.to_dict().items() if value is None}
     if config.get("fan_in_fan_out") is not None:
         changes["fan_in_fan_out"] = resolved.get("fan_in_fan_out")
     if str(config.get("target_modules")).lower() == matching.ALL_LINEAR:
-        names = changes["target_modules"] = resolved.get("target_modules")
-        if isinstance(config.get("feedforward_modules"), tuple):
-            changes["feedforward_modules"] = [n for n in names if matching.is_feedforward(config, n)]
+        config = config.with_targets(resolved.get("target_modules"))
     return config.replace(**changes) if changes else config
 
 

@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
+from jaxadapt import methods
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
+from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
 from jaxadapt.adapters.recipes import make_recipe
 from jaxadapt.adapters.sites import Sites
 from jaxadapt.configs import Config
@@ -25,9 +26,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.linen import collections, survey
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
+from jaxadapt.models.prompt.embedding import with_width
 
 _CACHE_SIZE = 64
 
@@ -121,8 +124,11 @@ class Adapted:
 
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
+        has_prompt = any(methods.get_method(config).scope == "model" for _, config in self.adapters)
+        sizes = prompt.measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
-        occupied = model.collections & {collection_name(config) for _, config in self.adapters}
+        own = {collection_name(config) for _, config in self.adapters}
+        occupied = model.collections & (own | set(map(integers_name, own)))
         if occupied:
             raise AttachError(
                 f"cannot add the adapter: the module has a collection {sorted(occupied)} of its own. Rename that"
@@ -130,10 +136,12 @@ class Adapted:
             )
         keymap = resolve_keymap(self.keymap, model.shapes)
         entries = model.entries(keymap)
-        plans = {
-            name: make_recipe(config, keymap, model.shapes, entries, check=model.check)
-            for name, config in self.adapters
-        }
+        plans: dict[str, tuple[Recipe, Sites]] = {}
+        for name, config in self.adapters:
+            method = methods.get_method(config)
+            if isinstance(method, PromptMethod):
+                config = method.complete(config, with_width(sizes, keymap, model.shapes))
+            plans[name] = make_recipe(config, keymap, model.shapes, entries, check=model.check)
         for _, sites in plans.values():
             model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
         return plans
@@ -174,8 +182,16 @@ class Adapted:
         """
         overlay = self._make_overlay(variables, kwargs.get("rngs"))
         self._check_reads(overlay, args, kwargs, mutable)
-        with nn.intercept_methods(overlay.interceptor):
-            out = self.module.apply(overlay.module_variables(), *args, mutable=mutable, **kwargs)
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            with nn.intercept_methods(overlay.interceptor):
+                return self.module.apply(variables, *args, mutable=mutable, **kwargs)
+
+        variables = overlay.module_variables()
+        if overlay.prompt is None:
+            out = call(variables, *args, **kwargs)
+        else:
+            out = prompt.call_module(self.module, overlay.prompt, call, variables, args, kwargs)
         if mutable is False:
             return out
         y, changed = out
@@ -190,6 +206,8 @@ class Adapted:
             options: the keyword arguments of the module's `bind`: `rngs` and `mutable`.
         """
         overlay = self._make_overlay(variables, options.get("rngs"))
+        if overlay.prompt is not None:
+            raise AttachError("cannot bind a module to an adapter with virtual tokens; call apply")
 
         def check(method: str, args: Any, kwargs: Any) -> None:
             self._check_reads(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
@@ -260,7 +278,7 @@ class Adapted:
         shapes = {leaf: tuple(survey.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
         configs = dict(self.adapters)
         for name in self.active:
-            tree = overlay.adapters[collection_name(configs[name])][name]
+            tree = collections.adapter_trees(overlay.adapters)[collection_name(configs[name])][name]
             adapter = collections.read_adapter(meta.unbox(tree), name)
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             scopes = called() if missing else ()

@@ -23,7 +23,7 @@ Recorder = Callable[[str, str, type[nnx.Module], Callable[..., Any]], Callable[.
 """`recorder(leaf, attribute, class, method)` returns the method that runs in place of a layer's own."""
 
 
-def _instrument(
+def instrument(
     model: nnx.Module, leaves: Sequence[str], recorder: Recorder, args: Args
 ) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
     """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model whose layers run `recorder`'s methods.
@@ -98,7 +98,7 @@ def trace_axes(
 
         return __call__
 
-    run, inputs = _instrument(model, leaves, recorder, args)
+    run, inputs = instrument(model, leaves, recorder, args)
     jax.eval_shape(run, inputs)
     not_called = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
@@ -123,7 +123,7 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Ar
 
         return __call__
 
-    run, inputs = _instrument(model, leaves, recorder, args)
+    run, inputs = instrument(model, leaves, recorder, args)
     jax.eval_shape(run, inputs)
     names = {leaf: survey.base_class(owners[leaf][0]).__name__ for leaf in leaves}
     not_called = {leaf: f"{name}, not called with these inputs" for leaf, name in names.items()}
@@ -167,7 +167,7 @@ def check_calls(
 
         return __call__
 
-    run, inputs = _instrument(model, list(adapted), recorder, args)
+    run, inputs = instrument(model, list(adapted), recorder, args)
     live = live_weights(run, inputs)
     contradictions = [
         f"{leaf}: {contradiction_message(axes, layer_axes)}"
@@ -183,5 +183,5 @@ def check_calls(
             "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"
             " can follow:\n"
             + paths.bullets(f"{leaf}: {reason}" for leaf, reason in stray_uses.items())
-            + "\nSet lora_dropout=0.0, or exclude them with exclude_modules"
+            + "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules"
         )

@@ -33,7 +33,7 @@ from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
-from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
@@ -154,6 +154,10 @@ def attach(
         )
         for each in sites.shared_tensors(adapter_sites)
     }
+    if methods.get_method(recipe.config).scope == "model":
+        require_current_trace([model])
+        prompt.attach_prompt(model, collection, name, shared)
+        _apply_adapters(model, name)
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         attached = Attached(recipe, site.method, site.axes, site.hparams)
@@ -175,10 +179,14 @@ def attach(
             if DROPOUT not in vars(module):
                 setattr(module, DROPOUT, nnx.Dict())
             vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, sizes)
-        install_adapters(module)
-        if ACTIVE not in vars(module):
-            setattr(module, ACTIVE, (name,))
+        _apply_adapters(module, name)
     _set_active(adapted_layers(walk), (name,))
+
+
+def _apply_adapters(module: nnx.Module, name: str) -> None:
+    install_adapters(module)
+    if ACTIVE not in vars(module):
+        setattr(module, ACTIVE, (name,))
 
 
 def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
@@ -284,6 +292,8 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
     for path, layer in layers if len(names) > 1 else ():
         for name, collection in itertools.product(names, methods.COLLECTIONS):
             for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
+                if leaf == SHARED_NODE:
+                    continue
                 attached = attached_to(tensors)
                 methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached.method
     methods.refuse_rivals(methods_by_leaf)
@@ -316,6 +326,7 @@ def delete(model: Model, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
+    prompt.restore_attention(model_of(model))
 
 
 # ---------------------------------------------------------------- extracting and injecting values

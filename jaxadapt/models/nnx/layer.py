@@ -12,13 +12,14 @@ import jax
 from flax import errors, nnx
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
+from jaxadapt.models.prompt import calling
 from jaxadapt.models.tracing import rewrite
 
 ACTIVE = "active_adapters"
@@ -99,6 +100,8 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
             if adapters is None or name not in adapters:
                 continue
             for leaf, tensors in adapters[name].items():
+                if leaf == SHARED_NODE:  # a prompt's tensors: see `prompt`
+                    continue
                 params = {t: _value_of(t, var) for t, var in tensors.items()}
                 attached = attached_to(tensors)
                 dropout = attributes[DROPOUT][name] if DROPOUT in attributes and name in attributes[DROPOUT] else None
@@ -130,7 +133,22 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
+    if f is base.__call__ and (virtual := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        if (hooked := calling.hooked_call(module, virtual)) is not None:
+            name, first = hooked
+            return getattr(base, name)(plain_view(module, base, {}), *first, *args, **kwargs)
+        if virtual.method.adds == "keys":
+            call: Any = functools.partial(_call_layer, base, f)
+            return prompt.call_with_keys(module, virtual, base, call, args, kwargs)
+        args, kwargs = prompt.with_embeddings(module, virtual, base, args, kwargs)
+    return _call_layer(base, f, module, args, kwargs)
+
+
+def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a layer with the adapters of its own weights."""
     hooks, quantized = _active_hooks(module), survey.quantized_params(module)
+    if not quantized and not hooks:
+        return f(module, *args, **kwargs)
     known_use = kernel_use(module)
     if not quantized and known_use is not None and not any(hook.apart or hook.by_weight for hook in hooks.values()):
         return _call_known(module, base, hooks, known_use, f, args, kwargs)

@@ -115,7 +115,7 @@ def rewrite(
             raise AttachError(
                 f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once"
             )
-    traced = _trace(f, weights, args)
+    traced = trace(f, weights, args)
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     scope = _Scope(hooks, weights, ChainMap(), {})
     outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
@@ -135,7 +135,7 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     >>> uses(lambda weights, x: x @ weights["w"], {"w": w}, x)
     {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
     """
-    traced = _trace(f, weights, args)
+    traced = trace(f, weights, args)
     by_weight: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}
     layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
     for out in _collect_uses(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], by_weight):
@@ -148,13 +148,13 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
 
 
 @dataclasses.dataclass(frozen=True)
-class _Traced:
+class Traced:
     closed: core.ClosedJaxpr
     arrays: list[Any]  # the arguments that became inputs of the jaxpr, after the weights
     result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
 
 
-def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _Traced:
+def trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> Traced:
     leaves, tree = jax.tree.flatten(args)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
     results: list[Any] = []
@@ -177,10 +177,10 @@ def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _T
         rest = iter(values)
         return out_tree.unflatten([next(rest) if c else out for c, out in zip(computed, outs, strict=True)])
 
-    return _Traced(closed, arrays, result)
+    return Traced(closed, arrays, result)
 
 
-def _called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """Return the jaxpr and constants of an equation that only calls a jaxpr, else None."""
     if eqn.primitive is primitives.jit_p:
         return eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts
@@ -219,7 +219,7 @@ def _collect_uses(
         if not any(seen):
             continue
         outs: list[AxisLayout | None] | None = None
-        if (body := _called_jaxpr(eqn)) is not None:
+        if (body := called_jaxpr(eqn)) is not None:
             outs = _collect_uses(body[0], seen, found)
         elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
             found[layout.name].append(_describe_contraction(eqn, side, layout))
@@ -280,7 +280,7 @@ def _check_like(call: str, got: Any, like: Any) -> Any:
     return got
 
 
-def _evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation unchanged, as a jaxpr of only that equation, which keeps its context."""
     operands = {a: v for a, v in zip(eqn.invars, values, strict=True) if not isinstance(a, core.Literal)}
     # A variable used twice is one input.
@@ -299,7 +299,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], s
     for eqn in jaxpr.eqns:
         operands = [read(a) for a in eqn.invars]
         viewed = any(isinstance(v, _View) for v in operands)
-        outs = _evaluate_equation(eqn, operands, scope) if viewed else _evaluate_unchanged(eqn, operands)
+        outs = _evaluate_equation(eqn, operands, scope) if viewed else evaluate_unchanged(eqn, operands)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
 
@@ -307,7 +307,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], s
 def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate one equation with at least one view among its operands."""
     layouts = [v.layout if isinstance(v, _View) else None for v in operands]
-    if (body := _called_jaxpr(eqn)) is not None:
+    if (body := called_jaxpr(eqn)) is not None:
         if eqn.primitive is primitives.remat_p:
             return _checkpoint(eqn, body[0], operands, scope)
         placed = _constrain(eqn.params.get("in_shardings"), operands)
@@ -319,20 +319,20 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
     elif (outs := _evaluate_operation(eqn, operands, layouts, scope)) is not None:
         return outs
     elif (after := move_layouts(eqn, layouts)) is not None:
-        arrays = _evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+        arrays = evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
         def step(array: Any) -> Any:
             return (
                 jax.lax.optimization_barrier(array)
                 if eqn.primitive.name == BARRIER
-                else _evaluate_unchanged(eqn, [array])[0]
+                else evaluate_unchanged(eqn, [array])[0]
             )
 
         return [
             array if layout is None else _View(layout, array, (*view.replay, step))
             for array, layout, view in zip(arrays, after, operands, strict=True)
         ]
-    return _evaluate_unchanged(eqn, [scope.plain(v) for v in operands])
+    return evaluate_unchanged(eqn, [scope.plain(v) for v in operands])
 
 
 def _constrain(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
@@ -385,7 +385,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     hooked_x = _check_like("input", hook.input(use, split), split)
     pair = [view.array, view.array]
     pair[1 - side] = x if hooked_x is split else jnp.reshape(hooked_x, jnp.shape(x))
-    (y,) = _evaluate_unchanged(eqn, pair)
+    (y,) = evaluate_unchanged(eqn, pair)
     split_y = jnp.reshape(y, y_sizes)
     new = hook.output(use, hooked_x, split_y, scope.weights[view.layout.name])
     return [jnp.reshape(_check_like("output", new, split_y), jnp.shape(y))]
@@ -402,6 +402,6 @@ def _evaluate_operation(
     if operation is None:
         return None
     side, use = operation
-    (y,) = _evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+    (y,) = evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
     new = scope.hooks[name].output(use, operands[1 - side], y, scope.weights[name])
     return [_check_like("output", new, y)]

@@ -1,0 +1,57 @@
+"""The sizes of the adapters of each method on one model, from its shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxadapt.adapters import sites
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.configs import Config, matching
+from jaxadapt.configs.base import class_of
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, TargetError
+from jaxadapt.methods import METHODS
+from jaxadapt.models import attachment
+
+
+def count_trained(adapter: Adapter) -> int:
+    """Return the number of trained parameters of an adapter, with or without values.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> count_trained(attachment.init(LoraConfig(r=2, target_modules=["q"]), base))
+    20
+    """
+    trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    return sum(math.prod(x.shape) for path, x in adapter.flat().items() if path.rpartition(".")[2] in trained)
+
+
+def method_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | str]:
+    """Return `{type: trained parameters, or the error that prevents an adapter}` for a model `{path: shape}`.
+
+    Each method has its default configuration, with PEFT's default targets for the model's family, or else all linear
+    modules.
+    """
+    base = paths.unflatten({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
+    return {peft_type: _size(peft_type, base) for peft_type in sorted(METHODS)}
+
+
+def _size(peft_type: str, base: Any) -> int | str:
+    cls = class_of(peft_type)
+    assert cls is not None
+    try:
+        try:
+            return count_trained(attachment.init(cls(), base))
+        except TargetError:
+            return count_trained(attachment.init(_everywhere(cls), base))
+    except AdapterError as error:
+        return str(error).partition("\n")[0]
+
+
+def _everywhere(cls: type[Config]) -> Config:
+    fields = {name: () for defaults in cls.default_targets.values() for name in defaults}
+    return cls(**{**fields, "target_modules": matching.ALL_LINEAR})

@@ -1,0 +1,73 @@
+"""LOKR: `LoKrConfig`, with the fields and defaults of PEFT 0.21.2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.validation import Problems
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LoKrConfig(MethodConfig):
+    """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of each factor that is itself a product of two matrices.
+        alpha: the change is multiplied by alpha / r.
+        rank_dropout, module_dropout: dropout of rows and of modules in training, which jaxadapt lacks: a new adapter
+            needs 0.
+        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only.
+        decompose_both: true also decomposes the first factor, if r is less than half of its larger size.
+        decompose_factor: the size of the first factor, or its upper bound if it does not divide a weight's size; -1
+            splits each size into two divisors as close to each other as possible.
+        rank_dropout_scale: true divides the rows that `rank_dropout` keeps by their share.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,
+            alpha_pattern: as in `LoraConfig`.
+        init_weights: true starts with a first factor of zeros, "lycoris" with a second factor of zeros, and false with
+            a random change of the weight.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> LoKrConfig(target_modules=["q_proj"]).decompose_factor
+    -1
+    """
+
+    _type: ClassVar[str | None] = "LOKR"
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "rank_dropout": "probability",
+        "module_dropout": "probability",
+        "init_weights": "any",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "LOKR"
+    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+    r: int = 8
+    alpha: int | float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool | str = True
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
+            problems.add("init_weights", 'true, false or "lycoris"', self.init_weights)

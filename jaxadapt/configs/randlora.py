@@ -1,0 +1,59 @@
+"""RANDLORA: `RandLoraConfig`, with the fields and defaults of PEFT 0.21.2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.method_config import MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RandLoraConfig(MethodConfig):
+    """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of each basis.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        projection_prng_key: the seed of the bases of a new adapter.
+        save_projection: true, since the bases that PEFT draws depend on the machine.
+        sparse, very_sparse: true draws bases of -1, 0 and 1, of which two thirds or most are 0.
+        randlora_dropout: the dropout of the input in training.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        randlora_alpha: the change is multiplied by randlora_alpha / r.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> RandLoraConfig(target_modules=["q_proj"]).randlora_alpha
+    640
+    """
+
+    _type: ClassVar[str | None] = "RANDLORA"
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "randlora_dropout": "probability",
+        "bias": ("none", "all", "randlora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "RANDLORA"
+    r: int = 32
+    target_modules: str | Collection[str] | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: int = 640
+    bias: str = "none"
+    modules_to_save: Collection[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | None = None

@@ -1,0 +1,129 @@
+"""MiSS (Kang & Yin 2024, arXiv:2409.15371) with PEFT's conventions: every block of r inputs gets the change Dᵀ.
+
+D is `miss_block` (r, out): W + (Dᵀ, Dᵀ, …), where the last block is cut at the last input. With "mini" D is (r, mini_r)
+and repeated over the outputs. With "bat" `miss_block` is (out/r, r, r), and each block V of r outputs and r inputs
+becomes V + V·D + D. The arithmetic follows PEFT's `tuners/miss/layer.py`, with its fault:
+
+- "bat" ignores `miss_dropout`. Here such a file loads, and a new adapter is refused.
+
+A sum over the blocks of the input replaces the effective weight, except with "bat".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.miss import MissConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class MissHparams:
+    """The hyperparameters of a site: the variant ("", "bat" or "mini") and the dropout rate."""
+
+    variant: str
+    dropout: float
+
+
+class Miss(MatrixMethod):
+    """One matrix for all blocks of inputs."""
+
+    peft_type = "MISS"
+    roles = MappingProxyType({"miss_block": "B"})
+
+    def tensors(self, config: MissConfig, target: Target) -> tuple[MethodTensor, ...]:
+        variant, r = self.own(config, target).variant, config.r
+        if not target.found:
+            _check_sizes(config, target)
+        if variant == "bat":
+            blocks = target.own_size("miss_block", 0, lambda: target.out_size // r)
+            return (own_tensor("miss_block", (blocks, r, r)),)
+        if variant == "mini":
+            return (own_tensor("miss_block", (r, config.mini_r)),)
+        axes = ("batch", "r", "out"), (("r",), ("out",))
+        return (MethodTensor("miss_block", ".miss_block", *axes, (("r", r),), scale_power=0),)
+
+    def starts_unchanged(self, config: MissConfig) -> bool:
+        return bool(config.init_weights)
+
+    def own(self, config: MissConfig, target: Target) -> MissHparams:
+        variant = config.init_weights if isinstance(config.init_weights, str) else ""
+        return MissHparams(variant, 0.0 if variant == "bat" else config.miss_dropout)
+
+    def effect(self, own: MissHparams) -> Effects:
+        return Effects("changes", form="weight", reads=True) if own.variant == "bat" else Effects("adds", form="use")
+
+    def rate(self, own: MissHparams) -> float:
+        return own.dropout
+
+    def init(self, config: MissConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.init_weights == "bat" and config.miss_dropout:
+            raise ConfigError(
+                'cannot train MISS with init_weights="bat" and miss_dropout: PEFT ignores the dropout of this variant;'
+                " set it to 0.0"
+            )
+        if config.init_weights:
+            return Draw("constant", 0.0)
+        return Draw("uniform", 1 / math.sqrt(start.shape[-1]))  # Kaiming-uniform with a = √5
+
+    def delta(self, own: MissHparams, params: Params, w: Array) -> Array:
+        d = _over_outputs(params["miss_block"], w.shape[0])
+        return jnp.tile(d.T, (1, -(-w.shape[1] // len(d))))[:, : w.shape[1]]
+
+    def after(self, own: MissHparams, params: Params, x: Array, y: Array) -> Array:
+        d = _over_outputs(params["miss_block"], y.shape[-1])
+        r, rest = len(d), -x.shape[-1] % len(d)
+        x = jnp.pad(x.astype(d.dtype), [(0, 0)] * (x.ndim - 1) + [(0, rest)])
+        return y + x.reshape(*x.shape[:-1], -1, r).sum(-2) @ d
+
+    def matrix(self, own: MissHparams, params: Params, w: Array) -> Array:
+        if own.variant != "bat":
+            return w + self.delta(own, params, w)
+        d, v = params["miss_block"], _blocks(w, params["miss_block"])
+        return (v + jnp.einsum("apcq,aqs->apcs", v, d) + d[:, :, None]).reshape(w.shape)
+
+    def unmatrix(self, own: MissHparams, params: Params, w: Array) -> Array:
+        if own.variant != "bat":
+            return w - self.delta(own, params, w)
+        d, v = params["miss_block"], _blocks(w, params["miss_block"])
+        inverse = jnp.linalg.inv(jnp.eye(d.shape[-1], dtype=d.dtype) + d)
+        return jnp.einsum("apcq,aqs->apcs", v - d[:, :, None], inverse).reshape(w.shape)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
+
+
+def _over_outputs(d: Array, outputs: int) -> Array:
+    """Return D for all outputs, (r, out)."""
+    return jnp.tile(d, (1, outputs // d.shape[1]))
+
+
+def _blocks(w: Array, d: Array) -> Array:
+    """Return the weight as (blocks of outputs, r, blocks of inputs, r)."""
+    r = d.shape[-1]
+    return w.reshape(w.shape[0] // r, r, w.shape[1] // r, r)
+
+
+def _check_sizes(config: MissConfig, target: Target) -> None:
+    r, inputs, outputs = config.r, target.in_size, target.out_size
+    if r > inputs:
+        raise target.refuse(f"MISS needs blocks of at most {inputs} inputs, the size of the module; found r={r}")
+    if config.init_weights == "bat" and (inputs % r or outputs % r):
+        raise target.refuse(
+            f'MISS with init_weights="bat" needs an r that divides {inputs} inputs and {outputs} outputs; found {r}'
+        )
+    if config.init_weights == "mini" and outputs % config.mini_r:
+        raise target.refuse(f"MISS needs a mini_r that divides the {outputs} outputs; found {config.mini_r}")
+
+
+METHOD = Miss()

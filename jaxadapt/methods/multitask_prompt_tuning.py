@@ -1,0 +1,69 @@
+"""MULTITASK_PROMPT_TUNING (arXiv:2303.02861; PEFT's `tuners/multitask_prompt_tuning/model.py`).
+
+The virtual tokens of task t are prompt_embeddings ∘ (prefix_task_cols[t] · prefix_task_rows[t]), with tensors of shapes
+(n · submodules, token_dim), (tasks, n · submodules, ranks) and (tasks, ranks, token_dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.base import Array, Params
+from jaxadapt.methods.prompt import EMBEDDINGS, TASKS
+from jaxadapt.methods.prompt_tuning import PromptTuning
+
+COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
+
+
+class MultitaskPromptTuning(PromptTuning):
+    """Embeddings before those of the tokens, shared by all tasks and scaled by a matrix of each."""
+
+    peft_type = "MULTITASK_PROMPT_TUNING"
+
+    def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+        whole = super().shapes(config, stored=stored)
+        (rows, d), tasks, ranks = whole[EMBEDDINGS], config.num_tasks, config.num_ranks
+        return {COLS: (tasks, rows, ranks), ROWS: (tasks, ranks, d), **whole}
+
+    def draw(self, config: Any, name: str) -> Draw:
+        return super().draw(config, name) if name == EMBEDDINGS else Draw("normal", 0.02)
+
+    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
+        return {name: shared[name] for name in (COLS, ROWS, EMBEDDINGS)}
+
+    def call_data(self, config: Any, given: Mapping[str, Array]) -> dict[str, Array]:
+        data = super().call_data(config, given)
+        if TASKS not in given:
+            return data
+        ids = given[TASKS]
+        if not (ids.ndim == 1 and jnp.issubdtype(ids.dtype, jnp.integer)):
+            raise AttachError(f"task_ids: expected integers of shape (batch,), found {ids.dtype} of {list(ids.shape)}")
+        if not isinstance(ids, Tracer) and not bool(((ids >= 0) & (ids < config.num_tasks)).all()):
+            raise AttachError(
+                f"task_ids: expected tasks from 0 to {config.num_tasks - 1}, because the adapter has"
+                f" num_tasks={config.num_tasks}, found {ids.tolist()}"
+            )
+        return {**data, TASKS: ids}
+
+    def tokens(self, config: Any, params: Params, data: Params) -> Array:
+        if TASKS not in data:
+            raise AttachError(
+                "MULTITASK_PROMPT_TUNING: the call needs the task of each row; make it inside"
+                " jaxadapt.models.invoke(model, task_ids=ids), with ids of shape (batch,)"
+            )
+        # Inside jit a wrong task cannot raise, and clipping it would be silent. NaN shows in the output.
+        tasks = data[TASKS]
+        known = jnp.where(tasks < 0, config.num_tasks, tasks)
+        cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (COLS, ROWS))
+        with jax.numpy_rank_promotion("allow"):
+            return params[EMBEDDINGS] * (cols @ rows)
+
+
+METHOD = MultitaskPromptTuning()

@@ -1,0 +1,147 @@
+"""The interface of the prompt methods, whose tensors belong to the whole adapter and adapt no weight."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NoReturn
+
+from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs import Config
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
+
+EMBEDDINGS = "prompt_embeddings"
+"""The name of the virtual tokens, in a trained adapter without an encoder and in every file."""
+
+TASKS, PREFILLED = "task_ids", "prefilled"
+"""The names of the data of one call: the task of each row, and a marker that a cache holds the virtual tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSizes:
+    """The sizes of a base model that a prompt method needs; None where a trace of the model does not show them.
+
+    Attributes:
+        token_dim: the width of the embeddings.
+        num_layers: the number of attention layers.
+        num_attention_heads: the number of heads of the queries.
+        num_kv_heads: the number of heads of the keys and values.
+        head_dim: the size of one head.
+    """
+
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+class PromptMethod(Method):
+    """A method that adds virtual tokens to the input of a model. Stateless: every value it needs is an argument.
+
+    Its parameters have one of two forms. The trained form is that of a new adapter; it may have an encoder, which
+    computes the virtual tokens. The stored form is that of a file, and so of a loaded adapter: the virtual tokens
+    themselves. The names of the tensors distinguish the forms.
+
+    Attributes:
+        adds: "embeddings" before those of the tokens, or "keys" (with values) before those of every attention layer.
+    """
+
+    scope = "model"
+    adds: ClassVar[Literal["embeddings", "keys"]]
+
+    @abc.abstractmethod
+    def complete(self, config: Any, sizes: BaseSizes) -> Config:
+        """Return the configuration with the sizes of the base that are None filled in, as PEFT fills them in."""
+
+    @abc.abstractmethod
+    def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+        """Return `{tensor: shape}` of the trained form, or of the stored form."""
+
+    @abc.abstractmethod
+    def draw(self, config: Any, name: str) -> Draw:
+        """Return the initial distribution of a tensor of the trained form, as in PEFT."""
+
+    @abc.abstractmethod
+    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
+        """Return the tensors of the stored form from those of either form."""
+
+    def tokens(self, config: Any, params: Params, data: Params) -> Array:
+        """Return the virtual tokens of a call, (n, width) or for each row of the batch (batch, n, width).
+
+        `data` is what `call_data` returned for this call.
+        """
+        return self.stored(config, params)[EMBEDDINGS]
+
+    def require_sizes(self, config: Any) -> None:
+        """Raise `ConfigError` if the configuration lacks a size that the shapes of the tensors depend on."""
+        if config.missing_sizes:
+            raise ConfigError(
+                f"{self.peft_type}: {', '.join(config.missing_sizes)} must be set, because the model's parameters do"
+                " not show them. Set them in the configuration; or pass example=[tokens], the inputs of one call, to"
+                " adapt; adapt then reads the sizes of the base from a trace of that call"
+            )
+
+    # ------------------------------------------------------------ the interface
+
+    def shared(
+        self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+    ) -> tuple[MethodTensor, ...]:
+        shapes = self.shapes(config, stored=EMBEDDINGS in found)
+        return tuple(
+            own_tensor(name, shape, name, trained=self.roles.get(name) != "frozen") for name, shape in shapes.items()
+        )
+
+    def init(self, config: Any, tensor: MethodTensor, start: Start) -> Draw | Array:
+        return self.draw(config, tensor.name)
+
+    def call_data(self, config: Any, given: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: given[name] for name in (PREFILLED,) if name in given and self.adds == "embeddings"}
+
+    def starts_unchanged(self, config: Any) -> bool:
+        return False
+
+    def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:
+        return ()
+
+    def hparams(self, config: Any, target: Target) -> None:
+        return None
+
+    def effects(self, hparams: Any) -> Effects:
+        return Effects()
+
+    def output(
+        self, hparams: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+    ) -> Array:
+        self._refuse()
+
+    def weight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
+        self._refuse()
+
+    def unweight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        require_weights(self)
+        raise AssertionError
+
+
+def dense(params: Params, i: int, x: Array) -> Array:
+    """Return x · kernel_i + bias_i for x (n, in)."""
+    return x @ params[f"kernel_{i}"] + params[f"bias_{i}"][None]
+
+
+def draw_dense(fan_in: int) -> Draw:
+    """Return the initial distribution of the kernel and of the bias of a dense layer, as in torch's `nn.Linear`."""
+    return Draw("uniform", 1 / math.sqrt(fan_in))
+
+
+def fill_in(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return a configuration with these values in the fields that are None."""
+    known = {name: value for name, value in values.items() if value is not None and config.get(name) is None}
+    return config.replace(**known) if known else config

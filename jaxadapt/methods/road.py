@@ -1,0 +1,114 @@
+"""RoAd (Liao & Monz 2024, arXiv:2409.00119) with PEFT's conventions: R·(W·x + b), where R turns pairs of outputs.
+
+In each group of `group_size` outputs, output n of the first half is paired with output n of the second half. A pair
+(y, z) becomes (c·y − s·z, c'·z + s'·y), with c = α·cos θ and s = α·sin θ. `road_theta` and `road_alpha` have out/2
+values for road_1 (c = c', s = s'), out for road_2, and 2·out for road_4, where c and s have angles and scales of their
+own. R acts on the output, so the cost of a use does not depend on the inputs. The arithmetic follows PEFT's
+`tuners/road/layer.py`; a merge changes the bias too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.road import RoadConfig
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+_VALUES_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoadHparams:
+    """The hyperparameters of a site: the variant and the size of a group."""
+
+    variant: str
+    group: int
+
+
+class Road(MatrixMethod):
+    """A rotation and scaling of pairs of outputs."""
+
+    peft_type = "ROAD"
+    roles = MappingProxyType({"road_theta": "vector", "road_alpha": "vector"})
+    rows = "call"
+
+    def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
+        ratio = _VALUES_PER_OUTPUT[config.variant]
+        sizes = {
+            name: target.own_size(name, 0, lambda: int(target.out_size * ratio))
+            for name in ("road_theta", "road_alpha")
+        }
+        outputs = sizes["road_theta"] / ratio
+        if outputs % config.group_size:
+            raise target.refuse(
+                f"ROAD needs a group_size that divides the {outputs:g} outputs; found {config.group_size}"
+            )
+        return tuple(own_tensor(name, (size,)) for name, size in sizes.items())
+
+    def starts_unchanged(self, config: RoadConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: RoadConfig, target: Target) -> RoadHparams:
+        return RoadHparams(config.variant, config.group_size)
+
+    def effect(self, own: RoadHparams) -> Effects:
+        return Effects("changes", form="use", reads=True, bias="scales")
+
+    def init(self, config: RoadConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        mean = 1.0 if tensor.name == "road_alpha" else 0.0
+        if config.init_weights:
+            return Draw("constant", mean)
+        return mean + 0.5 * jax.random.normal(start.key, start.shape)
+
+    def after(self, own: RoadHparams, params: Params, x: Array, y: Array) -> Array:
+        return self.shift(own, params, y, undo=False)
+
+    def matrix(self, own: RoadHparams, params: Params, w: Array) -> Array:
+        return self.shift(own, params, w.T, undo=False).T
+
+    def unmatrix(self, own: RoadHparams, params: Params, w: Array) -> Array:
+        return self.shift(own, params, w.T, undo=True).T
+
+    def shift(self, own: RoadHparams, params: Params, bias: Array, undo: bool) -> Array:
+        half = own.group // 2
+        pairs = bias.reshape(*bias.shape[:-1], -1, 2, half)
+        y, z = pairs[..., 0, :], pairs[..., 1, :]
+        c, s = _columns(own, params)
+        (c1, c2), (s1, s2) = (c[:, 0], c[:, 1]), (s[:, 0], s[:, 1])
+        if undo:
+            scale = 1 / (c1 * c2 + s1 * s2)
+            new = (c2 * y + s1 * z) * scale, (c1 * z - s2 * y) * scale
+        else:
+            new = c1 * y - s1 * z, c2 * z + s2 * y
+        return jnp.stack(new, axis=-2).reshape(bias.shape)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"group_size": 4},
+            {"variant": "road_2", "group_size": 8},
+            {"variant": "road_4", "group_size": 2, "init_weights": False},
+        )
+
+
+def _columns(own: RoadHparams, params: Params) -> tuple[Array, Array]:
+    """Return α·cos θ and α·sin θ, each (groups, 2, half of a group) or, for road_1, (groups, 1 → 2, half)."""
+    half = own.group // 2
+    theta, alpha = params["road_theta"], params["road_alpha"]
+    if own.variant == "road_4":
+        theta, alpha = (x.reshape(-1, 2, 2, half) for x in (theta, alpha))
+        return alpha[:, 0] * jnp.cos(theta[:, 0]), alpha[:, 1] * jnp.sin(theta[:, 1])
+    theta, alpha = (x.reshape(-1, 1 if own.variant == "road_1" else 2, half) for x in (theta, alpha))
+    theta, alpha = (jnp.broadcast_to(x, (len(x), 2, half)) for x in (theta, alpha))
+    return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
+
+
+METHOD = Road()

@@ -1,0 +1,85 @@
+"""SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175) with PEFT's conventions: W plus values at fixed positions.
+
+The number of values is r·(out + in). Their positions (2, values) are rows and columns of PyTorch's weight. A file holds
+them; PEFT reads a file without them if `random_seed` is set, and so does jaxadapt. The layer runs with the effective
+weight, as in PEFT's `tuners/shira/layer.py`. PEFT also accepts positions from a function of the user, `mask_fn`, which
+no file names; jaxadapt applies such a file, and refuses a new adapter of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.configs.shira import ShiraConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+class Shira(MatrixMethod):
+    """A sparse change at positions that stay fixed."""
+
+    peft_type = "SHIRA"
+    scaled = frozenset({"shira_weight"})
+    roles = MappingProxyType({"shira_weight": "other", "shira_indices": "frozen"})
+
+    def tensors(self, config: ShiraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        def count() -> int:
+            entries, size = config.r * (target.out_size + target.in_size), target.out_size * target.in_size
+            if entries > size:
+                raise target.refuse(
+                    f"cannot change {entries} entries, r={config.r} times the sum of the weight's sizes, of a weight"
+                    f" with {size} entries; choose a smaller r"
+                )
+            return entries
+
+        n = target.own_size("shira_weight", 0, count)
+        is_drawn = config.mask_type == "random" and config.random_seed is not None
+        return (
+            own_tensor("shira_weight", (n,)),
+            own_tensor("shira_indices", (2, n), trained=False, dtype="int32", optional=is_drawn),
+        )
+
+    def starts_unchanged(self, config: ShiraConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: ShiraConfig, target: Target) -> None:
+        return None
+
+    def effect(self, own: None) -> Effects:
+        return Effects("adds", form="weight")
+
+    def init(self, config: ShiraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == "shira_weight":
+            return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+        if config.mask_type != "random":
+            raise ConfigError(
+                f"cannot create an adapter with mask_type={config.mask_type!r}: its positions come from a function that"
+                " the configuration does not contain. Set mask_type to 'random'"
+            )
+        count, columns = start.shape[1], start.fan_in
+        size = (count // config.r - columns) * columns
+        if config.random_seed is None:
+            flat = jnp.sort(jax.random.choice(start.key, size, (count,), replace=False))
+        else:
+            flat = jnp.sort(jnp.asarray(TorchRandom(config.random_seed).permutation(size, count)))
+        return jnp.stack([flat // columns, flat % columns]).astype("int32")
+
+    def delta(self, own: None, params: Params, w: Array) -> Array:
+        rows, columns = params["shira_indices"]
+        values = params["shira_weight"]
+        return jnp.zeros(w.shape, values.dtype).at[rows, columns].add(values)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
+
+
+METHOD = Shira()

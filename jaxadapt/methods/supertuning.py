@@ -1,0 +1,106 @@
+"""Super-Tuning (2026, arXiv:2607.09287) with PEFT's conventions: W plus values at its largest entries, and LoRA.
+
+The positions are flat indices into PyTorch's weight, of the (1 − sparsity) share of entries with the largest magnitude,
+or the smallest. With a rank the change also has LoRA's product s·B·A, s = α/r (`tuners/supertuning/layer.py`). The
+layer runs with the effective weight. A file may lack the positions, which then follow from the base weight, in order
+of magnitude; PyTorch does not define the order of equal magnitudes. PEFT's dropout of LoRA's input is for training only
+and is refused for a new adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.supertuning import SupertuningConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+VALUES, INDICES, LORA_A, LORA_B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SupertuningHparams:
+    """The hyperparameters of a site: the scale s of LoRA's product."""
+
+    scale: float
+
+
+class Supertuning(MatrixMethod):
+    """A change of the largest entries of a weight, optionally with LoRA's."""
+
+    peft_type = "SUPERTUNING"
+    scaled = frozenset({VALUES, LORA_B})
+    roles = MappingProxyType({VALUES: "other", INDICES: "frozen", LORA_A: "A", LORA_B: "B"})
+
+    def tensors(self, config: SupertuningConfig, target: Target) -> tuple[MethodTensor, ...]:
+        def count() -> int:
+            size = target.out_size * target.in_size
+            entries = int(size * (1 - config.sparsity))
+            if entries < 1:
+                raise target.refuse(
+                    f"sparsity={config.sparsity} leaves none of the weight's {size} entries to train; choose a smaller"
+                    " sparsity"
+                )
+            return entries
+
+        n = target.own_size(VALUES, 0, count)
+        made = [
+            own_tensor(VALUES, (n,)),
+            own_tensor(
+                INDICES, (n,), trained=False, dtype="int32", from_base=True, optional=True,
+                in_file=config.save_precomputed_indices,
+            ),
+        ]  # fmt: skip
+        if config.r is not None:
+            r = (("r", config.r),)
+            made += [
+                MethodTensor(LORA_A, f".{LORA_A}.weight", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
+                MethodTensor(LORA_B, f".{LORA_B}.weight", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
+            ]
+        return tuple(made)
+
+    def starts_unchanged(self, config: SupertuningConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: SupertuningConfig, target: Target) -> SupertuningHparams:
+        return SupertuningHparams(0.0 if config.r is None else float(config.lora_alpha or 0) / config.r)
+
+    def effect(self, own: SupertuningHparams) -> Effects:
+        return Effects("adds", form="weight")
+
+    def init(self, config: SupertuningConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if config.r is not None and config.lora_dropout:
+            raise ConfigError(
+                "cannot train SUPERTUNING with lora_dropout: the layer runs with the effective weight, which has no"
+                " dropout; set lora_dropout to 0.0"
+            )
+        if tensor.name == INDICES:
+            scores = jnp.abs(start.w).reshape(-1)
+            return jax.lax.top_k(scores if config.select_top else -scores, start.shape[0])[1]
+        if tensor.name == LORA_A or (tensor.name == LORA_B and not config.init_weights):
+            return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+
+    def delta(self, own: SupertuningHparams, params: Params, w: Array) -> Array:
+        values = params[VALUES]
+        change = jnp.zeros(w.size, values.dtype).at[params[INDICES]].add(values).reshape(w.shape)
+        return change + own.scale * (params[LORA_B] @ params[LORA_A]) if LORA_A in params else change
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"sparsity": 0.8},
+            {"sparsity": 0.9, "select_top": False, "r": 2, "lora_alpha": 3.0, "save_precomputed_indices": False},
+        )
+
+
+METHOD = Supertuning()

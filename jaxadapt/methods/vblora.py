@@ -1,0 +1,149 @@
+"""VB-LoRA (Li et al. 2024, arXiv:2405.15179) with PEFT's conventions: W + B·A of vectors from a shared bank.
+
+Each part of `vector_length` numbers of A (r, inputs) and B (outputs, r) is a mix of `topk` vectors of the bank, with
+the softmax of their logits as weights (`tuners/vblora/layer.py`). A file has the logits of all vectors, or with
+`save_only_topk_weights` the chosen vectors and all their weights but the last, which is 1 minus the others. PEFT does
+not train an adapter of the second form, since the choice is fixed; here its weights are frozen too, and a new adapter
+of it is refused. PEFT's `topk` must not be larger than `num_vectors`, which PEFT does not check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.vblora import VBLoRAConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+BANK = "vblora_vector_bank"
+INDICES, WEIGHTS = "topk_indices", "topk_weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class VbloraHparams:
+    """The hyperparameters of a site: the number of mixed vectors, and the dropout rate."""
+
+    topk: int
+    dropout: float
+
+
+class Vblora(MatrixMethod):
+    """Low-rank matrices whose parts are mixes of vectors from one bank."""
+
+    peft_type = "VBLORA"
+    roles = MappingProxyType(
+        {"vblora_logits_A": "other", "vblora_logits_B": "other", BANK: "other"}
+        | {f"vblora_logits_{side}_{name}": "frozen" for side in "AB" for name in (INDICES, WEIGHTS)}
+    )
+
+    def tensors(self, config: VBLoRAConfig, target: Target) -> tuple[MethodTensor, ...]:
+        made: list[MethodTensor] = []
+        end = f"_{INDICES}" if config.save_only_topk_weights else ""
+        for side, axis, size in (("A", 1, "in_size"), ("B", 0, "out_size")):
+            name = f"vblora_logits_{side}"
+
+            def count(size: str = size) -> int:
+                total: int = getattr(target, size)
+                if total % config.vector_length:
+                    raise target.refuse(
+                        f"vector_length={config.vector_length} does not divide {total}, a size of the weight; choose a"
+                        " length that divides the inputs and the outputs of every module"
+                    )
+                return total // config.vector_length
+
+            tiles = target.own_size(f"{name}{end}", axis, count)
+            shape = (config.r, tiles) if side == "A" else (tiles, config.r)
+            if not config.save_only_topk_weights:
+                made.append(own_tensor(name, (*shape, config.num_vectors)))
+                continue
+            made += [
+                own_tensor(f"{name}_{INDICES}", (*shape, config.topk), trained=False, dtype=_dtype(config.num_vectors)),
+                own_tensor(f"{name}_{WEIGHTS}", (*shape, config.topk - 1), trained=False),
+            ]
+        return tuple(made)
+
+    def shared(
+        self, config: VBLoRAConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+    ) -> tuple[MethodTensor, ...]:
+        return (own_tensor(BANK, (config.num_vectors, config.vector_length)),)
+
+    def starts_unchanged(self, config: VBLoRAConfig) -> bool:
+        return False
+
+    def own(self, config: VBLoRAConfig, target: Target) -> VbloraHparams:
+        return VbloraHparams(config.topk, config.vblora_dropout)
+
+    def effect(self, own: VbloraHparams) -> Effects:
+        return Effects("adds", form="use")
+
+    def rate(self, own: VbloraHparams) -> float:
+        return own.dropout
+
+    def init(self, config: VBLoRAConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.save_only_topk_weights:
+            raise ConfigError(
+                "cannot create an adapter with save_only_topk_weights=true: its vectors are chosen in training, which"
+                " needs the logits of all of them. Set save_only_topk_weights to false"
+            )
+        if tensor.name == BANK:
+            return Draw("uniform", config.init_vector_bank_bound)
+        return Draw("normal", config.init_logits_std)
+
+    def delta(self, own: VbloraHparams, params: Params, w: Array) -> Array:
+        a, b = _matrices(own, params)
+        return b @ a
+
+    def after(self, own: VbloraHparams, params: Params, x: Array, y: Array) -> Array:
+        a, b = _matrices(own, params)
+        return y + (x.astype(a.dtype) @ a.T) @ b.T
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"r": 2, "num_vectors": 9, "vector_length": 4},
+            {"r": 3, "num_vectors": 6, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5},
+        )
+
+
+def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
+    """Return the indices (…, topk) of the vectors with the largest logits (…, vectors), and their weights (…, topk).
+
+    An adapter with `save_only_topk_weights` stores these indices, and the weights without the last.
+
+    >>> choose_vectors(jnp.array([0.0, 3.0, 3.0]), 2)[1].tolist()
+    [0.5, 0.5]
+    """
+    largest, indices = jax.lax.top_k(logits, topk)
+    return indices, jax.nn.softmax(largest, axis=-1)
+
+
+def _matrices(own: VbloraHparams, params: Params) -> tuple[Array, Array]:
+    """Return A (r, inputs) and B (outputs, r)."""
+    bank = params[BANK]
+    mixed: list[Array] = []
+    for side in "AB":
+        name = f"vblora_logits_{side}"
+        if name in params:
+            indices, weights = choose_vectors(params[name], own.topk)
+        else:
+            indices, weights = params[f"{name}_{INDICES}"], params[f"{name}_{WEIGHTS}"]
+            weights = jnp.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], axis=-1)
+        mixed.append((weights[..., None] * bank[indices]).sum(-2))
+    a, b = mixed  # (r, tiles, length), (tiles, r, length)
+    return a.reshape(len(a), -1), b.transpose(0, 2, 1).reshape(-1, b.shape[1])
+
+
+def _dtype(num_vectors: int) -> str:
+    """Return the dtype of the indices in PEFT's files."""
+    return "uint8" if num_vectors < 2**8 else "int16" if num_vectors < 2**15 else "int32"
+
+
+METHOD = Vblora()

@@ -1,0 +1,141 @@
+"""Prompt methods on NNX models: the tensors are attributes of the model itself, whose call adds the virtual tokens.
+
+model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import SHARED_NODE
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.models.nnx import abstract_call, graph, survey
+from jaxadapt.models.nnx.params import CallData
+from jaxadapt.models.prompt import calling
+from jaxadapt.models.prompt.arguments import signature_of
+from jaxadapt.models.prompt.attention import Findable, attention
+from jaxadapt.models.prompt.embedding import input_embedding
+
+
+def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mapping[str, nnx.Variable[Any]]) -> None:
+    """Set the tensors of a prompt method as attributes of a model."""
+    attributes = vars(model)
+    if collection in attributes and not isinstance(attributes[collection], Mapping):
+        raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
+    if collection not in attributes:
+        setattr(model, collection, nnx.data({}))
+    attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
+    (_, attached) = next(_prompts(model, (name,)))
+    if attached.method.adds == "keys":
+        _find_attention(model, Findable)
+
+
+def restore_attention(model: nnx.Module) -> None:
+    """Give the attention layers their own functions back, if a model has no adapter of a prompt method."""
+    attributes = vars(model)
+    if not any(SHARED_NODE in adapter for c in methods.COLLECTIONS for adapter in attributes.get(c, {}).values()):
+        _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
+
+
+def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
+    for _, node in graph.walk_model(model).modules:
+        if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is not attention:
+            wanted = change(node.attention_fn)
+            if not (isinstance(wanted, Findable) and isinstance(node.attention_fn, Findable)):
+                node.attention_fn = wanted
+
+
+def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | None:
+    """Return the active adapter of a prompt method among `names`; None if there is none.
+
+    Raises `AttachError` if there are several.
+    """
+    prompts = dict(_prompts(module, names))
+    calling.require_one(prompts)
+    return next(iter(prompts.values()), None)
+
+
+def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
+    attributes = vars(module)
+    for name in names:
+        for collection in methods.COLLECTIONS:
+            tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
+            if tensors:
+                values = {t: var.get_value() for t, var in tensors.items()}
+                data = {t: x for t, x in values.items() if isinstance(tensors[t], CallData)}
+                params = {t: x for t, x in values.items() if t not in data}
+                recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
+                yield name, calling.Prompt(recipe, params, data)
+
+
+def with_embeddings(
+    module: nnx.Module, prompt: calling.Prompt, base: type[nnx.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a model's call with the embeddings of virtual tokens before those of the others."""
+    embed = functools.partial(_embed, module, prompt)
+    arguments = calling.with_embeddings(signature_of(base.__call__), prompt, args, kwargs, embed)
+    return arguments.args, arguments.kwargs
+
+
+def _embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
+    """Return the embeddings of tokens, by the model's own layer."""
+    owners = survey.base_leaves(module)
+    leaf = input_embedding(prompt.recipe.keymap, owners)
+    layer = None if leaf is None else owners[leaf][0]
+    if not isinstance(layer, nnx.Embed):
+        raise AttachError(
+            f"{prompt.method.peft_type}: the nnx.Embed that embeds the tokens is unclear"
+            f" ({'none or several are candidates' if leaf is None else f'{leaf} is of another class'}). Pass embeddings"
+            " to the call in place of tokens"
+        )
+    return layer(tokens)
+
+
+def call_with_keys(
+    module: nnx.Module,
+    prompt: calling.Prompt,
+    base: type[nnx.Module],
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Return `call(module, args, kwargs)` with keys and values of an adapter in every attention layer.
+
+    Raises `AttachError` if the call adds variables to the model.
+    """
+    # The model's transforms (nnx.scan, nnx.remat) write to all variables, so they must belong to the current trace.
+    graphdef, variables = nnx.split(survey.plain_view(module, base, {}))
+    flat = nnx.to_flat_state(variables)
+    inputs = {str(i): var.get_value() for i, (_, var) in enumerate(flat)}
+
+    def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        copies = [(path, var.copy(inputs[str(i)])) for i, (path, var) in enumerate(flat)]
+        copy = nnx.merge(graphdef, nnx.from_flat_state(copies))
+        y = call(copy, args, kwargs)
+        after = nnx.to_flat_state(nnx.state(copy))
+        if [path for path, _ in after] != [path for path, _ in flat]:
+            raise AttachError(
+                f"{base.__name__} adds variables while it is called, so an adapter cannot run its call. Create them in"
+                " __init__"
+            )
+        return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
+
+    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs)
+    by_path = dict(nnx.to_flat_state(nnx.state(module)))
+    for i, value in changed.items():
+        by_path[flat[int(i)][0]].set_value(value)
+    return y
+
+
+def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
+    """Return the sizes of a base model that a trace of its call with these inputs shows."""
+    copy: Any = nnx.clone(model)
+    _find_attention(copy, Findable)
+    f, inputs = abstract_call.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
+    return calling.measure_base(f, inputs)

@@ -1,0 +1,194 @@
+"""A call of a model with the virtual tokens of an adapter. Pure functions, for NNX and Linen alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.core.errors import AttachError, MismatchError
+from jaxadapt.methods.prefix_tuning import keys_and_values
+from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod
+from jaxadapt.models.prompt import rewriting
+from jaxadapt.models.prompt.arguments import Arguments, prepend_embeddings, prepend_mask, shift_positions
+from jaxadapt.models.prompt.attention import AttentionCall, causal_mask
+from jaxadapt.models.prompt.hooks import TakesEmbeddings, TakesKeys
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """The active adapter of a prompt method in one call.
+
+    Attributes:
+        recipe: the adapter's recipe.
+        params: its tensors.
+        data: what the method's `call_data` returned for this call.
+    """
+
+    recipe: Recipe
+    params: Mapping[str, Array]
+    data: Mapping[str, Array] = dataclasses.field(default_factory=dict[str, Any])
+
+    @property
+    def method(self) -> PromptMethod:
+        method = methods.METHODS[self.recipe.config.peft_type]
+        assert isinstance(method, PromptMethod)
+        return method
+
+    @property
+    def prefilled(self) -> bool:
+        """True if an earlier call has put the virtual tokens into the model's cache."""
+        return PREFILLED in self.data
+
+    @property
+    def n(self) -> int:
+        """The number of virtual tokens before the others."""
+        count: int = self.recipe.config.get("num_virtual_tokens")
+        return count
+
+    def tokens(self) -> Array:
+        """Return the virtual tokens, (n, width) or (batch, n, width)."""
+        return self.method.tokens(self.recipe.config, self.params, self.data)
+
+
+def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | None:
+    """Return the name of a model's own call for virtual tokens and its first arguments; None if it has none.
+
+    Raises `AttachError` for a call with `prefilled`, since such a model decides itself how its cache is filled.
+    """
+    keys = prompt.method.adds == "keys"
+    if not isinstance(model, TakesKeys if keys else TakesEmbeddings):
+        return None
+    if prompt.prefilled:
+        raise AttachError(
+            "invoke(prefilled=True) has no effect on a model with call_with_embeddings, which decides itself what a"
+            " later call needs; deactivate the adapter for that call"
+        )
+    if not keys:
+        return "call_with_embeddings", (prompt.tokens(),)
+    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
+    return "call_with_keys", (layers[:, 0], layers[:, 1])
+
+
+def require_one(prompts: Mapping[str, Prompt]) -> None:
+    """Raise `AttachError` if several adapters with virtual tokens are active."""
+    if len(prompts) > 1:
+        raise AttachError(
+            "cannot apply several adapters with virtual tokens at once (as in PEFT). Activate one of them:"
+            f" {', '.join(prompts)}"
+        )
+
+
+def with_embeddings(
+    signature: inspect.Signature,
+    prompt: Prompt,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    embed: Callable[[Array], Array],
+) -> Arguments:
+    """Return the arguments of a call with an adapter whose virtual tokens are embeddings.
+
+    Args:
+        signature: the parameters of the call, without `self`.
+        prompt: the adapter.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+        embed: returns the embeddings of tokens (batch, time), as the model computes them.
+
+    Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
+    """
+    peft_type = prompt.method.peft_type
+    if not prompt.prefilled:
+        return prepend_embeddings(signature, args, kwargs, prompt.tokens(), embed, peft_type)
+    shifted = shift_positions(signature, args, kwargs, prompt.n, peft_type)
+    bound = signature.bind(*shifted.args, **shifted.kwargs)
+    prepend_mask(bound, prompt.n)
+    return Arguments(bound.args, bound.kwargs)
+
+
+def call_with_keys(
+    f: Callable[..., Any],
+    signature: inspect.Signature,
+    prompt: Prompt,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    state: Any,
+) -> Any:
+    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in every attention layer.
+
+    Args:
+        f: the call of the model, as a function of its state and its arguments.
+        signature: the parameters of the call, without `self`.
+        prompt: the adapter.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+        state: a tree of arrays.
+
+    Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
+    """
+    arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type)
+    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
+    return rewriting.rewrite_attention(
+        lambda state, a: f(state, *a.args, **a.kwargs), add_keys, layers, state, arguments
+    )
+
+
+def add_keys(call: AttentionCall, arrays: Mapping[str, Array], layer: Array) -> Array:
+    """Return the attention with keys and values before those of the call, visible to every query.
+
+    Args:
+        call: the call.
+        arrays: its arrays: query (..., T, H, h), key (..., S, K, h), value (..., S, K, v).
+        layer: the keys and the values to add, (2, n, K · h).
+    """
+    query, key, value = arrays["query"], arrays["key"], arrays["value"]
+    if "bias" in arrays:
+        raise AttachError(
+            "cannot add keys to an attention with a bias, whose values for these keys only the model can compute. Pass"
+            " a boolean mask instead, if the bias hides keys"
+        )
+    n, width = layer.shape[1:]
+    for name, x in (("keys", key), ("values", value)):
+        if width != x.shape[-2] * x.shape[-1]:
+            raise MismatchError(
+                f"the adapter's {name} have the width {width} (token_dim), and those of the model"
+                f" {x.shape[-2]} heads of size {x.shape[-1]}. Use an adapter of a model with the same heads"
+            )
+    first, second = (
+        jnp.broadcast_to(new.reshape(n, *x.shape[-2:]).astype(x.dtype), (*x.shape[:-3], n, *x.shape[-2:]))
+        for new, x in zip(layer, (key, value), strict=True)
+    )
+    changed = dict(arrays)
+    changed["key"] = jnp.concatenate([first, key], axis=-3)
+    changed["value"] = jnp.concatenate([second, value], axis=-3)
+    mask, changes = arrays.get("mask"), dict[str, Any]()
+    if call.is_causal:
+        hidden = causal_mask(query.shape[-3], key.shape[-3])
+        mask = hidden if mask is None else mask & hidden.reshape((1,) * (mask.ndim - 2) + hidden.shape)
+        changes["is_causal"] = False
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:-1], key.shape[-3]))
+        changed["mask"] = jnp.concatenate([jnp.ones((*mask.shape[:-1], n), bool), mask.astype(bool)], axis=-1)
+    return call.run(changed, **changes)
+
+
+def measure_base(f: Callable[..., Any], *args: Any) -> BaseSizes:
+    """Return the sizes of a base model that a trace of one call, `f(*args)`, shows."""
+    calls = rewriting.attention_calls(f, *args)
+    if not calls:
+        return BaseSizes()
+    heads = {(call.query[-2], call.key[-2], call.key[-1]) for call in calls}
+    if len(heads) > 1:
+        raise AttachError(
+            "the attention layers of this model differ in their heads (queries' heads, keys' heads, size):"
+            f" {sorted(heads)}. Prefixes for such models are not implemented"
+        )
+    ((queries, keys, size),) = heads
+    return BaseSizes(num_layers=len(calls), num_attention_heads=queries, num_kv_heads=keys, head_dim=size)

@@ -1,0 +1,194 @@
+"""Evaluation of a function with changes to its calls of `attention`, by interpreting its jaxpr.
+
+Only equations that contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated
+unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxadapt.core.errors import AttachError
+from jaxadapt.models.prompt.attention import AttentionCall
+from jaxadapt.models.tracing.rewrite import called_jaxpr, evaluate_unchanged, trace
+
+Array = Any
+Change = Callable[[AttentionCall, dict[str, Array], Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShapes:
+    """The shapes of the queries and keys in one call of `attention`, for each of the layers that a scan repeats."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+
+
+def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
+    """Return the calls of `attention` in `f(*args)`, in order, without computing anything.
+
+    Raises `AttachError` for a call inside a loop or a function with a gradient of its own.
+
+    >>> from jaxadapt.models.prompt.attention import attention
+    >>> q = jax.ShapeDtypeStruct((1, 3, 2, 4), "float32")
+    >>> [call.key for call in attention_calls(lambda q: attention(q, q, q), q)]
+    [(1, 3, 2, 4)]
+    """
+    return _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
+
+
+def rewrite_attention(f: Callable[..., Any], change: Change, layers: Any, *args: Any) -> Any:
+    """Evaluate `f(*args)` with the result of each call of `attention` replaced.
+
+    Args:
+        f: a function; it may close over arrays and tracers. Works inside jit, grad, vmap, scan and remat.
+        change: called as `change(call, arrays, layer)`; returns what replaces the result of the call.
+        layers: a tree of arrays whose first axis numbers the calls, in the order in which `f` makes them. `change`
+            gets the tree of one call.
+
+    Raises `AttachError` if the number of calls is not the length of `layers`.
+
+    >>> from jaxadapt.models.prompt.attention import attention
+    >>> x = jnp.ones((1, 3, 2, 4))
+    >>> double = lambda call, arrays, factor: call.run(arrays) * factor
+    >>> rewrite_attention(lambda x: attention(x, x, x), double, jnp.array([2.0]), x).max().item()
+    2.0
+    """
+    traced = trace(lambda _, *a: f(*a), {}, args)
+    count, expected = len(_find(traced.closed.jaxpr)), jax.tree.leaves(layers)[0].shape[0]
+    if count != expected:
+        raise AttachError(count_message(count, expected))
+    outs, _ = _evaluate(traced.closed.jaxpr, traced.closed.consts, traced.arrays, change, layers, 0)
+    return traced.result(outs)
+
+
+def count_message(count: int, expected: int) -> str:
+    """Say that the call of a model has another number of attention layers than its adapter."""
+    if count:
+        return (
+            f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
+            f" computes {count}. Use an adapter of a model with as many layers"
+        )
+    return (
+        "this call of the model computes no attention to which keys and values can be added. Call jaxadapt.attention in"
+        " its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
+    )
+
+
+def _policy(eqn: core.JaxprEqn) -> AttentionCall | None:
+    """Return the call of `attention` that an equation is; None if it is none."""
+    policy = eqn.params.get("policy") if eqn.primitive is primitives.remat_p else None
+    return policy if isinstance(policy, AttentionCall) else None
+
+
+def _spec(variable: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
+def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Return the jaxprs inside an equation."""
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+    bodies = (v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in values)
+    return [body for body in bodies if isinstance(body, core.Jaxpr)]
+
+
+def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes]:
+    """Return the calls of `attention` in a jaxpr, in order; those in a scan once for each of its steps."""
+    return [call for eqn in jaxpr.eqns for call in _calls_in(eqn)]
+
+
+def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes]:
+    if (call := _policy(eqn)) is not None:
+        shapes = call.arrays([_spec(a) for a in eqn.invars])
+        return [AttentionShapes(shapes["query"].shape, shapes["key"].shape)]
+    inside = [call for body in _bodies(eqn) for call in _find(body)]
+    if eqn.primitive is primitives.scan_p:
+        return inside * eqn.params["length"]
+    if inside and called_jaxpr(eqn) is None:
+        raise AttachError(
+            f"cannot add keys and values to an attention inside {eqn.primitive.name!r}; use a Python loop, a scan, jit"
+            " or remat"
+        )
+    return inside
+
+
+def _evaluate(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], change: Change, layers: Any, start: int
+) -> tuple[list[Any], int]:
+    """Evaluate a jaxpr whose first call of `attention` has the number `start`; return results and the next number."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(a) for a in eqn.invars]
+        call = _policy(eqn)
+        count = 1 if call is not None else len(_calls_in(eqn))
+        if call is not None:
+            outs = [_checked(change(call, call.arrays(operands), _pick(layers, start)), eqn)]
+        elif not count:
+            outs = evaluate_unchanged(eqn, operands)
+        elif eqn.primitive is primitives.scan_p:
+            outs = _scan(eqn, operands, change, _part(layers, start, count))
+        elif eqn.primitive is primitives.remat_p:
+            outs = _checkpoint(eqn, operands, change, _part(layers, start, count))
+        else:
+            body = called_jaxpr(eqn)
+            assert body is not None  # `_find` has raised for any other
+            outs, _ = _evaluate(*body, operands, change, layers, start)
+        start += count
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(a) for a in jaxpr.outvars], start
+
+
+def _pick(layers: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], layers)
+
+
+def _part(layers: Any, start: int, count: int) -> Any:
+    return jax.tree.map(lambda x: x[start : start + count], layers)
+
+
+def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
+    """Return y in the dtype of the result that it replaces."""
+    want = _spec(eqn.outvars[0])
+    if jnp.shape(y) != want.shape:
+        raise AttachError(f"the attention function returned an array of shape {jnp.shape(y)}, expected {want.shape}")
+    return y.astype(want.dtype)
+
+
+def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
+    """Evaluate a scan; the layers of its steps become one more of its scanned inputs."""
+    p = eqn.params
+    consts, carry, xs = _split(operands, p["num_consts"], p["num_carry"])
+    steps = jax.tree.map(lambda x: x.reshape(p["length"], -1, *x.shape[1:]), layers)
+
+    def body(carry: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        inner, step = sliced
+        outs, _ = _evaluate(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*consts, *carry, *inner], change, step, 0)
+        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+
+    carry, ys = jax.lax.scan(body, carry, (xs, steps), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    return [*carry, *ys]
+
+
+def _split(operands: list[Any], consts: int, carry: int) -> tuple[list[Any], list[Any], list[Any]]:
+    return operands[:consts], operands[consts : consts + carry], operands[consts + carry :]
+
+
+def _checkpoint(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
+    """Evaluate a `checkpoint` under the same policy."""
+
+    def body(layers: Any, *values: Any) -> list[Any]:
+        return _evaluate(eqn.params["jaxpr"], (), values, change, layers, 0)[0]
+
+    again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+    return again(layers, *operands)

@@ -1,0 +1,159 @@
+"""Everything around a method, for each in `METHODS`: this file names none.
+
+A new adapter, optimizer roles, files, cards, `inspect`, norms, offline merges and checkpoints, with one configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import jaxadapt
+from jaxadapt import AdapterError, AttachError
+from jaxadapt.adapters import sites
+from jaxadapt.analysis import method_sizes
+from jaxadapt.cli import main
+from jaxadapt.configs import listing
+from jaxadapt.configs.base import class_of, tensor_prefixes
+from jaxadapt.core import paths
+from jaxadapt.demo import training
+from jaxadapt.export import merge_files
+from jaxadapt.keymaps import pytorch
+from jaxadapt.methods import METHODS
+from jaxadapt.training import optim
+
+IN, OUT = 8, 16
+X = np.random.default_rng(5).standard_normal((4, IN)).astype("float32")
+TYPES = [peft_type for peft_type in sorted(METHODS) if METHODS[peft_type].scope == "site"]
+
+
+class Net(nnx.Module):
+    """8 -> 16 -> 8."""
+
+    def __init__(self) -> None:
+        self.q, self.up = nnx.Linear(IN, OUT, rngs=nnx.Rngs(0)), nnx.Linear(OUT, IN, rngs=nnx.Rngs(1))
+
+    def __call__(self, x: Any) -> Any:
+        return self.up(jnp.tanh(self.q(x)))
+
+
+def network(peft_type: str) -> Any:
+    """A network with an adapter whose trained tensors are not those of a new one."""
+    config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples()[0])
+    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
+    adapter, random = jaxadapt.extract(model), np.random.default_rng(3)
+    trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    values = {
+        path: x + 0.2 * random.standard_normal(x.shape).astype(x.dtype) if path.rpartition(".")[2] in trained else x
+        for path, x in adapter.flat().items()
+    }
+    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    return model
+
+
+@pytest.mark.parametrize("peft_type", TYPES)
+def test_everything_around_a_method(peft_type: str, tmp_path: Path):
+    model, method = network(peft_type), METHODS[peft_type]
+    adapter, want = jaxadapt.extract(model), np.asarray(model(X))
+    # The optimizer: what has no role decays like LoRA's matrices, frozen tensors do not.
+    roles, decays = (
+        jax.tree.leaves(f(nnx.state(model, jaxadapt.AdapterParam))) for f in (optim.roles, optim.decay_mask)
+    )
+    assert len(roles) == len(decays)
+    assert not any(decay for role, decay in zip(roles, decays, strict=True) if role in ("vector", "frozen", "bias"))
+    # The file, its card, and what inspect says of it.
+    folder = tmp_path / "adapter"
+    jaxadapt.save(model, folder)
+    tensors = jaxadapt.read(folder)
+    named = pytorch.adapted_shapes({key: tuple(x.shape) for key, x in tensors.tensors.items()})
+    if any("q" in key.split(".") for key in tensors.tensors):  # else all its tensors are those of the whole adapter
+        assert named.keys() == {"q", "up"}
+        assert all(name.startswith(tensor_prefixes()) for names in named.values() for name in names)
+    card = (folder / "README.md").read_text()
+    assert f"| method | {peft_type} |" in card
+    assert all(f"| {name} |" in card for name in adapter.config.shown_fields())
+    run = CliRunner().invoke(main, ["inspect", str(folder), "--json"])
+    assert run.exit_code == 0, run.output
+    run = CliRunner().invoke(main, ["inspect", str(folder), "--norms", "--json"])
+    if method.describe_change(adapter.config) is None:
+        assert run.exit_code == 1
+        assert f"cannot compute norms for {peft_type}" in run.output
+    else:
+        assert run.exit_code == 0, run.output
+        norms = json.loads(run.output)["norms"]
+        assert len(norms["modules"]) in (0, 2)
+        assert len(norms["modules"]) + len({name.rpartition(".")[0] or name for name in norms["left_out"]}) >= 1
+    # A merge of files equals a merge in memory, or both are refused.
+    base = tmp_path / "base"
+    base.mkdir()
+    plain = Net()
+    weights = {f"{m}.weight": np.asarray(getattr(plain, m).kernel[...]).T.copy() for m in ("q", "up")}
+    weights |= {f"{m}.bias": np.asarray(getattr(plain, m).bias[...]) for m in ("q", "up")}
+    save_file(weights, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    if adapter.config.facts.merges:
+        merge_files.merge_folder(base, folder, tmp_path / "merged")
+        merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
+        for name in ("q", "up"):
+            layer = getattr(inside, name)
+            # The same formula, in NumPy's or JAX's order of operations.
+            np.testing.assert_allclose(merged[f"{name}.weight"].T, layer.kernel[...], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(merged[f"{name}.bias"], layer.bias[...], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(inside(X), want, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(AttachError, match="merge"):
+            jaxadapt.merge(network(peft_type))
+        with pytest.raises(AdapterError):
+            merge_files.merge_folder(base, folder, tmp_path / "merged")
+    # Checkpoints.
+    with jaxadapt.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(1, model)
+    fresh = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(9))
+    jaxadapt.CheckpointManager(tmp_path / "run").restore(fresh)
+    np.testing.assert_array_equal(fresh(X), want)
+
+
+def test_every_method_is_listed_with_its_facts():
+    found = {info.peft_type: info for info in listing.describe_methods()}
+    assert set(METHODS) <= found.keys()
+    assert not listing.passing_types().keys() & found.keys()
+    for peft_type, info in found.items():
+        assert info.summary
+        assert info.facts.learning_rate > 0
+        if info.source:
+            assert METHODS[peft_type].rows == info.facts.rows
+        json.dumps(info.to_dict())
+
+
+@pytest.mark.peft
+def test_the_list_has_all_types_of_peft():
+    mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
+    package = Path(pytest.importorskip("peft").__file__).parent
+    known = {getattr(peft_type, "value", peft_type) for peft_type in mapping}
+    assert known <= {*listing.PEFT_TYPES}
+    for info in listing.describe_methods():
+        assert not info.source or (package.parent / info.source).is_dir(), info.source
+
+
+def test_sizes_of_each_method_on_a_model():
+    shapes = {"q.kernel": (32, 64), "up.kernel": (64, 32)}
+    sizes = method_sizes.method_sizes(shapes)
+    assert sizes.keys() == set(METHODS)
+    assert sizes["LORA"] == 8 * (32 + 64) * 2
+    assert all(size for size in sizes.values())
+
+
+def test_the_demo_has_a_configuration_for_each_method():
+    for method in training.method_names():
+        config = training.adapter_config(method)
+        assert config.peft_type == method.upper()
+        assert config.task_type == "CAUSAL_LM"
