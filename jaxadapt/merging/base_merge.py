@@ -20,7 +20,7 @@ from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
-from jaxadapt.methods import AppliedMethod
+from jaxadapt.methods import AppliedMethod, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
@@ -280,7 +280,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
     require_complete(adapter, sites)
-    methods.require_weights(sites.method)
+    require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base

@@ -27,12 +27,11 @@ def test_the_modules_of_one_leaf_have_one_block_size():
 
 @pytest.mark.parametrize(("pattern", "valid"), [("(q|v)_proj", True), ("q|v", False), (r"a\|b", True), ("[q|v]", True)])
 def test_alternatives_of_a_pattern_need_parentheses(pattern, valid):
-    try:
+    if valid:
         C3AConfig(block_size_pattern={pattern: 2})
-    except ConfigError as error:
-        assert not valid and "parentheses" in str(error)
     else:
-        assert valid
+        with pytest.raises(ConfigError, match="parentheses"):
+            C3AConfig(block_size_pattern={pattern: 2})
 
 
 @pytest.mark.peft
