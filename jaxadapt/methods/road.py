@@ -39,7 +39,6 @@ class Road(MatrixMethod):
 
     peft_type = "ROAD"
     roles = MappingProxyType({"road_theta": "vector", "road_alpha": "vector"})
-    rows = "call"
 
     def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
         ratio = _VALUES_PER_OUTPUT[config.variant]

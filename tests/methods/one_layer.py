@@ -1,4 +1,4 @@
-"""One linear layer "a.q" with one adapter: ours on its weight (outputs, inputs), and PEFT's module for its file."""
+"""One linear layer "a.q" with one adapter: ours on a weight (outputs, inputs), and PEFT's module of the same file."""
 
 from __future__ import annotations
 
