@@ -26,6 +26,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.support import matrices
+
 jax.config.update("jax_default_matmul_precision", "highest")
 # Two shapes of different rank never meet by accident; other people's models may: see `foreign_model`.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,8 +93,16 @@ def real_adapters() -> Path:
     return found
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """torch gets one thread once test modules have imported it; tests marked `peft` need the extra `test`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave long cases to tests/full, torch one thread, and tests marked `peft` to where the extra `test` is."""
+    for item in items:
+        if matrices.is_long(item.nodeid):
+            item.add_marker("full")
+    named = any("::" in argument for argument in config.args)
+    if not named and "full" not in (config.option.markexpr or ""):
+        long = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     if all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers")):

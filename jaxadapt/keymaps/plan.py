@@ -57,6 +57,10 @@ class PlanEntry:
         """Return the keys of tensor `i` of the layout: one, and those that repeat it."""
         return self.keys[i :: self.form.count]
 
+    def tensor_number(self, key_number: int) -> int:
+        """Return the number of the layout's tensor for a key, given by its position in `keys`."""
+        return key_number % self.form.count
+
     def dtype(self, dtypes: Mapping[str, Any]) -> np.dtype[Any]:
         """Return the dtype of the leaf, from the dtypes of its tensors by key.
 
@@ -200,7 +204,7 @@ class Encoded(TensorSource):
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
-        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i % entry.form.count)
+        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, entry.tensor_number(i))
         dtype = self._dtype_of(entry.path)
         return tensor if tensor.dtype == dtype else tensor.astype(dtype)
 

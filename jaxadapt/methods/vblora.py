@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import softmax
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.vblora import VBLoRAConfig
@@ -122,7 +123,7 @@ def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
     [0.5, 0.5]
     """
     largest, indices = jax.lax.top_k(logits, topk)
-    return indices, jax.nn.softmax(largest, axis=-1)
+    return indices, softmax(largest, axis=-1)
 
 
 def _matrices(own: VbloraHparams, params: Params) -> tuple[Array, Array]:

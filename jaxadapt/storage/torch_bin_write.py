@@ -149,7 +149,8 @@ class _Archive:
         self._directory: list[bytes] = []
 
     def _put(self, *parts: bytes | memoryview) -> None:
-        self._writer.write(*map(memoryview, parts))
+        for part in parts:
+            self._writer.write(memoryview(part))
         self._offset += sum(map(len, parts))
 
     def add(self, name: str, data: bytes | memoryview) -> None:

@@ -1,6 +1,7 @@
-"""The tests that are too long for CI, in one command: `python tests/full/run.py [--record] [pytest options]`.
+"""The tests that are too long for CI: `python tests/full/run.py [--matrices] [--record] [pytest options]`.
 
-At most 30 minutes on two cores. With `--record` date, versions and outcome go into README.md beside it, as a first row.
+At most 30 minutes on two cores. With `--matrices` it runs the cases that CI leaves out of its long matrices, instead of
+this folder. With `--record` date, versions and outcome go into README.md beside it, as a first row.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ ROW = re.compile(r"(?<=\|---\|---\|---\|\n)")  # the first below the table's hea
 def main() -> int:
     arguments = sys.argv[1:]
     record = "--record" in arguments
-    arguments = [a for a in arguments if a != "--record"]
+    matrices = "--matrices" in arguments
+    what = [str(HERE.parent), "-m", "full"] if matrices else [str(HERE)]
+    arguments = [a for a in arguments if a not in ("--record", "--matrices")]
     # Three at a time on two cores: those of several processes mostly wait, for each other and for JAX to miss one.
     parallel = ["-n", "3", "--dist", "worksteal"]
-    command = [sys.executable, "-m", "pytest", str(HERE), *parallel, "--durations=20", *arguments]
+    command = [sys.executable, "-m", "pytest", *what, *parallel, "--durations=20", *arguments]
     run = subprocess.Popen(command, cwd=HERE.parent.parent, text=True, stdout=subprocess.PIPE)
     assert run.stdout is not None
     closing = "no closing line"
@@ -33,13 +36,14 @@ def main() -> int:
             closing = line.strip("= \n")
     code = run.wait()
     if record:
+        named = [*(["--matrices"] if matrices else []), *arguments]
         names = ("jax", "flax", "peft", "torch")
         found = [f"{d.name} {d.version}" for d in map(_distribution, names) if d]
         row = " | ".join(
             [
                 datetime.date.today().isoformat(),
                 ", ".join([f"Python {platform.python_version()}", *found]),
-                f"`{' '.join(arguments)}`: {closing}" if arguments else closing,
+                f"`{' '.join(named)}`: {closing}" if named else closing,
             ]
         )
         page = HERE / "README.md"

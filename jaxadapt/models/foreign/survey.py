@@ -79,6 +79,14 @@ class FactorArray(plan.PlanEntry):
     form: PackedLayout
     modules: tuple[str, ...] = ()
 
+    def keys_of(self, i: int) -> tuple[str, ...]:
+        """Return the consecutive keys that share subarray `i`."""
+        return self.keys[i * self.shared : (i + 1) * self.shared]
+
+    def tensor_number(self, key_number: int) -> int:
+        """Return the position of the key itself: `PackedLayout.index` finds its subarray."""
+        return key_number
+
     @property
     def shared(self) -> int:
         return self.form.shared

@@ -1,0 +1,67 @@
+"""Which cases of the long matrices run in CI; the others are marked `full`, and tests/full/README.md has their command.
+
+`CI` maps a test to a regular expression of the ids that run in CI. Of each kind of proof at least one case does.
+"""
+
+from __future__ import annotations
+
+import re
+
+EXAMPLE = "-0$"  # the first of a method's `examples()`
+
+CI = {
+    # A library's keymap with its classes here; those that are recorded take no time.
+    "tests/keymaps/families/test_proof.py::test_a_peft_adapter_gives_pefts_logits": (
+        r"^(?!tunix-(gemma-m|gemma4|qwen3_moe|llama3$|qwen2|gemma3$)|maxtext-gemma3-"
+        r"|(deepseek_v3|qwen3_moe|llama4|mixtral|gpt2-dense)$)"
+    ),
+    "tests/merging/test_combine.py::test_densities_at_the_ends": r"^0\.05$",
+    "tests/merging/test_combine.py::test_equal_to_peft": r"^(cat|svd|ties|dare_linear)-total$|^ties-frequency$",
+    "tests/merging/test_combine.py::test_rslora_where_peft_is_wrong": "^cat$",
+    "tests/merging/test_combine.py::test_stacked_fused_and_split_axes_give_what_plain_matrices_give": "^svd$",
+    "tests/methods/test_conformance.py::test_eight_devices": EXAMPLE,
+    "tests/methods/test_conformance.py::test_every_layout_gives_the_same_weight_from_the_same_file": "-0-|-split$",
+    "tests/methods/test_conformance.py::test_nnx_and_linen_agree_and_merging_equals_applying": EXAMPLE,
+    "tests/methods/test_conformance.py::test_outputs_and_weights_keep_the_bases_dtype": "-0-bfloat16-float32$",
+    "tests/methods/test_conformance.py::test_parts_of_a_fused_weight_are_modules_of_their_own": "-0-fused$",
+    "tests/methods/test_conformance.py::test_several_adapters_and_deletion": EXAMPLE,
+    "tests/methods/test_conformance.py::test_stacked_layers_are_the_layers_one_by_one": EXAMPLE,
+    "tests/methods/test_conformance.py::test_training_in_nnx_changes_the_trained_tensors_only": EXAMPLE,
+    "tests/methods/test_conformance.py::test_transformations_of_jax": EXAMPLE,
+    "tests/methods/test_conformance_peft.py::test_peft_opens_our_files": EXAMPLE,
+    "tests/methods/test_conformance_peft.py::test_pefts_file_gives_pefts_logits_and_gradients": EXAMPLE,
+    "tests/methods/test_conformance_peft.py::test_scanned_layers_give_pefts_logits": "^(LORA|VERA)-0-0$",
+    "tests/models/foreign/test_product.py::test_there_and_back": "^(?!maxtext:gemma3)",
+    "tests/models/test_layer_choices.py::test_a_fresh_adapter_changes_nothing_and_draws_each_module_as_its_rank_asks": (
+        "^(ranks|dora)$"
+    ),
+    "tests/models/test_layer_choices.py::test_every_layer_part_and_expert_gets_its_own_change": "^(ranks-0|dora-1)$",
+    "tests/models/test_layer_choices.py::test_shards_and_jit_give_the_same_tensors": "^dora$",
+    "tests/models/test_layer_choices.py::test_training_keeps_unused_entries_at_zero": "^ranks$",
+    "tests/models/test_linen_registry.py::test_computes_what_the_merged_weights_compute": "LORA$|^(dense|mha)-IA3$",
+    "tests/models/test_nnx_registry.py::test_equals_the_effective_weight": "lora$|^(linear|mha)-ia3$",
+    "tests/reference/test_initializers.py::test_a_converted_adapter_applies_to_the_original_base_in_peft": (
+        "^(False-pissa|True-olora)$"
+    ),
+    "tests/reference/test_initializers.py::test_an_unconverted_file_changes_the_base_on_request_as_in_peft": (
+        "^(nnx-None-pissa|linen-0-olora)$"
+    ),
+    "tests/reference/test_initializers.py::test_eva_finds_the_components_and_ranks_that_peft_finds": "^nnx",
+    "tests/reference/test_initializers.py::test_what_is_taken_out_of_the_base_is_what_peft_takes": (
+        "-llama-nnx-None$|^pissa-gpt2|^pissa_niter_2"
+    ),
+    "tests/reference/test_layer_choices.py::test_a_file_computes_the_same_and_comes_back": "-nnx-0$|^(everything|ia3)-",
+    "tests/reference/test_quantized.py::test_trains_saves_and_merges_as_peft_does_on_the_dense_base": (
+        "^(ours-nf4-nnx|ours-int8-linen|qwix-nf4-linen)$"
+    ),
+    "tests/system/test_benchmarks.py::test_it_runs": "^(?!(sharded|train|lora|io)$)",
+    "tests/training/test_optim.py::test_gradients_are_pefts": "^False$",
+    "tests/training/test_optim.py::test_lora_fa_takes_pefts_steps": "^scan$",
+    "tests/training/test_optim.py::test_lora_plus_takes_pefts_steps": "^(nnx|linen)$",
+}
+
+
+def is_long(nodeid: str) -> bool:
+    """True for a case that CI leaves out."""
+    name, _, case = nodeid.partition("[")
+    return name in CI and re.search(CI[name], case.removesuffix("]")) is None
