@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from benchmarks.measure import Way, environment, installed, interleave, parsed, ratio, table
 from benchmarks.train import BATCH, LENGTH, random_weights, smollm2
@@ -50,9 +51,9 @@ def inner_jaxprs(values: Any) -> list[Any]:
     """The jaxprs among the parameters of an equation."""
     found: list[Any] = []
     for value in values:
-        if hasattr(value, "jaxpr"):  # a closed jaxpr
+        if isinstance(value, ClosedJaxpr):
             found.append(value.jaxpr)
-        elif hasattr(value, "eqns"):
+        elif isinstance(value, Jaxpr):
             found.append(value)
         elif isinstance(value, tuple | list):
             found += inner_jaxprs(value)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\ndef main()" in path.read_text())
-NEEDS = {"lora": "peft", "methods": "peft"}  # the others leave out what is not installed
+NEEDS = {"lora": "peft"}  # the others leave out what is not installed
 SECONDS = {"codec", "paper"}
 
 
