@@ -100,7 +100,7 @@ def held_out_losses(methods: Sequence[str], steps: int) -> dict[str, float]:
     """The loss of SmolLM2 on held-out text after `steps` steps of each method."""
     from jaxadapt.demo import finetune
 
-    return {method: finetune.held_out_loss(method, steps) for method in methods}
+    return {method: finetune.held_out_losses(method, steps)[1] for method in methods}
 
 
 def draw(path: Path, sizes: dict[str, int], losses: dict[str, float]) -> None:

@@ -141,8 +141,8 @@ def run(
     )
 
 
-def held_out_loss(method: str, steps: int, *, seed: int = 0, api: str = "nnx") -> float:
-    """Return the loss of SmolLM2 on held-out text after `steps` steps of a method, without files or text.
+def held_out_losses(method: str, steps: int, *, seed: int = 0, api: str = "nnx") -> tuple[float, float]:
+    """Return the losses of SmolLM2 on held-out text before and after `steps` steps of a method, and write no files.
 
     Raises:
         ConfigError: the method or the API is unknown.
@@ -152,7 +152,7 @@ def held_out_loss(method: str, steps: int, *, seed: int = 0, api: str = "nnx") -
     quiet = Console(quiet=True)
     _check_arguments(steps, api, method)
     tuned = _tune(model, model.tokenizer(), steps=steps, seed=seed, api=api, method=method, console=quiet)
-    return tuned[2][1]
+    return tuned[2]
 
 
 def _return_memory() -> None:
