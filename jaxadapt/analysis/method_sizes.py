@@ -53,5 +53,5 @@ def _size(peft_type: str, base: Any) -> int | str:
 
 
 def _everywhere(cls: type[Config]) -> Config:
-    fields = {name: () for defaults in cls.default_targets.values() for name in defaults}
+    fields: dict[str, Any] = {name: () for defaults in cls.default_targets.values() for name in defaults}
     return cls(**{**fields, "target_modules": matching.ALL_LINEAR})
