@@ -54,4 +54,5 @@ def _size(peft_type: str, base: Any) -> int | str:
 
 def _everywhere(cls: type[Config]) -> Config:
     fields: dict[str, Any] = {name: () for defaults in cls.default_targets.values() for name in defaults}
-    return cls(**{**fields, "target_modules": matching.ALL_LINEAR})
+    fields["target_modules"] = matching.ALL_LINEAR
+    return cls(**fields)
