@@ -27,7 +27,7 @@ from benchmarks.measure import judge, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
-    "--help": 0, "inspect out": 0, "inspect out --norms": 0, "families": 0, "completion zsh": 0,
+    "--help": 0, "inspect out": 0, "inspect out --norms": 0, "families": 0, "methods": 0, "completion zsh": 0,
     "check-keymap auto --model shapes.json": 0, "checkpoints run --minimize loss": 0,
     "pull org/name": 1, "push out org/name --no-picture": 1,
 }  # fmt: skip

@@ -53,6 +53,6 @@ def _size(peft_type: str, base: Any) -> int | str:
 
 
 def _everywhere(cls: type[Config]) -> Config:
-    fields = {name: () for defaults in cls.default_targets.values() for name in defaults}
-    values: dict[str, Any] = {**fields, "target_modules": matching.ALL_LINEAR}
-    return cls(**values)
+    fields: dict[str, Any] = {name: () for defaults in cls.default_targets.values() for name in defaults}
+    fields["target_modules"] = matching.ALL_LINEAR
+    return cls(**fields)

@@ -8,17 +8,18 @@ for a rank-one change, and r if r directions have equal weight.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, matching
+from jaxadapt.configs.change import Change
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.methods import METHODS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +73,8 @@ class Norms:
 def measure_norms(tensors: PeftTensors) -> Norms:
     """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
     config = tensors.config
-    method = METHODS.get(config.peft_type)
-    what = None if method is None else method.describe_change(config)
-    if method is None or what is None:
+    what, measure = _measure_of(config)
+    if what is None:
         raise ConfigError(
             f"cannot compute norms for {config.peft_type}: the file alone does not determine the change of a weight,"
             " which depends on the base model. Compare the weights before and after jaxadapt.merge"
@@ -89,7 +89,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     for module, keys in module_keys.items():
         arrays = {name: _as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
-        change = method.measure_change(config, module, arrays)
+        change = measure(module, arrays)
         if change is None:
             left_out.append(module)
         else:
@@ -98,6 +98,19 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     owner = {key: named_parameter(config, module) for module, keys in module_keys.items() for key in keys.values()}
     bad = [owner.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
     return Norms(what, tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
+
+
+def _measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str, Any]], Change | None]]:
+    """Return a description of the norm, or None, and the function that measures one module."""
+    what = config.describe_change()
+    if what is not None:
+        return what, config.measure_change
+    from jaxadapt.methods import METHODS  # imports JAX, which LoRA's norms do not need
+
+    method = METHODS.get(config.peft_type)
+    if method is None:
+        return None, config.measure_change
+    return method.describe_change(config), functools.partial(method.measure_change, config)
 
 
 def _is_finite(x: Any) -> bool:

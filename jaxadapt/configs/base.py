@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from jaxadapt.configs import registry
+from jaxadapt.configs.change import Change
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
@@ -269,6 +270,14 @@ class Config:
             and value not in (None, [], {})
             and ((value and name in self.main_fields) or value != thaw(plain.get(name, False)))
         }
+
+    def describe_change(self) -> str | None:
+        """Return what the norms of `measure_change` measure; None if only the method can tell."""
+        return None
+
+    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        """Return the size of the change of one module from its file tensors in float64; None if they do not tell."""
+        return None
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.change import Change
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.validation import Problems, match
@@ -88,6 +89,13 @@ class IA3Config(Config):
     fan_in_fan_out: bool | None = False
     modules_to_save: Collection[str] | None = None
     init_ia3_weights: bool = True
+
+    def describe_change(self) -> str:
+        return "relative change, rms of l − 1"
+
+    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        l = arrays.get("ia3_l")
+        return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
 
     def with_targets(self, targets: Sequence[str]) -> Self:
         inputs = self.feedforward_modules

@@ -36,7 +36,7 @@ class MethodInfo:
 
     Attributes:
         peft_type: PEFT's name of the method.
-        summary: a description of the change, with the trained tensors.
+        summary: a description of the change.
         paper: the address of its paper; "" if it has none.
         source: PEFT's code of the method, a folder in PEFT's package; "" for a method of another package.
         facts: whether it merges, PEFT's figures and more.

@@ -8,7 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
+from jaxadapt.configs import lora_change
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.change import Change
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
@@ -251,6 +253,12 @@ class LoraConfig(Config):
         if name in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
             return Patterns(cast("Mapping[str, Any]", value))
         return super()._freeze(name, value)
+
+    def describe_change(self) -> str:
+        return lora_change.describe(self)
+
+    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        return lora_change.measure(self, module, arrays)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

@@ -141,6 +141,20 @@ def run(
     )
 
 
+def held_out_losses(method: str, steps: int, *, seed: int = 0, api: str = "nnx") -> tuple[float, float]:
+    """Return the losses of SmolLM2 on held-out text before and after `steps` steps of a method, and write no files.
+
+    Raises:
+        ConfigError: the method or the API is unknown.
+        FileError: a dependency of the demo is not installed.
+    """
+    model = SmolLM2.open()
+    quiet = Console(quiet=True)
+    _check_arguments(steps, api, method)
+    tuned = _tune(model, model.tokenizer(), steps=steps, seed=seed, api=api, method=method, console=quiet)
+    return tuned[2]
+
+
 def _return_memory() -> None:
     """Return freed memory to the system: glibc keeps freed arrays of a few megabytes."""
     gc.collect()

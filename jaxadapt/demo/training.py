@@ -98,7 +98,7 @@ class NnxTrainer:
         config: LlamaConfig,
         weights: Weights,
         adapter: Any,
-        make: Callable[[Any], optax.GradientTransformation],
+        make: MakeOptimizer,
         seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
@@ -153,7 +153,7 @@ class LinenTrainer:
         config: LlamaConfig,
         weights: Weights,
         adapter: Any,
-        make: Callable[[Any], optax.GradientTransformation],
+        make: MakeOptimizer,
         seed: int,
     ) -> None:
         base = llama_linen.to_linen(config, weights)["params"]
@@ -175,6 +175,7 @@ class LinenTrainer:
             updates, state = tx.update(grads, state, adapter)
             return optax.apply_updates(adapter, updates), state, value
 
+        self.compute_step = step
         self._step = jax.jit(step)
         self._loss = jax.jit(loss)
         self._logits = jax.jit(self.module.apply)

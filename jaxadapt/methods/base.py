@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import class_of
+from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
@@ -49,23 +50,6 @@ class Effects:
     bias: Literal["scales", "adds"] | None = None
     reads: bool = False
     sees: Literal["layer", "product"] = "layer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """The size of the change that an adapter makes to one weight.
-
-    Attributes:
-        norm: the norm, as `Method.describe_change` describes it.
-        effective_rank: exp of the entropy of the change's normalized singular values; None if it has none.
-        rank: the rank r, if the method has one.
-        scale: the scale s, if the method has one.
-    """
-
-    norm: float
-    effective_rank: float | None = None
-    rank: int | None = None
-    scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -290,14 +274,14 @@ class Method(abc.ABC):
 
     def describe_change(self, config: Any) -> str | None:
         """Return what the norms of `measure_change` measure; None if they cannot be computed from a file."""
-        return None
+        return config.describe_change()
 
     def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
         """Return the size of the change of one module, from its file tensors in float64, without the base weight.
 
         None if the tensors do not determine it.
         """
-        return None
+        return config.measure_change(module, arrays)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """Return fields of small configurations that take every way through the arithmetic, for the tests."""

@@ -25,7 +25,7 @@ from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Start, Target, shared_value
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, shared_value
 from jaxadapt.methods.per_entry import adapted_entries
 
 
@@ -108,13 +108,6 @@ class IA3(Method):
     def bias(self, hparams: IA3Hparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
         scale = self._scale_over_bias(hparams, params, bias)
         return bias if scale is None else (bias / scale if undo else bias * scale).astype(bias.dtype)
-
-    def describe_change(self, config: IA3Config) -> str:
-        return "relative change, rms of l − 1"
-
-    def measure_change(self, config: IA3Config, module: str, arrays: Mapping[str, Any]) -> Change | None:
-        l = arrays.get("ia3_l")
-        return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
 
     def row_hparams(self, hparams: IA3Hparams) -> IA3Hparams:
         if hparams.conv:

@@ -19,10 +19,10 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.arrays.torch_layout import TorchLayout
+from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
-from jaxadapt.methods.change import change_of_matrix
 from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries
 

@@ -273,7 +273,7 @@ def test_completion_works_in_a_real_shell(tmp_path):
 # What each needs at most, of what takes long to load; the exit status.
 LIGHT = {
     "inspect": (("inspect", "out"), set(), 0),
-    "inspect --norms": (("inspect", "out", "--norms"), {"numpy", "jax", "jaxlib"}, 0),
+    "inspect --norms": (("inspect", "out", "--norms"), {"numpy"}, 0),
     "families": (("families",), set(), 0),
     "methods": (("methods",), set(), 0),
     "families NAME": (("families", "llama"), set(), 0),

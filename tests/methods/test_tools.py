@@ -30,6 +30,7 @@ from jaxadapt.export import merge_files
 from jaxadapt.keymaps import pytorch
 from jaxadapt.methods import METHODS
 from jaxadapt.training import optim
+from tests.full import methods_table
 
 IN, OUT = 8, 16
 X = np.random.default_rng(5).standard_normal((4, IN)).astype("float32")
@@ -157,3 +158,25 @@ def test_the_demo_has_a_configuration_for_each_method():
         config = training.adapter_config(method)
         assert config.peft_type == method.upper()
         assert config.task_type == "CAUSAL_LM"
+
+
+def test_the_table_of_the_page_follows_the_results(tmp_path: Path):
+    one, two = TYPES[:2]
+    name = "test_nnx_and_linen_agree_and_merging_equals_applying"
+    cases = f'<testcase name="{name}[{one}-0]"/><testcase name="{name}[{one}-1]"/>'
+    cases += f'<testcase name="{name}[{two}-0]"/><testcase name="{name}[{two}-1]"><failure/></testcase>'
+    cases += f'<testcase name="test_eight_devices[{one}-0]"><skipped/></testcase><testcase name="test_other[{one}-0]"/>'
+    (tmp_path / "run.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    results = methods_table.read_results([tmp_path / "run.xml"])
+    columns = list(methods_table.COLUMNS)
+    rows = methods_table.table(results).split("\n")
+    lines = {row.strip("| [").partition("]")[0]: row for row in rows}
+    cells = {name: [cell.strip() for cell in lines[name].strip("|").split("|")] for name in (one, two)}
+    assert [cells[name][2 + columns.index("NNX, Linen, merge")] for name in (one, two)] == ["yes", "no"]
+    assert [cells[name][2 + columns.index("8 devices")] for name in (one, two)] == ["", ""]
+
+
+def test_every_column_of_the_table_has_tests():
+    text = "".join((methods_table.ROOT / suite).read_text() for suite in methods_table.SUITES)
+    for tests in methods_table.COLUMNS.values():
+        assert all(f"def test_{test}" in text for test in tests)

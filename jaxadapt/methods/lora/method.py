@@ -38,8 +38,8 @@ from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Start, Target, as_computable
-from jaxadapt.methods.lora import alora, dora, kasa, norms
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
+from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
 SCALE, USED = "scale", "used"
@@ -315,12 +315,6 @@ class Lora(Method):
         if not sequence or tokens is None:
             return {}
         return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
-
-    def describe_change(self, config: LoraConfig) -> str:
-        return norms.describe(config)
-
-    def measure_change(self, config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Change | None:
-        return norms.measure(config, module, arrays)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from jaxadapt.configs.change import Change, effective_rank
 
-from jaxadapt.configs import LoraConfig, matching
-from jaxadapt.methods.base import Change
-from jaxadapt.methods.change import effective_rank
+if TYPE_CHECKING:
+    from jaxadapt.configs.lora import LoraConfig
 
 
 def describe(config: LoraConfig) -> str:
@@ -23,6 +22,10 @@ def describe(config: LoraConfig) -> str:
 
 def measure(config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Change | None:
     """Return the size of the change; None if it does not follow from A and B."""
+    import numpy as np
+
+    from jaxadapt.configs import matching
+
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.use_qalora or config.use_bdlora:
         return None
