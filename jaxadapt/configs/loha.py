@@ -37,6 +37,7 @@ class LoHaConfig(MethodConfig):
     _type: ClassVar[str | None] = "LOHA"
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
+        "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
     }

@@ -19,8 +19,8 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
 
     Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "probability", "any", or the tuple
-            of the possible values.
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "number", "probability", "any", or
+            the tuple of the possible values.
     """
 
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
@@ -54,6 +54,7 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
     "probability": CHECKS["lora_dropout"],
+    "number": CHECKS["lora_alpha"],
     "any": lambda problems, field, value: None,
 }
 _BY_DEFAULT: Mapping[type, Check] = {

@@ -14,6 +14,8 @@ from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
     from jaxadapt.configs.adalora import AdaLoraConfig as AdaLoraConfig
+    from jaxadapt.configs.gralora import GraloraConfig as GraloraConfig
+    from jaxadapt.configs.hira import HiraConfig as HiraConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
