@@ -1,7 +1,7 @@
 """GraLoRA (Jung et al. 2025, arXiv:2505.20355) with PEFT's conventions: W + s·D, s = α / (r + hybrid_r).
 
 D is a grid of k·k blocks. With A (k, in/k, r), B (k, r, out/k) and s' = r/k, the block of the outputs j and the inputs
-n is the transpose of A[n][:, j·s':(j+1)·s']·B[j][n·s':(n+1)·s']. With `hybrid_r`, D also has a LoRA of the whole weight.
+n is the transpose of A[n][:, j·s':(j+1)·s']·B[j][n·s':(n+1)·s']. `hybrid_r` adds a LoRA of the whole weight to D.
 The layer adds the product of its input with these factors to its output. The arithmetic follows PEFT's
 `tuners/gralora/layer.py`, but both parts see the same dropped inputs, for which PEFT draws twice.
 """
