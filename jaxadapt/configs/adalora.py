@@ -23,7 +23,7 @@ _TARGETS: Mapping[str, Mapping[str, Any]] = {
 class AdaLoraConfig(MethodConfig):
     """AdaLoRA (arXiv:2303.10512): LoRA with a diagonal E between A and B, whose ranks shrink during training.
 
-    The fields are those of `LoraConfig`, of which PEFT ignores some, and the schedule of the allocator. Besides the
+    The fields are those of `LoraConfig` and the schedule of the allocator. PEFT ignores some of the former. Besides the
     attributes of `Config`:
 
     Attributes:

@@ -41,7 +41,7 @@ class AdaloraHparams:
 
 
 class Adalora(MatrixMethod):
-    """A singular value decomposition of the change, of which training removes the least important parts."""
+    """A singular value decomposition of the change; training removes its least important parts."""
 
     peft_type = "ADALORA"
     kinds = frozenset({"linear", "conv"})
