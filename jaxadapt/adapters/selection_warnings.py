@@ -62,7 +62,12 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
                 f" {suggest.quote_list(containers)}"
             )
     for field in ("rank_pattern", "alpha_pattern"):
-        warnings += _patterns(field, config.get(field) or {}, chosen)
+        patterns = config.get(field) or {}
+        if field == "rank_pattern" and any(isinstance(value, tuple) for value in patterns.values()):
+            masked = {f"{name}.lora_E" for name in chosen}  # AdaLoRA's masks by the tensor's full name, not patterns
+            warnings += [f"{field}: {key!r} matches none of the targets" for key in patterns if key not in masked]
+            continue
+        warnings += _patterns(field, patterns, chosen)
     return warnings
 
 

@@ -40,6 +40,7 @@ class LoHaConfig(MethodConfig):
     facts: ClassVar[MethodFacts] = MethodFacts(learning_rate=4e-3, accuracy=0.39, time=1.48)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
+        "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
     }

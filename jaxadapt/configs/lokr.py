@@ -43,6 +43,7 @@ class LoKrConfig(MethodConfig):
     _type: ClassVar[str | None] = "LOKR"
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
+        "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
         "init_weights": "any",

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
+    from jaxadapt.configs.adalora import AdaLoraConfig as AdaLoraConfig
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
+    from jaxadapt.configs.gralora import GraloraConfig as GraloraConfig
+    from jaxadapt.configs.hira import HiraConfig as HiraConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig

@@ -31,9 +31,17 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # sums of float32 in another order
 CONV1, CONV2, CONV3 = (Net("conv", ndim=n) for n in (1, 2, 3))
 POINT = Net("conv", ndim=2, size=1, padding=0)
 GROUPED = Net("conv", ndim=2, groups=2)
-EMBEDDING = Net(emb=True)
+EMBEDDING, TIED = Net(emb=True), Net(emb=True, tied=True)
 # LOKR with use_effective_conv2d on a 1-D convolution is not among them: PEFT's product fails there (test_lokr.py).
 CASES: dict[str, tuple[str, Net, dict[str, Any]]] = {
+    "ADALORA conv2d": ("ADALORA", CONV2, {"init_r": 3, "total_step": 9}),
+    "ADALORA conv2d 1x1": ("ADALORA", POINT, {"init_r": 2, "total_step": 9}),
+    "HIRA conv1d": ("HIRA", CONV1, {"r": 2, "init_weights": "gaussian"}),
+    "HIRA conv2d": ("HIRA", CONV2, {"r": 2}),
+    "HIRA conv2d 1x1": ("HIRA", POINT, {"r": 2}),
+    "HIRA conv3d": ("HIRA", CONV3, {"r": 2}),
+    "HIRA embedding": ("HIRA", EMBEDDING, {"r": 2}),
+    "HIRA tied embedding": ("HIRA", TIED, {"r": 2}),
     "LOHA conv1d": ("LOHA", CONV1, {"r": 2, "alpha": 3}),
     "LOHA conv2d": ("LOHA", GROUPED, {"r": 2}),
     "LOHA conv1d effective": ("LOHA", CONV1, {"r": 2, "use_effective_conv2d": True}),
@@ -105,8 +113,8 @@ def test_pefts_file_gives_pefts_outputs_and_gradients(name: str, tmp_path: Any, 
         jaxadapt.load(tmp_path / "theirs", model, keymap=net.table(scan=scan))
         np.testing.assert_allclose(model(net.ours(x)), want, **CLOSE)
         adapter = jaxadapt.extract(model)
-        merged = jaxadapt.merge(model)
-        np.testing.assert_allclose(merged(net.ours(x)), want, **CLOSE)
+        if not net.tied:  # no one weight is right for the lookup and for the head
+            np.testing.assert_allclose(jaxadapt.merge(model)(net.ours(x)), want, **CLOSE)
         leaves = net.leaves("linen", scan, base)
         variables = {"params": paths.unflatten({k: jnp.asarray(v) for k, v in leaves.items()})}
         variables = jaxadapt.load(tmp_path / "theirs", variables, keymap=net.table("linen", scan))

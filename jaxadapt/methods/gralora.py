@@ -1,0 +1,110 @@
+"""GraLoRA (Jung et al. 2025, arXiv:2505.20355) with PEFT's conventions: W + s·D, s = α / (r + hybrid_r).
+
+D is a grid of k·k blocks. With A (k, in/k, r), B (k, r, out/k) and s' = r/k, the block of the outputs j and the inputs
+n is the transpose of A[n][:, j·s':(j+1)·s']·B[j][n·s':(n+1)·s']. `hybrid_r` adds a LoRA of the whole weight to D.
+The layer adds the product of its input with these factors to its output. The arithmetic follows PEFT's
+`tuners/gralora/layer.py`, but both parts see the same dropped inputs, for which PEFT draws twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.gralora import GraloraConfig
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class GraloraHparams:
+    """The hyperparameters of a site: the scale s and the dropout rate."""
+
+    scale: float
+    dropout: float
+
+
+class Gralora(MatrixMethod):
+    """A low-rank change of each block of the weight."""
+
+    peft_type = "GRALORA"
+    scaled = frozenset({"gralora_B", "gralora_B_general"})
+    roles = MappingProxyType({"gralora_A": "A", "gralora_B": "B", "gralora_A_general": "A", "gralora_B_general": "B"})
+
+    def tensors(self, config: GraloraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        k, r = config.gralora_k, config.r
+        inputs = k * target.own_size("gralora_A", 1, lambda: _block(target, "inputs", target.in_size, k))
+        outputs = k * target.own_size("gralora_B", 2, lambda: _block(target, "outputs", target.out_size, k))
+        if target.is_known and (outputs, inputs) != (target.out_size, target.in_size):
+            raise MismatchError(
+                f"{target.leaf}: the adapter's {k} rows and columns of blocks make a matrix of shape"
+                f" {(outputs, inputs)}, but the weight has {(target.out_size, target.in_size)}; load the adapter into"
+                " the model that it was trained on, with its gralora_k"
+            )
+        made = (own_tensor("gralora_A", (k, inputs // k, r)), own_tensor("gralora_B", (k, r, outputs // k)))
+        if not config.hybrid_r:
+            return made
+        own, a, b = (("h", config.hybrid_r),), "gralora_A_general", "gralora_B_general"
+        return (
+            *made,
+            MethodTensor(a, f".{a}.weight", ("batch", "h", "in"), (("h",), ("in",)), own, scale_power=0),
+            MethodTensor(b, f".{b}.weight", ("batch", "out", "h"), (("out",), ("h",)), own, scale_power=0),
+        )
+
+    def starts_unchanged(self, config: GraloraConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: GraloraConfig, target: Target) -> GraloraHparams:
+        return GraloraHparams(config.alpha / (config.r + config.hybrid_r), config.gralora_dropout)
+
+    def effect(self, own: GraloraHparams) -> Effects:
+        return Effects("adds", form="use")
+
+    def rate(self, own: GraloraHparams) -> float:
+        return own.dropout
+
+    def init(self, config: GraloraConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.init_weights and tensor.name.startswith("gralora_B"):
+            return Draw("constant", 0.0)
+        return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5, the fan is the second axis
+
+    def delta(self, own: GraloraHparams, params: Params, w: Array) -> Array:
+        a, b = params["gralora_A"], params["gralora_B"]
+        k = len(a)
+        blocks = jnp.einsum("nijs,jnso->joni", a.reshape(*a.shape[:2], k, -1), b.reshape(k, k, -1, b.shape[2]))
+        change = blocks.reshape(w.shape)
+        if "gralora_A_general" in params:
+            change = change + params["gralora_B_general"] @ params["gralora_A_general"]
+        return own.scale * change
+
+    def after(self, own: GraloraHparams, params: Params, x: Array, y: Array) -> Array:
+        a, b = params["gralora_A"], params["gralora_B"]
+        x, k = x.astype(a.dtype), len(a)
+        h = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
+        h = h.reshape(*h.shape[:-1], k, -1).swapaxes(-3, -2).reshape(h.shape)
+        change = jnp.einsum("...jr,jro->...jo", h, b).reshape(y.shape)
+        if "gralora_A_general" in params:
+            h = jnp.einsum("...i,hi->...h", x, params["gralora_A_general"])
+            change = change + jnp.einsum("...h,oh->...o", h, params["gralora_B_general"])
+        return y + own.scale * change
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
+
+
+def _block(target: Target, name: str, size: int, k: int) -> int:
+    """Return the size of a block of a new adapter."""
+    if size % k:
+        raise target.refuse(f"gralora_k = {k} does not divide its {size} {name}; choose a divisor")
+    return size // k
+
+
+METHOD = Gralora()

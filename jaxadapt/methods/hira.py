@@ -1,0 +1,128 @@
+"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS) with PEFT's conventions: W + W∘(B·A), without a scale.
+
+A is (r, in) and B (out, r). A convolution's window belongs to A, and an embedding's tensors are called
+`hira_embedding_A` (r, vocabulary) and `hira_embedding_B` (dimension, r). The layer runs with the effective weight; with
+dropout it adds the product with the change, and an embedding multiplies the rows that it looks up.
+The arithmetic follows PEFT's `tuners/hira/layer.py`, with its faults:
+
+- PEFT ignores `rank_pattern`. The rank of an existing adapter is that of its tensors; a new adapter may not set it.
+- PEFT ignores "gaussian" for convolutions and draws A as by default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays import low_rank
+from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.hira import HiraConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class HiraHparams:
+    """The hyperparameters of a site: the kind of its weight and the dropout rate."""
+
+    kind: str
+    dropout: float
+
+
+class Hira(MatrixMethod):
+    """The elementwise product of the weight and a low-rank matrix."""
+
+    peft_type = "HIRA"
+    kinds = frozenset({"linear", "embedding", "conv"})
+    scaled = frozenset({"hira_B", "hira_embedding_B"})
+    roles = MappingProxyType(
+        {"hira_A": "A", "hira_B": "B", "hira_embedding_A": "embedding", "hira_embedding_B": "embedding"}
+    )
+
+    def tensors(self, config: HiraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        if target.match.weight.groups > 1:
+            raise target.refuse("PEFT does not implement HIRA for convolutions with groups; exclude the module")
+        start = "hira_embedding" if target.kind == "embedding" else "hira"
+        r = (("r", target.own_size(f"{start}_A", 0, lambda: config.r)),)
+        ones = ((),) * (len(target.match.weight.right) - 2 if target.kind == "conv" else 0)
+        a, b = f"{start}_A", f"{start}_B"
+        return (
+            MethodTensor(a, f".{a}", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
+            MethodTensor(b, f".{b}", ("batch", "out", "r"), (("out",), ("r",), *ones), r, scale_power=0),
+        )
+
+    def starts_unchanged(self, config: HiraConfig) -> bool:
+        return bool(config.init_weights)
+
+    def own(self, config: HiraConfig, target: Target) -> HiraHparams:
+        return HiraHparams(target.kind, 0.0 if target.kind == "embedding" else config.hira_dropout)
+
+    def effect(self, own: HiraHparams) -> Effects:
+        return Effects("adds", form="use" if own.dropout or own.kind == "embedding" else "weight", reads=True)
+
+    def rate(self, own: HiraHparams) -> float:
+        return own.dropout
+
+    def init(self, config: HiraConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.rank_pattern:
+            raise ConfigError("cannot start HIRA with rank_pattern: PEFT ignores it; unset it")
+        if tensor.name.startswith("hira_embedding"):
+            is_zero = config.init_weights is not False and tensor.name == "hira_embedding_A"
+            return Draw("constant", 0.0) if is_zero else Draw("normal", 1.0)
+        if not config.init_weights:
+            return Draw("normal", 1.0)
+        if tensor.name == "hira_B":
+            return Draw("constant", 0.0)
+        if config.init_weights == "gaussian" and start.hparams.kind == "linear":
+            return Draw("normal", 1 / start.shape[0])
+        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+
+    def delta(self, own: HiraHparams, params: Params, w: Array) -> Array:
+        if own.kind == "embedding":  # PyTorch's table is (vocabulary, dimension)
+            return w * (params["hira_embedding_B"] @ params["hira_embedding_A"]).T
+        b = params["hira_B"]
+        return w * jnp.einsum("or,r...->o...", b.reshape(b.shape[:2]), params["hira_A"])
+
+    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
+        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(hparams.own.kind) == primitive
+
+    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
+        return hparams.own.kind == "embedding" or not use.transposed
+
+    def forward(self, hparams: MatrixHparams) -> bool:
+        return hparams.own.kind != "embedding"  # an embedding's product is that of a tied head
+
+    def output(
+        self,
+        hparams: MatrixHparams,
+        params: Params,
+        use: Use | Operation,
+        x: Array,
+        y: Array,
+        drop: Drop | None,
+        w: Array,
+    ) -> Array:
+        w = at_least_float32(w)
+        if hparams.own.kind == "embedding":
+            if isinstance(use, Use):
+                return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
+            factors = params["hira_embedding_A"], params["hira_embedding_B"]
+            rows = use.run(x, w)
+            return (y + rows * low_rank.low_rank_delta(use, 1.0, 1, *factors, x, rows)).astype(y.dtype)
+        change = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w) - w
+        x = x if drop is None else drop(x)
+        return (y + low_rank.run_use(use, x, change.astype(x.dtype))).astype(y.dtype)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 2}, {"r": 3, "init_weights": "gaussian"})
+
+
+METHOD = Hira()
