@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
+    from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
