@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxadapt import methods
 from jaxadapt.adapters import tied
 from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
@@ -24,7 +25,7 @@ from jaxadapt.methods.trainable_tokens import TrainableTokens
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-CopyMethod = FullCopy | TrainableTokens
+CopyMethod = methods.Method
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
@@ -36,7 +37,8 @@ INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 def has_copies(config: Config) -> bool:
     """Return True if the configuration asks for any copy."""
     saved = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
-    return bool(saved) or config.get("bias", "none") != "none"
+    own = methods.get_method(config).scope == "copies"
+    return own or bool(saved) or config.get("bias", "none") != "none"
 
 
 def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
@@ -63,13 +65,16 @@ def copy_method(
     """
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
+    own = methods.get_method(config)
+    if own.scope == "copies" and matching.is_target(config, module):
+        return own.copy_of(config, parameter)
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None
     wrapped = module in adapted
-    return FullCopy("bias", wrapped) if wrapped or mode == "all" else None
+    return FullCopy("bias", ".base_layer" if wrapped else "") if wrapped or mode == "all" else None
 
 
 def copied_entries(
