@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
+    from jaxadapt.configs.ln_tuning import LNTuningConfig as LNTuningConfig
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.miss import MissConfig as MissConfig
