@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.miss import MissConfig as MissConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.osf import OSFConfig as OSFConfig
     from jaxadapt.configs.road import RoadConfig as RoadConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
