@@ -37,8 +37,13 @@ INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 def has_copies(config: Config) -> bool:
     """Return True if the configuration asks for any copy."""
     saved = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
-    own = methods.get_method(config).scope == "copies"
-    return own or bool(saved) or config.get("bias", "none") != "none"
+    return _copies_targets(config) or bool(saved) or config.get("bias", "none") != "none"
+
+
+def _copies_targets(config: Config) -> bool:
+    """Return True if the configuration's method trains copies of its targets' parameters."""
+    method = methods.METHODS.get(config.peft_type)
+    return method is not None and method.scope == "copies"
 
 
 def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
@@ -65,9 +70,8 @@ def copy_method(
     """
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
-    own = methods.get_method(config)
-    if own.scope == "copies" and matching.is_target(config, module):
-        return own.copy_of(config, parameter)
+    if _copies_targets(config) and matching.is_target(config, module):
+        return methods.METHODS[config.peft_type].copy_of(config, parameter)
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")

@@ -143,7 +143,7 @@ class Oft(MatrixMethod):
 
 
 def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:
-    """Return the blocks of R, (blocks, b, b), of which there is one copy for each block."""
+    """Return the blocks of R, (size/b, b, b)."""
     k = orthogonal.skew(vectors)
     if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it
         norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(vectors))
