@@ -59,5 +59,6 @@ class OSFConfig(MethodConfig):
         for name, value in ranks.items():
             if value is not None and not (is_number(value) and value > 0):
                 problems.add(name, "a positive number or null", value)
-        if not isinstance(self.init_weights, bool | None):
-            problems.add("init_weights", "true, false or null", self.init_weights)
+        start: Any = self.init_weights
+        if not isinstance(start, bool | None):
+            problems.add("init_weights", "true, false or null", start)

@@ -50,8 +50,9 @@ class Osf(MatrixMethod):
                 f" that directions remain to train; found {high}"
             )
         r, k = (("r", smaller - high),), (("k", high),)
-        low, suffix = {"from_base": True, "scale_power": 0}, ".osf_svd_params."
-        frozen = {**low, "trained": False, "in_file": False}
+        suffix = ".osf_svd_params."
+        low: dict[str, Any] = {"from_base": True, "scale_power": 0}
+        frozen: dict[str, Any] = {**low, "trained": False, "in_file": False}
         out, inputs = (("out",), ("r",)), (("r",), ("in",))
         return (
             MethodTensor("osf_U_high", ".osf_U_high", ("batch", "out", "k"), (("out",), ("k",)), k, **frozen),
