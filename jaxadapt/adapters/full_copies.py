@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxadapt import methods
 from jaxadapt.adapters import tied
 from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
@@ -24,7 +25,7 @@ from jaxadapt.methods.trainable_tokens import TrainableTokens
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-CopyMethod = FullCopy | TrainableTokens
+CopyMethod = methods.Method
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
@@ -36,7 +37,13 @@ INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 def has_copies(config: Config) -> bool:
     """Return True if the configuration asks for any copy."""
     saved = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
-    return bool(saved) or config.get("bias", "none") != "none"
+    return _copies_targets(config) or bool(saved) or config.get("bias", "none") != "none"
+
+
+def _copies_targets(config: Config) -> bool:
+    """Return True if the configuration's method trains copies of its targets' parameters."""
+    method = methods.METHODS.get(config.peft_type)
+    return method is not None and method.scope == "copies"
 
 
 def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
@@ -63,13 +70,15 @@ def copy_method(
     """
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
+    if _copies_targets(config) and matching.is_target(config, module):
+        return methods.METHODS[config.peft_type].copy_of(config, parameter)
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None
     wrapped = module in adapted
-    return FullCopy("bias", wrapped) if wrapped or mode == "all" else None
+    return FullCopy("bias", ".base_layer" if wrapped else "") if wrapped or mode == "all" else None
 
 
 def copied_entries(

@@ -175,6 +175,8 @@ def _select_sites(
             raise TargetError("\n".join(unmatched))
         warnings += unmatched
     selected_names = set(selected)
+    if method.scope == "copies":
+        return Sites(_bind_copies(config, keymap, shapes, ()), (), method), tuple(warnings)
 
     sites: list[Site] = []
     refused = [

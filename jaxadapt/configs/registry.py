@@ -14,18 +14,21 @@ from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
     from jaxadapt.configs.adalora import AdaLoraConfig as AdaLoraConfig
+    from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
     from jaxadapt.configs.gralora import GraloraConfig as GraloraConfig
     from jaxadapt.configs.hira import HiraConfig as HiraConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
+    from jaxadapt.configs.ln_tuning import LNTuningConfig as LNTuningConfig
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.miss import MissConfig as MissConfig
     from jaxadapt.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.osf import OSFConfig as OSFConfig
     from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig

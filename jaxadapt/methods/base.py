@@ -95,7 +95,7 @@ class Method(abc.ABC):
     Attributes:
         peft_type: PEFT's name of the method.
         scope: "site" for a method that adapts weights; "model" for one whose tensors all belong to the whole adapter
-            (prompts).
+            (prompts); "copies" for one that trains copies of its targets' parameters (`copy_of`).
         kinds: the kinds of weight (`Weight.kind`) that it adapts.
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
@@ -110,7 +110,7 @@ class Method(abc.ABC):
     """
 
     peft_type: str
-    scope: ClassVar[Literal["site", "model"]] = "site"
+    scope: ClassVar[Literal["site", "model", "copies"]] = "site"
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
@@ -143,6 +143,10 @@ class Method(abc.ABC):
         `depth` is the number of PEFT's wrappers outside the parameter's own.
         """
         raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only; use target_modules")
+
+    def copy_of(self, config: Any, parameter: str) -> Method | None:
+        """Return the method of the copy of one parameter of a target ("weight", "bias"); None if it has none."""
+        return None
 
     @abc.abstractmethod
     def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:

@@ -41,21 +41,23 @@ class FullCopy(Method):
     peft_type = ""  # not a method of PEFT: it accompanies any of them
     copies = True
 
-    def __init__(self, because: str, wrapped: bool = False, lookup: bool = False) -> None:
+    def __init__(self, because: str, wrapper: str = "", lookup: bool = False) -> None:
         """Create the method.
 
         Args:
             because: the field of the configuration that requests the copy.
-            wrapped: another adapter wraps the same module, so PEFT's key has ".base_layer".
+            wrapper: what PEFT's key has between the names of the module and the parameter: ".base_layer" if another
+                adapter wraps the same module.
             lookup: the weight is a token embedding that is also the head; the copy replaces it only in the lookup.
         """
-        self._because, self._wrapped = because, wrapped
+        self._because, self._wrapper = because, wrapper
         self.replaces = not lookup
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
-        wrapped = ".base_layer" if self._wrapped else ""
         used = None if target.modules.all else target.modules.each(lambda _: 1, 0)
-        return (MethodTensor("copy", wrapped, (), (), is_copy=True, from_base=True, scale_power=1, used_sizes=used),)
+        return (
+            MethodTensor("copy", self._wrapper, (), (), is_copy=True, from_base=True, scale_power=1, used_sizes=used),
+        )
 
     def hparams(self, config: Config, target: Target) -> CopyHparams:
         return CopyHparams(self._because, adapted_entries(target.modules))

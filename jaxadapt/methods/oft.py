@@ -1,11 +1,15 @@
 """OFT (Qiu et al. 2023, arXiv:2306.07280) with PEFT's conventions: y = W·(Rᵀ·x) + b, R block-diagonal and orthogonal.
 
 `oft_R` (blocks, b·(b−1)/2) holds the upper triangles of the skew-symmetric K, row by row. R is a series in K, or
-exactly (I − K)·(I + K)⁻¹. The arithmetic follows PEFT's `tuners/oft/layer.py`, with its faults:
+exactly (I − K)·(I + K)⁻¹. A convolution's kernel is one matrix (out, channels·window). An embedding's rows are rotated
+after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `tuners/oft/layer.py`, with its faults:
 
 - The series approximates (I + K)·(I − K)⁻¹, so the two settings of `use_cayley_neumann` turn in opposite directions.
 - The last term of the series has the factor 1, not 2. A series of three terms has the power K³, as that of four terms.
 - A block size that does not divide the inputs becomes the nearest one that does; here with a warning.
+- PEFT adds overlapping patches of a convolution's input, so a window over several pixels multiplies the input, even
+  with R = I. Here, as in PEFT's merge, R turns the kernel.
+- PEFT gives `oft_R` of a convolution the square of the window's first size, so only square windows are accepted.
 """
 
 from __future__ import annotations
@@ -19,29 +23,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxadapt.arrays import low_rank
+from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.oft import OFTConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods import orthogonal
+from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
 
 
 @dataclasses.dataclass(frozen=True)
 class OftHparams:
-    """The hyperparameters of a site: the terms of the series, 0 for the exact rotation; the radius, 0 for none."""
+    """The hyperparameters of a site.
+
+    Attributes:
+        terms: the terms of the series, 0 for the exact rotation.
+        eps: the radius, 0 for none.
+        embedding: True if the rows of an embedding are rotated.
+    """
 
     terms: int
     eps: float
+    embedding: bool = False
 
 
 class Oft(MatrixMethod):
     """A rotation of blocks of the inputs."""
 
     peft_type = "OFT"
-    roles = MappingProxyType({"oft_R": "vector"})
+    kinds = frozenset({"linear", "conv", "embedding"})
+    roles = MappingProxyType({"oft_R": "vector", "oft_embedding_R": "vector"})
 
     def check(self, config: OFTConfig) -> None:
         version = [int(n) for n in re.findall(r"\d+", config.peft_version or "0")[:2]]
@@ -52,19 +66,26 @@ class Oft(MatrixMethod):
             )
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
-        found = target.found.get("oft_R")
+        window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
+        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
+            raise target.refuse(
+                f"OFT adapts 2-D convolutions with a square window and one group; found window {window} and"
+                f" {target.match.weight.groups} groups. Remove the module from target_modules"
+            )
+        found = target.found.get(name)
         if found is None:
-            size = _nearest_divisor(target, config.oft_block_size or config.r)
-            blocks, block = (target.in_size // size, size) if config.oft_block_size else (size, target.in_size // size)
+            size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
+            given = _nearest_divisor(target, size, config.oft_block_size or config.r)
+            blocks, block = (size // given, given) if config.oft_block_size else (given, size // given)
             found = (1 if config.block_share else blocks, block * (block - 1) // 2)
-        return (own_tensor("oft_R", found, ".oft_R.weight"),)
+        return (own_tensor(name, found, f".{name}.weight"),)
 
     def starts_unchanged(self, config: OFTConfig) -> bool:
         return config.init_weights
 
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-        return OftHparams(terms, config.eps if config.coft else 0.0)
+        return OftHparams(terms, config.eps if config.coft else 0.0, target.kind == "embedding")
 
     def effect(self, own: OftHparams) -> Effects:
         return Effects("changes", form="use", reads=True)
@@ -74,21 +95,44 @@ class Oft(MatrixMethod):
             raise ConfigError("cannot train OFT with module_dropout: jaxadapt does not drop blocks; set it to 0.0")
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
+    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
+        return hparams.own.embedding and primitive == "gather"
+
+    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
+        return hparams.own.embedding or super().follows_use(hparams, use)
+
+    def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
+        return x if hparams.own.embedding else super().input(hparams, params, use, x)
+
+    def output(
+        self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None,
+        w: Array,
+    ) -> Array:  # fmt: skip
+        if not hparams.own.embedding:
+            return super().output(hparams, params, use, x, y, drop, w)
+        if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
+            return y if use.transposed else low_rank.run_use(use, x, self.weight(hparams, params, use.axes, w))
+        rows = jnp.moveaxis(y, use.out, -1)
+        return jnp.moveaxis(
+            orthogonal.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out
+        ).astype(y.dtype)
+
     def before(self, own: OftHparams, params: Params, x: Array) -> Array:
-        blocks = _rotation(own, params["oft_R"], x.shape[-1])
-        split = x.reshape(*x.shape[:-1], blocks.shape[0], -1).astype(blocks.dtype)
-        return jnp.einsum("...rk,rkc->...rc", split, blocks).reshape(x.shape)
+        return orthogonal.turn(x, self._blocks(own, params, x.shape[-1]))
 
     def matrix(self, own: OftHparams, params: Params, w: Array) -> Array:
-        return self._turned(w, _rotation(own, params["oft_R"], w.shape[-1]))
+        flat = w.reshape(len(w), -1)
+        blocks = self._blocks(own, params, flat.shape[1])
+        return orthogonal.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     def unmatrix(self, own: OftHparams, params: Params, w: Array) -> Array:
-        return self._turned(w, jnp.linalg.inv(_rotation(own, params["oft_R"], w.shape[-1])))
+        flat = w.reshape(len(w), -1)
+        blocks = jnp.linalg.inv(self._blocks(own, params, flat.shape[1]))
+        return orthogonal.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     @staticmethod
-    def _turned(w: Array, blocks: Array) -> Array:
-        split = w.reshape(w.shape[0], blocks.shape[0], -1)
-        return jnp.einsum("orc,rkc->ork", split, blocks).reshape(w.shape)
+    def _blocks(own: OftHparams, params: Params, size: int) -> Array:
+        return _rotation(own, params["oft_embedding_R" if own.embedding else "oft_R"], size)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return (
@@ -98,38 +142,22 @@ class Oft(MatrixMethod):
         )
 
 
-def _rotation(own: OftHparams, vectors: Array, inputs: int) -> Array:
-    """Return the blocks of R, (blocks, b, b)."""
-    size = round((1 + math.sqrt(1 + 8 * vectors.shape[-1])) / 2)
-    rows, columns = np.triu_indices(size, 1)
-    vectors = at_least_float32(vectors)  # there is no inverse in 16 bits
-    upper = jnp.zeros((len(vectors), size, size), vectors.dtype).at[:, rows, columns].set(vectors)
-    k = upper - jnp.swapaxes(upper, 1, 2)
+def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:
+    """Return the blocks of R, (size/b, b, b)."""
+    k = orthogonal.skew(vectors)
     if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it
         norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(vectors))
         k = k + jax.lax.stop_gradient(jnp.where(norm <= limit, k, k * (limit / norm)) - k)
-    eye = jnp.broadcast_to(jnp.eye(size, dtype=k.dtype), k.shape)
-    if not own.terms:
-        r = jnp.linalg.solve(jnp.swapaxes(eye + k, 1, 2), jnp.swapaxes(eye - k, 1, 2)).swapaxes(1, 2)
-    else:
-        r = eye + 2 * k if own.terms > 1 else eye
-        if own.terms > 2:
-            power = k @ k
-            r = r + 2 * power
-            for _ in range(3, own.terms - 1):
-                power = power @ k
-                r = r + 2 * power
-            r = r + power @ k
-    return jnp.broadcast_to(r, (inputs // size, size, size))
+    r = orthogonal.cayley_series(k, own.terms) if own.terms else orthogonal.cayley(k)
+    return jnp.broadcast_to(r, (size // r.shape[-1], *r.shape[1:]))
 
 
-def _nearest_divisor(target: Target, wanted: int) -> int:
-    """Return the divisor of the inputs that PEFT uses for `wanted`, the smaller one of two equally near."""
-    inputs = target.in_size
-    divisors = [n for n in range(1, inputs + 1) if inputs % n == 0]
+def _nearest_divisor(target: Target, size: int, wanted: int) -> int:
+    """Return the divisor of `size` that PEFT uses for `wanted`, the smaller one of two equally near."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
     best = min(divisors, key=lambda n: (abs(n - wanted), n))
     if best != wanted:
-        warn(f"{target.leaf}: OFT with blocks of {best}, because {wanted} does not divide the {inputs} inputs")
+        warn(f"{target.leaf}: OFT with blocks of {best}, because {wanted} does not divide the size {size}")
     return best
 
 

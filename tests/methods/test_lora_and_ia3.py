@@ -407,7 +407,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
 
 
 def test_methods_without_a_class_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'XLORA'.*IA3, LOHA, .*LORA"):
+    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'XLORA'.*IA3,.* LOHA,.* LORA"):
         methods.get_method(configs.GenericConfig(peft_type="XLORA"))
 
 

@@ -1,0 +1,103 @@
+"""BOFT (Liu et al. 2024, arXiv:2311.06243) with PEFT's conventions: y = s∘(W·(Qᵀ·x)) + b, with one orthogonal factor.
+
+Q is block-diagonal with the blocks (I − K)·(I + K)⁻¹, where K = ½·(R − Rᵀ) for the blocks R of `boft_R`
+(1, blocks, b, b). `boft_s` is (out, 1), or (1, out) for a convolution, whose kernel is one matrix (out,
+channels·window). A use of a linear weight rotates its input. The arithmetic follows PEFT's `tuners/boft/layer.py`, with
+its faults:
+
+- Without a compiled CUDA extension PEFT uses one factor whatever `boft_n_butterfly_factor` is, so a configuration does
+  not tell the number of factors. Here the shape of `boft_R` does. Files with several factors can be read and written;
+  they are not computed, because PEFT can only compute them with the extension.
+- PEFT gives `boft_R` of a convolution the square of the window's first size, so only square windows are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.boft import BOFTConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods import orthogonal
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+class Boft(MatrixMethod):
+    """A rotation of blocks of the inputs, and a scale of the outputs."""
+
+    peft_type = "BOFT"
+    kinds = frozenset({"linear", "conv"})
+    roles = MappingProxyType({"boft_R": "other", "boft_s": "vector"})
+
+    def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
+        window, found = target.window, target.found.get("boft_R")
+        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
+            raise target.refuse(
+                f"BOFT adapts 2-D convolutions with a square window and one group; found window {window} and"
+                f" {target.match.weight.groups} groups. Remove the module from target_modules"
+            )
+        if (config.boft_n_butterfly_factor if found is None else found[0]) != 1:
+            raise target.refuse(
+                "BOFT with several butterfly factors is not computed, because PEFT computes it only with a compiled"
+                " CUDA extension; its files can be read and written. Set boft_n_butterfly_factor=1"
+            )
+        if found is None:
+            size = target.in_size * math.prod(window)
+            given = config.boft_block_size or config.boft_block_num
+            if size % given:
+                raise target.refuse(f"BOFT needs blocks that divide the size {size} of its inputs; found {given}")
+            number, block = (size // given, given) if config.boft_block_size else (given, size // given)
+            found = (1, number, block, block)
+        torch = ((), ("out",)) if window else (("out",), ())
+        scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
+        return own_tensor("boft_R", found), scale
+
+    def starts_unchanged(self, config: BOFTConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: BOFTConfig, target: Target) -> None:
+        return None
+
+    def effect(self, own: None) -> Effects:
+        return Effects("changes", form="use", reads=True, sees="product")
+
+    def init(self, config: BOFTConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if config.boft_dropout:
+            raise ConfigError("cannot train BOFT with boft_dropout: jaxadapt does not drop blocks; set it to 0.0")
+        mean = 1.0 if tensor.name == "boft_s" else 0.0
+        if config.init_weights:
+            return Draw("constant", mean)
+        return mean + 0.1 * jax.random.normal(start.key, start.shape)
+
+    def before(self, own: None, params: Params, x: Array) -> Array:
+        return orthogonal.turn(x, _rotation(params))
+
+    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+        return y * params["boft_s"].reshape(-1)
+
+    def matrix(self, own: None, params: Params, w: Array) -> Array:
+        flat = orthogonal.turn(w.reshape(len(w), -1), _rotation(params).swapaxes(1, 2))
+        return (flat * params["boft_s"].reshape(-1, 1)).reshape(w.shape)
+
+    def unmatrix(self, own: None, params: Params, w: Array) -> Array:
+        flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
+        return orthogonal.turn(flat, _rotation(params)).reshape(w.shape)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
+
+
+def _rotation(params: Params) -> Array:
+    """Return the blocks of Q, (blocks, b, b)."""
+    r = at_least_float32(params["boft_R"][0])
+    return orthogonal.cayley((r - r.swapaxes(1, 2)) / 2)
+
+
+METHOD = Boft()
