@@ -21,7 +21,7 @@ class RandLoraConfig(MethodConfig):
         target_modules: the modules to adapt, as in `LoraConfig`.
         projection_prng_key: the seed of the bases of a new adapter.
         save_projection: true, since the bases that PEFT draws depend on the machine.
-        sparse, very_sparse: true draws bases of -1, 0 and 1, of which two thirds or most are 0.
+        sparse, very_sparse: true draws bases of -1, 0 and 1; two thirds of the numbers are 0, or most.
         randlora_dropout: the dropout of the input in training.
         fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
         randlora_alpha: the change is multiplied by randlora_alpha / r.

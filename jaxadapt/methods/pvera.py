@@ -33,7 +33,7 @@ class PveraHparams:
 
 
 class Pvera(MatrixMethod):
-    """Shared random projections, scaled by two vectors per module, of which one is the mean of a distribution."""
+    """Shared random projections, scaled by two vectors per module; one is the mean of a distribution."""
 
     peft_type = "PVERA"
     scaled = frozenset({"pvera_lambda_b"})
