@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.validation import CHECKS, Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -59,9 +59,9 @@ class SupertuningConfig(MethodConfig):
         super()._check(problems)
         if not 0 <= self.sparsity < 1:
             problems.add("sparsity", "from 0 to below 1", self.sparsity)
-        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
-            problems.add("r", "a positive integer or null", self.r)
         if self.r is None and self.lora_alpha is not None:
             problems.add("lora_alpha", "null if r is null", self.lora_alpha, "set r, or remove lora_alpha")
-        elif self.lora_alpha is not None and not isinstance(self.lora_alpha, int | float):
-            problems.add("lora_alpha", "a number or null", self.lora_alpha)
+        if self.r is not None:
+            CHECKS["r"](problems, "r", self.r)
+        if self.lora_alpha is not None:
+            CHECKS["lora_alpha"](problems, "lora_alpha", self.lora_alpha)
