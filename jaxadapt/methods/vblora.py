@@ -123,7 +123,8 @@ def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
     [0.5, 0.5]
     """
     largest, indices = jax.lax.top_k(logits, topk)
-    return indices, softmax(largest, axis=-1)
+    powers = jnp.exp(largest - largest[..., :1])
+    return indices, powers / powers.sum(-1, keepdims=True)
 
 
 def _matrices(own: VbloraHparams, params: Params) -> tuple[Array, Array]:

@@ -1,0 +1,61 @@
+"""Tensors that belong to the whole adapter: their sizes, and files that repeat them for every module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxadapt
+from jaxadapt import ConfigError, MismatchError
+
+SHAPES = {"q": (8, 12), "up": (12, 6)}
+BASE = {n: {"kernel": np.random.default_rng(s[1]).standard_normal(s).astype("float32")} for n, s in SHAPES.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "axis"),
+    [
+        ("VeraConfig", "vera_A", 1), ("VeraConfig", "vera_B", 0), ("PveraConfig", "pvera_A", 1),
+        ("RandLoraConfig", "randlora_A", 2), ("RandLoraConfig", "randlora_B", 0), ("RandLoraConfig", "randlora_B", 1),
+    ],
+)  # fmt: skip
+def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis: int):
+    """PEFT fails in a matrix product, or for too few bases computes with fewer."""
+    made = getattr(jaxadapt.configs, config)(r=2, target_modules=["q", "up"])
+    file = jaxadapt.to_peft(jaxadapt.init(made, BASE, key=jax.random.key(0)))
+    cut = {k: np.take(v, range(v.shape[axis] // 2), axis) if k.endswith(tensor) else v for k, v in file.tensors.items()}
+    with pytest.raises(MismatchError, match=rf"(?s)too small.*(q|up) has \d+ .*{tensor} has"):
+        jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, cut), BASE)
+
+
+def randlora() -> Any:
+    config = jaxadapt.configs.RandLoraConfig(r=3, target_modules=["q", "up"], init_weights=False)
+    return jaxadapt.to_peft(jaxadapt.init(config, BASE, key=jax.random.key(0)))
+
+
+def test_randlora_reads_bases_once_or_for_each_module():
+    file = randlora()
+    assert sorted(k for k in file.tensors if k.endswith("_A")) == [
+        "base_model.model.q.randlora_A", "base_model.model.up.randlora_A", "base_model.randlora_A",
+    ]  # fmt: skip
+    copies = [k for k in file.tensors if k.startswith("base_model.model.") and k.endswith(("_A", "_B"))]
+    once = {k: v for k, v in file.tensors.items() if k not in copies}
+    whole = jaxadapt.from_peft(file, BASE)
+    assert sorted(whole.shared) == ["randlora_A", "randlora_B"]
+    for path, x in jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, once), BASE).flat().items():
+        np.testing.assert_array_equal(x, whole.flat()[path])
+    key = "base_model.model.up.randlora_B"
+    with pytest.raises(MismatchError, match=f"must be equal.*\n.*{key} and base_model.randlora_B"):
+        jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, {**file.tensors, key: file.tensors[key] + 1}), BASE)
+    without = {k: v for k, v in once.items() if not k.endswith("randlora_A")}
+    with pytest.raises(MismatchError, match="missing"):
+        jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, without), BASE)
+
+
+def test_randlora_without_saved_bases_is_refused():
+    config = jaxadapt.configs.RandLoraConfig(target_modules=["q"], save_projection=False)
+    with pytest.raises(ConfigError, match="depend on the machine"):
+        jaxadapt.init(config, BASE)
