@@ -21,8 +21,8 @@ import jaxadapt
 from jaxadapt import AttachError, configs
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays.axes import LETTERS, Use
-from jaxadapt.configs import matching
 from jaxadapt.configs.base import class_of
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -61,7 +61,7 @@ def without_idle_patterns(config: Any, targets: Any) -> Any:
     """The configuration without patterns of other modules, which would be warned of."""
 
     def applies(pattern: str) -> bool:
-        return any(matching.find_pattern_value({pattern: 1}, target, 0) for target in targets)
+        return any(find_pattern_value({pattern: 1}, target, 0) for target in targets)
 
     names = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
     changes = {name: {k: v for k, v in config.get(name).items() if applies(k)} for name in names}
