@@ -1,8 +1,10 @@
 """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098) with PEFT's conventions: W + s·(W1a·W1b)∘(W2a·W2b), s = α/r.
 
-A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d` its window has tensors of its
-own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`. PEFT's dropout
-of rows and modules is for training only and is refused for a new adapter.
+A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d`, a window of several entries
+has tensors of its own, T1 and T2 (r, r, window), and W1a is (r, out); stacked convolutions then share one rank. The
+arithmetic follows PEFT's `tuners/loha/layer.py`, which has convolutions over one and two axes and no embeddings. PEFT's
+dropout of rows and modules is for training only and is refused for a new adapter. The gradients are those of the
+product; with T1 and T2, PEFT's gradients of W1a and W2a are other ones, each computed with the other side's factors.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -47,6 +49,8 @@ class Loha(MatrixMethod):
 
         r, window = (("r", target.rank(rank)),), target.window
         effective = config.use_effective_conv2d and math.prod(window) > 1
+        if effective:
+            shared_value("rank_pattern", {module: rank(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
             a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
