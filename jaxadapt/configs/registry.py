@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.peanut import PeanutConfig as PeanutConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
 
