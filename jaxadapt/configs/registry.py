@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.deft import DeftConfig as DeftConfig
     from jaxadapt.configs.delora import DeloraConfig as DeloraConfig
+    from jaxadapt.configs.fourierft import FourierFTConfig as FourierFTConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
