@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
     from jaxadapt.configs.peanut import PeanutConfig as PeanutConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
+    from jaxadapt.configs.waveft import WaveFTConfig as WaveFTConfig
 
 
 @functools.cache
