@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.nn import relu
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.deft import DeftConfig
@@ -98,7 +98,7 @@ def _sides(own: DeftHparams, params: Params) -> tuple[Array, Array]:
     """Return L and G (out, r) in float32."""
     p = at_least_float32(params["deft_P"])
     if own.decomposition == "relu":
-        return p, jax.nn.relu(p)
+        return p, relu(p)
     q = jnp.linalg.qr(p)[0]
     return q, q
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
+import jax.nn as functions
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
@@ -26,26 +26,26 @@ from jaxadapt.methods.matrix import MatrixMethod
 
 
 def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
+    return functions.gelu(x, approximate=False)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
     {
         **dict.fromkeys(("gelu", "gelu_python"), _gelu),
         **dict.fromkeys(
-            ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), jax.nn.gelu
+            ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), functions.gelu
         ),
         "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
-        "hardswish": jax.nn.hard_swish,
-        "leaky_relu": jax.nn.leaky_relu,
+        "hardswish": functions.hard_swish,
+        "leaky_relu": functions.leaky_relu,
         "linear": lambda x: x,
-        "mish": jax.nn.mish,
-        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-        "relu": jax.nn.relu,
-        "relu2": lambda x: jax.nn.relu(x) ** 2,
-        "relu6": jax.nn.relu6,
-        "sigmoid": jax.nn.sigmoid,
-        **dict.fromkeys(("silu", "swish"), jax.nn.silu),
+        "mish": functions.mish,
+        "quick_gelu": lambda x: x * functions.sigmoid(1.702 * x),
+        "relu": functions.relu,
+        "relu2": lambda x: functions.relu(x) ** 2,
+        "relu6": functions.relu6,
+        "sigmoid": functions.sigmoid,
+        **dict.fromkeys(("silu", "swish"), functions.silu),
         "tanh": jnp.tanh,
     }
 )
