@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
+    from jaxadapt.configs.deft import DeftConfig as DeftConfig
+    from jaxadapt.configs.delora import DeloraConfig as DeloraConfig
+    from jaxadapt.configs.fourierft import FourierFTConfig as FourierFTConfig
     from jaxadapt.configs.gralora import GraloraConfig as GraloraConfig
     from jaxadapt.configs.hira import HiraConfig as HiraConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
     from jaxadapt.configs.osf import OSFConfig as OSFConfig
     from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from jaxadapt.configs.peanut import PeanutConfig as PeanutConfig
     from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from jaxadapt.configs.pvera import PveraConfig as PveraConfig
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
     from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
+    from jaxadapt.configs.waveft import WaveFTConfig as WaveFTConfig
 
 
 @functools.cache

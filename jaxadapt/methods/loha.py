@@ -21,7 +21,7 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -52,6 +52,8 @@ class Loha(MatrixMethod):
         else:
             window = (*target.window, 1)[:2] if is_conv else ()
             effective = config.use_effective_conv2d and math.prod(window) > 1
+        if effective:
+            shared_value("rank_pattern", {module: rank(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
             a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)

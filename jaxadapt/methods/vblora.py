@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn import softmax
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.vblora import VBLoRAConfig

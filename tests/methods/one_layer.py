@@ -1,4 +1,4 @@
-"""One linear layer "a.q" with one adapter: ours on a weight (outputs, inputs), and PEFT's module of the same file."""
+"""One linear layer "a.q" with one adapter: ours on its weight (outputs, inputs), and PEFT's module for the file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def hook_of(
-    config: Any, shape: tuple[int, ...], file: Any = None, seed: int = 0, stacked: bool = False, weight: Weight = LINEAR
+    config: Any,
+    shape: tuple[int, ...],
+    file: Any = None,
+    seed: int = 0,
+    stacked: bool = False,
+    weight: Weight = LINEAR,
+    noise: bool = True,
 ) -> AppliedMethod:
-    """The adapter of a file `{end of the key: array}`, or a new one, with noise on what training changes."""
+    """The adapter of a file `{end of the key: array}`, or a new one, by default with noise on what training changes."""
     if stacked:
         weight, shape = Weight("w", "h.{l}.q.weight", "{l} o i -> o i"), (2, *shape)
-    found = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
+    in_file = None if file is None else {key: x.shape for key, x in file.items()}
+    found = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape}, found=in_file)
     (site,) = found
     given = {} if file is None else sites.make_file_plan(found).decode(file)
     values = initial_values.init_values(config, found, jax.random.key(seed), base={"w": numbers(*shape)}, given=given)
     params = {path.rpartition(".")[2]: x for path, x in values.items()}
-    if file is None:
+    if file is None and noise:
         trained = [t.name for t in site.tensors if t.trained]
         params |= {name: params[name] + 0.3 * numbers(*params[name].shape, seed=seed + 1) for name in trained}
     return AppliedMethod(site.method, site.hparams, params | dict(site.data), site.axes)
@@ -90,6 +97,15 @@ class OneLayer:
 
         with torch.no_grad():
             return self.module(torch.from_numpy(x)).numpy()
+
+    def peft_gradients(self, x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """PEFT's gradients of the weighted sum of the outputs, `{end of the parameter's name: array}`."""
+        import torch
+
+        self.module.zero_grad()
+        (self.module(torch.from_numpy(x)) * torch.from_numpy(weights)).sum().backward()
+        found = self.module.named_parameters()
+        return {f".{n}".replace(".default", ""): p.grad.numpy() for n, p in found if p.grad is not None}
 
     def peft_weight(self) -> np.ndarray:
         """PEFT's merged weight (outputs, inputs)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +25,15 @@ def test_the_modules_of_one_leaf_have_one_block_size():
         hook_of(config, (12, 8), stacked=True)
 
 
-@pytest.mark.parametrize(("pattern", "valid"), [("(q|v)_proj", True), ("q|v", False), (r"a\|b", True), ("[q|v]", True)])
-def test_alternatives_of_a_pattern_need_parentheses(pattern, valid):
-    with nullcontext() if valid else pytest.raises(ConfigError, match="parentheses"):
+@pytest.mark.parametrize("pattern", ["q|v", "(q|v)|k"])
+def test_alternatives_of_a_pattern_need_parentheses(pattern):
+    with pytest.raises(ConfigError, match="put them in parentheses"):
         C3AConfig(block_size_pattern={pattern: 2})
+
+
+@pytest.mark.parametrize("pattern", ["(q|v)_proj", "[q|v]", r"a\|b", "((q|v)|k)"])
+def test_grouped_alternatives_are_accepted(pattern):
+    assert C3AConfig(block_size_pattern={pattern: 2}).block_size_pattern == {pattern: 2}
 
 
 @pytest.mark.peft

@@ -1,0 +1,54 @@
+"""PEANUT: `PeanutConfig`, with the fields and defaults of PEFT 0.21.2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.validation import Problems
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PeanutConfig(MethodConfig):
+    """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the width of the network.
+        depth: the number of hidden layers on each side of the network, 0 or more.
+        act_fn: the activation function, by its name in transformers. jaxadapt computes with those listed in
+            `methods/peanut.py`.
+        scaling: the factor of the change.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PeanutConfig(target_modules=["q_proj"]).r
+    32
+    """
+
+    _type: ClassVar[str | None] = "PEANUT"
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "PEANUT"
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    init_weights: bool = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if "depth" not in problems and self.depth < 0:
+            problems.add("depth", "0 or more", self.depth)

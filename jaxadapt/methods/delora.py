@@ -1,0 +1,111 @@
+"""DeLoRA (Bini et al. 2025, arXiv:2503.18225) with PEFT's conventions: W + (B·diag(λ / (r·‖a‖·‖b‖))·A)∘n.
+
+‖a‖ and ‖b‖ are the norms of A's rows and B's columns, at least 1e-4; n has the norms of the original weight's columns.
+PEFT saves n, and so does jaxadapt; a file without it gets the norms of the base. The arithmetic follows PEFT's
+`tuners/delora/layer.py`. Its `module_dropout` drops entries of the input, not modules, and so it does here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.delora import DeloraConfig
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class DeloraHparams:
+    """The hyperparameters of a site: the rank, a number or a `PerEntry`; the dropout rate."""
+
+    rank: Any
+    dropout: float
+
+
+class Delora(MatrixMethod):
+    """A low-rank change of unit components, with one strength."""
+
+    peft_type = "DELORA"
+    scaled = frozenset({"delora_lambda"})
+    roles = MappingProxyType({"delora_A": "A", "delora_B": "B", "delora_lambda": "vector", "delora_w_norm": "frozen"})
+
+    def tensors(self, config: DeloraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        def rank(module: str) -> int:
+            return find_pattern_value(config.rank_pattern or {}, module, config.r)
+
+        r = (("r", target.rank(rank)),)
+        return target.with_ranks(
+            (
+                MethodTensor("delora_A", ".delora_A", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
+                MethodTensor("delora_B", ".delora_B", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
+                own_tensor("delora_lambda", (1,)),
+                MethodTensor(
+                    "delora_w_norm",
+                    ".delora_w_norm",
+                    ("batch", "in"),
+                    (("in",),),
+                    from_base=True,
+                    trained=False,
+                    optional=True,
+                    scale_power=0,
+                ),
+            ),
+            rank,
+        )
+
+    def starts_unchanged(self, config: DeloraConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
+        rank = target.value(lambda module: find_pattern_value(config.rank_pattern or {}, module, config.r))
+        return DeloraHparams(rank, config.module_dropout)
+
+    def effect(self, own: DeloraHparams) -> Effects:
+        return Effects("adds", form="use")
+
+    def rate(self, own: DeloraHparams) -> float:
+        return own.dropout
+
+    def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        match tensor.name:
+            case "delora_lambda":
+                strength = find_pattern_value(config.lambda_pattern or {}, start.module, config.delora_lambda)
+                return Draw("constant", float(strength))
+            case "delora_w_norm":
+                return jnp.linalg.norm(at_least_float32(start.w), axis=0)
+            case "delora_B" if config.init_weights:
+                return Draw("constant", 0.0)
+            case _:
+                return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+
+    def delta(self, own: DeloraHparams, params: Params, w: Array) -> Array:
+        change = (params["delora_B"] * _strengths(own, params)) @ params["delora_A"]
+        return change * params["delora_w_norm"]
+
+    def after(self, own: DeloraHparams, params: Params, x: Array, y: Array) -> Array:
+        a, b = params["delora_A"], params["delora_B"]
+        h = jnp.einsum("...i,ri->...r", x.astype(a.dtype) * params["delora_w_norm"], a)
+        return y + jnp.einsum("...r,or->...o", h * _strengths(own, params), b)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        patterns = {"rank_pattern": {".*q(_proj)?": 2}, "lambda_pattern": {".*[qv](_proj)?": 7.5}}
+        return ({"r": 2}, {"r": 3, "delora_lambda": 4, "init_weights": False, **patterns})
+
+
+def _strengths(own: DeloraHparams, params: Params) -> Array:
+    """Return λ / (r·‖a‖·‖b‖) of each component; below the least norm, the norms get no gradient."""
+    a, b = params["delora_A"], params["delora_B"]
+    norms = [jnp.sqrt(jnp.maximum((x * x).sum(axis), 1e-8)) for x, axis in ((a, 1), (b, 0))]
+    return params["delora_lambda"] / own.rank / (norms[0] * norms[1])
+
+
+METHOD = Delora()
