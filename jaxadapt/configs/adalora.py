@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import CHECKS, Problems
@@ -56,6 +57,8 @@ class AdaLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "ADALORA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.37, time=1.24)
+    tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),
         "rank_pattern": "any",

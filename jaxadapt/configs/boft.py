@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
 
@@ -35,6 +36,7 @@ class BOFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "BOFT"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.34, time=7.4)
     checks: ClassVar[Mapping[str, Any]] = {
         "boft_n_butterfly_factor": "rank",
         "boft_dropout": "probability",

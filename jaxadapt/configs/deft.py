@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems, is_int
 
@@ -36,6 +37,7 @@ class DeftConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "DEFT"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.482, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "decomposition_method": ("relu", "qr"),

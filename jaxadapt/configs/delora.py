@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 
@@ -34,6 +35,7 @@ class DeloraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "DELORA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.468, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "delora_lambda": "number",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
 
@@ -34,6 +35,7 @@ class GraloraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "GRALORA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",

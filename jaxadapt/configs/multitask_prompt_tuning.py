@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.prompt_tuning import PromptTuningConfig
 from jaxadapt.configs.validation import Problems, is_int
 
@@ -35,6 +36,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """
 
     _type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
+    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptTuningConfig.checks,
         "prompt_tuning_init": ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.prompt import PromptLearningConfig
 
 
@@ -33,6 +34,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "PREFIX_TUNING"
+    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,

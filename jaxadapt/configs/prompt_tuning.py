@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.configs.validation import Problems
 
@@ -33,6 +34,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "PROMPT_TUNING"
+    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         "prompt_tuning_init": ("TEXT", "SAMPLE_VOCAB", "RANDOM"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 
 
@@ -36,6 +37,7 @@ class PveraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "PVERA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.35)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "pvera_dropout": "probability",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 
 
@@ -35,6 +36,7 @@ class RandLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "RANDLORA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.478)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "randlora_dropout": "probability",

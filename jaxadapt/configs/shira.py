@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 
 
@@ -32,6 +33,7 @@ class ShiraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "SHIRA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.51, time=1.06)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "seed"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
 
@@ -38,6 +39,7 @@ class VBLoRAConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "VBLORA"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.33)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "num_vectors": "rank",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 
@@ -38,6 +39,7 @@ class WaveFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "WAVEFT"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.4)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",
