@@ -243,7 +243,7 @@ def test_equality_is_of_the_mathematics():
     assert LoraConfig() != "LORA"
     generic = GenericConfig(peft_type="XLORA", extra={"target_modules": ["a", "b"]})
     assert generic == generic.replace(extra={"target_modules": ["b", "a"]})
-    assert generic != generic.replace(peft_type="HRA")
+    assert generic != generic.replace(peft_type="SHADOW")
 
 
 @pytest.mark.parametrize(

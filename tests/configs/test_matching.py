@@ -266,7 +266,7 @@ def test_generic_configurations_match_by_the_same_keys():
     assert select_names(config, names) == ("m.h.1.q",)
     linear = config.replace(extra={"target_modules": "all-linear"})
     assert select_names(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
-    assert not is_target(GenericConfig(peft_type="PREFIX_TUNING"), "q")
+    assert not is_target(GenericConfig(peft_type="XLORA"), "q")
 
 
 def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
