@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs.base import tensor_prefixes
+from jaxadapt.configs.base import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 
 _SAVED = ".modules_to_save."
@@ -85,7 +85,7 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
 
 
 def _is_tensor(name: str) -> bool:
-    return name.startswith((*tensor_prefixes(), "trainable_tokens_delta"))
+    return name.startswith((*tensor_prefixes(), "trainable_tokens_delta")) and name not in tensors_with_parts()
 
 
 def is_original_row(key: str) -> bool:

@@ -76,6 +76,9 @@ class Config:
     # The names of the method's file tensors begin with this; None for the type in lower case and "_".
     tensor_prefix: ClassVar[str | None] = None
 
+    # Names of file tensors that consist of parts: the name is followed by the part's, not by an adapter's.
+    tensor_parts: ClassVar[tuple[str, ...]] = ()
+
     # The fields that a card shows also where they have their default.
     main_fields: ClassVar[tuple[str, ...]] = ("r", "alpha")
 
@@ -349,6 +352,16 @@ def tensor_prefixes() -> tuple[str, ...]:
     True
     """
     return _prefixes_of(tuple(dict.fromkeys([*registry.config_classes(), *Config.classes])))
+
+
+def tensors_with_parts() -> frozenset[str]:
+    """Return the names of all methods' file tensors that consist of parts.
+
+    >>> "osf_svd_params" in tensors_with_parts()
+    True
+    """
+    types = dict.fromkeys([*registry.config_classes(), *Config.classes])
+    return frozenset(name for each in types if (cls := class_of(each)) is not None for name in cls.tensor_parts)
 
 
 @cache

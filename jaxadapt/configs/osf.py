@@ -34,6 +34,7 @@ class OSFConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "OSF"
+    tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
     checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "c_proj")},

@@ -34,6 +34,7 @@ class PeanutConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "PEANUT"
+    tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PEANUT"

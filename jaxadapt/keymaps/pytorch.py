@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from jaxadapt.configs.base import tensor_prefixes
+from jaxadapt.configs.base import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -31,12 +31,12 @@ def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    names = "|".join(map(re.escape, tensor_prefixes()))
-    tensor = re.compile(rf"(?P<module>.+)\.(?P<name>(?:{names})\w+)(?:\.weight)?")
+    parts, names = ("|".join(map(re.escape, each)) for each in (sorted(tensors_with_parts()), tensor_prefixes()))
+    tensor = re.compile(rf"(?P<module>.+)\.(?P<name>(?:{parts})\.\w+|(?:{names})\w+)(?:\.weight)?")
     for key, shape in tensors.items():
         match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"] != SHARED_MODULE:
-            found.setdefault(match["module"], {})[match["name"]] = shape
+            found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = shape
     return found
 
 

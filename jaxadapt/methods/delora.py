@@ -88,8 +88,8 @@ class Delora(MatrixMethod):
                 return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
 
     def delta(self, own: DeloraHparams, params: Params, w: Array) -> Array:
-        change = (params["delora_B"] * _strengths(own, params)) @ params["delora_A"]
-        return change * params["delora_w_norm"]
+        change = (params["delora_B"] * _strengths(own, params)[None]) @ params["delora_A"]
+        return change * params["delora_w_norm"][None]
 
     def after(self, own: DeloraHparams, params: Params, x: Array, y: Array) -> Array:
         a, b = params["delora_A"], params["delora_B"]

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt import AdapterError, AttachError
 from jaxadapt.adapters import sites
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
 from jaxadapt.configs import listing
@@ -101,7 +102,11 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     weights |= {f"{m}.bias": np.asarray(getattr(plain, m).bias[...]) for m in ("q", "up")}
     save_file(weights, base / "model.safetensors")
     (base / "config.json").write_text("{}")
-    if adapter.config.facts.merges:
+    if any(tensor.from_base and not tensor.in_file for site in sites_of(adapter) for tensor in site.tensors):
+        with pytest.raises(AttachError, match="start from the values of the base weights"):  # one tensor in memory
+            merge_files.merge_folder(base, folder, tmp_path / "merged")
+        np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
+    elif adapter.config.facts.merges:
         merge_files.merge_folder(base, folder, tmp_path / "merged")
         merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
         for name in ("q", "up"):
