@@ -48,6 +48,9 @@ class Lora:
     def follows(self, primitive: str) -> bool:
         return False
 
+    def follows_use(self, use: Use) -> bool:
+        return True
+
     def output(self, use: Use, x: Any, y: Any, w: Any) -> Any:
         assert len(use.y) == y.ndim
         batch = use.letters("batch")
@@ -83,6 +86,9 @@ class IA3:
 
     def follows(self, primitive: str) -> bool:
         return False
+
+    def follows_use(self, use: Use) -> bool:
+        return True
 
     def output(self, use: Use, x: Any, y: Any, w: Any) -> Any:
         return y if self.feedforward else y * self.spread(use, use.y)
