@@ -126,6 +126,7 @@ class LoraConfig(Config):
     """
 
     _type: ClassVar[str | None] = "LORA"
+    tensor_parts: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
     main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
     facts: ClassVar[MethodFacts] = MethodFacts(
         rows="put", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0

@@ -101,9 +101,11 @@ class MatrixMethod(Method):
         """Return the size of `delta`, if it does not read the weight and the file tensors determine its shape."""
         found = {name: tuple(x.shape) for name, x in arrays.items()}
         target = file_target(config, module, found)
-        own, tensors = self.own(config, target), {tensor.name for tensor in self.tensors(config, target)}
+        own, tensors = self.own(config, target), self.tensors(config, target)
+        needed = {tensor.name for tensor in tensors if tensor.in_file and not tensor.optional}
         shape = file_sizes(config, module, found)
-        if self.effect(own).reads or None in shape or not tensors >= arrays.keys():
+        complete = needed <= arrays.keys() <= {tensor.name for tensor in tensors}
+        if self.effect(own).reads or None in shape or not complete:
             return None
         delta = self.delta(own, {name: jnp.asarray(x) for name, x in arrays.items()}, jnp.zeros(shape))
         return change_of_matrix(np.asarray(delta).astype(np.float64), config.get("r"))

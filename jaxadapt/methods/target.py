@@ -57,10 +57,11 @@ class Target:
 
     @property
     def window(self) -> Shape:
-        """The sizes of a convolution's window; empty for other weights."""
+        """The sizes of a convolution's window, 0 where the base is not known; empty for other weights."""
         if self.kind != "conv":
             return ()
-        return tuple(math.prod(self._parts()[name] for name in group) for group in self.match.weight.right[2:])
+        parts = self._parts()
+        return tuple(math.prod(parts.get(name, 0) for name in group) for group in self.match.weight.right[2:])
 
     @property
     def is_known(self) -> bool:

@@ -219,7 +219,7 @@ def test_where_the_keyword_does_not_belong():
     assert jaxadapt.adapt(model, other, name="b").deterministic is True
     with pytest.raises(jaxadapt.AttachError, match=r"deterministic=False: all adapters of a wrapper share"):
         jaxadapt.adapt(model, other, name="b", deterministic=False)
-    with pytest.raises(jaxadapt.AttachError, match=r"deterministic .*model\.train\(\) or model\.eval\(\)"):
+    with pytest.raises(jaxadapt.AttachError, match=r"deterministic: .*model\.train\(\) or model\.eval\(\)"):
         jaxadapt.adapt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), other, rngs=nnx.Rngs(0), deterministic=True)
 
 

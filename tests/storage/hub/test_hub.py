@@ -428,12 +428,12 @@ def test_a_picture_goes_with_the_card(hub, saved):
     commits = len(hub.repos[REPO].commits)
     jaxadapt.push(saved, REPO, token=hub_server.WRITE, picture=True)
     assert len(hub.repos[REPO].commits) == commits  # drawn alike
-    loha = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
-    held = jaxadapt.PeftTensors(loha, {"base_model.model.q.hada_w1_a": np.ones((2, 2), "f4")}, "")
-    with pytest.raises(jaxadapt.ConfigError, match="LOHA"):
-        jaxadapt.push(held, "org/loha", token=hub_server.WRITE, picture=True)
-    jaxadapt.push(held, "org/loha", token=hub_server.WRITE)
-    assert "adapter_norms.png" not in hub.files("org/loha")
+    oft = jaxadapt.Config.from_dict({"peft_type": "OFT", "target_modules": ["q"], "oft_block_size": 2})
+    held = jaxadapt.PeftTensors(oft, {"base_model.model.q.oft_R.weight": np.ones((2, 1), "f4")}, "")
+    with pytest.raises(jaxadapt.ConfigError, match="OFT"):
+        jaxadapt.push(held, "org/oft", token=hub_server.WRITE, picture=True)
+    jaxadapt.push(held, "org/oft", token=hub_server.WRITE)
+    assert "adapter_norms.png" not in hub.files("org/oft")
 
 
 def test_a_persons_card_on_the_hub_stays(hub, saved):
