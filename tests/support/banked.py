@@ -228,7 +228,11 @@ INPUT = np.random.default_rng(3).standard_normal((ROWS, TIME, meshes.D)).astype(
 
 
 def check_rows(served: Served, adapters: list[Given], ids: list[int]) -> None:
-    """Each row is as with its adapter alone; a row whose id is no slot is NaN. float32, a depth of eight products."""
+    """Each row is as with its adapter alone; a row whose id is no slot is NaN.
+
+    float32 over eight products and their nonlinearities, beside float64: the worst cases that a search finds differ by
+    3e-5 of the largest value.
+    """
     for slot, given in enumerate(adapters, 1):
         served.put(slot, given.adapter(served.scanned))
     y = served(ids, INPUT)
@@ -237,4 +241,4 @@ def check_rows(served: Served, adapters: list[Given], ids: list[int]) -> None:
             assert np.isnan(y[row]).all()
             continue
         want = alone(adapters[slot - 1] if 0 < slot <= len(adapters) else BASE, INPUT[row])
-        np.testing.assert_allclose(y[row], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(y[row], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
