@@ -78,7 +78,7 @@ def table(results: Results) -> str:
     for info in listing.describe_methods():
         name = f"[{info.peft_type}]({info.paper})" if info.paper else info.peft_type
         method = METHODS[info.peft_type]
-        kinds = ", ".join(sorted(method.kinds)) if method.scope == "site" else "the model"
+        kinds = {"model": "the model", "copies": "any module"}.get(method.scope, ", ".join(sorted(method.kinds)))
         found = results.get(info.peft_type, {})
         figures = ["" if x is None else f"{x:.2f}" for x in (info.facts.accuracy, info.facts.time)]
         cells = [cell(found.get(column, ())) for column in COLUMNS]

@@ -43,7 +43,7 @@ def cases() -> list[Any]:
     return [
         pytest.param(name, i, id=f"{name}-{i}")
         for name in sorted(methods.METHODS)
-        if methods.METHODS[name].scope == "site"  # prompts: tests/reference/test_prompts.py
+        if methods.METHODS[name].scope != "model"  # prompts: tests/reference/test_prompts.py
         for i in range(len(methods.METHODS[name].examples()))
     ]
 
