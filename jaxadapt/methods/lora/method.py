@@ -34,12 +34,12 @@ from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
-from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
+from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
 SCALE, USED = "scale", "used"
@@ -112,7 +112,9 @@ class Lora(Method):
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
-        problems = [f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))]
+        problems = [
+            f"{name}={value!r}, which {why}" for name, why in REFUSED_FIELDS.items() if (value := config.get(name))
+        ]
         if problems:
             raise ConfigError(
                 "this LoRA configuration sets fields that change the computation and are not supported: "
@@ -125,9 +127,9 @@ class Lora(Method):
         r, alike = max(ranks), len(set(ranks)) == 1
         own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
         for rank in set(ranks) - {0}:
-            _check_site(config, match, rank)
+            check_site(config, match, rank)
         if self.wrapper_depth is not None:
-            _check_parameter(config, match)
+            check_parameter(config, match)
         if kind == "embedding":
             a, b, last = "lora_embedding_A", "lora_embedding_B", ""
         else:
@@ -386,62 +388,3 @@ def _check_single_weight(hparams: LoraHparams) -> None:
             "aLoRA adapts only the tokens after its invocation sequence, so it has no single effective weight: it can"
             " be neither merged nor applied outside a matrix product"
         )
-
-
-def _check_site(config: LoraConfig, match: Match, r: int) -> None:
-    groups, kind = match.weight.groups, match.weight.kind
-    if r % groups:
-        raise ConfigError(f"{match.leaf}: the rank {r} must be a multiple of the convolution's {groups} groups")
-    if groups > 1 and config.use_dora:
-        raise ConfigError(
-            f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
-            " several groups; set use_dora=False, or exclude the module"
-        )
-    asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
-    if kind == "attention" and asked:
-        raise ConfigError(
-            f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
-            " (its bias there has no effect in the forward pass); remove the setting, or exclude the module"
-        )
-    conflicts = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
-    if kind == "embedding" and config.ensure_weight_tying and conflicts:
-        raise ConfigError(
-            f"{match.leaf}: {', '.join(conflicts)} cannot be combined with ensure_weight_tying: PEFT then treats the"
-            " lookup and the head differently, but they are one weight; remove one of the settings"
-        )
-    if config.kasa_config is not None and (problems := kasa.list_problems(config, match)):
-        raise ConfigError(f"{match.leaf}: kasa_config with {', '.join(problems)}: PEFT has no such adapter")
-    if config.alora_invocation_tokens is not None and (problems := alora.list_problems(config, match)):
-        raise ConfigError(f"{match.leaf}: alora_invocation_tokens with {', '.join(problems)}: PEFT has no such adapter")
-    if kind == "embedding" and config.lora_bias:
-        raise ConfigError(
-            f"{match.leaf}: lora_bias=True is not supported on an embedding, which has no output bias; set"
-            " lora_bias=False, or exclude the module"
-        )
-
-
-def _check_parameter(config: LoraConfig, match: Match) -> None:
-    """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
-    unsupported = fields_set(config, "tensor", "token")
-    unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
-    problems = [f"{name}={value!r}" for name, value in unsupported.items()]
-    if problems:
-        raise ConfigError(
-            f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"
-            " such a parameter; leave these fields at their defaults"
-        )
-
-
-_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) converts such a file to an equivalent plain LoRA"
-_REFUSED: dict[str, str] = {
-    "use_qalora": f"applies only to bases quantized with GPTQ, and no JAX model is: {_PLAIN}"
-    " (with another base the file is a plain LoRA already: set use_qalora=False)",
-    "use_bdlora": f"makes A or B block-diagonal, which PEFT uses only to shard a LoRA over devices: {_PLAIN}",
-    "arrow_config": "routes each token among other adapters: load those adapters separately",
-    "velora_config": f"compresses activations for the backward pass, in training only: {_PLAIN}",
-    "monteclora_config": f"redraws its factors, in training only: {_PLAIN}",
-    "megatron_config": "is for Megatron's parallel layers: set it to null; the base's shardings determine the layout",
-    "enable_lora": "is a field of PEFT 0.2 for layers with several projections: current PEFT drops it and computes"
-    " something else",
-}
-"""Fields that change the computation and are not supported, with the reason; PEFT no longer has the last one."""
