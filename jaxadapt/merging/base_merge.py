@@ -23,7 +23,7 @@ from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
 from jaxadapt.methods import AppliedMethod, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx import attach, graph
 
 
 def merge(
@@ -131,7 +131,7 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
             f"cannot merge several active adapters, {', '.join(map(repr, adapters))}: the effect of {not_additive[0]!r}"
             " on a weight depends on the others. Activate one of them, and merge it"
         )
-    walked = attach.walked(model)
+    walked = graph.walk_if_model(model)
     attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
     attach.activate(walked, ())
     try:

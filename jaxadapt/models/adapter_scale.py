@@ -16,7 +16,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx import attach, graph
 
 Array = Any
 
@@ -89,7 +89,7 @@ def _values_differ(new: Array, old: Array) -> bool:
 
 def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
     """Return `{"adapter: path": variable}` of the named (or active) adapters."""
-    walked = attach.walked(model)
+    walked = graph.walk_if_model(model)
     present = walked.adapters
     chosen = attach.active_names(walked) if name is None else (name,)
     missing = [n for n in chosen if n not in present]

@@ -65,7 +65,7 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
             )
         for path, value in new.items():
             flat[path].set_value(value)
-        return attach.model_of(tree)
+        return graph.model_of(tree)
 
     return leaves, put
 

@@ -30,7 +30,7 @@ from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.models.foreign.fill import Placed
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
 from jaxadapt.storage.source import as_source
@@ -67,7 +67,7 @@ def find_lora(tree: Any) -> ForeignTree | None:
     if not trees.may_have_path(tree, is_like):
         return None
     leaves, put = trees.open_tree(tree)
-    tree = attach.model_of(tree)
+    tree = graph.model_of(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     if not any(map(is_like, leaves)) or not any(
         d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()

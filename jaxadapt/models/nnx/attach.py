@@ -34,7 +34,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.nnx.graph import Owner
+from jaxadapt.models.nnx.graph import Owner, model_of
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
@@ -334,16 +334,6 @@ def delete(model: Model, *names: str) -> None:
 
 
 # ---------------------------------------------------------------- extracting and injecting values
-
-
-def walked(tree: Any) -> Any:
-    """Return the walk over an NNX model, which the functions here take in its place; any other tree unchanged."""
-    return graph.walk_model(tree) if isinstance(tree, nnx.Module) else tree
-
-
-def model_of(tree: Any) -> Any:
-    """Return the model of a walk; any other tree unchanged."""
-    return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
 
 def has_adapters(tree: Tree) -> bool:

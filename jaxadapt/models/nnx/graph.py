@@ -285,3 +285,13 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
                 prefix = paths.join(*map(str, module))
             adapters.setdefault(str(name), {})[paths.join(prefix, str(leaf), str(tensor))] = var
     return adapters
+
+
+def walk_if_model(tree: Any) -> Any:
+    """Return the walk over an NNX model, which functions on models take in its place; any other tree unchanged."""
+    return walk_model(tree) if isinstance(tree, nnx.Module) else tree
+
+
+def model_of(tree: Any) -> Any:
+    """Return the model of a walk; any other tree unchanged."""
+    return tree.model if isinstance(tree, ModelWalk) else tree
