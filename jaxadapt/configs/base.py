@@ -345,32 +345,6 @@ def class_of(peft_type: str) -> type[Config] | None:
     return Config.classes.get(peft_type) or registry.load_class(peft_type)
 
 
-def tensor_prefixes() -> tuple[str, ...]:
-    """Return the first parts of the names of all methods' file tensors, the longest first.
-
-    >>> {"lora_", "ia3_", "vera_"} <= set(tensor_prefixes())
-    True
-    """
-    return _prefixes_of(tuple(dict.fromkeys([*registry.config_classes(), *Config.classes])))
-
-
-def tensors_with_parts() -> frozenset[str]:
-    """Return the names of all methods' file tensors that consist of parts.
-
-    >>> "osf_svd_params" in tensors_with_parts()
-    True
-    """
-    types = dict.fromkeys([*registry.config_classes(), *Config.classes])
-    return frozenset(name for each in types if (cls := class_of(each)) is not None for name in cls.tensor_parts)
-
-
-@cache
-def _prefixes_of(types: tuple[str, ...]) -> tuple[str, ...]:
-    classes = [found for peft_type in types if (found := class_of(peft_type)) is not None]
-    prefixes = {cls.tensor_prefix or f"{str(cls._type).lower()}_" for cls in classes}  # pyright: ignore[reportPrivateUsage]
-    return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)))
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
     """The configuration of a method without a class of its own; `extra` keeps the keys of the method.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from jaxadapt.configs.base import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.tensor_names import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight

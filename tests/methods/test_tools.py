@@ -24,7 +24,8 @@ from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
 from jaxadapt.configs import listing
-from jaxadapt.configs.base import class_of, tensor_prefixes
+from jaxadapt.configs.base import class_of
+from jaxadapt.configs.tensor_names import tensor_prefixes
 from jaxadapt.core import paths
 from jaxadapt.demo import training
 from jaxadapt.export import merge_files
