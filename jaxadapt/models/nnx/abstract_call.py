@@ -14,7 +14,7 @@ from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.nnx import graph, survey
-from jaxadapt.models.tracing import rewrite
+from jaxadapt.models.tracing import hook, rewrite
 from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import describe_uses, infer_axes, unfollowed_uses
 
@@ -108,7 +108,7 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def record_uses(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Args) -> dict[str, str]:
+def record_uses(model: nnx.Module, adapted: Mapping[str, hook.Hook], args: Args) -> dict[str, str]:
     """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
     notes: dict[str, str] = {}
     owners = survey.base_leaves(model)
@@ -132,7 +132,7 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Ar
 
 def check_calls(
     model: nnx.Module,
-    adapted: Mapping[str, rewrite.Hook],
+    adapted: Mapping[str, hook.Hook],
     dropped: Sequence[str],
     forward: Sequence[str],
     args: Args,

@@ -14,51 +14,20 @@ from __future__ import annotations
 import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.arrays.axes import Axes, Operation, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.tracing.axis_layout import BARRIER, AxisLayout, move_layouts, spell_contraction
+from jaxadapt.models.tracing.hook import Hook
 from jaxadapt.models.tracing.operations import find_operation
 
 Function = Callable[..., Any]
-
-
-class Hook(Protocol):
-    """The changes that a method makes to the uses of one weight."""
-
-    @property
-    def axes(self) -> Axes:
-        """The roles of the weight's axes."""
-        ...
-
-    def input(self, use: Use, x: jax.Array) -> jax.Array:
-        """Return the `x` that the contraction receives, in x's shape and dtype."""
-        ...
-
-    def follows_use(self, use: Use) -> bool:
-        """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
-        ...
-
-    def follows(self, primitive: str) -> bool:
-        """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
-        ...
-
-    def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        """Return the `y` that replaces the result of the contraction, in y's shape and dtype.
-
-        `x` is the array that `input` returned, `w` the weight itself.
-        """
-        ...
-
-    def weight(self, w: jax.Array) -> jax.Array:
-        """Return the effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

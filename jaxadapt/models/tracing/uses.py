@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.rewrite import Contraction, Function, Hook, OtherUse, uses
+from jaxadapt.models.tracing.hook import Hook
+from jaxadapt.models.tracing.rewrite import Contraction, Function, OtherUse, uses
 
 
 def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list[str]:
