@@ -3,8 +3,8 @@
 The projection A (2r, inputs) and the vector d (2r) have two halves. The first gives the mean of a normal distribution
 over the r hidden values, the second the logarithm of its variance. jaxadapt computes with the mean, as PEFT does
 outside training and in a merge (`tuners/pvera/layer.py`): W + (b∘B)·(d∘A) with the first halves. PEFT's training adds
-noise of that variance, which is not implemented here, so the second halves keep their values; `sample_at_inference` is
-refused. The projections are PyTorch's own random numbers, as in VeRA.
+noise of that variance, which is not implemented here: a new adapter warns of this, and its second halves keep their
+values. `sample_at_inference` is refused. The projections are PyTorch's own random numbers, as in VeRA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.pvera import PveraConfig
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
@@ -83,6 +83,12 @@ class Pvera(MatrixMethod):
         if tensor.name == "pvera_lambda_b":
             return Draw("constant", 0.0 if config.init_weights else 1.0)
         if tensor.name == "pvera_lambda_d":
+            if start.module in start.modules[:1]:  # once for an adapter
+                warn(
+                    "this PVERA adapter is trained without the noise that PEFT adds in training: jaxadapt computes with"
+                    " the mean of the distribution, so the variances keep their initial values. Train in PEFT for"
+                    " PVeRA's own training; a file of PEFT computes the same here"
+                )
             return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
         a, b = draw_projections(config.projection_prng_key, start.shared["pvera_A"], start.shared["pvera_B"])
         return a if tensor.name == "pvera_A" else b

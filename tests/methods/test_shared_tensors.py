@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -59,3 +60,13 @@ def test_randlora_without_saved_bases_is_refused():
     config = jaxadapt.configs.RandLoraConfig(target_modules=["q"], save_projection=False)
     with pytest.raises(ConfigError, match="depend on the machine"):
         jaxadapt.init(config, BASE)
+
+
+def test_a_new_pvera_warns_once_that_its_variance_is_not_trained():
+    config = jaxadapt.configs.PveraConfig(r=2, target_modules=["q", "up"])
+    with pytest.warns(UserWarning, match="without the noise that PEFT adds") as caught:
+        adapter = jaxadapt.init(config, BASE, key=jax.random.key(0))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a file computes as in PEFT, so reading one does not warn
+        jaxadapt.from_peft(jaxadapt.to_peft(adapter), BASE)
