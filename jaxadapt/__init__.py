@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter as Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
     from jaxadapt.configs import Config as Config
-    from jaxadapt.configs.registry import *  # noqa: F403
+    from jaxadapt.configs.registry import *  # noqa: F403 (each class of the table, named once)
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError

@@ -40,7 +40,7 @@ class _Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What all tensors of an adapter see: its modules, and the shapes of its shared tensors."""
+    """Facts for the initial values of all tensors of an adapter: its modules, and the shapes of its shared tensors."""
 
     modules: tuple[str, ...] = ()
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])

@@ -53,7 +53,7 @@ class Site:
 
     @functools.cached_property
     def effects(self) -> methods.Effects:
-        """What the method changes here."""
+        """The changes that the method makes here."""
         return self.method.effects(self.hparams)
 
     @functools.cached_property

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.frozen import FrozenDict as FrozenDict
     from jaxadapt.configs.frozen import freeze as freeze
     from jaxadapt.configs.frozen import thaw as thaw
-    from jaxadapt.configs.registry import *  # noqa: F403
+    from jaxadapt.configs.registry import *  # noqa: F403 (each class of the table, named once)
     from jaxadapt.configs.serialization import dumps as dumps
     from jaxadapt.configs.serialization import from_dict as from_dict
     from jaxadapt.configs.serialization import loads as loads

@@ -32,7 +32,7 @@ Drop = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Effects:
-    """What a method changes at one site.
+    """The changes that a method makes at one site.
 
     Attributes:
         weight: "adds" if the change of the weight is a sum that other adapters' changes can join, "changes" if it is
@@ -129,7 +129,7 @@ class Method(abc.ABC):
 
     @property
     def rows(self) -> Literal["call", "put", "no"]:
-        """Whether the rows of a batch may each have their own adapter; see `MethodFacts`."""
+        """The way in which the rows of a batch may each have their own adapter; see `MethodFacts`."""
         config = class_of(self.peft_type)
         return "no" if config is None else config.facts.rows
 

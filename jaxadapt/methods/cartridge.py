@@ -5,6 +5,7 @@ The stored form is that of PREFIX_TUNING. The trained form has the fixed and the
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ class Cartridge(PrefixTuning):
     """Keys and values before those of every attention layer; the first tokens are fixed."""
 
     peft_type = "CARTRIDGE"
-    roles = {_FROZEN: "frozen"}  # noqa: RUF012
+    roles = MappingProxyType({_FROZEN: "frozen"})
 
     def own_sizes(self, config: Any) -> dict[str, int | None]:
         return {}

@@ -63,7 +63,7 @@ class MatrixMethod(Method):
 
     def delta(self, own: Any, params: Params, w: Array) -> Array:
         """Return the change of the weight, (out, in), for methods that add to the weight."""
-        raise NotImplementedError
+        raise NotImplementedError  # a method that adds defines this, another one `matrix`
 
     def matrix(self, own: Any, params: Params, w: Array) -> Array:
         """Return the effective weight (out, in)."""

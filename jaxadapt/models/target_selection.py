@@ -1,4 +1,4 @@
-"""What a configuration would adapt in a model, as a value to look at before anything is attached."""
+"""The parameters that a configuration would adapt in a model, as a value, before anything is attached."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Object(Carrier):
 
 
 class _Variables(Carrier):
-    """What models and states share: their adapters are `AdapterParam`s."""
+    """The operations that models and states share: their adapters are `AdapterParam`s."""
 
     @functools.cached_property
     def _contents(self) -> Any:
