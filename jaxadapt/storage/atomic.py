@@ -35,9 +35,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Bytes of a large file that are new in the page cache. Its older pages are written to the disk and dropped: a file of
-# 1.5 GB takes a third of the time so where the cache has to grow for it. Smaller files stay in the cache.
-_LOT = 64 << 20
+# New bytes after which Linux starts to write them to the disk, which would otherwise wait for the fsync.
+_WRITEBACK_BYTES = 4 << 20
+# Written bytes that stay in the page cache. Older pages of a larger file are dropped: 1.5 GB then takes a third of the
+# time where the cache has to grow for it.
+_CACHED_BYTES = 64 << 20
 
 
 class Writer:
@@ -55,19 +57,26 @@ class Writer:
         self.path = path
         self.temporary = temporary
         self._written = 0
+        self._started = 0
 
     def write(self, data: memoryview) -> None:
         """Append contiguous bytes. Raises `FileError` for an `OSError`."""
         try:
             while len(data):
-                count = os.write(self.fd, data[:_LOT])
+                count = os.write(self.fd, data[:_WRITEBACK_BYTES])
                 data = data[count:]
                 self._written += count
-                if self._written % _LOT < count and sys.platform == "linux":
-                    # Linux starts to write the dirty pages to the disk, and drops those that are there already.
-                    os.posix_fadvise(self.fd, 0, self._written, os.POSIX_FADV_DONTNEED)
+                if self._written - self._started >= _WRITEBACK_BYTES:
+                    self._start_writeback(self._started, self._written)
+                    self._start_writeback(0, self._written - _CACHED_BYTES)
+                    self._started = self._written
         except OSError as error:
             raise write_error(self.path, error) from error
+
+    def _start_writeback(self, start: int, end: int) -> None:
+        """Start to write a range of the file to the disk, and drop those of its pages that are there already."""
+        if sys.platform == "linux" and start < end:
+            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _lock(fd: int, *, wait: bool) -> bool:

@@ -298,12 +298,13 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
 def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(atomic, "_LOT", 10)
+    monkeypatch.setattr(atomic, "_WRITEBACK_BYTES", 10)
+    monkeypatch.setattr(atomic, "_CACHED_BYTES", 20)
     with atomic.open_replacement(tmp_path / "f") as writer:
         for size in (9, 3, 8, 25):
             writer.write(memoryview(b"x" * size))
     assert (tmp_path / "f").read_bytes() == b"x" * 45
-    assert calls == [(0, 12), (0, 20), (0, 30), (0, 40)]
+    assert calls == [(0, 12), (12, 18), (0, 10), (30, 10), (0, 20)]  # started range by range; the oldest dropped
 
 
 def test_a_system_that_writes_little_at_an_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
