@@ -82,7 +82,7 @@ def resolve_config(
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
     if methods.get_method(config).scope == "model":
-        return config
+        return matching.with_task_heads(config)
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
@@ -152,7 +152,8 @@ def _select_sites(
     method, shapes = methods.get_method(config), dict(leaves)
     found = FileShapes(in_file or (), keymap.prefix)
     if method.scope == "model":
-        return Sites((), bind_shared(config, method, (), found.shared), method), ()
+        copies = _bind_copies(config, keymap, shapes, ())
+        return Sites(copies, bind_shared(config, method, (), found.shared), method), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     layer_replication.check_layers(config, names)

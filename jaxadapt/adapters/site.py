@@ -171,10 +171,18 @@ def bind_site(
         found: the shapes of the tensors of an existing adapter, as in `Target`.
     """
     target = methods.Target(match, modules, sizes, found or {})
+    keymap = _with_prefix(keymap, methods.METHODS[config.peft_type].key_prefix)
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
     fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
     return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
+
+
+@functools.lru_cache(maxsize=64)
+def _with_prefix(keymap: KeyMap, prefix: str) -> KeyMap:
+    """Return the keymap for a method whose keys have this prefix."""
+    own = keymap.prefix == prefix or prefix == PEFT_PREFIX
+    return keymap if own else dataclasses.replace(keymap, prefix=prefix)
 
 
 def method_tensors(config: Config, method: methods.Method, target: methods.Target) -> tuple[MethodTensor, ...]:

@@ -21,6 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
@@ -96,6 +97,7 @@ class Method(abc.ABC):
         peft_type: PEFT's name of the method.
         scope: "site" for a method that adapts weights; "model" for one whose tensors all belong to the whole adapter
             (prompts); "copies" for one that trains copies of its targets' parameters (`copy_of`).
+        key_prefix: the start of the keys of its modules' tensors, and of copies beside them, in a file.
         kinds: the kinds of weight (`Weight.kind`) that it adapts.
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
@@ -111,6 +113,7 @@ class Method(abc.ABC):
 
     peft_type: str
     scope: ClassVar[Literal["site", "model", "copies"]] = "site"
+    key_prefix: ClassVar[str] = PEFT_PREFIX
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()

@@ -53,6 +53,7 @@ class PromptMethod(Method):
     """
 
     scope = "model"
+    key_prefix = "base_model."  # PEFT wraps no module of the base
     adds: ClassVar[Literal["embeddings", "keys"]]
 
     @abc.abstractmethod
@@ -77,15 +78,6 @@ class PromptMethod(Method):
         `data` is what `call_data` returned for this call.
         """
         return self.stored(config, params)[EMBEDDINGS]
-
-    def check(self, config: Any) -> None:
-        heads = config.task_type if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
-        if config.modules_to_save or heads:
-            field = "modules_to_save" if config.modules_to_save else f'task_type="{heads}" (whose head PEFT trains too)'
-            raise ConfigError(
-                f"{self.peft_type}: {field} is not implemented beside virtual tokens; leave it out, and train the"
-                " head as parameters of your own. (jaxadapt.read and write keep such files as they are)"
-            )
 
     def require_sizes(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration lacks a size that the shapes of the tensors depend on."""
