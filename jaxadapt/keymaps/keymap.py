@@ -138,6 +138,7 @@ class KeyMap:
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
         expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
             single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+        relative_positions: True if the models know positions only as distances (T5), so that a prefix moves no token.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
@@ -159,6 +160,7 @@ class KeyMap:
     spellings: tuple[tuple[str, Renames], ...] = ()
     expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     per_expert: bool = False
+    relative_positions: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -308,7 +310,9 @@ def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
     entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
     rest = {
-        _STORED.get(f.name, f.name): getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"
+        _STORED.get(f.name, f.name): getattr(keymap, f.name)
+        for f in dataclasses.fields(keymap)
+        if f.name != "weights" and (f.name != "relative_positions" or keymap.relative_positions)
     }
     return {**rest, "weights": entries}
 

@@ -111,22 +111,22 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
             f"CPT's loss: the types of the input count on from those of the prompt, whose largest is {last}, so by"
             " default the input has no outputs. Let cpt_tokens_type_mask end in a multiple of 4, or pass types="
         )
-    types = jnp.full((batch, time), 4, jnp.int32) if types is None else types
-    if types.shape != labels.shape or logits.ndim != 3 or logits.shape[:2] != (batch, n + time):
+    given = jnp.full((batch, time), 4, jnp.int32) if types is None else types
+    if given.shape != labels.shape or logits.ndim != 3 or logits.shape[:2] != (batch, n + time):
         raise MismatchError(
             f"CPT's loss: expected logits (batch, {n} + time, vocabulary), labels and types (batch, time), found"
-            f" {list(logits.shape)}, {list(labels.shape)} and {list(types.shape)}"
+            f" {list(logits.shape)}, {list(labels.shape)} and {list(given.shape)}"
         )
-    own = jnp.asarray(config.cpt_tokens_type_mask, types.dtype)
-    types = jnp.where(types > 0, types + last, types)
-    types = jnp.concatenate([jnp.broadcast_to(own[None], (batch, n)), types], axis=1)[:, 1:]
+    own = jnp.asarray(config.cpt_tokens_type_mask, given.dtype)
+    given = jnp.where(given > 0, given + last, given)
+    kinds = jnp.concatenate([jnp.broadcast_to(own[None], (batch, n)), given], axis=1)[:, 1:]
     ids = jnp.asarray(config.cpt_token_ids, labels.dtype)
     labels = jnp.concatenate([jnp.broadcast_to(ids[None], (batch, n)), labels], axis=1)[:, 1:]
-    counted = (types > 0) & (types % 4 == 0) & (labels != IGNORED)
+    counted = (kinds > 0) & (kinds % 4 == 0) & (labels != IGNORED)
     scores = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     losses = -jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     if config.opt_weighted_loss_type == "decay":
-        losses = losses * config.opt_loss_decay_factor ** _later_outputs(types)
+        losses = losses * config.opt_loss_decay_factor ** _later_outputs(kinds)
     return jnp.where(counted, losses, 0).sum() / counted.sum()
 
 

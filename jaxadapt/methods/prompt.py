@@ -50,11 +50,13 @@ class PromptMethod(Method):
 
     Attributes:
         adds: "embeddings" before those of the tokens, or "keys" (with values) before those of every attention layer.
+        in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
     """
 
     scope = "model"
     key_prefix = "base_model."  # PEFT wraps no module of the base
     adds: ClassVar[Literal["embeddings", "keys"]]
+    in_decoder: ClassVar[bool] = False
 
     @abc.abstractmethod
     def complete(self, config: Any, sizes: BaseSizes) -> Config:

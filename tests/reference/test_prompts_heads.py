@@ -67,7 +67,7 @@ def call(case: Case, model: Any, variables: Any) -> Any:
     context = jaxadapt.models.invoke(model, **case.data) if case.data else contextlib.nullcontext(model)
     with context as prompted:
         run = prompted if variables is None else functools.partial(prompted.apply, variables)
-        return run(jnp.asarray(IDS), jnp.asarray(MASK), jnp.asarray(TYPES))
+        return jax.jit(run)(jnp.asarray(IDS), jnp.asarray(MASK), jnp.asarray(TYPES))
 
 
 @each
@@ -133,7 +133,7 @@ def test_gradients_of_prompt_and_head_are_pefts() -> None:
     def loss(adapter: Any) -> Any:
         return (call(PREFIX, jaxadapt.inject(adapter, nnx.clone(ours)), None) * cotangent).sum()
 
-    gradients = jax.grad(loss)(adapter)
+    gradients = jax.jit(jax.grad(loss))(adapter)
     close(gradients.shared["prompt_embeddings"], prompt.grad.numpy())
     close(gradients.params["classifier"]["kernel"]["copy"], named[f"{head}.weight"].grad.numpy().T)
     close(gradients.params["classifier"]["bias"]["copy"], named[f"{head}.bias"].grad.numpy())

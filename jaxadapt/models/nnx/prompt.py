@@ -19,7 +19,7 @@ from jaxadapt.models.nnx import abstract_call, graph, survey
 from jaxadapt.models.nnx.params import CallData
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
-from jaxadapt.models.prompt.attention import Findable, attention
+from jaxadapt.models.prompt.attention import Findable, is_findable
 from jaxadapt.models.prompt.embedding import input_embedding
 
 
@@ -33,7 +33,11 @@ def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mappin
     attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
     (_, attached) = next(_prompts(model, (name,)))
     if attached.method.adds == "keys":
-        _find_attention(model, Findable)
+        _find_attention(model, _mark)
+
+
+def _mark(function: Any) -> Any:
+    return function if is_findable(function) else Findable(function)
 
 
 def restore_attention(model: nnx.Module) -> None:
@@ -45,10 +49,8 @@ def restore_attention(model: nnx.Module) -> None:
 
 def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
     for _, node in graph.walk_model(model).modules:
-        if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is not attention:
-            wanted = change(node.attention_fn)
-            if not (isinstance(wanted, Findable) and isinstance(node.attention_fn, Findable)):
-                node.attention_fn = wanted
+        if isinstance(node, nnx.MultiHeadAttention):
+            node.attention_fn = change(node.attention_fn)
 
 
 def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | None:
@@ -136,6 +138,6 @@ def call_with_keys(
 def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
-    _find_attention(copy, Findable)
+    _find_attention(copy, _mark)
     f, inputs = abstract_call.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
     return calling.measure_base(f, inputs)
