@@ -38,7 +38,10 @@ MASK, TYPES = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), IDS % 2
 TASK = (("task_type", "SEQ_CLS"), ("num_virtual_tokens", 3))
 PREFIX, PROMPT = Case("PrefixTuningConfig", TASK), Case("PromptTuningConfig", TASK)
 MULTI = Case("MultitaskPromptTuningConfig", (*TASK, ("num_tasks", 3)))
-each = pytest.mark.parametrize(("case", "api"), [(PREFIX, "nnx"), (PROMPT, "linen"), (MULTI, "nnx")], ids=str)
+MLP = Case("PromptEncoderConfig", (*TASK, ("encoder_hidden_size", 5)))
+NAMED = {"prefix": PREFIX, "prompt": PROMPT, "mlp": MLP, "tasks": MULTI}
+CASES = [pytest.param(case, api, id=f"{name}-{api}") for name, case in NAMED.items() for api in ("nnx", "linen")]
+each = pytest.mark.parametrize(("case", "api"), CASES)  # CI: tests/support/matrices.py
 
 
 @functools.cache
@@ -97,7 +100,7 @@ def test_peft_and_jaxadapt_open_each_others_files(case: Case, api: str, tmp_path
         model = jaxadapt.adapt(twin, case.ours(), rngs=nnx.Rngs(0), example=example)
     else:
         model = jaxadapt.adapt(twin[0], case.ours())
-        variables = {**model.init(jax.random.key(0), *example), **twin[1]}
+        variables = {**jax.jit(model.init)(jax.random.key(0), *example), **twin[1]}
         complete = jaxadapt.extract(variables).config  # `init` has seen the model's call, and drawn a base
         adapter = jaxadapt.init(complete, twin[1]["params"], key=jax.random.key(0))
         variables = jaxadapt.inject(adapter, variables)

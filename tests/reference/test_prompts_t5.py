@@ -41,8 +41,10 @@ MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 TASK = (("task_type", "SEQ_2_SEQ_LM"), ("num_virtual_tokens", 3))
 PREFIX, PROMPT = Case("PrefixTuningConfig", TASK), Case("PromptTuningConfig", TASK)
 MULTI = Case("MultitaskPromptTuningConfig", (*TASK, ("num_tasks", 3)))
-CASES = [(PREFIX, "nnx"), (PREFIX, "linen"), (PROMPT, "linen"), (MULTI, "nnx")]
-each = pytest.mark.parametrize(("case", "api"), CASES, ids=str)
+MLP = Case("PromptEncoderConfig", (*TASK, ("encoder_hidden_size", 5)))
+NAMED = {"prefix": PREFIX, "prompt": PROMPT, "mlp": MLP, "tasks": MULTI}
+CASES = [pytest.param(case, api, id=f"{name}-{api}") for name, case in NAMED.items() for api in ("nnx", "linen")]
+each = pytest.mark.parametrize(("case", "api"), CASES)  # CI: tests/support/matrices.py
 
 
 @functools.cache
@@ -97,7 +99,7 @@ def test_peft_and_jaxadapt_open_each_others_files(case: Case, api: str, tmp_path
         model = jaxadapt.adapt(twin, case.ours(), rngs=nnx.Rngs(0), example=example)
     else:
         model = jaxadapt.adapt(twin[0], case.ours())
-        variables = {**model.init(jax.random.key(0), *example), **twin[1]}
+        variables = {**jax.jit(model.init)(jax.random.key(0), *example), **twin[1]}
     jaxadapt.save(model if variables is None else variables, ours)
     one, two = (json.loads((folder / "adapter_config.json").read_text()) for folder in (theirs, ours))
     assert one == two
@@ -134,7 +136,7 @@ def test_gradients_are_pefts() -> None:
     close(gradient, parameter.grad.numpy())
 
 
-@pytest.mark.parametrize("case", [PREFIX], ids=str)
+@pytest.mark.parametrize("case", [PREFIX, PROMPT], ids=["prefix", "prompt"])
 def test_generation_as_peft_generates(case: Case, tmp_path: Path) -> None:
     """Greedy tokens: PEFT with its cache, here a call of all tokens for each."""
     given = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}

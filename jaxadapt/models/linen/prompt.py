@@ -8,8 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.models.linen import collections
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, is_findable
@@ -63,7 +65,10 @@ def call_module(
         with nn.intercept_methods(find_attention):
             return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
 
-    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")))
+    def base() -> dict[str, Any]:
+        return paths.flatten(collections.unbox_tree(variables.get("params", {})))
+
+    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")), base)
 
 
 class _EmbeddedError(Exception):

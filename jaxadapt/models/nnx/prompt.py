@@ -32,7 +32,7 @@ def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mappin
         setattr(model, collection, nnx.data({}))
     attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
     (_, attached) = next(_prompts(model, (name,)))
-    if attached.method.adds == "keys":
+    if attached.method.adds != "embeddings":
         _find_attention(model, _mark)
 
 
@@ -128,7 +128,10 @@ def call_with_keys(
             )
         return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
 
-    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs)
+    def base_parameters() -> dict[str, Any]:
+        return survey.base_values(survey.base_leaves(module))
+
+    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs, base_parameters)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)

@@ -24,6 +24,7 @@ from jaxadapt.models.prompt.arguments import (
     shift_positions,
 )
 from jaxadapt.models.prompt.attention import AttentionCall, RelativeBias, causal_mask
+from jaxadapt.models.prompt.gated import add_gated, gated_layers
 from jaxadapt.models.prompt.hooks import TakesEmbeddings, TakesKeys
 
 Array = Any
@@ -82,7 +83,7 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
     Raises `AttachError` for a call with `prefilled`, since such a model decides itself how its cache is filled.
     """
     keys = prompt.method.adds == "keys"
-    if not isinstance(model, TakesKeys if keys else TakesEmbeddings):
+    if prompt.method.adds == "attention" or not isinstance(model, TakesKeys if keys else TakesEmbeddings):
         return None
     if prompt.prefilled:
         raise AttachError(
@@ -146,8 +147,9 @@ def call_with_keys(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     state: Any,
+    base: Callable[[], Mapping[str, Any]],
 ) -> Any:
-    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in every attention layer.
+    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in the attention layers.
 
     Args:
         f: the call of the model, as a function of its state and its arguments.
@@ -156,15 +158,18 @@ def call_with_keys(
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
         state: a tree of arrays.
+        base: returns the base parameters, `{leaf: array}`.
 
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
-    arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
-    layers = prompt.keys_and_values()
-    return rewriting.rewrite_attention(
-        lambda state, a: f(state, *a.args, **a.kwargs), add_keys, layers, state, arguments
-    )
+    if prompt.method.adds == "attention":
+        arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
+        layers: Any = gated_layers(prompt.recipe, prompt.params, base())
+    else:
+        names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
+        arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
+        change, layers = add_keys, prompt.keys_and_values()
+    return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:
