@@ -173,6 +173,7 @@ def require_complete(adapter: Adapter, sites: Sites) -> None:
     method = sites.method
     if method is not None and type(method).shared is not methods.Method.shared and not adapter.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
+    missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves and adapter.shared]
     if missing:
         raise AttachError(
             "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
@@ -181,13 +182,17 @@ def require_complete(adapter: Adapter, sites: Sites) -> None:
 
 
 def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
-    """Return a line for each shared tensor that is missing, unknown or wrongly shaped."""
+    """Return a line for each shared tensor that is missing, unknown or wrongly shaped.
+
+    A tree of the trained parameters lacks those that are not trained.
+    """
+    fixed = {each.tensor.name for each in shared if not each.tensor.trained}
     expected = {each.tensor.name: each.entry.shape for each in shared}
     return [
         f"{name}: expected {list(expected[name]) if name in expected else 'no such tensor'},"
         f" found {list(found[name]) if name in found else 'none'}"
         for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
+        if expected.get(name) != found.get(name) and not (name in fixed and name not in found)
     ]
 
 

@@ -43,7 +43,9 @@ class CPTConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "CPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        merges=False, demo=FrozenDict({"cpt_token_ids": tuple(range(100, 116)), "opt_projection_epsilon": 10.0})
+        merges=False,
+        learning_rate=1e-2,
+        demo=FrozenDict({"cpt_token_ids": tuple(range(100, 116)), "opt_projection_epsilon": 10.0}),
     )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,

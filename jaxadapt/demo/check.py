@@ -69,8 +69,10 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         for name, weight in weights.items():
             parameters[name].copy_(torch.from_numpy(np.asarray(weight)))
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    tasks = {"task_ids": torch.zeros(len(tokens)).long()} if "num_tasks" in vars(adapted.active_peft_config) else {}
     with torch.no_grad():
-        return adapted(torch.from_numpy(tokens).long()).logits.numpy()
+        logits = adapted(torch.from_numpy(tokens).long(), **tasks).logits
+    return logits[:, -tokens.shape[1] :].numpy()  # those of virtual tokens come first
 
 
 def main(arguments: list[str]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +16,13 @@ import optax
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import methods
+from jaxadapt import initializers, methods
+from jaxadapt.configs import Config, CPTConfig, PromptTuningConfig
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.training import optim
 
 Weights = Mapping[str, Tensor]
@@ -46,18 +49,41 @@ def adapter_config(method: str) -> Any:
     return cls(**{name: value for name, value in fields.items() if name in known} | dict(cls.facts.demo))
 
 
-def optimizer(method: str, steps: int, trained: Any) -> optax.GradientTransformation:
+def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformation:
     """Return AdamW with a short warm-up and a cosine decay over `steps`, with the learning rate of the method's facts.
 
-    Weight decay is for the matrices of the trained tree only: it would pull vectors such as IA3's, which start at one,
-    to zero.
+    `decays` is `optim.decay_mask` of the trained tree. Weight decay is for matrices only: it would pull vectors such as
+    IA3's, which start at one, to zero.
     """
     peak = adapter_config(method).facts.learning_rate
     warmup = min(5, max(1, steps // 4))
     schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1), peak / 10)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=optim.decay_mask(trained))
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=decays))
+
+
+def complete_config(config: Config, base: LlamaConfig) -> Any:
+    """Return a configuration with the sizes of the base that a prompt needs."""
+    method = methods.get_method(config)
+    sizes = BaseSizes(base.hidden_size, base.num_layers, base.num_heads, base.num_kv_heads, base.head_dim)
+    return method.complete(config, sizes) if isinstance(method, PromptMethod) else config
+
+
+def start_adapter(config: Config, base: Any, seed: int) -> jaxadapt.Adapter:
+    """Return a new adapter for base parameters or an NNX model's state; a prompt may start from embeddings."""
+    key = jax.random.key(seed)
+    if isinstance(config, PromptTuningConfig | CPTConfig):
+        return initializers.start(config, base, key=key).adapter
+    return jaxadapt.init(config, base, key=key)
+
+
+@contextlib.contextmanager
+def for_rows(model: Any, config: Config, batch: int) -> Generator[Any]:
+    """Yield the model for a batch of text, which belongs to task 0 if the adapter has tasks."""
+    if config.get("num_tasks") is None:
+        yield model
+        return
+    with jaxadapt.models.invoke(model, task_ids=jnp.zeros(batch, jnp.int32)) as called:
+        yield called
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -102,12 +128,19 @@ class NnxTrainer:
         seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
-        jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed))
+        if isinstance(adapter, PromptTuningConfig | CPTConfig):
+            initializers.start(adapter, self.model, key=jax.random.key(seed))
+        else:
+            jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed))
         state = nnx.state(self.model, jaxadapt.AdapterParam)
-        self.optimizer = nnx.Optimizer(self.model, make(state), wrt=jaxadapt.AdapterParam)
+        self.optimizer = nnx.Optimizer(self.model, make(optim.decay_mask(state)), wrt=jaxadapt.AdapterParam)
+
+        def logits(model: Any, tokens: jax.Array) -> jax.Array:
+            with for_rows(model, adapter, len(tokens)) as called:
+                return called(tokens)[:, -tokens.shape[1] :]  # those of virtual tokens come first
 
         def loss(model: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(model(tokens), tokens)
+            return next_token_loss(logits(model, tokens), tokens)
 
         # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam here and above.
         trained = nnx.DiffState(0, jaxadapt.AdapterParam)
@@ -122,7 +155,7 @@ class NnxTrainer:
         self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
         graphdef = nnx.graphdef(self.model)
         self._loss = jax.jit(lambda state, tokens: loss(nnx.merge(graphdef, state), tokens))
-        self._logits = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+        self._logits = jax.jit(lambda state, tokens: logits(nnx.merge(graphdef, state), tokens))
 
     def step(self, tokens: np.ndarray) -> float:
         return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
@@ -156,19 +189,23 @@ class LinenTrainer:
         make: MakeOptimizer,
         seed: int,
     ) -> None:
-        base = llama_linen.to_linen(config, weights)["params"]
+        base, config_of_adapter = llama_linen.to_linen(config, weights)["params"], adapter
         self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
-        lora = jaxadapt.init(adapter, base, key=jax.random.key(seed))
+        lora = start_adapter(adapter, base, seed)
         self.base: Any = {"params": base}
         roles = optim.roles(lora.collection)
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
         self.adapter: Any = _keep(lambda role: role != "frozen", lora.collection, roles)
         self.fixed: Any = _keep(lambda role: role == "frozen", lora.collection, roles)
-        tx = make(self.adapter)
+        tx = make(_keep(lambda role: role != "frozen", optim.decay_mask(lora.collection), roles))
         self.state: Any = tx.init(self.adapter)
 
+        def logits(variables: Any, tokens: jax.Array) -> jax.Array:
+            with for_rows(self.module, config_of_adapter, len(tokens)) as called:
+                return called.apply(variables, tokens)[:, -tokens.shape[1] :]
+
         def loss(adapter: Any, base: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(self.module.apply({**base, **self._whole(adapter)}, tokens), tokens)
+            return next_token_loss(logits({**base, **self._whole(adapter)}, tokens), tokens)
 
         def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
             value, grads = jax.value_and_grad(loss)(adapter, base, tokens)
@@ -178,7 +215,7 @@ class LinenTrainer:
         self.compute_step = step
         self._step = jax.jit(step)
         self._loss = jax.jit(loss)
-        self._logits = jax.jit(self.module.apply)
+        self._logits = jax.jit(logits)
 
     def _whole(self, trained: Any) -> Any:
         """Return the adapter's collection with these trained tensors."""
@@ -211,16 +248,26 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
     kind = {"nnx": NnxTrainer, "linen": LinenTrainer}.get(api)
     if kind is None:
         raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
-    adapter = adapter_config(method)
+    adapter = complete_config(adapter_config(method), config)
     return kind(config, weights, adapter, functools.partial(optimizer, method, steps), seed)
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Return the logits (B, T, V) of the base with a saved adapter loaded."""
-    inputs = jnp.asarray(tokens)
+    inputs, adapter = jnp.asarray(tokens), jaxadapt.read_config(folder)
+
+    def logits(call: Callable[[Any], Any], model: Any, tokens: jax.Array) -> jax.Array:
+        with for_rows(model, adapter, len(tokens)) as called:
+            return call(called)(tokens)[:, -tokens.shape[1] :]
+
     if api == "nnx":
         graphdef, state = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
-        return np.asarray(jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, inputs))
-    module: Any = jaxadapt.adapt(llama_linen.Llama(config), jaxadapt.read_config(folder))
+        run = jax.jit(lambda state, tokens: logits(lambda model: model, nnx.merge(graphdef, state), tokens))
+        return np.asarray(run(state, inputs))
+    module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
     variables = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
-    return np.asarray(jax.jit(module.apply)(variables, inputs))
+
+    def apply(variables: Any, tokens: jax.Array) -> jax.Array:
+        return logits(lambda module: functools.partial(module.apply, variables), module, tokens)
+
+    return np.asarray(jax.jit(apply)(variables, inputs))
