@@ -45,7 +45,7 @@ class CPTConfig(PromptLearningConfig):
     facts: ClassVar[MethodFacts] = MethodFacts(
         merges=False,
         learning_rate=1e-2,
-        demo=FrozenDict({"cpt_token_ids": tuple(range(100, 116)), "opt_projection_epsilon": 10.0}),
+        demo=FrozenDict({"cpt_token_ids": tuple(range(32, 48)), "opt_projection_epsilon": 10.0}),
     )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
