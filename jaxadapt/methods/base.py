@@ -105,6 +105,7 @@ class Method(abc.ABC):
             file lacks.
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
+        ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
@@ -118,6 +119,7 @@ class Method(abc.ABC):
     on_parameters: bool = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
+    ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
     torch_layout: bool = False
 

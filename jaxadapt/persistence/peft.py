@@ -181,7 +181,7 @@ def adapter_from_tensors(
         if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
     ]
     shapes = {key: spec.shape for key, spec in specs.items()}
-    if tensors.config.get("ensure_weight_tying"):
+    if tied.repeats_heads(tensors.config, recipe.keymap, base.leaves):
         repeated = tied.redundant_head_keys(
             tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
         )

@@ -162,7 +162,7 @@ def test_scanned_layers_give_pefts_logits(peft_type: str, i: int, scan_axis: int
     adapter = jaxadapt.extract(variables)
     module = jaxadapt.adapt(llama_linen.Llama(config), adapter.config)
     np.testing.assert_allclose(module.apply(variables, jnp.asarray(IDS)), want, **CLOSE)
-    again = jaxadapt.to_peft(adapter)
+    again = jaxadapt.to_peft(variables)
     file = jaxadapt.read(folder)
     assert {k: v.shape for k, v in again.tensors.items()} == {k: v.shape for k, v in file.tensors.items()}
     for key, value in file.tensors.items():
