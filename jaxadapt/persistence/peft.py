@@ -328,7 +328,9 @@ def _created_tensors(
         adapter_sites.method,
     )
     try:
-        leaves = initial_values.init_values(config, incomplete, jax.random.key(0), base=base.leaves)
+        leaves = initial_values.init_values(
+            config, incomplete, jax.random.key(0), base=base.leaves, whole=adapter_sites
+        )
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
     traced = any(isinstance(x, jax.Array) for x in _planned_tensors(tensors.tensors, plan).values())
