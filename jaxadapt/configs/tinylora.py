@@ -46,7 +46,7 @@ class TinyLoraConfig(MethodConfig):
         "r": "rank",
         "u": "rank",
         "tinylora_dropout": "probability",
-        "weight_tying": "probability",
+        "weight_tying": "number",
         "init_weights": "any",
         "bias": ("none", "all", "tinylora_only"),
     }
@@ -70,5 +70,7 @@ class TinyLoraConfig(MethodConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
+        if not 0 <= self.weight_tying <= 1:
+            problems.add("weight_tying", "a number in [0, 1]", self.weight_tying)
         if self.init_weights not in (True, False, "uniform"):
             problems.add("init_weights", 'true, false or "uniform"', self.init_weights)

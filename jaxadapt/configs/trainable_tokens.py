@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems, is_ints
 
@@ -29,6 +31,11 @@ class TrainableTokensConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),
+        accuracy=0.25,
+        time=1.0,
+    )
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2|gptj|gpt_neo(?!x)": {"target_modules": ("wte",)},

@@ -63,7 +63,9 @@ class TinyLora(MatrixMethod):
     def shared(
         self, config: TinyLoraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
     ) -> tuple[MethodTensor, ...]:
-        groups = _groups(config, sum(len(tuple(target.modules)) for target in targets))
+        count = sum(len(tuple(target.modules)) for target in targets)
+        # The trained parameters alone are v, without the modules.
+        groups = _groups(config, count) if targets else found["tinylora_v"][0]
         return (own_tensor("tinylora_v", (groups, config.u), numbered=True),)
 
     def starts_unchanged(self, config: TinyLoraConfig) -> bool:

@@ -142,6 +142,10 @@ class TokenRows(CopyingMethod):
     def starts_unchanged(self, config: TrainableTokensConfig) -> bool:
         return config.init_weights
 
+    def check(self, config: TrainableTokensConfig) -> None:
+        if not config.token_indices:
+            raise ConfigError("token_indices: expected the tokens to train, found none")
+
     def copy_of(self, config: TrainableTokensConfig, parameter: str) -> Method | None:
         if parameter != "weight":
             return None

@@ -116,6 +116,8 @@ def test_bad_tokens_and_targets_are_named():
         TrainableTokensConfig(token_indices=[1, 1])
     with pytest.raises(ConfigError, match="token_indices"):
         TrainableTokensConfig(token_indices=[-1])
+    with pytest.raises(ConfigError, match="expected the tokens to train"):
+        jaxadapt.adapt(ours(False), TrainableTokensConfig(), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="outside the vocabulary of 64"):
         jaxadapt.adapt(ours(False), TrainableTokensConfig(token_indices=[2, 64]), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="token_indices applies only to a token embedding or a head"):
