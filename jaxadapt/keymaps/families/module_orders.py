@@ -16,7 +16,7 @@ GPT += ("fc_in", "fc_out")
 
 BERT = (
     *("bert", "roberta", "cls", "lm_head", "classifier", "qa_outputs", "embeddings", "encoder", "pooler"),
-    *("word_embeddings", "attention", "self", "query", "key", "value"),
+    *("layer", "word_embeddings", "attention", "self", "query", "key", "value"),
     *("intermediate", "output", "dense", "transform", "out_proj", "decoder"),
 )
 """BERT and RoBERTa."""
