@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from jaxadapt.configs.road import RoadConfig as RoadConfig
     from jaxadapt.configs.shira import ShiraConfig as ShiraConfig
     from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
+    from jaxadapt.configs.tinylora import TinyLoraConfig as TinyLoraConfig
+    from jaxadapt.configs.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from jaxadapt.configs.unilora import UniLoraConfig as UniLoraConfig
     from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
     from jaxadapt.configs.waveft import WaveFTConfig as WaveFTConfig

@@ -68,6 +68,7 @@ class Start:
         shared: `{name: shape}` of the adapter's shared tensors.
         modules: the PyTorch modules of all sites of the adapter, in the order of the base.
         make_key: returns `key`.
+        order_modules: returns `ordered_modules`.
     """
 
     shape: tuple[int, ...]
@@ -80,11 +81,20 @@ class Start:
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None
+    order_modules: Callable[[], Mapping[str, tuple[int, int]]] = dict[str, tuple[int, int]]
 
     @functools.cached_property
     def key(self) -> Array:
         """The random key of this tensor, another one for each module."""
         return self.make_key()
+
+    @functools.cached_property
+    def ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (inputs, outputs)}` of all sites of the adapter, in the order of PyTorch's modules.
+
+        Raises `KeyMapError` if the keymap does not state the order.
+        """
+        return self.order_modules()
 
 
 class Method(abc.ABC):
@@ -107,7 +117,9 @@ class Method(abc.ABC):
             file lacks.
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
+        ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        ordered: True if a module's change depends on its place among all modules of the adapter.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -121,7 +133,9 @@ class Method(abc.ABC):
     on_parameters: bool = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
+    ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    ordered: bool = False
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
