@@ -117,6 +117,4 @@ def is_sdxl(modules: Iterable[str]) -> bool:
     >>> is_sdxl(["mid_block.attentions.0.transformer_blocks.1.ff.net.2"])
     True
     """
-    return any(
-        re.search(r"transformer_blocks\.[1-9]", name) or name.startswith("add_embedding") for name in modules
-    )
+    return any(re.search(r"transformer_blocks\.[1-9]", name) or name.startswith("add_embedding") for name in modules)

@@ -19,11 +19,11 @@ from jaxadapt import configs
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import FileError, FormatError, MismatchError
+from jaxadapt.core.errors import FormatError, MismatchError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import image_names
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import location, safetensors
+from jaxadapt.storage import hub, location, safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
@@ -43,6 +43,14 @@ class ImageFile:
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Return True if a path names one file of tensors in place of a folder."""
     return location.to_location(path).suffix == ".safetensors"
+
+
+def is_image_file(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path is a file with the names of an image adapter. Reads only the header."""
+    if not is_file(path) or hub.is_address(path):
+        return False
+    place = location.to_location(path)
+    return location.is_file(place) and find_layout(place) is not None
 
 
 def find_layout(path: Location) -> Layout | None:
@@ -353,9 +361,3 @@ def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
         "target_modules": sorted(ranks), "auto_mapping": None, "base_model_name_or_path": None,
     }  # fmt: skip
     return PeftTensors(Config.from_dict(values), View(source, origins), source)
-
-
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise `FileError` if the name of a single file does not end in .safetensors."""
-    if not is_file(path):
-        raise FileError(f"{os.fspath(path)}: expected a file name ending in .safetensors")

@@ -76,9 +76,8 @@ class Layout:
 def find_layout(keys: Collection[str]) -> Layout | None:
     """Return the layout of a file's keys; None if they are not those of an image adapter.
 
-    >>> key = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
-    >>> find_layout([key]).keys
-    {'base_model.model.unet.mid_block.attentions.0.proj_in.lora_A.weight': 'lora_unet_mid_block_attentions_0_proj_in.lora_down.weight'}
+    >>> list(find_layout(["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"]).keys)
+    ['base_model.model.unet.mid_block.attentions.0.proj_in.lora_A.weight']
     """
     for style, parse in ((KOHYA, _parse_kohya), (DIFFUSERS, _parse_diffusers)):
         parsed = {key: parts for key in keys if (parts := parse(key)) is not None}

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import folder, reconcile, run_folder
+from jaxadapt.persistence import folder, image_files, reconcile, run_folder
 from jaxadapt.persistence.verification import finding, foreign_files
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,10 +99,27 @@ def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
     if run_folder.NAME.fullmatch(place.name):
         yield _not_an_adapter(source, foreign_files.training_step(place.parent, place.name))
         return
+    if place.name != folder.WEIGHTS and image_files.is_image_file(place):
+        with _open_image_file(place, source) as stored:
+            yield stored
+        return
     beside = place.parent / folder.CONFIG
     config = beside if place.name in (folder.WEIGHTS, folder.WEIGHTS_BIN) and location.exists(beside) else None
     with _open_weights(source, config, place, ()) as stored:
         yield stored
+
+
+@contextlib.contextmanager
+def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
+    """Open the one file of an image adapter under PEFT's names."""
+    with image_files.open_file(place) as file:
+        from jaxadapt.storage.dtypes import dtype_name
+
+        tensors, layout = as_source(file.tensors.tensors), file.layout
+        specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
+        found = foreign_files.image_file(layout)
+        text = file.tensors.config.to_json()
+        yield StoredAdapter(source, text, None, specs, tensors.__getitem__, (found,), weights=place.name)
 
 
 @contextlib.contextmanager
