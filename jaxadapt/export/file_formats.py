@@ -230,11 +230,6 @@ def _write_single(
 
 
 def _write_folder(tensors: PeftTensors, target: Location, format: str, report: Report) -> Written:  # noqa: A002
-    if tensors.config.peft_type == "LYCORIS":
-        raise MismatchError(
-            f"{tensors.source}: PEFT has no method for these tensors (LyCORIS' LoCon with a middle tensor, or another"
-            " of its types), so that they only pass through; write one file (.safetensors) instead"
-        )
     config = tensors.config
     if "inference_mode" in config.to_dict():
         config = config.replace(inference_mode=True)

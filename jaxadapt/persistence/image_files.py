@@ -301,8 +301,14 @@ def _settings(config: Config, module: str) -> tuple[int, float]:
 def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
     """Return {model of the pipeline: its adapter}, each with the names that the model itself gives its modules.
 
-    Raises `MismatchError` for modules whose names stay flattened, because no list has them.
+    Raises `MismatchError` for modules whose names stay flattened, because no list has them, and for tensors of a method
+    that PEFT does not have.
     """
+    if tensors.config.peft_type == "LYCORIS":
+        raise MismatchError(
+            f"{tensors.source}: PEFT has no method for these tensors (LyCORIS' LoCon with a middle tensor, or another"
+            " of its types), so that they only pass through; write one file (.safetensors) instead"
+        )
     by_model: dict[str, dict[str, str]] = {}
     flat: list[str] = []
     for key in tensors.tensors:

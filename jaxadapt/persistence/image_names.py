@@ -113,7 +113,10 @@ def _parse_kohya(key: str) -> tuple[str, str, bool] | None:
     model = _PREFIXES.get(prefix)
     module = None if model is None else diffusion_names.dotted_names(model).get(flat)
     name = ALPHA if ending == ALPHA else _TENSORS.get(ending, ("", ending))[1]
-    return (f"{prefix}_{flat}", name, False) if module is None else (f"{model}.{module}", name, True)
+    # Without "lora_", which begins the names of LoRA's tensors.
+    return (
+        (f"{prefix.removeprefix('lora_')}_{flat}", name, False) if module is None else (f"{model}.{module}", name, True)
+    )
 
 
 def _parse_diffusers(key: str) -> tuple[str, str, bool] | None:
@@ -153,7 +156,8 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
             name = diffusion_names.sdxl_names().get(name, name)
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te"}.get(model, "lora_te2")
         is_model = model in diffusion_names.MODULES
-        names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else module
+        flat = module if module.startswith("lycoris_") else f"lora_{module}"
+        names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
     return names
 
 
