@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import folder, image_files, reconcile, run_folder
+from jaxadapt.persistence import fingerprint, folder, image_files, reconcile, run_folder
 from jaxadapt.persistence.verification import finding, foreign_files
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hub, location, orbax, safetensors, torch_bin
@@ -40,6 +40,7 @@ class StoredAdapter:
         findings: the facts about the files themselves.
         is_adapter: False if the path holds something else, which the findings name.
         weights: the name of the file of weights; "" without one.
+        base: the fingerprint of the base in the header; None without one.
     """
 
     source: str
@@ -50,6 +51,7 @@ class StoredAdapter:
     findings: tuple[Finding, ...] = ()
     is_adapter: bool = True
     weights: str = ""
+    base: fingerprint.Fingerprint | None = None
 
 
 def _no_tensor(key: str) -> Any:
@@ -183,6 +185,7 @@ def _open_weights(
     with contextlib.ExitStack() as stack:
         header: Config | None = None
         specs: Specs | None = None
+        base: fingerprint.Fingerprint | None = None
         get: Callable[[str], Any] = _no_tensor
         try:
             if weights.suffix == ".safetensors":
@@ -190,6 +193,7 @@ def _open_weights(
                 specs = {key: (info.dtype, info.shape) for key, info in file.header.tensors.items()}
                 get = file.__getitem__
                 header = _header_config(file.header, weights, findings)
+                base = reconcile.stored_fingerprint(file.header)
             else:
                 specs = torch_bin.keys_and_shapes(weights)
                 get = _LazyBin(weights).__getitem__
@@ -204,7 +208,7 @@ def _open_weights(
                 finding.error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
                               "save the adapter again")
             )  # fmt: skip
-        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name)
+        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name, base=base)
 
 
 class _LazyBin:
