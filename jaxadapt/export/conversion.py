@@ -269,7 +269,7 @@ def _write_tree(
         return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
-    if on_shared is not None or dialect.per_head:
+    if on_shared is not None or dialect.heads:
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
