@@ -1,7 +1,8 @@
 """π0 and π0.5 of openpi: PaliGemma's Gemma and the action expert in one scanned stack of layers.
 
 The names in PyTorch are those of openpi's own PyTorch model, with which LeRobot's agree. Leaves of the second expert
-end in "_1". The vision tower, which openpi trains without LoRA, has no entries.
+end in "_1". All models of openpi have fewer key heads than query heads, so that
+no leaf holds queries, keys and values together. The vision tower, which openpi trains without LoRA, has no entries.
 """
 
 from jaxadapt.keymaps.keymap import KeyMap
@@ -21,8 +22,6 @@ def _expert(end: str, model: str) -> tuple[Weight, ...]:
         Weight(f"{attention}q_einsum{end}.w", f"{layer}self_attn.q_proj.weight", "n d h -> (n h) d"),
         Weight(f"{attention}kv_einsum{end}.w", f"{layer}self_attn.{{p}}_proj.weight", "{p} k d h -> (k h) d",
                p=("k", "v")),
-        Weight(f"{attention}qkv_einsum{end}.w", f"{layer}self_attn.{{p}}_proj.weight", "{p} n d h -> (n h) d",
-               p=("q", "k", "v")),
         Weight(f"{attention}attn_vec_einsum{end}.w", f"{layer}self_attn.o_proj.weight", "n h d -> d (n h)"),
         Weight(f"{_OURS}mlp{end}.gating_einsum", f"{layer}mlp.{{p}}_proj.weight", "{p} d f -> f d", p=("gate", "up")),
         Weight(f"{_OURS}mlp{end}.linear", f"{layer}mlp.down_proj.weight", "f d -> d f"),

@@ -171,7 +171,7 @@ def narrow(a: np.ndarray, b: np.ndarray, weight: Weight, shape: tuple[int, ...])
 
 
 def _compress(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a (layers, heads, d, r) and b (layers, heads, r, last) from (layers, d, R) and (layers, R, heads, last)."""
+    """Return A (layers, heads, d, r) and B (layers, heads, r, last) of (layers, d, R) and (layers, R, heads, last)."""
     layers, d, rank = a.shape
     heads = b.shape[2]
     used = b.any(-1)  # (layer, rank, head)
