@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import configs
@@ -72,30 +72,41 @@ def open_file(path: str | os.PathLike[str]) -> Generator[ImageFile]:
                 f"{place}: expected the keys of an image adapter of kohya-ss, LyCORIS or diffusers, such as"
                 f" lora_unet_….lora_down.weight or unet.….lora_A.weight, found {next(iter(file), 'no tensor')}"
             )
-        tensors = _rename(file, layout)
-        config, method = _config(tensors, layout, file)
-        if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
-            layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
-            tensors = rename(file, layout.keys)
-        yield ImageFile(PeftTensors(config, tensors, str(path)), layout, file.header.metadata)
+        yield read_tensors(file, layout, file.header.metadata)
+
+
+def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]) -> ImageFile:
+    """Return the content of an open file; its tensors are read on demand.
+
+    Raises `FormatError` for an alpha that is no number.
+    """
+    scales = [name for name, key in layout.keys.items() if key.endswith(".dora_scale") and layout.method == "LORA"]
+    if not all(_outputs(file, layout, name) for name in scales):  # one magnitude for each input, or a damaged one
+        layout = dataclasses.replace(layout, method="LYCORIS", keys={key: key for key in file}, alphas={})
+    tensors = _rename(file, layout)
+    config, method = _config(tensors, layout, file)
+    if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
+        layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
+        tensors = rename(file, layout.keys)
+    return ImageFile(PeftTensors(config, tensors, file.source), layout, metadata)
 
 
 def _rename(file: TensorSource, layout: Layout) -> View:
     """Return the tensors under PEFT's names; DoRA's magnitudes get PEFT's shape."""
-    vectors = {name: key for name, key in layout.keys.items() if key.endswith(".dora_scale")}
-    shaped = {name: file[key].reshape(_magnitude_shape(file, layout, name)) for name, key in vectors.items()}
+    shaped: dict[str, Any] = {}
+    for name, key in layout.keys.items():
+        b = _outputs(file, layout, name) if layout.method == "LORA" and key.endswith(".dora_scale") else ()
+        if b:
+            shaped[name] = file[key].reshape((b[0],) if len(b) == 2 else (1, b[0], *(1 for _ in b[2:])))
     origins: dict[str, tuple[TensorSource, str]] = {name: (file, key) for name, key in layout.keys.items()}
     return View(file.source, origins | {name: (as_source(shaped), name) for name in shaped})
 
 
-def _magnitude_shape(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
-    """Return PEFT's shape of a magnitude; its own shape if it does not have one value for each output."""
-    shape = tuple(file.specs[layout.keys[name]].shape)
+def _outputs(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
+    """Return the shape of B beside a magnitude of (out, 1, …), one for each output; () for another magnitude."""
     b_key = layout.keys.get(name.replace("lora_magnitude_vector", "lora_B.weight"), "")
     b = tuple(file.specs[b_key].shape) if b_key in file else ()
-    if not b or math.prod(shape) != b[0] or shape[:1] != b[:1]:
-        return shape
-    return (b[0],) if len(b) == 2 else (1, b[0], *(1 for _ in b[2:]))
+    return b if b and tuple(file.specs[layout.keys[name]].shape) == (b[0], *(1 for _ in b[1:])) else ()
 
 
 def _config(tensors: View, layout: Layout, file: TensorSource) -> tuple[Config, str]:
@@ -135,8 +146,12 @@ def _lora_fields(modules: Modules) -> dict[str, Any] | None:
     if any(0 in s or len(s) < 2 for shapes in modules.values() for n, s in shapes.items() if n.endswith(".weight")):
         return None
     vectors = [shapes for shapes in modules.values() if "lora_magnitude_vector" in shapes]
-    if any(math.prod(shapes["lora_magnitude_vector"]) != shapes["lora_B.weight"][0] for shapes in vectors):
-        return None  # LyCORIS with one magnitude for each input
+    for shapes in vectors:
+        b = shapes["lora_B.weight"]
+        if shapes["lora_magnitude_vector"] not in ((b[0],), (1, b[0], *(1 for _ in b[2:]))) or len(b) < 2:
+            return None
+        if (len(shapes["lora_magnitude_vector"]) == 1) != (len(b) == 2):
+            return None
     if vectors and len(vectors) < len(modules):
         return None
     return {"use_dora": True} if vectors else {}
@@ -207,6 +222,9 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 # ---------------------------------------------------------------- writing
 
 
+Specs = dict[str, tuple[Any, Sequence[int]]]
+
+
 def write_file(
     tensors: PeftTensors, path: str | os.PathLike[str], style: str = KOHYA, layout: Layout | None = None,
     metadata: Mapping[str, str] | None = None, progress: Any = None,
@@ -223,29 +241,46 @@ def write_file(
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
+    specs, get = file_tensors(tensors, style, layout)
+    safetensors.write(path, specs, get, metadata or {"format": "pt"}, progress=progress)
+    return len(specs)
+
+
+def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tuple[Specs, Callable[[str], Any]]:
+    """Return `{the file's key: (dtype, shape)}`, and a function that returns one tensor; as in `write_file`."""
     names, alphas = _file_keys(tensors, style, layout)
     source = as_source(tensors.tensors)
-    specs: dict[str, tuple[Any, Sequence[int]]] = {}
+    specs: Specs = {}
     origins: dict[str, str] = {}
+    dtypes: dict[str, Any] = {}
     for key, name in names.items():
         shape = tuple(source.specs[key].shape)
-        if name.endswith(".dora_scale"):
+        if name.endswith(".dora_scale") and key != name:
             b = source.specs[key.replace("lora_magnitude_vector", "lora_B.weight")].shape
             shape = (b[0], *(1 for _ in b[1:]))
         specs[name], origins[name] = (source.specs[key].dtype, shape), key
+        dtypes.setdefault(image_names.split_key(key)[0], source.specs[key].dtype)
     values: dict[str, Any] = {}
     for module, (name, alpha) in alphas.items():
-        dtype = next(source.specs[k].dtype for k in names if image_names.split_key(k)[0] == module)
-        specs[name], values[name] = (dtype, ()), alpha
-    import numpy as np
+        specs[name], values[name] = (_exact_dtype(alpha, dtypes[module]), ()), alpha
 
     def get(name: str) -> Any:
+        import numpy as np
+
         if name in values:
             return np.asarray(values[name], specs[name][0])
         return np.asarray(source[origins[name]]).reshape(specs[name][1])
 
-    safetensors.write(path, specs, get, metadata or {"format": "pt"}, progress=progress)
-    return len(specs)
+    return specs, get
+
+
+def _exact_dtype(number: float, dtype: Any) -> Any:
+    """Return the dtype if it holds the number exactly, or else the narrowest one that does."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        fitting = [d for d in (np.dtype(dtype), np.dtype("float32")) if float(np.asarray(number, d)) == number]
+    return fitting[0] if fitting else np.dtype("float64")
 
 
 def _file_keys(

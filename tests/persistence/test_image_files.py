@@ -19,6 +19,7 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.keymaps import diffusion_names
 from jaxadapt.persistence import image_files, image_names
+from tests.support import fuzz_image_files
 
 P = "base_model.model."
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -261,3 +262,10 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
         image_files.open_file(tmp_path / "b.safetensors"),
     ):
         pass
+
+
+def test_random_files_are_refused_or_written_back():
+    """20,000 of them here, in two seconds; a million by hand (tests/full/README.md)."""
+    found = fuzz_image_files.main(20_000)
+    assert found.keys() == {"no image adapter", "refused", "LYCORIS", "LORA", "LOHA", "LOKR"}
+    assert min(found.values()) > 50
