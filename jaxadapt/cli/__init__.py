@@ -29,6 +29,7 @@ COMMANDS = (
     "repair",
     "diff",
     "merge",
+    "export",
     "combine",
     "convert",
     "check-keymap",
