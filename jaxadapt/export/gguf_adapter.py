@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -59,8 +58,7 @@ def write_adapter(
         "adapter.type": gguf_files.Field("lora", "STRING"),
         "adapter.lora.alpha": gguf_files.Field(float(config.lora_alpha), "FLOAT32"),
     }
-    total = sum(math.prod(shape) * (4 if kind == "F32" else 2) for kind, shape in specs.values())
-    count = byte_counter(report, "export", total)
+    count = byte_counter(report, "export", gguf_files.total_bytes(specs))
     get = functools.partial(_value, arrays, plan)
     gguf_files.write(path, base.architecture.name, fields, specs, get, count)
     return len(specs)

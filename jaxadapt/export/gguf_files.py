@@ -106,6 +106,12 @@ def write(
     return Path(target).stat().st_size
 
 
+def total_bytes(specs: Specs) -> int:
+    """Return the size of all tensors in bytes."""
+    gguf = _gguf()
+    return sum(_nbytes(gguf, kind, shape) for kind, shape in specs.values())
+
+
 def _nbytes(gguf: Any, kind: str, shape: Sequence[int]) -> int:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return math.prod(shape) // block * size

@@ -51,7 +51,9 @@ def model_of(family: str, tied: bool = True):
     }  # fmt: skip
     name = classes[family]
     config_name = "Gemma3TextConfig" if family == "gemma3_text" else f"{name}Config"
-    config = getattr(transformers, config_name)(**SIZES, tie_word_embeddings=tied)
+    # llama.cpp computes the scale of Gemma's attention from the size of a head.
+    scalar = {"query_pre_attn_scalar": 4} if "gemma" in family else {}
+    config = getattr(transformers, config_name)(**SIZES, tie_word_embeddings=tied, **scalar)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * 0.2
