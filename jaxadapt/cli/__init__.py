@@ -26,7 +26,7 @@ GROUPS = {
     "Look at an adapter": ("inspect", "verify", "diff"),
     "Repair and change one": ("repair", "resize", "rename", "start", "convert", "extract"),
     "Merge and combine": ("merge", "combine"),
-    "Share": ("push", "pull"),
+    "Share": ("export", "push", "pull"),
     "Train": ("demo", "checkpoints"),
     "Families and methods": ("families", "check-keymap", "methods"),
     "The shell": ("completion",),
