@@ -18,12 +18,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import AdapterError, AttachError, KeyMap, KeyMapError, Weight
+from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
-from jaxadapt.configs import listing
+from jaxadapt.configs import listing, lora_variants
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.tensor_names import tensor_prefixes
 from jaxadapt.core import paths
@@ -73,6 +73,17 @@ def network(peft_type: str) -> Any:
 def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     model, method = network(peft_type), METHODS[peft_type]
     adapter, want = jaxadapt.extract(model), np.asarray(model(X))
+    # Initializing with `start` is initializing with `adapt`.
+    started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), rngs=nnx.Rngs(2))
+    fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(2)))
+    assert jax.tree.map(jnp.shape, started.adapter) == jax.tree.map(jnp.shape, fresh)
+    assert started.base(X).shape == want.shape
+    # Combining is PEFT's of plain LoRA.
+    if lora_variants.reasons_not_a_product(adapter.config):
+        with pytest.raises(ConfigError, match=f"peft_type is {peft_type}"):
+            jaxadapt.combine([adapter, adapter], [0.5, 0.5])
+    else:
+        assert jaxadapt.combine([adapter, adapter], [0.5, 0.5]).flat().keys() == adapter.flat().keys()
     # The optimizer: what has no role decays like LoRA's matrices, frozen tensors do not.
     roles, decays = (
         jax.tree.leaves(f(nnx.state(model, jaxadapt.AdapterParam))) for f in (optim.roles, optim.decay_mask)
