@@ -377,5 +377,6 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
             arrays.append({name: kept[name] if name in kept else jnp.zeros_like(x) for name, x in grads.items()})
         return dataclasses.replace(updates, arrays=tuple(arrays)), changed
 
-    init = jax.vmap(tx.init, in_axes=(axes,))
-    return optax.GradientTransformationExtraArgs(lambda bank: init(choose(bank)), update)
+    init: Any = jax.vmap(tx.init, in_axes=(axes,))
+    initialize: Any = lambda bank: init(choose(bank))  # noqa: E731
+    return optax.GradientTransformationExtraArgs(initialize, update)
