@@ -120,6 +120,8 @@ class Method(abc.ABC):
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         ordered: True if a module's change depends on its place among all modules of the adapter.
+        row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
+            the same; the other axes of all rows are equal.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -136,6 +138,7 @@ class Method(abc.ABC):
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
     ordered: bool = False
+    row_padded: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -276,6 +279,14 @@ class Method(abc.ABC):
             entries: the sizes of the stacked axes and of the batch axes.
         """
         return dict(params)
+
+    def row_pair(self, hparams: Any, params: Params) -> tuple[Array, Array, Array] | None:
+        """Return `(s, A, B)` if a row's whole change of a product is s·B·A·x, else None.
+
+        `hparams` are those of `row_hparams`. The tensors have a leading axis of slots: (slots, batch...) for s,
+        (slots, batch..., r, in...) and (slots, batch..., out..., r).
+        """
+        return None
 
     def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""
