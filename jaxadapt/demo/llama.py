@@ -73,6 +73,39 @@ class LlamaConfig:
         if problems:
             raise ConfigError("LlamaConfig: " + "; ".join(problems))
 
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:
+        """Build the configuration from the contents of a Hugging Face ``config.json``.
+
+        Raises:
+            ConfigError: the model is no Llama, or computes what this one does not.
+        """
+        rope: Mapping[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        expected = {
+            "model_type": (fields.get("model_type"), "llama"),
+            "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (fields.get("attention_bias", False), False),
+            "mlp_bias": (fields.get("mlp_bias", False), False),
+            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        }
+        wrong = [f"{name} is {found!r}, not {want!r}" for name, (found, want) in expected.items() if found != want]
+        if wrong:
+            raise ConfigError("this is not a model that LlamaConfig describes: " + "; ".join(wrong))
+        heads = fields["num_attention_heads"]
+        return cls(
+            vocab_size=fields["vocab_size"],
+            hidden_size=fields["hidden_size"],
+            intermediate_size=fields["intermediate_size"],
+            num_layers=fields["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=fields.get("num_key_value_heads") or heads,
+            head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=fields.get("tie_word_embeddings", False),
+            max_position_embeddings=fields.get("max_position_embeddings", 2048),
+        )
+
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a Hugging Face ``config.json`` for the same model.
 
