@@ -24,6 +24,7 @@ from jaxadapt.core.terminal import escape_text
 
 COMMANDS = (
     "demo",
+    "serve",
     "inspect",
     "verify",
     "repair",

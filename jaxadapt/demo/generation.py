@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
 
 
 @contextlib.contextmanager
-def _called(model: Any, route: Any, prefilled: bool) -> Iterator[Any]:
+def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
     with contextlib.ExitStack() as stack:
         if prefilled:
             model = stack.enter_context(models.invoke(model, prefilled=True))
@@ -194,6 +194,7 @@ class Decoder:
         self._settings = {f.name: np.full(rows, f.default, _DTYPES[f.name]) for f in dataclasses.fields(Sampling)}
         self._route: Any = None
         self._stale = True
+        self._traced, forward = 0, functools.partial(self._count, forward)
         self._read = jax.jit(functools.partial(_read, forward, virtual_tokens), donate_argnums=1)
         self._step = jax.jit(functools.partial(_step, forward), donate_argnums=1)
 
@@ -309,8 +310,12 @@ class Decoder:
         return answers
 
     def compiled(self) -> int:
-        """Return the number of programs compiled so far: one for each bucket used, and one for the step."""
-        return self._read._cache_size() + self._step._cache_size()
+        """Return the number of programs traced so far: one for each bucket used, and one for the step."""
+        return self._traced
+
+    def _count(self, forward: Forward, *args: Any) -> Any:
+        self._traced += 1  # Python runs this only while JAX traces
+        return forward(*args)
 
 
 _DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
