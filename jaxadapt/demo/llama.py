@@ -218,10 +218,9 @@ class KVCache:
         Tokens that the cache has no room for are not written.
         """
         at = (self.layer, jnp.arange(len(keys))[:, None], self._new_places(keys.shape[1]))
-        new = (
-            old.at[at].set(x.astype(old.dtype), mode="drop") for old, x in ((self.keys, keys), (self.values, values))
-        )
-        cache = KVCache(*new, self.lengths, self.layer + 1)
+        all_keys = self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop")
+        all_values = self.values.at[at].set(values.astype(self.values.dtype), mode="drop")
+        cache = KVCache(all_keys, all_values, self.lengths, self.layer + 1)
         return cache, cache.keys[self.layer], cache.values[self.layer]
 
     def advance(self, count: int) -> KVCache:

@@ -177,7 +177,7 @@ class Server:
         return JSONResponse({"id": name, "object": "model", "version": version.id})
 
     async def unload(self, http: HttpRequest) -> Response:
-        """Forget an adapter. Requests that have it end with it."""
+        """Forget an adapter. Requests that have a row keep it; those that wait for one fail."""
         name = adapter_name(await read_json(http), path=False)
         try:
             self.pool.remove(name)
@@ -337,7 +337,7 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         started()
         yield
         await asyncio.to_thread(server.engine.close)
