@@ -27,7 +27,7 @@ GROUPS = {
     "Repair and change one": ("repair", "resize", "rename", "start", "convert", "extract"),
     "Merge and combine": ("merge", "combine"),
     "Share": ("export", "push", "pull"),
-    "Train": ("demo", "checkpoints"),
+    "Train and serve": ("demo", "checkpoints", "serve"),
     "Families and methods": ("families", "check-keymap", "methods"),
     "The shell": ("completion",),
 }
