@@ -117,6 +117,8 @@ class Method(abc.ABC):
             to it, transposed if the ends differ.
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
+            do not.
         ordered: True if a module's change depends on its place among all modules of the adapter.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
@@ -132,6 +134,7 @@ class Method(abc.ABC):
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    inexact: str = ""
     ordered: bool = False
     torch_layout: bool = False
 
