@@ -119,6 +119,7 @@ class Method(abc.ABC):
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
             do not.
+        on_bias: True if the layers' outputs change as by a bias alone, and no weight changes.
         ordered: True if a module's change depends on its place among all modules of the adapter.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
@@ -135,6 +136,7 @@ class Method(abc.ABC):
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
     inexact: str = ""
+    on_bias: bool = False
     ordered: bool = False
     torch_layout: bool = False
 
