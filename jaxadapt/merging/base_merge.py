@@ -344,7 +344,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
                 without_bias.append(site.leaf)
     raise_listed(
         AttachError,
-        "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
+        "cannot merge: the adapter adds a bias to these layers, which have none. Build the model with biases, or keep"
         " the adapter beside it:",
         without_bias,
     )

@@ -196,6 +196,11 @@ class MatrixMethod(Method):
         if self.effect(hparams.own).bias is None:
             return bias
         layout = _layout(axes)
+        if self.effect(hparams.own).bias == "adds" and layout.scale is not None:
+            raise AttachError(
+                f"cannot change the layer's bias with {self.peft_type}: the model stores the layer's weight times a"
+                " factor, and the bias may not have it. Keep the adapter beside the model, or exclude the module"
+            )
         letters = dict(zip(layout.left, LETTERS, strict=False))
         over = "".join(LETTERS[i] for i in range(axes.rank) if i not in axes.in_axes)
         mismatch = (
