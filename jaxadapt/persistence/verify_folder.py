@@ -75,9 +75,9 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Rep
     config = checked.config
     if stored.specs is None:
         return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
-    foreign = foreign_files.foreign_library(stored.specs, config is not None) or foreign_files.not_an_adapter(
-        stored.specs, stored.source
-    )
+    foreign = foreign_files.foreign_library(stored.specs, config is not None)
+    if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
+        foreign = foreign_files.not_an_adapter(stored.specs, stored.source)
     if foreign is not None:
         others = [f for f in checked.findings if f.code not in ("configuration-missing", foreign.code)]
         return [*others, foreign]
