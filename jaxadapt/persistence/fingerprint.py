@@ -206,8 +206,9 @@ def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
     import jax
     import numpy as np
+    from jax.core import Tracer
 
-    if isinstance(array, jax.core.Tracer) or not isinstance(array, np.ndarray | jax.Array):
+    if isinstance(array, Tracer) or not isinstance(array, np.ndarray | jax.Array):
         return False
     if isinstance(array, jax.Array) and array.is_deleted():
         return False
