@@ -26,8 +26,8 @@ GROUPS = {
     "Look at an adapter": ("inspect", "verify", "diff"),
     "Repair and change one": ("repair", "resize", "rename", "start", "convert", "extract"),
     "Merge and combine": ("merge", "combine"),
-    "Share": ("push", "pull"),
-    "Train": ("demo", "checkpoints"),
+    "Share": ("export", "push", "pull"),
+    "Train and serve": ("demo", "checkpoints", "serve"),
     "Families and methods": ("families", "check-keymap", "methods"),
     "The shell": ("completion",),
 }

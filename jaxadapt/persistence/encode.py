@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +97,7 @@ def encode_tree(
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         return dataclasses.replace(
-            tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap)
+            tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
         )
     source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
     if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
@@ -105,7 +105,9 @@ def encode_tree(
         source = Source(held, dataclasses.replace(source.adapter, params=params))
     encoded = _with_embeddings(source, _encode(source, dtype), save_embedding_layers)
     config, keymap = source.adapter.config, source.adapter.keymap
-    tensors = _join_or_split(source, _repeat_for_heads(config, encoded, keymap), on_shared)
+    leaves = held.leaves() if held.has_base else None
+    encoded = _repeat_for_heads(config, encoded, keymap, leaves)
+    tensors = _join_or_split(source, encoded, on_shared)
     return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source))
 
 
@@ -200,9 +202,9 @@ def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> t
     return joint_tensors.join_tensors(config, source.sites, encoded, on_shared)
 
 
-def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap) -> Encoded:
-    """Add the head's tensors for tied weights: PEFT stores them under both names (`ensure_weight_tying`)."""
-    if not config.get("ensure_weight_tying"):
+def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
+    """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
+    if not tied.repeats_heads(config, keymap, leaves):
         return encoded
     more = tied.repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))

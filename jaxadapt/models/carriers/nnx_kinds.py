@@ -224,7 +224,8 @@ class Model(_Variables, Object):
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        return State(nnx.state(self.tree, attach.AdapterParam)).map_adapters(f, names)
+        trained = State(nnx.state(self.tree, attach.AdapterParam))
+        return trained.map_adapters(lambda name, _: f(name, attach.extract(self.tree, name)), names)  # all its tensors
 
     def with_rest(self, rest: Any) -> Any:
         return self.fill(rest)
