@@ -332,7 +332,7 @@ JSON = {
     "families NAME": ("families", "gpt2"),
     "completion": ("completion", "fish"),
 }
-"""Beside demo (`tests/demo/test_demo.py`), push and pull (`tests/storage/hub/test_cli.py`), and start
+"""Beside demo (`tests/demo/test_demo.py`), push and pull (`tests/storage/hub/test_cli.py`), serve and export, and start
 (`tests/export/test_adapter_files.py`)."""
 
 
@@ -378,7 +378,7 @@ def test_long_work_shows_bars_with_bytes_per_second_on_a_terminal_alone(seen, fo
 
 
 def test_every_command_has_a_test_of_its_json():
-    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "start"}
+    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "start", "export", "serve"}
     assert tested == set(COMMANDS)
 
 
