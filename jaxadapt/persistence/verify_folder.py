@@ -36,9 +36,9 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
 
     Args:
         path: the adapter's folder; one of its files; an address of an object store or of the Hub.
-        base: the base model, to check names and sizes: its Hugging Face folder or a file of its weights (only names and
-            shapes are read), a .json file {key: shape}, a mapping {key: shape or array} of PyTorch's parameters, or the
-            name of a family ("llama").
+        base: the base model, to check names and sizes: its Hugging Face folder or a file of its weights (only names,
+            shapes and the few values of the adapter's fingerprint are read), a .json file {key: shape}, a mapping
+            {key: shape or array} of PyTorch's parameters, or the name of a family ("llama").
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("verify", bytes done, bytes in
             all).
 
