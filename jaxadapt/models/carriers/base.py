@@ -69,7 +69,10 @@ class Carrier:
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
-        leaves = self.leaves()
+        found = {path: _descend(self.params, path) for path in wanted}
+        if all(leaf is not None for leaf in found.values()):
+            return {path: unbox(leaf) for path, leaf in found.items()}
+        leaves = self.leaves()  # names with dots, or nodes that are no mappings
         return {path: leaves[path] for path in wanted}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
@@ -168,6 +171,15 @@ class Carrier:
     def with_rest(self, rest: Any) -> Any:
         """Return the tree with another `rest`."""
         return self.tree
+
+
+def _descend(tree: Any, path: str) -> Any:
+    """Return the leaf at a dotted path of nested mappings; None if the path does not lead to one."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
+    return None if isinstance(tree, Mapping) else tree
 
 
 def _dotted_path(keys: Sequence[Any]) -> str:

@@ -135,11 +135,13 @@ class Model(_Variables, Object):
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
-        owners = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in wanted}
-        if not all(isinstance(vars(module).get(attr), nnx.Param) for module, attr in owners.values() if module):
-            return super().some_leaves(wanted)
-        if any(module is None for module, _ in owners.values()):
-            return super().some_leaves(wanted)
+        owners: dict[str, graph.Owner] = {}
+        for path in wanted:
+            prefix, _, attr = path.rpartition(".")
+            module = modules.get(prefix)
+            if module is None or not isinstance(vars(module).get(attr), nnx.Param):
+                return super().some_leaves(wanted)  # a shared module has other paths too
+            owners[path] = module, attr
         return survey.base_values(owners)
 
     def abstract(self) -> Any:
