@@ -25,6 +25,7 @@ FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
 pytestmark = [
     pytest.mark.peft,
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # PEFT's and transformers' own, of tied weights
     pytest.mark.skipif(not FOLDER, reason="make the programs' environments first; the docstring has the command"),
 ]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]

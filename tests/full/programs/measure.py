@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -18,8 +17,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from jaxadapt import AdapterError
 from jaxadapt.demo.smollm2 import SmolLM2
-from jaxadapt.export import export_adapter, gguf_conventions, gguf_files, gguf_model, merge_files
+from jaxadapt.export import export_adapter, gguf_files, gguf_model, merge_files
 from tests.export import test_adapter_export as tiny
 from tests.full.programs import environments
 
@@ -142,8 +142,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def export_case(name: str, folder: Path, out: Path, program: str, base: Base) -> str:
     """Export an adapter; return "" or the first line of the refusal."""
-    from jaxadapt import AdapterError
-
     first = {"first": f"{folder}-first"} if name == "PiSSA" else {}
     given = base.folder if program == "gguf" or name == "OLoRA" else base.folder / "config.json"
     if name == "PiSSA":
@@ -166,6 +164,7 @@ Results = dict[str, dict[str, Any]]
 
 def measure(base: Base, programs: Path, work: Path, names: list[str], chosen: list[str]) -> Results:
     """Return `{case: {"effect": …, program: largest difference to PEFT in log-probability, or the refusal}}`."""
+    warnings.simplefilter("ignore")  # PEFT's and transformers' own, of tied weights
     base_results = log_probabilities(peft_logits(base.model(), base))
     results: Results = {"no adapter": {"effect": 0.0}}
     wanted: dict[str, np.ndarray] = {}
@@ -201,6 +200,7 @@ def _with_transformers(base: Base, adapter: str) -> np.ndarray:
 
 def measure_merged(base: Base, programs: Path, work: Path, names: list[str]) -> Results:
     """Return the same for merged models: a folder in transformers, and GGUF files in llama.cpp by dtype."""
+    warnings.simplefilter("ignore")
     results: Results = {}
     for name in names:
         folder = work / f"merged-{name.replace(' ', '-')}"
@@ -215,9 +215,3 @@ def measure_merged(base: Base, programs: Path, work: Path, names: list[str]) -> 
             (got,) = run("llama", programs, path, [None], base, work / "merged.npy")
             results[name][dtype] = float(np.abs(got - want).max())
     return results
-
-
-@functools.cache
-def reads_as(architecture: str) -> str:
-    """Return the architecture's name in GGUF."""
-    return gguf_conventions.ARCHITECTURES[architecture].name

@@ -1,10 +1,11 @@
 """Measure the exported adapters in the programs and write the tables into docs/files.md.
 
-    python -m tests.full.programs.table FOLDER              # FOLDER: made by environments.py
+python -m tests.full.programs.table FOLDER              # FOLDER: made by environments.py
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> None:
         base = measure.smollm2(work)
         results = measure.measure(base, programs, work, list(measure.CASES), chosen)
         merged = measure.measure_merged(base, programs, work, MERGED)
+    print(json.dumps({"adapters": results, "merged": merged}, indent=1))
     text = DOCS.read_text(encoding="utf-8")
     text = replace(text, "exported adapters", rows(results, ["effect", "transformers", *chosen]))
     text = replace(text, "merged models", rows(merged, ["folder", "float32", "bfloat16", "float16", "q8_0"]))
