@@ -163,7 +163,7 @@ def _plain(
         keeps = (*keeps, "modules_to_save")
     start = None if first is None else folder.read(first)
     from_base = lora_variants.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
-    if start is None and base is not None and from_base:
+    if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
         start = original_start.initial_adapter(tensors, base)
     return plain_form(tensors, start, keep=keeps, dtype=dtype)
 
