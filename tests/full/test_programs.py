@@ -44,7 +44,7 @@ PROGRAMS = Path(FOLDER or ".")
 def results(tmp_path_factory) -> Any:
     work = tmp_path_factory.mktemp("smollm2")
     base = measure.smollm2(work)
-    return measure.measure(base, PROGRAMS, work, list(measure.CASES), ["llama", "mlx"])
+    return measure.measure(base, PROGRAMS, work, list(measure.CASES), list(REFUSED))
 
 
 @pytest.mark.parametrize("name", measure.CASES)

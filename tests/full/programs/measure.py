@@ -172,7 +172,7 @@ def measure(base: Base, programs: Path, work: Path, names: list[str], chosen: li
         folder = work / name.replace(" ", "-").replace(",", "")
         wanted[name] = trained(base, folder, **CASES[name])
         results[name] = {"effect": float(np.abs(wanted[name] - base_results).max())}
-    for program in ["transformers", *chosen]:
+    for program in chosen:
         exported: dict[str, str] = {}
         for name in names:
             folder = work / name.replace(" ", "-").replace(",", "")

@@ -1,6 +1,10 @@
-"""Measure the exported adapters in the programs and write the tables into docs/files.md.
+"""Measure the exported adapters in the programs and write the tables of docs/files.md from the results.
 
-python -m tests.full.programs.table FOLDER              # FOLDER: made by environments.py
+    python -m tests.full.programs.table FOLDER                    # FOLDER: made by environments.py
+    python -m tests.full.programs.table FOLDER vllm               # one program; the others' results stay
+    python -m tests.full.programs.table FOLDER merged             # the merged models
+
+The results are in results.json beside this file.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ from pathlib import Path
 
 from tests.full.programs import measure
 
+RESULTS = Path(__file__).with_name("results.json")
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "files.md"
-PROGRAMS = {"llama": "llama.cpp", "mlx": "mlx-lm", "transformers": "transformers", "vllm": "vLLM"}
+PROGRAMS = {"llama": "llama.cpp", "mlx": "mlx-lm", "vllm": "vLLM"}
 MERGED = ["DoRA", "IA3", "copies of norms", "a copy of the embedding"]
 
 
@@ -23,6 +28,7 @@ def cell(value: float | str) -> str:
 
 
 def rows(results: measure.Results, columns: list[str]) -> list[str]:
+    """Return the lines of a table."""
     lines = [f"| adapter | {' | '.join(PROGRAMS.get(c, c) for c in columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, found in results.items():
         values = [f"{found[c]:.2g}" if c == "effect" else cell(found[c]) for c in columns]
@@ -38,19 +44,30 @@ def replace(text: str, name: str, lines: list[str]) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
 
 
+def write() -> None:
+    """Write the tables from the results."""
+    found = json.loads(RESULTS.read_text())
+    columns = [name for name in ("transformers", *PROGRAMS) if name in found["adapters"]["no adapter"]]
+    text = DOCS.read_text(encoding="utf-8")
+    text = replace(text, "exported adapters", rows(found["adapters"], ["effect", *columns]))
+    text = replace(text, "merged models", rows(found["merged"], ["folder", "float32", "bfloat16", "float16", "q8_0"]))
+    DOCS.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    programs = Path(sys.argv[1])
-    chosen = [name for name in ("llama", "mlx", "vllm") if (programs / name).exists()]
+    programs, chosen = Path(sys.argv[1]), sys.argv[2:] or ["transformers", *PROGRAMS, "merged"]
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"adapters": {}, "merged": {}}
+    readers = [name for name in chosen if name != "merged"]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = measure.smollm2(work)
-        results = measure.measure(base, programs, work, list(measure.CASES), chosen)
-        merged = measure.measure_merged(base, programs, work, MERGED)
-    print(json.dumps({"adapters": results, "merged": merged}, indent=1))
-    text = DOCS.read_text(encoding="utf-8")
-    text = replace(text, "exported adapters", rows(results, ["effect", "transformers", *chosen]))
-    text = replace(text, "merged models", rows(merged, ["folder", "float32", "bfloat16", "float16", "q8_0"]))
-    DOCS.write_text(text, encoding="utf-8")
+        if readers:
+            for name, values in measure.measure(base, programs, work, list(measure.CASES), readers).items():
+                found["adapters"].setdefault(name, {}).update(values)
+        if "merged" in chosen:
+            found["merged"] = measure.measure_merged(base, programs, work, MERGED)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write()
 
 
 if __name__ == "__main__":
