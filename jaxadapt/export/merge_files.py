@@ -19,8 +19,8 @@ from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.export import base_export, untying
+from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
+from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
@@ -186,6 +186,7 @@ def combine_folders(
     out: str | os.PathLike[str],
     *,
     resize: int | None = None,
+    dtype: str | None = None,
     allow_nan: bool = False,
     progress: Progress = None,
     **options: Any,
@@ -193,10 +194,11 @@ def combine_folders(
     """Combine several LoRA adapters of the same base into one, and write it.
 
     Args:
-        adapters: folders or addresses.
+        adapters: folders or addresses, or image adapters in one file each.
         weights: one factor for each adapter.
-        out: the folder to write to.
+        out: the folder to write to; for image adapters also a file, with the names of the first one.
         resize: the rank of the result. Default: decided by the method.
+        dtype: the dtype of the file, as in `file_formats.convert_format`.
         allow_nan: accept a NaN or an infinity in the adapters.
         progress: as in `merge_folder`, for reading and writing.
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
@@ -205,16 +207,16 @@ def combine_folders(
         tensors = [folder.read(path, progress=report) for path in adapters]
         if not allow_nan:
             refuse_nan(tensors, "combine")
-        return _combine_tensors(tensors, weights, out, resize, options, report)
+        combined = _combine_tensors(tensors, weights, resize, options)
+        file_formats.write_like(combined, out, adapters[0], dtype, report)
+        return combined
 
 
 def _combine_tensors(
     tensors: Sequence[PeftTensors],
     weights: Sequence[float],
-    out: str | os.PathLike[str],
     resize: int | None,
     options: dict[str, Any],
-    report: Report,
 ) -> PeftTensors:
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
@@ -241,9 +243,7 @@ def _combine_tensors(
         warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     encoded = peft.to_peft(combined)
     config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
-    encoded = dataclasses.replace(encoded, config=config)
-    folder.write(encoded, out, progress=report)
-    return encoded
+    return dataclasses.replace(encoded, config=config)
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
