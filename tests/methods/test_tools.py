@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import AdapterError, AttachError, ConfigError
+from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
@@ -51,10 +51,16 @@ class Net(nnx.Module):
         return self.up(jnp.tanh(self.q(x)))
 
 
+def keymap_of(peft_type: str) -> KeyMap | str:
+    """A keymap with the order of PyTorch's modules where the method needs it."""
+    weights = (Weight("{path}.kernel", "{path}.weight", "i o -> o i"), Weight("{path}.bias", "{path}.bias", "o -> o"))
+    return KeyMap("net", weights, order=("q", "up")) if METHODS[peft_type].ordered else "auto"
+
+
 def network(peft_type: str) -> Any:
     """A network with an adapter whose trained tensors are not those of a new one."""
     config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples()[0])
-    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
+    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2), keymap=keymap_of(peft_type))
     adapter, random = jaxadapt.extract(model), np.random.default_rng(3)
     trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
     values = {
@@ -120,6 +126,10 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
         with pytest.raises(AttachError, match="start from the values of the base weights"):  # one tensor in memory
             merge_files.merge_folder(base, folder, tmp_path / "merged")
         np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
+    elif method.ordered:
+        with pytest.raises(KeyMapError, match="depends on the order of PyTorch's modules"):  # files are not ordered
+            merge_files.merge_folder(base, folder, tmp_path / "merged")
+        np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
     elif adapter.config.facts.merges:
         merge_files.merge_folder(base, folder, tmp_path / "merged")
         merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
@@ -137,7 +147,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     # Checkpoints.
     with jaxadapt.CheckpointManager(tmp_path / "run") as manager:
         manager.save(1, model)
-    fresh = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(9))
+    fresh = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(9), keymap=keymap_of(peft_type))
     jaxadapt.CheckpointManager(tmp_path / "run").restore(fresh)
     np.testing.assert_array_equal(fresh(X), want)
 

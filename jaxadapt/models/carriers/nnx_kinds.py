@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +132,15 @@ class Model(_Variables, Object):
 
     def leaves(self) -> dict[str, Any]:
         return survey.base_values(self._contents.leaves)
+
+    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+        modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
+        owners = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in wanted}
+        if not all(isinstance(vars(module).get(attr), nnx.Param) for module, attr in owners.values() if module):
+            return super().some_leaves(wanted)
+        if any(module is None for module, _ in owners.values()):
+            return super().some_leaves(wanted)
+        return survey.base_values(owners)
 
     def abstract(self) -> Any:
         graphdef, state = nnx.split(self.tree)
