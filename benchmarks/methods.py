@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -250,6 +251,7 @@ def main() -> None:
             results.refused[name] = str(error).partition("\n")[0]
             continue
         base, results.found[name] = vars(one.step)["base"], one
+        print(f"{name}: compiled", file=sys.stderr, flush=True)
     found = results.found
     ways = {name: Way(lambda _, one=one: one.step()) for name, one in found.items()}
     for name, times in interleave(ways, given.rounds).items():
