@@ -113,7 +113,8 @@ def peft_layers(peft_type: str) -> str:
             warnings.simplefilter("ignore")
             model: Any = peft.get_peft_model(torch.nn.ModuleDict({"q": layer}), made(target_modules=["q"], **fields))
             model.base_model.model["q"](*inputs)
-            found.append(kind)
+            if any(p.requires_grad for p in model.parameters()):  # some methods silently leave a layer alone
+                found.append(kind)
     return ", ".join(found)
 
 
