@@ -80,8 +80,10 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(2)))
     assert all(started.adapter.flat()[path].shape == x.shape for path, x in fresh.flat().items())
     assert started.base(X).shape == want.shape
-    # Combining is PEFT's of plain LoRA.
-    if lora_variants.reasons_not_a_product(adapter.config):
+    # Combining is PEFT's: of plain LoRA, and of vectors.
+    if method.sums:
+        assert jaxadapt.combine([adapter, adapter], [0.5, 0.5], method="linear").flat().keys() == adapter.flat().keys()
+    elif lora_variants.reasons_not_a_product(adapter.config):
         with pytest.raises(ConfigError, match=f"peft_type is {peft_type}"):
             jaxadapt.combine([adapter, adapter], [0.5, 0.5])
     else:
