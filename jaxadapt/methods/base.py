@@ -118,6 +118,7 @@ class Method(abc.ABC):
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
+        sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
             do not.
@@ -136,6 +137,7 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()
     copies: bool = False
     on_parameters: bool = False
+    sums: ClassVar[bool] = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False

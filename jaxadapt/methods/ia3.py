@@ -51,6 +51,7 @@ class IA3(Method):
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
+    sums = True
     neutral = MappingProxyType({"ia3_l": 1.0})
     row_neutral = MappingProxyType({"ia3_l": 1.0})
 
