@@ -110,6 +110,11 @@ class AdapterPool:
         with self._changed:
             return self._folders.add(name, path)
 
+    def remove(self, name: str) -> None:
+        """Forget a name; raise `AttachError` for an unknown one. Leases keep its version until they end."""
+        with self._changed:
+            self._folders.remove(name)
+
     def names(self) -> list[str]:
         """Return the names."""
         with self._changed:
