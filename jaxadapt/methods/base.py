@@ -126,6 +126,8 @@ class Method(abc.ABC):
         ordered: True if a module's change depends on its place among all modules of the adapter.
         row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
             the same; the other axes of all rows are equal.
+        row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
+            them are faster so.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -146,6 +148,7 @@ class Method(abc.ABC):
     on_bias: bool = False
     ordered: bool = False
     row_padded: frozenset[str] = frozenset()
+    row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:

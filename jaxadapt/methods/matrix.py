@@ -177,10 +177,11 @@ class MatrixMethod(Method):
 
     def row_hparams(self, hparams: MatrixHparams) -> MatrixHparams:
         own = hparams.own
-        fields = [field.name for field in dataclasses.fields(own)] if dataclasses.is_dataclass(own) else []
-        changes = {name: None if name in self.row_numbers else 0.0 for name in fields}
-        changes = {name: x for name, x in changes.items() if name in self.row_numbers or name == "dropout"}
-        return MatrixHparams(dataclasses.replace(own, **changes) if changes else own, rows=True)
+        if not dataclasses.is_dataclass(own) or isinstance(own, type):
+            return MatrixHparams(own, rows=True)
+        changes: dict[str, Any] = dict.fromkeys(self.row_numbers)
+        changes |= {field.name: 0.0 for field in dataclasses.fields(own) if field.name == "dropout"}
+        return MatrixHparams(dataclasses.replace(own, **changes), rows=True)
 
     def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         numbers = {name: getattr(hparams.own, name) for name in self.row_numbers} | {USED: hparams.used or 1.0}
@@ -275,4 +276,6 @@ def _layout(axes: Axes) -> TorchLayout:
 
 
 def _choose(used: Any, new: Array, old: Array) -> Array:
-    return new if used is None else jnp.where(used > 0, new, old.astype(new.dtype))
+    return (
+        new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
+    )  # NaN, where an id is no slot, stays
