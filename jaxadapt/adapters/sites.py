@@ -162,7 +162,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     problems = check_shared(shared, found_shared)
     if problems:
         raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
-    return Sites(sites, shared, method)
+    return Sites(sites, shared, method, keymap)
 
 
 def require_complete(adapter: Adapter, sites: Sites) -> None:
@@ -173,6 +173,8 @@ def require_complete(adapter: Adapter, sites: Sites) -> None:
     method = sites.method
     if method is not None and type(method).shared is not methods.Method.shared and not adapter.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
+    if method is not None and method.scope == "site" and not sites:
+        missing.append("the tensors of its modules")
     if missing:
         raise AttachError(
             "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"

@@ -138,7 +138,10 @@ class KeyMap:
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
         expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
             single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+        order: the last names of PyTorch's modules, in the order in which they occur in the module that contains them.
+            The meaning of some adapters depends on it.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
+        relative_positions: True if the models know positions only as distances (T5), so that a prefix moves no token.
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> keymap.match("a.b.kernel").module({})
@@ -158,7 +161,9 @@ class KeyMap:
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
     expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    order: tuple[str, ...] = ()
     per_expert: bool = False
+    relative_positions: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -308,7 +313,9 @@ def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
     entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
     rest = {
-        _STORED.get(f.name, f.name): getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"
+        _STORED.get(f.name, f.name): getattr(keymap, f.name)
+        for f in dataclasses.fields(keymap)
+        if f.name != "weights" and (f.name != "relative_positions" or keymap.relative_positions)
     }
     return {**rest, "weights": entries}
 
@@ -318,7 +325,7 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
     counts = tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ()))
-    names = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
+    names = {name: tuple(map(str, data.get(name, ()))) for name in ("needs", "same", "buffers", "order")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
     nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}

@@ -21,6 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
@@ -67,6 +68,7 @@ class Start:
         shared: `{name: shape}` of the adapter's shared tensors.
         modules: the PyTorch modules of all sites of the adapter, in the order of the base.
         make_key: returns `key`.
+        order_modules: returns `ordered_modules`.
     """
 
     shape: tuple[int, ...]
@@ -79,11 +81,20 @@ class Start:
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None
+    order_modules: Callable[[], Mapping[str, tuple[int, int]]] = dict[str, tuple[int, int]]
 
     @functools.cached_property
     def key(self) -> Array:
         """The random key of this tensor, another one for each module."""
         return self.make_key()
+
+    @functools.cached_property
+    def ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (inputs, outputs)}` of all sites of the adapter, in the order of PyTorch's modules.
+
+        Raises `KeyMapError` if the keymap does not state the order.
+        """
+        return self.order_modules()
 
 
 class Method(abc.ABC):
@@ -96,6 +107,7 @@ class Method(abc.ABC):
         peft_type: PEFT's name of the method.
         scope: "site" for a method that adapts weights; "model" for one whose tensors all belong to the whole adapter
             (prompts); "copies" for one that trains copies of its targets' parameters (`copy_of`).
+        key_prefix: the start of the keys of its modules' tensors, and of copies beside them, in a file.
         kinds: the kinds of weight (`Weight.kind`) that it adapts.
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
@@ -105,12 +117,17 @@ class Method(abc.ABC):
             file lacks.
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
+        ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        ordered: True if a module's change depends on its place among all modules of the adapter.
+        row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
+            the same; the other axes of all rows are equal.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
     peft_type: str
     scope: ClassVar[Literal["site", "model", "copies"]] = "site"
+    key_prefix: ClassVar[str] = PEFT_PREFIX
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
@@ -118,7 +135,10 @@ class Method(abc.ABC):
     on_parameters: bool = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
+    ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    ordered: bool = False
+    row_padded: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -259,6 +279,14 @@ class Method(abc.ABC):
             entries: the sizes of the stacked axes and of the batch axes.
         """
         return dict(params)
+
+    def row_pair(self, hparams: Any, params: Params) -> tuple[Array, Array, Array] | None:
+        """Return `(s, A, B)` if a row's whole change of a product is s·B·A·x, else None.
+
+        `hparams` are those of `row_hparams`. The tensors have a leading axis of slots: (slots, batch...) for s,
+        (slots, batch..., r, in...) and (slots, batch..., out..., r).
+        """
+        return None
 
     def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""

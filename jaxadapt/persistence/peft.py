@@ -181,7 +181,7 @@ def adapter_from_tensors(
         if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
     ]
     shapes = {key: spec.shape for key, spec in specs.items()}
-    if tensors.config.get("ensure_weight_tying"):
+    if tied.repeats_heads(tensors.config, recipe.keymap, base.leaves):
         repeated = tied.redundant_head_keys(
             tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
         )
@@ -328,7 +328,9 @@ def _created_tensors(
         adapter_sites.method,
     )
     try:
-        leaves = initial_values.init_values(config, incomplete, jax.random.key(0), base=base.leaves)
+        leaves = initial_values.init_values(
+            config, incomplete, jax.random.key(0), base=base.leaves, whole=adapter_sites
+        )
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
     traced = any(isinstance(x, jax.Array) for x in _planned_tensors(tensors.tensors, plan).values())

@@ -12,8 +12,10 @@ from typing import Any
 
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence.verification import (
     base_checks,
+    base_identity,
     config_checks,
     finding,
     foreign_files,
@@ -63,6 +65,8 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
         findings = list(stored.findings)
         if stored.is_adapter:
             findings += _check_content(stored, known_base, os.fspath(name), report)
+        if isinstance(base, str | os.PathLike) and stored.base and not isinstance(known_base, KeyMap):
+            findings += base_identity.check_identity(stored.base, known_base or {}, base)
     return sorted(findings, key=lambda found: SEVERITIES.index(found.severity))
 
 

@@ -18,12 +18,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import AdapterError, AttachError
+from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
-from jaxadapt.configs import listing
+from jaxadapt.configs import listing, lora_variants
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.tensor_names import tensor_prefixes
 from jaxadapt.core import paths
@@ -49,10 +49,16 @@ class Net(nnx.Module):
         return self.up(jnp.tanh(self.q(x)))
 
 
+def keymap_of(peft_type: str) -> KeyMap | str:
+    """A keymap with the order of PyTorch's modules where the method needs it."""
+    weights = (Weight("{path}.kernel", "{path}.weight", "i o -> o i"), Weight("{path}.bias", "{path}.bias", "o -> o"))
+    return KeyMap("net", weights, order=("q", "up")) if METHODS[peft_type].ordered else "auto"
+
+
 def network(peft_type: str) -> Any:
     """A network with an adapter whose trained tensors are not those of a new one."""
     config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples()[0])
-    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
+    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2), keymap=keymap_of(peft_type))
     adapter, random = jaxadapt.extract(model), np.random.default_rng(3)
     trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
     values = {
@@ -67,6 +73,17 @@ def network(peft_type: str) -> Any:
 def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     model, method = network(peft_type), METHODS[peft_type]
     adapter, want = jaxadapt.extract(model), np.asarray(model(X))
+    # Initializing with `start` is initializing with `adapt`.
+    started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), rngs=nnx.Rngs(2))
+    fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(2)))
+    assert jax.tree.map(jnp.shape, started.adapter) == jax.tree.map(jnp.shape, fresh)
+    assert started.base(X).shape == want.shape
+    # Combining is PEFT's of plain LoRA.
+    if lora_variants.reasons_not_a_product(adapter.config):
+        with pytest.raises(ConfigError, match=f"peft_type is {peft_type}"):
+            jaxadapt.combine([adapter, adapter], [0.5, 0.5])
+    else:
+        assert jaxadapt.combine([adapter, adapter], [0.5, 0.5]).flat().keys() == adapter.flat().keys()
     # The optimizer: what has no role decays like LoRA's matrices, frozen tensors do not.
     roles, decays = (
         jax.tree.leaves(f(nnx.state(model, jaxadapt.AdapterParam))) for f in (optim.roles, optim.decay_mask)
@@ -107,6 +124,10 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
         with pytest.raises(AttachError, match="start from the values of the base weights"):  # one tensor in memory
             merge_files.merge_folder(base, folder, tmp_path / "merged")
         np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
+    elif method.ordered:
+        with pytest.raises(KeyMapError, match="depends on the order of PyTorch's modules"):  # files are not ordered
+            merge_files.merge_folder(base, folder, tmp_path / "merged")
+        np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
     elif adapter.config.facts.merges:
         merge_files.merge_folder(base, folder, tmp_path / "merged")
         merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
@@ -124,7 +145,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     # Checkpoints.
     with jaxadapt.CheckpointManager(tmp_path / "run") as manager:
         manager.save(1, model)
-    fresh = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(9))
+    fresh = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(9), keymap=keymap_of(peft_type))
     jaxadapt.CheckpointManager(tmp_path / "run").restore(fresh)
     np.testing.assert_array_equal(fresh(X), want)
 

@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.progress"},
     "matplotlib": {"demo", "analysis.norms_plot", "analysis.differences_plot"},
-    "gguf": {"demo"},
+    "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
     "starlette": {"server.app"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,11 @@ class Carrier:
         """Return `{path: array}` of the base parameters, without boxes."""
         flat = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
         return {_dotted_path(keys): unbox(leaf) for keys, leaf in flat}
+
+    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+        """Return `{path: array}` of some base parameters."""
+        leaves = self.leaves()
+        return {path: leaves[path] for path in wanted}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
         """Replace the base parameters at some paths, in their boxes or with them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,6 +133,15 @@ class Model(_Variables, Object):
     def leaves(self) -> dict[str, Any]:
         return survey.base_values(self._contents.leaves)
 
+    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+        modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
+        owners = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in wanted}
+        if not all(isinstance(vars(module).get(attr), nnx.Param) for module, attr in owners.values() if module):
+            return super().some_leaves(wanted)
+        if any(module is None for module, _ in owners.values()):
+            return super().some_leaves(wanted)
+        return survey.base_values(owners)
+
     def abstract(self) -> Any:
         graphdef, state = nnx.split(self.tree)
         return nnx.merge(graphdef, jax.eval_shape(lambda: state))
@@ -213,7 +222,8 @@ class Model(_Variables, Object):
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        return State(nnx.state(self.tree, attach.AdapterParam)).map_adapters(f, names)
+        trained = State(nnx.state(self.tree, attach.AdapterParam))
+        return trained.map_adapters(lambda name, _: f(name, attach.extract(self.tree, name)), names)  # all its tensors
 
     def with_rest(self, rest: Any) -> Any:
         return self.fill(rest)

@@ -360,7 +360,9 @@ def extract(tree: Tree, name: str) -> Adapter:
     recipe = _recipe_of(variables, name)
     values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len({path.rpartition(".")[0] for path in values} - {SHARED_NODE}), name)
+    leaves = {path.rpartition(".")[0] for path in values}
+    if leaves != {SHARED_NODE}:  # the trained parameters of a method whose sites have none
+        recipe.check_complete(len(leaves - {SHARED_NODE}), name)
     return adapter
 
 
