@@ -183,8 +183,8 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     sites = sites_of(adapter)
     if not sites:  # a prompt, whose tensors belong to no weight
         raise AttachError(
-            f"cannot put the adapter into the bank: {adapter.config.peft_type} changes no weight, and has no form with a"
-            " separate adapter for each row. Load it into a model of its own (jaxadapt.load)"
+            f"cannot put the adapter into the bank: {adapter.config.peft_type} changes no weight, and rows"
+            " cannot each have one. Load it into a model of its own (jaxadapt.load)"
         )
     for site in sites:
         try:

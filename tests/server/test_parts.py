@@ -7,14 +7,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-import jaxadapt
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
-from jaxadapt.demo import llama_nnx
 from jaxadapt.demo.generation import GREEDY
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.server import names, run
@@ -23,7 +19,7 @@ from jaxadapt.server.engine import Engine, Job, Piece
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.protocol import RequestError
 from jaxadapt.server.text import TextStream
-from tests.server.conftest import CONFIG, LENGTH, alone, write_adapter, write_base
+from tests.server.conftest import CONFIG, write_base
 
 
 def test_a_character_of_several_tokens_comes_whole(base):
@@ -160,36 +156,3 @@ def test_bases(tmp_path, base, root):
     (tmp_path / "adapters" / "tiny" / "adapter_config.json").write_text("{}")
     with pytest.raises(FileError, match="has the base's name, 'tiny'"):
         run.make_server(base, tmp_path / "adapters")
-
-
-def test_the_bank_has_room_for_every_kind_in_the_folder(base, tmp_path):
-    """LoRAs of ranks 2 and 5, DoRA, IA3 and RoAd, each answered as alone; prefixes have no form for rows."""
-    write_adapter(tmp_path / "lora", 1, base)
-    write_adapter(tmp_path / "dora", 2, base, use_dora=True)
-    model = llama_nnx.to_nnx(base.config, base.weights)
-    rng = np.random.default_rng(0)
-    targets = ["q_proj", "down_proj"]
-    for name, config in {
-        "five": jaxadapt.LoraConfig(r=5, lora_alpha=20, target_modules=targets),
-        "ia3": jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        "road": jaxadapt.RoadConfig(target_modules=targets, group_size=2),
-    }.items():
-        adapter = jaxadapt.init(config, model, key=jax.random.key(0))
-        values = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape).astype("f4"), adapter)
-        jaxadapt.save(values, tmp_path / name)
-    prefix = jaxadapt.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    jaxadapt.save(jaxadapt.adapt(model, prefix, rngs=nnx.Rngs(0), example=[np.zeros((1, 3), int)]), tmp_path / "prefix")
-    server = run.make_server(base, tmp_path, rows=2, length=LENGTH, rank=1)
-    try:
-        names = ["lora", "dora", "five", "ia3", "road", "prefix"]
-        made = submit(server.engine, names=names, prompt=base.encode("Hello"), count=6)
-        for name, (pieces, ended) in zip(names, made, strict=True):
-            assert ended.wait(120)
-            if name == "prefix":
-                assert "PREFIX_TUNING changes no weight" in str(pieces[-1].error)
-            else:
-                text = base.decode(alone(base, tmp_path / name, "Hello", 6))
-                assert "".join(piece.text for piece in pieces) == text, name
-    finally:
-        server.engine.close()
-        server.pool.close()
