@@ -100,14 +100,29 @@ class Sites(tuple[Site, ...]):
 
     shared: tuple[SharedTensor, ...]
     method: methods.Method | None
+    untargeted: tuple[str, ...]
 
     def __new__(
-        cls, sites: Iterable[Site], shared: Iterable[SharedTensor] = (), method: methods.Method | None = None
+        cls,
+        sites: Iterable[Site],
+        shared: Iterable[SharedTensor] = (),
+        method: methods.Method | None = None,
+        untargeted: Iterable[str] = (),
     ) -> Sites:
-        """Create the value; `method` is the method of the shared tensors."""
+        """Create the value.
+
+        Args:
+            method: the method of the shared tensors.
+            untargeted: the modules and parameters that have tensors and that the configuration does not name.
+        """
         self = super().__new__(cls, tuple(sites))
-        self.shared, self.method = tuple(shared), method
+        self.shared, self.method, self.untargeted = tuple(shared), method, tuple(untargeted)
         return self
+
+    @functools.cached_property
+    def file_plan(self) -> plan.Plan:
+        """The plan of the file that holds the tensors."""
+        return plan.make_plan([entry for _, entry in file_entries(self)])
 
 
 def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
@@ -273,4 +288,4 @@ def map_layers(
 
 def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
     """Return the plan of the file that holds these sites' tensors, and the shared ones."""
-    return plan.make_plan([entry for _, entry in file_entries(sites)])
+    return (sites if isinstance(sites, Sites) else Sites(sites)).file_plan
