@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -178,12 +178,13 @@ class Model(_Variables, Object):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        fits = present is not None and present.shapes == adapter.shapes and is_same(present, adapter)
-        if fits and rngs is None and not new:
-            attach.inject(adapter, self._contents, name)
-            attach.activate(self._contents, (name,))
-            return self.tree
         values = adapter.flat()
+        if present is not None and rngs is None and not new and is_same(present, adapter):
+            old = present.flat()
+            if old.keys() == values.keys() and all(old[path].shape == x.shape for path, x in values.items()):
+                graph.set_values(attach.adapter_variables(self._contents)[name], values)
+                attach.activate(self._contents, (name,))
+                return self.tree
         if present is not None or rngs is not None or new:
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
             copy = self.abstract()
@@ -221,7 +222,7 @@ class Model(_Variables, Object):
 
 def is_same(present: Adapter, adapter: Adapter) -> bool:
     """Return True if two adapters have one configuration, and would be saved with the same origin."""
-    return present.config == adapter.config and present.recipe.origin == adapter.recipe.origin
+    return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
 
 
 def refuse_alpha(lora_alpha: float | None) -> None:

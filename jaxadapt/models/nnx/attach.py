@@ -271,11 +271,9 @@ def adapter_names(model: Model) -> tuple[str, ...]:
 
 
 def _names_in(layers: Layers) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for _, layer in layers:
-        for collection in methods.COLLECTIONS:
-            names |= dict.fromkeys(vars(layer).get(collection, ()))
-    return tuple(names)
+    attributes = {attr for _, layer in layers for attr in vars(layer)}
+    collections = [collection for collection in methods.COLLECTIONS if collection in attributes]
+    return tuple(dict.fromkeys(n for _, layer in layers for c in collections for n in vars(layer).get(c, ())))
 
 
 def activate(model: Model, names: Sequence[str]) -> None:
@@ -358,7 +356,7 @@ def extract(tree: Tree, name: str) -> Adapter:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
     recipe = _recipe_of(variables, name)
-    values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
+    values = graph.values_of(variables)
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
     recipe.check_complete(len({path.rpartition(".")[0] for path in values} - {SHARED_NODE}), name)
     return adapter
@@ -366,7 +364,7 @@ def extract(tree: Tree, name: str) -> Adapter:
 
 def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
     """Return the recipe that all these parameters carry; raise `AttachError` if they carry several."""
-    carried = {id(var.adapter.recipe): var.adapter.recipe for var in variables.values()}
+    carried = {id(recipe := var.get_metadata("adapter").recipe): recipe for var in variables.values()}
     recipes = set(carried.values())  # comparing them takes longer than finding that nearly all are one object
     if len(recipes) > 1:
         raise AttachError(
