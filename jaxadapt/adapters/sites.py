@@ -15,28 +15,35 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, target_parameters
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import FileShapes as FileShapes
-from jaxadapt.adapters.site import Shape as Shape
-from jaxadapt.adapters.site import SharedTensor as SharedTensor
-from jaxadapt.adapters.site import Site as Site
-from jaxadapt.adapters.site import Sites as Sites
-from jaxadapt.adapters.site import all_tensors as all_tensors
-from jaxadapt.adapters.site import bind_shared as bind_shared
-from jaxadapt.adapters.site import bind_site as bind_site
-from jaxadapt.adapters.site import file_entries as file_entries
-from jaxadapt.adapters.site import make_file_plan as make_file_plan
-from jaxadapt.adapters.site import map_layers as map_layers
-from jaxadapt.adapters.site import map_stack as map_stack
-from jaxadapt.adapters.site import method_tensors as method_tensors
-from jaxadapt.adapters.site import repeated_keys as repeated_keys
-from jaxadapt.adapters.site import shared_tensors as shared_tensors
-from jaxadapt.adapters.site import torch_layout as torch_layout
+from jaxadapt.adapters.site import (
+    FileShapes,
+    Shape,
+    SharedTensor,
+    Site,
+    Sites,
+    all_tensors,
+    bind_shared,
+    bind_site,
+    file_entries,
+    make_file_plan,
+    map_layers,
+    map_stack,
+    method_tensors,
+    repeated_keys,
+    shared_tensors,
+    torch_layout,
+)
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import Modules
+
+__all__ = [
+    "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
+    "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors", "torch_layout",
+]  # fmt: skip
 
 Index = tuple[int, ...]
 
