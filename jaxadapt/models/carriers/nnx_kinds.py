@@ -54,9 +54,6 @@ class _Variables(Carrier):
         """The state, or the walk over the model."""
         return self.tree
 
-    def has_adapters(self) -> bool:
-        return attach.has_adapters(self._contents)
-
     def names(self) -> list[str]:
         return list(attach.adapter_variables(self._contents))
 
@@ -162,7 +159,7 @@ class Model(_Variables, Object):
             "for Linen modules only; call model.train() or model.eval() of an NNX model",
         )
         base, rngs = self.base(), options["rngs"]
-        check_free(name, attach.adapter_names(self._contents))
+        check_free(name, self.names())
         recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
         abstract = rngs is None and survey.is_abstract(base.held)
         if rngs is None and not abstract:

@@ -34,7 +34,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.nnx.graph import Owner, model_of
+from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
@@ -265,24 +265,13 @@ def adapted_layers(model: Model) -> list[tuple[str, Any]]:
     return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
-def adapter_names(model: Model) -> tuple[str, ...]:
-    """Return the names of a model's adapters, each once."""
-    return _names_in(adapted_layers(model))
-
-
-def _names_in(layers: Layers) -> tuple[str, ...]:
-    attributes = {attr for _, layer in layers for attr in vars(layer)}
-    collections = [collection for collection in methods.COLLECTIONS if collection in attributes]
-    return tuple(dict.fromkeys(n for _, layer in layers for c in collections for n in vars(layer).get(c, ())))
-
-
 def activate(model: Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
     """
-    layers = adapted_layers(model)
-    present = _names_in(layers)
+    walk = graph.walk_model(model)
+    layers, present = adapted_layers(walk), walk.adapters
     unknown = [name for name in names if name not in present]
     if unknown:
         raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
@@ -306,18 +295,15 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
 
 def active_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
-    return _active_in(adapted_layers(model))
-
-
-def _active_in(layers: Layers) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
+    return tuple(dict.fromkeys(name for _, layer in adapted_layers(model) for name in getattr(layer, ACTIVE)))
 
 
 def delete(model: Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
-    layers = adapted_layers(model)
+    walk = graph.walk_model(model)
+    layers = adapted_layers(walk)
     require_current_trace(layer for _, layer in layers)
-    _set_active(layers, tuple(name for name in _active_in(layers) if name not in names))
+    _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
         for name, attr in itertools.product(names, (*methods.COLLECTIONS, DROPOUT)):
@@ -328,15 +314,10 @@ def delete(model: Model, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-    prompt.restore_attention(model_of(model))
+    prompt.restore_attention(walk.model)
 
 
 # ---------------------------------------------------------------- extracting and injecting values
-
-
-def has_adapters(tree: Tree) -> bool:
-    """Return True if a model or a state has an adapter."""
-    return bool(adapter_variables(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
