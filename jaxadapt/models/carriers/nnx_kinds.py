@@ -18,7 +18,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
-from jaxadapt.models.carriers.base import Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.carriers.base import Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.models.nnx.params import LayerNumber
@@ -66,7 +66,12 @@ class _Variables(Carrier):
         return attach.extract(self._contents, name)
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
-        attach.inject(adapter, self._contents, name)
+        variables = attach.adapter_variables(self._contents).get(name)
+        if variables is None:
+            raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
+        recipe = next(iter(variables.values())).get_metadata("adapter").recipe
+        check_fit(adapter, recipe.config, graph.values_of(variables), name)
+        graph.set_values(variables, adapter.flat())
         return self.tree
 
     def rest(self) -> Any:

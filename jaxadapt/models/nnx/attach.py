@@ -29,7 +29,6 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_n
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
-from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
@@ -353,21 +352,3 @@ def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
             " Delete it and attach it again"
         )
     return recipes.pop()
-
-
-def inject(adapter: Adapter, tree: Tree, name: str) -> None:
-    """Set the values of the attached adapter called `name`.
-
-    Raises `AttachError`, listing all problems, unless the paths, shapes and configuration agree.
-    """
-    variables = adapter_variables(tree).get(name)
-    if variables is None:
-        raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
-    values = adapter.flat()
-    problems = list(map(str, compare(shapes_of(graph.values_of(variables)), shapes_of(values))))
-    recipe = next(iter(variables.values())).get_metadata("adapter").recipe
-    if recipe.config != adapter.config:
-        problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
-    if problems:
-        raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    graph.set_values(variables, values)
