@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,11 +45,22 @@ class _Context:
 
     modules: tuple[str, ...] = ()
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+    whole: Sites | None = None
 
     @staticmethod
-    def of(sites: Sequence[Site]) -> _Context:
+    def of(sites: Sequence[Site], whole: Sites | None = None) -> _Context:
         modules = tuple(module for site in sites if not site.method.copies for module in site.modules)
-        return _Context(modules, {each.tensor.name: each.entry.shape for each in shared_tensors(sites)})
+        shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
+        return _Context(modules, shared, whole or (sites if isinstance(sites, Sites) else None))
+
+    @functools.cached_property
+    def _ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+        assert self.whole is not None, "only the sites of a whole adapter have an order"
+        return self.whole.ordered_modules()
+
+    def order_modules(self) -> Mapping[str, tuple[int, int]]:
+        """Return the value of `Sites.ordered_modules`."""
+        return self._ordered_modules
 
 
 def init_values(
@@ -60,6 +72,7 @@ def init_values(
     base: Mapping[str, Any] | None = None,
     base_shardings: Mapping[str, Any] | None = None,
     given: Mapping[str, Any] | None = None,
+    whole: Sites | None = None,
 ) -> dict[str, Any]:
     """Return initial parameters, `{path: array}`, each drawn from its own fold of `key`; specs if `abstract`.
 
@@ -70,6 +83,7 @@ def init_values(
         base: `{leaf: array}` of the base parameters, for tensors derived from them.
         base_shardings: `{leaf: sharding}` of the base parameters that have one; each tensor is created with its own.
         given: `{path: array}` of tensors that exist already and are not created.
+        whole: all sites of the adapter, if `sites` are a part of them.
     """
     given, base = given or {}, base or {}
     shardings = sharding.adapter_shardings(sites, base_shardings or {})
@@ -85,7 +99,7 @@ def init_values(
             "these adapters start from the values of the base weights, which have none here; pass base parameters with"
             " values:\n" + paths.bullets(without_values)
         )
-    context = _Context.of(sites)
+    context = _Context.of(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:
         w = None if each.site is None else base.get(each.site.leaf)
@@ -196,6 +210,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
 
     common: dict[str, Any] = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
+    common["order_modules"] = context.order_modules
     if site is None:
         return Start(form.file_shape, **common)
     in_torch = site.method.torch_layout

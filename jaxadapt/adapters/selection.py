@@ -177,7 +177,7 @@ def _select_sites(
         warnings += unmatched
     selected_names = set(selected)
     if method.scope == "copies":
-        return Sites(_bind_copies(config, keymap, shapes, ()), (), method), tuple(warnings)
+        return Sites(_bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
 
     sites: list[Site] = []
     refused = [
@@ -216,7 +216,8 @@ def _select_sites(
     )
     sites += parameter_sites
     shared = bind_shared(config, method, sites, found.shared)
-    return Sites((*sites, *_bind_copies(config, keymap, shapes, sites)), shared, method), tuple(warnings)
+    copies = _bind_copies(config, keymap, shapes, sites)
+    return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
 
 
 def _select_for_model(

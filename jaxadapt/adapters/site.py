@@ -17,7 +17,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import module_order, plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 
@@ -100,14 +100,42 @@ class Sites(tuple[Site, ...]):
 
     shared: tuple[SharedTensor, ...]
     method: methods.Method | None
+    keymap: KeyMap | None
+    untargeted: tuple[str, ...]
 
     def __new__(
-        cls, sites: Iterable[Site], shared: Iterable[SharedTensor] = (), method: methods.Method | None = None
+        cls,
+        sites: Iterable[Site],
+        shared: Iterable[SharedTensor] = (),
+        method: methods.Method | None = None,
+        keymap: KeyMap | None = None,
+        untargeted: Iterable[str] = (),
     ) -> Sites:
-        """Create the value; `method` is the method of the shared tensors."""
+        """Create the value.
+
+        Args:
+            method: the method of the shared tensors.
+            keymap: the keymap of the sites.
+            untargeted: the modules and parameters that have tensors and that the configuration does not name.
+        """
         self = super().__new__(cls, tuple(sites))
-        self.shared, self.method = tuple(shared), method
+        self.shared, self.method, self.keymap, self.untargeted = tuple(shared), method, keymap, tuple(untargeted)
         return self
+
+    def ordered_modules(self) -> dict[str, tuple[int, int]]:
+        """Return `{module: (inputs, outputs)}` of the adapted modules, in PyTorch's order.
+
+        Raises `KeyMapError` if the keymap does not state the order.
+        """
+        assert self.keymap is not None
+        targets = {module: site.target for site in self if not site.method.copies for module in site.modules}
+        names = module_order.sort_modules(self.keymap, targets)
+        return {name: (targets[name].in_size, targets[name].out_size) for name in names}
+
+    @functools.cached_property
+    def file_plan(self) -> plan.Plan:
+        """The plan of the file that holds the tensors."""
+        return plan.make_plan([entry for _, entry in file_entries(self)])
 
 
 def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
@@ -141,8 +169,11 @@ def bind_shared(
         own = dict(tensor.own)
         names = [name for name in tensor.axes if name != "batch"]
         right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
-        form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right, ())
+        split = (0,) if tensor.numbered else ()
+        form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right[len(split) :], split)
         keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
+        if tensor.numbered:
+            keys = tuple(f"{keys[0]}.{i}" for i in range(form.shape[0]))
         if tensor.repeated:
             modules = (module for site in sites if not site.method.copies for module in site.modules)
             keys += tuple(f"{PEFT_PREFIX}{module}{tensor.suffix}" for module in modules)
@@ -152,7 +183,9 @@ def bind_shared(
 
 def repeated_keys(sites: Sequence[Site]) -> dict[str, str]:
     """Return `{key: key of the same tensor}` of the keys that repeat a tensor of the whole adapter."""
-    return {key: each.entry.keys[0] for each in shared_tensors(sites) for key in each.entry.keys[1:]}
+    return {
+        key: each.entry.keys[0] for each in shared_tensors(sites) for key in each.entry.keys[each.entry.form.count :]
+    }
 
 
 def bind_site(
@@ -281,4 +314,4 @@ def map_layers(
 
 def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
     """Return the plan of the file that holds these sites' tensors, and the shared ones."""
-    return plan.make_plan([entry for _, entry in file_entries(sites)])
+    return (sites if isinstance(sites, Sites) else Sites(sites)).file_plan

@@ -80,6 +80,18 @@ def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]
     return replaced
 
 
+def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) -> bool:
+    """Return True if PEFT's file has an embedding's tensors once more for the head tied to it.
+
+    Args:
+        leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
+    """
+    if config.get("ensure_weight_tying"):
+        return True
+    method = METHODS.get(config.peft_type)
+    return method is not None and method.ties_heads and leaves is not None and bool(tied_heads(keymap, leaves))
+
+
 def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
     """Return the entries that a file repeats under the head's name, as the method says (`Method.as_head`)."""
     method = METHODS.get(config.peft_type)
@@ -117,7 +129,9 @@ def redundant_head_keys(
         if not np.array_equal(original if entry.form.right == first[entry.path].form.right else original.T, repetition):
             different.append(f"{key} and {original_key}")
     raise_listed(
-        MismatchError, f"{source}: with ensure_weight_tying these tensors must be equal, and they differ:", different
+        MismatchError,
+        f"{source}: the head is tied to the embedding, so these tensors must be equal, and they differ:",
+        different,
     )
     return set(repeated)
 

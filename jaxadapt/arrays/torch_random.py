@@ -51,16 +51,24 @@ class TorchRandom:
         return out
 
     def normal(self, shape: Sequence[int]) -> np.ndarray:
-        """Return float32 values as `torch.randn(shape)` draws them for 16 or more values, to within 2.4e-7."""
+        """Return float32 values as `torch.randn(shape)` draws them, to within 2.4e-7."""
         size = int(np.prod(shape))
         if size < 16:
-            raise ValueError(f"expected at least 16 values, found {size}: PyTorch draws fewer in another way")
+            return self._few_normal(size).reshape(shape)
         unit, out = self._unit(size), np.empty(size, np.float32)
         for start in range(0, size - 15, 16):
             out[start : start + 16] = _normal_block(unit[start : start + 16])
         if size % 16:  # PyTorch draws the last 16 values again
             out[-16:] = _normal_block(self._unit(16))
         return out.reshape(shape)
+
+    def _few_normal(self, size: int) -> np.ndarray:
+        """Return fewer than 16 values, which PyTorch draws in pairs from float64 numbers."""
+        words = self._words(4 * ((size + 1) // 2)).astype(np.uint64)
+        unit = ((words[::2] << np.uint64(32) | words[1::2]) & np.uint64(2**53 - 1)).astype(np.float64) * 2.0**-53
+        radius, angle = np.sqrt(-2 * np.log1p(-unit[1::2])), 2 * np.pi * unit[::2]
+        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+        return pairs.ravel()[:size].astype(np.float32)
 
     def _unit(self, count: int) -> np.ndarray:
         return (self._words(count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)

@@ -36,7 +36,11 @@ class PromptTuningConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "PROMPT_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        merges=False, learning_rate=3e-2, demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"})
+        merges=False,
+        learning_rate=3e-2,
+        demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        accuracy=0.343,
+        time=1.52,
     )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,

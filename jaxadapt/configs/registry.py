@@ -15,6 +15,7 @@ from jaxadapt.core.lazy import typed_imports
 if TYPE_CHECKING:
     from jaxadapt.configs.adalora import AdaLoraConfig as AdaLoraConfig
     from jaxadapt.configs.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+    from jaxadapt.configs.beft import BeftConfig as BeftConfig
     from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from jaxadapt.configs.road import RoadConfig as RoadConfig
     from jaxadapt.configs.shira import ShiraConfig as ShiraConfig
     from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
+    from jaxadapt.configs.tinylora import TinyLoraConfig as TinyLoraConfig
+    from jaxadapt.configs.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from jaxadapt.configs.unilora import UniLoraConfig as UniLoraConfig
     from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
     from jaxadapt.configs.waveft import WaveFTConfig as WaveFTConfig

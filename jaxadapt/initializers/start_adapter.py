@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
-from jaxadapt.configs import CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
+from jaxadapt.configs import Config, CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
@@ -46,7 +46,7 @@ class Started(NamedTuple):
 
 
 def start(
-    config: LoraConfig | PromptTuningConfig | CPTConfig,
+    config: Config,
     base: Any,
     *,
     key: Any = None,
@@ -64,6 +64,8 @@ def start(
     source: Adapter | PeftTensors | None = None,
 ) -> Started:
     """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT 0.21.2.
+
+    An adapter of another type starts as `init` and `adapt` start it; it needs `key`.
 
     The adapter and the returned base together compute the original base's outputs ("loftq", KaSA: approximately).
     W is the original weight:
@@ -113,11 +115,8 @@ def start(
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
-    if not isinstance(config, LoraConfig | PromptTuningConfig | CPTConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(
-            "start: expected a LoraConfig, a PromptTuningConfig or a CPTConfig, found"
-            f" {type(config).__name__}; use jaxadapt.adapt"
-        )
+    if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"start: expected a configuration such as LoraConfig(…), found {type(config).__name__}")
     held = carrier(base)
     if held.in_place:
         check_free(name, held.names())
@@ -145,6 +144,14 @@ def start(
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
         values = initial_values.init_values(
             recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
+        )
+        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        return _attach(held, adapter, adapter_sites, name, rngs, base)
+    if not isinstance(config, LoraConfig):
+        _check_arguments(type(config).__name__, given, ("key",))
+        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+        values = initial_values.init_values(
+            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
         )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)

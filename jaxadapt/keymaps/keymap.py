@@ -138,8 +138,10 @@ class KeyMap:
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
         expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
             single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
-        relative_positions: True if the models know positions only as distances (T5), so that a prefix moves no token.
+        order: the last names of PyTorch's modules, in the order in which they occur in the module that contains them.
+            The meaning of some adapters depends on it.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
+        relative_positions: True if the models know positions only as distances (T5), so that a prefix moves no token.
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> keymap.match("a.b.kernel").module({})
@@ -159,6 +161,7 @@ class KeyMap:
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
     expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    order: tuple[str, ...] = ()
     per_expert: bool = False
     relative_positions: bool = False
 
@@ -322,7 +325,7 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
     counts = tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ()))
-    names = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
+    names = {name: tuple(map(str, data.get(name, ()))) for name in ("needs", "same", "buffers", "order")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
     nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}

@@ -13,7 +13,7 @@ from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight
 
-_ROWS = ".token_adapter.trainable_tokens_delta"
+_ROWS = ".trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = Callable[[str, Shapes, tuple[int, ...]], tuple[int | None, int | None]]
 """(module, its file tensors, the shape of a convolution's weight) -> its outputs and its inputs, if they are known."""
@@ -35,7 +35,7 @@ def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     tensor = re.compile(rf"(?P<module>.+)\.(?P<name>(?:{parts})\.\w+|(?:{names})\w+)(?:\.weight)?")
     for key, shape in tensors.items():
         match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if match is not None and match["module"] != SHARED_MODULE:
+        if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
             found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = shape
     return found
 
@@ -55,8 +55,9 @@ def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def token_row_modules(tensors: Shapes) -> set[str]:
-    """Return the modules whose single rows an adapter file has (`trainable_token_indices`)."""
-    return {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
+    """Return the modules whose single rows an adapter file has."""
+    rows = {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
+    return {module.removesuffix(".token_adapter") for module in rows}
 
 
 def state_dict_keymap(

@@ -31,6 +31,8 @@ class MethodTensor:
         optional: True if a file may lack the tensor; it is then computed as for a new adapter.
         repeated: True if a file has a tensor of the whole adapter once more under the name of each module; a reader
             accepts files without these copies.
+        numbered: True if a file has one tensor for each index of the first axis, with the index at the end of the key;
+            only for a tensor of the whole adapter.
         dtype: the dtype of a tensor of integers; None for a tensor of floats.
         scale_power: if the JAX weight is f times the PyTorch weight (as MaxText's queries are), this tensor is
             multiplied by f to this power. None if the effect is not defined; converting the tensor then raises.
@@ -51,6 +53,7 @@ class MethodTensor:
     in_file: bool = True
     optional: bool = False
     repeated: bool = False
+    numbered: bool = False
     dtype: str | None = None
     scale_power: int | None = None
     used_sizes: tuple[int, ...] | None = None

@@ -68,6 +68,7 @@ class Start:
         shared: `{name: shape}` of the adapter's shared tensors.
         modules: the PyTorch modules of all sites of the adapter, in the order of the base.
         make_key: returns `key`.
+        order_modules: returns `ordered_modules`.
     """
 
     shape: tuple[int, ...]
@@ -80,11 +81,20 @@ class Start:
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None
+    order_modules: Callable[[], Mapping[str, tuple[int, int]]] = dict[str, tuple[int, int]]
 
     @functools.cached_property
     def key(self) -> Array:
         """The random key of this tensor, another one for each module."""
         return self.make_key()
+
+    @functools.cached_property
+    def ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+        """`{module: (inputs, outputs)}` of all sites of the adapter, in the order of PyTorch's modules.
+
+        Raises `KeyMapError` if the keymap does not state the order.
+        """
+        return self.order_modules()
 
 
 class Method(abc.ABC):
@@ -107,7 +117,17 @@ class Method(abc.ABC):
             file lacks.
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
+        ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
+        sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
+            do not.
+        on_bias: True if the layers' outputs change as by a bias alone, and no weight changes.
+        ordered: True if a module's change depends on its place among all modules of the adapter.
+        row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
+            the same; the other axes of all rows are equal.
+        row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
+            them are faster so.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -119,9 +139,16 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()
     copies: bool = False
     on_parameters: bool = False
+    sums: ClassVar[bool] = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
+    ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    inexact: str = ""
+    on_bias: bool = False
+    ordered: bool = False
+    row_padded: frozenset[str] = frozenset()
+    row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -262,6 +289,14 @@ class Method(abc.ABC):
             entries: the sizes of the stacked axes and of the batch axes.
         """
         return dict(params)
+
+    def row_pair(self, hparams: Any, params: Params) -> tuple[Array, Array, Array] | None:
+        """Return `(s, A, B)` if a row's whole change of a product is s·B·A·x, else None.
+
+        `hparams` are those of `row_hparams`. The tensors have a leading axis of slots: (slots, batch...) for s,
+        (slots, batch..., r, in...) and (slots, batch..., out..., r).
+        """
+        return None
 
     def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""

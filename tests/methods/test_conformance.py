@@ -42,15 +42,26 @@ LINES = {
 }
 FUSED = (Weight("w", "{p}.weight", "{p} i o -> o i", p=("k", "q")), (2, IN, OUT))
 PART = (Weight("w", "{p}.weight", "i {p} o -> o i", p=("k", "q", "v")), (IN, 3, OUT))
+ORDER = ("k", "q", "up")  # of the modules in PyTorch, on which some methods depend
+# The keymap of `Net`; the generic one, which the other methods have, states no order.
+NET = KeyMap(
+    "net",
+    (Weight("{path}.kernel", "{path}.weight", "i o -> o i"), Weight("{path}.bias", "{path}.bias", "o -> o")),
+    order=ORDER,
+)
 STACKED = (Weight("w", "h.{l}.q.weight", "i {l} o -> o i"), (IN, 3, OUT))
 
 
-def cases() -> list[Any]:
-    found = [(t, i) for t in sorted(METHODS) if METHODS[t].scope == "site" for i in range(len(METHODS[t].examples()))]
+def cases(on_bias: bool | None = None) -> list[Any]:
+    types = [t for t in sorted(METHODS) if METHODS[t].scope == "site" and on_bias in (None, METHODS[t].on_bias)]
+    found = [(t, i) for t in types for i in range(len(METHODS[t].examples()))]
     return [pytest.param(t, i, id=f"{t}-{i}") for t, i in found]
 
 
 every_case = pytest.mark.parametrize(("peft_type", "i"), cases())
+# Methods whose layers can run with the effective weight alone, and the others.
+every_weight_case = pytest.mark.parametrize(("peft_type", "i"), cases(on_bias=False))
+every_bias_case = pytest.mark.parametrize(("peft_type", "i"), cases(on_bias=True))
 
 
 def config_of(peft_type: str, i: int, targets: Any = ("q",)) -> Any:
@@ -85,7 +96,7 @@ def adapted(peft_type: str, i: int, line: Any, targets: tuple[str, ...] = ("q",)
     """The sites of one leaf, a weight, and values of the adapter."""
     weight, shape = line
     config = without_idle_patterns(config_of(peft_type, i, targets), targets)
-    found = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
+    found = selection.select_sites(config, KeyMap("t", (weight,), order=ORDER), {"w": shape})
     w = random(shape, 1)
     values = initial_values.init_values(config, found, jax.random.key(0), base={"w": w})
     trained = {t.name for t in sites.all_tensors(found) if t.trained}
@@ -174,7 +185,7 @@ def test_initial_values_follow_the_key(peft_type: str, i: int):
 # ---- the arithmetic --------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_weight_case
 def test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN, noise=False)
     hook = hook_of(found, values)
@@ -186,7 +197,7 @@ def test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so(peft_t
 
 
 @pytest.mark.parametrize("name", LINES)
-@every_case
+@every_weight_case
 def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i: int, name: str):
     """The file of an adapter on one layout, read on PyTorch's own, changes PyTorch's weight equally."""
     found, w, values = adapted(peft_type, i, LINES[name])
@@ -206,6 +217,28 @@ def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i
         np.testing.assert_allclose(through(hook, use, x, w), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", LINES)
+@every_bias_case
+def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, name: str):
+    found, w, values = adapted(peft_type, i, LINES[name])
+    plain_sites, _, plain_values = adapted(peft_type, i, PLAIN)
+    file = dict(sites.make_file_plan(found).encode(values))
+    plain = hook_of(plain_sites, {**plain_values, **sites.make_file_plan(plain_sites).decode(file)})
+    want = plain.merged_bias(jnp.zeros(OUT), 1)
+    assert float(abs(want).max()) > 0.1
+    np.testing.assert_allclose(plain.merged_bias(want, -1), jnp.zeros(OUT), atol=1e-6)
+    hook, layout = hook_of(found, values), methods_layout(found)
+    use = use_of(hook)
+    x = x_of(use, w)
+    change = through(hook, use, x, w) - jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
+    rows, _ = layout.rows_to_torch("out", dict(zip(layout.left, use.w, strict=True)), change, use.y)
+    # The sums of float32 before the subtraction are about 10.
+    np.testing.assert_allclose(rows / layout.factor(w.shape), jnp.broadcast_to(want, rows.shape), atol=1e-5)
+    if layout.scale is not None:
+        with pytest.raises(AttachError, match="stores the layer's weight times a factor"):
+            hook.merged_bias(jnp.zeros(OUT), 1)
+
+
 def methods_layout(found: Any) -> Any:
     """PyTorch's layout of the weight, for methods that do not ask for it too."""
     return sites.torch_layout(found[0])
@@ -219,7 +252,7 @@ def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:
 
 
 @pytest.mark.parametrize(("line", "targets"), [(FUSED, ("k", "q")), (PART, ("q",))], ids=["fused", "one part"])
-@every_case
+@every_weight_case
 def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int, line: Any, targets: Any):
     found, w, values = adapted(peft_type, i, line, targets)
     hook = hook_of(found, values)
@@ -230,6 +263,8 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
         old, new = (jnp.take(x, n, axis) for x in (w, whole))
         if name not in targets:
             np.testing.assert_array_equal(old, new)
+            continue
+        if METHODS[peft_type].ordered:  # the module alone would have another place
             continue
         single = (Weight("w", f"{name}.weight", "i o -> o i"), (IN, OUT))
         one, _, fresh = adapted(peft_type, i, single, (name,))
@@ -248,7 +283,7 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
     np.testing.assert_allclose(y, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, whole), rtol=1e-4, atol=1e-4)
 
 
-@every_case
+@every_weight_case
 def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, STACKED)
     (site,) = found
@@ -260,7 +295,7 @@ def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
         np.testing.assert_allclose(whole[:, l], hook.weight(w[:, l]), rtol=1e-5, atol=1e-6)
 
 
-@every_case
+@every_weight_case
 def test_unmerging_gives_the_weight_back_or_is_refused(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN)
     hook = hook_of(found, values)
@@ -275,7 +310,7 @@ def test_unmerging_gives_the_weight_back_or_is_refused(peft_type: str, i: int):
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16", "bfloat16")], ids="-".join)
-@every_case
+@every_weight_case
 def test_outputs_and_weights_keep_the_bases_dtype(peft_type: str, i: int, dtypes: Any):
     base, own = dtypes
     found, w, values = adapted(peft_type, i, PLAIN)
@@ -342,10 +377,15 @@ class LinenNet(nn.Module):
 X = np.random.default_rng(5).standard_normal((4, IN)).astype("float32")
 
 
+def keymap_of(peft_type: str) -> KeyMap | str:
+    return NET if METHODS[peft_type].ordered else "auto"
+
+
 def network(peft_type: str, i: int, name: str = "default", seed: int = 2, model: Any = None) -> Any:
     """An NNX network with an adapter that has done something."""
     model = Net(nnx.Rngs(0)) if model is None else model
-    jaxadapt.adapt(model, config_of(peft_type, i, ("q", "up")), rngs=nnx.Rngs(1), name=name)
+    config = config_of(peft_type, i, ("q", "up"))
+    jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), name=name, keymap=keymap_of(peft_type))
     adapter = jaxadapt.extract(model, name)
     trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
     values = paths.unflatten(changed(adapter.flat(), trained, seed))
@@ -363,14 +403,15 @@ def test_nnx_and_linen_agree_and_merging_equals_applying(peft_type: str, i: int,
     model = network(peft_type, i)
     y, adapter = model(X), jaxadapt.extract(model)
     assert not np.allclose(y, Net(nnx.Rngs(0))(X), atol=1e-3)
-    module = jaxadapt.adapt(LinenNet(), adapter.config)
+    module = jaxadapt.adapt(LinenNet(), adapter.config, keymap=keymap_of(peft_type))
     variables = {**base_of(), **adapter.collection}
     np.testing.assert_allclose(module.apply(variables, X), y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(module.apply)(variables, X), y, rtol=1e-5, atol=1e-5)
     # A file gives the same adapter.
     jaxadapt.save(model, tmp_path)
-    np.testing.assert_allclose(jaxadapt.load(tmp_path, Net(nnx.Rngs(0)))(X), y, rtol=1e-6, atol=1e-6)
-    loaded = jaxadapt.load(tmp_path, base_of())
+    keymap = keymap_of(peft_type)
+    np.testing.assert_allclose(jaxadapt.load(tmp_path, Net(nnx.Rngs(0)), keymap=keymap)(X), y, rtol=1e-6, atol=1e-6)
+    loaded = jaxadapt.load(tmp_path, base_of(), keymap=keymap)
     for path, x in jaxadapt.extract(loaded).flat().items():
         np.testing.assert_array_equal(x, adapter.flat()[path], err_msg=path)
     # Merged and unmerged.
@@ -419,10 +460,10 @@ def test_eight_devices(peft_type: str, i: int):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y") if x.ndim == 2 else PartitionSpec()))
 
     base = paths.unflatten({p: place(p, x) for p, x in paths.flatten(base_of()["params"]).items()})
-    spread = jaxadapt.from_peft(jaxadapt.to_peft(adapter), base)
+    spread = jaxadapt.from_peft(jaxadapt.to_peft(adapter), base, keymap=keymap_of(peft_type))
     assert all(isinstance(x.sharding, NamedSharding) for x in spread.flat().values())
     assert all(x.sharding.is_fully_replicated for x in spread.shared.values())
-    module = jaxadapt.adapt(LinenNet(), adapter.config)
+    module = jaxadapt.adapt(LinenNet(), adapter.config, keymap=keymap_of(peft_type))
     got = jax.jit(module.apply)({"params": base, **spread.collection}, X)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

@@ -36,7 +36,7 @@ PUBLIC = {
 }  # fmt: skip
 PACKAGES = {
     "analysis": {"diff"},
-    "export": {"export_base", "import_base"},
+    "export": {"export_adapter", "export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},
     "merging": {"combine", "merge", "plain_lora", "resize_rank", "to_lora", "unmerge"},

@@ -5,6 +5,7 @@ The encoder's names start with "bert." or "roberta." in a model with a head, and
 
 from collections.abc import Iterator
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings, norms
 from jaxadapt.keymaps.families.spellings import bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -27,7 +28,8 @@ def _encoder(prefix: str) -> Iterator[Weight]:
 def _keymap(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
     entries = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
     position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
-    fields: dict[str, object] = {"same": ("m",), "buffers": position_ids, "spellings": bare(prefix), **options}
+    common: dict[str, object] = {"same": ("m",), "order": module_orders.BERT, "spellings": bare(prefix)}
+    fields: dict[str, object] = {**common, "buffers": position_ids, **options}
     return KeyMap(name, entries, **fields)  # pyright: ignore[reportArgumentType]
 
 

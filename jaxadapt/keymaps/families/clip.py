@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.flax_entries import convs, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -31,5 +32,6 @@ CLIP = KeyMap(
         *dense("text_projection", "visual_projection", bias=False),
     ),
     same=("text", "vision"),
+    order=module_orders.CLIP,
     buffers=tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")),
 )

@@ -3,6 +3,7 @@
 "easydel:llama" is for dense decoders with Llama's layer names: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM 3, Phi 3.
 """
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.flax_entries import FROM, INTO, biases, dense, embeddings
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
@@ -36,6 +37,7 @@ LLAMA = KeyMap(
     "easydel:llama",
     _ENTRIES,
     output="lm_head",
+    order=module_orders.DECODER,
     complete=True,
     same=("m",),
     needs=("model.norm.kernel",),

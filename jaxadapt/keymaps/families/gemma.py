@@ -7,6 +7,7 @@ layers, but still have weights for them in JAX. These weights are missing in tra
 
 from collections.abc import Iterable
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -55,6 +56,7 @@ def _keymap(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], extra: 
         name,
         entries,
         output="lm_head",
+        order=module_orders.DECODER,
         complete=True,
         needs=(*(f"{layer}{a}.scale" for a, _ in norms), *extra),
         same=("d",),

@@ -5,6 +5,7 @@ A leaf is the `path` of a variable, with dots in place of slashes. `load`, `merg
 
 from collections.abc import Iterable
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -49,6 +50,7 @@ def _keymap(
         f"keras:{name}",
         entries,
         output="lm_head",
+        order=module_orders.DECODER,
         complete=True,
         needs=tuple(f"{layer}{a}.scale" for a, _ in norms),
         tied=TIED,

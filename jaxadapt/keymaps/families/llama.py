@@ -1,5 +1,6 @@
 """Llama, Mistral, Qwen 2, Qwen 3 and similar models under Hugging Face's names (transformers' Flax classes)."""
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -26,6 +27,7 @@ LLAMA = KeyMap(
         Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     ),
     output="lm_head",
+    order=module_orders.DECODER,
     same=("m",),
     tied=TIED,
     spellings=(*VISION_LANGUAGE, *bare("model.")),

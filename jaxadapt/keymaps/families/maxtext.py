@@ -7,6 +7,7 @@ first halves and second halves. Names are therefore not sufficient to recognize 
 
 from collections.abc import Iterable
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -46,6 +47,7 @@ def make_keymap(
         f"maxtext:{name}",
         (*shared, *extra),
         output="lm_head",
+        order=module_orders.DECODER,
         complete=True,
         needs=needs,
         tied=TIED,

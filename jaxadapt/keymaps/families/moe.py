@@ -8,6 +8,7 @@ outputs, and the entries follow PEFT. Routers are parameters of separate classes
 
 from collections.abc import Iterable, Iterator
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -72,6 +73,7 @@ def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], expert
         name,
         (*shared, *entries),
         output="lm_head",
+        order=module_orders.DECODER,
         same=("m",),
         needs=tuple(_LAYER + leaf for leaf in needs),
         tied=TIED,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.moe import EACH_QWEN3
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
@@ -35,6 +36,7 @@ def _keymap(name: str, extra: Iterable[Weight], expert_modules: tuple[tuple[str,
         f"tunix:{name}",
         (*shared, *extra),
         output="lm_head",
+        order=module_orders.DECODER,
         complete=True,
         needs=(f"{_OURS}attn.q_proj.w", *(w.leaf for w in extra)),
         same=("d", "h"),

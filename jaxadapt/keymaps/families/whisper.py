@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.flax_entries import FROM, INTO, convs, dense, embeddings, norms
 from jaxadapt.keymaps.families.spellings import bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -28,6 +29,7 @@ WHISPER = KeyMap(
         *dense("proj_out", bias=False),
     ),
     output="proj_out",
+    order=module_orders.WHISPER,
     same=("m",),
     tied=(("proj_out.weight", "model.decoder.embed_tokens.weight"),),
     spellings=bare("model."),

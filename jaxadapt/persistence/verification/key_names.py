@@ -126,6 +126,23 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
     return Names(normal, found, tuple(sorted(adapters)), duplicates)
 
 
+def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, str]:
+    """Return {key: PEFT's name} of the keys of one adapter in a file of several, and of those without a name.
+
+    >>> keys = ["base_model.model.q.lora_A.fr.weight", "base_model.model.q.lora_A.de.weight"]
+    >>> adapter_keys(keys, "LORA", "fr")
+    {'base_model.model.q.lora_A.fr.weight': 'base_model.model.q.lora_A.weight'}
+    """
+    names = normalize_keys(keys, peft_type)
+    found: dict[str, str] = {}
+    for key, new in names.normal.items():
+        bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        split = state_dict_keys.split_adapter_name(bare)
+        if new is not None and (split is None or split[0] == name or not names.adapters):
+            found[key] = new
+    return found
+
+
 def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str]]) -> str:
     if peft_type in PROMPT_METHODS or not is_known_method(peft_type):
         return name

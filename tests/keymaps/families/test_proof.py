@@ -15,7 +15,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import KeyMapError
-from jaxadapt.keymaps import check, families, plan, recognition
+from jaxadapt.keymaps import check, families, module_order, plan, recognition
 from jaxadapt.keymaps import parts as pieces
 from jaxadapt.keymaps.families import FAMILIES
 from tests.keymaps.families import jax_side, specimen_arrays
@@ -99,6 +99,17 @@ def test_base_weights_go_both_ways_bit_for_bit(specimen):
             np.testing.assert_array_equal(again, weights[key], err_msg=key)
     rounds = specimen.table.startswith(("maxtext:llama", "maxtext:mixtral")) and specimen.options["head_dim"] == 6
     assert bool(made.inexact) == (rounds or specimen.table.startswith("maxtext:gemma"))  # whose norms hold 1 + w
+
+
+@pytest.mark.peft
+@EVERY
+def test_modules_are_sorted_as_pytorch_has_them(specimen):
+    """The order of a state dict is that of `named_modules`."""
+    table = families.get_family(specimen.table)
+    weights = [k.removesuffix(".weight") for k, x in torch_side.state(specimen).items() if k.endswith(".weight")]
+    known = [m for m in weights if all(part.isdigit() or part in table.order for part in m.split("."))]
+    assert len(known) > 3
+    assert list(module_order.sort_modules(table, sorted(known))) == known
 
 
 @pytest.mark.peft
