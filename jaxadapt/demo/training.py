@@ -67,7 +67,7 @@ def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
 def _logits(model: Any, config: Any, tokens: jax.Array, call: Callable[[Any], jax.Array]) -> jax.Array:
     """Return the logits (B, T, V) of `call(model)` at the tokens' places, without those of virtual tokens."""
     tasks = task_data(config, tokens.shape[0])
-    with invoke(model, **tasks) if tasks else contextlib.nullcontext(model) as ready:
+    with invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
         return call(ready)[:, -tokens.shape[1] :]
 
 
