@@ -17,6 +17,7 @@ class PeftTensors:
         config: the configuration of `adapter_config.json`.
         tensors: `{key: array}`; the mapping may read its values on demand.
         source: the place it was read from, for messages.
+        base: the fingerprint of the base it was trained on (`persistence.fingerprint`); None if it is not known.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
@@ -27,6 +28,7 @@ class PeftTensors:
     config: Config
     tensors: Mapping[str, Any]
     source: str = "these tensors"
+    base: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"

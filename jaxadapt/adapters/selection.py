@@ -27,6 +27,7 @@ from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.methods.prompt import PromptMethod
 
 Mapped = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
 """`{leaf: (match, sizes, names of its modules by index)}`."""
@@ -82,7 +83,7 @@ def resolve_config(
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
     if methods.get_method(config).scope == "model":
-        return config
+        return matching.with_task_heads(config)
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
@@ -152,7 +153,7 @@ def _select_sites(
     method, shapes = methods.get_method(config), dict(leaves)
     found = FileShapes(in_file or (), keymap.prefix)
     if method.scope == "model":
-        return Sites((), bind_shared(config, method, (), found.shared), method), ()
+        return _select_for_model(config, method, keymap, shapes, in_file), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     layer_replication.check_layers(config, names)
@@ -217,6 +218,25 @@ def _select_sites(
     shared = bind_shared(config, method, sites, found.shared)
     copies = _bind_copies(config, keymap, shapes, sites)
     return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
+
+
+def _select_for_model(
+    config: Config,
+    method: methods.Method,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    in_file: tuple[tuple[str, Shape], ...] | None,
+) -> Sites:
+    """Return the tensors of a method on the model, and the sites of the copies beside it."""
+    read: list[Site] = []
+    found = FileShapes(in_file or (), keymap.prefix).shared
+    if isinstance(method, PromptMethod):
+        found = method.names_in_file(dict(in_file or ()))
+        for match, sizes, names in _inventory(keymap, shapes, NONE)[0].values():
+            if indices := [index for index, name in names.items() if method.reads(config, name)]:
+                match, modules = targeted_entries(match, sizes, names, indices)
+                read.append(bind_site(config, method, keymap, match, sizes, modules))
+    return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 
 def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:

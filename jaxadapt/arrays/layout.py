@@ -128,11 +128,6 @@ class FileLayout:
         return leaf * self.expand_by_tensor([1] * self.count).astype(leaf.dtype) if self.is_partial else leaf
 
     @functools.cached_property
-    def is_verbatim(self) -> bool:
-        """True if the array has the same values in the same order as one tensor of the file."""
-        return not self.split and list(self._flat) == list(self._inner) and self.factor == 1 and not self.shift
-
-    @functools.cached_property
     def _orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis permutations from the model to PyTorch, and back."""
         model_axes, file_axes = list(self._inner), list(self._flat)
@@ -169,6 +164,28 @@ class FileLayout:
             order, shape = self._merged
             return part.reshape(shape).transpose(order)
         return part.reshape(tuple(self._inner.values())).transpose(self._orders[0]).reshape(self.file_shape)
+
+    def locate(self, i: int, position: Sequence[int]) -> tuple[int, ...]:
+        """Return the index in the array of the element at `position` of tensor `i`; all ranks must be equal.
+
+        >>> form = FileLayout((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
+        >>> form.locate(0, (5, 3)), bool(np.arange(24).reshape(4, 2, 3)[3, 1, 2] == form.encode(
+        ...     np.arange(24).reshape(4, 2, 3), 0)[5, 3])
+        ((3, 1, 2), True)
+        """
+        at: dict[str, int] = {}
+        for group, number in zip(self.right, position, strict=True):
+            for name in reversed(group):
+                number, at[name] = divmod(number, self._inner[name])
+        index = list(self.index(i))
+        for axis, name in enumerate(self.left):
+            if axis not in self.split:
+                parts = pattern.part_sizes(name, self.shape[axis], dict(self.sizes))
+                number = 0
+                for part, size in parts.items():
+                    number = number * size + at[part]
+                index[axis] = number
+        return tuple(index)
 
     @functools.cached_property
     def _merged(self) -> tuple[list[int], tuple[int, ...]] | None:

@@ -18,6 +18,9 @@ Params = Mapping[str, Any]
 LAYER = "layer"
 """The key of the current layer's number among the parameters of a site whose layers differ."""
 
+USED = "used"
+"""The tensor with 1 for each adapted entry and 0 for the others, where every row of a batch has its own adapter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PerEntry:
@@ -56,6 +59,12 @@ class PerEntry:
     def __str__(self) -> str:
         low, high = min(self.values), max(self.values)
         return f"{low:g} to {high:g}"
+
+
+def entry_values(values: Any, entries: tuple[int, ...]) -> Array:
+    """Return one number, or a `PerEntry`, as a float32 array of numpy with the shape `entries`."""
+    array = np.asarray(values.values if isinstance(values, PerEntry) else values, np.float32)
+    return np.broadcast_to(array, entries) if array.ndim == 0 else array.reshape(entries)
 
 
 def expand_leading(values: Array, x: Array) -> Array:

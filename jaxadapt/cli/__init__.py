@@ -22,24 +22,17 @@ from jaxadapt import __version__
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.core.terminal import escape_text
 
-COMMANDS = (
-    "demo",
-    "inspect",
-    "verify",
-    "repair",
-    "diff",
-    "merge",
-    "combine",
-    "convert",
-    "check-keymap",
-    "push",
-    "pull",
-    "checkpoints",
-    "families",
-    "methods",
-    "completion",
-)
-"""The commands in the order of the help page."""
+GROUPS = {
+    "Look at an adapter": ("inspect", "verify", "diff"),
+    "Repair and change one": ("repair", "resize", "rename", "start", "convert", "extract"),
+    "Merge and combine": ("merge", "combine"),
+    "Share": ("export", "push", "pull"),
+    "Train and serve": ("demo", "checkpoints", "serve"),
+    "Families and methods": ("families", "check-keymap", "methods"),
+    "The shell": ("completion",),
+}
+"""The commands by purpose, in the order of the help page."""
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 INTERRUPTED = 130
 
@@ -55,6 +48,19 @@ class _Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under the headings of their groups."""
+        width = max(map(len, COMMANDS)) + 2
+        for title, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            rows = [
+                (name.ljust(width - 2), command.get_short_help_str(formatter.width - width - 4))
+                for name, command in commands
+                if command is not None
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -24,15 +24,18 @@ _METHODS = (
 @click.option("--density", type=click.FloatRange(0, 1), help="Share of the values to keep (the last four methods).")
 @click.option("--seed", default=0, show_default=True, help="Seed for the random choice of the dare_… methods.")
 @click.option("--allow-nan", is_flag=True, help="Accept tensors with a NaN or an infinity.")
+@output.dtype
 @output.as_json
 def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
-    allow_nan: bool, as_json: bool,
+    allow_nan: bool, dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Combine LoRA adapters of the same base model into one.
+    """Combine adapters of the same base model into one: LoRA, or IA3 with --method linear.
 
-    ADAPTERS are folders or addresses. The methods are those of PEFT's add_weighted_adapter: "svd" approximates the
-    weighted sum at the given rank; "cat" is exact, and its rank is the sum of all ranks.
+    ADAPTERS are folders or addresses, or image adapters in one file each (kohya-ss, diffusers), whose result is one
+    file with the names of the first if --out ends in .safetensors. The methods are those of PEFT's
+    add_weighted_adapter: "svd" approximates the weighted sum at the given rank; "cat" is exact, and its rank is the sum
+    of all ranks.
 
     \b
     Example:
@@ -58,7 +61,7 @@ def command(
     if svd and rank is not None:
         options["svd_rank"] = rank
     combined = merge_files.combine_folders(
-        adapters, numbers, out, resize=None if svd else rank, progress=True, **options
+        adapters, numbers, out, resize=None if svd else rank, dtype=dtype, progress=True, **options
     )
     config = combined.config
     if as_json:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]),
+    help="Dtype of the result's tensors. Default: the adapter's.",
+)
 
 
 _PIPE_WIDTH = 4096

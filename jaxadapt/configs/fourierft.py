@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.c3a import refuse_alternatives
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
@@ -37,6 +38,7 @@ class FourierFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "FOURIERFT"
+    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.096, time=1.83)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",

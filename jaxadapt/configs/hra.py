@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 
 
@@ -30,6 +31,7 @@ class HRAConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "HRA"
+    facts: ClassVar[MethodFacts] = MethodFacts(rows="call")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

@@ -25,7 +25,7 @@ class PromptLearningConfig(MethodConfig):
         num_attention_heads: the number of attention heads of the base; for keys and values that of their heads. None:
             the base's.
         num_layers: the number of attention layers of the base. None: the base's.
-        modules_to_save: modules that PEFT trains in full beside the adapter; `adapt` and `load` refuse it.
+        modules_to_save: modules that are trained in full beside the virtual tokens.
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(merges=False)

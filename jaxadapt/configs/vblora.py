@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
 
@@ -39,7 +40,9 @@ class VBLoRAConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "VBLORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.33)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        learning_rate=1e-2, demo=FrozenDict({"vector_length": 64}), accuracy=0.334, time=1.27
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "num_vectors": "rank",

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import jaxadapt
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.demo.smollm2 import SmolLM2
 
@@ -69,8 +70,12 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         for name, weight in weights.items():
             parameters[name].copy_(torch.from_numpy(np.asarray(weight)))
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    training = importlib.import_module("jaxadapt.demo.training")
+    tasks = training.task_data(jaxadapt.read_config(adapter), len(tokens))
+    more = {name: torch.from_numpy(np.array(x)).long() for name, x in tasks.items()}
     with torch.no_grad():
-        return adapted(torch.from_numpy(tokens).long()).logits.numpy()
+        logits = adapted(torch.from_numpy(tokens).long(), **more).logits.numpy()
+    return logits[:, -tokens.shape[1] :]  # those of virtual tokens come first
 
 
 def main(arguments: list[str]) -> None:

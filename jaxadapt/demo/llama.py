@@ -7,6 +7,7 @@ of Hugging Face's Llama checkpoints: ``model.layers.0.self_attn.q_proj.weight``,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,6 +72,39 @@ class LlamaConfig:
             problems.append(f"scan_axis must be 0 or 1, found {self.scan_axis}")
         if problems:
             raise ConfigError("LlamaConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:
+        """Build the configuration from the contents of a Hugging Face ``config.json``.
+
+        Raises:
+            ConfigError: the model is no Llama, or computes what this one does not.
+        """
+        rope: Mapping[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        expected = {
+            "model_type": (fields.get("model_type"), "llama"),
+            "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (fields.get("attention_bias", False), False),
+            "mlp_bias": (fields.get("mlp_bias", False), False),
+            "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        }
+        wrong = [f"{name} is {found!r}, not {want!r}" for name, (found, want) in expected.items() if found != want]
+        if wrong:
+            raise ConfigError("this is not a model that LlamaConfig describes: " + "; ".join(wrong))
+        heads = fields["num_attention_heads"]
+        return cls(
+            vocab_size=fields["vocab_size"],
+            hidden_size=fields["hidden_size"],
+            intermediate_size=fields["intermediate_size"],
+            num_layers=fields["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=fields.get("num_key_value_heads") or heads,
+            head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=fields.get("tie_word_embeddings", False),
+            max_position_embeddings=fields.get("max_position_embeddings", 2048),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a Hugging Face ``config.json`` for the same model.
@@ -143,9 +177,81 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """The keys and values of the tokens that each row of a batch has read, in arrays of fixed size.
+
+    Attributes:
+        keys: (layers, B, S, K, h), rotated.
+        values: (layers, B, S, K, h).
+        lengths: int32 (B), the tokens that each row holds. A call writes its tokens behind them. A caller may lower
+            a length: later tokens are then not read.
+        layer: int32, the layer that writes next.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> KVCache.create(config, rows=3, length=8).keys.shape
+    (2, 3, 8, 2, 4)
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    layer: jax.Array
+
+    @classmethod
+    def create(cls, config: LlamaConfig, rows: int, length: int) -> KVCache:
+        """Return an empty cache for `length` tokens a row."""
+        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
+        keys, values = jnp.zeros(shape, config.param_dtype), jnp.zeros(shape, config.param_dtype)
+        return cls(keys, values, jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def mask(self, count: int) -> jax.Array:
+        """Return the mask (B, 1, T, S) of `count` new tokens: each sees its row's earlier tokens, and itself."""
+        places = jnp.arange(self.keys.shape[2])[None, None, None]
+        return places <= self._new_places(count)[:, None, :, None]
+
+    def append(self, keys: jax.Array, values: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Write one layer's new keys and values (B, T, K, h); return the cache and all of the layer's, (B, S, K, h).
+
+        Tokens that the cache has no room for are not written.
+        """
+        at = (self.layer, jnp.arange(len(keys))[:, None], self._new_places(keys.shape[1]))
+        all_keys = self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop")
+        all_values = self.values.at[at].set(values.astype(self.values.dtype), mode="drop")
+        cache = KVCache(all_keys, all_values, self.lengths, self.layer + 1)
+        return cache, cache.keys[self.layer], cache.values[self.layer]
+
+    def advance(self, count: int) -> KVCache:
+        """Return the cache after all layers wrote `count` tokens: they belong to it, and layer 0 is next."""
+        return dataclasses.replace(self, lengths=self.lengths + count, layer=jnp.zeros((), jnp.int32))
+
+    def _new_places(self, count: int) -> jax.Array:
+        return self.lengths[:, None] + jnp.arange(count)[None]
+
+
 def mask_of(padding: jax.Array | None) -> jax.Array | None:
     """Return the mask of the keys (B, 1, 1, T) from a mask of the tokens (B, T), which is 0 or False for padding."""
     return None if padding is None else (padding != 0)[:, None, None, :]
+
+
+def start_call(
+    config: LlamaConfig, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None, KVCache | None]:
+    """Return what all layers need for x (B, T, D): the rotations, the mask of the keys, and the cache.
+
+    Raises:
+        MismatchError: a mask is given beside a cache.
+    """
+    if cache is None:
+        rope = rope_tables(config, x.shape[1]) if positions is None else rope_at(config, positions)
+        return rope, mask_of(mask), None
+    if mask is not None:
+        raise MismatchError("Llama: a call with a cache takes no mask; lower the cache's lengths to leave out tokens")
+    if positions is None:
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])[None]
+    return rope_at(config, positions), cache.mask(x.shape[1]), cache
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -11,10 +11,11 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
+from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
 from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]
+Carry = tuple[jax.Array, KVCache | None]
 
 
 def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
@@ -38,14 +39,17 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
-        config = self.config
+    def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
+        config, (x, cache) = self.config, carry
         heads = (*x.shape[:2], -1, config.head_dim)
         q = _dense(config, config.num_heads * config.head_dim, "q_proj")(x).reshape(heads)
         k = _dense(config, config.num_kv_heads * config.head_dim, "k_proj")(x).reshape(heads)
         v = _dense(config, config.num_kv_heads * config.head_dim, "v_proj")(x).reshape(heads)
-        mixed = attention(rotate(q, rope), rotate(k, rope), v, mask=mask, is_causal=True)
-        return _dense(config, config.hidden_size, "o_proj")(mixed.reshape(*x.shape[:2], -1))
+        k = rotate(k, rope)
+        if cache is not None:
+            cache, k, v = cache.append(k, v)
+        mixed = attention(rotate(q, rope), k, v, mask=mask, is_causal=cache is None)
+        return _dense(config, config.hidden_size, "o_proj")(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 class MLP(nn.Module):
@@ -61,16 +65,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x (B, T, D) -> ((B, T, D), None), the pair that ``nn.scan`` expects from its body."""
+    """One layer: (x (B, T, D), cache) -> (the same, None), the pair that ``nn.scan`` expects from its body."""
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None = None) -> tuple[jax.Array, None]:
+    def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> tuple[Carry, None]:
+        x, cache = carry
         normed = RMSNorm(self.config, name="input_layernorm")(x)
-        x = x + Attention(self.config, name="self_attn")(normed, rope, mask)
+        mixed, cache = Attention(self.config, name="self_attn")((normed, cache), rope, mask)
+        x = x + mixed
         normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), None
+        return (x + MLP(self.config, name="mlp")(normed), cache), None
 
 
 class Layers(nn.Module):
@@ -79,11 +85,11 @@ class Layers(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> tuple[jax.Array, None]:
+    def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> tuple[Carry, None]:
         block: Any = nn.remat(Block) if self.config.remat else Block
         for l in range(self.config.num_layers):
-            x, _ = block(self.config, name=str(l))(x, rope, mask)
-        return x, None
+            carry, _ = block(self.config, name=str(l))(carry, rope, mask)
+        return carry, None
 
 
 def _layers(config: LlamaConfig) -> Any:
@@ -102,7 +108,7 @@ def _layers(config: LlamaConfig) -> Any:
 
 
 class LlamaModel(nn.Module):
-    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D); see `Llama` for the arguments."""
+    """Embedding, layers and final norm: tokens (B, T) -> ((B, T, D), cache); see `Llama` for the arguments."""
 
     config: LlamaConfig
 
@@ -118,13 +124,14 @@ class LlamaModel(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         embeddings: jax.Array | None = None,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+    ) -> Carry:
         x = embeddings if tokens is None else self.embed_tokens(tokens)
         if x is None:
             raise MismatchError("Llama: expected tokens or embeddings, found neither")
-        rope = rope_tables(self.config, x.shape[1]) if positions is None else rope_at(self.config, positions)
-        x, _ = self.layers(x, rope, mask_of(mask))
-        return self.norm(x)
+        rope, attended, cache = start_call(self.config, x, mask, positions, cache)
+        (x, cache), _ = self.layers((x, cache), rope, attended)
+        return self.norm(x), None if cache is None else cache.advance(x.shape[1])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Return the logits (B, T, V) of hidden states with tied embeddings."""
@@ -136,7 +143,8 @@ class Llama(nn.Module):
 
     ``module.apply(variables, tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32. Optional
     arguments: ``mask`` (B, T), 0 for padding; ``positions`` (B, T), by default 0 … T-1; ``embeddings`` (B, T, D) in
-    place of tokens.
+    place of tokens. With ``cache``, a `KVCache`, the tokens follow those that it holds, and the result is the pair
+    (logits, cache); positions then begin after those, and there is no mask.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
@@ -155,12 +163,14 @@ class Llama(nn.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         embeddings: jax.Array | None = None,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+    ) -> Any:
         model = LlamaModel(self.config, name="model")
-        x = model(tokens, mask, positions, embeddings)
-        if self.config.tie_word_embeddings:
-            return model.attend(x).astype(jnp.float32)
-        return _dense(self.config, self.config.vocab_size, "lm_head")(x).astype(jnp.float32)
+        x, cache = model(tokens, mask, positions, embeddings, cache)
+        tied = self.config.tie_word_embeddings
+        head = model.attend if tied else _dense(self.config, self.config.vocab_size, "lm_head")
+        logits = head(x).astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
 
 
 def to_linen(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
+from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
 from jaxadapt.models.nnx.params import SharedParam
 from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]
+Carry = tuple[jax.Array, KVCache | None]
 
 
 def _linear(config: LlamaConfig, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -43,12 +44,17 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.hidden_size, keys, rngs)
         self.o_proj = _linear(config, queries, config.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rope: Rope, mask: jax.Array | None, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q = rotate(self.q_proj(x).reshape(heads), rope)
         k = rotate(self.k_proj(x).reshape(heads), rope)
-        mixed = attention(q, k, self.v_proj(x).reshape(heads), mask=mask, is_causal=True)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        v = self.v_proj(x).reshape(heads)
+        if cache is not None:
+            cache, k, v = cache.append(k, v)
+        mixed = attention(q, k, v, mask=mask, is_causal=cache is None)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 class MLP(nnx.Module):
@@ -64,7 +70,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x (B, T, D) -> (B, T, D)."""
+    """One layer: x (B, T, D) -> ((B, T, D), cache)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config)
@@ -72,13 +78,16 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rope: Rope, mask: jax.Array | None = None) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: jax.Array, rope: Rope, mask: jax.Array | None = None, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class LlamaModel(nnx.Module):
-    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D); see `Llama` for the arguments."""
+    """Embedding, layers and final norm: tokens (B, T) -> ((B, T, D), cache); see `Llama` for the arguments."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -104,31 +113,34 @@ class LlamaModel(nnx.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         embeddings: jax.Array | None = None,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         x = embeddings if tokens is None else self.embed_tokens(tokens)
         if x is None:
             raise MismatchError("Llama: expected tokens or embeddings, found neither")
-        rope = rope_tables(self.config, x.shape[1]) if positions is None else rope_at(self.config, positions)
-        attended = mask_of(mask)
+        rope, attended, cache = start_call(self.config, x, mask, positions, cache)
 
-        def layer(block: Block, x: jax.Array, rope: Rope, mask: jax.Array | None) -> jax.Array:
-            return block(x, rope, mask)
+        def layer(block: Block, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
+            x, cache = carry
+            return block(x, rope, mask, cache)
 
         run: Any = nnx.remat(layer) if self.config.remat else layer
         if self.config.scan:
             run = nnx.scan(run, in_axes=(self._axes(), nnx.Carry, None, None), out_axes=nnx.Carry)
-            x = run(self.layers, x, rope, attended)
+            x, cache = run(self.layers, (x, cache), rope, attended)
         else:
             for block in self.layers:
-                x = run(block, x, rope, attended)
-        return self.norm(x)
+                x, cache = run(block, (x, cache), rope, attended)
+        return self.norm(x), None if cache is None else cache.advance(x.shape[1])
 
 
 class Llama(nnx.Module):
     """A causal language model whose leaves have Hugging Face's module paths.
 
     ``model(tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32. Optional arguments: ``mask``
-    (B, T), 0 for padding; ``positions`` (B, T), by default 0 … T-1; ``embeddings`` (B, T, D) in place of tokens.
+    (B, T), 0 for padding; ``positions`` (B, T), by default 0 … T-1; ``embeddings`` (B, T, D) in place of tokens. With
+    ``cache``, a `KVCache`, the tokens follow those that it holds, and the result is the pair (logits, cache); positions
+    then begin after those, and there is no mask.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
@@ -152,11 +164,12 @@ class Llama(nnx.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
         embeddings: jax.Array | None = None,
-    ) -> jax.Array:
-        x = self.model(tokens, mask=mask, positions=positions, embeddings=embeddings)
+        cache: KVCache | None = None,
+    ) -> Any:
+        x, cache = self.model(tokens, mask=mask, positions=positions, embeddings=embeddings, cache=cache)
         tied = self.config.tie_word_embeddings
-        logits = self.model.embed_tokens.attend(x) if tied else self.lm_head(x)
-        return logits.astype(jnp.float32)
+        logits = (self.model.embed_tokens.attend(x) if tied else self.lm_head(x)).astype(jnp.float32)
+        return logits if cache is None else (logits, cache)
 
 
 def to_nnx(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -20,11 +21,13 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.models import invoke
 from jaxadapt.training import optim
 
 Weights = Mapping[str, Tensor]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 APIS = ("nnx", "linen")
+TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models with
 
 
 def method_names() -> list[str]:
@@ -32,8 +35,10 @@ def method_names() -> list[str]:
     return sorted(methods.COLLECTIONS)
 
 
-def adapter_config(method: str) -> Any:
+def adapter_config(method: str, steps: int = 40) -> Any:
     """Return the demo's configuration of a method: on all seven projections, with the fields in its facts.
+
+    `steps` is the number of training steps, for methods whose configuration has it.
 
     Raises:
         ConfigError: the method is unknown.
@@ -43,21 +48,36 @@ def adapter_config(method: str) -> Any:
         raise ConfigError(f"method: expected one of {', '.join(method_names())}, found {method!r}")
     known = {item.name for item in dataclasses.fields(cls)}
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16}
+    fields["total_step"] = steps
     return cls(**{name: value for name, value in fields.items() if name in known} | dict(cls.facts.demo))
 
 
-def optimizer(method: str, steps: int, trained: Any) -> optax.GradientTransformation:
+def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
+    """Return the data for `jaxadapt.models.invoke` that the method's calls need: the first task for each of the rows.
+
+    Empty for methods without tasks.
+    """
+    tasks = {"task_ids": jnp.zeros(batch, jnp.int32)}
+    return methods.get_method(config).call_data(config, tasks) and tasks
+
+
+def _logits(model: Any, config: Any, tokens: jax.Array, call: Callable[[Any], jax.Array]) -> jax.Array:
+    """Return the logits (B, T, V) of `call(model)` at the tokens' places, without those of virtual tokens."""
+    tasks = task_data(config, tokens.shape[0])
+    with invoke(model, **tasks) if tasks else contextlib.nullcontext(model) as ready:
+        return call(ready)[:, -tokens.shape[1] :]
+
+
+def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformation:
     """Return AdamW with a short warm-up and a cosine decay over `steps`, with the learning rate of the method's facts.
 
-    Weight decay is for the matrices of the trained tree only: it would pull vectors such as IA3's, which start at one,
-    to zero.
+    `decays` is the mask of the weight decay. It is for matrices only: it would pull vectors such as IA3's, which start
+    at one, to zero.
     """
-    peak = adapter_config(method).facts.learning_rate
+    peak = adapter_config(method, steps).facts.learning_rate
     warmup = min(5, max(1, steps // 4))
     schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1), peak / 10)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=optim.decay_mask(trained))
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=decays))
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -102,12 +122,14 @@ class NnxTrainer:
         seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
-        jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed))
-        state = nnx.state(self.model, jaxadapt.AdapterParam)
-        self.optimizer = nnx.Optimizer(self.model, make(state), wrt=jaxadapt.AdapterParam)
+        jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
+        self.optimizer = nnx.Optimizer(self.model, make(optim.decay_mask(self.model)), wrt=jaxadapt.AdapterParam)
+
+        def call(model: Any, tokens: jax.Array) -> jax.Array:
+            return _logits(model, adapter, tokens, lambda ready: ready(tokens))
 
         def loss(model: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(model(tokens), tokens)
+            return next_token_loss(call(model, tokens), tokens)
 
         # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam here and above.
         trained = nnx.DiffState(0, jaxadapt.AdapterParam)
@@ -122,7 +144,7 @@ class NnxTrainer:
         self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
         graphdef = nnx.graphdef(self.model)
         self._loss = jax.jit(lambda state, tokens: loss(nnx.merge(graphdef, state), tokens))
-        self._logits = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
+        self._logits = jax.jit(lambda state, tokens: call(nnx.merge(graphdef, state), tokens))
 
     def step(self, tokens: np.ndarray) -> float:
         return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
@@ -158,17 +180,23 @@ class LinenTrainer:
     ) -> None:
         base = llama_linen.to_linen(config, weights)["params"]
         self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
+        if methods.get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
+            adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
         lora = jaxadapt.init(adapter, base, key=jax.random.key(seed))
         self.base: Any = {"params": base}
         roles = optim.roles(lora.collection)
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
         self.adapter: Any = _keep(lambda role: role != "frozen", lora.collection, roles)
         self.fixed: Any = _keep(lambda role: role == "frozen", lora.collection, roles)
-        tx = make(self.adapter)
+        decays = _keep(lambda role: role != "frozen", optim.decay_mask(lora.collection), roles)
+        tx = make(decays)
         self.state: Any = tx.init(self.adapter)
 
+        def call(variables: Any, tokens: jax.Array) -> jax.Array:
+            return _logits(self.module, adapter, tokens, lambda ready: ready.apply(variables, tokens))
+
         def loss(adapter: Any, base: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(self.module.apply({**base, **self._whole(adapter)}, tokens), tokens)
+            return next_token_loss(call({**base, **self._whole(adapter)}, tokens), tokens)
 
         def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
             value, grads = jax.value_and_grad(loss)(adapter, base, tokens)
@@ -178,7 +206,7 @@ class LinenTrainer:
         self.compute_step = step
         self._step = jax.jit(step)
         self._loss = jax.jit(loss)
-        self._logits = jax.jit(self.module.apply)
+        self._logits = jax.jit(call)
 
     def _whole(self, trained: Any) -> Any:
         """Return the adapter's collection with these trained tensors."""
@@ -211,16 +239,24 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
     kind = {"nnx": NnxTrainer, "linen": LinenTrainer}.get(api)
     if kind is None:
         raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
-    adapter = adapter_config(method)
+    adapter = adapter_config(method, steps)
     return kind(config, weights, adapter, functools.partial(optimizer, method, steps), seed)
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Return the logits (B, T, V) of the base with a saved adapter loaded."""
-    inputs = jnp.asarray(tokens)
+    found = jaxadapt.read_config(folder)
     if api == "nnx":
-        graphdef, state = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
-        return np.asarray(jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, inputs))
-    module: Any = jaxadapt.adapt(llama_linen.Llama(config), jaxadapt.read_config(folder))
-    variables = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
-    return np.asarray(jax.jit(module.apply)(variables, inputs))
+        graphdef, held = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
+
+        def call(held: Any, tokens: jax.Array) -> jax.Array:
+            return _logits(nnx.merge(graphdef, held), found, tokens, lambda ready: ready(tokens))
+
+    else:
+        module: Any = jaxadapt.adapt(llama_linen.Llama(config), found)
+        held = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
+
+        def call(held: Any, tokens: jax.Array) -> jax.Array:
+            return _logits(module, found, tokens, lambda ready: ready.apply(held, tokens))
+
+    return np.asarray(jax.jit(call)(held, jnp.asarray(tokens)))

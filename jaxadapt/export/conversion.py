@@ -7,28 +7,26 @@ another library under their dotted paths, `save_file({".".join(path): leaf, …}
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters import experts
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError
 from jaxadapt.core.progress import Progress
-from jaxadapt.keymaps import families, pytorch
+from jaxadapt.export import file_formats
+from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.persistence import folder, orbax_folder
+from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Location
 
@@ -43,8 +41,8 @@ class ConvertedFile:
     path: str
     tensors: int
     dialect: str | None
-    rank: int
-    lora_alpha: float
+    rank: int | None
+    lora_alpha: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,12 +59,14 @@ def convert(
     like: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     on_shared: str | None = None,
-    format: str = "safetensors",  # noqa: A002 (as in `save`)
+    format: str | None = None,  # noqa: A002 (as in `save`)
+    dtype: str | None = None,
     progress: Progress = None,
 ) -> ConvertedFile:
     """Convert an adapter from a PEFT folder or a tree (`*.safetensors`) to a PEFT folder or a tree.
 
-    An Orbax checkpoint written by `save` is read like a folder.
+    An Orbax checkpoint written by `save` is read like a folder. Without a tree, only the format changes:
+    `file_formats.convert_format`.
 
     Args:
         source: the PEFT folder, Orbax checkpoint or tree to read.
@@ -80,7 +80,8 @@ def convert(
         sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
         on_shared: as in `load`; the rank grows as needed.
         format: "bin" writes a folder with PyTorch's adapter_model.bin; "orbax" an Orbax checkpoint with PyTorch's names
-            in place of a folder, which any model can load.
+            in place of a folder, which any model can load; "kohya-ss" and "diffusers" the file of an image adapter.
+        dtype: as in `convert_format`.
         progress: as in `read` and `write`, for folders.
 
     Raises:
@@ -90,7 +91,17 @@ def convert(
     trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-    if format not in ("safetensors", "bin", "orbax") or (trees[1] and format != "safetensors"):
+    keymaps_given = from_keymap is not None or to_keymap is not None
+    is_image = trees[0] and image_files.is_image_file(source)
+    if is_image or (not keymaps_given and not trees[0] and (not trees[1] or format in file_formats.FILES)):
+        given = {"--from": from_keymap, "--to": to_keymap, "--dialect": dialect, "--on-shared": on_shared}
+        _refuse_tree_options(given | {"--lora-alpha": lora_alpha}, source)
+        (done, *more) = file_formats.convert_format(source, target, format=format, dtype=dtype, progress=progress)
+        return ConvertedFile(str(target), sum(part.tensors for part in (done, *more)), None, done.rank, done.lora_alpha)
+    if dtype is not None:
+        raise ConfigError("--dtype is for conversions without --from and --to; convert the result again")
+    format = format or "safetensors"  # noqa: A001
+    if format not in file_formats.FOLDERS or (trees[1] and format != "safetensors"):
         raise ConfigError(f"--format {format}: expected safetensors, or bin or orbax with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
@@ -110,7 +121,7 @@ def convert(
         config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
         tensors = dataclasses.replace(tensors, config=config)
         if format == "orbax":
-            orbax_folder.write(_with_pytorch_names(tensors), target, alone=True)
+            orbax_folder.write(file_formats.with_pytorch_names(tensors), target, alone=True)
         else:
             folder.write(tensors, target, format=format, progress=progress)
         return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
@@ -120,15 +131,15 @@ def convert(
     return _write_tree(tensors, location.to_location(target), keymap, dialect, like, sizes or {}, on_shared)
 
 
-def _with_pytorch_names(tensors: PeftTensors) -> Adapter:
-    """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
-    from jaxadapt.persistence import peft  # imports Flax, which the rest of this file does not need
-
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-    weights = pytorch.weight_shapes(shapes)
-    base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(methods.file_sizes, tensors.config)
-    return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+def _refuse_tree_options(options: Mapping[str, Any], source: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given == ["--lora-alpha"]:
+        raise ConfigError(f"{source}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: --dialect and --on-shared need a tree (a file ending in .safetensors), and --from and"
+            " --to a tree or a folder of PEFT's"
+        )
 
 
 def _read(
@@ -258,7 +269,7 @@ def _write_tree(
         return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
-    if on_shared is not None or dialect.per_head:
+    if on_shared is not None or dialect.heads:
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank

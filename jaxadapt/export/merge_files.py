@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,8 +19,8 @@ from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.export import base_export, untying
+from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
+from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
@@ -86,25 +86,9 @@ def merge_folder(
         hf_model.refuse_packed(base_tensors)
         tensors = folder.read(adapter, progress=report)
         if not allow_nan:
-            _refuse_nan([tensors], "merge")
-        advice = "call jaxadapt.export.export_base(model, folder, adapter), which merges it into a model in memory"
-        _require_modules(tensors, "merge", advice)
-        if tensors.config.get("layer_replication"):
-            raise ConfigError(
-                f"{tensors.source}: cannot merge an adapter that repeats layers of its base (layer_replication),"
-                f" because the folder of the base contains each layer once; {advice}"
-            )
-        untied = untying.untie_base(base_tensors, base_folder / "config.json", tensors)
-        base_tensors = untied.tensors
-        tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
-        specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in base_tensors.specs.items()}
-        shapes = {key: spec.shape for key, spec in specs.items()}
-        fan_in_fan_out = bool(tensors.config.get("fan_in_fan_out"))
-        keymap = pytorch.state_dict_keymap(
-            shapes, _shapes(tensors), tensors.source, _sizes(tensors), fan_in_fan_out, untied.tied
-        )
-        loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, base_tensors, keymap), keymap)
-        changed = base_merge.plan_merge(specs, loaded)
+            refuse_nan([tensors], "merge")
+        plan = plan_merge(base_tensors, base_folder / "config.json", tensors)
+        base_tensors, specs = plan.base_tensors, plan.specs
         file_dtype = None if dtype is None else np.dtype(dtype)
         file_specs = {
             key: (dtype_name(file_dtype if file_dtype is not None and _is_float(spec) else spec.dtype), spec.shape)
@@ -114,9 +98,7 @@ def merge_folder(
         count = byte_counter(report, "merge", total)
 
         def get(key: str) -> Any:
-            value = base_tensors[key]
-            if key in changed:
-                value = np.asarray(changed[key].with_base(value).value(unrounded=file_dtype is not None))
+            value = plan.value(key, unrounded=file_dtype is not None)
             with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
                 value = value.astype(numpy_dtype(file_specs[key][0]), copy=False)
             count(value.nbytes)
@@ -129,13 +111,73 @@ def merge_folder(
             )
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
-        other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, untied.is_untied)
+        other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
         flush.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
             atomic.write_bytes(target / name, data)
-    LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(loaded.sites), len(file_specs), total)
-    return len(loaded.sites)
+    LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, plan.count, len(file_specs), total)
+    return plan.count
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """The tensors of a model's files and those that an adapter changes.
+
+    Attributes:
+        base_tensors: the model's tensors, with a separate head if the adapter needs one.
+        specs: their shapes and dtypes.
+        changed: the changed tensors by key.
+        count: the number of changed weights.
+        is_untied: True if the head has a separate tensor that the model's files lack.
+    """
+
+    base_tensors: TensorSource
+    specs: dict[str, jax.ShapeDtypeStruct]
+    changed: Mapping[str, base_merge.ChangedLeaf]
+    count: int
+    is_untied: bool
+
+    def value(self, key: str, *, unrounded: bool) -> Any:
+        """Return a tensor of the merged model; a changed one in float32 if `unrounded`."""
+        value = self.base_tensors[key]
+        if key not in self.changed:
+            return value
+        return np.asarray(self.changed[key].with_base(value).value(unrounded=unrounded))
+
+
+def plan_merge(
+    base_tensors: TensorSource, config: Location, tensors: PeftTensors, tied: bool | None = None
+) -> MergePlan:
+    """Plan the merge of an adapter into a model's files.
+
+    Args:
+        base_tensors: the model's tensors, with PyTorch's names and layouts.
+        config: its config.json, which may be missing.
+        tensors: the adapter.
+        tied: True if the head is tied to the embedding. Default: as `config` states.
+
+    Raises:
+        AdapterError: the adapter does not fit.
+    """
+    advice = "call jaxadapt.export.export_base(model, folder, adapter), which merges it into a model in memory"
+    _require_modules(tensors, "merge", advice)
+    if tensors.config.get("layer_replication"):
+        raise ConfigError(
+            f"{tensors.source}: cannot merge an adapter that repeats layers of its base (layer_replication),"
+            f" because the folder of the base contains each layer once; {advice}"
+        )
+    untied = untying.untie_base(base_tensors, config, tensors, tied)
+    tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
+    specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    fan_in_fan_out = bool(tensors.config.get("fan_in_fan_out"))
+    keymap = pytorch.state_dict_keymap(
+        shapes, _shapes(tensors), tensors.source, _sizes(tensors), fan_in_fan_out, untied.tied
+    )
+    loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
+    changed = base_merge.plan_merge(specs, loaded)
+    return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
 
 
 def combine_folders(
@@ -144,17 +186,19 @@ def combine_folders(
     out: str | os.PathLike[str],
     *,
     resize: int | None = None,
+    dtype: str | None = None,
     allow_nan: bool = False,
     progress: Progress = None,
     **options: Any,
 ) -> PeftTensors:
-    """Combine several LoRA adapters of the same base into one, and write it.
+    """Combine several adapters of the same base into one, LoRA or IA3, and write it.
 
     Args:
-        adapters: folders or addresses.
+        adapters: folders or addresses, or image adapters in one file each.
         weights: one factor for each adapter.
-        out: the folder to write to.
+        out: the folder to write to; for image adapters also a file, with the names of the first one.
         resize: the rank of the result. Default: decided by the method.
+        dtype: the dtype of the file, as in `file_formats.convert_format`.
         allow_nan: accept a NaN or an infinity in the adapters.
         progress: as in `merge_folder`, for reading and writing.
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
@@ -162,20 +206,33 @@ def combine_folders(
     with reporter(progress) as report:
         tensors = [folder.read(path, progress=report) for path in adapters]
         if not allow_nan:
-            _refuse_nan(tensors, "combine")
-        return _combine_tensors(tensors, weights, out, resize, options, report)
+            refuse_nan(tensors, "combine")
+        combined = _combine_tensors(tensors, weights, resize, options)
+        file_formats.write_like(combined, out, adapters[0], dtype, report)
+        return combined
 
 
 def _combine_tensors(
     tensors: Sequence[PeftTensors],
     weights: Sequence[float],
-    out: str | os.PathLike[str],
     resize: int | None,
     options: dict[str, Any],
-    report: Report,
 ) -> PeftTensors:
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
+    base = {adapter.config.base_model_name_or_path for adapter in tensors}
+    if len(base - {None}) > 1:
+        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
+        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
+    fields: dict[str, Any] = {"inference_mode": True, "base_model_name_or_path": base.pop() if len(base) == 1 else None}
+    if combination.summed_type(adapter.config for adapter in tensors) is not None:
+        if resize is not None:
+            raise ConfigError("cannot change the rank of the result: these adapters have none")
+        nested = [
+            Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
+        ]
+        summed = combination.combine(nested, weights, **options).flat()
+        return dataclasses.replace(tensors[0], config=tensors[0].config.replace(**fields), tensors=summed)
     reasons = [
         f"{adapter.source}: {reason}"
         for adapter in tensors
@@ -193,18 +250,11 @@ def _combine_tensors(
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
         combined = rank_reduction.resize_rank(combined, resize).adapter
-    base = {adapter.config.base_model_name_or_path for adapter in tensors}
-    if len(base - {None}) > 1:
-        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
-        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     encoded = peft.to_peft(combined)
-    config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
-    encoded = dataclasses.replace(encoded, config=config)
-    folder.write(encoded, out, progress=report)
-    return encoded
+    return dataclasses.replace(encoded, config=encoded.config.replace(**fields))
 
 
-def _refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
+def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
     names = [f"{adapter.source}: {key}" for adapter in adapters for key in finite.names_not_finite(adapter.tensors)]
     if names:
         raise MismatchError(finite.not_finite_message(names, _ALLOW.format(command)))

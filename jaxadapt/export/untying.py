@@ -106,13 +106,16 @@ class UntiedBase:
     is_untied: bool = False
 
 
-def untie_base(base_tensors: TensorSource, path: Location, adapter: PeftTensors) -> UntiedBase:
+def untie_base(
+    base_tensors: TensorSource, path: Location, adapter: PeftTensors, ties_head: bool | None = None
+) -> UntiedBase:
     """Return the tensors of a model's folder, with a separate head if the adapter changes only the head or embedding.
 
     Args:
         base_tensors: the folder's tensors.
         path: its config.json, which may be missing.
         adapter: the adapter to merge.
+        ties_head: True if the head is tied to the embedding. Default: as config.json states.
 
     Raises:
         MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
@@ -151,7 +154,7 @@ def untie_base(base_tensors: TensorSource, path: Location, adapter: PeftTensors)
 
     # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
     changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
-    tied = _read_tied(path)
+    tied = _read_tied(path) if ties_head is None else ties_head
     stored = [pair for pair in pairs if pair not in without_head]
     equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
     problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
@@ -191,7 +194,7 @@ def untie_base(base_tensors: TensorSource, path: Location, adapter: PeftTensors)
         return UntiedBase(base_tensors, is_untied=True)
     if tied is None:
         raise ambiguous
-    if head not in adapted_keys and _is_headless(path):
+    if ties_head is None and head not in adapted_keys and _is_headless(path):
         return UntiedBase(base_tensors)
     all_names = {name: leaf for leaf, name in names.items()}
     all_names |= {first: file_keys[second] for first, second in without_head}

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
-from jaxadapt.configs import LoraConfig, PromptTuningConfig, lora_variants
+from jaxadapt.configs import Config, CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
 from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind, init_settings
-from jaxadapt.initializers.start_prompt import NEEDS, Tokens, prompt_values, token_table
+from jaxadapt.initializers.start_prompt import Tokens, prompt_values, start_setting, token_table
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.models import planning
@@ -46,7 +46,7 @@ class Started(NamedTuple):
 
 
 def start(
-    config: LoraConfig | PromptTuningConfig,
+    config: Config,
     base: Any,
     *,
     key: Any = None,
@@ -64,6 +64,8 @@ def start(
     source: Adapter | PeftTensors | None = None,
 ) -> Started:
     """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT 0.21.2.
+
+    An adapter of another type starts as `init` and `adapt` start it; it needs `key`.
 
     The adapter and the returned base together compute the original base's outputs ("loftq", KaSA: approximately).
     W is the original weight:
@@ -84,6 +86,7 @@ def start(
     | "RANDOM" | normal values | `key` |
     | "SAMPLE_VOCAB" | the embeddings of random tokens | `key` |
     | "TEXT" | the embeddings of a text's tokens, repeated or cut | `tokens` |
+    | (CPT) | the embeddings of `cpt_token_ids` | |
     | "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED" | an adapter of several tasks | `source` |
 
     Args:
@@ -112,10 +115,8 @@ def start(
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
-    if not isinstance(config, LoraConfig | PromptTuningConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(
-            f"start: expected a LoraConfig or a PromptTuningConfig, found {type(config).__name__}; use jaxadapt.adapt"
-        )
+    if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"start: expected a configuration such as LoraConfig(…), found {type(config).__name__}")
     held = carrier(base)
     if held.in_place:
         check_free(name, held.names())
@@ -126,23 +127,32 @@ def start(
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
     parameters = base_params(base)
-    if isinstance(config, PromptTuningConfig):
-        _check_arguments(f'prompt_tuning_init="{config.prompt_tuning_init}"', given, NEEDS[config.prompt_tuning_init])
+    if isinstance(config, PromptTuningConfig | CPTConfig):
+        setting, needs = start_setting(config)
+        _check_arguments(setting, given, needs)
         recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-        plain: Any = recipe.config.replace(prompt_tuning_init="RANDOM", tokenizer_kwargs=None)
         key = jax.random.key(0) if key is None else key
-        values = initial_values.init_values(plain, adapter_sites, key, dtype)
         computed = prompt_values(
-            cast("PromptTuningConfig", recipe.config),
+            cast("PromptTuningConfig | CPTConfig", recipe.config),
             {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
             jax.random.fold_in(key, 1),
             lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
             tokens,
             source,
         )
-        for tensor, x in computed.items():
-            path = paths.join(SHARED_NODE, tensor)
-            values[path] = x.astype(values[path].dtype)
+        own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
+        started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
+        values = initial_values.init_values(
+            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
+        )
+        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        return _attach(held, adapter, adapter_sites, name, rngs, base)
+    if not isinstance(config, LoraConfig):
+        _check_arguments(type(config).__name__, given, ("key",))
+        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+        values = initial_values.init_values(
+            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
+        )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
     kind = init_kind(config)

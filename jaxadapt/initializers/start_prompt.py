@@ -11,9 +11,11 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import quantized
+from jaxadapt.configs.cpt import CPTConfig
 from jaxadapt.configs.prompt_tuning import PromptTuningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.cpt import FIXED
 from jaxadapt.methods.multitask_prompt_tuning import COLS, ROWS
 from jaxadapt.methods.prompt import EMBEDDINGS
 from jaxadapt.models.prompt.embedding import input_embedding
@@ -31,8 +33,15 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 """The arguments of `start` that each `prompt_tuning_init` needs."""
 
 
+def start_setting(config: PromptTuningConfig | CPTConfig) -> tuple[str, tuple[str, ...]]:
+    """Return the setting that decides where a prompt starts, for messages, and the arguments that it needs."""
+    if isinstance(config, CPTConfig):
+        return "CPT", ()
+    return f'prompt_tuning_init="{config.prompt_tuning_init}"', NEEDS[config.prompt_tuning_init]
+
+
 def prompt_values(
-    config: PromptTuningConfig,
+    config: PromptTuningConfig | CPTConfig,
     shapes: Mapping[str, tuple[int, ...]],
     key: Array,
     table: Callable[[], Array],
@@ -51,6 +60,9 @@ def prompt_values(
 
     Raises `AttachError` for invalid token ids, `MismatchError` if the source has other shapes.
     """
+    if isinstance(config, CPTConfig):
+        embeddings, ids = table(), np.asarray(config.cpt_token_ids)
+        return {FIXED: _lookup(embeddings, _checked("cpt_token_ids", ids, embeddings))}
     rows, kind = shapes[EMBEDDINGS][0], config.prompt_tuning_init
     if kind == "SAMPLE_VOCAB":
         embeddings = table()
@@ -61,12 +73,7 @@ def prompt_values(
         embeddings = table()
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise AttachError(f"tokens: expected a list of token ids, found {ids.dtype} of shape {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= embeddings.shape[0]:
-            raise AttachError(
-                f"tokens: expected ids from 0 to {embeddings.shape[0] - 1}, those of the base's embeddings, found"
-                f" {ids.min()} to {ids.max()}"
-            )
-        return {EMBEDDINGS: _lookup(embeddings, np.resize(ids, rows))}  # repeated or cut, as in PEFT
+        return {EMBEDDINGS: _lookup(embeddings, np.resize(_checked("tokens", ids, embeddings), rows))}  # as in PEFT
     if kind in _OF_TASKS:
         return _from_tasks(config, shapes, source)
     return {}
@@ -83,6 +90,16 @@ def token_table(keymap: KeyMap, leaves: Mapping[str, Array], peft_type: str) -> 
             ' Use prompt_tuning_init="RANDOM", and write your own values with jaxadapt.inject'
         )
     return jnp.asarray(quantized.to_dense(x))
+
+
+def _checked(name: str, ids: np.ndarray, table: Array) -> np.ndarray:
+    """Return token ids; raise `AttachError` if the base has no embeddings of some."""
+    if ids.min() < 0 or ids.max() >= table.shape[0]:
+        raise AttachError(
+            f"{name}: expected ids from 0 to {table.shape[0] - 1}, those of the base's embeddings, found"
+            f" {ids.min()} to {ids.max()}"
+        )
+    return ids
 
 
 def _lookup(table: Array, ids: Array) -> Array:

@@ -141,6 +141,7 @@ class KeyMap:
         order: the last names of PyTorch's modules, in the order in which they occur in the module that contains them.
             The meaning of some adapters depends on it.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
+        relative_positions: True if the models know positions only as distances (T5), so that a prefix moves no token.
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> keymap.match("a.b.kernel").module({})
@@ -162,6 +163,7 @@ class KeyMap:
     expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
     order: tuple[str, ...] = ()
     per_expert: bool = False
+    relative_positions: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -311,7 +313,9 @@ def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
     entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
     rest = {
-        _STORED.get(f.name, f.name): getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"
+        _STORED.get(f.name, f.name): getattr(keymap, f.name)
+        for f in dataclasses.fields(keymap)
+        if f.name != "weights" and (f.name != "relative_positions" or keymap.relative_positions)
     }
     return {**rest, "weights": entries}
 

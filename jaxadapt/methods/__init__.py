@@ -20,6 +20,7 @@ from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
 from jaxadapt.methods.rows import AppliedRows, split_rows
+from jaxadapt.methods.slots import How, apply_rows
 
 __all__ = [
     "COLLECTIONS",
@@ -30,12 +31,14 @@ __all__ = [
     "AppliedRows",
     "Change",
     "Effects",
+    "How",
     "MatrixMethod",
     "Method",
     "MethodInfo",
     "PerEntry",
     "Start",
     "Target",
+    "apply_rows",
     "as_computable",
     "at_least_float32",
     "check_biases",

@@ -44,6 +44,8 @@ class Adalora(MatrixMethod):
     """A singular value decomposition of the change; training removes its least important parts."""
 
     peft_type = "ADALORA"
+    row_numbers = frozenset({"scale"})
+    row_padded = frozenset({"r"})
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lora_E"})
     roles = MappingProxyType({"lora_A": "A", "lora_B": "B", "lora_E": "vector"})

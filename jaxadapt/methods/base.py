@@ -21,6 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
@@ -106,6 +107,7 @@ class Method(abc.ABC):
         peft_type: PEFT's name of the method.
         scope: "site" for a method that adapts weights; "model" for one whose tensors all belong to the whole adapter
             (prompts); "copies" for one that trains copies of its targets' parameters (`copy_of`).
+        key_prefix: the start of the keys of its modules' tensors, and of copies beside them, in a file.
         kinds: the kinds of weight (`Weight.kind`) that it adapts.
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
@@ -116,21 +118,28 @@ class Method(abc.ABC):
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
+        sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
             do not.
         on_bias: True if the layers' outputs change as by a bias alone, and no weight changes.
         ordered: True if a module's change depends on its place among all modules of the adapter.
+        row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
+            the same; the other axes of all rows are equal.
+        row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
+            them are faster so.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
     peft_type: str
     scope: ClassVar[Literal["site", "model", "copies"]] = "site"
+    key_prefix: ClassVar[str] = PEFT_PREFIX
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
     copies: bool = False
     on_parameters: bool = False
+    sums: ClassVar[bool] = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False
@@ -138,6 +147,8 @@ class Method(abc.ABC):
     inexact: str = ""
     on_bias: bool = False
     ordered: bool = False
+    row_padded: frozenset[str] = frozenset()
+    row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:
@@ -278,6 +289,14 @@ class Method(abc.ABC):
             entries: the sizes of the stacked axes and of the batch axes.
         """
         return dict(params)
+
+    def row_pair(self, hparams: Any, params: Params) -> tuple[Array, Array, Array] | None:
+        """Return `(s, A, B)` if a row's whole change of a product is s·B·A·x, else None.
+
+        `hparams` are those of `row_hparams`. The tensors have a leading axis of slots: (slots, batch...) for s,
+        (slots, batch..., r, in...) and (slots, batch..., out..., r).
+        """
+        return None
 
     def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""

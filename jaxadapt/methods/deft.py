@@ -37,6 +37,7 @@ class Deft(MatrixMethod):
     """The removal of a subspace, and a trained matrix in its place."""
 
     peft_type = "DEFT"
+    row_numbers = frozenset({"scale"})
     roles = MappingProxyType({"deft_P": "B", "deft_R": "A"})
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:

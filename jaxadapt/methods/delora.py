@@ -35,6 +35,8 @@ class Delora(MatrixMethod):
     """A low-rank change of unit components, with one strength."""
 
     peft_type = "DELORA"
+    row_numbers = frozenset({"rank"})
+    row_padded = frozenset({"r"})
     scaled = frozenset({"delora_lambda"})
     roles = MappingProxyType({"delora_A": "A", "delora_B": "B", "delora_lambda": "vector", "delora_w_norm": "frozen"})
 

@@ -40,6 +40,8 @@ class FourierFt(MatrixMethod):
     """A change with a sparse spectrum."""
 
     peft_type = "FOURIERFT"
+    row_numbers = frozenset({"count", "scaling"})
+    row_padded = frozenset({"r"})
     scaled = frozenset({"fourierft_spectrum"})
     roles = MappingProxyType({"fourierft_spectrum": "vector"})
 

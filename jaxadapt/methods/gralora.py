@@ -36,6 +36,7 @@ class Gralora(MatrixMethod):
     """A low-rank change of each block of the weight."""
 
     peft_type = "GRALORA"
+    row_numbers = frozenset({"scale"})
     scaled = frozenset({"gralora_B", "gralora_B_general"})
     roles = MappingProxyType({"gralora_A": "A", "gralora_B": "B", "gralora_A_general": "A", "gralora_B_general": "B"})
 

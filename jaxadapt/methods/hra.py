@@ -43,6 +43,7 @@ class Hra(MatrixMethod):
     peft_type = "HRA"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"hra_u": "A"})
+    row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, window = (("r", config.r),), target.window

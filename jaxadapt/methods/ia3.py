@@ -14,11 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
+from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import IA3Config
 from jaxadapt.configs.ia3 import is_feedforward
@@ -52,6 +51,7 @@ class IA3(Method):
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
+    sums = True
     neutral = MappingProxyType({"ia3_l": 1.0})
     row_neutral = MappingProxyType({"ia3_l": 1.0})
 
@@ -118,11 +118,7 @@ class IA3(Method):
         return dataclasses.replace(hparams, used=None)
 
     def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
-        vector = params["ia3_l"]
-        if hparams.used is not None:
-            used = np.array(hparams.used.values).reshape(entries + (1,) * (vector.ndim - len(entries)))
-            vector = np.where(used > 0, vector, np.ones((), vector.dtype))
-        return {"ia3_l": vector}
+        return {"ia3_l": params["ia3_l"], USED: entry_values(hparams.used or 1.0, entries)}
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
@@ -185,4 +181,6 @@ def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
 
 def _vector(hparams: IA3Hparams, params: Params) -> Array:
     """Return the vector l, with ones in the entries that are not adapted."""
+    if USED in params:  # where each row has its own adapter
+        return jnp.where(expand_leading(params[USED], params["ia3_l"]) != 0, params["ia3_l"], 1.0)
     return mask_unadapted(hparams.used, params, params["ia3_l"], 1.0)

@@ -46,6 +46,7 @@ class Lokr(MatrixMethod):
     """The Kronecker product of two matrices."""
 
     peft_type = "LOKR"
+    row_numbers = frozenset({"scale"})
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
     roles = MappingProxyType(

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import LAYER, PerEntry
+from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
@@ -34,10 +34,12 @@ class MatrixHparams:
     Attributes:
         own: the method's own, a dataclass; its `PerEntry` fields become the number of the current module.
         used: 1 for each adapted entry and 0 for the others; None if all are adapted.
+        rows: True if `used` and the numbers of `row_numbers` are tensors, as the rows of a batch have them.
     """
 
     own: Any
     used: PerEntry | None = None
+    rows: bool = False
 
 
 class MatrixMethod(Method):
@@ -49,6 +51,9 @@ class MatrixMethod(Method):
     """
 
     torch_layout = True
+
+    row_numbers: frozenset[str] = frozenset()
+    """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
     @abc.abstractmethod
     def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]: ...
@@ -170,6 +175,18 @@ class MatrixMethod(Method):
         changed = changed if factor == 1 else changed * factor
         return layout.rows_from_torch("out", letters, y, use.y, changed).astype(y.dtype)
 
+    def row_hparams(self, hparams: MatrixHparams) -> MatrixHparams:
+        own = hparams.own
+        if not dataclasses.is_dataclass(own) or isinstance(own, type):
+            return MatrixHparams(own, rows=True)
+        changes: dict[str, Any] = dict.fromkeys(self.row_numbers)
+        changes |= {field.name: 0.0 for field in dataclasses.fields(own) if field.name == "dropout"}
+        return MatrixHparams(dataclasses.replace(own, **changes), rows=True)
+
+    def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        numbers = {name: getattr(hparams.own, name) for name in self.row_numbers} | {USED: hparams.used or 1.0}
+        return dict(params) | {name: entry_values(x, entries) for name, x in numbers.items()}
+
     def weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array) -> Array:
         return self._on_weight(hparams, params, axes, w, self.matrix)
 
@@ -222,7 +239,8 @@ class MatrixMethod(Method):
         Args:
             arrays: the arrays, each with True if it has the batch axes.
         """
-        tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name != LAYER}
+        by_entry = {*self.row_numbers, USED} if hparams.rows else {LAYER}
+        tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name not in by_entry}
         tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
         batched = {name for name in tensors if layout.has_batch(name)}
         numbers = {
@@ -231,6 +249,8 @@ class MatrixMethod(Method):
             if isinstance(value := getattr(hparams.own, field.name), PerEntry)
         }
         used = None if hparams.used is None else hparams.used.layer_values(params)
+        if hparams.rows:
+            numbers, used = {name: params[name] for name in self.row_numbers}, params[USED]
 
         def call(numbers: Mapping[str, Any], used: Any, tensors: Params, *values: Array) -> Array:
             own = dataclasses.replace(hparams.own, **numbers) if numbers else hparams.own
@@ -256,4 +276,6 @@ def _layout(axes: Axes) -> TorchLayout:
 
 
 def _choose(used: Any, new: Array, old: Array) -> Array:
-    return new if used is None else jnp.where(used > 0, new, old.astype(new.dtype))
+    return (
+        new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
+    )  # NaN, where an id is no slot, stays

@@ -26,6 +26,7 @@ class MultitaskPromptTuning(PromptTuning):
     """Embeddings before those of the tokens, shared by all tasks and scaled by a matrix of each."""
 
     peft_type = "MULTITASK_PROMPT_TUNING"
+    in_decoder = True
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)

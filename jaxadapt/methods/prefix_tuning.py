@@ -3,6 +3,10 @@
 The stored form is one tensor `prompt_embeddings` (n, layers · 2 · token_dim), whose last axis is (layer, key or value,
 head, dim). The keys are used as they are: where the base rotates its keys, they are taken to be rotated already.
 
+In an encoder-decoder (`num_transformer_submodules` 2) the prefix enters the self-attention of the decoder. PEFT gives
+its layer i the keys and values of layer 2·i mod layers, because its cache takes four tensors a layer (those for cross
+attention are dropped); so does jaxadapt, since a file trained by PEFT means that.
+
 With `prefix_projection` the trained form is an embedding table and two dense layers:
 prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
 """
@@ -60,16 +64,21 @@ class PrefixTuning(PromptMethod):
         return {EMBEDDINGS: dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))}
 
 
-def keys_and_values(prompt: Array, layers: int) -> Array:
+def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
     """Return the virtual tokens as (layers, 2, n, token_dim): for each layer the keys, then the values.
+
+    With `submodules` 2 they are those of the decoder's layers, in PEFT's order.
 
     >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3)[1].tolist()
     [[[4.0, 5.0]], [[6.0, 7.0]]]
+    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3, 2)[1].tolist()
+    [[[8.0, 9.0]], [[10.0, 11.0]]]
     """
     n, width = prompt.shape
     if width % (2 * layers):
         raise MismatchError(f"a prefix of width {width} cannot hold keys and values of {layers} layers")
-    return prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
+    of_layers = prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
+    return of_layers if submodules == 1 else of_layers[jnp.asarray([2 * i % layers for i in range(layers)])]
 
 
 METHOD = PrefixTuning()

@@ -49,11 +49,15 @@ class PromptMethod(Method):
     themselves. The names of the tensors distinguish the forms.
 
     Attributes:
-        adds: "embeddings" before those of the tokens, or "keys" (with values) before those of every attention layer.
+        adds: "embeddings" before those of the tokens, "keys" (with values) before those of every attention layer, or
+            "attention" to tokens of its own in some layers.
+        in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
     """
 
     scope = "model"
-    adds: ClassVar[Literal["embeddings", "keys"]]
+    key_prefix = "base_model."  # PEFT wraps no module of the base
+    adds: ClassVar[Literal["embeddings", "keys", "attention"]]
+    in_decoder: ClassVar[bool] = False
 
     @abc.abstractmethod
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
@@ -78,14 +82,13 @@ class PromptMethod(Method):
         """
         return self.stored(config, params)[EMBEDDINGS]
 
-    def check(self, config: Any) -> None:
-        heads = config.task_type if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
-        if config.modules_to_save or heads:
-            field = "modules_to_save" if config.modules_to_save else f'task_type="{heads}" (whose head PEFT trains too)'
-            raise ConfigError(
-                f"{self.peft_type}: {field} is not implemented beside virtual tokens; leave it out, and train the"
-                " head as parameters of your own. (jaxadapt.read and write keep such files as they are)"
-            )
+    def reads(self, config: Any, module: str) -> bool:
+        """Return True for a module of the base whose sizes the adapter's shapes depend on."""
+        return False
+
+    def names_in_file(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the adapter's tensors by name, from those of a file by key."""
+        return {key: shape for key, shape in shapes.items() if not key.startswith("base_model.")}
 
     def require_sizes(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration lacks a size that the shapes of the tensors depend on."""

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.core.errors import AttachError
@@ -29,6 +30,11 @@ class AppliedRows(AppliedMethod):
     def by_weight(self) -> bool:
         return False
 
+    @property
+    def tensors(self) -> Params:
+        """The method's own tensors, all with a leading axis of rows."""
+        return self.params
+
     def input(self, use: Use, x: Array) -> Array:
         row, inner = self._without_rows(use, x)
         axis = use.x.index(row)
@@ -37,8 +43,7 @@ class AppliedRows(AppliedMethod):
         )
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
-        if isinstance(use, Operation):
-            raise self._refuse("the layer uses the weight in an operation that is not a matrix product")
+        use = self._require_product(use)
         row, inner = self._without_rows(use, x)
         axes = use.x.index(row), use.y.index(row)
 
@@ -51,7 +56,7 @@ class AppliedRows(AppliedMethod):
         return False
 
     def follows_use(self, use: Use) -> bool:
-        return self._one(self.params).follows_use(use)
+        return self._one(self.tensors).follows_use(use)
 
     def weight(self, w: Array) -> Array:
         raise self._refuse(
@@ -62,7 +67,7 @@ class AppliedRows(AppliedMethod):
         """Return the bias unchanged, unless the method changes it and it has the size of this output."""
         if self.effects.bias != "scales":
             return bias
-        one = self._one(jax.tree.map(lambda x: x[0], self.params))
+        one = self._one(jax.tree.map(lambda x: x[0], self.tensors))
         if one.bias(bias) is not bias:
             raise self._refuse("the method changes the bias of a layer that adds it itself")
         return bias
@@ -73,7 +78,7 @@ class AppliedRows(AppliedMethod):
 
     def _without_rows(self, use: Use, x: Array) -> tuple[str, Use]:
         """Return the letter of the rows in a use, and the use of one row."""
-        rows = jax.tree.leaves(self.params)[0].shape[0]
+        rows = jax.tree.leaves(self.tensors)[0].shape[0]
         row = use.x[0]
         if row in use.w or row not in use.y or x.shape[0] != rows:
             raise self._refuse(
@@ -81,11 +86,45 @@ class AppliedRows(AppliedMethod):
             )
         return row, dataclasses.replace(use, x=use.x.replace(row, ""), y=use.y.replace(row, ""))
 
+    def _require_product(self, use: Use | Operation) -> Use:
+        if isinstance(use, Operation):
+            raise self._refuse("the layer uses the weight in an operation that is not a matrix product")
+        return use
+
     def _refuse(self, problem: str) -> AttachError:
         return AttachError(
             f"cannot apply another {self.method.peft_type} in each row: {problem}. Exclude the layer from the bank, or"
             " merge the adapter"
         )
+
+
+WEIGHTS = "~weights"
+"""The tensor of a route with the weights of each row's adapters."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AppliedMixture(AppliedRows):
+    """A method that adds to the output, with several adapters a row, (rows, adapters, …), and `WEIGHTS` for them."""
+
+    @property
+    def tensors(self) -> Params:
+        return {name: x for name, x in self.params.items() if name != WEIGHTS}
+
+    def input(self, use: Use, x: Array) -> Array:
+        return x
+
+    def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        use = self._require_product(use)
+        row, inner = self._without_rows(use, x)
+        axes = use.x.index(row), use.y.index(row)
+
+        def change(params: Params, weights: Array, x: Array, y: Array) -> Array:
+            zeros = jnp.zeros(y.shape, jnp.promote_types(y.dtype, jnp.float32))
+            changes = jax.vmap(lambda params: self._one(params).output(inner, x, zeros, w))(params)
+            return (y + jnp.tensordot(weights.astype(changes.dtype), changes, 1)).astype(y.dtype)
+
+        mapped = jax.vmap(change, in_axes=(0, 0, *axes), out_axes=axes[1])
+        return mapped(self.tensors, self.params[WEIGHTS], x, y)
 
 
 def split_rows(hooks: Mapping[str, Hook]) -> tuple[dict[str, Hook], dict[str, Hook]]:

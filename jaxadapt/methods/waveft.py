@@ -57,6 +57,8 @@ class WaveFt(MatrixMethod):
     """A change with few wavelet coefficients."""
 
     peft_type = "WAVEFT"
+    row_numbers = frozenset({"count", "scaling"})
+    row_padded = frozenset({"r"})
     scaled = frozenset({"waveft_spectrum"})
     roles = MappingProxyType({"waveft_spectrum": "vector"})
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
     from jaxadapt.models.nnx.params import BaseParam as BaseParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
+    from jaxadapt.models.prompt.arguments import extend_labels as extend_labels
+    from jaxadapt.models.prompt.attention import RelativeBias as RelativeBias
     from jaxadapt.models.prompt.attention import attention as attention
     from jaxadapt.models.prompt.hooks import TakesEmbeddings as TakesEmbeddings
     from jaxadapt.models.prompt.hooks import TakesKeys as TakesKeys

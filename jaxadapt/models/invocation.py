@@ -81,7 +81,7 @@ def invoke(
     extended: list[tuple[dict[str, Any], str]] = []
     for name, arrays in data.items():
         sites, collection = sites_of(adapters[name]), collection_name(adapters[name].config)
-        if not sites:  # a prompt, whose tensors are the model's
+        if get_method(adapters[name].config).scope == "model":  # a prompt, whose tensors are the model's
             variables = vars(model)[collection][name][SHARED_NODE]
             for key, array in arrays.items():
                 variables[key] = params.CallData(array)

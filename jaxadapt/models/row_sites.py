@@ -10,7 +10,7 @@ import jax
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import AppliedRows, Method
+from jaxadapt.methods import AppliedRows, How, Method, apply_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class RowSite:
         method: the method.
         hparams: the hyperparameters that all rows share.
         axes: the roles of the weight's axes.
+        how: how the rows take their adapters; see `methods.apply_rows`.
     """
 
     leaf: str
@@ -30,10 +31,11 @@ class RowSite:
     method: Method
     hparams: Any
     axes: Axes
+    how: How = "gather"
 
     def apply(self, params: Mapping[str, Any]) -> AppliedRows:
         """Return the method with the tensors of one layer's rows."""
-        return AppliedRows(self.method, self.hparams, params, self.axes)
+        return apply_rows(self.how, self.method, self.hparams, params, self.axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,22 +51,29 @@ class Rows:
     """The adapters of the rows of one batch: a pytree of arrays.
 
     Attributes:
-        arrays: `{tensor: array}` of each site. A layer's slice of an array has the rows first; stacked axes have their
-            places in the base leaf.
+        arrays: `{tensor: array}` of each site. A layer's slice of an array has the rows first, or the slots where the
+            layers choose among them; stacked axes have their places in the base leaf.
         layout: the sites.
+        how: how the rows take their adapters; see `methods.apply_rows`.
     """
 
     arrays: Sequence[Mapping[str, Any]]
     layout: RowLayout
+    how: How = "gather"
 
-    def tree_flatten(self) -> tuple[tuple[Any], RowLayout]:
+    @property
+    def sites(self) -> list[RowSite]:
+        """The sites, with the way in which the rows take their adapters."""
+        return [dataclasses.replace(site, how=self.how) for site in self.layout.sites]
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[RowLayout, How]]:
         """Flatten the rows for JAX."""
-        return (tuple(self.arrays),), self.layout
+        return (tuple(self.arrays),), (self.layout, self.how)
 
     @classmethod
-    def tree_unflatten(cls, layout: RowLayout, children: tuple[Any]) -> Rows:
+    def tree_unflatten(cls, static: tuple[RowLayout, How], children: tuple[Any]) -> Rows:
         """Rebuild the rows that `tree_flatten` flattened."""
-        return cls(children[0], layout)
+        return cls(children[0], *static)
 
     def check_layout(self, layout: RowLayout) -> None:
         """Raise `AttachError` if these rows are of another bank than the attached one."""

@@ -200,12 +200,13 @@ def summary(tree: Any, *inputs: Any) -> Summary:
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
     tensors, shapes, sites = adapter.sites, adapter.shapes, sites_of(adapter)
-    prompts = [
-        Row(name, SHARED_NODE, (), (), adapter.shapes[SHARED_NODE], str(x.dtype), None, "the model's input", count)
+    use = "the model's input" if methods.get_method(adapter.config).scope == "model" else "all its sites"
+    shared = [
+        Row(name, SHARED_NODE, (), (), shapes[SHARED_NODE], str(x.dtype), None, use, count)
         for x in [*adapter.shared.values()][:1]
-        if not sites and (count := sum(math.prod(each.entry.shape) for each in sites.shared if each.tensor.trained))
+        if (count := sum(math.prod(each.entry.shape) for each in sites.shared if each.tensor.trained))
     ]
-    return prompts + [
+    return shared + [
         Row(
             name,
             site.leaf,

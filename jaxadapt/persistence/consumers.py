@@ -23,8 +23,14 @@ WORDS = {WRONG: "silently computes something else", REFUSED: "refuses it", UNKNO
 
 # The ways out, by name. A program without a form for an adapter reads the merged model.
 _MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
-_PLAIN = "jaxadapt.merging.resize_rank(adapter, r): multiplies the scales into B (r: the adapter's largest rank)"
-_ORIGINAL = "jaxadapt.initializers.for_original_base: makes a LoRA for the unchanged base"
+_EXPORTS = {
+    "llama.cpp": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
+    "Ollama": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
+    "MLX": "jaxadapt export ADAPTER --for mlx --out FOLDER",
+}
+_PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"
+_START = " --first START"
+"""For an initialization that changed the base: START is the folder of the initial adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +155,10 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
 }  # fmt: skip
 
 _VARIANTS = ("use_qalora", "layer_replication", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
-_SCALES = frozenset(("rslora", "alpha_pattern", "rank_pattern", "fraction"))
+_CONVERTED = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
+_CURED = frozenset(("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression"))
+"""The properties that an export removes."""
+
 _PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 _HEADS = ("classifier", "score")
@@ -184,21 +193,49 @@ def _judge(name: str, version: str, rule: _Rule, properties: Mapping[str, str]) 
     verdicts = {verdict for verdict, _ in hits.values()}
     verdict = next(v for v in (REFUSED, WRONG, UNKNOWN) if v in verdicts)
     reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
-    return Reader(name, version, verdict, reasons, _remedy(hits, verdict, properties))
+    return Reader(name, version, verdict, reasons, _remedy(name, hits, verdict, properties))
 
 
-def _remedy(hits: Collection[str], verdict: str, properties: Mapping[str, str]) -> str:
-    """Return the way out: the smallest change that removes all reasons; "" if there is none."""
+def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[str, str]) -> str:
+    """Return the way out: an export if it has a form for the adapter, else the merged model; "" if there is none."""
     if verdict == UNKNOWN or "type" in hits:
         return ""
+    export = _EXPORTS.get(name, _PLAIN)
+    start = _START if "init" in properties else ""
+    if _is_exported(name, properties):
+        return f"{export}{start}"
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
-    if {"alora", "kasa"} & properties.keys() and not set(hits) <= _SCALES:
+    if {"alora", "kasa"} & properties.keys():
         return ""
-    steps = [_ORIGINAL] if "init" in properties and not set(hits) <= _SCALES else []
-    left = set(hits) - {"init"}
-    if left:
-        steps.append(_PLAIN if left <= _SCALES else _MERGE)
-    return "; then ".join(steps)
+    return _MERGE if "init" not in properties else ""
+
+
+def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
+    """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
+    lost = properties.keys() - _CURED - ({"dora"} if name == "MLX" else set())
+    if name in _EXPORTS:
+        lost -= {"layers"}
+    elif "embedding" in lost or "tied embedding" in lost:
+        lost -= {"embedding", "tied embedding"} - _RULES[name][1].keys()
+    if "variant" in properties and set(properties["variant"].split(", ")) <= set(_CONVERTED):
+        lost -= {"variant"}
+    return not lost
+
+
+def version_of(name: str) -> str:
+    """Return the version with which the rules of a program were measured, or in whose source they were read."""
+    return _RULES[name][0]
+
+
+def reads_copies(name: str, config: Config) -> bool:
+    """Return True if a program reads the copies of modules (`modules_to_save`) that an adapter has.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> reads_copies("vLLM", LoraConfig(modules_to_save=["score"])), reads_copies("vLLM", LoraConfig())
+    (True, False)
+    """
+    copies = _copy_properties(config)
+    return bool(copies) and copies.keys().isdisjoint(_RULES[name][1])
 
 
 def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], str]]:
@@ -263,10 +300,24 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
     explained = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"} & found.keys() or config.get(
         "modules_to_save"
     )
+    layers = {} if "layers" in found else _layer_properties(keys)
     if config.peft_type != "LORA" or explained:
-        return {}
+        return layers
     others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
     if not others:
-        return {}
+        return layers
     count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
-    return {"other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"}
+    return layers | {"other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"}
+
+
+def _layer_properties(keys: Iterable[str]) -> dict[str, str]:
+    """Return the property of an adapter that lacks a module in some layers, as far as the keys show it."""
+    layers: dict[str, set[int]] = {}
+    for key in keys:
+        match = _PAIR.fullmatch(key)
+        parts = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", match[1]) if match else None
+        if parts:
+            layers.setdefault(f"{parts[1]}.*.{parts[3]}", set()).add(int(parts[2]))
+    most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
+    missing = [name for name, numbers in layers.items() if len(numbers) < most]
+    return {"layers": f"{missing[0].removeprefix(PEFT_PREFIX)} of some layers"} if missing else {}

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.keymaps import families, parts
@@ -24,7 +24,7 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.models.carriers import Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import multihost
+from jaxadapt.persistence import fingerprint, multihost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,15 @@ def encode_tree(
     config, keymap = source.adapter.config, source.adapter.keymap
     leaves = held.leaves() if held.has_base else None
     encoded = _repeat_for_heads(config, encoded, keymap, leaves)
-    return PeftTensors(*_join_or_split(source, encoded, on_shared), "this adapter")
+    tensors = _join_or_split(source, encoded, on_shared)
+    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source))
+
+
+def _fingerprint(source: Source) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it."""
+    if not source.held.has_base or lora_variants.changes_base(source.adapter.config):
+        return None
+    return fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
 
 
 def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
@@ -138,12 +146,11 @@ def _encode(source: Source, dtype: Any) -> Encoded:
     adapter, leaves = source.adapter, source.leaves
     warn_unproved(adapter.keymap)
     adapter_sites = source.sites
-    sites.require_complete(adapter, adapter_sites)
-    untargeted = sites.untargeted(adapter.config, adapter.keymap, adapter.shapes)
-    if untargeted:
+    sites.require_complete(leaves, adapter_sites)
+    if adapter_sites.untargeted:
         raise MismatchError(
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
-            " does not name them, so a reader would drop them:\n" + paths.bullets(untargeted)
+            " does not name them, so a reader would drop them:\n" + paths.bullets(adapter_sites.untargeted)
         )
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:

@@ -28,7 +28,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card, reconcile, run_folder
+from jaxadapt.persistence import card, fingerprint, image_files, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
@@ -109,6 +109,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         path = hub.fetch_config(path)
     if orbax.is_checkpoint(path):
         return orbax_config(path)
+    if image_files.is_image_file(path):
+        with image_files.open_file(path) as file:
+            return file.tensors.config
     target = location.to_location(path)
     if location.is_file(target):
         return configs.loads(reconcile.read_text(target), str(target))
@@ -126,7 +129,8 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("read", bytes done, bytes in all);
             for an address of the Hub also of the files fetched.
 
-    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of jaxadapt.
+    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), an Orbax checkpoint of jaxadapt, or
+    the one file of an image adapter (kohya-ss, LyCORIS, diffusers), whose modules are called unet.…, text_encoder.…
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
     >>> import tempfile, jax, jaxadapt
@@ -153,17 +157,22 @@ def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Ge
 
         yield orbax_folder.adapter_tensors(orbax_folder.read(path, orbax_folder.find_adapter(path)), path)
         return
+    if image_files.is_image_file(path):
+        with image_files.open_file(path) as file:
+            yield file.tensors
+        return
     config, weights = find_files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
             resolved = reconcile.resolve_config(config, tensors.header, weights)
+            base = reconcile.stored_fingerprint(tensors.header)
         else:
-            resolved = reconcile.resolve_config(config, None, weights)
+            resolved, base = reconcile.resolve_config(config, None, weights), None
             tensors = torch_bin.read(weights)
         if not tensors:
             raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
-        yield state_dict_keys.without_names(PeftTensors(resolved, tensors, str(path)))
+        yield state_dict_keys.without_names(PeftTensors(resolved, tensors, str(path), base))
 
 
 def orbax_config(path: str | os.PathLike[str]) -> Config:
@@ -258,6 +267,8 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     old_text = reconcile.read_text(config) if exists else text
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
     document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
+    if tensors.base is not None:
+        document[fingerprint.FIELD] = dict(tensors.base)
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:

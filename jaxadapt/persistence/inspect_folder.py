@@ -11,9 +11,10 @@ from typing import Any
 from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, reporter
-from jaxadapt.persistence import folder, reconcile
+from jaxadapt.persistence import folder, image_files, reconcile
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.source import as_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Info:
 def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """Return the method, targets, sizes and base model of an adapter folder; read no tensor.
 
-    Accepts an Orbax checkpoint too and lists its tensors under the names that PEFT's file would have. An adapter on the
-    Hub is fetched, with `progress` as in `pull`.
+    Accepts an Orbax checkpoint too, and the one file of an image adapter (kohya-ss, LyCORIS, diffusers), and lists
+    their tensors under the names that PEFT's file would have.
+    An adapter on the Hub is fetched, with `progress` as in `pull`.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
     >>> import tempfile, jax, jaxadapt
@@ -81,6 +83,8 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """
     if orbax.is_checkpoint(path):
         return _inspect_orbax(path)
+    if image_files.is_image_file(path):
+        return _inspect_image_file(path)
     with reporter(progress) as report:
         config, weights = folder.find_files(path, report)
     if weights.name == folder.WEIGHTS:
@@ -96,6 +100,15 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     new_keys = state_dict_keys.keys_without_names(tensors, str(path))
     tensors = {new: tensors[key] for key, new in new_keys.items() if new is not None} or tensors
     return Info(str(path), reconcile.resolve_config(config, header, weights), tensors, nbytes, size)
+
+
+def _inspect_image_file(path: str | os.PathLike[str]) -> Info:
+    with image_files.open_file(path) as file:
+        specs = as_source(file.tensors.tensors).specs
+        tensors = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
+        nbytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+        size = location.total_size(location.to_location(path))
+        return Info(os.fspath(path), file.tensors.config, tensors, nbytes, size)
 
 
 def _inspect_orbax(path: str | os.PathLike[str]) -> Info:

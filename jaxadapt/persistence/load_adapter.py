@@ -26,7 +26,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import folder, orbax_folder, peft, repair_folder
+from jaxadapt.persistence import fingerprint, folder, orbax_folder, peft, repair_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
 
@@ -49,6 +49,7 @@ def load(
     base: str | None = None,
     strict: bool = True,
     repair: bool = False,
+    strict_base: bool = False,
     progress: Progress = None,
 ) -> Any:
     """Read an adapter folder, written by jaxadapt or PEFT, into a model.
@@ -90,6 +91,9 @@ def load(
         repair: True mends names and settings that have only one possible meaning, as `jaxadapt.repair` does in files,
             and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
             adapter_config.json, … The files stay as they are.
+        strict_base: True refuses a base other than the one the adapter was trained on, by the fingerprint in the file
+            (a few values of the base's weights), and a file or a base without one. By default another base is a
+            warning.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             for an address of the Hub also of each file fetched, by its name.
 
@@ -115,7 +119,7 @@ def load(
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
             "shardings": shardings, "on_mismatch": on_mismatch, "strict": None if strict else False,
-            "dtype": dtype if dtype == peft.AUTOCAST else None,
+            "dtype": dtype if dtype == peft.AUTOCAST else None, "strict_base": strict_base or None,
         }  # fmt: skip
         refuse(
             unused,
@@ -151,16 +155,11 @@ def load(
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        with (
-            reporter(progress) as report,
-            (
-                repair_folder.open_repaired(_existing_folder(subfolder, path))
-                if repair
-                else folder.open_adapter(_existing_folder(subfolder, path))
-            ) as tensors,
-        ):
+        open_folder = repair_folder.open_repaired if repair else folder.open_adapter
+        with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
+        _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
     if present is not None and present.config != adapter.config and not replace:
         raise ConfigError(
@@ -180,6 +179,25 @@ def load(
             adapter = _promote(adapter, present)
     changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
+
+
+def _check_base(
+    stored: fingerprint.Fingerprint | None,
+    parameters: BaseParams,
+    adapter: Adapter,
+    adapter_sites: Sequence[sites.Site],
+    source: str,
+    strict: bool,
+) -> None:
+    """Compare the base with the one that the adapter was trained on."""
+    if stored is None and not strict:
+        return
+    found = (
+        None
+        if stored is None
+        else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
+    )
+    fingerprint.check(stored, found, source, strict=strict)
 
 
 def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Location:

@@ -11,6 +11,7 @@ from jaxadapt import configs
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import fingerprint
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Location
 
@@ -91,6 +92,17 @@ def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
         raise FormatError(
             f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
         ) from error
+
+
+def stored_fingerprint(header: safetensors.Header) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the base in a header; None if it has none, or a damaged one."""
+    raw = header.metadata.get(META)
+    if raw is None or fingerprint.FIELD not in raw:
+        return None
+    try:
+        return fingerprint.parse(json.loads(raw).get(fingerprint.FIELD))
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -182,7 +182,7 @@ def _plan(stored: StoredAdapter) -> _Plan | None:
     dropped = len(shapes) - len(kept) + sum(name is None for name in names.normal.values())
     if dropped:
         done.append(f"{dropped} tensors of the base left out, which PEFT does not save")
-    return _Plan(PeftTensors(config, StoredTensors(keys, stored.get), stored.source), tuple(done))
+    return _Plan(PeftTensors(config, StoredTensors(keys, stored.get), stored.source, stored.base), tuple(done))
 
 
 _DONE = {

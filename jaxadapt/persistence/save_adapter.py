@@ -17,6 +17,7 @@ from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import Encoded
+from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.models.carriers import DEFAULT, lora_carrier
 from jaxadapt.persistence import encode, folder, multihost, orbax_folder
 
@@ -33,6 +34,7 @@ def save(
     dtype: Any = None,
     save_embedding_layers: bool | str = "auto",
     format: str = "safetensors",  # noqa: A002 (the field's usual name)
+    plain: bool = False,
     shared: bool | None = None,
     timeout: float = 300,
     on_shared: str | None = None,
@@ -60,6 +62,9 @@ def save(
             cannot write it. "orbax" writes an Orbax checkpoint instead: the parameters in the model's layout and the
             configuration, in one commit, to a path that does not exist yet. With several processes all of them call
             `save`.
+        plain: write a LoRA in its plain form, which every reader of PEFT's files understands: one rank, `lora_alpha`
+            equal to it, the scales in B, no patterns and no rsLoRA. `load` reads it like any other; a training run
+            that continues from it has another scale.
         shared, timeout: for arrays that are spread over several processes. All of them then call `save`, and each
             writes its own bytes to the one file. `shared=False`: the processes share no file system (None: detect it),
             and process 0 writes everything, one leaf at a time. If a process fails, dies or does not call, the save
@@ -90,6 +95,8 @@ def save(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
             " jaxadapt.write(tensors, path)"
         )
+    if plain and format == "orbax":
+        raise FileError(f"{path}: plain=True: expected a PEFT folder; other programs read no Orbax checkpoint")
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
@@ -113,10 +120,11 @@ def save(
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     is_spread = isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values())
-    if is_spread and format == "bin":
-        raise FileError(
-            f"{path}: format 'bin': several processes write only safetensors; convert the folder afterwards"
-        )
+    if is_spread and (plain or format == "bin"):
+        option, command = ("plain=True", "export") if plain else ("format 'bin'", "convert")
+        raise FileError(f"{path}: {option}: several processes cannot write it; {command} the folder afterwards")
+    if plain:
+        tensors = plain_form(tensors)
     if is_spread:
         with reporter(progress) as report:
             multihost.write_shared(tensors, target, shared, timeout, report)

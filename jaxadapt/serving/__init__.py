@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxadapt.models.row_sites import Rows as Rows
     from jaxadapt.serving.bank import Bank as Bank
     from jaxadapt.serving.bank import create as create
+    from jaxadapt.serving.bank import get as get
     from jaxadapt.serving.bank import prepare as prepare
     from jaxadapt.serving.bank import put as put
     from jaxadapt.serving.pool import AdapterPool as AdapterPool

@@ -18,10 +18,12 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods import How
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
-from jaxadapt.serving.layout import REMEDY, Layout, Place, Tensors, blank, fit_adapter, make_place, refusal
+from jaxadapt.serving import selection
+from jaxadapt.serving.layout import REMEDY, Layout, Place, Tensors, blank, fit_adapter, make_place, read_slot, refusal
 
 
 @jax.tree_util.register_pytree_node_class
@@ -60,24 +62,34 @@ class Bank:
         """The bytes of all slots."""
         return self.layout.slot_bytes * self.slots
 
-    def select(self, ids: Any) -> Rows:
-        """Gather the adapters of a batch's rows, for `route`. Do it once, when the batch changes.
+    def select(self, ids: Any, *, weights: Any = None, implementation: How | None = None) -> Rows:
+        """Return the adapters of a batch's rows, for `route`. Do it once, when the batch changes.
 
         Args:
-            ids: the slot of each row, integers (rows). A row whose id is not a slot gets NaN in every adapted layer.
+            ids: the slot of each row, integers (rows); of each token, (rows, time), for rows that hold several
+                sequences; or of each of a row's adapters, (rows, adapters), with `weights`. A row or token whose id is
+                not a slot gets NaN in every adapted layer.
+            weights: numbers (rows, adapters): the change of a row is the sum of its adapters' changes with these
+                weights. Slot 0 changes nothing.
+            implementation: "gather" (the default for rows) copies the rows' adapters now, so decode steps only multiply
+                with them. "layer" copies them in each layer, where all rows' adapters at once do not fit in memory.
+                "mask" (the default for tokens) computes all slots for each token and masks the others: for few slots.
+                "sorted", or a function of `jax.lax.ragged_dot`'s signature, multiplies segments of tokens that are
+                sorted by slot; it needs low-rank pairs, and a platform with a grouped product. All but "gather" use the
+                bank's own arrays, so call the model before the next `put`.
 
-        Raises `AttachError` if the ids are not a vector of integers.
+        Raises `AttachError` for ids of another shape or type, and for an implementation that the methods of the bank,
+        or the platform, do not have.
 
         >>> import jaxadapt
         >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
         >>> bank = jaxadapt.serving.create(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=3)
         >>> bank.select([1, 1, 0, 2]).arrays[0]["lora_A"].shape
         (4, 2, 4)
+        >>> bank.select([[1, 2], [0, 1]], weights=[[0.5, 0.5], [1, 2]]).arrays[0]["lora_A"].shape
+        (2, 2, 2, 4)
         """
-        ids = jnp.asarray(ids)
-        if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise AttachError(f"ids: expected integers of shape (rows), found {ids.dtype} of shape {list(ids.shape)}")
-        return _gather(self, ids)
+        return selection.select(self, jnp.asarray(ids), weights, implementation)
 
 
 def create(
@@ -159,10 +171,36 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
     >>> jnp.abs(bank.arrays[0]["lora_A"]).sum((1, 2)) > 0
     Array([False,  True, False], dtype=bool)
     """
-    if not 0 < operator.index(slot) < bank.slots:
-        raise AttachError(f"slot: expected 1 to {bank.slots - 1}, found {slot}; slot 0 is the base")
+    _check_slot(bank, slot)
     rows = prepare(bank, adapter) if adapter is None or isinstance(adapter, Adapter) else tuple(adapter)
     return write(bank, rows, np.int32(slot), weights_read(bank, base))
+
+
+def get(bank: Bank, slot: int, like: Adapter) -> Adapter:
+    """Return the adapter in a slot, such as one that was trained there.
+
+    Args:
+        bank: the bank.
+        slot: 1 to `bank.slots - 1`.
+        like: the adapter that was put there, for its configuration, its targets and its ranks.
+
+    Raises `AttachError` if the slot does not hold all of its tensors (a DoRA's magnitude).
+
+    >>> import jax, jaxadapt
+    >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config.replace(r=1), base, key=jax.random.key(0))
+    >>> found = get(put(create(base, config, slots=3), 1, adapter), 1, adapter)
+    >>> {path: bool((x == adapter.flat()[path]).all()) for path, x in found.flat().items()}
+    {'q.kernel.lora_A': True, 'q.kernel.lora_B': True}
+    """
+    _check_slot(bank, slot)
+    values = read_slot(bank.layout, bank.arrays, slot, like)
+    return Adapter(like.config, paths.unflatten(values), like.keymap)
+
+
+def _check_slot(bank: Bank, slot: int) -> None:
+    if not 0 < operator.index(slot) < bank.slots:
+        raise AttachError(f"slot: expected 1 to {bank.slots - 1}, found {slot}; slot 0 is the base")
 
 
 def weights_read(bank: Bank, base: Any) -> dict[str, Any]:
@@ -201,16 +239,3 @@ def write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, 
             changed[name] = value if target is None else jax.lax.with_sharding_constraint(value, target)
         written.append(changed)
     return Bank(tuple(written), bank.layout)
-
-
-@jax.jit
-def _gather(bank: Bank, ids: Any) -> Rows:
-    """Gather one slot for each row; the stacked axes return to their places in the base leaf."""
-    # JAX would take -1 for the last slot. An index that is too large gives NaN.
-    ids = jnp.where(ids < 0, bank.slots, ids)
-    gathered: list[Tensors] = []
-    for place, arrays in zip(bank.layout.places, bank.arrays, strict=True):
-        taken = {name: jnp.take(x, ids, place.layers, mode="fill", fill_value=jnp.nan) for name, x in arrays.items()}
-        first = range(place.layers)
-        gathered.append({name: jnp.moveaxis(x, first, place.row.stack) for name, x in taken.items()})
-    return Rows(tuple(gathered), bank.layout.rows)

@@ -62,6 +62,10 @@ class Folders:
             known = self.newest[name] = Version(next(self._numbers), name, Path(path), files)
         return known
 
+    def remove(self, name: str) -> None:
+        """Forget a name; raise `AttachError` for an unknown one."""
+        del self.newest[self.get(name).name]
+
     def get(self, name: str) -> Version:
         """Return the newest version of a name; raise `AttachError` for an unknown name."""
         version = self.newest.get(name)

@@ -20,6 +20,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.models.row_sites import RowLayout, RowSite
 
 Shape = tuple[int, ...]
+Index = tuple[Any, ...]
 Tensors = dict[str, Any]
 
 REMEDY = (
@@ -56,7 +57,7 @@ class Place:
     @property
     def reads(self) -> bool:
         """True if `put` needs the base weight."""
-        return self.site.effects.reads
+        return self.row.method.rows == "put" and self.site.effects.reads
 
     def neutral(self, name: str) -> float:
         """Return the value of a tensor in an adapter that changes nothing."""
@@ -105,12 +106,16 @@ def refusal(site: Site) -> str | None:
     """Return why the rows of a batch cannot each have their own adapter at this site, or None."""
     if site.method.copies:
         return f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)"
-    if site.method.rows == "no" or site.effects.form == "weight":
+    if site.method.rows == "no":
         return f"{site.leaf}: {site.method.peft_type} has no form with a separate adapter for each row"
     try:
-        site.method.row_hparams(site.hparams)
+        hparams = site.method.row_hparams(site.hparams)
     except AttachError as error:
         return f"{site.leaf}: {error}"
+    if site.method.effects(hparams).form == "weight":
+        return f"{site.leaf}: this variant of {site.method.peft_type} has no form with a separate adapter for each row"
+    if (kind := site.match.weight.kind) not in ("linear", "attention"):
+        return f"{site.leaf}: {site.method.peft_type} adapts a layer of kind {kind} here, not a matrix product"
     return None
 
 
@@ -175,7 +180,13 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     tensors = adapter.sites
     chosen: dict[int, Tensors] = {}
     problems: list[str] = []
-    for site in sites_of(adapter):
+    sites = sites_of(adapter)
+    if not sites:  # a prompt, whose tensors belong to no weight
+        raise AttachError(
+            f"cannot put the adapter into the bank: {adapter.config.peft_type} changes no weight, and rows"
+            " cannot each have one. Load it into a model of its own (jaxadapt.load)"
+        )
+    for site in sites:
         try:
             number = _find_place(layout, site)
             chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
@@ -210,6 +221,15 @@ def _find_place(layout: Layout, site: Site) -> int:
 
 
 def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
+    rows = _row_params(place, site, params)
+    padded = blank(place)
+    for name, (_, index) in _indices(place, site, rows).items():
+        padded[name][index] = rows[name]
+    return padded
+
+
+def _row_params(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
+    """Return an adapter's tensors for rows; raise `AttachError` if the bank lacks one."""
     own, bank = site.axes, place.row.axes
     if dataclasses.replace(own, parts=None, torch=None) != dataclasses.replace(bank, parts=None, torch=None):
         raise AttachError(f"{site.leaf}: the adapter's axes {own} are not the bank's {bank}")
@@ -217,8 +237,18 @@ def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     rows = site.method.row_params(site.hparams, _stack_first(site, params), entries)
     if unknown := rows.keys() - place.stored.keys():
         raise AttachError(f"{site.leaf}: the bank has no tensor {', '.join(sorted(unknown))}")
-    padded = blank(place)
+    return rows
+
+
+def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tuple[list[int], Index]]:
+    """Return where the tensors of an adapter are in the bank's.
+
+    Returns `{tensor: (the order of its axes with the stacked ones first, the index into the padded tensor)}`. Raises
+    `AttachError` for sizes that do not fit.
+    """
+    own, bank, padded = site.axes, place.row.axes, site.method.row_padded
     forms = {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
+    found: dict[str, tuple[list[int], Index]] = {}
     for name, x in rows.items():
         order = _stack_first_order(site, x.ndim)
         letters = [forms[name].left[axis] for axis in order] if name in forms else ["entry"] * x.ndim
@@ -231,13 +261,37 @@ def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
             index[axis] = np.array([all_parts.index(part) for part in own.parts or range(x.shape[axis])])
         misfits = [
             f"{letter.removeprefix('~')} is {size}, the bank has {room}"
-            for letter, size, room, at in zip(letters, x.shape, padded[name].shape, index, strict=True)
-            if isinstance(at, slice) and (size > room if letter.startswith("~") else size != room)
+            for letter, size, room, at in zip(letters, x.shape, place.stored[name][0], index, strict=True)
+            if isinstance(at, slice) and (size > room if letter.removeprefix("~") in padded else size != room)
         ]
         if misfits:
             raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
-        padded[name][tuple(index)] = x
-    return padded
+        found[name] = order, tuple(index)
+    return found
+
+
+def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, like: Adapter) -> dict[str, Any]:
+    """Return `{path: array}` of the adapter in a slot, with the sites of `like`: the inverse of `fit_adapter`."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for site in sites_of(like):
+        try:
+            number = _find_place(layout, site)
+            place = layout.places[number]
+            rows = _row_params(place, site, like.sites[site.leaf])
+            names = {tensor.name for tensor in site.tensors}
+            if place.reads or names - rows.keys():
+                lost = "the magnitude of a DoRA" if place.reads else ", ".join(sorted(names - rows.keys()))
+                raise AttachError(f"{site.leaf}: a slot does not hold {lost}")
+            for name, (order, index) in _indices(place, site, rows).items():
+                if name in names:
+                    x = jax.lax.index_in_dim(arrays[number][name], slot, place.layers, keepdims=False)[index]
+                    values[paths.join(site.leaf, name)] = x.transpose([order.index(axis) for axis in range(x.ndim)])
+        except AttachError as error:
+            problems.append(str(error))
+    if problems:
+        raise AttachError(f"cannot read the adapter from the bank:\n{paths.bullets(problems)}")
+    return values
 
 
 def _fused_axis(site: Site) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError
 from jaxadapt.keymaps.keymap import KeyMap
@@ -26,6 +27,7 @@ from jaxadapt.serving.layout import Tensors
 
 _Prepared = tuple[Tensors, ...]
 _NO_SLOT = -1  # its rows are NaN
+_BASE = "__base__"  # PEFT's name of the base in `adapter_names`
 
 
 class Lease(Sequence[int]):
@@ -108,6 +110,11 @@ class AdapterPool:
         with self._changed:
             return self._folders.add(name, path)
 
+    def remove(self, name: str) -> None:
+        """Forget a name; raise `AttachError` for an unknown one. Leases keep its version until they end."""
+        with self._changed:
+            self._folders.remove(name)
+
     def names(self) -> list[str]:
         """Return the names."""
         with self._changed:
@@ -132,7 +139,7 @@ class AdapterPool:
         """Bring the adapters of a batch's rows into slots, and keep them there within a context.
 
         Args:
-            names: the adapter of each row, None for the base.
+            names: the adapter of each row; None, or PEFT's "__base__", for the base.
             failed: a dictionary for the errors of adapters that cannot be loaded. Their rows get the id -1, which gives
                 NaN. Without it, an error of one adapter ends the whole call.
             wait: the seconds to wait until other leases end, if they hold too many slots.
@@ -142,6 +149,7 @@ class AdapterPool:
         """
         errors: dict[str, AdapterError] = {}
         pinned: list[int] = []
+        names = [None if name == _BASE else name for name in names]
         found: dict[str, tuple[int, Version]] = {}
         try:
             for name in dict.fromkeys(name for name in names if name is not None):
@@ -222,10 +230,39 @@ class AdapterPool:
             return self._bank.select(ids)
 
     @contextlib.contextmanager
+    def rows(self, adapter_names: Sequence[str | Mapping[str, float] | None], *, wait: float = 0.0) -> Generator[Rows]:
+        """Lease the adapters of a batch's rows by name and return their tensors, for `route`.
+
+        Args:
+            adapter_names: for each row a name, None or "__base__" for the base, or `{name: weight}` for the sum of
+                several adapters' changes with these weights.
+            wait: as in `lease`.
+
+        Raises the errors of `lease` and `Bank.select`.
+        """
+        each = [name if isinstance(name, Mapping) else {name: 1.0} for name in adapter_names]
+        mixed = any(isinstance(name, Mapping) for name in adapter_names)
+        width = max([len(of) for of in each], default=1)
+        names: list[str | None] = [name for of in each for name in [*of, *[None] * (width - len(of))]]
+        weights = np.array([[*of.values(), *[0.0] * (width - len(of))] for of in each], np.float32)
+        with self.lease(names, wait=wait) as ids:
+            slots = ids.slots.reshape(len(each), width)
+            with self._changed:
+                rows = self._bank.select(slots, weights=weights) if mixed else self._bank.select(slots[:, 0])
+            yield rows
+
+    @contextlib.contextmanager
     def bank(self) -> Generator[Bank]:
         """Return the present bank within a context that no other thread can change it in: dispatch, and leave."""
         with self._changed:
             yield self._bank
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the newest version of an adapter, read from its folder, for `jaxadapt.merge`, `inject` and others.
+
+        If all requests of a server name one adapter, a merged copy of the base has no cost in a call.
+        """
+        return self._read_adapter(self._refresh(name))
 
     def close(self) -> None:
         """Stop the threads that prefetch."""
@@ -263,11 +300,13 @@ class AdapterPool:
         return prepared
 
     def _read(self, version: Version) -> _Prepared:
+        return banks.prepare(self._bank, self._read_adapter(version))
+
+    def _read_adapter(self, version: Version) -> Adapter:
         adapter = from_peft(read(version.path), self._shapes, keymap=self._keymap)
-        prepared = banks.prepare(self._bank, adapter)
         if self._refresh(version.name) != version:
             raise FileError(f"{version.path}: the adapter changed while it was read; ask for it again")
-        return prepared
+        return adapter
 
 
 def _raise_together(errors: Mapping[str, AdapterError]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AttachError
@@ -13,6 +13,7 @@ from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import rows as nnx_rows
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.serving.bank import Bank
+from jaxadapt.serving.pool import AdapterPool
 
 _EXPECTED = "an NNX model or a Linen module"
 
@@ -63,7 +64,9 @@ def detach(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def route(model: Any, rows: Rows) -> Generator[Any]:
+def route(
+    model: Any, rows: Rows | AdapterPool, *, adapter_names: Sequence[str | Mapping[str, float] | None] | None = None
+) -> Generator[Any]:
     """Give each row of a batch its adapter within a context. The context's value is the model to call.
 
     NNX: stores the rows beside the weights, and removes them at the end, also after an error. Linen: returns a wrapper
@@ -72,7 +75,9 @@ def route(model: Any, rows: Rows) -> Generator[Any]:
 
     Args:
         model: a model that `attach` prepared.
-        rows: the result of `Bank.select`.
+        rows: the result of `Bank.select`, or a pool with `adapter_names`.
+        adapter_names: the adapters of the rows, as in PEFT's `forward(adapter_names=…)` and `AdapterPool.rows`. They
+            are leased for the time of the context, which must be outside `jax.jit`.
 
     Raises `AttachError` if the model has no bank, or another one.
 
@@ -85,8 +90,15 @@ def route(model: Any, rows: Rows) -> Generator[Any]:
     ...     bool((net.q_proj(x) == y).all())
     True
     """
-    if not isinstance(rows, Rows):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(f"rows: expected the result of Bank.select, found {type(rows).__name__}")
+    if isinstance(rows, AdapterPool):
+        if adapter_names is None:
+            raise AttachError("adapter_names: expected the adapter of each row; a pool alone does not choose them")
+        with rows.rows(adapter_names) as leased, route(model, leased) as routed:
+            yield routed
+        return
+    if not isinstance(rows, Rows) or adapter_names is not None:  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = type(rows).__name__ + ("" if adapter_names is None else " with adapter_names")
+        raise AttachError(f"rows: expected the result of Bank.select, or a pool with adapter_names, found {found}")
     held = carrier(model)
     if isinstance(held, Wrapper):
         if model.layout is None:

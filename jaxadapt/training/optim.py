@@ -27,8 +27,9 @@ from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.merging import factors
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.models.linen import collections
+from jaxadapt.serving.bank import Bank
 
-__all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "roles", "scale_by_rank"]
+__all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "roles", "scale_by_rank"]
 
 Array = Any
 Make = Callable[..., optax.GradientTransformation]
@@ -322,3 +323,60 @@ def _correct_gradient(site: Site, a: Array, grad: Array) -> Array:
         new = rows @ jnp.linalg.pinv(gram) / factors.scale(site) ** 2
         _, leaves = factors.matrices_to_leaves(site, a_rows, new, scaled=False)
     return leaves[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
+
+
+# ---------------------------------------------------------------- many adapters at once
+
+
+def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTransformationExtraArgs:
+    """Make an optimizer of a bank's slots, each of which is optimized as an adapter of its own.
+
+    `init(bank)` has a state for each slot. `update(grads, state, bank, active=…)` changes only the active slots, bool
+    (slots): the others keep their parameters and state, also under weight decay. Slot 0 is never active. Scales are not
+    trained. `serving.get` returns a trained adapter.
+
+    Args:
+        tx: the optimizer of one adapter, such as `optax.adamw(1e-3)`. Norms that it computes are of one adapter.
+        bank: the bank.
+
+    Raises `AttachError` if the bank has room for a DoRA, whose norm is a constant in a bank.
+
+    >>> import jaxadapt
+    >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> bank = jaxadapt.serving.create(base, config, slots=3)
+    >>> tx = per_slot(optax.sgd(1.0), bank)
+    >>> grads, active = jax.tree.map(jnp.ones_like, bank), jnp.array([False, True, False])
+    >>> updates, state = tx.update(grads, tx.init(bank), bank, active=active)
+    >>> optax.apply_updates(bank, updates).arrays[0]["lora_B"].sum((1, 2)).tolist()
+    [0.0, -12.0, 0.0]
+    """
+    places = bank.layout.places
+    if prepared := [place.row.leaf for place in places if place.reads]:
+        raise AttachError("cannot train a DoRA in a bank, where its norm is a constant:\n" + paths.bullets(prepared))
+    trained = [{t.name for t in p.site.tensors if p.row.method.role(p.row.hparams, t.name) != "frozen"} for p in places]
+    axes = [dict.fromkeys(sorted(names), place.layers) for place, names in zip(places, trained, strict=True)]
+
+    def choose(bank: Any) -> list[dict[str, Array]]:
+        return [{name: arrays[name] for name in of} for of, arrays in zip(axes, bank.arrays, strict=True)]
+
+    def select(active: Array, new: Array, old: Array, axis: int) -> Array:
+        shape = [-1 if i == axis else 1 for i in range(new.ndim)]
+        return jnp.where(active.reshape(shape), new, old)
+
+    def update(updates: Any, state: Any, params: Any = None, *, active: Array, **extra: Any) -> tuple[Any, Any]:
+        active = jnp.asarray(active, bool) & (jnp.arange(bank.slots) > 0)
+        given = None if params is None else choose(params)
+        step: Any = jax.vmap(lambda g, s, p: tx.update(g, s, p, **extra), in_axes=(axes, 0, axes), out_axes=(axes, 0))
+        if given is None:
+            step = jax.vmap(lambda g, s, _: tx.update(g, s, **extra), in_axes=(axes, 0, None), out_axes=(axes, 0))
+        new, changed = step(choose(updates), state, given)
+        changed = jax.tree.map(lambda new, old: select(active, new, old, 0), changed, state)
+        arrays: list[dict[str, Array]] = []
+        for place, values, grads in zip(places, new, updates.arrays, strict=True):
+            kept = {name: select(active, x, jnp.zeros_like(x), place.layers) for name, x in values.items()}
+            arrays.append({name: kept[name] if name in kept else jnp.zeros_like(x) for name, x in grads.items()})
+        return dataclasses.replace(updates, arrays=tuple(arrays)), changed
+
+    init: Any = jax.vmap(tx.init, in_axes=(axes,))
+    functions: Any = (lambda bank: init(choose(bank)), update)
+    return optax.GradientTransformationExtraArgs(*functions)

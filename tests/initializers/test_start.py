@@ -79,7 +79,9 @@ def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shap
         (config("loftq", loftq_config={"loftq_bits": 3}), {}, ConfigError, "expected 4 or 8 bits"),
         (config("loftq", loftq_config={"loftq_bits": 4, "iter": 2}), {}, ConfigError, "unknown iter"),
         (config("lora_ga"), {"key": 0, "gradients": {"q_proj": {}}}, MismatchError, "q_proj.kernel, found none"),
-        (small.IA3, {}, ConfigError, "expected a LoraConfig"),
+        (small.IA3, {}, AttachError, "IA3Config: key is needed"),
+        (small.IA3, {"key": 0, "batches": [1]}, AttachError, "IA3Config: batches has no effect"),
+        ({"r": 2}, {}, ConfigError, r"expected a configuration such as LoraConfig\(…\), found dict"),
     ],
     ids=str,
 )

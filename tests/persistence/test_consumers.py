@@ -108,33 +108,64 @@ def test_programs_that_were_read(settings, program: str, verdict: str, reason: s
     assert (found.verdict, "; ".join(found.reasons)) == (verdict, reason)
 
 
+GGUF = "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf"
+MLX = "jaxadapt export ADAPTER --for mlx --out FOLDER"
+PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"
+MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
+
+
 @pytest.mark.parametrize(
-    ("settings", "remedy"),
+    ("settings", "program", "remedy"),
     [
-        ({}, ""),
-        ({"use_rslora": True, "alpha_pattern": {"q": 2}}, "resize_rank"),
-        ({"init_lora_weights": "pissa"}, "for_original_base"),
-        ({"use_dora": True}, "jaxadapt merge BASE ADAPTER --out FOLDER"),
-        ({"alora_invocation_tokens": [1]}, ""),
+        ({}, "llama.cpp", ""),
+        ({}, "MLX", MLX),
+        ({"use_rslora": True, "alpha_pattern": {"q": 2}}, "llama.cpp", GGUF),
+        ({"use_rslora": True}, "Ollama", GGUF),
+        ({"use_rslora": True}, "SGLang", PLAIN),
+        ({"target_modules": "q.*"}, "SGLang", PLAIN),
+        ({"init_lora_weights": "pissa"}, "llama.cpp", f"{GGUF} --first START"),
+        ({"init_lora_weights": "pissa"}, "vLLM", f"{PLAIN} --first START"),
+        ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
+        ({"layer_replication": [[0, 1]]}, "vLLM", MERGE),
+        ({"use_dora": True}, "llama.cpp", MERGE),
+        ({"use_dora": True, "use_rslora": True}, "transformers load_adapter", MERGE),
+        ({"use_dora": True, "use_rslora": True}, "MLX", MLX),
+        ({"lora_bias": True}, "MLX", MERGE),
+        ({"layers_to_transform": [1]}, "TGI and LoRAX", MERGE),
+        ({"layers_to_transform": [1]}, "MLX", MLX),
+        ({"alora_invocation_tokens": [1]}, "llama.cpp", ""),
+        ({"kasa_config": {"beta": 0.1}}, "vLLM", ""),
     ],
 )
-def test_the_way_out(settings, remedy: str):
-    config = jaxadapt.LoraConfig(target_modules=["q_proj"], **settings)
-    found = next(r for r in consumers.judge_readers(config) if r.name == "llama.cpp")
-    assert remedy in found.remedy
-    assert bool(remedy) == bool(found.remedy)
+def test_the_way_out(settings, program: str, remedy: str):
+    config = jaxadapt.LoraConfig(**{"target_modules": ["q_proj"], **settings})
+    found = next(r for r in consumers.judge_readers(config) if r.name == program)
+    assert found.remedy == remedy
+
+
+def test_keys_show_modules_that_layers_lack():
+    """With full names in target_modules, as an export writes them, the configuration does not say it."""
+    config = jaxadapt.LoraConfig(target_modules=["model.layers.1.q_proj"])
+    keys = [f"base_model.model.model.layers.{i}.{m}.lora_{n}.weight" for i, m in ((0, "k"), (1, "k"), (1, "q"))
+            for n in "AB"]  # fmt: skip
+    found = {r.name: r for r in consumers.judge_readers(config, keys)}["TGI and LoRAX"]
+    assert found.verdict == WRONG
+    assert found.reasons == (
+        "model.layers.*.q of some layers: modules that some layers lack are left out in all layers",
+    )
 
 
 def test_inspect_and_the_card_show_them(tmp_path):
     jaxadapt.save(small.adapter(small.LORA.replace(use_rslora=True)), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "As it is: PEFT, transformers load_adapter, vLLM, TGI and LoRAX, TensorRT-LLM." in card
-    row = "| llama.cpp, Ollama, SGLang | silently computes something else | `use_rslora` ignored | `jaxadapt.merging."
-    assert row in card
+    row = "| {} | silently computes something else | `use_rslora` ignored | `{}` |"
+    assert row.format("llama.cpp, Ollama", GGUF) in card
+    assert row.format("SGLang", PLAIN) in card
     assert "llama.cpp (the converter of llama-cpp-python 0.3.36, measured)" in card
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path)], env={"COLUMNS": "200"}).output
     line = next(line for line in shown.splitlines() if line.startswith("misread by"))
-    assert line.startswith("misread by    llama.cpp, Ollama, SGLang: use_rslora: ignored. What helps: jaxadapt.merging")
+    assert line.rstrip() == f"misread by    llama.cpp, Ollama: use_rslora: ignored. What helps: {GGUF}"
     document = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
     assert {r["name"]: r["verdict"] for r in document["readers"]}["llama.cpp"] == WRONG
 

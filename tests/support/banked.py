@@ -164,8 +164,10 @@ class LinenBlocks(nn.Module):
         return step(name="blocks")(x, None)[0]
 
 
-def create(base: Any, scanned: bool, slots: int = 6) -> serving.Bank:
-    """An empty bank with room for every kind of `Given`."""
+def create(base: Any, scanned: bool, slots: int = 6, configs: Any = None) -> serving.Bank:
+    """An empty bank with room for every kind of `Given`, or for these."""
+    if configs is not None:
+        return serving.create(base, configs, slots=slots, keymap=meshes.table(scanned))
     targets = list(NAMES)
     lora = jaxadapt.LoraConfig(r=MAX_RANK, target_modules=targets)
     configs = [
@@ -184,6 +186,7 @@ class Served:
     api: str
     scanned: bool
     slots: int = 6
+    configs: Any = None
 
     def __post_init__(self) -> None:
         base = params(self.scanned)
@@ -192,7 +195,7 @@ class Served:
 
             model = meshes.model(base, self.scanned)
             self.base: Any = model
-            self.bank = create(model, self.scanned, self.slots)
+            self.bank = create(model, self.scanned, self.slots, self.configs)
             serving.attach(model, self.bank)
             graphdef, state = nnx.split(model)
 
@@ -201,7 +204,7 @@ class Served:
                     return routed(x)
         else:
             state = self.base = {"params": base}
-            self.bank = create(state, self.scanned, self.slots)
+            self.bank = create(state, self.scanned, self.slots, self.configs)
             module = serving.attach(LinenBlocks(self.scanned), self.bank)
 
             def step(state: Any, rows: Any, x: Any) -> Any:

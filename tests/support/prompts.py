@@ -26,6 +26,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxadapt
+from jaxadapt.initializers import start
 from tests.support.twins import llama
 
 LAYERS, VOCAB, BATCH, TIME, N = 3, 64, 2, 6, 4
@@ -49,7 +50,7 @@ class Case:
 
     def peft(self) -> Any:
         fields = {"num_virtual_tokens": N, "task_type": "CAUSAL_LM", **dict(self.fields)}
-        return getattr(peft, self.name)(**fields)
+        return getattr(peft, self.name)(**{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()})
 
     def ours(self) -> Any:
         fields = {"num_virtual_tokens": N, "task_type": "CAUSAL_LM", **dict(self.fields)}
@@ -74,8 +75,9 @@ PROMPT = Case("PromptTuningConfig")
 MLP = Case("PromptEncoderConfig", (("encoder_hidden_size", 5),))
 LSTM = Case("PromptEncoderConfig", (("encoder_reparameterization_type", "LSTM"), ("encoder_hidden_size", 5)))
 TASKS = Case("MultitaskPromptTuningConfig", (("num_tasks", 3), ("num_ranks", 2)))
-TYPES = [PROJECTED, CARTRIDGE, PROMPT, LSTM, TASKS]
-CASES = [PREFIX, PROJECTED, ZERO, CARTRIDGE, PROMPT, MLP, LSTM, TASKS]
+CPT = Case("CPTConfig", (("cpt_token_ids", (7, 3, 5, 9)), ("cpt_tokens_type_mask", (1, 2, 3, 4))))
+TYPES = [PROJECTED, CARTRIDGE, PROMPT, LSTM, TASKS, CPT]
+CASES = [PREFIX, PROJECTED, ZERO, CARTRIDGE, PROMPT, MLP, LSTM, TASKS, CPT]
 TASK_IDS = [2, 0]
 # ---- the two sides
 
@@ -89,7 +91,10 @@ def torch_base() -> Any:
 def peft_model(case: Case) -> Any:
     """A PEFT model with a fresh adapter, which for every case but `ZERO` is random."""
     torch.manual_seed(3)
-    return peft.get_peft_model(copy.deepcopy(torch_base()), case.peft()).eval()
+    model = peft.get_peft_model(copy.deepcopy(torch_base()), case.peft()).eval()
+    if case is CPT:  # starts with zeros
+        torch.nn.init.normal_(model.prompt_encoder["default"].delta_embedding.weight, std=0.01)
+    return model
 
 
 @functools.cache
@@ -138,6 +143,11 @@ def loaded(folder: Path, api: str = "nnx", scan: bool = False) -> tuple[Any, Any
 def fresh(case: Case, api: str = "nnx") -> tuple[Any, Any]:
     """A twin with a new adapter, and the variables of a Linen one."""
     twin, ids = llama.twin_of(torch_base(), api), jnp.asarray(IDS)
+    if case is CPT:  # starts from the base's embeddings
+        started = start(case.ours(), twin, example=[ids]) if api == "nnx" else start(case.ours(), twin[1]["params"])
+        if api == "nnx":
+            return started.base, None
+        return jaxadapt.adapt(twin[0], started.adapter.config), {**twin[1], **started.adapter.collection}
     if api == "nnx":
         return jaxadapt.adapt(twin, case.ours(), rngs=nnx.Rngs(0), example=[ids]), None
     adapted = jaxadapt.adapt(twin[0], case.ours())
@@ -146,6 +156,8 @@ def fresh(case: Case, api: str = "nnx") -> tuple[Any, Any]:
 
 def parameter_name(case: Case, name: str) -> str:
     """PEFT's name, in its encoder, of a tensor of the trained form."""
+    if name == "delta_embedding":
+        return "delta_embedding.weight"
     if name in ("prompt_embeddings", "embedding"):
         return "embedding.weight"
     if name.startswith("lstm"):

@@ -36,7 +36,7 @@ PUBLIC = {
 }  # fmt: skip
 PACKAGES = {
     "analysis": {"diff"},
-    "export": {"export_base", "import_base"},
+    "export": {"export_adapter", "export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},
     "merging": {"combine", "merge", "plain_lora", "resize_rank", "to_lora", "unmerge"},
@@ -44,7 +44,8 @@ PACKAGES = {
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
         "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
-        "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys",
+        "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys", "RelativeBias",
+        "extend_labels",
     },
     "persistence": {
         "from_peft", "inspect", "load", "pull", "push", "read", "read_config", "repair", "save", "to_peft", "verify",

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxadapt.core import paths, suggest
 from jaxadapt.core.errors import KeyMapError
-from jaxadapt.keymaps.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
+from jaxadapt.keymaps.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, openpi, tunix
 from jaxadapt.keymaps.families.bert import BERT, ROBERTA
 from jaxadapt.keymaps.families.clip import CLIP
 from jaxadapt.keymaps.families.gpt2 import GPT2, GPT2_DENSE
@@ -34,7 +34,7 @@ _KEYMAPS = (
     *(maxtext_gemma.GEMMA3_4B, maxtext_gemma.GEMMA3_12B, maxtext_gemma.GEMMA3_27B),
     *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS, maxtext_moe.GPT_OSS_BLOCKS),
     *(maxtext_moe.DEEPSEEK_V3, maxtext_moe.KIMI_K2),
-    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA),
+    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA, openpi.PI0),
 )
 FAMILIES: dict[str, KeyMap] = {keymap.name: keymap for keymap in _KEYMAPS}
 _SCAN_AXES = range(3)

@@ -35,5 +35,6 @@ T5 = KeyMap(
     output="lm_head",
     order=module_orders.T5,
     same=("m",),
+    relative_positions=True,
     tied=tuple((f"{m}.weight", "shared.weight") for m in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),
 )

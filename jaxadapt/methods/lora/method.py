@@ -27,11 +27,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, expand_leading, mask_unadapted
+from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -42,8 +41,8 @@ from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
-SCALE, USED = "scale", "used"
-"""The tensors that hold the scale s, and 1 for each adapted entry, where every row of a batch has its own adapter."""
+SCALE = "scale"
+"""The tensor that holds the scale s where every row of a batch has its own adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +83,8 @@ class Lora(Method):
     kinds = frozenset({"linear", "embedding", "conv", "attention"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
     row_neutral = MappingProxyType({dora.MAGNITUDE: 1.0})
+    row_padded = frozenset({"r"})
+    row_turned = frozenset({"lora_B"})
     roles = MappingProxyType(
         {
             "lora_A": "A",
@@ -293,8 +294,7 @@ class Lora(Method):
         return dataclasses.replace(hparams, scale=None, dropout=0.0, frozen=False, used=None)
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
-        by_entry = [x.values if isinstance(x, PerEntry) else x for x in (hparams.scale, hparams.used)]
-        scale, used = (_broadcast(1.0 if x is None else x, entries) for x in by_entry)
+        scale, used = (entry_values(1.0 if x is None else x, entries) for x in (hparams.scale, hparams.used))
         tensors = {name: x for name, x in params.items() if name != kasa.DIAGONAL}
         tensors |= {"lora_A": kasa.scale_a(params, params["lora_A"]), SCALE: scale}
         if hparams.bias:
@@ -303,6 +303,9 @@ class Lora(Method):
         if hparams.dora:
             tensors[USED] = used
         return tensors
+
+    def row_pair(self, hparams: LoraHparams, params: Params) -> tuple[Array, Array, Array] | None:
+        return None if hparams.dora or hparams.bias else (params[SCALE], params["lora_A"], params["lora_B"])
 
     def prepare_rows(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         tensors = {name: x for name, x in params.items() if name != USED}
@@ -345,12 +348,6 @@ def _scale(hparams: LoraHparams, params: Params) -> Any:
     if hparams.scale is None:
         return params[SCALE]
     return hparams.scale.layer_values(params) if isinstance(hparams.scale, PerEntry) else hparams.scale
-
-
-def _broadcast(values: Any, entries: tuple[int, ...]) -> Any:
-    """Return one number, or the numbers of all entries, as a float32 array of numpy with the entries' shape."""
-    array = np.asarray(values, np.float32)
-    return np.broadcast_to(array, entries) if array.ndim == 0 else array.reshape(entries)
 
 
 def _bias(hparams: LoraHparams, params: Params) -> Array:

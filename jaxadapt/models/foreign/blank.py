@@ -101,9 +101,12 @@ def blank_arrays(
         raise KeyMapError(f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no path for it")
     path_a, path_b, pair = lora_paths
     choices = layouts(pair, weight, dialect.shares)
-    if dialect.per_head and per_head.head_axes(weight):
+    if dialect.heads == "shared" and per_head.head_axes(weight):
         *rest, last = weight.left
         choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
+    elif dialect.heads == "own":
+        *rest, first, last = ((axis,) for axis in weight.left)
+        choices = [((*rest, first, (RANK,)), (*rest, (RANK,), last))]
     if not choices:
         raise KeyMapError(
             f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no layout for {weight.pattern!r}"

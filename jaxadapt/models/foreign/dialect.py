@@ -60,6 +60,7 @@ class Pair:
             "r"; "in", "out", "batch" (the base weight's axes of that role, in the leaf's order), "ins" and "outs" (the
             same, batch axes included), "first" and "last" (the last two axes, of any role). Parentheses around a word
             flatten its axes into one. Axes of stacked layers keep their position in the base weight.
+        unscaled: True if the library does not multiply by alpha/r here, although it does elsewhere.
 
     >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").match("q.kernel_lora_a")
     ('q.kernel_lora_b', 'q.kernel')
@@ -69,6 +70,7 @@ class Pair:
     b: str
     leaf: str
     layouts: tuple[tuple[str, str], ...] = (("in r", "r out"),)
+    unscaled: bool = False
 
     def match(self, path: str) -> tuple[str, str] | None:
         """Return the path of `b` and the base leaf, if `path` matches `a`; else None."""
@@ -94,7 +96,10 @@ class Dialect:
         moved: base leaves with another path in its trees, `(pattern, the family's path)`.
         slots: names of two arrays beside `a`, if the arrays hold several adapters on a leading axis: the rank that
             each slot uses, and its scale.
-        per_head: B is shared by all heads (r, last axis); A has one matrix per head (`per_head.py`).
+        heads: "shared": B is shared by all heads (r, last axis), A has one matrix per head (`per_head.py`). "own": both
+            have one per head (`own_heads.py`). "" otherwise.
+        named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
+            paths have any module.
         proved: True if tested against the library, or against trees recorded from it.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
@@ -108,7 +113,8 @@ class Dialect:
     shares: bool = False
     moved: tuple[tuple[str, str], ...] = ()
     slots: tuple[str, str] | None = None
-    per_head: bool = False
+    heads: str = ""
+    named: bool = False
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:

@@ -42,9 +42,15 @@ def per_head_leaves(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> Several
 
 
 def rescaled_alphas(dialect: Dialect, old: Leaves, new: Leaves, alpha: float) -> dict[str, float]:
-    """Return `{base leaf: alpha}` that keeps alpha/r when the rank changes from the `old` to the `new` leaves."""
-    claimed = dialect.claim(old)
-    return {leaf: alpha * new[b].shape[0] / old[b].shape[0] for leaf, ((_, b, _), *_) in claimed.items()}
+    """Return `{base leaf: alpha}` that keeps alpha/r when the rank changes from the `old` to the `new` leaves.
+
+    Where a pair is not scaled, alpha is the rank.
+    """
+    ranks = {leaf: (a, number, new[a].shape[-1]) for leaf, ((a, _, number), *_) in dialect.claim(old).items()}
+    return {
+        leaf: float(rank) if dialect.pairs[number].unscaled else alpha * rank / old[a].shape[-1]
+        for leaf, (a, number, rank) in ranks.items()
+    }
 
 
 def widen_leaves(dialect: Dialect, found: Several, leaves: Leaves, on_shared: str | None) -> dict[str, Array]:
@@ -113,6 +119,11 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
         if not len(rows) and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct):
             out[a] = np.asarray(current, columns.dtype)
     return out
+
+
+def needed_rank(a: np.ndarray, b: np.ndarray, weight: Weight, shape: tuple[int, ...]) -> int:
+    """Return the rank that a tree needs for one A and one B of all heads; `shape` is that of the tree's B."""
+    return len(narrow(a, b, weight)[1])
 
 
 def head_axes(weight: Weight) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as foreign_config
-from jaxadapt.models.foreign import dialects, fill, per_head, slots
+from jaxadapt.models.foreign import dialects, fill, own_heads, per_head, slots
 from jaxadapt.models.foreign.build import bitwise_same, build_array, choose_dtypes, place_like, same_object
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.models.foreign.fill import Placed
@@ -144,7 +144,8 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         bound_keymap = experts.per_expert_keymap(bound_keymap)
     if isinstance(foreign_tree.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
-        entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
+        owners = nnx_survey.base_leaves(foreign_tree.tree)
+        entries = nnx_survey.class_entries(owners, nnx_survey.base_shapes(owners), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
     known = survey_sites(
         foreign_tree.dialect,
@@ -168,11 +169,21 @@ def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> K
 
 def _find_per_head(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> per_head.Several:
     """Return the leaves with one A for each head and one B."""
-    return (
-        per_head.per_head_leaves(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
-        if foreign_tree.dialect.per_head
-        else {}
-    )
+    if not foreign_tree.dialect.heads:
+        return {}
+    find = own_heads.find_leaves if foreign_tree.dialect.heads == "own" else per_head.per_head_leaves
+    return find(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
+
+
+def _head_functions(dialect: Dialect) -> Any:
+    """Return the module that converts the heads of a dialect."""
+    return own_heads if dialect.heads == "own" else per_head
+
+
+def _is_mixed(foreign_tree: ForeignTree) -> bool:
+    """Return True if the library scales some of the tree's sites and not others, so that each needs its own alpha."""
+    claimed = foreign_tree.dialect.claim(foreign_tree.leaves).values()
+    return any(foreign_tree.dialect.pairs[number].unscaled for ((_, _, number), *_) in claimed)
 
 
 # ---------------------------------------------------------------- export
@@ -192,12 +203,15 @@ def tree_to_peft(
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
     foreign_tree = _select_slot(foreign_tree)
-    if per_head_sites := _find_per_head(foreign_tree, keymap):
+    per_head_sites = _find_per_head(foreign_tree, keymap)
+    if per_head_sites or _is_mixed(foreign_tree):
         if lora_alpha is None and config is None:
             raise foreign_config.missing_alpha(foreign_tree.dialect)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
-        leaves = per_head.widen_leaves(foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared)
+        leaves = _head_functions(foreign_tree.dialect).widen_leaves(
+            foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared
+        )
         stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, alpha)
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
@@ -259,8 +273,10 @@ def fill_tree(
     lora_variants.require_original_base(config, source)
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
-    if per_head_sites and lora_alpha is not None:
-        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
+    if (per_head_sites or _is_mixed(foreign_tree)) and lora_alpha is not None:
+        leaves = _head_functions(foreign_tree.dialect).reserve_rank(
+            per_head_sites, foreign_tree.leaves, as_source(tensors).specs
+        )
         stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
     sites = survey_tree(foreign_tree, keymap, tensors)
@@ -298,7 +314,9 @@ def fill_tree(
         for path, (half, contents) in placed.items()
     }
     if per_head_sites:
-        new |= per_head.narrow_leaves(foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat")
+        new |= _head_functions(foreign_tree.dialect).narrow_leaves(
+            foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat"
+        )
     new = {path: place_like(tree.leaves[path], x) for path, x in new.items()}
     if foreign_tree.slot is not None:
         new = slots.with_slot(foreign_tree.dialect, tree.leaves, foreign_tree.slot, new, _used_ranks(sites, placed))
@@ -310,8 +328,9 @@ def needed_rank(
 ) -> int:
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
     per_head_sites = _find_per_head(foreign_tree, keymap)
+    heads = _head_functions(foreign_tree.dialect)
     room = dataclasses.replace(
-        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
+        foreign_tree, leaves=heads.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:
@@ -324,7 +343,7 @@ def needed_rank(
         wide_a, wide_b = (
             build_array(*placed[path], room.leaves[path], False, room.leaves[path].dtype, False) for path in (a, b)
         )
-        ranks[a] = ranks[b] = len(per_head.narrow(wide_a, wide_b, w)[1])
+        ranks[a] = ranks[b] = heads.needed_rank(wide_a, wide_b, w, foreign_tree.leaves[b].shape)
     return max(ranks.values())
 
 

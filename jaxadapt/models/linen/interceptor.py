@@ -18,7 +18,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import AppliedMethod, AppliedMethods, AppliedRows
+from jaxadapt.methods import AppliedMethod, AppliedMethods
 from jaxadapt.models.linen.known_layers import Roles, ToUse, known_use
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.uses import describe_uses
@@ -150,7 +150,7 @@ class LeafAdapter:
     Attributes:
         keys: the names in `params` of its tensors during the call.
         whole: shared tensors that are not in `params`, because the model's scan would slice them there.
-        rows: True if the tensors have an axis of rows, and each row has its own adapter.
+        rows: how each row takes its own adapter, if the tensors are of several; None for one adapter.
     """
 
     method: methods.Method
@@ -158,7 +158,7 @@ class LeafAdapter:
     axes: Axes
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    rows: bool = False
+    rows: methods.How | None = None
 
     @property
     def rate(self) -> float:
@@ -174,8 +174,9 @@ class LeafAdapter:
                 " nn.jit around or inside a scan over layers: its compiled function would keep the first values. Remove"
                 " that nn.jit, and compile the whole call with jax.jit"
             )
-        applied = AppliedRows if self.rows else AppliedMethod
-        return applied(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
+        if self.rows is not None:
+            return methods.apply_rows(self.rows, self.method, self.hparams, tensors, self.axes)
+        return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,18 +8,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.models.linen import collections
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
-from jaxadapt.models.prompt.attention import Findable, attention
+from jaxadapt.models.prompt.attention import Findable, is_findable
 
 
 def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Intercept the calls of Flax's attention modules, so that a trace shows those of their attention function."""
     module = context.module
     is_attention = isinstance(module, nn.MultiHeadDotProductAttention) and context.method_name == "__call__"
-    if not is_attention or module.attention_fn is attention or isinstance(module.attention_fn, Findable):
+    if not is_attention or is_findable(module.attention_fn):
         return next_fun(*args, **kwargs)
     copy = module.clone(parent=module.scope, attention_fn=Findable(module.attention_fn))
     return copy(*args, **kwargs)
@@ -63,7 +65,10 @@ def call_module(
         with nn.intercept_methods(find_attention):
             return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
 
-    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")))
+    def base() -> dict[str, Any]:
+        return paths.flatten(collections.unbox_tree(variables.get("params", {})))
+
+    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")), base)
 
 
 class _EmbeddedError(Exception):

@@ -23,13 +23,13 @@ def add_rows(overlay: Overlay, layout: RowLayout, rows: Rows | None) -> Overlay:
         raise AttachError("the bank is for another base; the parameters lack these weights:\n" + paths.bullets(missing))
     leaves: dict[Keys, Any] = dict(overlay.leaves)
     sites = {path: {leaf: list(each) for leaf, each in of.items()} for path, of in overlay.interceptor.sites.items()}
-    for number, (site, arrays) in enumerate(zip(layout.sites, rows.arrays, strict=True)):
+    for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
         *path, leaf = keys_by_leaf[site.leaf]
         text = repr((number, site.method.peft_type, site.hparams, site.axes, site.axes.torch))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        keys = {name: f"{leaf}{SEP}{name}{SEP}rows{digest}" for name in arrays}
+        keys = {name: f"{leaf}{SEP}{name.removeprefix(SEP)}{SEP}rows{digest}" for name in arrays}
         leaves |= {(*path, keys[name]): x for name, x in arrays.items()}
-        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, rows=True)
+        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, rows=site.how)
         sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
     interceptor = Interceptor(sites, overlay.interceptor.quantized_scopes, overlay.interceptor.dropout)
     return dataclasses.replace(overlay, leaves=leaves, interceptor=interceptor)

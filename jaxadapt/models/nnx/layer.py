@@ -146,7 +146,7 @@ def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any
         if (hooked := calling.hooked_call(module, virtual)) is not None:
             name, first = hooked
             return getattr(base, name)(plain_view(module, base, {}), *first, *args, **kwargs)
-        if virtual.method.adds == "keys":
+        if virtual.method.adds != "embeddings":
             call: Any = functools.partial(_call_layer, base, f)
             return prompt.call_with_keys(module, virtual, base, call, args, kwargs)
         args, kwargs = prompt.with_embeddings(module, virtual, base, args, kwargs)

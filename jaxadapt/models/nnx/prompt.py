@@ -19,7 +19,7 @@ from jaxadapt.models.nnx import abstract_call, graph, survey
 from jaxadapt.models.nnx.params import CallData
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
-from jaxadapt.models.prompt.attention import Findable, attention
+from jaxadapt.models.prompt.attention import Findable, is_findable
 from jaxadapt.models.prompt.embedding import input_embedding
 
 
@@ -32,8 +32,12 @@ def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mappin
         setattr(model, collection, nnx.data({}))
     attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
     (_, attached) = next(_prompts(model, (name,)))
-    if attached.method.adds == "keys":
-        _find_attention(model, Findable)
+    if attached.method.adds != "embeddings":
+        _find_attention(model, _mark)
+
+
+def _mark(function: Any) -> Any:
+    return function if is_findable(function) else Findable(function)
 
 
 def restore_attention(model: nnx.Module) -> None:
@@ -45,10 +49,8 @@ def restore_attention(model: nnx.Module) -> None:
 
 def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
     for _, node in graph.walk_model(model).modules:
-        if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is not attention:
-            wanted = change(node.attention_fn)
-            if not (isinstance(wanted, Findable) and isinstance(node.attention_fn, Findable)):
-                node.attention_fn = wanted
+        if isinstance(node, nnx.MultiHeadAttention):
+            node.attention_fn = change(node.attention_fn)
 
 
 def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | None:
@@ -126,7 +128,10 @@ def call_with_keys(
             )
         return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
 
-    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs)
+    def base_parameters() -> dict[str, Any]:
+        return survey.base_values(survey.base_leaves(module))
+
+    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs, base_parameters)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)
@@ -136,6 +141,6 @@ def call_with_keys(
 def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
-    _find_attention(copy, Findable)
+    _find_attention(copy, _mark)
     f, inputs = abstract_call.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
     return calling.measure_base(f, inputs)

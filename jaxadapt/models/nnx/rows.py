@@ -55,5 +55,5 @@ def set_rows(model: nnx.Module, rows: Rows | None) -> None:
         raise AttachError("the model has no bank at these weights; call attach first:\n" + paths.bullets(missing))
     if more := banked.keys() - {site.leaf for site in rows.layout.sites}:
         raise AttachError("the route is of another bank, which lacks these weights:\n" + paths.bullets(sorted(more)))
-    for number, (site, arrays) in enumerate(zip(rows.layout.sites, rows.arrays, strict=True)):
+    for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
         banked[site.leaf][str(number)] = {name: RowParam(x, row_site=site) for name, x in arrays.items()}

@@ -15,8 +15,16 @@ from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prefix_tuning import keys_and_values
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod
 from jaxadapt.models.prompt import rewriting
-from jaxadapt.models.prompt.arguments import Arguments, prepend_embeddings, prepend_mask, shift_positions
-from jaxadapt.models.prompt.attention import AttentionCall, causal_mask
+from jaxadapt.models.prompt.arguments import (
+    DECODER,
+    INPUT,
+    Arguments,
+    prepend_embeddings,
+    prepend_mask,
+    shift_positions,
+)
+from jaxadapt.models.prompt.attention import AttentionCall, RelativeBias, causal_mask
+from jaxadapt.models.prompt.gated import add_gated, gated_layers
 from jaxadapt.models.prompt.hooks import TakesEmbeddings, TakesKeys
 
 Array = Any
@@ -53,6 +61,17 @@ class Prompt:
         count: int = self.recipe.config.get("num_virtual_tokens")
         return count
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """True if the base has an encoder and a decoder."""
+        submodules: int = self.recipe.config.get("num_transformer_submodules") or 1
+        return submodules == 2
+
+    def keys_and_values(self) -> Array:
+        """Return the keys and values of every attention layer, (layers, 2, n, heads · size)."""
+        layers = self.recipe.config.get("num_layers")
+        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
         return self.method.tokens(self.recipe.config, self.params, self.data)
@@ -64,7 +83,7 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
     Raises `AttachError` for a call with `prefilled`, since such a model decides itself how its cache is filled.
     """
     keys = prompt.method.adds == "keys"
-    if not isinstance(model, TakesKeys if keys else TakesEmbeddings):
+    if prompt.method.adds == "attention" or not isinstance(model, TakesKeys if keys else TakesEmbeddings):
         return None
     if prompt.prefilled:
         raise AttachError(
@@ -73,7 +92,7 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
         )
     if not keys:
         return "call_with_embeddings", (prompt.tokens(),)
-    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
+    layers = prompt.keys_and_values()
     return "call_with_keys", (layers[:, 0], layers[:, 1])
 
 
@@ -106,7 +125,15 @@ def with_embeddings(
     """
     peft_type = prompt.method.peft_type
     if not prompt.prefilled:
-        return prepend_embeddings(signature, args, kwargs, prompt.tokens(), embed, peft_type)
+        n, virtual = prompt.n, prompt.tokens()
+        if not prompt.encoder_decoder:
+            return prepend_embeddings(signature, args, kwargs, virtual, embed, peft_type)
+        both = prepend_embeddings(signature, args, kwargs, virtual[..., :n, :], embed, peft_type, labels=False)
+        if not prompt.method.in_decoder:
+            return both
+        return prepend_embeddings(signature, both.args, both.kwargs, virtual[..., n:, :], embed, peft_type, DECODER)
+    if prompt.encoder_decoder:
+        raise AttachError("invoke(prefilled=True) is not implemented for models with an encoder; call it without")
     shifted = shift_positions(signature, args, kwargs, prompt.n, peft_type)
     bound = signature.bind(*shifted.args, **shifted.kwargs)
     prepend_mask(bound, prompt.n)
@@ -120,8 +147,9 @@ def call_with_keys(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     state: Any,
+    base: Callable[[], Mapping[str, Any]],
 ) -> Any:
-    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in every attention layer.
+    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in the attention layers.
 
     Args:
         f: the call of the model, as a function of its state and its arguments.
@@ -130,17 +158,21 @@ def call_with_keys(
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
         state: a tree of arrays.
+        base: returns the base parameters, `{leaf: array}`.
 
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type)
-    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
-    return rewriting.rewrite_attention(
-        lambda state, a: f(state, *a.args, **a.kwargs), add_keys, layers, state, arguments
-    )
+    if prompt.method.adds == "attention":
+        arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
+        layers: Any = gated_layers(prompt.recipe, prompt.params, base())
+    else:
+        names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
+        arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
+        change, layers = add_keys, prompt.keys_and_values()
+    return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
 
 
-def add_keys(call: AttentionCall, arrays: Mapping[str, Array], layer: Array) -> Array:
+def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:
     """Return the attention with keys and values before those of the call, visible to every query.
 
     Args:
@@ -149,10 +181,12 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Array], layer: Array) -> 
         layer: the keys and the values to add, (2, n, K · h).
     """
     query, key, value = arrays["query"], arrays["key"], arrays["value"]
-    if "bias" in arrays:
+    bias = arrays.get("bias")
+    if bias is not None and not isinstance(bias, RelativeBias):
         raise AttachError(
             "cannot add keys to an attention with a bias, whose values for these keys only the model can compute. Pass"
-            " a boolean mask instead, if the bias hides keys"
+            " a boolean mask instead, if the bias hides keys, or a jaxadapt.models.RelativeBias, if it depends on"
+            " distances"
         )
     n, width = layer.shape[1:]
     for name, x in (("keys", key), ("values", value)):
@@ -165,7 +199,7 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Array], layer: Array) -> 
         jnp.broadcast_to(new.reshape(n, *x.shape[-2:]).astype(x.dtype), (*x.shape[:-3], n, *x.shape[-2:]))
         for new, x in zip(layer, (key, value), strict=True)
     )
-    changed = dict(arrays)
+    changed = dict(arrays) if bias is None else {**arrays, "bias": bias.extended(n)}
     changed["key"] = jnp.concatenate([first, key], axis=-3)
     changed["value"] = jnp.concatenate([second, value], axis=-3)
     mask, changes = arrays.get("mask"), dict[str, Any]()

@@ -83,9 +83,9 @@ def count_message(count: int, expected: int) -> str:
 
 
 def _policy(eqn: core.JaxprEqn) -> AttentionCall | None:
-    """Return the call of `attention` that an equation is; None if it is none."""
+    """Return the call of `attention` that an equation is; None if it is none, or one without prefixes."""
     policy = eqn.params.get("policy") if eqn.primitive is primitives.remat_p else None
-    return policy if isinstance(policy, AttentionCall) else None
+    return policy if isinstance(policy, AttentionCall) and policy.prefix else None
 
 
 def _spec(variable: Any) -> jax.ShapeDtypeStruct:

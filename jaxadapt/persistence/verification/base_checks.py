@@ -133,25 +133,22 @@ def _explain_missing(
     modules: Sequence[str], missing: Sequence[str], base: Shapes, config: Config, source: str
 ) -> tuple[Finding, dict[str, str]]:
     """Return the finding for modules that the base lacks, and {module: its name in the base} as far as known."""
-    for old, new in _RENAMES:
-        for before, after in ((old, new), (new, old)):
-            renamed = {m: after + m.removeprefix(before) if m.startswith(before) else m for m in modules}
-            if all(_has_module(base, name) for name in renamed.values()):
-                return (
-                    finding.error(
-                        "renamed", missing, f"{source} has these modules under other names of transformers:"
-                        f" {missing[0]} is {renamed[missing[0]]} there", "the names of the transformers version that"
-                        " loads the base", "load the adapter with the transformers version of its training, whose"
-                        f" names begin with {before!r} where this base's begin with {after!r}",
-                    ),
-                    renamed,
-                )  # fmt: skip
-    keys = pytorch.match_model_keys(base, modules)
-    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
-    if all(m in by_name for m in modules):
-        names = {m: by_name[m] for m in modules}
+    renamed = _renamed_modules(modules, base)
+    if renamed is not None:
         first = missing[0]
-        text = f"the names begin otherwise in {source}: {first} is {names[first]} there"
+        return (
+            finding.error(
+                "renamed", missing, f"{source} has these modules under other names of transformers:"
+                f" {first} is {renamed[first]} there", "the names of the transformers version that loads the base",
+                "rename them (jaxadapt rename --base), or load the adapter with the transformers version of its"
+                " training",
+            ),
+            renamed,
+        )  # fmt: skip
+    names = _prefixed_modules(modules, base)
+    if names is not None:
+        text = f"the names begin otherwise in {source}: {missing[0]} is {names[missing[0]]} there"
+        first = missing[0]
         if len(names[first]) < len(first):  # transformers writes the files of a model without its head like this
             return (
                 finding.note("other-prefix", missing, f"{text}, as in files of a model without its head"),
@@ -159,7 +156,8 @@ def _explain_missing(
             )
         return (
             finding.error("prefix", missing, text, "PEFT's names of the whole model, with its head",
-                          f"put {names[first].removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}"),
+                          f"put {names[first].removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: "
+                          "jaxadapt rename --base"),
             names,
         )  # fmt: skip
     experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
@@ -182,6 +180,44 @@ def _explain_missing(
         ),
         {m: m for m in modules},
     )  # fmt: skip
+
+
+def names_in_base(modules: Sequence[str], base: Shapes | KeyMap) -> dict[str, str] | None:
+    """Return {module: its name in the base}, also where transformers renamed it; None if one is not there.
+
+    Args:
+        modules: PyTorch's names of modules.
+        base: as in `check_base`; a family's modules are recognized in each of its spellings, and keep their names.
+    """
+    if isinstance(base, KeyMap):
+        return {m: m for m in modules} if all(_is_known(base, m) for m in modules) else None
+    if all(_has_module(base, m) for m in modules):
+        return {m: m for m in modules}
+    return _renamed_modules(modules, base) or _prefixed_modules(modules, base)
+
+
+def _renamed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+    """Return {module: its name in the base} by the renames of transformers; None if one has no or two counterparts."""
+    names: dict[str, str] = {}
+    for module in modules:
+        candidates = {module} | {
+            after + module.removeprefix(before)
+            for pair in _RENAMES
+            for before, after in (pair, pair[::-1])
+            if module.startswith(before)
+        }
+        found = [name for name in candidates if _has_module(base, name)]
+        if len(found) != 1:
+            return None
+        names[module] = found[0]
+    return names
+
+
+def _prefixed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+    """Return {module: its name in the base}, with one beginning added to or removed from all; None if none fits."""
+    keys = pytorch.match_model_keys(base, modules)
+    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
+    return {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
 
 
 def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> list[Finding]:

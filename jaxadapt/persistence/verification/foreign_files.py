@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.persistence import run_folder
+from jaxadapt.persistence.image_names import Layout
 from jaxadapt.persistence.verification import finding, key_names
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hf_model
@@ -17,6 +18,10 @@ _MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN
 
 # {library: (pattern of its keys, remedy)}. The first one with a matching key applies.
 _MLX = "MLX stores A and B transposed, with one scale for all modules: fuse the adapter into its base (mlx_lm.fuse)"
+_IMAGE = (
+    "give the file a name of its own, without a configuration beside it: diffusers (pipe.load_lora_weights) and"
+    " jaxadapt then read it, and jaxadapt convert writes PEFT's folders"
+)
 _LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "mlx-lm": (
         re.compile(r".+\.(lora_[ab]|switch_mlp\..+\.lora_[ab])"),
@@ -26,14 +31,14 @@ _LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         re.compile(
             r"(lora_(unet|te\d?|transformer|prior)_|lycoris_).+\.(lora_(down|up|mid)\.weight|alpha|hada_.*|lokr_.*)"
         ),
-        "load it with diffusers (pipe.load_lora_weights) or the program that it was trained for",
+        _IMAGE,
     ),
     "diffusers": (
         re.compile(
             r"(unet|text_encoder(_2)?|transformer|prior|denoiser)\..+\.(lora_[AB](\.[^.]+)?\.weight"
             r"|lora(_linear_layer)?\.(down|up)\.weight)|.+\.processor\..+_lora\.(down|up)\.weight"
         ),
-        "load it with diffusers (pipe.load_lora_weights)",
+        _IMAGE,
     ),
     "an image trainer": (
         re.compile(r".+\.lora_(down|up)(\.weight)?"),
@@ -58,6 +63,18 @@ def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
                 "PEFT's names, such as base_model.model.<module>.lora_A.weight", remedy,
             )  # fmt: skip
     return None
+
+
+def image_file(layout: Layout) -> Finding:
+    """Return the finding for the one file of an image adapter, which is sound."""
+    models = ", ".join(layout.models)
+    if layout.method == "LYCORIS":
+        text = f"a file of {layout.style} whose method PEFT does not have; it passes through as it is"
+    elif layout.unknown:
+        text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
+    else:
+        text = f"a file of {layout.style} for {models}"
+    return finding.note("image-file", layout.unknown, text)
 
 
 def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:

@@ -12,9 +12,10 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 # The prefix of each method's tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING).
 _PREFIXES: Mapping[str, str] = {
     **{name: f"{name.lower()}_" for name in (
-        "ADAMSS ADAPTION_PROMPT BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOKR"
+        "ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOKR"
         " MISS OFT SHIRA OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA"
         " VBLORA VERA WAVEFT").split()},
+    "ADAPTION_PROMPT": "adaption_",
     "LORA": "lora_", "ADALORA": "lora_", "LOHA": "hada_", "XLORA": "internal_xlora_classifier",
 }  # fmt: skip
 PROMPT_METHODS = frozenset("PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE".split())
@@ -123,6 +124,23 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
     }
     found = {kind: tuple(members) for kind, members in faults.items()}
     return Names(normal, found, tuple(sorted(adapters)), duplicates)
+
+
+def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, str]:
+    """Return {key: PEFT's name} of the keys of one adapter in a file of several, and of those without a name.
+
+    >>> keys = ["base_model.model.q.lora_A.fr.weight", "base_model.model.q.lora_A.de.weight"]
+    >>> adapter_keys(keys, "LORA", "fr")
+    {'base_model.model.q.lora_A.fr.weight': 'base_model.model.q.lora_A.weight'}
+    """
+    names = normalize_keys(keys, peft_type)
+    found: dict[str, str] = {}
+    for key, new in names.normal.items():
+        bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        split = state_dict_keys.split_adapter_name(bare)
+        if new is not None and (split is None or split[0] == name or not names.adapters):
+            found[key] = new
+    return found
 
 
 def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str]]) -> str:

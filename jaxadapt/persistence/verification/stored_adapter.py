@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import folder, reconcile, run_folder
+from jaxadapt.persistence import fingerprint, folder, image_files, reconcile, run_folder
 from jaxadapt.persistence.verification import finding, foreign_files
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,7 @@ class StoredAdapter:
         findings: the facts about the files themselves.
         is_adapter: False if the path holds something else, which the findings name.
         weights: the name of the file of weights; "" without one.
+        base: the fingerprint of the base in the header; None without one.
     """
 
     source: str
@@ -49,6 +51,7 @@ class StoredAdapter:
     findings: tuple[Finding, ...] = ()
     is_adapter: bool = True
     weights: str = ""
+    base: fingerprint.Fingerprint | None = None
 
 
 def _no_tensor(key: str) -> Any:
@@ -98,10 +101,27 @@ def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
     if run_folder.NAME.fullmatch(place.name):
         yield _not_an_adapter(source, foreign_files.training_step(place.parent, place.name))
         return
+    if place.name != folder.WEIGHTS and image_files.is_image_file(place):
+        with _open_image_file(place, source) as stored:
+            yield stored
+        return
     beside = place.parent / folder.CONFIG
     config = beside if place.name in (folder.WEIGHTS, folder.WEIGHTS_BIN) and location.exists(beside) else None
     with _open_weights(source, config, place, ()) as stored:
         yield stored
+
+
+@contextlib.contextmanager
+def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
+    """Open the one file of an image adapter under PEFT's names."""
+    with image_files.open_file(place) as file:
+        from jaxadapt.storage.dtypes import dtype_name
+
+        tensors, layout = as_source(file.tensors.tensors), file.layout
+        specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
+        found = foreign_files.image_file(layout)
+        text = file.tensors.config.to_json()
+        yield StoredAdapter(source, text, None, specs, tensors.__getitem__, (found,), weights=place.name)
 
 
 @contextlib.contextmanager
@@ -165,6 +185,7 @@ def _open_weights(
     with contextlib.ExitStack() as stack:
         header: Config | None = None
         specs: Specs | None = None
+        base: fingerprint.Fingerprint | None = None
         get: Callable[[str], Any] = _no_tensor
         try:
             if weights.suffix == ".safetensors":
@@ -172,6 +193,7 @@ def _open_weights(
                 specs = {key: (info.dtype, info.shape) for key, info in file.header.tensors.items()}
                 get = file.__getitem__
                 header = _header_config(file.header, weights, findings)
+                base = reconcile.stored_fingerprint(file.header)
             else:
                 specs = torch_bin.keys_and_shapes(weights)
                 get = _LazyBin(weights).__getitem__
@@ -186,7 +208,7 @@ def _open_weights(
                 finding.error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
                               "save the adapter again")
             )  # fmt: skip
-        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name)
+        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name, base=base)
 
 
 class _LazyBin:

@@ -169,6 +169,8 @@ def _check_targets(modules: Modules, config: Config) -> list[Finding]:
     targets = config.get("target_modules")
     if targets is None or matching.is_all_linear(config) or config.peft_type in key_names.PROMPT_METHODS:
         return []
+    if config.peft_type == "ADAPTION_PROMPT":  # whose target_modules is the end of a name, not an expression
+        return []
     names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
     adapted = [name for name in names if name and name != "base_model"]
     by_other_names = bool(config.get("layer_replication") or config.get("target_parameters"))

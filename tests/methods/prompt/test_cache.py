@@ -79,8 +79,18 @@ def test_an_orbax_checkpoint_keeps_the_encoder(tmp_path: Path) -> None:
     np.testing.assert_allclose(one(TOKENS), two(TOKENS), rtol=1e-5, atol=1e-6)
 
 
-def test_heads_beside_virtual_tokens_are_refused() -> None:
-    for fields in ({"task_type": "SEQ_CLS"}, {"modules_to_save": ["head"]}):
-        with pytest.raises(jaxadapt.ConfigError, match="not implemented beside virtual tokens"):
-            jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIGS[0].replace(**fields), rngs=nnx.Rngs(1), example=[TOKENS])
-    assert jaxadapt.summary(jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIGS[1], rngs=nnx.Rngs(1))).trainable == N * D
+def test_a_module_is_saved_beside_virtual_tokens(tmp_path: Path) -> None:
+    """The head is a parameter of the adapter, under the key that PEFT gives it beside a prompt."""
+    config = CONFIGS[1].replace(modules_to_save=["head"])
+    model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    assert jaxadapt.summary(model).trainable == N * D + D * V + V
+    adapter = jaxadapt.extract(model)
+    jaxadapt.inject(jax.tree.map(lambda x: x + 0.5, adapter), model)
+    jaxadapt.save(model, tmp_path)
+    keys = jaxadapt.read(tmp_path).tensors.keys()
+    assert sorted(keys) == ["base_model.head.bias", "base_model.head.weight", "prompt_embeddings"]
+    assert not [finding for finding in jaxadapt.verify(tmp_path) if finding.severity == "error"]
+    again = jaxadapt.load(tmp_path, Net(nnx.Rngs(0)))
+    np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
+    jaxadapt.detach(model)
+    assert not hasattr(model.head, "prompt_tuning")

@@ -13,11 +13,20 @@ from jaxadapt.models.foreign.dialects.keras import KERAS
 from jaxadapt.models.foreign.dialects.levanter import LEVANTER
 from jaxadapt.models.foreign.dialects.lorax import LORAX
 from jaxadapt.models.foreign.dialects.maxtext import MAXTEXT
+from jaxadapt.models.foreign.dialects.openpi import OPENPI
 from jaxadapt.models.foreign.dialects.qwix import QWIX
 from jaxadapt.models.foreign.dialects.skyrl import SKYRL
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL, KERAS)}
-USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name, "keras": KERAS.name}
+DIALECTS: dict[str, Dialect] = {
+    d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL, KERAS, OPENPI)
+}
+USED = {
+    "tunix": QWIX.name,
+    "maxtext": f"{QWIX.name}/flat",
+    "gemma": GEMMA.name,
+    "keras": KERAS.name,
+    "openpi": OPENPI.name,
+}
 """The dialect that trains the models of a family's library (the part of the family's name before the colon)."""
 
 
@@ -46,6 +55,7 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
     if not like:
         return None
     fitting = [d for d, mine in claimed.items() if mine and like <= mine]
+    fitting = [d for d in fitting if d.named] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

@@ -13,5 +13,5 @@ KERAS = Dialect(
         Pair("{module}.lora_embeddings_a", "{module}.lora_embeddings_b", "{module}.embeddings"),
     ),
     scale="the lora_alpha of enable_lora (the rank by default)",
-    per_head=True,
+    heads="shared",
 )

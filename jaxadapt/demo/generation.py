@@ -1,0 +1,364 @@
+"""Generation with a key/value cache: a batch of fixed size whose rows come and go, for both demo models.
+
+Two functions are compiled: one reads the prompt of one row (once for each bucket of lengths), the other decodes a
+token in every row. Rows, adapters and settings of sampling are arguments, so no request compiles anything again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxadapt import models, serving
+from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.demo.llama import KVCache, LlamaConfig
+
+Forward = Callable[..., tuple[jax.Array, KVCache]]
+"""`forward(state, route, tokens, positions, cache, first)` -> (logits (B, T, V), cache)."""
+
+SMALLEST_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token of a row is chosen.
+
+    Args:
+        temperature: what the logits are divided by; 0 takes the token with the largest one.
+        top_k: the number of tokens to choose from; 0 for all.
+        top_p: choose from the fewest most probable tokens whose probabilities sum to at least this.
+        seed: of the row's random numbers. A row's draws depend on its seed and its position only, so they do not depend
+            on the batch.
+
+    Raises:
+        ConfigError: a value is out of its range.
+
+    >>> Sampling(temperature=0.7, top_p=0.9).top_k
+    0
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be {expected}, found {getattr(self, name)}"
+            for name, expected, right in (
+                ("temperature", "a finite number of at least 0", 0 <= self.temperature < float("inf")),
+                ("top_k", "at least 0 and below 2**31", 0 <= self.top_k < 2**31),
+                ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+                ("seed", "at least 0 and below 2**32", 0 <= self.seed < 2**32),
+            )
+            if not right
+        ]
+        if problems:
+            raise ConfigError("Sampling: " + "; ".join(problems))
+
+
+GREEDY = Sampling()
+
+
+def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, Any]:
+    """Return the forward function of an NNX model and its state.
+
+    Args:
+        model: a `llama_nnx.Llama`, also with adapters or a bank.
+        embedded_prompt: True if the active adapter is a prompt of embeddings (PROMPT_TUNING, P_TUNING, …): its virtual
+            tokens then stay in the cache after the first call.
+    """
+    graphdef, state = nnx.split(model)
+
+    def forward(state: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
+        with _called(nnx.merge(graphdef, state), route, embedded_prompt and not first) as called:
+            return called(tokens, positions=positions, cache=cache)
+
+    return forward, state
+
+
+def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
+    """Return the forward function of a Linen module, whose state is the module's variables; see `nnx_forward`."""
+
+    def forward(variables: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
+        with _called(module, route, embedded_prompt and not first) as called:
+            return called.apply(variables, tokens, positions=positions, cache=cache)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
+    with contextlib.ExitStack() as stack:
+        if prefilled:
+            model = stack.enter_context(models.invoke(model, prefilled=True))
+        yield model if route is None else stack.enter_context(serving.route(model, route))
+
+
+def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Return logits (B, V) with -inf in place of the tokens that top_k and top_p (B) leave out, top_k first.
+
+    The most probable token always stays, and so do tokens that are as probable as the last one that stays.
+    """
+    ordered = -jnp.sort(-logits, axis=-1)
+    size = logits.shape[-1]
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    ordered = jnp.where(jnp.arange(size)[None] < count[:, None], ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p[:, None]) & (ordered > -jnp.inf)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def choose(logits: jax.Array, positions: jax.Array, settings: Mapping[str, jax.Array]) -> jax.Array:
+    """Choose a token in each row.
+
+    Args:
+        logits: float32 (B, V).
+        positions: int32 (B), the places of the new tokens, which make draws differ.
+        settings: the fields of `Sampling`, each (B).
+
+    Returns:
+        int32 (B).
+    """
+    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
+    sampled = temperature > 0
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(logits: jax.Array) -> jax.Array:
+        scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None]
+        limited = sampled & ((top_k > 0) | (top_p < 1))
+        # Sorting a large vocabulary takes long, so rows that do not ask for it do not wait for it.
+        scaled = jax.lax.cond(jnp.any(limited), lambda x: restrict(x, top_k, top_p), lambda x: x, scaled)
+        keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))
+        drawn = jax.vmap(jax.random.categorical)(keys(settings["seed"], positions), scaled)
+        return jnp.where(sampled, drawn.astype(jnp.int32), greedy)
+
+    return jax.lax.cond(jnp.any(sampled), draw, lambda _: greedy, logits)
+
+
+class Decoder:
+    """A batch of fixed size that decodes with a cache. Its rows are filled and freed one at a time.
+
+    Args:
+        config: the model's hyperparameters.
+        forward: what `nnx_forward` or `linen_forward` returned.
+        state: the model's arrays, which `forward` takes.
+        rows: the rows of the batch.
+        length: the tokens that a row can hold, prompt and answer.
+        select: with a bank, the function that returns the route of slots, `Bank.select` or `AdapterPool.select`.
+        virtual_tokens: with `embedded_prompt`, the number of the prompt's virtual tokens; the cache holds them too.
+
+    Raises:
+        ConfigError: the sizes are not positive, or `length` exceeds the model's positions.
+
+    >>> from jaxadapt.demo.llama_nnx import Llama
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> decoder = Decoder(config, *nnx_forward(Llama(config, rngs=nnx.Rngs(0))), rows=2, length=32)
+    >>> [len(tokens) for tokens in decoder.generate([[3, 1], [4, 1, 5], [9]], max_tokens=4)]
+    [4, 4, 4]
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        forward: Forward,
+        state: Any,
+        *,
+        rows: int,
+        length: int,
+        select: Callable[[np.ndarray], Any] | None = None,
+        virtual_tokens: int = 0,
+    ) -> None:
+        if rows < 1 or not 1 < length <= config.max_position_embeddings:
+            raise ConfigError(
+                f"Decoder: expected at least one row, and a length of 2 to {config.max_position_embeddings} tokens (the"
+                f" model's positions); found {rows} rows of {length}"
+            )
+        self.config, self.length, self.rows = config, length, rows
+        self.state, self.select, self._forward = state, select, forward
+        self.cache = KVCache.create(config, rows, virtual_tokens + length)
+        self._tokens = np.zeros(rows, np.int32)
+        self._counts = np.zeros(rows, np.int32)
+        self._slots = np.zeros(rows, np.int32)
+        self._settings = {f.name: np.full(rows, f.default, _DTYPES[f.name]) for f in dataclasses.fields(Sampling)}
+        self._route: Any = None
+        self._stale = True
+        self._traced, forward = 0, functools.partial(self._count, forward)
+        self._read = jax.jit(functools.partial(_read, forward, virtual_tokens), donate_argnums=1)
+        self._step = jax.jit(functools.partial(_step, forward), donate_argnums=1)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The lengths to which prompts are padded: powers of 2, and `length`."""
+        sizes = [SMALLEST_BUCKET]
+        while 2 * sizes[-1] < self.length:
+            sizes.append(2 * sizes[-1])
+        return [size for size in sizes if size < self.length] + [self.length]
+
+    def start(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY, slot: int = 0) -> tuple[int, bool]:
+        """Read a prompt into a row; return its first token, and False if the logits were not finite.
+
+        Args:
+            row: the row. What it held is forgotten.
+            prompt: token ids, at least one and fewer than `length`.
+            sampling: how its tokens are chosen.
+            slot: the slot of its adapter, with a bank.
+
+        Raises:
+            MismatchError: the prompt is empty or too long, or has a token outside the vocabulary.
+        """
+        self.check(prompt)
+        tokens = np.zeros((1, min(size for size in self.buckets if size >= len(prompt))), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for name, values in self._settings.items():
+            values[row] = getattr(sampling, name)
+        route = None if self.select is None else self.select(np.asarray([slot], np.int32))
+        count, settings = np.int32(len(prompt)), {name: x[row : row + 1] for name, x in self._settings.items()}
+        self.cache, token, finite = self._read(self.state, self.cache, route, tokens, count, np.int32(row), settings)
+        self._tokens[row], self._counts[row] = int(token), len(prompt)
+        self._stale |= self._slots[row] != slot
+        self._slots[row] = slot
+        return int(token), bool(finite)
+
+    def check(self, prompt: Sequence[int]) -> None:
+        """Raise `MismatchError` for a prompt that `start` would refuse."""
+        if not 0 < len(prompt) < self.length:
+            raise MismatchError(f"expected a prompt of 1 to {self.length - 1} tokens, found {len(prompt)}")
+        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise MismatchError(f"expected token ids below {self.config.vocab_size}, found {wrong[:5]}")
+
+    def step(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode one token in every row; return them, int32 (rows), and where the logits were finite, bool (rows).
+
+        Rows that hold no request are computed too, and mean nothing.
+        """
+        if self._stale and self.select is not None:
+            self._route = self.select(self._slots.copy())
+        self._stale = False
+        settings = {name: x.copy() for name, x in self._settings.items()}
+        given = self._tokens.copy(), self._counts.copy(), settings
+        self.cache, tokens, finite = self._step(self.state, self.cache, self._route, *given)
+        self._tokens = np.array(tokens)
+        self._counts += 1
+        return self._tokens.copy(), np.asarray(finite)
+
+    def free(self, row: int) -> None:
+        """Make a row that ended the base's, so that its adapter's slot may be given away."""
+        self._stale |= self._slots[row] != 0
+        self._slots[row] = 0
+        self._settings["temperature"][row] = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: Sequence[int] = (),
+        sampling: Sampling = GREEDY,
+        slots: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Answer prompts, as many at once as there are rows; return the new tokens of each.
+
+        Args:
+            prompts: token ids.
+            max_tokens: the most tokens to return for a prompt; fewer if a row is full.
+            stop: tokens that end an answer. They are its last token.
+            sampling: how tokens are chosen. Prompt i has the seed `sampling.seed + i`.
+            slots: the slot of each prompt's adapter, with a bank.
+
+        Raises:
+            MismatchError: a prompt does not fit, or the logits of a prompt are not finite.
+        """
+        for prompt in prompts:
+            self.check(prompt)
+        answers: list[list[int]] = [[] for _ in prompts]
+        waiting = list(range(len(prompts)))[::-1]
+        held: dict[int, int] = {}
+
+        def take(row: int, token: int, finite: bool) -> None:
+            number = held[row]
+            if not finite:
+                raise MismatchError(f"prompt {number}: the logits are not finite; check the adapter's values")
+            answers[number].append(token)
+            full = len(prompts[number]) + len(answers[number]) >= self.length
+            if token in stop or full or len(answers[number]) >= max_tokens:
+                del held[row]
+                self.free(row)
+
+        while waiting or held:
+            for row in (r for r in range(self.rows) if r not in held):
+                if waiting:
+                    held[row] = number = waiting.pop()
+                    own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+                    take(row, *self.start(row, prompts[number], own, 0 if slots is None else slots[number]))
+            if held:
+                tokens, finite = self.step()
+                for row in list(held):
+                    take(row, int(tokens[row]), bool(finite[row]))
+        return answers
+
+    def compiled(self) -> int:
+        """Return the number of programs traced so far: one for each bucket used, and one for the step."""
+        return self._traced
+
+    def _count(self, forward: Forward, *args: Any) -> Any:
+        self._traced += 1  # Python runs this only while JAX traces
+        return forward(*args)
+
+
+_DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
+
+
+def _read(
+    forward: Forward,
+    virtual_tokens: int,
+    state: Any,
+    cache: KVCache,
+    route: Any,
+    tokens: Any,
+    count: Any,
+    row: Any,
+    settings: Any,
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Read a padded prompt (1, T) with `count` tokens into a row, and choose the first token."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, row, 1, 1)
+
+    time = tokens.shape[1]
+    alone = KVCache(one(cache.keys), one(cache.values), jnp.zeros((1,), jnp.int32), cache.layer)
+    logits, alone = forward(state, route, tokens, jnp.arange(time, dtype=jnp.int32)[None], alone, True)
+    # Virtual embeddings come first, in the logits as in the cache.
+    if logits.shape[1] != virtual_tokens + time:
+        raise MismatchError(
+            f"expected {virtual_tokens} virtual tokens before the prompt's, found {logits.shape[1] - time}; set"
+            " virtual_tokens= to the adapter's num_virtual_tokens if it is a prompt of embeddings, else to 0"
+        )
+    length = virtual_tokens + count
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, row, 1)
+        for old, new in ((cache.keys, alone.keys), (cache.values, alone.values))
+    )
+    cache = KVCache(keys, values, cache.lengths.at[row].set(length), cache.layer)
+    last = jax.lax.dynamic_slice_in_dim(logits, length - 1, 1, 1)[:, 0]
+    return cache, choose(last, count[None], settings)[0], jnp.isfinite(last).all()
+
+
+def _step(
+    forward: Forward, state: Any, cache: KVCache, route: Any, tokens: Any, counts: Any, settings: Any
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Read the last token of each row, and choose the next."""
+    logits, cache = forward(state, route, tokens[:, None], counts[:, None], cache, False)
+    return cache, choose(logits[:, 0], counts + 1, settings), jnp.isfinite(logits[:, 0]).all(-1)

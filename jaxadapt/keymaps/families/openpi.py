@@ -1,0 +1,43 @@
+"""π0 and π0.5 of openpi: PaliGemma's Gemma and the action expert in one scanned stack of layers.
+
+The names in PyTorch are those of openpi's own PyTorch model, with which LeRobot's agree. Leaves of the second expert
+end in "_1". All models of openpi have fewer key heads than query heads, so that
+no leaf holds queries, keys and values together. The vision tower, which openpi trains without LoRA, has no entries.
+"""
+
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+
+_OURS = "PaliGemma.llm.layers.{l}."
+# (end of our names, their stack of layers)
+_EXPERTS = (
+    ("", "paligemma_with_expert.paligemma.model.language_model."),
+    ("_1", "paligemma_with_expert.gemma_expert.model."),
+)
+
+
+def _expert(end: str, model: str) -> tuple[Weight, ...]:
+    layer, attention = f"{model}layers.{{l}}.", f"{_OURS}attn."
+    return (
+        Weight(f"{attention}q_einsum{end}.w", f"{layer}self_attn.q_proj.weight", "n d h -> (n h) d"),
+        Weight(f"{attention}kv_einsum{end}.w", f"{layer}self_attn.{{p}}_proj.weight", "{p} k d h -> (k h) d",
+               p=("k", "v")),
+        Weight(f"{attention}attn_vec_einsum{end}.w", f"{layer}self_attn.o_proj.weight", "n h d -> d (n h)"),
+        Weight(f"{_OURS}mlp{end}.gating_einsum", f"{layer}mlp.{{p}}_proj.weight", "{p} d f -> f d", p=("gate", "up")),
+        Weight(f"{_OURS}mlp{end}.linear", f"{layer}mlp.down_proj.weight", "f d -> d f"),
+        Weight(f"{_OURS}pre_attention_norm{end}.scale", f"{layer}input_layernorm.weight", "d -> d"),
+        Weight(f"{_OURS}pre_ffw_norm{end}.scale", f"{layer}post_attention_layernorm.weight", "d -> d"),
+        Weight(f"PaliGemma.llm.final_norm{end}.scale", f"{model}norm.weight", "d -> d"),
+    )  # fmt: skip
+
+
+PI0 = KeyMap(
+    "openpi:pi0",
+    (
+        Weight("PaliGemma.llm.embedder.input_embedding",
+               "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight", "v d -> v d",
+               kind="embedding"),
+        *(weight.scanned(0) for end, model in _EXPERTS for weight in _expert(end, model)),
+    ),
+    proved=False,
+)  # fmt: skip

@@ -1,0 +1,264 @@
+"""The plain form of a LoRA file, which every reader of PEFT's files understands: one rank, the scales inside B.
+
+It has `lora_alpha = r`, no patterns, no rsLoRA and no variant. numpy only; no model is needed. Tensors are computed
+when they are read, so that one of them is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
+from jaxadapt.configs import LoraConfig, lora_variants
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.merging.plain import plain_lora
+from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.source import as_source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAGNITUDE = ".lora_magnitude_vector"
+"""The end of the key of DoRA's magnitudes."""
+
+_PAIR = re.compile(r"(?P<module>.+)\.(?:lora|lora_embedding)_(?P<side>[AB])(?:\.weight)?")
+_MERGE = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
+_WAYS_OUT = {
+    "use_dora": f"{_MERGE}, or approximate it by a plain LoRA (`jaxadapt export … --rank R --base BASE`)",
+    "alora_invocation_tokens": "it changes some tokens only, so that no file for all tokens is equal to it",
+    "kasa_config": "merge it into the base that it was trained on",
+    "layer_replication": "export_base(model, folder, adapter) writes the merged model",
+}
+_SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
+_VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
+
+
+def plain_form(
+    tensors: PeftTensors, first: PeftTensors | None = None, *, keep: Collection[str] = (), dtype: Any = None
+) -> PeftTensors:
+    """Return a LoRA file in its plain form, which computes the same.
+
+    A and B are padded with zeros to the largest rank r; `lora_alpha` is r, so that the scale is 1, and B is multiplied
+    by the old scale. B in bfloat16 or float16 becomes float32 unless the product is exact. `target_modules` lists the
+    modules of the file if the configuration chooses them by an expression, by layers or by exclusion.
+
+    Args:
+        tensors: the adapter; its tensors are read later, one at a time.
+        first: the initial adapter, for a configuration whose initialization changed the base (PiSSA, OLoRA, …). The
+            result is for the original base and has twice the rank: s·(B·A − B₀·A₀) = [sB, −sB₀]·[A; A₀].
+        keep: fields of the configuration whose tensors stay although a plain LoRA has none: "use_dora",
+            "modules_to_save".
+        dtype: the dtype of A and B. Default: theirs, with the exception above.
+
+    Raises:
+        ConfigError: the configuration is more than a LoRA; the message lists the fields and what helps.
+        MismatchError: tensors are missing, unknown, or of another rank than the configuration's.
+
+    >>> import numpy as np
+    >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["q"], use_rslora=True)
+    >>> a, b = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+    >>> plain = plain_form(PeftTensors(config, {a: np.ones((4, 2)), b: np.ones((3, 4))}))
+    >>> plain.config, float(plain.tensors[b][0, 0])
+    (LoraConfig(r=4, target_modules=['q'], lora_alpha=4), 4.0)
+    """
+    config = tensors.config
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {_MERGE}")
+    _refuse_fields(config, tensors.source, first is not None, keep)
+    if any(config.get(name) for name in _VARIANTS):
+        tensors = plain_lora(tensors)
+        first = None if first is None else plain_lora(first)
+        config = tensors.config
+        assert isinstance(config, LoraConfig)
+    arrays = as_source(tensors.tensors)
+    pairs = _find_pairs(arrays, tensors.source, keep)
+    start = None if first is None else _check_first(tensors, first, arrays)
+    ranks = _find_ranks(config, pairs, arrays, tensors.source, first is not None)
+    r = (1 if first is None else 2) * max(ranks.values(), default=config.r)
+    parts: dict[str, _Part] = {}
+    for module, keys in pairs.items():
+        scale = config.lora_alpha / config.scale_divisor(config.r)
+        scale = scale if config.target_parameters else config.scale_of(module)
+        rank = ranks.get(module, 0)
+        parts |= {key: _make_part(side, scale, arrays.specs[key], rank, r, dtype) for side, key in keys.items()}
+    plain = config.with_scale_one(r).with_default_init()
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
+        plain = plain.replace(
+            target_modules=sorted(pairs), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
+    return dataclasses.replace(tensors, config=plain, tensors=PlainTensors(tensors.source, arrays, start, parts))
+
+
+def lora_pairs(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return `{module: {"A": key, "B": key}}` of the pairs in a file.
+
+    >>> lora_pairs(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight", "base_model.model.norm"])
+    {'q': {'A': 'base_model.model.q.lora_A.weight', 'B': 'base_model.model.q.lora_B.weight'}}
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _PAIR.fullmatch(key.removeprefix(PEFT_PREFIX))
+        if match is not None:
+            pairs.setdefault(match["module"], {})[match["side"]] = key
+    return pairs
+
+
+def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collection[str]) -> None:
+    """Raise `ConfigError` for the fields that make the adapter more than W + s·B·A, with what helps for each."""
+    fields = lora_variants.fields_set(config, "base", "tensor", "copy", "token", "model")
+    problems = [
+        f"{name}={value!r}: {_WAYS_OUT.get(name, _MERGE)}" for name, value in fields.items() if name not in keep
+    ]
+    if lora_variants.changes_base(config) and not converts and config.kasa_config is None:
+        problems.append(
+            f"{lora_variants.init_field(config)}: it belongs to a base that its initialization changed; pass the"
+            " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora and"
+            " pissa"
+        )
+    if config.target_parameters and (config.rank_pattern or config.alpha_pattern or converts):
+        problems.append(
+            "target_parameters with patterns or a changed base: load the adapter into its model and use"
+            " jaxadapt.merging.resize_rank"
+        )
+    raise_listed(ConfigError, f"{source}: a plain LoRA cannot express this adapter:", problems)
+
+
+def _find_pairs(arrays: TensorSource, source: str, keep: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return `{module: {side: key}}`. Raises `MismatchError` for tensors that are no pairs."""
+    pairs = lora_pairs(arrays)
+    known = {key for keys in pairs.values() for key in keys.values()}
+    problems = [f"{module}: expected A and B, found only {next(iter(k))}" for module, k in pairs.items() if len(k) < 2]
+    problems += [
+        f"{key}: not a tensor of a plain LoRA"
+        for key in arrays
+        if key not in known
+        and not key.endswith(".base_layer.weight")
+        and not (key.endswith(MAGNITUDE) and "use_dora" in keep)
+        and "modules_to_save" not in keep
+    ]
+    raise_listed(MismatchError, f"{source}: cannot read these tensors as LoRA:", problems)
+    return pairs
+
+
+def _find_ranks(
+    config: LoraConfig, pairs: Mapping[str, Mapping[str, str]], arrays: TensorSource, source: str, doubles: bool
+) -> dict[str, int]:
+    """Return `{module: rank}` of the modules that are padded: not those of experts and grouped convolutions.
+
+    Raises `MismatchError` if a tensor has another rank than the configuration's.
+    """
+    ranks: dict[str, int] = {}
+    problems: list[str] = []
+    fixed: list[str] = []
+    for module, keys in pairs.items():
+        a, b = (arrays.specs[keys[side]].shape for side in "AB")
+        if config.target_parameters:
+            continue
+        expected = config.rank_of(module)
+        if a[0] != expected or expected % max(b[1], 1):
+            problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
+        elif a[0] == b[1]:
+            ranks[module] = a[0]
+        else:
+            fixed.append(module)
+    raise_listed(MismatchError, f"{source}: the configuration has other ranks than the file:", problems)
+    uneven = fixed if doubles else [m for m in fixed if config.rank_of(m) != max(ranks.values(), default=config.r)]
+    raise_listed(
+        MismatchError,
+        f"{source}: one rank for all modules is impossible, because these are grouped convolutions, whose ranks belong"
+        f" to their groups; {_MERGE}:",
+        uneven,
+    )
+    return ranks
+
+
+def _check_first(tensors: PeftTensors, first: PeftTensors, arrays: TensorSource) -> TensorSource:
+    """Return the tensors of the initial adapter. Raises `MismatchError` if it is that of another adapter."""
+    start = as_source(first.tensors)
+    differ = [
+        key
+        for key in arrays
+        if not key.endswith(".base_layer.weight")
+        and (key not in start or start.specs[key].shape != arrays.specs[key].shape)
+    ]
+    what = f"{first.source}: expected the initial adapter of {tensors.source}"
+    raise_listed(MismatchError, f"{what}; they differ at:", differ)
+    ours, theirs = (
+        {name: value for name, value in each.config.to_dict().items() if name in _SCALE_FIELDS}
+        for each in (tensors, first)
+    )
+    if ours != theirs:
+        raise MismatchError(f"{what}, with the same {', '.join(n for n in ours if ours[n] != theirs.get(n))}")
+    return start
+
+
+class _Part(NamedTuple):
+    """What becomes of one tensor: its rank is on `axis`, and it is multiplied by `scale`."""
+
+    axis: int
+    scale: float
+    spec: TensorSpec
+
+
+def _make_part(side: str, scale: float, spec: TensorSpec, rank: int, r: int, dtype: Any) -> _Part:
+    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays."""
+    axis = 0 if side == "A" else 1
+    shape = tuple(r if rank and i == axis else n for i, n in enumerate(spec.shape))
+    dtype = _product_dtype(spec.dtype, side, scale) if dtype is None else numpy_dtype(dtype_name(dtype))
+    return _Part(axis, 1.0 if side == "A" else scale, TensorSpec(shape, dtype))
+
+
+def _product_dtype(dtype: Any, side: str, scale: float) -> Any:
+    """Return the dtype that holds B·scale: bfloat16 has the exponents of float32, so a power of two is exact in it."""
+    import numpy as np
+
+    is_exact = scale == 1 or (dtype.name == "bfloat16" and math.frexp(scale)[0] == 0.5)
+    return dtype if side == "A" or dtype.itemsize >= 4 or is_exact else np.dtype("float32")
+
+
+class PlainTensors(TensorSource):
+    """The tensors of a plain form, computed when they are read."""
+
+    def __init__(
+        self, source: str, arrays: TensorSource, start: TensorSource | None, parts: Mapping[str, _Part]
+    ) -> None:
+        self.source = source
+        self._arrays, self._start, self._parts = arrays, start, parts
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {
+            key: self._parts[key].spec if key in self._parts else TensorSpec(*spec)
+            for key, spec in self._arrays.specs.items()
+        }
+
+    def read(self, key: str) -> np.ndarray:
+        import numpy as np
+
+        x = np.asarray(self._arrays[key])
+        part = self._parts.get(key)
+        if part is None or (part.scale == 1 and part.spec == (x.shape, x.dtype)):
+            return x
+        values = x if self._start is None else self._with_start(key, x, part)
+        if part.scale != 1:
+            values = (values if values.dtype.itemsize >= 4 else values.astype("float32")) * part.scale
+        values = values.astype(part.spec.dtype, copy=False)
+        missing = part.spec.shape[part.axis] - values.shape[part.axis]
+        if not missing:
+            return values
+        return np.pad(values, [(0, missing if i == part.axis else 0) for i in range(values.ndim)])
+
+    def _with_start(self, key: str, x: np.ndarray, part: _Part) -> np.ndarray:
+        """Return a tensor with that of the initial adapter beside it along the rank, B's subtracted."""
+        import numpy as np
+
+        assert self._start is not None
+        start = np.asarray(self._start[key])
+        return np.concatenate([x, start if part.axis == 0 else -start], part.axis)

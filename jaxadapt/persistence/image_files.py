@@ -1,0 +1,405 @@
+"""Image adapters in one file (kohya-ss, LyCORIS, diffusers) ↔ `PeftTensors`.
+
+The values never change: a file that is read and written again has the same tensors, bit for bit. kohya-ss stores each
+module's alpha as a tensor; in PEFT it is `lora_alpha` (or `alpha`) of the configuration, with a pattern for each module
+that differs. A file without alphas has the scale 1, so that its alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from jaxadapt import configs
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import FormatError, MismatchError
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import image_names
+from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
+from jaxadapt.storage import hub, location, safetensors
+from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource, View, as_source, rename
+
+_RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Tensors whose first axis is the rank, the first of them in a module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """An open file: its content as PEFT's tensors, and the names in it."""
+
+    tensors: PeftTensors
+    layout: Layout
+    metadata: Mapping[str, str]
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path names one file of tensors in place of a folder."""
+    return location.to_location(path).suffix == ".safetensors"
+
+
+def is_image_file(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path is a file with the names of an image adapter. Reads only the header."""
+    if not is_file(path) or hub.is_address(path):
+        return False
+    place = location.to_location(path)
+    return location.is_file(place) and find_layout(place) is not None
+
+
+def find_layout(path: Location) -> Layout | None:
+    """Return the layout of a file; None if it is no image adapter. Reads only the header."""
+    return image_names.find_layout(safetensors.read_header(path).tensors)
+
+
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike[str]) -> Generator[ImageFile]:
+    """Open an image adapter; its tensors are read on demand.
+
+    Raises `FormatError` if the file is not one, or `FileError` if it cannot be read.
+    """
+    place = location.to_location(path)
+    with safetensors.open_tensors(place) as file:
+        layout = image_names.find_layout(file.header.tensors)
+        if layout is None:
+            raise FormatError(
+                f"{place}: expected the keys of an image adapter of kohya-ss, LyCORIS or diffusers, such as"
+                f" lora_unet_….lora_down.weight or unet.….lora_A.weight, found {next(iter(file), 'no tensor')}"
+            )
+        yield read_tensors(file, layout, file.header.metadata)
+
+
+def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]) -> ImageFile:
+    """Return the content of an open file; its tensors are read on demand.
+
+    Raises `FormatError` for an alpha that is no number.
+    """
+    scales = [name for name, key in layout.keys.items() if key.endswith(".dora_scale") and layout.method == "LORA"]
+    if not all(_outputs(file, layout, name) for name in scales):  # one magnitude for each input, or a damaged one
+        layout = dataclasses.replace(layout, method="LYCORIS", keys={key: key for key in file}, alphas={})
+    tensors = _rename(file, layout)
+    config, method = _config(tensors, layout, file)
+    if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
+        layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
+        tensors = rename(file, layout.keys)
+    return ImageFile(PeftTensors(config, tensors, file.source), layout, metadata)
+
+
+def _rename(file: TensorSource, layout: Layout) -> View:
+    """Return the tensors under PEFT's names; DoRA's magnitudes get PEFT's shape."""
+    shaped: dict[str, Any] = {}
+    for name, key in layout.keys.items():
+        b = _outputs(file, layout, name) if layout.method == "LORA" and key.endswith(".dora_scale") else ()
+        if b:
+            shaped[name] = file[key].reshape((b[0],) if len(b) == 2 else (1, b[0], *(1 for _ in b[2:])))
+    origins: dict[str, tuple[TensorSource, str]] = {name: (file, key) for name, key in layout.keys.items()}
+    return View(file.source, origins | {name: (as_source(shaped), name) for name in shaped})
+
+
+def _outputs(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
+    """Return the shape of B beside a magnitude of (out, 1, …), one for each output; () for another magnitude."""
+    b_key = layout.keys.get(name.replace("lora_magnitude_vector", "lora_B.weight"), "")
+    b = tuple(file.specs[b_key].shape) if b_key in file else ()
+    return b if b and tuple(file.specs[layout.keys[name]].shape) == (b[0], *(1 for _ in b[1:])) else ()
+
+
+def _config(tensors: View, layout: Layout, file: TensorSource) -> tuple[Config, str]:
+    """Return the configuration that the tensors and alphas show, and its method."""
+    opaque = configs.Config.from_dict({"peft_type": "LYCORIS", "peft_version": None, "inference_mode": True})
+    if layout.method == "LYCORIS":
+        return opaque, "LYCORIS"
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, spec in tensors.specs.items():
+        module, name = image_names.split_key(key)
+        modules.setdefault(module, {})[name] = tuple(spec.shape)
+    fields = _FIELDS[layout.method](modules)
+    if fields is None:
+        return opaque, "LYCORIS"
+    ranks = {module: _rank(shapes) for module, shapes in modules.items()}
+    values = {module: _alpha(file, key) for module, key in layout.alphas.items()}
+    alphas = {module: values.get(module, float(rank)) for module, rank in ranks.items()}
+    for module, shapes in modules.items():
+        if {"lokr_w1", "lokr_w2"} <= shapes.keys():
+            alphas[module] = float(ranks[module])  # LyCORIS does not scale a product of two full matrices
+    alpha_field = "lora_alpha" if layout.method == "LORA" else "alpha"
+    r, rank_pattern = _patterns(ranks)
+    alpha, alpha_pattern = _patterns({m: int(a) if a.is_integer() else a for m, a in alphas.items()})
+    values_by_field = {
+        "peft_type": layout.method, "r": r, "rank_pattern": rank_pattern, alpha_field: alpha,
+        "alpha_pattern": alpha_pattern, "target_modules": sorted(modules), "inference_mode": True, **fields,
+    }  # fmt: skip
+    return Config.from_dict(values_by_field, file.source), layout.method
+
+
+Modules = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+def _lora_fields(modules: Modules) -> dict[str, Any] | None:
+    if any(not {"lora_A.weight", "lora_B.weight"} <= shapes.keys() for shapes in modules.values()):
+        return None
+    if any(0 in s or len(s) < 2 for shapes in modules.values() for n, s in shapes.items() if n.endswith(".weight")):
+        return None
+    vectors = [shapes for shapes in modules.values() if "lora_magnitude_vector" in shapes]
+    for shapes in vectors:
+        b = shapes["lora_B.weight"]
+        if shapes["lora_magnitude_vector"] not in ((b[0],), (1, b[0], *(1 for _ in b[2:]))) or len(b) < 2:
+            return None
+        if (len(shapes["lora_magnitude_vector"]) == 1) != (len(b) == 2):
+            return None
+    if vectors and len(vectors) < len(modules):
+        return None
+    return {"use_dora": True} if vectors else {}
+
+
+def _loha_fields(modules: Modules) -> dict[str, Any] | None:
+    wanted = {f"hada_w{i}_{side}" for i in "12" for side in "ab"}
+    if any(not wanted <= shapes.keys() or not shapes["hada_w1_b"] for shapes in modules.values()):
+        return None
+    return {"use_effective_conv2d": any("hada_t1" in shapes for shapes in modules.values())}
+
+
+def _lokr_fields(modules: Modules) -> dict[str, Any] | None:
+    """Return the fields of LoKr; None if no one factor gives the sizes of all modules."""
+    from jaxadapt.methods.lokr import split_size
+
+    wanted: list[tuple[int, int]] = []  # (size of the module, its first factor)
+    full: set[bool] = set()
+    for shapes in modules.values():
+        first = shapes.get("lokr_w1") or _product(shapes.get("lokr_w1_a"), shapes.get("lokr_w1_b"))
+        turned = "lokr_t2" in shapes  # (r, k) and (r, n) around the middle tensor
+        a, b = shapes.get("lokr_w2_a"), shapes.get("lokr_w2_b")
+        second = shapes.get("lokr_w2") or _product(a[::-1] if a and turned else a, b)
+        if not first or not second or len(first) < 2 or len(second) < 2 or 0 in (*first, *second):
+            return None
+        full.add("lokr_w1" in shapes)
+        wanted += [(first[0] * second[0], first[0]), (first[1] * second[1], first[1])]
+    candidates = [-1, *sorted({factor for _, factor in wanted})]
+    factor = next((f for f in candidates if all(split_size(size, f)[0] == one for size, one in wanted)), None)
+    if factor is None or len(full) > 1:
+        return None
+    return {
+        "decompose_factor": factor,
+        "decompose_both": full == {False},
+        "use_effective_conv2d": any("lokr_t2" in shapes for shapes in modules.values()),
+    }
+
+
+def _product(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if not a or not b else (a[0], *b[1:])
+
+
+_FIELDS = {"LORA": _lora_fields, "LOHA": _loha_fields, "LOKR": _lokr_fields}
+
+
+def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the rank of a module; for LoKr with two full matrices the smallest with which PEFT keeps them full."""
+    for name in _RANK:
+        if shapes.get(name):
+            return shapes[name][0]
+    return max(shapes["lokr_w2"][:2])
+
+
+def _alpha(file: TensorSource, key: str) -> float:
+    """Read one alpha. Raises `FormatError` if it is not one finite number."""
+    value = file[key]
+    if value.size != 1 or not math.isfinite(number := float(value.reshape(())[()])):
+        raise FormatError(f"{file.source}: {key}: expected one finite number, found {value.size} values")
+    return number
+
+
+def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most frequent value, and {module: value} of the others."""
+    counts = collections.Counter(values.values())
+    common = max(counts, key=lambda value: (counts[value], value))
+    return common, {module: value for module, value in sorted(values.items()) if value != common}
+
+
+# ---------------------------------------------------------------- writing
+
+
+Specs = dict[str, tuple[Any, Sequence[int]]]
+
+
+def write_file(
+    tensors: PeftTensors, path: str | os.PathLike[str], style: str = KOHYA, layout: Layout | None = None,
+    metadata: Mapping[str, str] | None = None, progress: Any = None,
+) -> int:  # fmt: skip
+    """Write an image adapter as one file, durably and atomically; return the number of its tensors.
+
+    Args:
+        tensors: the modules have the names of a pipeline's models: unet.…, text_encoder.…
+        path: the file.
+        style: "kohya-ss" or "diffusers".
+        layout: the names of the file that the adapter came from; its modules keep them.
+        metadata: strings for the header.
+        progress: called with the number of bytes written since its last call.
+
+    Raises `MismatchError` for tensors and settings that the style has no form for.
+    """
+    specs, get = file_tensors(tensors, style, layout)
+    safetensors.write(path, specs, get, metadata or {"format": "pt"}, progress=progress)
+    return len(specs)
+
+
+def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tuple[Specs, Callable[[str], Any]]:
+    """Return `{the file's key: (dtype, shape)}`, and a function that returns one tensor; as in `write_file`."""
+    names, alphas = _file_keys(tensors, style, layout)
+    source = as_source(tensors.tensors)
+    specs: Specs = {}
+    origins: dict[str, str] = {}
+    dtypes: dict[str, Any] = {}
+    for key, name in names.items():
+        shape = tuple(source.specs[key].shape)
+        if name.endswith(".dora_scale") and key != name:
+            b = source.specs[key.replace("lora_magnitude_vector", "lora_B.weight")].shape
+            shape = (b[0], *(1 for _ in b[1:]))
+        specs[name], origins[name] = (source.specs[key].dtype, shape), key
+        dtypes.setdefault(image_names.split_key(key)[0], source.specs[key].dtype)
+    values: dict[str, Any] = {}
+    for module, (name, alpha) in alphas.items():
+        specs[name], values[name] = (_exact_dtype(alpha, dtypes[module]), ()), alpha
+
+    def get(name: str) -> Any:
+        import numpy as np
+
+        if name in values:
+            return np.asarray(values[name], specs[name][0])
+        return np.asarray(source[origins[name]]).reshape(specs[name][1])
+
+    return specs, get
+
+
+def _exact_dtype(number: float, dtype: Any) -> Any:
+    """Return the dtype if it holds the number exactly, or else the narrowest one that does."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        fitting = [d for d in (np.dtype(dtype), np.dtype("float32")) if float(np.asarray(number, d)) == number]
+    return fitting[0] if fitting else np.dtype("float64")
+
+
+def _file_keys(
+    tensors: PeftTensors, style: str, layout: Layout | None
+) -> tuple[dict[str, str], dict[str, tuple[str, float]]]:
+    """Return {PEFT's key: the file's key}, and {module: (the key of its alpha, alpha)}."""
+    config = tensors.config
+    if config.peft_type not in ("LORA", "LOHA", "LOKR"):
+        return {key: key for key in tensors.tensors}, {}
+    modules = {key: image_names.split_key(key) for key in tensors.tensors}
+    others = [key for key, (_, name) in modules.items() if not name]
+    unscaled = config.get("use_rslora") or config.get("bias", "none") != "none"
+    kohya = image_names.kohya_keys(dict.fromkeys(module for module, _ in modules.values()))
+    known = {} if layout is None else layout.keys
+    alphas: dict[str, tuple[str, float]] = {}
+    names: dict[str, str] = {}
+    for key, (module, name) in modules.items():
+        ending = image_names.kohya_ending(config.peft_type, name)
+        if key in known:
+            names[key] = known[key]
+        elif style == KOHYA and ending is not None:
+            names[key] = f"{kohya[module]}.{ending}"
+        elif style == DIFFUSERS and config.peft_type == "LORA":
+            names[key] = key.removeprefix(PEFT_PREFIX)
+        else:
+            others.append(key)
+    for module in dict.fromkeys(module for module, _ in modules.values()):
+        rank, alpha = _settings(config, module)
+        stored = None if layout is None else layout.alphas.get(module)
+        if stored is not None or style == KOHYA or rank != alpha:
+            end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
+            alphas[module] = (stored or end, alpha)
+    if others or unscaled:
+        reason = "use_rslora or bias is set" if unscaled else f"no name of {style} for:\n{paths.bullets(others)}"
+        raise MismatchError(f"{tensors.source}: cannot write one file of {style}: {reason}")
+    return names, alphas
+
+
+def _settings(config: Config, module: str) -> tuple[int, float]:
+    """Return the rank and alpha of a module."""
+    from jaxadapt.configs.frozen import find_pattern_value
+
+    alpha = config.get("lora_alpha") if config.peft_type == "LORA" else config.get("alpha")
+    return (
+        find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r")),
+        find_pattern_value(config.get("alpha_pattern") or {}, module, alpha),
+    )
+
+
+# ---------------------------------------------------------------- one folder for each model
+
+
+def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
+    """Return {model of the pipeline: its adapter}, each with the names that the model itself gives its modules.
+
+    Raises `MismatchError` for modules whose names stay flattened, because no list has them, and for tensors of a method
+    that PEFT does not have.
+    """
+    if tensors.config.peft_type == "LYCORIS":
+        raise MismatchError(
+            f"{tensors.source}: PEFT has no method for these tensors (LyCORIS' LoCon with a middle tensor, or another"
+            " of its types), so that they only pass through; write one file (.safetensors) instead"
+        )
+    by_model: dict[str, dict[str, str]] = {}
+    flat: list[str] = []
+    for key in tensors.tensors:
+        model, dot, rest = key.removeprefix(PEFT_PREFIX).partition(".")
+        if "." not in image_names.split_key(key)[0] or not dot:
+            flat.append(key)
+        by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
+    if flat:
+        raise MismatchError(
+            f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
+            " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:\n"
+            + paths.bullets(flat)
+        )
+    source = as_source(tensors.tensors)
+    return {
+        model: PeftTensors(_config_of(tensors.config, model), rename(source, names), tensors.source)
+        for model, names in by_model.items()
+    }
+
+
+def _config_of(config: Config, model: str) -> Config:
+    """Return the settings of the modules of one model, under the model's own names."""
+    values = config.to_dict()
+    for field in ("rank_pattern", "alpha_pattern"):
+        items = (values.get(field) or {}).items()
+        values[field] = {name.partition(".")[2]: value for name, value in items if name.partition(".")[0] == model}
+    targets = values["target_modules"]
+    values["target_modules"] = [name.partition(".")[2] for name in targets if name.partition(".")[0] == model]
+    return Config.from_dict(values)
+
+
+def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
+    """Return one adapter from {model of the pipeline: its adapter}; the reverse of `split_models`.
+
+    Raises `MismatchError` if their methods differ in more than ranks and alphas.
+    """
+    whole = {model: part.config.to_dict() for model, part in parts.items()}
+    first = next(iter(whole.values()))
+    scale = "lora_alpha" if first["peft_type"] == "LORA" else "alpha"
+    own = ("r", scale, "rank_pattern", "alpha_pattern", "target_modules", "base_model_name_or_path", "auto_mapping")
+    differing = sorted({k for v in whole.values() for k in v if k not in own and v[k] != first.get(k)})
+    if differing:
+        raise MismatchError(f"{source}: the adapters of {', '.join(whole)} differ in {', '.join(differing)}")
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    origins: dict[str, tuple[TensorSource, str]] = {}
+    for model, part in parts.items():
+        tensors = as_source(part.tensors)
+        for key in tensors:
+            module, _ = image_names.split_key(key)
+            ranks[f"{model}.{module}"], alphas[f"{model}.{module}"] = _settings(part.config, module)
+            origins[f"{PEFT_PREFIX}{model}.{key.removeprefix(PEFT_PREFIX)}"] = (tensors, key)
+    (r, rank_pattern), (alpha, alpha_pattern) = _patterns(ranks), _patterns(alphas)
+    values = first | {
+        "r": r, "rank_pattern": rank_pattern, scale: alpha, "alpha_pattern": alpha_pattern,
+        "target_modules": sorted(ranks), "auto_mapping": None, "base_model_name_or_path": None,
+    }  # fmt: skip
+    return PeftTensors(Config.from_dict(values), View(source, origins), source)

@@ -1,0 +1,111 @@
+"""The base model of a server: the demo's SmolLM2, or a folder with a Llama of Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxadapt.core.errors import AdapterError, FileError, FormatError
+from jaxadapt.demo.llama import LlamaConfig, Tensor
+from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
+from jaxadapt.storage import hf_model
+
+SMOLLM2 = "smollm2"
+START, END = "<|im_start|>", "<|im_end|>"
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model with its tokenizer.
+
+    Attributes:
+        name: the model's name for clients.
+        config: its hyperparameters.
+        weights: its checkpoint.
+        tokenizer: a tokenizer of the package tokenizers.
+        stop: tokens that end an answer.
+        system: the system message of a chat that has none.
+    """
+
+    name: str
+    config: LlamaConfig
+    weights: Mapping[str, Tensor]
+    tokenizer: Any
+    stop: tuple[int, ...]
+    system: str = ""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, to which nothing is added."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        text: str = self.tokenizer.decode(list(ids))
+        return text
+
+    @property
+    def chats(self) -> bool:
+        """True if the tokenizer has the two special tokens of ChatML. (Templates in files are never executed.)"""
+        return all(self.tokenizer.token_to_id(token) is not None for token in (START, END))
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the token ids of (role, text) messages in ChatML, up to the start of the answer.
+
+        A message cannot contain the special tokens: in it they are text.
+        """
+        start, end = (self.tokenizer.token_to_id(token) for token in (START, END))
+        if self.system and (not messages or messages[0][0] != "system"):
+            messages = [("system", self.system), *messages]
+        ids: list[int] = []
+        self.tokenizer.encode_special_tokens = True  # as text
+        try:
+            for role, text in messages:
+                ids += [start, *self.encode(f"{role}\n{text}"), end, *self.encode("\n")]
+        finally:
+            self.tokenizer.encode_special_tokens = False
+        return [*ids, start, *self.encode("assistant\n")]
+
+
+def open_base(base: str | os.PathLike[str]) -> Base:
+    """Open a base model.
+
+    Args:
+        base: "smollm2", or a folder with config.json, model.safetensors (or its index and shards) and tokenizer.json.
+
+    Raises:
+        FileError: files or packages are missing.
+        FormatError: a file does not hold a Llama.
+    """
+    if base == SMOLLM2:
+        model = SmolLM2.open()
+        tokenizer = model.tokenizer()
+        stop = tuple(tokenizer.token_to_id(token) for token in (END, "<|endoftext|>"))
+        return Base(MODEL_NAME, model.config, model.weights(), tokenizer, stop, SMOLLM2_SYSTEM)
+    folder = Path(base)
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise FileError(
+            f"{folder}: expected {SMOLLM2!r}, or a folder with a Llama; the folder lacks {' and '.join(missing)}"
+        )
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_bytes())
+        config = LlamaConfig.from_hf(fields)
+    except (ValueError, TypeError, KeyError, AttributeError, AdapterError) as error:
+        raise FormatError(f"{path}: expected the configuration of a Llama; {type(error).__name__}: {error}") from error
+    try:
+        tokenizer = require("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except FileError:
+        raise
+    except Exception as error:  # tokenizers raises no class of its own
+        raise FormatError(f"{folder / 'tokenizer.json'}: expected a tokenizer; {error}") from error
+    ends = fields.get("eos_token_id")
+    stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.token_to_id(END)} - {None}
+    with hf_model.open_model(folder) as tensors:
+        return Base(folder.resolve().name, config, dict(tensors), tokenizer, tuple(sorted(stop)))

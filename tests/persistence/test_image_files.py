@@ -1,0 +1,284 @@
+"""Image adapters in one file: kohya-ss, LyCORIS and diffusers.
+
+The names were compared with diffusers' own conversion, for every module of Stable Diffusion and SDXL, in
+tests/full/test_image_names.py. Here a few of them are written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.keymaps import diffusion_names
+from jaxadapt.persistence import image_files, image_names
+from tests.support import fuzz_image_files
+
+P = "base_model.model."
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+# (kohya-ss' name, model and module of diffusers), from files of each program.
+KNOWN = (
+    ("lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0",
+     "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0"),
+    ("lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj",
+     "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"),
+    ("lora_unet_up_blocks_1_resnets_2_time_emb_proj", "unet.up_blocks.1.resnets.2.time_emb_proj"),
+    ("lora_te_text_model_encoder_layers_11_self_attn_q_proj",
+     "text_encoder.text_model.encoder.layers.11.self_attn.q_proj"),
+    ("lora_te_text_model_encoder_layers_0_mlp_fc2", "text_encoder.text_model.encoder.layers.0.mlp.fc2"),
+)  # fmt: skip
+KNOWN_XL = (
+    ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k",
+     "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k"),
+    ("lora_unet_input_blocks_8_1_proj_in", "unet.down_blocks.2.attentions.1.proj_in"),
+    ("lora_unet_middle_block_1_transformer_blocks_9_ff_net_2",
+     "unet.mid_block.attentions.0.transformer_blocks.9.ff.net.2"),
+    ("lora_unet_output_blocks_5_2_conv", "unet.up_blocks.1.upsamplers.0.conv"),
+    ("lora_unet_output_blocks_3_0_skip_connection", "unet.up_blocks.1.resnets.0.conv_shortcut"),
+    ("lora_unet_input_blocks_3_0_op", "unet.down_blocks.0.downsamplers.0.conv"),
+    ("lora_te1_text_model_encoder_layers_3_self_attn_v_proj",
+     "text_encoder.text_model.encoder.layers.3.self_attn.v_proj"),
+    ("lora_te2_text_model_encoder_layers_31_mlp_fc1", "text_encoder_2.text_model.encoder.layers.31.mlp.fc1"),
+)  # fmt: skip
+
+
+def kohya(names: Any, ranks: tuple[int, ...] = (2, 3), dtype: str = "float16") -> Arrays:
+    """A file of kohya-ss; modules with "conv", "op" and "skip" in the name are convolutions."""
+    rng, out = np.random.default_rng(0), Arrays()
+    for number, (name, _) in enumerate(names):
+        window = (3, 3) if name.endswith(("conv", "_op")) else (1, 1) if name.endswith("connection") else ()
+        r, ones = ranks[number % len(ranks)], (1,) * len(window)
+        out[f"{name}.lora_down.weight"] = (0.1 * rng.standard_normal((r, 8, *window))).astype(dtype)
+        out[f"{name}.lora_up.weight"] = (0.1 * rng.standard_normal((6, r, *ones))).astype(dtype)
+        out[f"{name}.alpha"] = np.asarray(1.5 + number % 2, dtype)
+    return out
+
+
+def equal(one: Path, other: Arrays) -> bool:
+    found = load_file(one)
+    return found.keys() == other.keys() and all(
+        found[k].dtype == x.dtype and found[k].tobytes() == x.tobytes() for k, x in other.items()
+    )
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("names", [KNOWN, KNOWN_XL], ids=["SD", "SDXL"])
+def test_a_file_of_kohya_becomes_pefts_folders_and_again_the_file(names: Any, tmp_path: Path):
+    file, tensors = tmp_path / "style.safetensors", kohya(names)
+    save_file(tensors, file, {"ss_network_dim": "2"})
+    read = jaxadapt.read(file)
+    for number, (name, module) in enumerate(names):
+        for end, peft in (("down", "A"), ("up", "B")):
+            key = f"{P}{module}.lora_{peft}.weight"
+            np.testing.assert_array_equal(read.tensors[key], tensors[f"{name}.lora_{end}.weight"])
+        assert read.config.scale_of(module) == (1.5 + number % 2) / (2, 3)[number % 2]
+    assert run("convert", file, tmp_path / "peft").exit_code == 0
+    folders = {path.name for path in (tmp_path / "peft").iterdir()}
+    assert folders == {module.partition(".")[0] for _, module in names}
+    unet = jaxadapt.read(tmp_path / "peft" / "unet")
+    assert set(unet.tensors) == {k.replace(f"{P}unet.", P) for k in read.tensors if f"{P}unet." in k}
+    assert all(f.severity == "note" for f in jaxadapt.verify(tmp_path / "peft" / "unet"))
+    result = run("convert", tmp_path / "peft", tmp_path / "back.safetensors", "--format", "kohya-ss")
+    assert result.exit_code == 0, result.output
+    assert equal(tmp_path / "back.safetensors", tensors)
+    assert run("convert", file, tmp_path / "same.safetensors").exit_code == 0
+    assert equal(tmp_path / "same.safetensors", tensors)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "same.safetensors", "np") as same:
+        assert same.metadata() == {"ss_network_dim": "2"}
+
+
+def test_the_flattened_names_of_all_modules_differ():
+    for model, patterns in diffusion_names.MODULES.items():
+        names = [name for pattern in patterns for name in diffusion_names.expand(pattern)]
+        flat = {name.replace(".", "_") for name in names}
+        assert len(flat) == len(names), model
+    assert len(diffusion_names.sdxl_names()) == len(set(diffusion_names.sdxl_names().values()))
+    assert set(diffusion_names.sdxl_names()) <= set(diffusion_names.dotted_names("unet").values())
+
+
+OLD_DIFFUSERS = {
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight":
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_q_lora.up.weight":
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.weight",
+    "text_encoder.text_model.encoder.layers.0.self_attn.to_k_lora.down.weight":
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_A.weight",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight":
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight",
+    "unet.conv_in.lora.down.weight": "unet.conv_in.lora_A.weight",
+    "transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight":
+        "transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight",
+}  # fmt: skip
+
+
+def test_the_names_of_diffusers():
+    found = image_names.find_layout(OLD_DIFFUSERS)
+    assert found is not None
+    assert found.keys == {P + peft: key for key, peft in OLD_DIFFUSERS.items()}
+    assert image_names.find_layout([*OLD_DIFFUSERS, "epoch"]) is None
+
+
+def test_a_file_of_diffusers_keeps_its_names(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    tensors = {
+        f"{module}.to_q.lora_A.weight": rng.standard_normal((4, 8)).astype("float32"),
+        f"{module}.to_q.lora_B.weight": rng.standard_normal((8, 4)).astype("float32"),
+        f"{module}.to_k.lora.down.weight": rng.standard_normal((4, 8)).astype("float32"),
+        f"{module}.to_k.lora.up.weight": rng.standard_normal((8, 4)).astype("float32"),
+        f"{module}.to_k.alpha": np.asarray(2, "float32"),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    config = jaxadapt.read_config(tmp_path / "a.safetensors")
+    assert {m: config.scale_of(m) for m in config.get("target_modules")} == {
+        f"{module}.to_q": 1, f"{module}.to_k": 0.5
+    }  # fmt: skip
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+
+
+def lycoris() -> dict[str, Arrays]:
+    """Files of LyCORIS, by method."""
+    rng, name = np.random.default_rng(2), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+    def draw(**shapes: tuple[int, ...]) -> Arrays:
+        return {f"{name}.{k}": rng.standard_normal(s).astype("float32") for k, s in shapes.items()}
+
+    alpha = {f"{name}.alpha": np.asarray(1, "float32")}
+    return {
+        "LOHA": draw(hada_w1_a=(8, 2), hada_w1_b=(2, 12), hada_w2_a=(8, 2), hada_w2_b=(2, 12)) | alpha,
+        "LOKR": draw(lokr_w1=(2, 3), lokr_w2_a=(4, 1), lokr_w2_b=(1, 4)) | alpha,
+        "LYCORIS": draw(**{"lora_down.weight": (2, 8), "lora_mid.weight": (2, 2, 3, 3), "lora_up.weight": (8, 2)}),
+    }
+
+
+def _lycoris_change(method: str, t: Arrays) -> np.ndarray[Any, Any]:
+    """ΔW as LyCORIS computes it."""
+    x = {key.rpartition(".")[2]: value.astype(np.float64) for key, value in t.items()}
+    if method == "LOHA":
+        return x["alpha"] / 2 * (x["hada_w1_a"] @ x["hada_w1_b"]) * (x["hada_w2_a"] @ x["hada_w2_b"])
+    return x["alpha"] / 1 * np.kron(x["lokr_w1"], x["lokr_w2_a"] @ x["lokr_w2_b"])
+
+
+@pytest.mark.parametrize("method", ["LOHA", "LOKR"])
+def test_lycoris_is_pefts_method(method: str, tmp_path: Path):
+    tensors = lycoris()[method]
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert jaxadapt.read_config(tmp_path / "a.safetensors").peft_type == method
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "peft").exit_code == 0
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    adapter = jaxadapt.read(tmp_path / "peft" / "unet")
+    table = jaxadapt.KeyMap("one", (jaxadapt.Weight("q.kernel", f"{module}.weight", "i o -> o i"),))
+    base = {"q": {"kernel": np.zeros((12, 8), "float32")}}
+    merged = jaxadapt.merge(base, jaxadapt.from_peft(adapter, base, keymap=table))
+    np.testing.assert_allclose(merged["q"]["kernel"].T, _lycoris_change(method, tensors), rtol=1e-5, atol=1e-6)
+    result = run("convert", tmp_path / "peft", tmp_path / "b.safetensors", "--format", "kohya-ss")
+    assert result.exit_code == 0, result.output
+    assert equal(tmp_path / "b.safetensors", tensors)
+
+
+def test_dora(tmp_path: Path):
+    """kohya-ss has one magnitude for each output in (out, 1), and PEFT in (out,)."""
+    tensors = kohya(KNOWN[:1], ranks=(2,)) | {f"{KNOWN[0][0]}.dora_scale": np.arange(6, dtype="float16")[:, None]}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "peft").exit_code == 0
+    adapter = jaxadapt.read(tmp_path / "peft" / "unet")
+    assert adapter.config.get("use_dora")
+    module = KNOWN[0][1].removeprefix("unet.")
+    np.testing.assert_array_equal(adapter.tensors[f"{P}{module}.lora_magnitude_vector"], np.arange(6))
+    assert run("convert", tmp_path / "peft", tmp_path / "b.safetensors", "--format", "kohya-ss").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+
+
+def test_what_peft_has_no_method_for_passes_through(tmp_path: Path):
+    tensors = lycoris()["LYCORIS"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert jaxadapt.read_config(tmp_path / "a.safetensors").peft_type == "LYCORIS"
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+    refused = run("convert", tmp_path / "a.safetensors", tmp_path / "peft")
+    assert refused.exit_code == 1
+    assert "only pass through; write one file" in refused.output
+    assert run("inspect", tmp_path / "a.safetensors").exit_code == 0
+
+
+def test_modules_of_an_unknown_model_stay_flattened(tmp_path: Path):
+    tensors = kohya([("lora_unet_double_blocks_0_img_attn_proj", ""), ("lora_unet_single_blocks_1_linear1", "")])
+    save_file(tensors, tmp_path / "flux.safetensors")
+    (found,) = [f for f in jaxadapt.verify(tmp_path / "flux.safetensors") if f.code == "image-file"]
+    assert len(found.subjects) == 2
+    assert run("resize", tmp_path / "flux.safetensors", "--rank", 4, "--out", tmp_path / "4.safetensors").exit_code == 0
+    before, after = tensors, load_file(tmp_path / "4.safetensors")
+    assert before.keys() == after.keys()
+    for name in ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_1_linear1"):
+        change = [
+            float(t[f"{name}.alpha"]) / len(t[f"{name}.lora_down.weight"])
+            * t[f"{name}.lora_up.weight"].astype("f4") @ t[f"{name}.lora_down.weight"].astype("f4")
+            for t in (before, after)
+        ]  # fmt: skip
+        np.testing.assert_allclose(*change, rtol=5e-3, atol=5e-3)  # B times the scale, rounded once to float16
+    refused = run("convert", tmp_path / "flux.safetensors", tmp_path / "peft")
+    assert "names jaxadapt does not know" in refused.output
+    assert run("convert", tmp_path / "flux.safetensors", tmp_path / "same.safetensors").exit_code == 0
+    assert equal(tmp_path / "same.safetensors", tensors)
+
+
+def test_every_command_takes_them(tmp_path: Path):
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = kohya(KNOWN, ranks=(2,), dtype="float32")
+    save_file(tensors, file)
+    save_file({k: x if k.endswith("alpha") else 2 * x for k, x in tensors.items()}, other)
+    info = json.loads(run("inspect", file, "--json").output)
+    assert info["config"]["r"] == 2
+    assert len(info["tensors"]) == 10
+    verified = run("verify", file, "--json")
+    assert verified.exit_code == 0, verified.output
+    assert json.loads(verified.output)["error"] == 0
+    found = json.loads(run("diff", file, other, "--json").output)
+    assert found["totals"]
+    combined = run("combine", file, other, "--weights", "1,0.5", "--method", "cat", "--out", tmp_path / "c.safetensors")
+    assert combined.exit_code == 0, combined.output
+    both = load_file(tmp_path / "c.safetensors")
+    assert both.keys() == tensors.keys()
+    for name, _ in KNOWN:
+        ours, theirs = (
+            float(t[f"{name}.alpha"]) / len(t[f"{name}.lora_down.weight"])
+            * t[f"{name}.lora_up.weight"] @ t[f"{name}.lora_down.weight"] for t in (both, tensors)
+        )  # fmt: skip
+        np.testing.assert_allclose(ours, (1 + 0.5 * 4) * theirs, rtol=1e-5, atol=1e-5)
+    cast = run("convert", file, tmp_path / "half.safetensors", "--dtype", "float16")
+    assert cast.exit_code == 0, cast.output
+    assert {x.dtype.name for x in load_file(tmp_path / "half.safetensors").values()} == {"float16"}
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
+    tensors = kohya(KNOWN[:1]) | {f"{KNOWN[0][0]}.alpha": np.ones(2, "float16")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(jaxadapt.FormatError, match="alpha: expected one finite number, found 2 values"):
+        jaxadapt.read(tmp_path / "a.safetensors")
+    save_file({"w": np.ones(3)}, tmp_path / "b.safetensors")
+    with (
+        pytest.raises(jaxadapt.FormatError, match="expected the keys of an image adapter"),
+        image_files.open_file(tmp_path / "b.safetensors"),
+    ):
+        pass
+
+
+def test_random_files_are_refused_or_written_back():
+    """20,000 of them here, in two seconds; a million by hand (tests/full/README.md)."""
+    found = fuzz_image_files.main(20_000)
+    assert found.keys() == {"no image adapter", "refused", "LYCORIS", "LORA", "LOHA", "LOKR"}
+    assert min(found.values()) > 50
