@@ -315,6 +315,7 @@ JSON = {
     "inspect --norms": ("inspect", "out", "--norms"),
     "inspect --plot": ("inspect", "out", "--plot", "norms.png"),
     "merge": ("merge", "base", "out", "--out", "new"),
+    "export": ("export", "out", "--out", "new"),
     "combine": ("combine", "out", "out", "--weights", "1,-1", "--out", "new"),
     "convert": ("convert", "out", "new"),
     "convert several": ("convert", "out", "copy", "new"),

@@ -11,6 +11,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams
@@ -184,6 +185,15 @@ def _descend(tree: Any, path: str) -> Any:
 
 def _dotted_path(keys: Sequence[Any]) -> str:
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
+
+
+def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:
+    """Raise `AttachError`, listing all problems, unless an adapter fits the one to replace: its `{path: array}`."""
+    problems = list(map(str, compare(shapes_of(present), shapes_of(adapter.flat()))))
+    if config != adapter.config:
+        problems.append(f"another configuration: {config.differences(adapter.config, 'given')}")
+    if problems:
+        raise AttachError(f"cannot inject: the adapter does not fit {name!r}:\n" + paths.bullets(problems))
 
 
 def check_name(name: str, present: Sequence[str]) -> None:
