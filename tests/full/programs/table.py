@@ -19,7 +19,7 @@ from tests.full.programs import measure
 RESULTS = Path(__file__).with_name("results.json")
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "files.md"
 PROGRAMS = {"llama": "llama.cpp", "mlx": "mlx-lm", "vllm": "vLLM"}
-MERGED = ["DoRA", "IA3", "copies of norms", "a copy of the embedding"]
+MERGED = ["no adapter", "DoRA", "IA3", "copies of norms", "a copy of the embedding"]
 
 
 def cell(value: float | str) -> str:
