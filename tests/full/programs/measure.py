@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -37,7 +39,12 @@ class Base:
     tokens: list[int]
 
     def model(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return copy.deepcopy(_loaded(self.folder))
+
+
+@functools.cache
+def _loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def smollm2(work: Path) -> Base:
