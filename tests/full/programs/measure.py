@@ -158,7 +158,7 @@ def export_case(name: str, folder: Path, out: Path, program: str, base: Base) ->
     try:
         export_adapter(folder, out, program, base=given, **first)
     except AdapterError as error:
-        return str(error)
+        return str(error).partition(": ")[2]  # without the folder
     return ""
 
 
