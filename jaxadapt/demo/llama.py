@@ -186,7 +186,7 @@ class KVCache:
         keys: (layers, B, S, K, h), rotated.
         values: (layers, B, S, K, h).
         lengths: int32 (B), the tokens that each row holds. A call writes its tokens behind them. A caller may lower
-            the length of a row, and what lies behind it is not read.
+            a length: later tokens are then not read.
         layer: int32, the layer that writes next.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,

@@ -232,7 +232,7 @@ class Session:
         return self._left == 0
 
     def close(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel the jobs that have not ended."""
         self._watch.cancel()
         for job in self.jobs:
             self._engine.cancel(job)

@@ -130,7 +130,7 @@ class Engine:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """End a job that nobody waits for; its row is free before the next token."""
+        """End a job whose client left; its row is free before the next token."""
         with self._changed:
             job.cancelled = True
             self._changed.notify_all()

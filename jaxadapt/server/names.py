@@ -9,6 +9,7 @@ from jaxadapt.core.errors import FileError
 
 MAX_BYTES = 255
 CONFIG = "adapter_config.json"
+BASE = "__base__"  # PEFT's name of the base, which the pool knows
 
 
 def find(root: Path, name: str) -> Path:
@@ -28,7 +29,7 @@ def find(root: Path, name: str) -> Path:
     jaxadapt.core.errors.FileError: '../etc' is not the name of an adapter: expected a folder's name without separators,
     control characters or a dot at the start
     """
-    plain = name.isprintable() and not {"/", "\\", os.sep} & {*name} and not name.startswith(".")
+    plain = name != BASE and name.isprintable() and not {"/", "\\", os.sep} & {*name} and not name.startswith(".")
     if not name or not plain or len(os.fsencode(name)) > MAX_BYTES:
         raise FileError(
             f"{name[:80]!r} is not the name of an adapter: expected a folder's name without separators, control"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,44 @@ from jaxadapt.server.metrics import Metrics
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
-def make_room(folders: Mapping[str, Path], rank: int, targets: Sequence[str]) -> list[jaxadapt.Config]:
-    """Return what a bank needs to hold all adapters of a server.
+def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str]) -> list[jaxadapt.Config]:
+    """Return what a bank needs to hold the adapters of a server: plain LoRAs, and the other kinds that are there.
 
     Args:
+        model: the base.
         folders: the adapters that are there at the start. One that cannot be read counts for nothing; a request for it
             gets the error.
         rank: the least rank to have room for.
         targets: the modules that adapters may change.
     """
-    found: list[Any] = []
-    for path in folders.values():
+    kinds: dict[tuple[str, bool, bool], list[Any]] = {}
+    for path in folders:
         try:
-            found.append(jaxadapt.read_config(path))
+            config: Any = jaxadapt.read_config(path)
         except AdapterError:
             continue
-    loras = [config for config in found if config.peft_type == "LORA"]
-    ranks = [r for config in loras for r in (config.r, *config.rank_pattern.values())]
-    lora = jaxadapt.LoraConfig(r=max([rank, *ranks]), target_modules=list(targets))
-    room: list[jaxadapt.Config] = [lora]
-    for name in ("use_dora", "lora_bias"):
-        if any(getattr(config, name) for config in loras):
-            room.append(lora.replace(**{name: True}))
-    if any(config.peft_type == "IA3" for config in found):
-        room.append(jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"]))
+        if config.facts.rows in ("call", "put"):
+            kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
+            kinds.setdefault(kind, []).append(config)
+    lora = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
+    kinds.setdefault(("LORA", False, False), [])
+    room: list[jaxadapt.Config] = []
+    for (peft_type, dora, bias), found in kinds.items():
+        ranks = [r for config in found for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()) if r]
+        if peft_type == "LORA":
+            made: Any = lora.replace(r=max([rank, *ranks]), use_dora=dora, lora_bias=bias)
+        elif peft_type == "IA3":
+            made = jaxadapt.IA3Config(
+                target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+            )
+        else:
+            made = found[0].replace(target_modules=list(targets), **({"r": max(ranks)} if ranks else {}))
+        try:
+            serving.create(model, made, slots=2)
+        except AdapterError as error:
+            warn(f"requests for adapters of the kind {peft_type} will fail: {error}")
+        else:
+            room.append(made)
     return room
 
 
@@ -92,11 +107,13 @@ def make_server(
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
     for problem in problems:
         warn(problem)
-    model = to_nnx(base.config, base.weights)
-    bank = serving.create(model, make_room(folders, rank, targets), slots=slots, keymap="llama")
-    pool = serving.AdapterPool(bank, model, folders, keymap="llama")
+    # Stacked layers: a program compiles in a third of the time, and a step takes a fifth longer.
+    config = dataclasses.replace(base.config, scan=True)
+    model = to_nnx(config, base.weights)
+    bank = serving.create(model, make_room(model, folders.values(), rank, targets), slots=slots)
+    pool = serving.AdapterPool(bank, model, folders)
     serving.attach(model, bank)
-    decoder = Decoder(base.config, *nnx_forward(model), rows=rows, length=length, select=pool.select)
+    decoder = Decoder(config, *nnx_forward(model), rows=rows, length=length, select=pool.select)
     for size in decoder.buckets:
         decoder.start(0, [0] * min(size, length - 1))
     decoder.step()

@@ -180,7 +180,13 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     tensors = adapter.sites
     chosen: dict[int, Tensors] = {}
     problems: list[str] = []
-    for site in sites_of(adapter):
+    sites = sites_of(adapter)
+    if not sites:  # a prompt, whose tensors belong to no weight
+        raise AttachError(
+            f"cannot put the adapter into the bank: {adapter.config.peft_type} changes no weight, and rows"
+            " cannot each have one. Load it into a model of its own (jaxadapt.load)"
+        )
+    for site in sites:
         try:
             number = _find_place(layout, site)
             chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])

@@ -37,7 +37,7 @@ BEGIN, END = "<!-- table of methods: python -m tests.full.methods_table -->\n", 
 # {column: the tests that prove it, by the part of their names after "test_"}
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "NNX, Linen, merge": ("nnx_and_linen_agree_and_merging_equals_applying", "training_in_nnx_changes"),
-    "layouts, fused": ("every_layout_gives", "parts_of_a_fused_weight"),
+    "layouts, fused": ("every_layout_", "parts_of_a_fused_weight"),
     "scanned": ("stacked_layers_are", "scanned_layers_give"),
     "8 devices": ("eight_devices",),
     "opens PEFT's files": (

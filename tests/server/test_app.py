@@ -57,6 +57,7 @@ def test_each_request_gets_its_adapter_in_one_batch(server, base, root):
     steps, programs = sample(server, "steps_total"), sample(server, "compiled_programs")
     answers = [reply.json() for reply in ask(server, *({"model": name, **GREEDY} for name in models))]
     for name, answer in zip(models, answers, strict=True):
+        assert "choices" in answer, answer
         ids = alone(base, None if name == base.name else root / name, "Hello", 12)
         assert answer["choices"][0]["text"] == base.decode(ids)
         assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
@@ -222,7 +223,8 @@ def test_load_swap_and_unload(server, base, root):
 
 
 @pytest.mark.parametrize(
-    "name", ["../fr", "..", ".", "", "/etc", "a/b", "a\\b", "fr\0", "fr\n", "x" * 300, ".hidden", "out", "inner"]
+    "name",
+    ["../fr", "..", ".", "", "/etc", "a/b", "a\\b", "fr\0", "fr\n", "x" * 300, ".hidden", "__base__", "out", "inner"],
 )
 def test_names_stay_in_the_folder(server, base, root, tmp_path, name):
     """Also of links: to a folder outside, and to a file outside from a folder inside."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,11 @@ class Broken:
         return 0
 
 
-def submit(engine: Engine, count: int = 1) -> list[tuple[list[Piece], threading.Event]]:
+def submit(
+    engine: Engine, *, names: Sequence[str | None] = (None,), prompt: Sequence[int] = (1,), count: int = 50
+) -> list[tuple[list[Piece], threading.Event]]:
     made = []
-    for _ in range(count):
+    for name in names:
         pieces: list[Piece] = []
         ended = threading.Event()
 
@@ -79,7 +82,7 @@ def submit(engine: Engine, count: int = 1) -> list[tuple[list[Piece], threading.
             if piece.final:
                 ended.set()
 
-        engine.submit([Job([1], None, GREEDY, 50, [], emit)])
+        engine.submit([Job(prompt, name, GREEDY, count, [], emit)])
         made.append((pieces, ended))
     return made
 
@@ -98,7 +101,7 @@ def make(decoder: Any) -> Engine:
 def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
     decoder = Broken()
     engine = make(decoder)
-    jobs = submit(engine, 3)
+    jobs = submit(engine, names=[None] * 3)
     decoder.go.set()
     for pieces, ended in jobs:
         assert ended.wait(30)
@@ -114,7 +117,7 @@ def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
 def test_closing_ends_requests(base):
     decoder = Broken()
     engine = make(decoder)
-    jobs = submit(engine, 3)
+    jobs = submit(engine, names=[None] * 3)
     closing = threading.Thread(target=engine.close)
     closing.start()
     while engine.healthy:

@@ -85,3 +85,13 @@ def test_methods_without_a_form_for_rows_are_refused():
         config = config_of(peft_type, 0, ["q"])
         with pytest.raises(AttachError, match=f"(?s){peft_type} has no form with a separate adapter.*to_lora.*merge"):
             serving.create(Net(), config, slots=2)
+
+
+def test_a_prompt_does_not_go_into_a_slot():
+    """Its tensors belong to no weight, so no place of the bank would miss them."""
+    bank = serving.create(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=2)
+    adapter = jaxadapt.init(
+        jaxadapt.PromptTuningConfig(num_virtual_tokens=2, token_dim=8), Net(), key=jax.random.key(0)
+    )
+    with pytest.raises(AttachError, match="PROMPT_TUNING changes no weight"):
+        serving.put(bank, 1, adapter)

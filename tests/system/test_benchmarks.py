@@ -15,7 +15,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "benchmarks").glob("*.py")
     if "\ndef main()" in path.read_text() and path.stem != "attached"  # a part of io.py
 )
-NEEDS = {"lora": "peft"}  # the others leave out what is not installed
+NEEDS = {"lora": "peft", "server": "starlette"}  # the others leave out what is not installed
 SECONDS = {"codec", "paper"}
 
 

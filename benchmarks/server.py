@@ -1,0 +1,187 @@
+"""A load test of `jaxadapt serve`: tokens a second, and the latency of requests, with up to 200 adapters.
+
+    python -m benchmarks.server [--layers 6] [--adapters 200] [--plot server.png]
+
+The base is the demo's Llama with the widths of SmolLM2-135M and random weights, and the adapters are LoRAs of rank 8 on
+all seven projections. As many clients as `--clients` send one request after another, each for an adapter of its own,
+and read the answers as streams. The server is a process of its own with `--rows` rows, and twice as many slots for
+adapters: most requests for one of 200 adapters bring it in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jax
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+import jaxadapt
+from benchmarks.measure import environment, parsed, table
+from benchmarks.serving import RANK, TARGETS, lora, sizes
+from jaxadapt.demo import llama
+from jaxadapt.demo.llama import LlamaConfig
+from jaxadapt.demo.llama_nnx import to_nnx
+
+
+@dataclass
+class Answered:
+    """Seconds from a request to its first piece of text and to its end, and its tokens."""
+
+    first: float
+    whole: float
+    tokens: int
+
+
+def write_base(folder: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
+    """A folder as Hugging Face's, with a tokenizer of bytes."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: np.ones(shape, "f4") if len(shape) == 1 else rng.standard_normal(shape, "f4") * shape[-1] ** -0.5
+        for name, shape in llama.hf_shapes(config).items()
+    }
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"{a}{b}" for a in alphabet[:64] for b in alphabet[:64])][: config.vocab_size]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return weights
+
+
+def write_adapters(root: Path, config: LlamaConfig, weights: Any, count: int) -> None:
+    one = jaxadapt.init(lora(), to_nnx(config, weights), key=jax.random.key(0))
+    for number in range(count):
+        jaxadapt.save(jax.tree.map(lambda x, n=number: np.asarray(x) * (1 + n / 1000), one), root / f"t{number}")
+
+
+async def load(url: str, models: Sequence[str], given: argparse.Namespace) -> tuple[list[Answered], float]:
+    """Send all requests, and return what they took, and the seconds of all together."""
+    rng = np.random.default_rng(1)
+    waiting = [
+        (models[int(rng.integers(len(models)))], rng.integers(0, 64, given.prompt)) for _ in range(given.requests)
+    ]
+    done: list[Answered] = []
+
+    async def ask(client: httpx.AsyncClient, model: str, prompt: Any) -> Answered:
+        body = {"model": model, "prompt": prompt.tolist(), "max_tokens": given.tokens, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        begun, first, tokens = time.perf_counter(), 0.0, 0
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as reply:
+            reply.raise_for_status()
+            async for line in reply.aiter_lines():
+                if line.startswith("data: {"):
+                    first = first or time.perf_counter() - begun
+                    tokens = json.loads(line[6:]).get("usage", {}).get("completion_tokens", tokens)
+        return Answered(first, time.perf_counter() - begun, tokens)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        while waiting:
+            done.append(await ask(client, *waiting.pop()))
+
+    async with httpx.AsyncClient(timeout=None) as client:
+        begun = time.perf_counter()
+        await asyncio.gather(*(work(client) for _ in range(given.clients)))
+        return done, time.perf_counter() - begun
+
+
+def draw(results: dict[str, tuple[list[Answered], float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, (answers, _) in results.items():
+        seconds = np.sort([a.whole for a in answers])
+        left.plot(seconds, np.arange(1, len(seconds) + 1) / len(seconds), label=name)
+    left.set(xlabel="seconds from a request to the end of its answer", ylabel="share of the requests", ylim=(0, 1))
+    left.set_xlim(left=0)
+    left.legend()
+    rates = [sum(a.tokens for a in answers) / seconds for answers, seconds in results.values()]
+    right.barh(list(results), rates)
+    right.invert_yaxis()
+    right.set_xlabel("tokens a second")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--layers", type=int, default=6)
+    options.add_argument("--adapters", type=int, default=200)
+    options.add_argument("--rows", type=int, default=8)
+    options.add_argument("--clients", type=int, default=16)
+    options.add_argument("--requests", type=int, default=200, help="in each of the three loads")
+    options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    options.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
+    options.add_argument("--plot", type=Path, help="where to write the plot")
+    given = parsed(options, layers=1, adapters=3, rows=2, clients=3, requests=6, tokens=3)
+    widths = sizes(given)
+    config = LlamaConfig(num_layers=given.layers, head_dim=widths["hidden_size"] // widths["num_heads"], **widths)
+    results: dict[str, tuple[list[Answered], float]] = {}
+    with tempfile.TemporaryDirectory(prefix="jaxadapt-load-") as made:
+        base, root = Path(made, "base"), Path(made, "adapters")
+        write_adapters(root, config, write_base(base, config), given.adapters)
+        words = [
+            "serve",
+            "--base",
+            base,
+            "--adapters",
+            root,
+            "--port",
+            0,
+            "--rows",
+            given.rows,
+            "--length",
+            64,
+            "--json",
+        ]
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jaxadapt", *map(str, words)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert server.stdout is not None
+            url = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")["url"]
+            names = [f"t{i}" for i in range(given.adapters)]
+            for title, models in {
+                "the base": ["base"], "1 adapter": names[:1], f"{given.adapters} adapters": names,
+            }.items():  # fmt: skip
+                asyncio.run(load(url, models, argparse.Namespace(**{**vars(given), "requests": 2 * given.rows})))
+                results[title] = asyncio.run(load(url, models, given))
+            lines = httpx.get(f"{url}/metrics").text.splitlines()
+        finally:
+            server.terminate()
+            server.wait()
+    rows = [
+        [
+            title, f"{sum(a.tokens for a in answers) / seconds:.0f}",
+            *(f"{1e3 * np.percentile([a.first for a in answers], p):.0f}" for p in (50, 99)),
+            *(f"{1e3 * np.percentile([a.whole for a in answers], p):.0f}" for p in (50, 99)),
+        ]
+        for title, (answers, seconds) in results.items()
+    ]  # fmt: skip
+    print(environment("jax", "flax", "starlette", "uvicorn"))
+    print(
+        f"{given.clients} clients, {given.requests} requests a load of {given.prompt} + {given.tokens} tokens,"
+        f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(TARGETS)} projections"
+    )
+    head = ["requests for", "tokens/s", "first token, median ms", "p99 ms", "answer, median ms", "p99 ms"]
+    print(table("### load", head, rows))
+    print(next(line for line in lines if line.startswith("jaxadapt_compiled_programs")))
+    if given.plot:
+        draw(results, given.plot)
+
+
+if __name__ == "__main__":
+    main()
