@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxadapt
+from benchmarks import io_alone
 from benchmarks.measure import Way, apart, ratio, serve, table
 from jaxadapt.models.nnx import graph
 
@@ -33,7 +34,8 @@ PROJECTIONS = {
     "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (HIDDEN, INNER), "mlp.up_proj": (HIDDEN, INNER),
     "mlp.down_proj": (INNER, HIDDEN),
 }  # fmt: skip
-FOLDER, OTHER = "attached", "attached-other"
+FOLDER, OTHER, FILE = "attached", "attached-other", "adapter_model.safetensors"
+LEAST_LOAD, LEAST_CONVERT = "JAX alone: read, device_put, walk and set", "the walk, the values and to_peft(adapter)"
 LOAD, HOTSWAP = "jaxadapt.load, into the attached adapter", "PEFT hotswap_adapter"
 INJECT, ACTIVATE, SET = "jaxadapt.inject", "jaxadapt.activate", "PEFT set_adapter"
 CONVERT, CONVERT_ADAPTER = "jaxadapt.to_peft(model)", "jaxadapt.to_peft(adapter)"
@@ -104,6 +106,36 @@ def device_put_way(folder: Path) -> Way:
     return Way(lambda _: jax.block_until_ready(jax.device_put(host, may_alias=True)))
 
 
+def least_load_way(folder: Path) -> Way:
+    """Load without a plan or a check: the file's tensors in its order go to the model's variables in theirs."""
+    model, files = adapted(), itertools.cycle([folder / OTHER / FILE, folder / FOLDER / FILE])
+    shapes = [x.shape for x in variables(model)]
+
+    def load(_: Any) -> None:
+        arrays = jax.device_put(io_alone.read(next(files), shapes), may_alias=True)
+        for variable, array in zip(variables(model), arrays, strict=True):
+            variable.set_raw_value(array)
+
+    return Way(load)
+
+
+def variables(model: Model) -> list[Any]:
+    return [x for _, x, _ in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
+
+
+def least_convert_way(folder: Path) -> Way:
+    """The walk, the variables' values by path, and the conversion of the adapter that these are the values of."""
+    model = adapted()
+    adapter = jaxadapt.extract(model)
+
+    def convert(_: Any) -> object:
+        entries = [(path, x) for path, x, _ in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
+        values = {".".join(map(str, path)): x.get_value() for path, x in entries}
+        return values, jaxadapt.to_peft(adapter)
+
+    return Way(convert)
+
+
 def of_model(work: Callable[[Any, Path], object]) -> Callable[[Path], Way]:
     def way(folder: Path) -> Way:
         model = adapted()
@@ -160,12 +192,14 @@ def set_adapter_way(folder: Path) -> Way:
 
 WAYS: dict[str, Callable[[Path], Way]] = {
     LOAD: load_way,
+    LEAST_LOAD: least_load_way,
     "JAX alone: device_put of the tensors in memory": device_put_way,
     HOTSWAP: hotswap_way,
     INJECT: inject_way,
     ACTIVATE: activate_way,
     SET: set_adapter_way,
     CONVERT: of_model(lambda model, _: jaxadapt.to_peft(model)),
+    LEAST_CONVERT: least_convert_way,
     CONVERT_ADAPTER: of_adapter(lambda adapter, _: jaxadapt.to_peft(adapter)),
     SAVE: of_model(jaxadapt.save),
     SAVE_ADAPTER: of_adapter(jaxadapt.save),

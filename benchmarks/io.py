@@ -34,7 +34,7 @@ import safetensors.numpy
 from flax import linen, nnx  # noqa: F401  (whoever has a model has them)
 
 import jaxadapt
-from benchmarks import attached
+from benchmarks import attached, io_alone
 from benchmarks.measure import Way, apart, environment, installed, judge, parsed, ratio, serve, table
 
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
@@ -122,6 +122,11 @@ def save_way(megabytes: int, folder: Path) -> Way:
     return Way(lambda _: jaxadapt.save(adapter, folder / "ours"))
 
 
+def save_alone_way(megabytes: int, folder: Path) -> Way:
+    leaves = {str(i): x for i, x in enumerate(jax.tree.leaves(make(megabytes)))}
+    return Way(lambda _: io_alone.write(folder / "alone.safetensors", leaves, b"{}"))
+
+
 def save_numpy_way(megabytes: int, folder: Path) -> Way:
     host = dict(jaxadapt.read(folder / "ours").tensors)
     # its save_file puts arrays of its own into the dict it is given: hand it a copy
@@ -158,6 +163,13 @@ def load_way(megabytes: int, folder: Path) -> Way:
     return Way(lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama"))))
 
 
+def load_alone_way(megabytes: int, folder: Path) -> Way:
+    def load(_: Any) -> object:
+        return jax.block_until_ready(jax.device_put(io_alone.read(folder / "ours" / FILE), may_alias=True))
+
+    return Way(load)
+
+
 def load_orbax_way(megabytes: int, folder: Path) -> Way:
     target = make(megabytes)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target.params)
@@ -172,6 +184,7 @@ def reading(read: Callable[[Path], object]) -> Callable[[int, Path], Way]:
 SAVES: dict[str, Callable[[int, Path], Way]] = {
     "raw write+fsync": raw_write_way,
     OURS_SAVE: save_way,
+    "NumPy alone: header, views, write, fsync": save_alone_way,
     "safetensors.numpy (no fsync)": save_numpy_way,
     "safetensors.flax (no fsync)": save_flax_way,
     "Orbax v1, blocking": save_orbax_way,
@@ -182,6 +195,7 @@ LOADS: dict[str, Callable[[int, Path], Way]] = {
     "raw read, into pages in use": raw_read_again_way,
     "JAX alone: device_put of what is in memory": device_put_way,
     OURS_LOAD: load_way,
+    "JAX alone: read and device_put": load_alone_way,
     "jaxadapt.read (numpy, file's layout)": lambda _, folder: Way(lambda _: jaxadapt.read(folder / "ours")),
     "safetensors.numpy": reading(lambda file: safetensors.numpy.load_file(file)),
     "safetensors.flax": reading(lambda file: jax.block_until_ready(safetensors.flax.load_file(file))),

@@ -1,6 +1,6 @@
 """A training step of every registered method beside LoRA's, and beside PEFT's own step in torch.
 
-    python -m benchmarks.methods [--layers 4] [--rounds 5] [--losses FILE --steps 20] [--only vera oft] [--plot FILE]
+    python -m benchmarks.methods [--layers 2] [--rounds 5] [--results FILE] [--losses FILE] [--only oft] [--plot FILE]
 
 SmolLM2-135M's shape with fewer layers, run by a scan, and random float32 weights, 4 × 64 tokens, each method with the
 demo's configuration. FLOPs are those of the dot_general equations of the step's jaxpr, times the length of the scans
@@ -8,6 +8,7 @@ around them; "own" are those beyond the base's, which `formulas.py` compares wit
 are interleaved, and the least processor time of all rounds counts, because it hardly depends on what else the machine
 does; so it is for PEFT, one method after the other. "memory" is what the compiled step holds beside the base.
 
+`--results FILE` keeps the measurements in a file: a run measures only the methods that the file lacks, beside LoRA.
 `--losses FILE` trains SmolLM2 itself with each method that the file lacks, `--steps` steps of 2 × 64 tokens, and adds
 the loss on held-out text to the file; `--plot` draws it over the size. Exits with 1 if a target is missed.
 """
@@ -18,10 +19,11 @@ import argparse
 import gc
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +45,16 @@ NOISE = 1.15  # processor times of the same step differ by as much on a busy mac
 
 @dataclass
 class Measured:
-    """What is known of one method: FLOPs of a step, bytes beside the base, seconds here and in PEFT."""
+    """What is known of one method: FLOPs of a step, bytes beside the base, times beside LoRA's in the same run."""
 
     trained: int
     flops: float
     formula: float | None
     memory: int
-    step: Callable[[], None]
     seconds: float = math.nan
-    theirs: float = math.nan
+    ratio: float = math.nan
+    theirs: float = math.nan  # PEFT's seconds divided by those of its LoRA
     loss: float = math.nan
-
-
-@dataclass
-class Results:
-    found: dict[str, Measured] = field(default_factory=dict[str, Measured])
-    refused: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def dot_flops(jaxpr: Any) -> float:
@@ -90,8 +86,13 @@ def inner_jaxprs(values: Any) -> list[Any]:
 # ---------------------------------------------------------------- jaxadapt's steps
 
 
-def measured(method: str, config: LlamaConfig, weights: Any, base: Any, tokens: np.ndarray) -> Measured:
-    """Trace and compile a method's step. `base` is the base of the trainer before, which is used again."""
+def measured(
+    method: str, config: LlamaConfig, weights: Any, base: Any, tokens: np.ndarray
+) -> tuple[Measured, Callable[[], None], Any]:
+    """Trace and compile a method's step; return what is known, the step, and the base.
+
+    `base` is the base of the trainer before, which is used again.
+    """
     trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
     trainer.base = trainer.base if base is None else base
     arguments = (trainer.adapter, trainer.state, trainer.base, jnp.asarray(tokens))
@@ -107,9 +108,8 @@ def measured(method: str, config: LlamaConfig, weights: Any, base: Any, tokens: 
         loss.block_until_ready()
 
     formula = formulas.adapter_flops(method, config, adapter)
-    found = Measured(trainer.adapter_size(), flops, formula, held + memory.temp_size_in_bytes, step)
-    vars(step)["base"] = trainer.base
-    return found
+    found = Measured(trainer.adapter_size(), flops, formula, held + memory.temp_size_in_bytes)
+    return found, step, trainer.base
 
 
 # ---------------------------------------------------------------- PEFT's
@@ -155,7 +155,7 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
 def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str, float]:
     """The losses of SmolLM2 on held-out text after `steps` steps; those that the file lacks are trained and added."""
     for method in methods:
-        found = read_losses(file)
+        found = read(file)
         if method in found:
             continue
         with warnings.catch_warnings():
@@ -164,11 +164,11 @@ def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str,
         file.write_text(json.dumps(found, indent=1))
         jax.clear_caches()
         gc.collect()
-    return {method: after for method, (_, after) in read_losses(file).items()}
+    return {method: after for method, (_, after) in read(file).items()}
 
 
-def read_losses(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+def read(file: Path | None) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file is not None and file.exists() else {}
 
 
 def draw(path: Path, found: Mapping[str, Measured]) -> None:
@@ -192,19 +192,16 @@ def draw(path: Path, found: Mapping[str, Measured]) -> None:
 
 
 def missed_targets(found: Mapping[str, Measured]) -> list[str]:
-    lora, missed = found[COMPARED], list[str]()
+    missed: list[str] = []
     for name, one in found.items():
-        if one.formula is not None and abs(one.flops - one.formula) > 0.1 * max(one.formula, 1e-3 * lora.flops):
+        if one.formula is not None and abs(one.flops - one.formula) > 0.1 * max(one.formula, 1e6):
             missed.append(f"{name}: {one.flops / 1e9:.3f} GFLOP of its own, by the formula {one.formula / 1e9:.3f}")
-        here, there = one.seconds / lora.seconds, one.theirs / lora.theirs
-        if here > there * NOISE:  # false where PEFT has no figure
-            missed.append(f"{name}: a step takes {here:.2f} x LoRA's, PEFT's {there:.2f} x its LoRA's")
+        if one.ratio > one.theirs * NOISE:  # false where PEFT has no figure
+            missed.append(f"{name}: a step takes {one.ratio:.2f} x LoRA's, PEFT's {one.theirs:.2f} x its LoRA's")
     return missed
 
 
 def rows(found: Mapping[str, Measured]) -> list[list[str]]:
-    lora = found[COMPARED]
-
     def number(value: float | None, digits: int) -> str:
         return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
@@ -216,58 +213,72 @@ def rows(found: Mapping[str, Measured]) -> list[list[str]]:
             number(None if one.formula is None else one.formula / 1e9, 3),
             number(one.memory / 1e6, 1),
             number(one.seconds * 1e3, 0),
-            number(one.seconds / lora.seconds, 2),
-            number(one.theirs / lora.theirs, 2),
+            number(one.ratio, 2),
+            number(one.theirs, 2),
             number(one.loss, 3),
         ]
         for name, one in found.items()
     ]
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--layers", type=int, default=4)
-    options.add_argument("--vocab", type=int, default=8192)
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=20, help="of training SmolLM2, for the held-out loss")
-    options.add_argument("--losses", type=Path, help="a file of held-out losses, to read and to complete")
-    options.add_argument("--only", nargs="*", help="these methods and LoRA; by default all")
-    options.add_argument("--plot", type=Path)
-    options.add_argument("--with-torch", action="store_true")
-    small = {"layers": 1, "vocab": 64, "rounds": 1, "losses": None, "plot": None, "with_torch": installed("peft")}
-    given = parsed(options, **small, only=["ia3"])
-    config = replace(smollm2(given.layers, given.vocab), scan=True)
-    weights, results, base = random_weights(config), Results(), None
-    tokens = np.random.default_rng(1).integers(0, given.vocab, (BATCH, LENGTH))
-    names = [n for n in training.method_names() if n == COMPARED or given.only is None or n in given.only]
-    print(environment("jax", "flax", "optax", "peft", "torch"))
+def measure(names: Sequence[str], config: LlamaConfig, given: argparse.Namespace) -> dict[str, Measured]:
+    """Measure these methods, of which LoRA is one, in interleaved rounds."""
+    weights, base = random_weights(config), None
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (BATCH, LENGTH))
+    found, ways = dict[str, Measured](), dict[str, Way]()
     for name in names:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of block sizes that do not divide
-                one = measured(name, config, weights, base, tokens)
+                found[name], step, base = measured(name, config, weights, base, tokens)
         except AdapterError as error:
-            results.refused[name] = str(error).partition("\n")[0]
+            print(f"{name}: {str(error).partition(chr(10))[0]}")
             continue
-        base, results.found[name] = vars(one.step)["base"], one
-    found = results.found
-    ways = {name: Way(lambda _, one=one: one.step()) for name, one in found.items()}
+        ways[name] = Way(lambda _, step=step: step())
+        print(f"{name}: compiled", file=sys.stderr, flush=True)
     for name, times in interleave(ways, given.rounds).items():
         found[name].seconds = min(times.processor)
+    for one in found.values():
+        one.ratio = one.seconds / found[COMPARED].seconds
     if given.with_torch:
+        theirs = {name: torch_seconds(name, config, tokens, given.rounds) for name in found}
         for name, one in found.items():
-            one.theirs = torch_seconds(name, config, tokens, given.rounds)
-    if given.losses is not None:
-        for name, loss in held_out_losses(given.losses, list(found), given.steps).items():
-            if name in found:
-                found[name].loss = loss
+            one.theirs = theirs[name] / theirs[COMPARED]
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--vocab", type=int, default=8192)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=20, help="of training SmolLM2, for the held-out loss")
+    options.add_argument("--results", type=Path, help="a file of measurements, to read and to complete")
+    options.add_argument("--losses", type=Path, help="a file of held-out losses, to read and to complete")
+    options.add_argument("--only", nargs="*", help="these methods and LoRA; by default all")
+    options.add_argument("--plot", type=Path)
+    options.add_argument("--with-torch", action="store_true")
+    small = {"layers": 1, "vocab": 64, "rounds": 1, "results": None, "losses": None, "plot": None}
+    given = parsed(options, **small, with_torch=installed("peft"), only=["ia3"])
+    config = replace(smollm2(given.layers, given.vocab), scan=True)
+    chosen = [n for n in training.method_names() if given.only is None or n in given.only or n == COMPARED]
+    print(environment("jax", "flax", "optax", "peft", "torch"))
+    found = {name: Measured(**values) for name, values in read(given.results).items()}
+    missing = [name for name in chosen if name not in found]
+    if missing:
+        new = measure([COMPARED, *(name for name in missing if name != COMPARED)], config, given)
+        found = {**new, **{name: Measured(**values) for name, values in read(given.results).items()}}
+        if given.results is not None:
+            given.results.write_text(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
+    found = {name: found[name] for name in sorted(found)}
+    losses = {} if given.losses is None else held_out_losses(given.losses, chosen, given.steps)
+    for name, one in found.items():
+        one.loss = losses.get(name, math.nan)
     head = ["method", "trained", "own GFLOP", "formula", "memory MB", "step ms", "x LoRA's", "PEFT's x its LoRA's"]
     title = f"**One step, {given.layers} layers, {BATCH} × {LENGTH} tokens**"
     print(table(title, [*head, "held-out loss"], rows(found)))
-    for name, reason in results.refused.items():
-        print(f"{name}: {reason}")
     if given.plot is not None:
-        draw(given.plot, found)
+        draw(given.plot, {name: one for name, one in found.items() if not math.isnan(one.loss)})
     judge(missed_targets(found), given)
 
 

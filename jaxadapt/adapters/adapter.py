@@ -183,7 +183,8 @@ class Adapter:
 
     def flat(self) -> dict[str, Any]:
         """Return `{"model.layers.0.q_proj.kernel.lora_A": array}`."""
-        return {path: _unbox(leaf) for path, leaf in paths.flatten(self.params).items()}
+        flat = paths.flatten(self.params)
+        return {path: leaf if isinstance(leaf, _ARRAYS) else _unbox(leaf) for path, leaf in flat.items()}
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
@@ -193,7 +194,7 @@ class Adapter:
     @property
     def shared(self) -> dict[str, Any]:
         """`{tensor: array}` of the tensors that belong to the whole adapter."""
-        return self._tensors.get(SHARED_NODE, {})
+        return {name: _unbox(leaf) for name, leaf in self.params.get(SHARED_NODE, {}).items()}
 
     @property
     def _tensors(self) -> dict[str, dict[str, Any]]:
@@ -234,6 +235,9 @@ def name_donated_arrays(arrays: Mapping[str, Any]) -> Generator[None]:
         ) from error
 
 
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
 def is_array(leaf: Any) -> bool:
     """Return True for an array (JAX, numpy, a tracer) or an abstract `ShapeDtypeStruct`."""
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return isinstance(leaf, _ARRAYS)

@@ -101,6 +101,7 @@ class Sites(tuple[Site, ...]):
     shared: tuple[SharedTensor, ...]
     method: methods.Method | None
     keymap: KeyMap | None
+    untargeted: tuple[str, ...]
 
     def __new__(
         cls,
@@ -108,10 +109,17 @@ class Sites(tuple[Site, ...]):
         shared: Iterable[SharedTensor] = (),
         method: methods.Method | None = None,
         keymap: KeyMap | None = None,
+        untargeted: Iterable[str] = (),
     ) -> Sites:
-        """Create the value; `method` is the method of the shared tensors, and `keymap` that of the sites."""
+        """Create the value.
+
+        Args:
+            method: the method of the shared tensors.
+            keymap: the keymap of the sites.
+            untargeted: the modules and parameters that have tensors and that the configuration does not name.
+        """
         self = super().__new__(cls, tuple(sites))
-        self.shared, self.method, self.keymap = tuple(shared), method, keymap
+        self.shared, self.method, self.keymap, self.untargeted = tuple(shared), method, keymap, tuple(untargeted)
         return self
 
     def ordered_modules(self) -> dict[str, tuple[int, int]]:
@@ -123,6 +131,11 @@ class Sites(tuple[Site, ...]):
         targets = {module: site.target for site in self if not site.method.copies for module in site.modules}
         names = module_order.sort_modules(self.keymap, targets)
         return {name: (targets[name].in_size, targets[name].out_size) for name in names}
+
+    @functools.cached_property
+    def file_plan(self) -> plan.Plan:
+        """The plan of the file that holds the tensors."""
+        return plan.make_plan([entry for _, entry in file_entries(self)])
 
 
 def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
@@ -301,4 +314,4 @@ def map_layers(
 
 def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
     """Return the plan of the file that holds these sites' tensors, and the shared ones."""
-    return plan.make_plan([entry for _, entry in file_entries(sites)])
+    return (sites if isinstance(sites, Sites) else Sites(sites)).file_plan

@@ -15,28 +15,35 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, target_parameters
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import FileShapes as FileShapes
-from jaxadapt.adapters.site import Shape as Shape
-from jaxadapt.adapters.site import SharedTensor as SharedTensor
-from jaxadapt.adapters.site import Site as Site
-from jaxadapt.adapters.site import Sites as Sites
-from jaxadapt.adapters.site import all_tensors as all_tensors
-from jaxadapt.adapters.site import bind_shared as bind_shared
-from jaxadapt.adapters.site import bind_site as bind_site
-from jaxadapt.adapters.site import file_entries as file_entries
-from jaxadapt.adapters.site import make_file_plan as make_file_plan
-from jaxadapt.adapters.site import map_layers as map_layers
-from jaxadapt.adapters.site import map_stack as map_stack
-from jaxadapt.adapters.site import method_tensors as method_tensors
-from jaxadapt.adapters.site import repeated_keys as repeated_keys
-from jaxadapt.adapters.site import shared_tensors as shared_tensors
-from jaxadapt.adapters.site import torch_layout as torch_layout
+from jaxadapt.adapters.site import (
+    FileShapes,
+    Shape,
+    SharedTensor,
+    Site,
+    Sites,
+    all_tensors,
+    bind_shared,
+    bind_site,
+    file_entries,
+    make_file_plan,
+    map_layers,
+    map_stack,
+    method_tensors,
+    repeated_keys,
+    shared_tensors,
+    torch_layout,
+)
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import Modules
+
+__all__ = [
+    "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
+    "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors", "torch_layout",
+]  # fmt: skip
 
 Index = tuple[int, ...]
 
@@ -78,7 +85,7 @@ def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mappi
     Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
     configuration.
     """
-    return _sites_and_untargeted(config, keymap, _as_key(leaves))[0]
+    return _recover_sites(config, keymap, _as_key(leaves))
 
 
 def sites_of(adapter: Adapter) -> Sites:
@@ -94,19 +101,6 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
-def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Sites, tuple[str, ...]]:
-    """Return the results of `sites_from_shapes` and `untargeted`."""
-    sites = _recover_sites(config, keymap, tensors)
-    untargeted_names = tuple(
-        name
-        for site in sites
-        if not site.method.copies
-        for name in site.modules
-        if not (matching.is_parameter if site.method.on_parameters else matching.is_target)(config, name)
-    )
-    return sites, untargeted_names
-
-
 def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
@@ -162,16 +156,22 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     problems = check_shared(shared, found_shared)
     if problems:
         raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
-    return Sites(sites, shared, method, keymap)
+    untargeted = (
+        name
+        for site in sites
+        if not site.method.copies
+        for name in site.modules
+        if not (matching.is_parameter if site.method.on_parameters else matching.is_target)(config, name)
+    )
+    return Sites(sites, shared, method, keymap, untargeted)
 
 
-def require_complete(adapter: Adapter, sites: Sites) -> None:
-    """Raise `AttachError` if an adapter lacks tensors, as a state with only the trained parameters does."""
-    leaves = adapter.flat()
+def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
+    """Raise `AttachError` if an adapter's `{path: array}` lacks tensors, as a state with only the trained ones does."""
     expected = [entry.path for site in sites for entry in site.entries]
     missing = [path for path in expected if path not in leaves]
     method = sites.method
-    if method is not None and type(method).shared is not methods.Method.shared and not adapter.shared:
+    if method is not None and type(method).shared is not methods.Method.shared and not sites.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
     if method is not None and method.scope == "site" and not sites:
         missing.append("the tensors of its modules")
@@ -260,11 +260,3 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def _names_function(method: methods.Method) -> Any:
     """Return `f(match, sizes)`, the function for the PyTorch names of the entries that this method adapts."""
     return target_parameters.parameter_names if method.on_parameters else Match.modules
-
-
-def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:
-    """Return the modules and parameters of an adapter that its own configuration does not name.
-
-    The arguments are those of `sites_from_shapes`.
-    """
-    return _sites_and_untargeted(config, keymap, _as_key(leaves))[1]

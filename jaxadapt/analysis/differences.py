@@ -9,9 +9,10 @@ other ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -19,8 +20,10 @@ from jaxadapt.analysis.norms import Norm, named_parameter, norms_grid
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.storage.source import TensorSource, as_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,11 +154,12 @@ def _cosine(x: float, y: float, distance: float) -> float:
     return max(-1.0, min(1.0, (x * x + y * y - distance * distance) / (2 * x * y))) if x and y else math.nan
 
 
-def diff(first: PeftTensors, second: PeftTensors) -> Difference:
+def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) -> Difference:
     """Compare two adapters: their settings, modules, and the change of each weight.
 
     Args:
         first, second: the adapters. Tensors may be read on demand: those of one module are in memory at a time.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("diff", bytes done, bytes in all).
 
     Two steps of a run, or two ranks of one training, can be compared; the values of two runs with other seeds are alike
     only in ΔW, not in A and B, so LoRA is compared by ΔW. A distance between adapters of different ranks is exact to
@@ -183,16 +187,17 @@ def diff(first: PeftTensors, second: PeftTensors) -> Difference:
     shared = [module for module in groups[0] if module in groups[1]]
     modules: list[ModuleDifference] = []
     shapes: list[str] = []
-    for module in shared:
-        arrays = [
-            {name: _as_float64(t.tensors[key]) for name, key in group[module].items()}
-            for t, group in zip((first, second), groups, strict=True)
-        ]
-        modules += _compare(module, first.config, second.config, arrays[0], arrays[1], shapes)
-    for key in others[0]:
-        if key in others[1]:
-            name = key.removeprefix(PEFT_PREFIX)
-            modules += _compare_tensor(name, _as_float64(first.tensors[key]), _as_float64(second.tensors[key]), shapes)
+    with _reading(first, second, progress) as (read_first, read_second):
+        for module in shared:
+            arrays = [
+                {name: read(key) for name, key in group[module].items()}
+                for read, group in zip((read_first, read_second), groups, strict=True)
+            ]
+            modules += _compare(module, first.config, second.config, arrays[0], arrays[1], shapes)
+        for key in others[0]:
+            if key in others[1]:
+                name = key.removeprefix(PEFT_PREFIX)
+                modules += _compare_tensor(name, read_first(key), read_second(key), shapes)
     only = tuple(
         tuple([m for m in groups[i] if m not in groups[1 - i]])
         + tuple(key.removeprefix(PEFT_PREFIX) for key in others[i] if key not in others[1 - i])
@@ -203,6 +208,24 @@ def diff(first: PeftTensors, second: PeftTensors) -> Difference:
         for name in first.config.changed_keys(second.config)
     }
     return Difference(settings, tuple(modules), (only[0], only[1]), tuple(shapes))
+
+
+@contextlib.contextmanager
+def _reading(first: PeftTensors, second: PeftTensors, progress: Progress) -> Generator[list[Callable[[str], Any]]]:
+    """Yield a function for each adapter that reads one tensor in float64 and reports its bytes."""
+    sources = [as_source(adapter.tensors) for adapter in (first, second)]
+    with reporter(progress) as report:
+        count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
+
+        def reading(source: TensorSource) -> Callable[[str], Any]:
+            def read(key: str) -> Any:
+                value = source[key]
+                count(source.nbytes(key))
+                return _as_float64(value)
+
+            return read
+
+        yield [reading(source) for source in sources]
 
 
 def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:

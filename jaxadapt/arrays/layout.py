@@ -128,11 +128,6 @@ class FileLayout:
         return leaf * self.expand_by_tensor([1] * self.count).astype(leaf.dtype) if self.is_partial else leaf
 
     @functools.cached_property
-    def is_verbatim(self) -> bool:
-        """True if the array has the same values in the same order as one tensor of the file."""
-        return not self.split and list(self._flat) == list(self._inner) and self.factor == 1 and not self.shift
-
-    @functools.cached_property
     def _orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis permutations from the model to PyTorch, and back."""
         model_axes, file_axes = list(self._inner), list(self._flat)

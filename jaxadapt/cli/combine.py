@@ -30,7 +30,7 @@ def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
     allow_nan: bool, dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Combine LoRA adapters of the same base model into one.
+    """Combine adapters of the same base model into one: LoRA, or IA3 with --method linear.
 
     ADAPTERS are folders or addresses, or image adapters in one file each (kohya-ss, diffusers), whose result is one
     file with the names of the first if --out ends in .safetensors. The methods are those of PEFT's

@@ -76,7 +76,8 @@ def command(
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --on-shared concat
     """
-    if len(sources) > 1:
+    (source, *more) = sources
+    if more:
         from jaxadapt.export import file_formats
 
         if from_keymap or to_keymap or dialect or like or sizes or on_shared or lora_alpha is not None:
@@ -91,7 +92,7 @@ def command(
     from jaxadapt.export.conversion import convert
 
     result = convert(
-        sources[0], target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
+        source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
         like=like, sizes=sizes, on_shared=on_shared, progress=True, format=form, dtype=dtype,
     )  # fmt: skip
     if as_json:

@@ -53,7 +53,7 @@ def command(first: str, second: str, as_json: bool, modules: bool, plot: str | N
     from jaxadapt.analysis.differences import diff
 
     with _open(first) as one, _open(second) as two:
-        found = diff(one, two)
+        found = diff(one, two, progress=True)
     if plot is not None:
         from jaxadapt.analysis import differences_plot
         from jaxadapt.storage import atomic

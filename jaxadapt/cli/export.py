@@ -9,7 +9,7 @@ from jaxadapt.cli import output
 PROGRAMS = ("plain", "gguf", "mlx", "vllm", "sglang", "tgi", "tensorrt-llm", "transformers")
 
 
-@click.command("export", short_help="Write an adapter for another program (vLLM, llama.cpp, MLX, …).")
+@click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")
 @click.argument("source", type=click.Path())
 @click.option("--for", "program", type=click.Choice(PROGRAMS), default="plain", show_default=True,
               help="The program that reads the result.")  # fmt: skip

@@ -9,7 +9,10 @@ import click
 from jaxadapt.cli import output
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jaxadapt.analysis.norms import Norms
+    from jaxadapt.configs import Config
     from jaxadapt.persistence.inspect_folder import Info
 
 
@@ -82,7 +85,7 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
 
 
 def _print_info(info: Info, tensors: bool) -> None:
-    from jaxadapt.persistence import card, consumers
+    from jaxadapt.persistence import card
 
     config = info.config
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
@@ -97,19 +100,26 @@ def _print_info(info: Info, tensors: bool) -> None:
     rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
     if config.peft_version:
         rows.append(("peft version", config.peft_version))
-    readers = consumers.judge_readers(config, info.tensors)
+    output.print_pairs([*rows, *reader_rows(config, info.tensors)])
+    if tensors:
+        click.echo()
+        rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
+        output.print_table(("tensor", "dtype", "shape"), rows)
+
+
+def reader_rows(config: Config, keys: Iterable[str]) -> list[tuple[str, str]]:
+    """Return rows of (title, text): the programs that read an adapter, and the others with reasons and what helps."""
+    from jaxadapt.persistence import consumers
+
+    readers = consumers.judge_readers(config, keys)
     right = [reader.name for reader in readers if reader.verdict == consumers.RIGHT]
-    rows.append(("read by", ", ".join(right) or "no known program as it is"))
+    rows = [("read by", ", ".join(right) or "no known program as it is")]
     last = ""
     for verdict, names, reasons, remedy in consumers.grouped(readers):
         way_out = f". What helps: {remedy}" if remedy else ""
         rows.append(("" if verdict == last else _TITLES[verdict], f"{names}: {'; '.join(reasons)}{way_out}"))
         last = verdict
-    output.print_pairs(rows)
-    if tensors:
-        click.echo()
-        rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
-        output.print_table(("tensor", "dtype", "shape"), rows)
+    return rows
 
 
 def _value_text(value: Any) -> str:

@@ -58,13 +58,15 @@ def command(
 
     The upload consists of the configuration, the weights and the model card; other files in FOLDER stay local. The
     repository and the branch are created if they do not exist. A card that you edited is not overwritten. The access
-    token is HF_TOKEN, or the token stored by `hf auth login`.
+    token is HF_TOKEN, or the token stored by `hf auth login`. The output lists the programs that read the adapter.
 
     \b
     Example:
       jaxadapt push out/ org/name --private --metric loss=3.187
       jaxadapt push out/ org/name@step-400 --tag best
     """
+    from jaxadapt.cli.inspect import reader_rows
+    from jaxadapt.persistence.inspect_folder import inspect
     from jaxadapt.persistence.upload import push
 
     result = push(
@@ -76,3 +78,5 @@ def command(
     else:
         output.print_line(f"page     {result.url}")
         output.print_line(f"address  {result.address}")
+        info = inspect(folder)
+        output.print_pairs(reader_rows(info.config, info.tensors))

@@ -7,7 +7,7 @@ import click
 from jaxadapt.cli import output
 
 
-@click.command("start", short_help="Undo the change that a start made to the base (PiSSA, OLoRA, …).")
+@click.command("start", short_help="Undo the change of the base by PiSSA, OLoRA and others.")
 @click.argument("adapter", type=click.Path())
 @click.option("--undo", "first", required=True, type=click.Path(), help="The adapter as it was before the training.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write.")

@@ -37,12 +37,14 @@ def command(path: str, base: str | None, as_json: bool) -> None:
       - the keys: PEFT's names, without the names of wrappers (_orig_mod., module.) or of adapters (.default.);
       - the tensors: none missing, unexpected, empty (DeepSpeed ZeRO-3) or stored twice, with the stated ranks;
       - the values: no NaN or infinity, not untrained, no huge changes;
-      - with --base: every module is in the base, with fitting sizes, and none is left out.
+      - with --base: every module is in the base, with fitting sizes, and none is left out; the base has the values of
+        the one that the adapter was trained on, as far as the file tells.
 
-    Files of MLX, kohya-ss and diffusers, whole models and the folder of a training run are recognized.
+    Files of MLX, kohya-ss and diffusers, whole models and the folder of a training run are recognized. PATH may be the
+    one file of an image adapter (kohya-ss, LyCORIS, diffusers).
 
-    BASE is read without its tensors. Shapes in a .json file are an object {key: shape} of PyTorch's parameters. The
-    families are listed by `jaxadapt families`.
+    Of BASE only names, sizes and a few values are read. Shapes in a .json file are an object {key: shape} of PyTorch's
+    parameters. The families are listed by `jaxadapt families`.
 
     "jaxadapt repair" mends the findings that are marked with it. The exit status is 1 if there is an error; warnings
     and notes leave it at 0.

@@ -60,6 +60,8 @@ class IA3Config(Config):
         rows="call",
         learning_rate=2e-2,
         demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),
+        accuracy=0.455,
+        time=1.13,
     )
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},

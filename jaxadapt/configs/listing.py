@@ -16,10 +16,15 @@ PASSING: Mapping[str, str] = {
     "XLORA": "it runs the model twice and scales whole LoRA adapters",
     "SHADOW": "it trains a second decoder beside the model",
     "FINEGATES": "no release of PEFT has it",
+    "PSOFT": "its file lacks the weight's singular vectors, whose signs depend on the machine's linear algebra",
+    "LILY": "its router averages over all tokens of a batch, so the output of a row depends on the other rows",
+    "POLY": "it needs a task for each row of a call, and draws random gates in training",
+    "GLORA": "its change of a layer's bias depends on the layer's weight",
+    "FROD": "it shares matrices among the modules of one name, with sparse indices of 64 bits",
 }
 """Reasons not to compute a type, by type."""
 
-NOT_YET = "not implemented"
+NOT_YET = "it is not implemented"
 
 PEFT_TYPES = (
     "ADALORA ADAMSS ADAPTION_PROMPT BEFT BOFT C3A CARTRIDGE CPT DEFT DELORA FINEGATES FOURIERFT FROD GLORA GRALORA HIRA"
@@ -76,6 +81,15 @@ def passing_types() -> dict[str, str]:
     """
     known = {info.peft_type for info in describe_methods()}
     return {name: PASSING.get(name, NOT_YET) for name in PEFT_TYPES if name not in known}
+
+
+def reason_not_applied(peft_type: str) -> str:
+    """Return why jaxadapt does not compute a type.
+
+    >>> reason_not_applied("MINE")
+    'it is no type of PEFT'
+    """
+    return passing_types().get(peft_type, "it is no type of PEFT")
 
 
 def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:

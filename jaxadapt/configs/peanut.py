@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems
 
@@ -34,6 +35,7 @@ class PeanutConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "PEANUT"
+    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.449, time=1.42)
     tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

@@ -34,7 +34,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "PREFIX_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
+    facts: ClassVar[MethodFacts] = MethodFacts(merges=False, accuracy=0.416, time=0.93)
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,

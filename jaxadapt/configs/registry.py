@@ -15,6 +15,7 @@ from jaxadapt.core.lazy import typed_imports
 if TYPE_CHECKING:
     from jaxadapt.configs.adalora import AdaLoraConfig as AdaLoraConfig
     from jaxadapt.configs.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+    from jaxadapt.configs.beft import BeftConfig as BeftConfig
     from jaxadapt.configs.boft import BOFTConfig as BOFTConfig
     from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig

@@ -14,7 +14,7 @@ def tensor_prefixes() -> tuple[str, ...]:
     >>> {"lora_", "ia3_", "vera_"} <= set(tensor_prefixes())
     True
     """
-    return _names_of(_types())[0]
+    return _names_of(tuple(Config.classes))[0]
 
 
 def tensors_with_parts() -> frozenset[str]:
@@ -23,15 +23,13 @@ def tensors_with_parts() -> frozenset[str]:
     >>> "osf_svd_params" in tensors_with_parts()
     True
     """
-    return _names_of(_types())[1]
-
-
-def _types() -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*registry.config_classes(), *Config.classes]))
+    return _names_of(tuple(Config.classes))[1]
 
 
 @cache
-def _names_of(types: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
+def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return both results, for the types of the table and the loaded ones."""
+    types = dict.fromkeys([*registry.config_classes(), *loaded])
     classes = {name: cls for name in types if (cls := class_of(name)) is not None}
     prefixes = {cls.tensor_prefix or f"{name.lower()}_" for name, cls in classes.items()}
     parts = frozenset(part for cls in classes.values() for part in cls.tensor_parts)

@@ -33,8 +33,8 @@ class TrainableTokensConfig(MethodConfig):
     _type: ClassVar[str | None] = "TRAINABLE_TOKENS"
     facts: ClassVar[MethodFacts] = MethodFacts(
         demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),
-        accuracy=0.25,
-        time=1.0,
+        accuracy=0.246,
+        time=1.04,
     )
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -34,7 +34,7 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
     """
     out: dict[str, Any] = {}
     clashes: list[str] = []
-    _flatten(tree, "", is_leaf, out, clashes)
+    _flatten(tree, "", is_leaf, out, clashes, {dict: True})
     if clashes:
         raise AdapterError(
             f"cannot flatten the tree: two leaves share one dotted path: {sorted(set(clashes))}; rename one of them"
@@ -48,14 +48,17 @@ def _flatten(
     is_leaf: Callable[[Any], bool] | None,
     out: dict[str, Any],
     clashes: list[str],
+    kinds: dict[type, bool],
 ) -> None:
     # A nested recursive function would be a reference cycle, which keeps `out` alive until the garbage collector runs.
     for key, value in node.items():
         text = str(key)
         path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
-        # `dict` comes first because the isinstance check of Mapping is ten times slower.
-        if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
-            _flatten(value, path, is_leaf, out, clashes)  # pyright: ignore[reportUnknownArgumentType]
+        cls = type(value)
+        if cls not in kinds:  # once for each type, because the isinstance check of Mapping is slow
+            kinds[cls] = issubclass(cls, Mapping)
+        if kinds[cls] and not (is_leaf is not None and is_leaf(value)):
+            _flatten(value, path, is_leaf, out, clashes, kinds)  # pyright: ignore[reportUnknownArgumentType]
         elif path in out:
             clashes.append(path)
         else:

@@ -77,7 +77,7 @@ def export_adapter(
         first: the folder of the initial adapter, for one whose initialization changed the base (PiSSA, OLoRA, CorDA,
             LoRA-GA). The result is for the original base and has twice the rank.
         rank: approximate the change of the weights by the nearest LoRA of this rank, for methods that are no LoRA
-            (DoRA, IA3, LoHa, …). `error` of the result tells what is lost.
+            (DoRA, IA3, LoHa, …). `error` of the result states the loss.
         dtype: "float32", "float16" or "bfloat16". Default: the file's, but float32 for a B of 16 bits whose product
             with the scale would be rounded.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save" or "export", bytes done,
@@ -163,7 +163,7 @@ def _plain(
         keeps = (*keeps, "modules_to_save")
     start = None if first is None else folder.read(first)
     from_base = lora_variants.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
-    if start is None and base is not None and from_base:
+    if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
         start = original_start.initial_adapter(tensors, base)
     return plain_form(tensors, start, keep=keeps, dtype=dtype)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt import configs
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, lora_variants, matching
 from jaxadapt.core import paths
@@ -76,10 +77,17 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora_variants.changes_base(new.config):
             raise ConfigError(f"{new.source}: its start did not change the base, so that there is nothing to undo")
-        plain = original_base.for_original_base(*map(file_formats.with_pytorch_names, (new, old)))
+        plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(old))
         result = _kept(peft.to_peft(plain), new)
         folder.write(result, out, progress=report)
         return result
+
+
+def _on_changed_base(tensors: PeftTensors) -> Adapter:
+    """Return the adapter of a base that its start changed, which a model's own base is not."""
+    config: Any = tensors.config
+    plain = dataclasses.replace(tensors, config=config.with_default_init())
+    return dataclasses.replace(file_formats.with_pytorch_names(plain), config=tensors.config)
 
 
 # ---------------------------------------------------------------- names

@@ -201,7 +201,7 @@ def _with_path_names(
     rest = {path: shape for path, shape in shapes.items() if keymap is GENERIC or keymap.match(path) is None}
     walk = carrier(target).walk()
     owners = {} if walk is None else {path: owner for path, owner in walk.leaves.items() if path in rest}
-    entries = survey.class_entries(owners, KeyMap(GENERIC.name, ()))
+    entries = survey.class_entries(owners, shapes, KeyMap(GENERIC.name, ()))
     by_path, ambiguous = keymap_from_paths(rest, entries, survey.custom_leaves(owners, owners))
     added = [entry for entry in by_path.weights if entry.key in file_keys]
     if keymap is GENERIC:

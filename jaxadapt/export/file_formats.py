@@ -230,10 +230,7 @@ def _write_single(
 
 
 def _write_folder(tensors: PeftTensors, target: Location, format: str, report: Report) -> Written:  # noqa: A002
-    config = tensors.config
-    if "inference_mode" in config.to_dict():
-        config = config.replace(inference_mode=True)
-    _WRITERS[format](dataclasses.replace(tensors, config=config), target, report)
+    _WRITERS[format](tensors, target, report)
     return _written(tensors, target, len(tensors.tensors))
 
 

@@ -26,7 +26,7 @@ _MERGE = "merge the adapter instead (`jaxadapt merge BASE ADAPTER --out FOLDER`)
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: the key of its source, and what is done to it."""
+    """One tensor of the file: the key of its source, and the change of its rows or axes."""
 
     key: str
     heads: int | None = None

@@ -191,7 +191,7 @@ def combine_folders(
     progress: Progress = None,
     **options: Any,
 ) -> PeftTensors:
-    """Combine several LoRA adapters of the same base into one, and write it.
+    """Combine several adapters of the same base into one, LoRA or IA3, and write it.
 
     Args:
         adapters: folders or addresses, or image adapters in one file each.
@@ -220,6 +220,19 @@ def _combine_tensors(
 ) -> PeftTensors:
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
+    base = {adapter.config.base_model_name_or_path for adapter in tensors}
+    if len(base - {None}) > 1:
+        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
+        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
+    fields: dict[str, Any] = {"inference_mode": True, "base_model_name_or_path": base.pop() if len(base) == 1 else None}
+    if combination.summed_type(adapter.config for adapter in tensors) is not None:
+        if resize is not None:
+            raise ConfigError("cannot change the rank of the result: these adapters have none")
+        nested = [
+            Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
+        ]
+        summed = combination.combine(nested, weights, **options).flat()
+        return dataclasses.replace(tensors[0], config=tensors[0].config.replace(**fields), tensors=summed)
     reasons = [
         f"{adapter.source}: {reason}"
         for adapter in tensors
@@ -237,13 +250,8 @@ def _combine_tensors(
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
         combined = rank_reduction.resize_rank(combined, resize).adapter
-    base = {adapter.config.base_model_name_or_path for adapter in tensors}
-    if len(base - {None}) > 1:
-        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
-        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     encoded = peft.to_peft(combined)
-    config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
-    return dataclasses.replace(encoded, config=config)
+    return dataclasses.replace(encoded, config=encoded.config.replace(**fields))
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:

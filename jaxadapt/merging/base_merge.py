@@ -279,7 +279,7 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
-    require_complete(adapter, sites)
+    require_complete(adapter.flat(), sites)
     require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
@@ -344,7 +344,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
                 without_bias.append(site.leaf)
     raise_listed(
         AttachError,
-        "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
+        "cannot merge: the adapter adds a bias to these layers, which have none. Build the model with biases, or keep"
         " the adapter beside it:",
         without_bias,
     )

@@ -1,23 +1,25 @@
-"""Combine several LoRA adapters of one base into one, as PEFT's `add_weighted_adapter` does.
+"""Combine several adapters of one base into one, as PEFT's `add_weighted_adapter` does.
 
-The operators follow PEFT's `utils/merge_utils.py` and `tuners/lora/model.py`: TIES (Yadav et al. 2023,
-arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099), magnitude pruning, and weighted sums.
+PEFT has it for LoRA and IA3. The operators follow PEFT's `utils/merge_utils.py` and `tuners/lora/model.py`: TIES (Yadav
+et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099), magnitude pruning, and weighted sums.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.configs import LoraConfig, lora_variants, matching
+from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -48,8 +50,11 @@ def combine(
 ) -> Adapter:
     """Combine several LoRA adapters of one base into one, as PEFT's `add_weighted_adapter` does.
 
+    For adapters of IA3 the only method is "linear", the weighted sum of their vectors, and all adapt the same modules.
+    (PEFT takes zeros for the vectors of a module that an adapter leaves alone, which would remove its outputs.)
+
     Args:
-        adapters: plain LoRA adapters, each with its own rank, targets and scale.
+        adapters: plain LoRA adapters, each with its own rank, targets and scale; or adapters of IA3.
         weights: one number for each, negative ones too; under jit they may be traced.
         method: "cat" and "svd" sum the weight changes: exactly with the ranks added up, or as the best sum of rank
             `svd_rank`. "linear", "ties", "dare_linear", "dare_ties" and "magnitude_prune" work on A and on B
@@ -84,6 +89,9 @@ def combine(
     """
     adapters, weights = list(adapters), list(weights)
     _check_arguments(adapters, weights, method, svd_rank, density, majority_sign_method, key, masks)
+    if summed_type(adapter.config for adapter in adapters) is not None:
+        flat = [adapter.flat() for adapter in adapters]
+        return dataclasses.replace(adapters[0], params=paths.unflatten(sum_tensors(flat, weights, method)))
     by_adapter = [factors.lora_factors(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
     keymap = factors.common_keymap(
         (adapter.keymap for adapter in adapters), (leaf for by_leaf in by_adapter for leaf in by_leaf)
@@ -123,6 +131,39 @@ def combine(
     config = _combined_config(configs, r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
     return factors.build_adapter(config, keymap, first, rows, dtype)
+
+
+def summed_type(configs: Iterable[Config]) -> str | None:
+    """Return the type of adapters that PEFT combines by the weighted sum of their tensors; None for other adapters."""
+    types = {config.peft_type for config in configs}
+    peft_type = types.pop() if len(types) == 1 else ""
+    return peft_type if peft_type in methods.METHODS and methods.METHODS[peft_type].sums else None
+
+
+def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], method: str) -> dict[str, Array]:
+    """Return the weighted sum of the tensors of several adapters, which all have the same ones, in their dtype.
+
+    Raises `ConfigError` for another method than "linear", `MismatchError` for tensors that differ.
+    """
+    if method != "linear":
+        raise ConfigError(f"method {method!r} is for LoRA adapters; use method='linear' for the sum of vectors")
+    shapes = [{name: tuple(x.shape) for name, x in each.items()} for each in tensors]
+    names = sorted({name for each in shapes for name in each})
+    raise_listed(
+        MismatchError,
+        "cannot combine these adapters, because they do not adapt the same modules:",
+        [
+            f"{name}: " + ", ".join(f"{each.get(name, 'none')} in adapter {i}" for i, each in enumerate(shapes))
+            for name in names
+            if len({each.get(name) for each in shapes}) > 1
+        ],
+    )
+    return {
+        name: sum(w * methods.at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True)).astype(
+            tensors[0][name].dtype
+        )
+        for name in names
+    }
 
 
 # ---------------------------------------------------------------- checks
@@ -168,8 +209,11 @@ def _check_arguments(
         and "ties" not in method,
     }
     problems = [problem for problem, applies in rules.items() if applies]
+    is_summed = summed_type(x.config for x in adapters if isinstance(x, Adapter)) is not None
     for i, adapter in enumerate(adapters):
         if isinstance(adapter, Adapter):
+            if is_summed:
+                continue
             reasons = lora_variants.reasons_not_a_product(adapter.config)
             if isinstance(adapter.config, LoraConfig) and lora_variants.changes_base(adapter.config):
                 reasons.append(f"{lora_variants.init_field(adapter.config)}: its base differs from the others'")

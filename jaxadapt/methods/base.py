@@ -118,10 +118,16 @@ class Method(abc.ABC):
         as_head: `{end of a key: end of the head's key}` of an embedding's tensors that PEFT repeats for the head tied
             to it, transposed if the ends differ.
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
+        sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
+            do not.
+        on_bias: True if the layers' outputs change as by a bias alone, and no weight changes.
         ordered: True if a module's change depends on its place among all modules of the adapter.
         row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
             the same; the other axes of all rows are equal.
+        row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
+            them are faster so.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
 
@@ -133,12 +139,16 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()
     copies: bool = False
     on_parameters: bool = False
+    sums: ClassVar[bool] = False
     neutral: Mapping[str, float] = MappingProxyType({})
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    inexact: str = ""
+    on_bias: bool = False
     ordered: bool = False
     row_padded: frozenset[str] = frozenset()
+    row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
 
     def __eq__(self, other: object) -> bool:

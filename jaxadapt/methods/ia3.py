@@ -51,6 +51,7 @@ class IA3(Method):
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
+    sums = True
     neutral = MappingProxyType({"ia3_l": 1.0})
     row_neutral = MappingProxyType({"ia3_l": 1.0})
 
@@ -181,5 +182,5 @@ def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
 def _vector(hparams: IA3Hparams, params: Params) -> Array:
     """Return the vector l, with ones in the entries that are not adapted."""
     if USED in params:  # where each row has its own adapter
-        return jnp.where(expand_leading(params[USED], params["ia3_l"]) > 0, params["ia3_l"], 1.0)
+        return jnp.where(expand_leading(params[USED], params["ia3_l"]) != 0, params["ia3_l"], 1.0)
     return mask_unadapted(hparams.used, params, params["ia3_l"], 1.0)

@@ -177,10 +177,11 @@ class MatrixMethod(Method):
 
     def row_hparams(self, hparams: MatrixHparams) -> MatrixHparams:
         own = hparams.own
-        fields = [field.name for field in dataclasses.fields(own)] if dataclasses.is_dataclass(own) else []
-        changes = {name: None if name in self.row_numbers else 0.0 for name in fields}
-        changes = {name: x for name, x in changes.items() if name in self.row_numbers or name == "dropout"}
-        return MatrixHparams(dataclasses.replace(own, **changes) if changes else own, rows=True)
+        if not dataclasses.is_dataclass(own) or isinstance(own, type):
+            return MatrixHparams(own, rows=True)
+        changes: dict[str, Any] = dict.fromkeys(self.row_numbers)
+        changes |= {field.name: 0.0 for field in dataclasses.fields(own) if field.name == "dropout"}
+        return MatrixHparams(dataclasses.replace(own, **changes), rows=True)
 
     def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         numbers = {name: getattr(hparams.own, name) for name in self.row_numbers} | {USED: hparams.used or 1.0}
@@ -196,6 +197,11 @@ class MatrixMethod(Method):
         if self.effect(hparams.own).bias is None:
             return bias
         layout = _layout(axes)
+        if self.effect(hparams.own).bias == "adds" and layout.scale is not None:
+            raise AttachError(
+                f"cannot change the layer's bias with {self.peft_type}: the model stores the layer's weight times a"
+                " factor, and the bias may not have it. Keep the adapter beside the model, or exclude the module"
+            )
         letters = dict(zip(layout.left, LETTERS, strict=False))
         over = "".join(LETTERS[i] for i in range(axes.rank) if i not in axes.in_axes)
         mismatch = (
@@ -270,4 +276,6 @@ def _layout(axes: Axes) -> TorchLayout:
 
 
 def _choose(used: Any, new: Array, old: Array) -> Array:
-    return new if used is None else jnp.where(used > 0, new, old.astype(new.dtype))
+    return (
+        new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
+    )  # NaN, where an id is no slot, stays

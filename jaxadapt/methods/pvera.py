@@ -1,20 +1,24 @@
 """PVeRA (2025, arXiv:2512.07703) with PEFT's conventions: VeRA whose vector d is a mean and a variance.
 
 The projection A (2r, inputs) and the vector d (2r) have two halves. The first gives the mean of a normal distribution
-over the r hidden values, the second the logarithm of its variance. jaxadapt computes with the mean, as PEFT does
-outside training and in a merge (`tuners/pvera/layer.py`): W + (b∘B)·(d∘A) with the first halves. PEFT's training adds
-noise of that variance, which is not implemented here: a new adapter warns of this, and its second halves keep their
-values. `sample_at_inference` is refused. The projections are PyTorch's own random numbers, as in VeRA.
+over the r hidden values, the second the logarithm of its variance. Outside training and in a merge the method computes
+with the mean (`tuners/pvera/layer.py`): W + (b∘B)·(d∘A) with the first halves. Training adds noise of that variance,
+another one for each module and token, where `models.invoke(model, noise=key)` gives the random key of a step; without
+it the second halves keep their values. A new adapter warns of this. `sample_at_inference` is refused, since a call has
+no key by itself. The projections are PyTorch's own random numbers, as in VeRA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.pvera import PveraConfig
@@ -23,6 +27,8 @@ from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.vera import check_projections, draw_projections, projection_needs
+
+NOISE = "noise"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +44,23 @@ class Pvera(MatrixMethod):
     peft_type = "PVERA"
     scaled = frozenset({"pvera_lambda_b"})
     roles = MappingProxyType(
-        {"pvera_lambda_b": "vector", "pvera_lambda_d": "vector", "pvera_A": "frozen", "pvera_B": "frozen"}
+        {"pvera_lambda_b": "vector", "pvera_lambda_d": "vector"}
+        | dict.fromkeys(("pvera_A", "pvera_B", "pvera_place"), "frozen")
     )
 
     def check(self, config: PveraConfig) -> None:
         if config.sample_at_inference:
             raise ConfigError(
-                "cannot apply PVERA with sample_at_inference=true: jaxadapt computes with the mean of the distribution"
-                " and draws nothing from it. Set sample_at_inference to false"
+                "cannot apply PVERA with sample_at_inference=true: jaxadapt draws from the distribution only in calls"
+                " with a random key. Set sample_at_inference to false, and call the model in"
+                " jaxadapt.models.invoke(model, noise=key)"
             )
 
     def tensors(self, config: PveraConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (
             MethodTensor("pvera_lambda_b", ".pvera_lambda_b", ("batch", "out"), (("out",),), scale_power=0),
             own_tensor("pvera_lambda_d", (2 * config.r,)),
+            own_tensor("pvera_place", (1,), trained=False, in_file=False, dtype="int32"),
         )
 
     def shared(
@@ -85,11 +94,12 @@ class Pvera(MatrixMethod):
         if tensor.name == "pvera_lambda_d":
             if start.module in start.modules[:1]:  # once for an adapter
                 warn(
-                    "this PVERA adapter is trained without the noise that PEFT adds in training: jaxadapt computes with"
-                    " the mean of the distribution, so the variances keep their initial values. Train in PEFT for"
-                    " PVeRA's own training; a file of PEFT computes the same here"
+                    "this PVERA adapter is trained without noise unless each step runs in"
+                    " jaxadapt.models.invoke(model, noise=key): without it the variances keep their initial values"
                 )
             return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
+        if tensor.name == "pvera_place":
+            return np.array([zlib.crc32(start.module.encode()) >> 1], np.int32)
         a, b = draw_projections(config.projection_prng_key, start.shared["pvera_A"], start.shared["pvera_B"])
         return a if tensor.name == "pvera_A" else b
 
@@ -103,9 +113,17 @@ class Pvera(MatrixMethod):
     def after(self, own: PveraHparams, params: Params, x: Array, y: Array) -> Array:
         b = params["pvera_B"][: y.shape[-1]]
         r = b.shape[1]
-        d = params["pvera_lambda_d"][:r]
-        h = d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), params["pvera_A"][:r, : x.shape[-1]])
+        d, rows = params["pvera_lambda_d"], params["pvera_A"][:, : x.shape[-1]]
+        if NOISE in params:
+            h, log_variance = jnp.split(d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), rows), 2, axis=-1)
+            key = jax.random.fold_in(jax.random.wrap_key_data(params[NOISE]), params["pvera_place"][0])
+            h = h + jnp.exp(0.5 * log_variance) * jax.random.normal(key, h.shape, h.dtype)
+        else:
+            h = d[:r] * jnp.einsum("...i,ri->...r", x.astype(d.dtype), rows[:r])
         return y + params["pvera_lambda_b"] * jnp.einsum("...r,or->...o", h, b)
+
+    def call_data(self, config: PveraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
+        return {NOISE: given[NOISE]} if NOISE in given else {}
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})

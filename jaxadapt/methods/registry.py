@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from jaxadapt.configs import Config
 from jaxadapt.configs.base import class_of
+from jaxadapt.configs.listing import reason_not_applied
 from jaxadapt.configs.registry import config_classes
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Method
@@ -71,8 +72,8 @@ def get_method(config: Config) -> Method:
     method = METHODS.get(config.peft_type)
     if method is None:
         raise ConfigError(
-            f"cannot apply peft_type {config.peft_type!r}: its files can be read and written, but the method is not"
-            f" implemented. Implemented methods: {', '.join(sorted(METHODS))}"
+            f"cannot apply peft_type {config.peft_type!r}: {reason_not_applied(config.peft_type)}. Its files can be"
+            f" read and written unchanged. Implemented methods: {', '.join(sorted(METHODS))}"
         )
     method.check(config)
     return method

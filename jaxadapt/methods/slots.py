@@ -33,7 +33,8 @@ IDS, ORDER, INVERSE, SIZES = "~ids", "~order", "~inverse", "~sizes"
 def apply_rows(how: How, method: Method, hparams: Any, params: Params, axes: Axes) -> AppliedRows:
     """Return a method where each row, or token, of a batch has an adapter of its own."""
     if how == "gather":
-        return AppliedRows(method, hparams, params, axes)
+        tensors = {name: jnp.moveaxis(x, 1, -1) if name in method.row_turned else x for name, x in params.items()}
+        return AppliedRows(method, hparams, tensors, axes)
     if how == "mixture":
         return AppliedMixture(method, hparams, params, axes)
     if how == "mask":

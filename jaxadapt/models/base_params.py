@@ -72,7 +72,8 @@ class ModelParams(BaseParams):
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
         """The keymap of an adapter that the model has, if any."""
-        known = (var for by_path in attach.adapter_variables(self.target).values() for var in by_path.values())
+        adapters = attach.adapter_variables(self.walked or self.target)
+        known = (var for by_path in adapters.values() for var in by_path.values())
         return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
 
 

@@ -1,4 +1,4 @@
-"""Data of a call for adapters that need it: the tokens for an aLoRA, the tasks for a prompt of several tasks."""
+"""Data of a call for adapters that need it: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Generator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import SHARED_NODE, collection_name
@@ -22,7 +23,9 @@ Array = Any
 
 
 @contextlib.contextmanager
-def invoke(model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: bool = False) -> Generator[Any]:
+def invoke(
+    model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: bool = False, noise: Any = None
+) -> Generator[Any]:
     """Set the data that active adapters need for the calls within a context.
 
     NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
@@ -39,6 +42,7 @@ def invoke(model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: b
         prefilled: for prompts of embeddings, True while decoding with a cache, after a first call with the virtual
             tokens: they are then not put before the tokens again, and only positions and mask count them. (A prefix of
             keys and values is in no cache and needs no such data.)
+        noise: for PVERA in training, the random key (`jax.random.key`) of the noise; give each step another.
 
     Raises `AttachError` if no active adapter needs the data, or if the data have another shape or dtype.
 
@@ -58,6 +62,7 @@ def invoke(model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: b
     """
     given = {name: jnp.asarray(x) for name, x in (("tokens", tokens), ("task_ids", task_ids)) if x is not None}
     given |= {"prefilled": jnp.ones((), bool)} if prefilled else {}
+    given |= {} if noise is None else {"noise": jax.random.key_data(noise)}
     ids = given.get("tokens")
     if ids is not None and (ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer))):
         raise AttachError(
@@ -111,4 +116,5 @@ _USERS = {
     "tokens": "an aLoRA",
     "task_ids": "one of MULTITASK_PROMPT_TUNING",
     "prefilled": "a prompt of embeddings",
+    "noise": "a PVERA",
 }

@@ -95,14 +95,14 @@ def _plan_on_model(
     all_linear = matching.is_all_linear(config)
     if all_linear:
         shapes = {leaf: shape for leaf, shape in shapes.items() if not survey.is_never_linear(owners[leaf])}
-    entries, traced = survey.class_entries(owners, keymap, stack_axes), {}
+    entries, traced = survey.class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(GENERIC, weights=()) if keymap == GENERIC else keymap
         wanted = survey.custom_leaves(owners, selection.uncovered_leaves(config, known.with_entries(entries), shapes))
         traced, others = abstract_call.trace_axes(model, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        entries = survey.class_entries(owners, keymap, stack_axes, traced)
+        entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
     known_leaves = {entry.leaf for entry in entries}
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
     unsure = frozenset(survey.custom_leaves(owners, shapes)) - known_leaves if keymap == GENERIC else selection.NONE

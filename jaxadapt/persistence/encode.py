@@ -146,12 +146,11 @@ def _encode(source: Source, dtype: Any) -> Encoded:
     adapter, leaves = source.adapter, source.leaves
     warn_unproved(adapter.keymap)
     adapter_sites = source.sites
-    sites.require_complete(adapter, adapter_sites)
-    untargeted = sites.untargeted(adapter.config, adapter.keymap, adapter.shapes)
-    if untargeted:
+    sites.require_complete(leaves, adapter_sites)
+    if adapter_sites.untargeted:
         raise MismatchError(
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
-            " does not name them, so a reader would drop them:\n" + paths.bullets(untargeted)
+            " does not name them, so a reader would drop them:\n" + paths.bullets(adapter_sites.untargeted)
         )
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:

@@ -2,8 +2,8 @@
 
 A save writes it into the header of the weights; a load and `verify` compare it with the base at hand. The values are
 taken at PyTorch's coordinates, through the keymap, and rounded to bfloat16. So one base has one fingerprint in every
-layout, sharding and floating-point dtype, and in its Hugging Face folder. A quantized base has none, and neither has an
-adapter that changed its base (PiSSA, …) or adapts no weight.
+layout, sharding and floating-point dtype, and in its Hugging Face folder. A quantized base has none, and neither has a
+base that is spread over several processes, or an adapter that changed its base (PiSSA, …) or adapts no weight.
 
     {"model.layers.0.self_attn.q_proj.weight": {"shape": [2048, 2048], "bf16": "3c1fbc…"}, …}
 """
@@ -100,10 +100,7 @@ def of_base(
         requests.append((array, [entry.form.locate(members[0], p) for p in positions(key, shape)], entry.form))
     if not found or (keys is not None and len(found) < len(modules)):
         return None
-    values = _take(requests)
-    if values is None:
-        return None
-    for each, taken in zip(found.values(), values, strict=True):
+    for each, taken in zip(found.values(), _take(requests), strict=True):
         each["bf16"] = _hex(taken)
     return found
 
@@ -150,7 +147,8 @@ def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
             different.append(f"{key}: no values")
             continue
         unequal = x != y
-        near = np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y))
+        with np.errstate(invalid="ignore", over="ignore"):  # infinities
+            near = np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y))
         rounded, total = rounded + int((unequal & near).sum()), total + x.size
         if not (near | ~unequal | (np.isnan(x) & np.isnan(y))).all():
             different.append(f"{key}: other values")
@@ -206,18 +204,19 @@ def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
     import jax
     import numpy as np
+    from jax.core import Tracer
 
-    if isinstance(array, jax.core.Tracer) or not isinstance(array, np.ndarray | jax.Array):
+    if isinstance(array, Tracer) or not isinstance(array, np.ndarray | jax.Array):
         return False
-    if isinstance(array, jax.Array) and array.is_deleted():
-        return False
+    if isinstance(array, jax.Array) and (array.is_deleted() or not array.is_fully_addressable):
+        return False  # partly in other processes: the same answer in all of them
     return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
-def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[Any] | None:
-    """Return the values at some indices of each array, in the file's scale; None if this process lacks some.
+def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[Any]:
+    """Return the values at some indices of each array, in the file's scale.
 
-    Arrays in the host's memory are read in place. The others are read on their devices, in one jitted call.
+    Arrays in the host's memory are read in place. The others are read on their devices, all at once.
     """
     import jax
     import numpy as np
@@ -225,32 +224,18 @@ def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[An
     from jaxadapt.arrays.layout import to_file_scale
 
     taken: list[Any] = []
-    remote: list[int] = []
-    for number, (array, indices, _) in enumerate(requests):
-        local = _on_host(array, indices)
-        taken.append(local)
-        if local is None:
-            remote.append(number)
-    if remote:
-        arrays = [requests[n][0] for n in remote]
-        if not all(x.is_fully_addressable for x in arrays):
-            return None
-        where = [tuple(np.asarray(axis, np.int32) for axis in zip(*requests[n][1], strict=True)) for n in remote]
-        for n, values in zip(remote, jax.device_get(_gather(arrays, where)), strict=True):
-            taken[n] = values
-    return [
-        to_file_scale(np.asarray(x), form.factor, form.shift) for x, (_, _, form) in zip(taken, requests, strict=True)
-    ]
+    gather = jax.jit(_values_at)
+    for array, indices, _ in requests:
+        values = _on_host(array, indices)
+        where = tuple(np.asarray(axis, np.int32) for axis in zip(*indices, strict=True))
+        taken.append(gather(array, where) if values is None else values)
+    host = [np.asarray(x) for x in jax.device_get(taken)]
+    forms = [form for _, _, form in requests]
+    return [to_file_scale(x, form.factor, form.shift) for x, form in zip(host, forms, strict=True)]
 
 
-def _gather(arrays: list[Any], where: list[tuple[Any, ...]]) -> list[Any]:
-    import jax
-
-    return jax.jit(_values_at)(arrays, where)
-
-
-def _values_at(arrays: list[Any], where: list[tuple[Any, ...]]) -> list[Any]:
-    return [x[index] for x, index in zip(arrays, where, strict=True)]
+def _values_at(array: Any, where: tuple[Any, ...]) -> Any:
+    return array[where]
 
 
 def _on_host(array: Any, indices: list[tuple[int, ...]]) -> Any:
@@ -270,7 +255,7 @@ def _on_host(array: Any, indices: list[tuple[int, ...]]) -> Any:
             if values[n] is None and all(low <= i < high for i, (low, high) in zip(index, bounds, strict=True)):
                 local = tuple(i - low for i, (low, _) in zip(index, bounds, strict=True))
                 values[n] = np.asarray(shard.data)[local]
-    return None if any(x is None for x in values) else np.asarray(values)
+    return np.asarray(values)
 
 
 def _hex(values: Any) -> str:

@@ -172,12 +172,13 @@ def _lokr_fields(modules: Modules) -> dict[str, Any] | None:
     full: set[bool] = set()
     for shapes in modules.values():
         first = shapes.get("lokr_w1") or _product(shapes.get("lokr_w1_a"), shapes.get("lokr_w1_b"))
-        second = shapes.get("lokr_w2") or _product(shapes.get("lokr_w2_a"), shapes.get("lokr_w2_b"))
+        turned = "lokr_t2" in shapes  # (r, k) and (r, n) around the middle tensor
+        a, b = shapes.get("lokr_w2_a"), shapes.get("lokr_w2_b")
+        second = shapes.get("lokr_w2") or _product(a[::-1] if a and turned else a, b)
         if not first or not second or len(first) < 2 or len(second) < 2 or 0 in (*first, *second):
             return None
         full.add("lokr_w1" in shapes)
-        if "lokr_t2" not in shapes:
-            wanted += [(first[0] * second[0], first[0]), (first[1] * second[1], first[1])]
+        wanted += [(first[0] * second[0], first[0]), (first[1] * second[1], first[1])]
     candidates = [-1, *sorted({factor for _, factor in wanted})]
     factor = next((f for f in candidates if all(split_size(size, f)[0] == one for size, one in wanted)), None)
     if factor is None or len(full) > 1:

@@ -155,14 +155,8 @@ def load(
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        with (
-            reporter(progress) as report,
-            (
-                repair_folder.open_repaired(_existing_folder(subfolder, path))
-                if repair
-                else folder.open_adapter(_existing_folder(subfolder, path))
-            ) as tensors,
-        ):
+        open_folder = repair_folder.open_repaired if repair else folder.open_adapter
+        with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
         _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)

@@ -32,7 +32,7 @@ from jaxadapt.storage.sharded_write import TensorPart
 
 def is_distributed(leaves: Iterable[Any]) -> bool:
     """Return True if some of these arrays are partly in other processes."""
-    return not all(map(is_local, leaves))
+    return jax.process_count() > 1 and not all(map(is_local, leaves))
 
 
 def write_shared(

@@ -107,12 +107,18 @@ def from_peft(
         raise AttachError(
             f"base={base!r}: expected None, or 'changed' if the target's base is changed; from_peft changes no base"
         )
-    if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " add an Adapter to a model with jaxadapt.inject"
+        )
+    if base is None:
         lora_variants.require_original_base(tensors.config, tensors.source)
     parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(
-        tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict
-    )
+        state_dict_keys.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
+        on_shared=on_shared, strict=strict,
+    )  # fmt: skip
     return collections.box_like_base(adapter, parameters.held)
 
 
@@ -139,12 +145,6 @@ def adapter_from_tensors(
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
     the base.
     """
-    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(
-            f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
-            " add an Adapter to a model with jaxadapt.inject"
-        )
-    tensors = state_dict_keys.without_names(tensors)
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         methods.get_method(tensors.config)

@@ -36,9 +36,9 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
 
     Args:
         path: the adapter's folder; one of its files; an address of an object store or of the Hub.
-        base: the base model, to check names and sizes: its Hugging Face folder or a file of its weights (only names and
-            shapes are read), a .json file {key: shape}, a mapping {key: shape or array} of PyTorch's parameters, or the
-            name of a family ("llama").
+        base: the base model, to check names and sizes: its Hugging Face folder or a file of its weights (only names,
+            shapes and the few values of the adapter's fingerprint are read), a .json file {key: shape}, a mapping
+            {key: shape or array} of PyTorch's parameters, or the name of a family ("llama").
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("verify", bytes done, bytes in
             all).
 
@@ -75,9 +75,9 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Rep
     config = checked.config
     if stored.specs is None:
         return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
-    foreign = foreign_files.foreign_library(stored.specs, config is not None) or foreign_files.not_an_adapter(
-        stored.specs, stored.source
-    )
+    foreign = foreign_files.foreign_library(stored.specs, config is not None)
+    if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
+        foreign = foreign_files.not_an_adapter(stored.specs, stored.source)
     if foreign is not None:
         others = [f for f in checked.findings if f.code not in ("configuration-missing", foreign.code)]
         return [*others, foreign]

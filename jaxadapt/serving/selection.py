@@ -39,7 +39,7 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: How | None) -> Ro
     if implementation is None:
         implementation = "gather" if ids.ndim == 1 else "mask"
     if implementation == "gather" and ids.ndim == 1:
-        return Rows(_gather(bank, ids), layout.rows)
+        return Rows(_gather_rows(bank, ids), layout.rows)
     if implementation in ("gather", "layer") and ids.ndim == 2:
         raise AttachError(
             f"implementation={implementation!r} has one adapter a row, and the ids have shape {list(ids.shape)}. Use"
@@ -110,20 +110,27 @@ def _repeat(place: Place, x: Any) -> Any:
 
 
 @jax.jit
-def _gather(bank: Bank, ids: Any) -> Sequence[Tensors]:
-    """Gather the slots of all ids."""
+def _gather_rows(bank: Bank, ids: Any) -> Sequence[Tensors]:
+    """Gather the slot of each row, with the axes of the tensors in the order that products need."""
+
+    def gather(place: Place, name: str, x: Any) -> Any:
+        taken = take_slots(x, ids, place.layers)
+        turned = name in place.row.method.row_turned
+        return _to_leaf(place, jnp.moveaxis(taken, -1, place.layers + 1) if turned else taken)
+
     return tuple(
-        {name: _to_leaf(place, take_slots(x, ids, place.layers)) for name, x in arrays.items()}
+        {name: gather(place, name, x) for name, x in arrays.items()}
         for place, arrays in zip(bank.layout.places, bank.arrays, strict=True)
     )
 
 
 @jax.jit
 def _mix(bank: Bank, ids: Any, weights: Any) -> Sequence[Tensors]:
-    gathered = _gather(bank, ids)
+    """Gather the slots of each row's adapters, and repeat the weights for all layers."""
     return tuple(
-        tensors | {WEIGHTS: _repeat(place, weights)}
-        for place, tensors in zip(bank.layout.places, gathered, strict=True)
+        {name: _to_leaf(place, take_slots(x, ids, place.layers)) for name, x in arrays.items()}
+        | {WEIGHTS: _repeat(place, weights)}
+        for place, arrays in zip(bank.layout.places, bank.arrays, strict=True)
     )
 
 

@@ -267,8 +267,7 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
 
 
-def _json(value: str | dict[str, str]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def encode(

@@ -366,7 +366,7 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
     def update(updates: Any, state: Any, params: Any = None, *, active: Array, **extra: Any) -> tuple[Any, Any]:
         active = jnp.asarray(active, bool) & (jnp.arange(bank.slots) > 0)
         given = None if params is None else choose(params)
-        step = jax.vmap(lambda g, s, p: tx.update(g, s, p, **extra), in_axes=(axes, 0, axes), out_axes=(axes, 0))
+        step: Any = jax.vmap(lambda g, s, p: tx.update(g, s, p, **extra), in_axes=(axes, 0, axes), out_axes=(axes, 0))
         if given is None:
             step = jax.vmap(lambda g, s, _: tx.update(g, s, **extra), in_axes=(axes, 0, None), out_axes=(axes, 0))
         new, changed = step(choose(updates), state, given)
@@ -378,5 +378,5 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
         return dataclasses.replace(updates, arrays=tuple(arrays)), changed
 
     init: Any = jax.vmap(tx.init, in_axes=(axes,))
-    initialize: Any = lambda bank: init(choose(bank))  # noqa: E731
-    return optax.GradientTransformationExtraArgs(initialize, update)
+    functions: Any = (lambda bank: init(choose(bank)), update)
+    return optax.GradientTransformationExtraArgs(*functions)

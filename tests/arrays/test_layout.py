@@ -8,23 +8,6 @@ import pytest
 
 from jaxadapt.arrays.layout import RANK, FileLayout, to_file_scale, to_model_scale
 
-PLAIN = FileLayout((4, 6), ("o", "i"), (("o",), ("i",)), ())
-
-
-@pytest.mark.parametrize(
-    ("changes", "verbatim"),
-    [
-        ({}, True),
-        ({"factor": 2.0}, False),
-        ({"shift": 1.0}, False),
-        ({"left": ("i", "o")}, False),
-        ({"split": (0,), "right": (("i",),)}, False),
-    ],
-)
-def test_a_leaf_is_verbatim_only_without_any_change(changes, verbatim):
-    fields = {"shape": (4, 6), "left": ("o", "i"), "right": (("o",), ("i",)), "split": ()}
-    assert FileLayout(**(fields | changes)).is_verbatim is verbatim
-
 
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_factor_and_shift_are_applied_once_in_each_direction(xp):

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,8 @@ def test_every_example_of_the_help_pages_is_a_command(words):
 def test_the_help_page_lists_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    lines = [line for line in result.output.split("Commands:")[1].splitlines() if line.strip()]
+    groups = result.output.split("Look at an adapter:")[1].splitlines()
+    lines = [line for line in groups if line.startswith("  ")]
     assert [line.split()[0] for line in lines] == list(COMMANDS)
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)  # what each does, in full
 
@@ -313,8 +315,13 @@ JSON = {
     "inspect --norms": ("inspect", "out", "--norms"),
     "inspect --plot": ("inspect", "out", "--plot", "norms.png"),
     "merge": ("merge", "base", "out", "--out", "new"),
+    "export": ("export", "out", "--out", "new"),
     "combine": ("combine", "out", "out", "--weights", "1,-1", "--out", "new"),
     "convert": ("convert", "out", "new"),
+    "convert several": ("convert", "out", "copy", "new"),
+    "resize": ("resize", "out", "--rank", "1", "--out", "new"),
+    "rename": ("rename", "out", "--from", "model.", "--to", "inner.", "--out", "new"),
+    "extract": ("extract", "out/adapter_model.safetensors", "--out", "new"),
     "check-keymap": ("check-keymap", "llama", "--checkpoint", "base"),
     "verify": ("verify", "out"),
     "repair": ("repair", "out"),
@@ -326,7 +333,8 @@ JSON = {
     "families NAME": ("families", "gpt2"),
     "completion": ("completion", "fish"),
 }
-"""Beside demo (`tests/demo/test_demo.py`), push and pull (`tests/storage/hub/test_cli.py`)."""
+"""Beside demo (`tests/demo/test_demo.py`), push and pull (`tests/storage/hub/test_cli.py`), serve and export, and start
+(`tests/export/test_adapter_files.py`)."""
 
 
 @pytest.mark.parametrize("name", JSON)
@@ -336,6 +344,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(name, folder, run_fo
     weights = {key.format(m): np.ones((6, 8), "f4") for m in ("q_proj", "v_proj")}
     Path("base").mkdir()
     save_file(weights, "base/model.safetensors")
+    shutil.copytree("out", "copy")
     result = run(*JSON[name], "--json")
     assert json.loads(result.stdout)
     assert result.exit_code == 0
@@ -370,7 +379,7 @@ def test_long_work_shows_bars_with_bytes_per_second_on_a_terminal_alone(seen, fo
 
 
 def test_every_command_has_a_test_of_its_json():
-    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "serve"}  # tested elsewhere
+    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "start", "export", "serve"}
     assert tested == set(COMMANDS)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import ConfigError, KeyMapError, MismatchError
+from jaxadapt.export import merge_files
 from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.merging import combination
 from tests.support import small
@@ -407,3 +408,45 @@ def test_the_rank_is_enough_for_the_largest_of_a_pattern(method, r):
         )
         found = mix.sites[site]
         np.testing.assert_allclose(found["lora_B"] @ found["lora_A"], expected, **CLOSE)
+
+
+IA3 = {"one": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}}
+IA3 |= {"two": {**IA3["one"], "target_modules": ["down_proj", "k_proj"]}}
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("scan", [False, True])
+def test_ia3_is_the_weighted_sum_of_its_vectors_as_in_peft(scan, tmp_path):
+    made = pytest.importorskip("peft").IA3Config
+    from tests.support import peft_pairs
+
+    model = peft_pairs.model_with(IA3, made=made)
+    model.add_weighted_adapter(list(IA3), WEIGHTS[:2], "mix")
+    one, two, mix = (peft_pairs.tensors_of(model, name) for name in (*IA3, "mix"))
+    base = peft_pairs.params(scan)
+    adapters = [jaxadapt.from_peft(tensors, base) for tensors in (one, two)]
+    ours = jaxadapt.to_peft(jaxadapt.combine(adapters, WEIGHTS[:2], method="linear"))
+    assert ours.tensors.keys() == mix.tensors.keys()
+    for key, x in mix.tensors.items():
+        np.testing.assert_allclose(ours.tensors[key], x, **CLOSE)
+    for name, tensors in (("one", one), ("two", two)):
+        jaxadapt.write(tensors, tmp_path / name)
+    merge_files.combine_folders([tmp_path / name for name in IA3], WEIGHTS[:2], tmp_path / "mix", method="linear")
+    for key, x in jaxadapt.read(tmp_path / "mix").tensors.items():
+        np.testing.assert_allclose(x, mix.tensors[key], **CLOSE)
+
+
+def test_what_cannot_be_summed():
+    base = {name: {"kernel": jnp.ones((3, 3))} for name in ("q", "v")}
+    one, two = (
+        jaxadapt.init(jaxadapt.IA3Config(target_modules=targets, feedforward_modules=[]), base, key=jax.random.key(0))
+        for targets in (["q"], ["q", "v"])
+    )
+    with pytest.raises(ConfigError, match="method 'svd' is for LoRA adapters; use method='linear'"):
+        jaxadapt.combine([one, one], [1, 1])
+    with pytest.raises(
+        MismatchError, match=r"(?s)not adapt the same modules.*v.kernel.ia3_l: none in adapter 0, \(3,\)"
+    ):
+        jaxadapt.combine([one, two], [1, 1], method="linear")
+    with pytest.raises(ConfigError, match="weights: expected one for each of the 2 adapters, found 1"):
+        jaxadapt.combine([one, one], [1], method="linear")

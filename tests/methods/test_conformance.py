@@ -52,12 +52,16 @@ NET = KeyMap(
 STACKED = (Weight("w", "h.{l}.q.weight", "i {l} o -> o i"), (IN, 3, OUT))
 
 
-def cases() -> list[Any]:
-    found = [(t, i) for t in sorted(METHODS) if METHODS[t].scope == "site" for i in range(len(METHODS[t].examples()))]
+def cases(on_bias: bool | None = None) -> list[Any]:
+    types = [t for t in sorted(METHODS) if METHODS[t].scope == "site" and on_bias in (None, METHODS[t].on_bias)]
+    found = [(t, i) for t in types for i in range(len(METHODS[t].examples()))]
     return [pytest.param(t, i, id=f"{t}-{i}") for t, i in found]
 
 
 every_case = pytest.mark.parametrize(("peft_type", "i"), cases())
+# Methods whose layers can run with the effective weight alone, and the others.
+every_weight_case = pytest.mark.parametrize(("peft_type", "i"), cases(on_bias=False))
+every_bias_case = pytest.mark.parametrize(("peft_type", "i"), cases(on_bias=True))
 
 
 def config_of(peft_type: str, i: int, targets: Any = ("q",)) -> Any:
@@ -181,7 +185,7 @@ def test_initial_values_follow_the_key(peft_type: str, i: int):
 # ---- the arithmetic --------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_weight_case
 def test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN, noise=False)
     hook = hook_of(found, values)
@@ -193,7 +197,7 @@ def test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so(peft_t
 
 
 @pytest.mark.parametrize("name", LINES)
-@every_case
+@every_weight_case
 def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i: int, name: str):
     """The file of an adapter on one layout, read on PyTorch's own, changes PyTorch's weight equally."""
     found, w, values = adapted(peft_type, i, LINES[name])
@@ -213,6 +217,28 @@ def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i
         np.testing.assert_allclose(through(hook, use, x, w), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", LINES)
+@every_bias_case
+def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, name: str):
+    found, w, values = adapted(peft_type, i, LINES[name])
+    plain_sites, _, plain_values = adapted(peft_type, i, PLAIN)
+    file = dict(sites.make_file_plan(found).encode(values))
+    plain = hook_of(plain_sites, {**plain_values, **sites.make_file_plan(plain_sites).decode(file)})
+    want = plain.merged_bias(jnp.zeros(OUT), 1)
+    assert float(abs(want).max()) > 0.1
+    np.testing.assert_allclose(plain.merged_bias(want, -1), jnp.zeros(OUT), atol=1e-6)
+    hook, layout = hook_of(found, values), methods_layout(found)
+    use = use_of(hook)
+    x = x_of(use, w)
+    change = through(hook, use, x, w) - jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
+    rows, _ = layout.rows_to_torch("out", dict(zip(layout.left, use.w, strict=True)), change, use.y)
+    # The sums of float32 before the subtraction are about 10.
+    np.testing.assert_allclose(rows / layout.factor(w.shape), jnp.broadcast_to(want, rows.shape), atol=1e-5)
+    if layout.scale is not None:
+        with pytest.raises(AttachError, match="stores the layer's weight times a factor"):
+            hook.merged_bias(jnp.zeros(OUT), 1)
+
+
 def methods_layout(found: Any) -> Any:
     """PyTorch's layout of the weight, for methods that do not ask for it too."""
     return sites.torch_layout(found[0])
@@ -226,7 +252,7 @@ def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:
 
 
 @pytest.mark.parametrize(("line", "targets"), [(FUSED, ("k", "q")), (PART, ("q",))], ids=["fused", "one part"])
-@every_case
+@every_weight_case
 def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int, line: Any, targets: Any):
     found, w, values = adapted(peft_type, i, line, targets)
     hook = hook_of(found, values)
@@ -257,7 +283,7 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
     np.testing.assert_allclose(y, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, whole), rtol=1e-4, atol=1e-4)
 
 
-@every_case
+@every_weight_case
 def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, STACKED)
     (site,) = found
@@ -269,7 +295,7 @@ def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
         np.testing.assert_allclose(whole[:, l], hook.weight(w[:, l]), rtol=1e-5, atol=1e-6)
 
 
-@every_case
+@every_weight_case
 def test_unmerging_gives_the_weight_back_or_is_refused(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN)
     hook = hook_of(found, values)
@@ -284,7 +310,7 @@ def test_unmerging_gives_the_weight_back_or_is_refused(peft_type: str, i: int):
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16", "bfloat16")], ids="-".join)
-@every_case
+@every_weight_case
 def test_outputs_and_weights_keep_the_bases_dtype(peft_type: str, i: int, dtypes: Any):
     base, own = dtypes
     found, w, values = adapted(peft_type, i, PLAIN)

@@ -6,6 +6,7 @@ A new adapter, optimizer roles, files, cards, `inspect`, norms, offline merges a
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from jaxadapt.configs import listing, lora_variants
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.tensor_names import tensor_prefixes
 from jaxadapt.core import paths
-from jaxadapt.demo import training
+from jaxadapt.demo import llama_linen, training
+from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import merge_files
 from jaxadapt.keymaps import pytorch
 from jaxadapt.methods import METHODS
@@ -76,10 +78,12 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     # Initializing with `start` is initializing with `adapt`.
     started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), rngs=nnx.Rngs(2))
     fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(2)))
-    assert jax.tree.map(jnp.shape, started.adapter) == jax.tree.map(jnp.shape, fresh)
+    assert all(started.adapter.flat()[path].shape == x.shape for path, x in fresh.flat().items())
     assert started.base(X).shape == want.shape
-    # Combining is PEFT's of plain LoRA.
-    if lora_variants.reasons_not_a_product(adapter.config):
+    # Combining is PEFT's: of plain LoRA, and of vectors.
+    if method.sums:
+        assert jaxadapt.combine([adapter, adapter], [0.5, 0.5], method="linear").flat().keys() == adapter.flat().keys()
+    elif lora_variants.reasons_not_a_product(adapter.config):
         with pytest.raises(ConfigError, match=f"peft_type is {peft_type}"):
             jaxadapt.combine([adapter, adapter], [0.5, 0.5])
     else:
@@ -180,11 +184,20 @@ def test_sizes_of_each_method_on_a_model():
     assert all(size for size in sizes.values())
 
 
-def test_the_demo_has_a_configuration_for_each_method():
-    for method in training.method_names():
-        config = training.adapter_config(method)
-        assert config.peft_type == method.upper()
-        assert config.task_type == "CAUSAL_LM"
+@pytest.mark.parametrize("method", training.method_names())
+def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
+    """One layer, without values; tests/full/test_demo_methods.py trains."""
+    layer = LlamaConfig(
+        vocab_size=64, hidden_size=576, intermediate_size=1536, num_layers=1, num_heads=9, num_kv_heads=3, head_dim=64,
+        rope_theta=1e5,
+    )  # fmt: skip
+    config = training.adapter_config(method)
+    assert (config.peft_type, config.task_type) == (method.upper(), "CAUSAL_LM")
+    module: Any = jaxadapt.adapt(llama_linen.Llama(layer), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of block sizes that do not divide
+        variables = jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)
+    assert jaxadapt.extract(variables).flat()
 
 
 def test_the_table_of_the_page_follows_the_results(tmp_path: Path):
@@ -196,11 +209,11 @@ def test_the_table_of_the_page_follows_the_results(tmp_path: Path):
     (tmp_path / "run.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     results = methods_table.read_results([tmp_path / "run.xml"])
     columns = list(methods_table.COLUMNS)
-    rows = methods_table.table(results).split("\n")
+    rows = methods_table.table(results, {}, {}).split("\n")
     lines = {row.strip("| [").partition("]")[0]: row for row in rows}
     cells = {name: [cell.strip() for cell in lines[name].strip("|").split("|")] for name in (one, two)}
-    assert [cells[name][2 + columns.index("NNX, Linen, merge")] for name in (one, two)] == ["yes", "no"]
-    assert [cells[name][2 + columns.index("8 devices")] for name in (one, two)] == ["", ""]
+    assert [cells[name][3 + columns.index("NNX, Linen, merge")] for name in (one, two)] == ["yes", "no"]
+    assert [cells[name][3 + columns.index("8 devices")] for name in (one, two)] == ["", ""]
 
 
 def test_every_column_of_the_table_has_tests():

@@ -190,6 +190,19 @@ def test_lycoris_is_pefts_method(method: str, tmp_path: Path):
     assert equal(tmp_path / "b.safetensors", tensors)
 
 
+def test_dora(tmp_path: Path):
+    """kohya-ss has one magnitude for each output in (out, 1), and PEFT in (out,)."""
+    tensors = kohya(KNOWN[:1], ranks=(2,)) | {f"{KNOWN[0][0]}.dora_scale": np.arange(6, dtype="float16")[:, None]}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "peft").exit_code == 0
+    adapter = jaxadapt.read(tmp_path / "peft" / "unet")
+    assert adapter.config.get("use_dora")
+    module = KNOWN[0][1].removeprefix("unet.")
+    np.testing.assert_array_equal(adapter.tensors[f"{P}{module}.lora_magnitude_vector"], np.arange(6))
+    assert run("convert", tmp_path / "peft", tmp_path / "b.safetensors", "--format", "kohya-ss").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+
+
 def test_what_peft_has_no_method_for_passes_through(tmp_path: Path):
     tensors = lycoris()["LYCORIS"]
     save_file(tensors, tmp_path / "a.safetensors")

@@ -61,7 +61,7 @@ def placed(layout: tuple[str, str], scanned: bool) -> jaxadapt.Adapter:
 def folder() -> Any:
     """The adapter as one device saves it, unrolled."""
     with tempfile.TemporaryDirectory() as place:
-        jaxadapt.save(original(False), place)
+        jaxadapt.save({"params": meshes.base(False), **original(False).collection}, place)
         yield Path(place)
 
 

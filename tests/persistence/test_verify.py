@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.persistence.verification import base_checks
 from tests.support import small
 
 P = "base_model.model."
@@ -492,3 +493,19 @@ def test_peft_loads_the_damaged_files_without_effect_and_the_repaired_ones_right
         assert np.array_equal(outputs(Path(jaxadapt.repair(path).path or "")), right), case
         shutil.rmtree(path)
         shutil.rmtree(f"{path}-repaired")
+
+
+def test_names_that_transformers_renamed_in_several_parts_of_a_model():
+    """A vision-language model before transformers 4.52, on a base saved since: each part begins otherwise."""
+    base = {
+        "model.language_model.layers.0.q_proj.weight": (8, 8), "model.vision_tower.layers.0.q_proj.weight": (8, 8),
+        "model.multi_modal_projector.linear_1.weight": (8, 8),
+    }  # fmt: skip
+    old = ["language_model.model.layers.0.q_proj", "vision_tower.layers.0.q_proj", "multi_modal_projector.linear_1"]
+    assert base_checks.names_in_base(old, base) == dict(
+        zip(old, (key.removesuffix(".weight") for key in base), strict=True)
+    )
+    assert base_checks.names_in_base([*old, "lost"], base) is None
+    assert base_checks.names_in_base(["layers.0.q_proj"], {"model.layers.0.q_proj.weight": (8, 8)}) == {
+        "layers.0.q_proj": "model.layers.0.q_proj"
+    }

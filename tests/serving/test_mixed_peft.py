@@ -78,7 +78,7 @@ def test_a_mixed_batch_is_as_in_peft(torch_base, mixed, api, scan):
     bank = serving.create(base, BANK, slots=5)
     pool = serving.AdapterPool(bank, base, folder)
     attached = serving.attach(twin if api == "nnx" else twin[0], bank)
-    with pool.lease([None if name == "__base__" else name for name in NAMES]) as ids:
+    with pool.lease(NAMES) as ids:
         rows = pool.select(ids)
 
     with serving.route(attached, rows) as routed:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -138,6 +140,43 @@ def test_host_memory_keeps_to_its_budget_and_saves_reading(folders, monkeypatch)
     pool.close()
 
 
+def test_rows_take_adapters_by_name_as_in_peft(folders):
+    pool = make(folders, slots=5)
+    module = serving.attach(small.LinenNet(), pool._bank)
+    x = np.stack([small.X[0]] * 4)
+    names = ["a3", "__base__", {"a1": 0.5, "a2": -1.5}, None]
+    with serving.route(module, pool, adapter_names=names) as routed:
+        y = np.asarray(routed.apply(small.base(), x))
+        assert len(pool._slots.pinned()) == 3
+    assert not pool._slots.pinned()
+    base = small.net()(x)
+    np.testing.assert_array_equal(y[1], base[1])
+    np.testing.assert_array_equal(y[3], base[3])
+    alone = jaxadapt.merge(small.base()["params"], pool.adapter("a3"))
+    np.testing.assert_allclose(y[0], small.LinenNet().apply({"params": alone}, x)[0], rtol=1e-5)
+    w = {name: np.asarray(x["kernel"], "f8") for name, x in small.base()["params"].items()}
+    for name, weight in names[2].items():
+        merged = jaxadapt.merge(small.base()["params"], pool.adapter(name))
+        for leaf in w:
+            w[leaf] = w[leaf] + weight * (
+                np.asarray(merged[leaf]["kernel"], "f8") - small.base()["params"][leaf]["kernel"]
+            )
+    want = np.tanh(x[2] @ w["q_proj"]) @ w["up_proj"]  # the biases are zero
+    np.testing.assert_allclose(y[2], want, rtol=1e-4)
+    with (
+        pytest.raises(AttachError, match="expected the adapter of each row"),
+        serving.route(module, pool),
+    ):
+        pass
+    with (
+        pytest.raises(AttachError, match="Rows with adapter_names"),
+        serving.route(module, pool.select([0]), adapter_names=["a1"]),
+    ):
+        pass
+    with pytest.raises(AttachError, match="no adapter 'nobody'"), serving.route(module, pool, adapter_names=["nobody"]):
+        pass
+
+
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileError, match="cannot list"):
         make(tmp_path / "none")
@@ -158,6 +197,7 @@ def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
     pool = make(folders, slots=5, host_bytes=700)  # of three adapters
     with pool.lease(["a0", None, "a1"]) as ids:  # compiles
         marks(pool, ids)
+    compiled, live = programs(), live_bytes()
     stop, errors, counts = time.monotonic() + seconds, [], [0] * threads
 
     def work(number: int) -> None:
@@ -186,13 +226,24 @@ def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
     assert not pool._slots.pinned()
     assert not pool._loading
     assert min(counts) > 0
+    assert programs() == compiled
+    gc.collect()
+    assert live_bytes() == live
     return sum(counts)
 
 
+def programs() -> tuple[int, int]:
+    """The number of compiled programs of `put` and of `select`."""
+    return serving.bank.write._cache_size(), serving.selection._gather_rows._cache_size()
+
+
+def live_bytes() -> int:
+    """The bytes of all arrays on the devices."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 def test_threads_lease_and_evict_and_each_row_is_its_own(folders):
-    before = serving.bank.write._cache_size()
     assert exercise(folders, 2) > 8
-    assert serving.bank.write._cache_size() <= before + 1  # the layout of this pool
 
 
 def test_the_index_needs_no_jax():

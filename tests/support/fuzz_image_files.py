@@ -61,7 +61,9 @@ def draw(rng: random.Random) -> Arrays:
         shape = () if key.endswith("alpha") else (6, 1) if key.endswith("dora_scale") else shape
         if rng.random() < 0.25:
             shape = tuple(rng.choices(sizes, k=rng.randint(0, 4)))
-        out[key] = np.full(shape, rng.choice((0.5, 1, 3, np.nan, np.inf, 1e30)), rng.choice(("float32", "float16")))
+        values = {"float32": (0.5, 1, 3, np.nan, np.inf, 1e30), "float16": (0.5, 1, 3, np.nan, np.inf)}
+        dtype = rng.choice(list(values))
+        out[key] = np.full(shape, rng.choice(values[dtype]), dtype)
     return out
 
 

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
+from jaxadapt.configs.base import class_of
 from jaxadapt.demo import llama_linen
 from tests.support.twins import llama
 
@@ -38,11 +39,11 @@ def params(scan: bool = False) -> dict[str, Any]:
     return llama_linen.to_linen(llama.config_of(base, scan=scan), llama.weights_of(base))["params"]
 
 
-def model_with(configs: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Any:
+def model_with(configs: Mapping[str, Mapping[str, Any]], seed: int = 0, made: Any = LoraConfig) -> Any:
     """A PEFT model with these adapters, all of random values."""
     model: Any = None
     for name, fields in configs.items():
-        config = LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(dict(fields)))
+        config = made(task_type="CAUSAL_LM", **copy.deepcopy(dict(fields)))
         if model is None:
             model = get_peft_model(copy.deepcopy(torch_base()), config, adapter_name=name)
         else:
@@ -50,7 +51,7 @@ def model_with(configs: Mapping[str, Mapping[str, Any]], seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "ia3_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -61,7 +62,7 @@ def tensors_of(model: Any, name: str) -> jaxadapt.PeftTensors:
     fields = {k: getattr(v, "value", v) for k, v in fields.items()}
     found = get_peft_model_state_dict(model, adapter_name=name)
     return jaxadapt.PeftTensors(
-        jaxadapt.LoraConfig.from_dict(fields), {k: v.detach().numpy().copy() for k, v in found.items()}
+        class_of(fields["peft_type"]).from_dict(fields), {k: v.detach().numpy().copy() for k, v in found.items()}
     )
 
 

@@ -10,8 +10,10 @@ DECODER = (
 KEYS_FIRST = ("k_proj", "v_proj", "q_proj", "out_proj")
 """Attention layers that create the projection of the keys first."""
 
-GPT = ("transformer", "lm_head", "wte", "wpe", "h", "attn", "mlp", "c_attn", *KEYS_FIRST, "c_fc", "c_proj")
-GPT += ("fc_in", "fc_out")
+GPT = (
+    *("transformer", "lm_head", "wte", "wpe", "h", "attn", "mlp"),
+    *("c_attn", *KEYS_FIRST, "c_fc", "c_proj", "fc_in", "fc_out"),
+)
 """GPT-2, GPT-Neo and GPT-J."""
 
 BERT = (
@@ -34,8 +36,19 @@ VIT = (
 )
 """ViT."""
 
-CLIP = ("text_model", "vision_model", "visual_projection", "text_projection", "embeddings", "encoder", "self_attn")
-CLIP += ("mlp", *KEYS_FIRST, "fc1", "fc2", "token_embedding", "patch_embedding", "position_embedding")
+CLIP = (
+    *(
+        "text_model",
+        "vision_model",
+        "visual_projection",
+        "text_projection",
+        "embeddings",
+        "encoder",
+        "self_attn",
+        "mlp",
+    ),
+    *(*KEYS_FIRST, "fc1", "fc2", "token_embedding", "patch_embedding", "position_embedding"),
+)
 """CLIP."""
 
 WHISPER = (

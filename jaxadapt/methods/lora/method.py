@@ -84,6 +84,7 @@ class Lora(Method):
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
     row_neutral = MappingProxyType({dora.MAGNITUDE: 1.0})
     row_padded = frozenset({"r"})
+    row_turned = frozenset({"lora_B"})
     roles = MappingProxyType(
         {
             "lora_A": "A",

@@ -11,6 +11,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams
@@ -69,7 +70,10 @@ class Carrier:
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
-        leaves = self.leaves()
+        found = {path: _descend(self.params, path) for path in wanted}
+        if all(leaf is not None for leaf in found.values()):
+            return {path: unbox(leaf) for path, leaf in found.items()}
+        leaves = self.leaves()  # names with dots, or nodes that are no mappings
         return {path: leaves[path] for path in wanted}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
@@ -170,8 +174,26 @@ class Carrier:
         return self.tree
 
 
+def _descend(tree: Any, path: str) -> Any:
+    """Return the leaf at a dotted path of nested mappings; None if the path does not lead to one."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
+    return None if isinstance(tree, Mapping) else tree
+
+
 def _dotted_path(keys: Sequence[Any]) -> str:
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
+
+
+def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:
+    """Raise `AttachError`, listing all problems, unless an adapter fits the one to replace: its `{path: array}`."""
+    problems = list(map(str, compare(shapes_of(present), shapes_of(adapter.flat()))))
+    if config != adapter.config:
+        problems.append(f"another configuration: {config.differences(adapter.config, 'given')}")
+    if problems:
+        raise AttachError(f"cannot inject: the adapter does not fit {name!r}:\n" + paths.bullets(problems))
 
 
 def check_name(name: str, present: Sequence[str]) -> None:

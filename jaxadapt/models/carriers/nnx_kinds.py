@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -18,7 +18,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
-from jaxadapt.models.carriers.base import Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.carriers.base import Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.models.nnx.params import LayerNumber
@@ -54,9 +54,6 @@ class _Variables(Carrier):
         """The state, or the walk over the model."""
         return self.tree
 
-    def has_adapters(self) -> bool:
-        return attach.has_adapters(self._contents)
-
     def names(self) -> list[str]:
         return list(attach.adapter_variables(self._contents))
 
@@ -69,7 +66,12 @@ class _Variables(Carrier):
         return attach.extract(self._contents, name)
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
-        attach.inject(adapter, self._contents, name)
+        variables = attach.adapter_variables(self._contents).get(name)
+        if variables is None:
+            raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
+        recipe = next(iter(variables.values())).get_metadata("adapter").recipe
+        check_fit(adapter, recipe.config, graph.values_of(variables), name)
+        graph.set_values(variables, adapter.flat())
         return self.tree
 
     def rest(self) -> Any:
@@ -135,11 +137,13 @@ class Model(_Variables, Object):
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
-        owners = {path: (modules.get(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in wanted}
-        if not all(isinstance(vars(module).get(attr), nnx.Param) for module, attr in owners.values() if module):
-            return super().some_leaves(wanted)
-        if any(module is None for module, _ in owners.values()):
-            return super().some_leaves(wanted)
+        owners: dict[str, graph.Owner] = {}
+        for path in wanted:
+            prefix, _, attr = path.rpartition(".")
+            module = modules.get(prefix)
+            if module is None or not isinstance(vars(module).get(attr), nnx.Param):
+                return super().some_leaves(wanted)  # a shared module has other paths too
+            owners[path] = module, attr
         return survey.base_values(owners)
 
     def abstract(self) -> Any:
@@ -171,7 +175,7 @@ class Model(_Variables, Object):
             "for Linen modules only; call model.train() or model.eval() of an NNX model",
         )
         base, rngs = self.base(), options["rngs"]
-        check_free(name, attach.adapter_names(self._contents))
+        check_free(name, self.names())
         recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
         abstract = rngs is None and survey.is_abstract(base.held)
         if rngs is None and not abstract:
@@ -187,12 +191,13 @@ class Model(_Variables, Object):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        fits = present is not None and present.shapes == adapter.shapes and is_same(present, adapter)
-        if fits and rngs is None and not new:
-            attach.inject(adapter, self._contents, name)
-            attach.activate(self._contents, (name,))
-            return self.tree
         values = adapter.flat()
+        if present is not None and rngs is None and not new and is_same(present, adapter):
+            old = present.flat()
+            if old.keys() == values.keys() and all(old[path].shape == x.shape for path, x in values.items()):
+                graph.set_values(attach.adapter_variables(self._contents)[name], values)
+                attach.activate(self._contents, (name,))
+                return self.tree
         if present is not None or rngs is not None or new:
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
             copy = self.abstract()
@@ -231,7 +236,7 @@ class Model(_Variables, Object):
 
 def is_same(present: Adapter, adapter: Adapter) -> bool:
     """Return True if two adapters have one configuration, and would be saved with the same origin."""
-    return present.config == adapter.config and present.recipe.origin == adapter.recipe.origin
+    return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
 
 
 def refuse_alpha(lora_alpha: float | None) -> None:

@@ -16,7 +16,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams, read_params
-from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
@@ -105,7 +105,8 @@ class Params(Carrier):
         return collections.adapter_from_arrays(self.tree, name, config, keymap)
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
-        check_fit(adapter, self.extract(name), name)
+        present = self.extract(name)
+        check_fit(adapter, present.config, present.flat(), name)
         return collections.replace_adapter_values(self.tree, name, adapter.flat())
 
     def delete(self, name: str) -> Any:
@@ -206,7 +207,7 @@ class Value(Carrier):
         return self.tree
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
-        check_fit(adapter, self.tree, name)
+        check_fit(adapter, self.tree.config, self.tree.flat(), name)
         return dataclasses.replace(self.tree, params=collections.replace_values(self.tree.params, adapter.flat()))
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
@@ -246,20 +247,3 @@ class Foreign(Carrier):
 def _pick(values: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values at the paths of a tree, as a tree."""
     return paths.unflatten({path: values[path] for path in paths.flatten(tree)})
-
-
-def check_fit(adapter: Adapter, present: Adapter, name: str) -> None:
-    """Raise `AttachError` unless an adapter has the shapes and the configuration of the attached one."""
-    want = {p: tuple(v.shape) for p, v in present.flat().items()}
-    have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
-    problems = [
-        f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} passed"
-        for p in want | have
-        if want.get(p) != have.get(p)
-    ]
-    if present.config != adapter.config:
-        problems.append(f"the configurations differ: {present.config.differences(adapter.config, 'passed')}")
-    if problems:
-        raise AttachError(
-            f"cannot inject: the adapter does not match the attached adapter {name!r}:\n" + paths.bullets(problems)
-        )

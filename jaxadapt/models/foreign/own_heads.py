@@ -86,7 +86,7 @@ def _agree(a: Array, weight: Weight) -> bool:
 
 def widen(a: Array, b: Array, weight: Weight, agree: bool) -> tuple[Array, Array]:
     """Return one A (lead…, inputs…, R) and one B (lead…, R, heads…, last)."""
-    xp = jnp if isinstance(a, jax.Array) else np
+    xp: Any = jnp if isinstance(a, jax.Array) else np
     lead, heads = len(_lead(weight)), len(_heads(weight))
     axes = tuple(range(lead, lead + heads))
     if _is_input(weight):
@@ -174,7 +174,7 @@ def _compress(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return A (layers, heads, d, r) and B (layers, heads, r, last) of (layers, d, R) and (layers, R, heads, last)."""
     layers, d, rank = a.shape
     heads = b.shape[2]
-    used = b.any(-1)  # (layer, rank, head)
+    used: np.ndarray = np.any(b != 0, axis=-1)  # (layer, rank, head)
     most = max(int(used.sum(1).max(initial=0)), 1)
     if most == rank:  # nothing to drop: all heads keep the whole A, in its order
         return np.broadcast_to(a[:, None], (layers, heads, d, rank)).copy(), np.moveaxis(b, 1, 2).copy()

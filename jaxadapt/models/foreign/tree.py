@@ -144,7 +144,8 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         bound_keymap = experts.per_expert_keymap(bound_keymap)
     if isinstance(foreign_tree.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
-        entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
+        owners = nnx_survey.base_leaves(foreign_tree.tree)
+        entries = nnx_survey.class_entries(owners, nnx_survey.base_shapes(owners), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
     known = survey_sites(
         foreign_tree.dialect,

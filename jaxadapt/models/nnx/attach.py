@@ -29,12 +29,11 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_n
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
-from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.nnx.graph import Owner, model_of
+from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
@@ -265,26 +264,13 @@ def adapted_layers(model: Model) -> list[tuple[str, Any]]:
     return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
-def adapter_names(model: Model) -> tuple[str, ...]:
-    """Return the names of a model's adapters, each once."""
-    return _names_in(adapted_layers(model))
-
-
-def _names_in(layers: Layers) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for _, layer in layers:
-        for collection in methods.COLLECTIONS:
-            names |= dict.fromkeys(vars(layer).get(collection, ()))
-    return tuple(names)
-
-
 def activate(model: Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
     """
-    layers = adapted_layers(model)
-    present = _names_in(layers)
+    walk = graph.walk_model(model)
+    layers, present = adapted_layers(walk), walk.adapters
     unknown = [name for name in names if name not in present]
     if unknown:
         raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
@@ -308,18 +294,15 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
 
 def active_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
-    return _active_in(adapted_layers(model))
-
-
-def _active_in(layers: Layers) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
+    return tuple(dict.fromkeys(name for _, layer in adapted_layers(model) for name in getattr(layer, ACTIVE)))
 
 
 def delete(model: Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
-    layers = adapted_layers(model)
+    walk = graph.walk_model(model)
+    layers = adapted_layers(walk)
     require_current_trace(layer for _, layer in layers)
-    _set_active(layers, tuple(name for name in _active_in(layers) if name not in names))
+    _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
         for name, attr in itertools.product(names, (*methods.COLLECTIONS, DROPOUT)):
@@ -330,15 +313,10 @@ def delete(model: Model, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-    prompt.restore_attention(model_of(model))
+    prompt.restore_attention(walk.model)
 
 
 # ---------------------------------------------------------------- extracting and injecting values
-
-
-def has_adapters(tree: Tree) -> bool:
-    """Return True if a model or a state has an adapter."""
-    return bool(adapter_variables(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
@@ -358,7 +336,7 @@ def extract(tree: Tree, name: str) -> Adapter:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
     recipe = _recipe_of(variables, name)
-    values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
+    values = graph.values_of(variables)
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
     leaves = {path.rpartition(".")[0] for path in values}
     if leaves != {SHARED_NODE}:  # the trained parameters of a method whose sites have none
@@ -368,7 +346,7 @@ def extract(tree: Tree, name: str) -> Adapter:
 
 def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
     """Return the recipe that all these parameters carry; raise `AttachError` if they carry several."""
-    carried = {id(var.adapter.recipe): var.adapter.recipe for var in variables.values()}
+    carried = {id(recipe := var.get_metadata("adapter").recipe): recipe for var in variables.values()}
     recipes = set(carried.values())  # comparing them takes longer than finding that nearly all are one object
     if len(recipes) > 1:
         raise AttachError(
@@ -376,21 +354,3 @@ def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
             " Delete it and attach it again"
         )
     return recipes.pop()
-
-
-def inject(adapter: Adapter, tree: Tree, name: str) -> None:
-    """Set the values of the attached adapter called `name`.
-
-    Raises `AttachError`, listing all problems, unless the paths, shapes and configuration agree.
-    """
-    variables = adapter_variables(tree).get(name)
-    if variables is None:
-        raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
-    values = adapter.flat()
-    problems = list(map(str, compare(shapes_of(graph.values_of(variables)), shapes_of(values))))
-    recipe = next(iter(variables.values())).get_metadata("adapter").recipe
-    if recipe.config != adapter.config:
-        problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
-    if problems:
-        raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    graph.set_values(variables, values)

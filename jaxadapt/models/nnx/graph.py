@@ -72,7 +72,12 @@ class _Visitor:
             inside = value if kind == _NODE else owner
             keys, values, marked = self.list_children[cls](value)
             for key in keys:
-                self.append((*path, key), values[key], inside, marked)
+                child = values[key]
+                if self.kinds.get(type(child)) != _VARIABLE:
+                    self.append((*path, key), child, inside, marked)
+                elif id(child) not in self.seen:  # as `append` does: most entries are variables
+                    self.seen.add(id(child))
+                    self.entries.append(((*path, key), child, inside))
             if kind == _CONTAINER:
                 return
         if kind != _OTHER or is_data:
@@ -273,17 +278,15 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
     """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
     adapters: dict[str, dict[str, Any]] = {}
     is_adapter, is_shared = instance_test((AdapterParam, FrozenParam)), instance_test(SharedParam)
-    module, prefix = None, ""
+    site: Any = None
+    by_path, prefix = dict[str, Any](), ""
     for keys, var in variables:
         if is_adapter(var) and var.has_metadata("adapter"):
-            *_, name, leaf, tensor = keys
-            if is_shared(var):
-                adapters.setdefault(str(name), {})[paths.join(SHARED_NODE, str(tensor))] = var
-                continue
-            if module != keys[:-4]:  # a module's variables follow each other
-                module = keys[:-4]
-                prefix = paths.join(*map(str, module))
-            adapters.setdefault(str(name), {})[paths.join(prefix, str(leaf), str(tensor))] = var
+            if site != keys[:-1]:  # the tensors of one leaf follow each other
+                site = keys[:-1]
+                *module, _, name, leaf = map(str, site)
+                by_path, prefix = adapters.setdefault(name, {}), paths.join(*module, leaf)
+            by_path[paths.join(SHARED_NODE if is_shared(var) else prefix, str(keys[-1]))] = var
     return adapters
 
 

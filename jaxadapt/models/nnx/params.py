@@ -105,11 +105,6 @@ BaseParam = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
 """The filter for base parameters, which stay frozen. (`nnx.Param` matches adapter and base parameters alike.)"""
 
 
-def is_base_param(node: Any) -> bool:
-    """Return True for a variable with a base parameter."""
-    return isinstance(node, nnx.Param) and not isinstance(node, AdapterParam | FrozenParam)
-
-
 class LayerNumber(nnx.Variable[Any]):
     """The layer numbers of stacked layers whose adapter hyperparameters differ between layers.
 

@@ -306,6 +306,7 @@ def _find_stack(
 
 def class_entries(
     owners: Mapping[str, Owner],
+    shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     stack_axes: Sequence[int] | None = None,
     traced: Mapping[str, TracedAxes] | None = None,
@@ -313,7 +314,7 @@ def class_entries(
     """Return keymap entries for the leaves that a keymap does not cover, from their layer's class or a trace."""
     entries: list[Weight] = []
     for leaf, (module, attr) in owners.items():
-        shape = tuple(vars(module)[attr].shape)
+        shape = shapes[leaf]
         if traced is not None and leaf in traced:
             stack = _find_stack(leaf, shape, traced[leaf].shape, stack_axes)
             entries.append(entry_from_axes(leaf, shape, traced[leaf].axes, stack))

@@ -56,6 +56,7 @@ def test_push_inspect_and_pull(hub, saved, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     said = run("push", saved, REPO, "--no-picture").stdout  # whole, to be copied
     assert re.search(r"^address  hf://org/tuned@[0-9a-f]{40}$", said, re.M)
+    assert "read by" in said
 
 
 def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path):

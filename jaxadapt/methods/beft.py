@@ -1,0 +1,61 @@
+"""BEFT with PEFT's conventions: a trained vector is added to the layer's output, as a bias.
+
+It changes no weight. A merge adds it to the layer's bias and needs one, as in PEFT (`tuners/beft/layer.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.beft import BeftConfig
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+class Beft(MatrixMethod):
+    """A trained bias."""
+
+    peft_type = "BEFT"
+    on_bias = True
+    scaled = frozenset({"beft_bias"})
+    roles = MappingProxyType({"beft_bias": "bias"})
+
+    def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
+        return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)
+
+    def starts_unchanged(self, config: BeftConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: BeftConfig, target: Target) -> None:
+        return None
+
+    def effect(self, own: None) -> Effects:
+        return Effects("adds", form="use", bias="adds")
+
+    def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+
+    def delta(self, own: None, params: Params, w: Array) -> Array:
+        return jnp.zeros_like(w)
+
+    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+        return y + params["beft_bias"][0]
+
+    def shift(self, own: None, params: Params, bias: Array, undo: bool) -> Array:
+        change = params["beft_bias"][0]
+        return bias - change if undo else bias + change
+
+    def describe_change(self, config: BeftConfig) -> None:
+        return None
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({},)
+
+
+METHOD = Beft()
