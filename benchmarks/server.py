@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,15 @@ async def load(url: str, models: Sequence[str], given: argparse.Namespace) -> tu
         return done, time.perf_counter() - begun
 
 
+def processor_seconds(pid: int) -> float:
+    """The processor time of a process so far, which other work on the machine changes little (Linux; else NaN)."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return float("nan")
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def draw(results: dict[str, tuple[list[Answered], float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -130,26 +140,12 @@ def main() -> None:
     widths = sizes(given)
     config = LlamaConfig(num_layers=given.layers, head_dim=widths["hidden_size"] // widths["num_heads"], **widths)
     results: dict[str, tuple[list[Answered], float]] = {}
+    busy: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="jaxadapt-load-") as made:
         base, root = Path(made, "base"), Path(made, "adapters")
         write_adapters(root, config, write_base(base, config), given.adapters)
-        words = [
-            "serve",
-            "--base",
-            base,
-            "--adapters",
-            root,
-            "--port",
-            0,
-            "--rows",
-            given.rows,
-            "--length",
-            64,
-            "--json",
-        ]
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jaxadapt", *map(str, words)], stdout=subprocess.PIPE, text=True
-        )
+        words = f"serve --base {base} --adapters {root} --port 0 --rows {given.rows} --length 64 --json".split()
+        server = subprocess.Popen([sys.executable, "-m", "jaxadapt", *words], stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             url = json.loads("".join(iter(server.stdout.readline, "}\n")) + "}")["url"]
@@ -158,7 +154,9 @@ def main() -> None:
                 "the base": ["base"], "1 adapter": names[:1], f"{given.adapters} adapters": names,
             }.items():  # fmt: skip
                 asyncio.run(load(url, models, argparse.Namespace(**{**vars(given), "requests": 2 * given.rows})))
+                began = processor_seconds(server.pid)
                 results[title] = asyncio.run(load(url, models, given))
+                busy[title] = processor_seconds(server.pid) - began
             lines = httpx.get(f"{url}/metrics").text.splitlines()
         finally:
             server.terminate()
@@ -166,6 +164,7 @@ def main() -> None:
     rows = [
         [
             title, f"{sum(a.tokens for a in answers) / seconds:.0f}",
+            f"{1e3 * busy[title] / sum(a.tokens for a in answers):.1f}",
             *(f"{1e3 * np.percentile([a.first for a in answers], p):.0f}" for p in (50, 99)),
             *(f"{1e3 * np.percentile([a.whole for a in answers], p):.0f}" for p in (50, 99)),
         ]
@@ -176,7 +175,15 @@ def main() -> None:
         f"{given.clients} clients, {given.requests} requests a load of {given.prompt} + {given.tokens} tokens,"
         f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(TARGETS)} projections"
     )
-    head = ["requests for", "tokens/s", "first token, median ms", "p99 ms", "answer, median ms", "p99 ms"]
+    head = [
+        "requests for",
+        "tokens/s",
+        "processor ms a token",
+        "first token, median ms",
+        "p99 ms",
+        "answer, median ms",
+        "p99 ms",
+    ]
     print(table("### load", head, rows))
     print(next(line for line in lines if line.startswith("jaxadapt_compiled_programs")))
     if given.plot:
