@@ -31,14 +31,16 @@ def _randlora(i: int, o: int, t: int, c: Any) -> float:
 
 def _osf(i: int, o: int, t: int, c: Any) -> float:
     kept = c.effective_rank or min(i, o) // 2
-    return 2 * t * 2 * o * kept + 3 * t * (min(i, o) - kept) * (i + o)
+    low = min(i, o) - kept
+    projections = 2 * kept * low * (i + o)  # of the gradients
+    return 2 * t * 2 * o * kept + 3 * t * low * (i + o) + projections
 
 
 FORMULAS: Mapping[str, Formula] = {
-    **dict.fromkeys(("lora", "delora", "gralora", "vblora"), lambda i, o, t, c: 3 * t * c.r * (i + o)),
+    **dict.fromkeys(("lora", "delora", "gralora", "unilora", "vblora"), lambda i, o, t, c: 3 * t * c.r * (i + o)),
     **dict.fromkeys(("ia3", "road", "ln_tuning", "fourierft", "waveft"), lambda i, o, t, c: 0),
     **dict.fromkeys(("shira", "supertuning"), lambda i, o, t, c: t * i * o),
-    **dict.fromkeys(("vera", "pvera"), lambda i, o, t, c: 2 * t * c.r * (i + o)),
+    **dict.fromkeys(("pvera", "tinylora", "vera"), lambda i, o, t, c: 2 * t * c.r * (i + o)),
     "adalora": lambda i, o, t, c: 3 * t * c.init_r * (i + o),
     "boft": lambda i, o, t, c: 3 * t * i * c.boft_block_size,
     # Complex numbers, counted as one multiplication each, as for real ones.

@@ -173,6 +173,7 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     method = sites.method
     if method is not None and type(method).shared is not methods.Method.shared and not sites.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
+    missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves]
     if method is not None and method.scope == "site" and not sites:
         missing.append("the tensors of its modules")
     if missing:
@@ -183,13 +184,17 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
 
 
 def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
-    """Return a line for each shared tensor that is missing, unknown or wrongly shaped."""
+    """Return a line for each shared tensor that is missing, unknown or wrongly shaped.
+
+    A tree of the trained parameters lacks those that are not trained.
+    """
+    fixed = {each.tensor.name for each in shared if not each.tensor.trained}
     expected = {each.tensor.name: each.entry.shape for each in shared}
     return [
         f"{name}: expected {list(expected[name]) if name in expected else 'no such tensor'},"
         f" found {list(found[name]) if name in found else 'none'}"
         for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
+        if expected.get(name) != found.get(name) and not (name in fixed and name not in found)
     ]
 
 

@@ -43,7 +43,9 @@ class CPTConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "CPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        merges=False, demo=FrozenDict({"cpt_token_ids": tuple(range(100, 116)), "opt_projection_epsilon": 10.0})
+        merges=False,
+        learning_rate=1e-2,
+        demo=FrozenDict({"cpt_token_ids": tuple(range(32, 48)), "opt_projection_epsilon": 10.0}),
     )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
@@ -63,7 +65,7 @@ class CPTConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        ids = (0,) if self.cpt_token_ids is None else self.cpt_token_ids
+        ids: Any = (0,) if self.cpt_token_ids is None else self.cpt_token_ids
         defaults = {"cpt_token_ids": ids, "num_transformer_submodules": 1}
         if isinstance(ids, Sequence):
             ones = (1,) * len(ids)
@@ -79,7 +81,8 @@ class CPTConfig(PromptLearningConfig):
             value: Any = getattr(self, name)
             if not (is_ints(value) and value and min(value) >= 0):
                 problems.add(name, "a list of integers of 0 or more", value)
-        count = len(self.cpt_token_ids) if is_ints(self.cpt_token_ids) else None
+        ids: Any = self.cpt_token_ids
+        count = len(ids) if is_ints(ids) else None
         if count is not None:
             for name in _LISTS[1:]:
                 value = getattr(self, name)

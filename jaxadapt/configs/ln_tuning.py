@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -31,7 +32,9 @@ class LNTuningConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "LN_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.0, time=1.0)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        demo=FrozenDict({"target_modules": (*_NORMS, "norm")}), accuracy=0.0, time=0.97
+    )
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("ln_1", "ln_2", "ln_f")},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.prompt import PromptLearningConfig
 
 
@@ -34,7 +35,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "PREFIX_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False, accuracy=0.416, time=0.93)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        merges=False, learning_rate=1e-2, demo=FrozenDict({"init_weights": "zero"}), accuracy=0.416, time=0.93
+    )
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,

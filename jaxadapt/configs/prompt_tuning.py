@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.configs.validation import Problems
 
@@ -34,7 +35,13 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "PROMPT_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False, accuracy=0.343, time=1.52)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        merges=False,
+        learning_rate=3e-2,
+        demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        accuracy=0.343,
+        time=1.52,
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         "prompt_tuning_init": ("TEXT", "SAMPLE_VOCAB", "RANDOM"),

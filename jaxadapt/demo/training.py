@@ -16,7 +16,8 @@ import optax
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import methods
+from jaxadapt import initializers, methods
+from jaxadapt.configs import CPTConfig, PromptTuningConfig
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
@@ -28,6 +29,8 @@ Weights = Mapping[str, Tensor]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 APIS = ("nnx", "linen")
 TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models with
+STARTED = (PromptTuningConfig, CPTConfig)
+"""The configurations whose adapters `initializers.start` creates, because they may read the base's embeddings."""
 
 
 def method_names() -> list[str]:
@@ -64,7 +67,7 @@ def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
 def _logits(model: Any, config: Any, tokens: jax.Array, call: Callable[[Any], jax.Array]) -> jax.Array:
     """Return the logits (B, T, V) of `call(model)` at the tokens' places, without those of virtual tokens."""
     tasks = task_data(config, tokens.shape[0])
-    with invoke(model, **tasks) if tasks else contextlib.nullcontext(model) as ready:
+    with invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
         return call(ready)[:, -tokens.shape[1] :]
 
 
@@ -122,7 +125,10 @@ class NnxTrainer:
         seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
-        jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
+        if isinstance(adapter, STARTED):
+            initializers.start(adapter, self.model, key=jax.random.key(seed), example=[TOKENS])
+        else:
+            jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
         self.optimizer = nnx.Optimizer(self.model, make(optim.decay_mask(self.model)), wrt=jaxadapt.AdapterParam)
 
         def call(model: Any, tokens: jax.Array) -> jax.Array:
@@ -182,7 +188,11 @@ class LinenTrainer:
         self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
         if methods.get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
             adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
-        lora = jaxadapt.init(adapter, base, key=jax.random.key(seed))
+        key = jax.random.key(seed)
+        is_started = isinstance(adapter, STARTED)
+        lora = (
+            initializers.start(adapter, base, key=key).adapter if is_started else jaxadapt.init(adapter, base, key=key)
+        )
         self.base: Any = {"params": base}
         roles = optim.roles(lora.collection)
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.

@@ -79,7 +79,7 @@ def export_adapter(
         rank: approximate the change of the weights by the nearest LoRA of this rank, for methods that are no LoRA
             (DoRA, IA3, LoHa, …). `error` of the result states the loss.
         dtype: "float32", "float16" or "bfloat16". Default: the file's, but float32 for a B of 16 bits whose product
-            with the scale would be rounded.
+            with the scale would be rounded, and for "gguf", because llama.cpp rounds activations to the dtype of A.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save" or "export", bytes done,
             total bytes).
 
@@ -159,7 +159,7 @@ def _plain(
     tensors: PeftTensors, program: Program, base: Path | None, first: Path | None, dtype: str | None
 ) -> PeftTensors:
     keeps = program.keeps
-    if program.reader and consumers.reads_copies(program.reader, tensors.config):
+    if program.form == "folder" and program.reader and consumers.reads_copies(program.reader, tensors.config):
         keeps = (*keeps, "modules_to_save")
     start = None if first is None else folder.read(first)
     from_base = lora_variants.changes_base(tensors.config) and tensors.config.get("kasa_config") is None

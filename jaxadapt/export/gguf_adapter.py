@@ -42,7 +42,7 @@ def write_adapter(
         tensors: the adapter in its plain form.
         path: the file.
         base: the facts of the base model.
-        dtype: "float32", "float16" or "bfloat16". Default: the file's; float32 if it is none of them.
+        dtype: "float32" (default), "float16" or "bfloat16". llama.cpp rounds activations to the dtype of A.
         report: called with ("export", bytes done, total bytes).
 
     Raises:
@@ -50,8 +50,8 @@ def write_adapter(
     """
     arrays = as_source(tensors.tensors)
     plan = _plan(tensors, arrays, base)
-    kinds = {name: _kind(arrays.specs[each.key].dtype, dtype) for name, each in plan.items()}
-    specs = {name: (kinds[name], _shape(each, arrays)) for name, each in plan.items()}
+    kind = gguf_files.TYPES[dtype or "float32"]
+    specs = {name: (kind, _shape(each, arrays)) for name, each in plan.items()}
     config: Any = tensors.config
     fields = {
         "general.type": gguf_files.Field("adapter", "STRING"),
@@ -89,10 +89,6 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, _
             plan[f"{name}.lora_b"] = _Tensor(keys["B"], heads)
     raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {_MERGE}:", problems)
     return plan
-
-
-def _kind(dtype: Any, wanted: str | None) -> str:
-    return gguf_files.TYPES.get(wanted or np.dtype(dtype).name, "F32")
 
 
 def _shape(each: _Tensor, arrays: TensorSource) -> tuple[int, ...]:

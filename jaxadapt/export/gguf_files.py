@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, location
+from jaxadapt.storage.dtypes import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -121,19 +122,20 @@ def _pack_finite(target: object, name: str, values: np.ndarray, kind: str) -> np
     """Pack a tensor. Raises `MismatchError` if a finite value is infinite in the type."""
     with np.errstate(over="ignore"):
         packed = pack(values, kind)
-    if kind == "F16" and not np.isfinite(packed).all() and np.isfinite(np.asarray(values, "float32")).all():
+    is_finite = kind != "F16" or np.isfinite(packed.view("float16")).all()
+    if not is_finite and np.isfinite(np.asarray(values, "float32")).all():
         raise MismatchError(f"{target}: {name}: values above 65504 do not fit float16; write bfloat16 or float32")
     return packed
 
 
 def pack(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return a tensor as the bytes or numbers of a GGUF type.
+    """Return a tensor as the bytes of a GGUF type.
 
     >>> pack(np.ones((1, 32), "float32"), "Q8_0").shape
     (1, 34)
     """
-    if kind in ("F32", "F16"):
-        return np.ascontiguousarray(values, "float32" if kind == "F32" else "float16")
+    if kind != "Q8_0":
+        return np.ascontiguousarray(values, numpy_dtype(kind)).view("uint8")  # gguf's own BF16 is 20 times slower
     gguf = _gguf()
     return gguf.quants.quantize(np.ascontiguousarray(values, "float32"), gguf.GGMLQuantizationType[kind])
 

@@ -115,4 +115,4 @@ def _spec(arrays: TensorSource, key: str, turned: bool) -> tuple[Any, tuple[int,
 def _value(arrays: TensorSource, plan: dict[str, tuple[str, bool]], name: str) -> np.ndarray:
     key, turned = plan[name]
     values = np.asarray(arrays[key])
-    return np.ascontiguousarray(values.T) if turned else values
+    return values.T if turned else values

@@ -120,8 +120,6 @@ class Method(abc.ABC):
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
-        inexact: why float32 results differ from PEFT's by more than 1e-5 of the largest value, at most 1e-4; "" if they
-            do not.
         on_bias: True if the layers' outputs change as by a bias alone, and no weight changes.
         ordered: True if a module's change depends on its place among all modules of the adapter.
         row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
@@ -144,7 +142,6 @@ class Method(abc.ABC):
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
-    inexact: str = ""
     on_bias: bool = False
     ordered: bool = False
     row_padded: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import logsumexp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.cpt import CPTConfig
@@ -123,8 +124,9 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
     ids = jnp.asarray(config.cpt_token_ids, labels.dtype)
     labels = jnp.concatenate([jnp.broadcast_to(ids[None], (batch, n)), labels], axis=1)[:, 1:]
     counted = (kinds > 0) & (kinds % 4 == 0) & (labels != IGNORED)
-    scores = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    losses = -jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    scores = logits[:, :-1].astype(jnp.float32)
+    own_scores = jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    losses = logsumexp(scores, axis=-1) - own_scores
     if config.opt_weighted_loss_type == "decay":
         losses = losses * config.opt_loss_decay_factor ** _later_outputs(kinds)
     return jnp.where(counted, losses, 0).sum() / counted.sum()

@@ -99,8 +99,19 @@ def _low(params: Params) -> tuple[Array, Array, Array]:
     """Return U_low, S_low and V_low, whose gradients have no part in the kept directions."""
     u, s, v = (params[f"{_P}{name}_low"] for name in "USV")
     high_u, high_v = (jax.lax.stop_gradient(params[f"osf_{name}_high"]).astype(u.dtype) for name in "UV")
-    part_u, part_v = high_u @ (high_u.T @ u), (v @ high_v.T) @ high_v
-    return u - part_u + jax.lax.stop_gradient(part_u), s, v - part_v + jax.lax.stop_gradient(part_v)
+    return _move_off(u, high_u), s, _move_off(v.T, high_v.T).T
+
+
+@jax.custom_jvp
+def _move_off(x: Array, kept: Array) -> Array:
+    """Return x; its change is projected off the orthonormal columns of `kept`, in both modes of differentiation."""
+    return x
+
+
+@_move_off.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, kept = primals
+    return x, tangents[0] - kept @ (kept.T @ tangents[0])
 
 
 def _kept_rank(config: OSFConfig, module: str, smaller: int) -> int:

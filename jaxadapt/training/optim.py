@@ -329,7 +329,7 @@ def _correct_gradient(site: Site, a: Array, grad: Array) -> Array:
 
 
 def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTransformationExtraArgs:
-    """Make an optimizer of a bank's slots, each of which is optimized as an adapter of its own.
+    """Make an optimizer for a bank, with a state of its own for the adapter in each slot.
 
     `init(bank)` has a state for each slot. `update(grads, state, bank, active=…)` changes only the active slots, bool
     (slots): the others keep their parameters and state, also under weight decay. Slot 0 is never active. Scales are not

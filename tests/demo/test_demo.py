@@ -33,6 +33,7 @@ TINY = llama.LlamaConfig(
 )
 METHODS = ("lora", "ia3")
 CASES = [(api, method) for api in training.APIS for method in METHODS]
+OTHERS = [("nnx", "multitask_prompt_tuning"), ("linen", "prompt_tuning"), ("linen", "vera")]  # prompts, fixed tensors
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
 
 
@@ -96,7 +97,7 @@ def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str
     assert nnx_tuner.adapter_size() == linen_tuner.adapter_size() == expected
 
 
-@pytest.mark.parametrize(("api", "method"), CASES)
+@pytest.mark.parametrize(("api", "method"), CASES + OTHERS)
 def test_what_a_trainer_saves_either_api_loads(
     api: str, method: str, weights: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

@@ -293,6 +293,7 @@ REFUSED = {
     "DoRA": ({"use_dora": True}, "vllm", r"use_dora=True: merge .*jaxadapt merge.*--rank R --base BASE"),
     "lora_bias": ({"lora_bias": True}, "plain", r"lora_bias=True: merge the adapter"),
     "copies": ({"modules_to_save": ["embed_tokens"]}, "gguf", r"modules_to_save.*jaxadapt merge"),
+    "copies of norms": ({"modules_to_save": ["input_layernorm"]}, "mlx", r"modules_to_save.*jaxadapt merge"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "mlx", r"trainable_token_indices.*jaxadapt merge"),
     "aLoRA": ({"alora_invocation_tokens": [3]}, "gguf", r"alora_invocation_tokens=.*some tokens only"),
 }

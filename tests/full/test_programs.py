@@ -1,8 +1,8 @@
 """Exported adapters in the programs themselves: next-token log-probabilities equal PEFT's.
 
-llama.cpp and mlx-lm run in environments of their own, which this command makes (see the file):
+llama.cpp, mlx-lm and vLLM run in environments of their own, which this command makes (see the file):
 
-    python tests/full/programs/environments.py FOLDER llama mlx
+    python tests/full/programs/environments.py FOLDER
     JAXADAPT_PROGRAMS=FOLDER python -m pytest tests/full/test_programs.py
 
 `python -m tests.full.programs.table FOLDER` writes the results into docs/files.md.
@@ -34,6 +34,7 @@ REFUSED = {
               "trainable tokens", "IA3", "aLoRA"},
     "mlx": {"lora_bias", "a copy of the embedding", "copies of norms", "target embed_tokens (tied)",
             "trainable tokens", "IA3", "aLoRA"},
+    "vllm": {"DoRA", "lora_bias", "a copy of the embedding", "copies of norms", "trainable tokens", "IA3", "aLoRA"},
     "transformers": {"DoRA", "lora_bias", "a copy of the embedding", "copies of norms", "trainable tokens", "IA3",
                      "aLoRA"},
 }  # fmt: skip
@@ -51,7 +52,7 @@ def results(tmp_path_factory) -> Any:
 @pytest.mark.parametrize("program", REFUSED)
 def test_smollm2(results: Any, program: str, name: str) -> None:
     got = results[name][program]
-    assert results[name]["effect"] > 0.05
+    assert results[name]["effect"] > 0.05 or name == "aLoRA"  # whose tokens are not in the prompt
     if name in REFUSED[program]:
         assert "jaxadapt merge" in got or "some tokens only" in got
     else:
@@ -91,11 +92,12 @@ def test_other_architectures_in_mlx(family: str, tmp_path: Path) -> None:
 
 
 def test_merged_models(tmp_path: Path) -> None:
-    """What has no form as an adapter is right as a merged model; bf16, f16 and q8_0 within their own rounding."""
+    """What has no form as an adapter is right as a merged model; in 16 and 8 bits as near as the base itself."""
     base = measure.smollm2(tmp_path)
-    names = ["DoRA", "IA3", "copies of norms", "a copy of the embedding"]
-    for found in measure.measure_merged(base, PROGRAMS, tmp_path, names).values():
+    names = ["no adapter", "DoRA", "IA3", "copies of norms", "a copy of the embedding"]
+    results = measure.measure_merged(base, PROGRAMS, tmp_path, names)
+    for found in results.values():
         assert found["folder"] < 1e-3
         assert found["float32"] < 1e-3
-        assert found["float16"] < 0.05
-        assert max(found.values()) < 1.0
+        for dtype in ("float16", "bfloat16", "q8_0"):
+            assert found[dtype] < 4 * results["no adapter"][dtype]

@@ -210,7 +210,7 @@ def test_the_table_of_the_page_follows_the_results(tmp_path: Path):
     results = methods_table.read_results([tmp_path / "run.xml"])
     columns = list(methods_table.COLUMNS)
     rows = methods_table.table(results, {}, {}).split("\n")
-    lines = {row.strip("| [").partition("]")[0]: row for row in rows}
+    lines = {row.strip("| ").partition(" |")[0].strip("[").partition("]")[0]: row for row in rows}
     cells = {name: [cell.strip() for cell in lines[name].strip("|").split("|")] for name in (one, two)}
     assert [cells[name][3 + columns.index("NNX, Linen, merge")] for name in (one, two)] == ["yes", "no"]
     assert [cells[name][3 + columns.index("8 devices")] for name in (one, two)] == ["", ""]

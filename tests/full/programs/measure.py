@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -37,7 +39,12 @@ class Base:
     tokens: list[int]
 
     def model(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        return copy.deepcopy(_loaded(self.folder))
+
+
+@functools.cache
+def _loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def smollm2(work: Path) -> Base:
@@ -50,6 +57,8 @@ def smollm2(work: Path) -> Base:
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     model.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()}, strict=False)
     model.save_pretrained(folder)
+    # transformers 5 writes rope_theta into rope_parameters, where mlx-lm does not look for it.
+    (folder / "config.json").write_text(json.dumps(packed.config.to_hf()))
     file = gguf_files.File(packed.path)
     fields = file.fields()
     architecture = fields.pop("general.architecture").value
@@ -149,7 +158,7 @@ def export_case(name: str, folder: Path, out: Path, program: str, base: Base) ->
     try:
         export_adapter(folder, out, program, base=given, **first)
     except AdapterError as error:
-        return str(error)
+        return str(error).partition(": ")[2]  # without the folder
     return ""
 
 
@@ -204,7 +213,7 @@ def measure_merged(base: Base, programs: Path, work: Path, names: list[str]) -> 
     results: Results = {}
     for name in names:
         folder = work / f"merged-{name.replace(' ', '-')}"
-        want = trained(base, folder, **CASES[name])
+        want = trained(base, folder, **CASES.get(name, {"size": 0}))  # without its values a LoRA changes nothing
         merge_files.merge_folder(base.folder, folder, f"{folder}-model")
         model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}-model", dtype=torch.float32).eval()
         got = log_probabilities(peft_logits(model, base))

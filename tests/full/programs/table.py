@@ -19,11 +19,13 @@ from tests.full.programs import measure
 RESULTS = Path(__file__).with_name("results.json")
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "files.md"
 PROGRAMS = {"llama": "llama.cpp", "mlx": "mlx-lm", "vllm": "vLLM"}
-MERGED = ["DoRA", "IA3", "copies of norms", "a copy of the embedding"]
+MERGED = ["no adapter", "DoRA", "IA3", "copies of norms", "a copy of the embedding"]
 
 
-def cell(value: float | str) -> str:
-    """Show a difference, or that the export is refused."""
+def cell(value: float | str | None) -> str:
+    """Show a difference, or that the export is refused, or that it was not run."""
+    if value is None:
+        return "not run"
     return f"{value:.0e}".replace("e-0", "e-") if isinstance(value, float) else "refused"
 
 
@@ -31,7 +33,7 @@ def rows(results: measure.Results, columns: list[str]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| adapter | {' | '.join(PROGRAMS.get(c, c) for c in columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, found in results.items():
-        values = [f"{found[c]:.2g}" if c == "effect" else cell(found[c]) for c in columns]
+        values = [f"{found[c]:.2g}" if c == "effect" else cell(found.get(c)) for c in columns]
         lines.append(f"| {name} | {' | '.join(values)} |")
     return lines
 

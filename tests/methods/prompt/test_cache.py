@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +60,55 @@ def test_decoding_with_a_cache(config: Any) -> None:
             step = model(TOKENS[:, i : i + 1], jnp.full((2, 1), i))
         assert step.shape == (2, 1, V)
         np.testing.assert_allclose(step[:, 0], want[:, i - 5], rtol=1e-5, atol=1e-5)
+
+
+class LinenNet(nn.Module):
+    """Flax's attention with its cache, under `nn.remat`, over inputs plus their positions."""
+
+    remat: bool = False
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any, positions: Any = None) -> Any:
+        places = jnp.arange(x.shape[1])[None] if positions is None else positions
+        layer = nn.remat(nn.MultiHeadDotProductAttention) if self.remat else nn.MultiHeadDotProductAttention
+        x = x + 0.1 * places[..., None]
+        mask = None if self.decode else nn.make_causal_mask(jnp.ones(x.shape[:2]))
+        return layer(H, qkv_features=D, decode=self.decode, name="attention")(x, mask=mask)
+
+
+X = np.random.RandomState(0).normal(size=(2, 4, D)).astype(np.float32)
+
+
+def test_decoding_with_a_cache_of_linen() -> None:
+    module = jaxadapt.adapt(LinenNet(), CONFIGS[0])
+    variables = module.init(jax.random.key(0), X)
+    want = module.apply(variables, X)
+    config = jaxadapt.extract(variables).config
+    stepping = jaxadapt.adapt(LinenNet(decode=True), config)
+    cache = LinenNet(decode=True).init(jax.random.key(0), X)["cache"]
+    step = jax.jit(lambda v, x, p: stepping.apply(v, x, p, mutable=["cache"]))
+    for i in range(X.shape[1]):
+        y, changed = step({**variables, "cache": cache}, X[:, i : i + 1], jnp.full((2, 1), i))
+        cache = changed["cache"]
+        np.testing.assert_allclose(y[:, 0], want[:, i], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_with_checkpointing_in_linen() -> None:
+    """PEFT refuses a prefix with gradient checkpointing; here the gradients are the same."""
+    module = jaxadapt.adapt(LinenNet(), CONFIGS[0])
+    variables = module.init(jax.random.key(0), X)
+    adapter = jaxadapt.extract(variables)
+    gradients: list[Any] = []
+    for remat in (False, True):
+        each = jaxadapt.adapt(LinenNet(remat=remat), adapter.config)
+
+        def loss(adapter: Any, each: Any = each) -> Any:
+            return (each.apply({**variables, **adapter.collection}, X) ** 2).sum()
+
+        gradients += jax.tree.leaves(jax.jit(jax.grad(loss))(adapter))
+    assert jnp.abs(gradients[0]).max() > 0
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_prefix_has_no_use_for_prefilled() -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tests.support.twins import trees
+from tests.support.twins import gpt2, trees
 
 Shapes = Mapping[str, Any]
 Call = Callable[..., Any]
@@ -51,7 +51,7 @@ def kind_of(module: str, shapes: Shapes) -> str:
     if module in ("shared", "wte", "transformer.wte", "transformer.wpe", "model.embed_tokens"):
         return "embed"
     if len(shapes["weight"]) == 2:
-        return "dense"
+        return "conv1d" if module.rpartition(".")[2].startswith("c_") else "dense"
     return "norm" if "bias" in shapes else "rms"
 
 
@@ -67,7 +67,7 @@ def modules_of(state_dict: Mapping[str, Any], leave_out: tuple[str, ...] = ()) -
 
 def leaves_of(modules: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return `{leaf: array}` of the Flax model."""
-    names = {"dense": "kernel", "embed": "embedding", "norm": "scale", "rms": "weight"}
+    names = {"dense": "kernel", "conv1d": "kernel", "embed": "embedding", "norm": "scale", "rms": "weight"}
     out: dict[str, np.ndarray] = {}
     for module, arrays in modules.items():
         kind = kind_of(module, {name: x.shape for name, x in arrays.items()})
@@ -93,6 +93,7 @@ class OnceNnx(nnx.Module):
             kind = kind_of(module, {name: x.shape for name, x in arrays.items()})
             made: Any = {
                 "dense": lambda r=rows, c=columns, b="bias" in arrays: nnx.Linear(c[0], r, use_bias=b, rngs=rngs),
+                "conv1d": lambda r=rows, c=columns: gpt2.Conv1D(r, c[0], rngs=rngs),
                 "embed": lambda r=rows, c=columns: nnx.Embed(r, c[0], rngs=rngs),
                 "norm": lambda r=rows: nnx.LayerNorm(r, epsilon=eps, rngs=rngs),
                 "rms": lambda r=rows: RmsNorm(r),
@@ -130,6 +131,7 @@ class OnceLinen(nn.Module):
             rows, *columns = shapes["weight"]
             layers[module] = {
                 "dense": lambda r=rows, b="bias" in shapes: nn.Dense(r, use_bias=b),
+                "conv1d": lambda c=columns: gpt2.LinenConv1D(c[0]),
                 "embed": lambda r=rows, c=columns: nn.Embed(r, c[0]),
                 "norm": lambda: nn.LayerNorm(self.eps),
                 "rms": lambda: LinenRmsNorm(),
