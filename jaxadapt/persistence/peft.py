@@ -172,9 +172,8 @@ def adapter_from_tensors(
     specs = as_source(tensors.tensors).specs
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     requested, dtype = dtype, None if dtype == AUTOCAST else dtype
-    memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
     integers = {key: t.dtype for t, e in sites.file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
-    non_floats = {d for d in memory_dtypes if not jnp.issubdtype(d, jnp.floating)}
+    non_floats = {d for d in set(dtypes.values()) if not jnp.issubdtype(d, jnp.floating)}
     unusable = [
         f"{k}: {d.name}, expected {'integers' if k in integers else 'floats'}"
         for k, d in dtypes.items()
@@ -204,7 +203,6 @@ def adapter_from_tensors(
         added = _created_tensors(tensors, plan, optional, recipe.config, adapter_sites, base)
         tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
         dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
-        memory_dtypes |= {d: memory_dtype(d, requested) for d in set(dtypes.values())}
         shapes |= {key: tuple(x.shape) for key, x in added.items()}
     if strict or not plan.keys.keys() & shapes.keys():
         try:
@@ -217,11 +215,11 @@ def adapter_from_tensors(
         if added:
             tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
         dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
-        memory_dtypes |= {d: memory_dtype(d, requested) for d in set(dtypes.values())}
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
     placement = adapter_placement(shardings, base, adapter_sites) if is_spread(base, shardings) else {}
     copied = _copied_keys(adapter_sites)
+    memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
     new_dtypes = {key: d if key in copied else memory_dtypes[d] for key, d in dtypes.items()}
     new_dtypes |= {key: np.dtype(name) for key, name in integers.items()}
     leaves = device_arrays.load_arrays(plan, tensors.tensors, new_dtypes, dtype, placement, report)
