@@ -95,8 +95,8 @@ def measured(
     """
     trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
     trainer.base = trainer.base if base is None else base
-    arguments = (trainer.adapter, trainer.state, trainer.base, jnp.asarray(tokens))
-    traced = jax.jit(trainer.compute_step).trace(*arguments)
+    rest = (trainer.fixed, trainer.base, jnp.asarray(tokens))
+    traced = jax.jit(trainer.compute_step).trace(trainer.adapter, trainer.state, *rest)
     compiled: Any = traced.lower().compile()
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, trainer.fixed)))
@@ -104,7 +104,7 @@ def measured(
     adapter = training.adapter_config(method)
 
     def step() -> None:
-        trainer.adapter, trainer.state, loss = compiled(trainer.adapter, trainer.state, trainer.base, arguments[3])
+        trainer.adapter, trainer.state, loss = compiled(trainer.adapter, trainer.state, *rest)
         loss.block_until_ready()
 
     formula = formulas.adapter_flops(method, config, adapter)
