@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.arrays.random_draws import Draw, draw_arrays
 from jaxadapt.arrays.torch_random import TorchRandom
@@ -72,7 +72,7 @@ class Shira(MatrixMethod):
             flat = _positions(start.key, size, count)
         else:
             flat = np.sort(TorchRandom(config.random_seed).permutation(size, count))
-        xp: Any = jnp if isinstance(flat, jax.core.Tracer) else np
+        xp: Any = jnp if isinstance(flat, Tracer) else np
         return xp.stack([flat // columns, flat % columns]).astype("int32")
 
     def delta(self, own: None, params: Params, w: Array) -> Array:
@@ -90,7 +90,7 @@ def _positions(key: Any, size: int, count: int) -> Array:
     They are the same inside jit.
     """
     values = draw_arrays(key, {"positions": (Draw("uniform", 1.0), (size,))}, np.float32)["positions"]
-    xp: Any = jnp if isinstance(values, jax.core.Tracer) else np
+    xp: Any = jnp if isinstance(values, Tracer) else np
     bound = xp.partition(values, count - 1)[count - 1]
     equal = values == bound  # several draws may be equal; the first of them count
     chosen = (values < bound) | (equal & (xp.cumsum(equal) <= count - (values < bound).sum()))
