@@ -221,25 +221,26 @@ def _combine_tensors(
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
     base = {adapter.config.base_model_name_or_path for adapter in tensors}
-    if len(base - {None}) > 1:
-        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
-        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
-    fields: dict[str, Any] = {"inference_mode": True, "base_model_name_or_path": base.pop() if len(base) == 1 else None}
-    if combination.summed_type(adapter.config for adapter in tensors) is not None:
-        if resize is not None:
-            raise ConfigError("cannot change the rank of the result: these adapters have none")
-        nested = [
-            Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
-        ]
-        summed = combination.combine(nested, weights, **options).flat()
-        return dataclasses.replace(tensors[0], config=tensors[0].config.replace(**fields), tensors=summed)
+    summed = combination.summed_type(adapter.config for adapter in tensors) is not None
     reasons = [
         f"{adapter.source}: {reason}"
         for adapter in tensors
         for reason in lora_variants.reasons_not_a_product(adapter.config)
     ]
-    if reasons:
+    if reasons and not summed:
         raise ConfigError("cannot combine these adapters: they are not plain LoRA:\n" + paths.bullets(reasons))
+    if len(base - {None}) > 1:
+        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
+        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
+    fields: dict[str, Any] = {"inference_mode": True, "base_model_name_or_path": base.pop() if len(base) == 1 else None}
+    if summed:
+        if resize is not None:
+            raise ConfigError("cannot change the rank of the result: these adapters have none")
+        nested = [
+            Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
+        ]
+        tensors_of_sum = combination.combine(nested, weights, **options).flat()
+        return dataclasses.replace(tensors[0], config=tensors[0].config.replace(**fields), tensors=tensors_of_sum)
     shapes = {key: shape for adapter in tensors for key, shape in pytorch.weight_shapes(_shapes(adapter)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
