@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from benchmarks.measure import environment, parsed, table
-from benchmarks.serving import RANK, TARGETS, lora, sizes
+from benchmarks.serving import RANK, lora, sizes
 from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
@@ -173,7 +173,7 @@ def main() -> None:
     print(environment("jax", "flax", "starlette", "uvicorn"))
     print(
         f"{given.clients} clients, {given.requests} requests a load of {given.prompt} + {given.tokens} tokens,"
-        f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(TARGETS)} projections"
+        f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(llama.PROJECTIONS)} projections"
     )
     head = [
         "requests for",

@@ -7,10 +7,8 @@ et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099), magnitu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
-import operator
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -160,13 +158,11 @@ def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], 
             if len({each.get(name) for each in shapes}) > 1
         ],
     )
-    return {name: _sum_scaled([each[name] for each in tensors], weights) for name in names}
-
-
-def _sum_scaled(arrays: Sequence[Array], weights: Sequence[Any]) -> Array:
-    """Return the weighted sum of arrays, computed in at least float32, in the dtype of the first."""
-    terms = (w * methods.at_least_float32(x) for w, x in zip(weights, arrays, strict=True))
-    return functools.reduce(operator.add, terms).astype(arrays[0].dtype)
+    summed: dict[str, Array] = {}
+    for name in names:
+        total: Any = sum(w * methods.at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True))
+        summed[name] = total.astype(tensors[0][name].dtype)
+    return summed
 
 
 # ---------------------------------------------------------------- checks

@@ -87,7 +87,8 @@ class AppliedMask(AppliedRows):
         batch, inputs, out = use.letters("batch"), use.letters("in"), use.letters("out")
         mid = "".join(c for c in use.y if c not in out) + "".join(c for c in batch if c not in use.y) + slot + RANK
         h = einsum(f"{use.x},{slot}{batch}{RANK}{inputs}->{mid}", x.astype(a.dtype), a)
-        chosen = (self._ids[..., None] == jnp.arange(len(scale))).astype(h.dtype)
+        numbers = jnp.arange(len(scale)).reshape(*[1] * self._ids.ndim, -1)
+        chosen = (self._ids[..., None] == numbers).astype(h.dtype)
         chosen = jnp.where(self._valid[..., None], chosen, jnp.nan)
         h = h * expand_to_letters(scale.astype(h.dtype), slot + batch, mid)
         h = h * expand_to_letters(chosen, letters + slot, mid)

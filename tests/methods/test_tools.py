@@ -76,8 +76,9 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     model, method = network(peft_type), METHODS[peft_type]
     adapter, want = jaxadapt.extract(model), np.asarray(model(X))
     # Initializing with `start` is initializing with `adapt`.
-    started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), rngs=nnx.Rngs(2))
-    fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(2)))
+    options: dict[str, Any] = {"rngs": nnx.Rngs(2), "keymap": keymap_of(peft_type)}
+    started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), **options)
+    fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, **options))
     assert all(started.adapter.flat()[path].shape == x.shape for path, x in fresh.flat().items())
     assert started.base(X).shape == want.shape
     # Combining is PEFT's: of plain LoRA, and of vectors.
