@@ -292,11 +292,16 @@ def write_to(
     first, header = encode(writer.path, named_specs(specs), metadata or {})
     writer.write(memoryview(first))
     for key, info in header.tensors.items():
-        for part in strided.contiguous_parts(_to_file_bits(writer.path, key, get(key), info)):
-            writer.write(part)
+        _write_array(writer, _to_file_bits(writer.path, key, get(key), info))
         if progress is not None:
             progress(info.nbytes)
     return header
+
+
+def _write_array(writer: atomic.Writer, bits: np.ndarray) -> None:
+    """Append an array. On return no name holds its memory, which `get` may need for the next tensor."""
+    for part in strided.contiguous_parts(bits):
+        writer.write(part)
 
 
 def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:
