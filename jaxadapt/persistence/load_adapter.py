@@ -171,8 +171,8 @@ def load(
         is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
         if is_encoded and not replace:
             raise MismatchError(
-                f"{source}: the attached adapter {name!r} has an encoder, and the file holds only what an encoder"
-                f" computed ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
+                f"{source}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's"
+                f" output ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
                 " its encoder, and load(…, name=…) keeps both"
             )
         if dtype is None and not is_encoded:
