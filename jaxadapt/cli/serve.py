@@ -51,8 +51,9 @@ def command(
     adapters; requests enter and leave it between two tokens. The server loads an adapter when a request needs it, and
     then unloads the least recently used one if the slots are full.
 
-    The server is for trying adapters, and its code is short enough to read. It has no authentication, and listens only
-    on this machine unless --host names another address. For production, give the same folders to vLLM, tpu-inference or SGLang (docs/serving.md).
+    The server is for trying adapters, and for reading its code. It has no authentication, and listens only
+    on this machine unless --host names another address. For production, give the same folders to vLLM, tpu-inference
+    or SGLang (docs/serving.md).
 
     \b
     Paths:
