@@ -37,7 +37,7 @@ def check_layers(config: Config, modules: Iterable[str]) -> None:
     if layers != set(range(len(order))):
         raise ConfigError(
             f"layer_replication: expected a model of {len(order)} layers, found {len(layers)}."
-            f" Build it with the base's layers in this order: {order}. (Layers are recognised as in PEFT, below"
+            f" Build it with the base's layers in this order: {order}. (Layers are recognized as in PEFT, below"
             ' "layers", "encoder.layer" or "h".)'
         )
 

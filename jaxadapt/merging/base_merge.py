@@ -302,13 +302,13 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     )
     raise_listed(
         AttachError,
-        "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
+        "cannot merge into quantized weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
         " the base dense first:",
         [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])],
     )
     raise_listed(
         AttachError,
-        "cannot merge into weights of integers, which would round the sum. Dequantise them first:",
+        "cannot merge into weights of integers, which would round the sum. Dequantize them first:",
         [
             f"{site.leaf}: {base[site.leaf].dtype}"
             for site in sites
