@@ -90,7 +90,9 @@ def open_model(path: Location) -> Generator[TensorSource]:
         wrong += [f"{key} of {name} is not in the index" for name in names for key in parts[name] if key not in index]
         twice = [f"{key} is also in {name}" for name in names for key in parts[name] if index.get(key, name) != name]
         if wrong or twice:
-            raise FormatError(f"{path / main}: index and files disagree: {problems_text([*wrong, *twice])}")
+            raise FormatError(
+                f"{path / main}: index and files disagree: {problems_text([*wrong, *twice])}; fetch them again"
+            )
         yield combine(str(path), list(parts.values()))
 
 
@@ -116,7 +118,7 @@ def refuse_packed(tensors: TensorSource) -> None:
             " weights can be read:\n"
             + paths.bullets(keys_by_suffix[suffix])
             + "\nDequantize them first (transformers: model.dequantize(), save_pretrained) and read the result."
-            " jaxadapt.models.quantize stores it in 4 bits again; its nf4 values equal those of bitsandbytes"
+            " jaxadapt.models.quantize quantizes the result again; its nf4 values equal those of bitsandbytes"
         )
 
 

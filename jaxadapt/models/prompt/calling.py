@@ -192,7 +192,7 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
     for name, x in (("keys", key), ("values", value)):
         if width != x.shape[-2] * x.shape[-1]:
             raise MismatchError(
-                f"the adapter's {name} have the width {width} (token_dim), and those of the model"
+                f"the adapter's {name} have the width {width} (token_dim), but those of the model have"
                 f" {x.shape[-2]} heads of size {x.shape[-1]}. Use an adapter of a model with the same heads"
             )
     first, second = (
