@@ -32,7 +32,7 @@ def command(path: str, out: str | None, in_place: bool, as_json: bool) -> None:
     \b
     Example:
       jaxadapt repair out/                     writes out-repaired/
-      jaxadapt repair out/ --out mended/
+      jaxadapt repair out/ --out repaired/
       jaxadapt repair out/ --in-place
     """
     from jaxadapt.persistence.repair_folder import repair
