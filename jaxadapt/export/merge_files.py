@@ -222,7 +222,7 @@ def _combine_tensors(
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
     if combination.summed_type(adapter.config for adapter in tensors) is not None:
         if resize is not None:
-            raise ConfigError("cannot change the rank of the result: these adapters have none")
+            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
         nested = [
             Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
         ]
@@ -268,7 +268,7 @@ def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
 def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
     if tensors.config.get("target_parameters"):
         raise ConfigError(
-            f"{tensors.source}: cannot {verb} an adapter with target_parameters as files, because its file does not"
+            f"{tensors.source}: cannot {verb} the files of an adapter with target_parameters, because they do not"
             f" contain the layout of these parameters in the model; {advice}"
         )
 

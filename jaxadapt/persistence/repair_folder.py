@@ -29,7 +29,7 @@ class Repaired:
     Attributes:
         path: the folder written; None if there was nothing to repair, and nothing was written.
         done: a sentence for each repair.
-        remaining: the errors and warnings that remain, which no repair can mend with certainty.
+        remaining: the errors and warnings that cannot be repaired with certainty.
     """
 
     path: str | None
