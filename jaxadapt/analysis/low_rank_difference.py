@@ -53,12 +53,12 @@ class _Grams(NamedTuple):
     y: np.ndarray
 
 
-def _grams(x: np.ndarray, y: np.ndarray, s: np.ndarray | float, t: np.ndarray | float, differ: bool) -> _Grams:
+def _grams(x: np.ndarray, y: np.ndarray, s: np.ndarray | None, t: np.ndarray | None, differ: bool) -> _Grams:
     """Return the Gram matrices of the rows of s·x and t·y; those of s·x − t·y and t·y if `differ`.
 
     Args:
         x, y: (experts, rows, n), in any memory layout.
-        s, t: (experts, rows, 1), or 1.
+        s, t: (experts, rows, 1); None for 1.
         differ: True to take the difference for s·x. It is formed before it is multiplied, so it keeps its digits.
     """
     import numpy as np
@@ -71,14 +71,13 @@ def _grams(x: np.ndarray, y: np.ndarray, s: np.ndarray | float, t: np.ndarray | 
     by_rows = x.strides[2] <= x.strides[1]
     memory = np.empty((total, step) if by_rows else (step, total))
     for i in range(experts):
-        scales = [v if isinstance(v, float) else v[i] for v in (s, t)]
         for start in range(0, n, step):
             size = min(step, n - start)
             both = memory[:, :size] if by_rows else memory[:size].T
-            for part, factor, scale in ((both[:rows], x, scales[0]), (both[rows:], y, scales[1])):
+            for part, factor, scale in ((both[:rows], x, s), (both[rows:], y, t)):
                 part[...] = factor[i, :, start : start + size]
-                if not isinstance(scale, float):
-                    part *= scale
+                if scale is not None:
+                    part *= scale[i]
             if differ:
                 both[:rows] -= both[rows:]
             sums[i] += both @ both.T
@@ -88,7 +87,7 @@ def _grams(x: np.ndarray, y: np.ndarray, s: np.ndarray | float, t: np.ndarray | 
 def compare_products(one: Factors, other: Factors) -> ProductDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
     a = _grams(one.a, other.a, one.scale, other.scale, False)
-    b = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), 1.0, 1.0, False)
+    b = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), None, None, False)
     squares = [max(float((p * q).sum()), 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
     norms = math.sqrt(squares[0]), math.sqrt(squares[1])
     product = float((a.xy * b.xy).sum())
@@ -96,7 +95,7 @@ def compare_products(one: Factors, other: Factors) -> ProductDifference:
     if one.a.shape == other.a.shape and square < _NEAR * (squares[0] + squares[1]):
         # ΔW₁ − ΔW₂ = F·A₁ + B₂·E, with F = B₁ − B₂, E = A₁ − A₂ and A₁ = A₂ + E
         e = _grams(one.a, other.a, one.scale, other.scale, True)
-        f = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), 1.0, 1.0, True)
+        f = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), None, None, True)
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
     cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
     cosine = cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))

@@ -6,6 +6,7 @@ lists the sizes of an axis in the opposite order.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, location, threads
 from jaxadapt.storage.dtypes import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
@@ -66,6 +67,8 @@ def write(
     specs: Specs,
     get: Callable[[str], np.ndarray],
     count: Callable[[int], None],
+    *,
+    ahead: bool = False,
 ) -> int:
     """Write a GGUF file durably and atomically, holding one tensor at a time. Return its size in bytes.
 
@@ -76,6 +79,7 @@ def write(
         specs: the type and shape of each tensor, in the file's order.
         get: returns a tensor of that shape; it is converted to the type of its spec.
         count: called with the number of bytes of each tensor that was written.
+        ahead: True to call `get` in a thread for the next two tensors while one is written.
 
     Raises:
         FileError: the package is missing, or the file cannot be written; an existing file is then unchanged.
@@ -84,6 +88,10 @@ def write(
     target = location.to_location(path)
     if isinstance(target, location.Address):
         raise FileError(f"{target}: expected a local path for a GGUF file; copy it to the object store afterwards")
+
+    def packed(name: str) -> np.ndarray:
+        return _pack_finite(target, name, get(name), specs[name][0])
+
     with atomic.open_replacement(target) as replacement:
         writer = gguf.GGUFWriter(replacement.temporary, architecture)
         for name, field in fields.items():
@@ -97,9 +105,10 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, (kind, _) in specs.items():
-                writer.write_tensor_data(_pack_finite(target, name, get(name), kind))
-                count(sizes[name])
+            with contextlib.closing(threads.map_ahead(packed, specs) if ahead else (packed(x) for x in specs)) as data:
+                for name in specs:
+                    writer.write_tensor_data(next(data))
+                    count(sizes[name])
         except OSError as error:
             raise FileError(f"{target}: cannot write: {error.strerror or error}") from error
         finally:
