@@ -158,12 +158,11 @@ def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], 
             if len({each.get(name) for each in shapes}) > 1
         ],
     )
-    return {
-        name: sum(w * methods.at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True)).astype(
-            tensors[0][name].dtype
-        )
-        for name in names
-    }
+    summed: dict[str, Array] = {}
+    for name in names:
+        total: Any = sum(w * methods.at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True))
+        summed[name] = total.astype(tensors[0][name].dtype)
+    return summed
 
 
 # ---------------------------------------------------------------- checks
