@@ -60,7 +60,7 @@ def write_adapter(
     }
     count = byte_counter(report, "export", gguf_files.total_bytes(specs))
     get = functools.partial(_value, arrays, plan)
-    gguf_files.write(path, base.architecture.name, fields, specs, get, count)
+    gguf_files.write(path, base.architecture.name, fields, specs, get, count, ahead=True)
     return len(specs)
 
 
