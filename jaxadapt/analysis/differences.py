@@ -1,21 +1,20 @@
 """The difference of two adapters: configurations, modules, and how far the changes of each weight are apart.
 
-ΔW = s·B·A of LoRA is never computed. With the scales in the As, equal ranks give
-ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂, and its Frobenius norm follows from small Gram matrices, as
-‖B·A‖² = tr(BᵀB · AAᵀ). This form keeps its precision for two steps of one run, whose factors are nearly equal. For
-other ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. The angles between two subspaces have the cosines
-σ(Q₁ᵀQ₂), with orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
+LoRA is compared by the products ΔW = s·B·A, which are never computed; see `low_rank_difference`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.analysis import low_rank_difference
+from jaxadapt.analysis.low_rank_difference import Factors
 from jaxadapt.analysis.norms import Norm, named_parameter, norms_grid
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.frozen import find_pattern_value
@@ -23,6 +22,7 @@ from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.storage import threads
 from jaxadapt.storage.source import TensorSource, as_source
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     """Compare two adapters: their settings, modules, and the change of each weight.
 
     Args:
-        first, second: the adapters. Tensors may be read on demand: those of one module are in memory at a time.
+        first, second: the adapters. Tensors may be read on demand: each thread holds those of one module.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("diff", bytes done, bytes in all).
 
     Two steps of a run, or two ranks of one training, can be compared; the values of two runs with other seeds are alike
@@ -185,19 +185,27 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     used = [{key for keys in group.values() for key in keys.values()} for group in groups]
     others = [[key for key in t.tensors if key not in keys] for t, keys in zip((first, second), used, strict=True)]
     shared = [module for module in groups[0] if module in groups[1]]
+    keys = [key for key in others[0] if key in others[1]]
+    configs = first.config, second.config
+    sources = as_source(first.tensors), as_source(second.tensors)
+    jobs = [
+        _Job(functools.partial(_compare, module, *configs), (groups[0][module], groups[1][module])) for module in shared
+    ]
+    jobs += [
+        _Job(functools.partial(_compare_stored, key.removeprefix(PEFT_PREFIX)), ({"": key}, {"": key})) for key in keys
+    ]
     modules: list[ModuleDifference] = []
     shapes: list[str] = []
-    with _reading(first, second, progress) as (read_first, read_second):
-        for module in shared:
-            arrays = [
-                {name: read(key) for name, key in group[module].items()}
-                for read, group in zip((read_first, read_second), groups, strict=True)
-            ]
-            modules += _compare(module, first.config, second.config, arrays[0], arrays[1], shapes)
-        for key in others[0]:
-            if key in others[1]:
-                name = key.removeprefix(PEFT_PREFIX)
-                modules += _compare_tensor(name, read_first(key), read_second(key), shapes)
+    with reporter(progress) as report:
+        count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
+        tasks = (functools.partial(job.run, sources) for job in jobs)
+        with contextlib.closing(threads.run_in_order(tasks, len(jobs))) as results:
+            for found, nbytes in results:
+                if isinstance(found, ModuleDifference):
+                    modules.append(found)
+                else:
+                    shapes.append(found)
+                count(nbytes)
     only = tuple(
         tuple([m for m in groups[i] if m not in groups[1 - i]])
         + tuple(key.removeprefix(PEFT_PREFIX) for key in others[i] if key not in others[1 - i])
@@ -210,22 +218,25 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     return Difference(settings, tuple(modules), (only[0], only[1]), tuple(shapes))
 
 
-@contextlib.contextmanager
-def _reading(first: PeftTensors, second: PeftTensors, progress: Progress) -> Generator[list[Callable[[str], Any]]]:
-    """Yield a function for each adapter that reads one tensor in float64 and reports its bytes."""
-    sources = [as_source(adapter.tensors) for adapter in (first, second)]
-    with reporter(progress) as report:
-        count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
+_Arrays = Mapping[str, Any]
+"""The tensors of one module by their names."""
 
-        def reading(source: TensorSource) -> Callable[[str], Any]:
-            def read(key: str) -> Any:
-                value = source[key]
-                count(source.nbytes(key))
-                return _as_float64(value)
 
-            return read
+class _Job(NamedTuple):
+    """The comparison of one module or tensor, which needs the tensors of these keys by their names."""
 
-        yield [reading(source) for source in sources]
+    compare: Callable[[_Arrays, _Arrays], ModuleDifference | str]
+    keys: tuple[Mapping[str, str], Mapping[str, str]]
+
+    def run(self, sources: tuple[TensorSource, TensorSource]) -> tuple[ModuleDifference | str, int]:
+        """Return the difference, or text on two shapes that differ, and the number of bytes read."""
+        import numpy as np
+
+        one, other = (
+            {name: np.asarray(source[key]) for name, key in keys.items()}
+            for source, keys in zip(sources, self.keys, strict=True)
+        )
+        return self.compare(one, other), sum(x.nbytes for arrays in (one, other) for x in arrays.values())
 
 
 def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
@@ -250,109 +261,47 @@ def _as_float64(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def _compare(
-    module: str,
-    config: Config,
-    other: Config,
-    x: Mapping[str, np.ndarray],
-    y: Mapping[str, np.ndarray],
-    shapes: list[str],
-) -> Iterator[ModuleDifference]:
+def _compare(module: str, config: Config, other: Config, x: _Arrays, y: _Arrays) -> ModuleDifference | str:
     if "ia3_l" in x:
-        yield from _compare_tensor(module, x["ia3_l"] - 1, y["ia3_l"] - 1, shapes, "IA3")
-        return
-    pairs = [_factors(config, module, x), _factors(other, module, y)]
-    sizes = [(b.shape[1], a.shape[2]) for a, b in pairs]
-    experts = [a.shape[0] for a, _ in pairs]
-    if sizes[0] != sizes[1] or experts[0] != experts[1]:
-        shapes.append(f"{module}: {list(sizes[0])} and {list(sizes[1])}")
-        return
-    yield _compare_products(module, pairs[0], pairs[1])
+        return _compare_tensor(module, _as_float64(x["ia3_l"]) - 1, _as_float64(y["ia3_l"]) - 1, "IA3")
+    pair = _factors(config, module, x), _factors(other, module, y)
+    sizes = [(factors.b.shape[1], factors.a.shape[2]) for factors in pair]
+    if sizes[0] != sizes[1] or len(pair[0].a) != len(pair[1].a):
+        return f"{module}: {list(sizes[0])} and {list(sizes[1])}"
+    found = low_rank_difference.compare_products(*pair)
+    ranks = pair[0].a.shape[1], pair[1].a.shape[1]
+    return ModuleDifference(
+        module, "LoRA", found.norms, found.distance, found.cosine, ranks, found.output_angles, found.input_angles
+    )
 
 
-_Factors = tuple[Any, Any]
-"""s·A as (experts, r, in) and B as (experts, out, r)."""
+def _compare_stored(name: str, x: _Arrays, y: _Arrays) -> ModuleDifference | str:
+    return _compare_tensor(name, _as_float64(x[""]), _as_float64(y[""]), "tensor")
 
 
-def _factors(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> _Factors:
-    """Return s·A and B of a module, or of each expert."""
+def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
     import numpy as np
 
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    if "lora_diag" in arrays:
-        a = arrays["lora_diag"][:, None] * a  # KaSA
     alpha = find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     rank = find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = np.full((len(a), 1), alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    if "lora_diag" in arrays:
+        scale *= _as_float64(arrays["lora_diag"])[:, None]  # KaSA
     experts = a.shape[0] // rank if matching.is_parameter(config, module) and a.shape[0] % rank == 0 else 1
     # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
-    return scale * a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
+    b = np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
+    return Factors(a.reshape(experts, -1, a.shape[1]), b, scale.reshape(experts, -1, 1))
 
 
-def _compare_products(module: str, x: _Factors, y: _Factors) -> ModuleDifference:
-    """Compare B₁·A₁ with B₂·A₂, with the scales in the As; the norms are over all experts."""
-    import numpy as np
-
-    (a, b), (c, d) = x, y
-    aa, bb, cc, dd = (np.matmul(m, m.swapaxes(1, 2)) for m in (a, b.swapaxes(1, 2), c, d.swapaxes(1, 2)))
-    ac, bd = np.matmul(a, c.swapaxes(1, 2)), np.matmul(b.swapaxes(1, 2), d)
-    norms = [math.sqrt(max(float((p * q).sum()), 0.0)) for p, q in ((aa, bb), (cc, dd))]
-    product = float((ac * bd).sum())
-    if a.shape == c.shape:
-        e, f = a - c, b - d  # ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂
-        ee, ff = np.matmul(e, e.swapaxes(1, 2)), np.matmul(f.swapaxes(1, 2), f)
-        square = float((bb * ee).sum() + 2 * ((bb - bd) * (ac - cc)).sum() + (ff * cc).sum())
-    else:
-        square = norms[0] ** 2 + norms[1] ** 2 - 2 * product
-    distance = math.sqrt(max(square, 0.0))
-    cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
-    return ModuleDifference(
-        module,
-        "LoRA",
-        (norms[0], norms[1]),
-        distance,
-        max(-1.0, min(1.0, cosine)) if not math.isnan(cosine) else cosine,
-        (a.shape[1], c.shape[1]),
-        _angles(bb, bd, dd),
-        _angles(aa, ac, cc),
-    )
-
-
-_SMALLEST = 1e-13
-"""Ratio to the largest eigenvalue of a Gram matrix below which a direction counts as none; about 3e-7 of the factor."""
-
-
-def _angles(x: np.ndarray, xy: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
-    """Return the smallest and largest principal angle in degrees, from XᵀX, XᵀY and YᵀY of each expert."""
-    import numpy as np
-
-    found: list[float] = []
-    for one, mixed, other in zip(x, xy, y, strict=True):
-        bases: list[Any] = []
-        for gram in (one, other):
-            if not np.isfinite(gram).all():
-                return None
-            values, vectors = np.linalg.eigh(gram)
-            kept = values > _SMALLEST * max(values[-1], 0.0)
-            bases.append(vectors[:, kept] / np.sqrt(values[kept]))
-        if not bases[0].shape[1] or not bases[1].shape[1]:
-            return None
-        cosines = np.linalg.svd(bases[0].T @ mixed @ bases[1], compute_uv=False)
-        found += np.degrees(np.arccos(np.clip(cosines, -1, 1))).tolist()
-    return (min(found), max(found)) if found else None
-
-
-def _compare_tensor(
-    name: str, x: np.ndarray, y: np.ndarray, shapes: list[str], kind: str = "tensor"
-) -> Iterator[ModuleDifference]:
+def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> ModuleDifference | str:
     if x.shape != y.shape:
-        shapes.append(f"{name}: {list(x.shape)} and {list(y.shape)}")
-        return
+        return f"{name}: {list(x.shape)} and {list(y.shape)}"
     norms = [math.sqrt(float((v * v).sum())) for v in (x, y)]
     cosine = float((x * y).sum()) / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
-    yield ModuleDifference(name, kind, (norms[0], norms[1]), math.sqrt(float(((x - y) ** 2).sum())), cosine)
+    return ModuleDifference(name, kind, (norms[0], norms[1]), math.sqrt(float(((x - y) ** 2).sum())), cosine)
 
 
 def _ratio(distance: float, norm: float) -> float:

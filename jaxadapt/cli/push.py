@@ -66,6 +66,7 @@ def command(
       jaxadapt push out/ org/name@step-400 --tag best
     """
     from jaxadapt.cli.inspect import reader_rows
+    from jaxadapt.persistence import consumers
     from jaxadapt.persistence.inspect_folder import inspect
     from jaxadapt.persistence.upload import push
 
@@ -73,10 +74,11 @@ def command(
         folder, repo, private=private or None, commit_message=message,
         create_pr=create_pr, tag=tag, license=license_, metrics=metrics, picture=picture, progress=True,
     )  # fmt: skip
+    info = inspect(folder)
     if as_json:
-        output.print_json(result._asdict())
+        readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
+        output.print_json(result._asdict() | {"readers": readers})
     else:
         output.print_line(f"page     {result.url}")
         output.print_line(f"address  {result.address}")
-        info = inspect(folder)
         output.print_pairs(reader_rows(info.config, info.tensors))

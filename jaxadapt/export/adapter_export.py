@@ -66,7 +66,7 @@ def export_adapter(
     `lora_alpha` equal to it, the scales in B, no patterns and no variants. "gguf" is an adapter file for llama.cpp and
     Ollama; it needs `jaxadapt[gguf]` and `base`. "mlx" is mlx-lm's folder, for LoRA and DoRA.
 
-    Tensors are read and written one at a time.
+    Few tensors are in memory at a time: the next two are read while one is written.
 
     Args:
         source: an adapter's folder or address, `PeftTensors`, or a model, variables or an `Adapter` as in `to_peft`.
@@ -176,7 +176,10 @@ def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> No
         if reader.name != program.reader or reader.verdict == consumers.RIGHT:
             continue
         if reader.verdict == consumers.UNKNOWN:
-            warn(f"{plain.source}: {reader.name} ({reader.version}) was not run with {'; '.join(reader.reasons)}")
+            warn(
+                f"{plain.source}: no test has run {reader.name} ({reader.version}) with {'; '.join(reader.reasons)};"
+                " compare its outputs with PEFT's"
+            )
             continue
         words = consumers.WORDS[reader.verdict]
         raise_listed(
@@ -199,5 +202,5 @@ def _write(
         return gguf_adapter.write_adapter(plain, path, facts, dtype, report)
     if program.form == "mlx":
         return mlx_folder.write_adapter(plain, path, tied, report)
-    folder.write(plain, path, progress=report)
+    folder.write_with(plain, path, None, report, ahead=True)
     return len(plain.tensors)

@@ -6,9 +6,11 @@ lists the sizes of an axis in the opposite order.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, location, threads
 from jaxadapt.storage.dtypes import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
@@ -66,6 +68,8 @@ def write(
     specs: Specs,
     get: Callable[[str], np.ndarray],
     count: Callable[[int], None],
+    *,
+    ahead: bool = False,
 ) -> int:
     """Write a GGUF file durably and atomically, holding one tensor at a time. Return its size in bytes.
 
@@ -76,6 +80,7 @@ def write(
         specs: the type and shape of each tensor, in the file's order.
         get: returns a tensor of that shape; it is converted to the type of its spec.
         count: called with the number of bytes of each tensor that was written.
+        ahead: True to call `get` in a thread for the next two tensors while one is written.
 
     Raises:
         FileError: the package is missing, or the file cannot be written; an existing file is then unchanged.
@@ -84,27 +89,43 @@ def write(
     target = location.to_location(path)
     if isinstance(target, location.Address):
         raise FileError(f"{target}: expected a local path for a GGUF file; copy it to the object store afterwards")
+
+    def packed(name: str) -> np.ndarray:
+        return _pack_finite(target, name, get(name), specs[name][0])
+
+    header, sizes, alignment = _header(gguf, target, architecture, fields, specs)
     with atomic.open_replacement(target) as replacement:
-        writer = gguf.GGUFWriter(replacement.temporary, architecture)
+        replacement.write(memoryview(header + bytes(-len(header) % alignment)))
+        with contextlib.closing(threads.map_ahead(packed, specs) if ahead else (packed(x) for x in specs)) as data:
+            for name in specs:
+                replacement.write(next(data).reshape(-1).data)
+                replacement.write(memoryview(bytes(-sizes[name] % alignment)))
+                count(sizes[name])
+    return Path(target).stat().st_size
+
+
+def _header(
+    gguf: Any, target: Path, architecture: str, fields: Mapping[str, Field], specs: Specs
+) -> tuple[bytes, dict[str, int], int]:
+    """Return the bytes before the tensors, the size of each tensor in bytes, and the alignment of all."""
+    sizes = {name: _nbytes(gguf, kind, shape) for name, (kind, shape) in specs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"  # the package writes only files
+        writer = gguf.GGUFWriter(path, architecture)
         for name, field in fields.items():
             item = None if field.item is None else gguf.GGUFValueType[field.item]
             writer.add_key_value(name, field.value, gguf.GGUFValueType[field.type], item)
-        sizes: dict[str, int] = {}
         for name, (kind, shape) in specs.items():
-            sizes[name] = _nbytes(gguf, kind, shape)
             writer.add_tensor_info(name, shape, np.dtype("float32"), sizes[name], gguf.GGMLQuantizationType[kind])
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, (kind, _) in specs.items():
-                writer.write_tensor_data(_pack_finite(target, name, get(name), kind))
-                count(sizes[name])
         except OSError as error:
             raise FileError(f"{target}: cannot write: {error.strerror or error}") from error
         finally:
             writer.close()
-    return Path(target).stat().st_size
+        return path.read_bytes(), sizes, writer.data_alignment
 
 
 def total_bytes(specs: Specs) -> int:

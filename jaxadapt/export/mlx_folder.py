@@ -71,7 +71,8 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
     count = byte_counter(report, "export", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
     flush.make_folder(folder)
     with atomic.replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, text):
-        safetensors.write_to(weights, specs, functools.partial(_value, arrays, plan), {"format": "mlx"}, progress=count)
+        get = functools.partial(_value, arrays, plan)
+        safetensors.write_to(weights, specs, get, {"format": "mlx"}, progress=count, ahead=True)
         text.write(memoryview(json.dumps(document, indent=4, sort_keys=True).encode()))
     return len(specs)
 
@@ -115,4 +116,4 @@ def _spec(arrays: TensorSource, key: str, turned: bool) -> tuple[Any, tuple[int,
 def _value(arrays: TensorSource, plan: dict[str, tuple[str, bool]], name: str) -> np.ndarray:
     key, turned = plan[name]
     values = np.asarray(arrays[key])
-    return values.T if turned else values
+    return np.ascontiguousarray(safetensors.little_bits(values).T).view(values.dtype) if turned else values

@@ -5,6 +5,7 @@ With such a keymap, files of adapters are merged and combined by the same arithm
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -31,13 +32,19 @@ def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    parts, names = ("|".join(map(re.escape, each)) for each in (sorted(tensors_with_parts()), tensor_prefixes()))
-    tensor = re.compile(rf"(?P<module>.+)\.(?P<name>(?:{parts})\.\w+|(?:{names})\w+)(?:\.weight)?")
+    tensor = _tensor_pattern(tensors_with_parts(), tensor_prefixes())
     for key, shape in tensors.items():
         match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
             found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = shape
     return found
+
+
+@functools.cache
+def _tensor_pattern(with_parts: frozenset[str], prefixes: tuple[str, ...]) -> re.Pattern[str]:
+    """Return the expression for the keys of all methods' tensors."""
+    parts, names = ("|".join(map(re.escape, each)) for each in (sorted(with_parts), prefixes))
+    return re.compile(rf"(?P<module>.+)\.(?P<name>(?:{parts})\.\w+|(?:{names})\w+)(?:\.weight)?")
 
 
 def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:

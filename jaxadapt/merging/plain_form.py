@@ -37,6 +37,7 @@ _WAYS_OUT = {
     "layer_replication": "export_base(model, folder, adapter) writes the merged model",
 }
 _SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
+_BLOCK = 1 << 15  # elements
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 
 
@@ -118,7 +119,7 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
     ]
     if lora_variants.changes_base(config) and not converts and config.kasa_config is None:
         problems.append(
-            f"{lora_variants.init_field(config)}: it belongs to a base that its initialization changed; pass the"
+            f"{lora_variants.init_field(config)}: this initialization changed the base of the adapter; pass the"
             " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora and"
             " pissa"
         )
@@ -223,6 +224,24 @@ def _product_dtype(dtype: Any, side: str, scale: float) -> Any:
     return dtype if side == "A" or dtype.itemsize >= 4 or is_exact else np.dtype("float32")
 
 
+def _multiply(values: np.ndarray, scale: float, dtype: Any) -> np.ndarray:
+    """Return values·scale, computed in float32 or float64, in new memory.
+
+    Blocks that stay in the processor's cache take a third of the time of whole tensors of 16 bits in float32.
+    """
+    import numpy as np
+
+    flat = values.reshape(-1)
+    out = np.empty(flat.shape, dtype)
+    block = np.empty(min(flat.size, _BLOCK), flat.dtype if flat.dtype.itemsize >= 4 else "float32")
+    for start in range(0, flat.size, _BLOCK):
+        part = block[: flat.size - start]
+        part[...] = flat[start : start + _BLOCK]
+        part *= scale
+        out[start : start + _BLOCK] = part
+    return out.reshape(values.shape)
+
+
 class PlainTensors(TensorSource):
     """The tensors of a plain form, computed when they are read."""
 
@@ -247,9 +266,10 @@ class PlainTensors(TensorSource):
         if part is None or (part.scale == 1 and part.spec == (x.shape, x.dtype)):
             return x
         values = x if self._start is None else self._with_start(key, x, part)
-        if part.scale != 1:
-            values = (values if values.dtype.itemsize >= 4 else values.astype("float32")) * part.scale
-        values = values.astype(part.spec.dtype, copy=False)
+        if part.scale == 1:
+            values = values.astype(part.spec.dtype, copy=False)
+        else:
+            values = _multiply(values, part.scale, part.spec.dtype)
         missing = part.spec.shape[part.axis] - values.shape[part.axis]
         if not missing:
             return values

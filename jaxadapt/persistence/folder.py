@@ -226,9 +226,20 @@ def write(
 
 
 def write_with(
-    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress, *, as_bin: bool = False
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    put: Put | None,
+    progress: Progress,
+    *,
+    as_bin: bool = False,
+    ahead: bool = False,
 ) -> None:
-    """Write an adapter folder as `write` does; `put`, if given, writes the file of tensors."""
+    """Write an adapter folder as `write` does.
+
+    Args:
+        put: writes the file of tensors, if given.
+        ahead: True for tensors that a thread may read and compute while others are written.
+    """
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
@@ -242,7 +253,7 @@ def write_with(
     made = flush.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report, as_bin)
+            _write(tensors, folder, put, report, as_bin, ahead)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
@@ -250,7 +261,7 @@ def write_with(
         raise
 
 
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool) -> None:
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
@@ -289,7 +300,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
             if as_bin:
                 size = torch_bin_write.write_to(writer, specs, get, count)
             else:
-                size = safetensors.write_to(writer, specs, get, metadata, progress=count).size
+                size = safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
         else:
             size = put(writer, specs, metadata).size
     if replaces != _NOTHING and not as_bin:

@@ -287,16 +287,27 @@ def write_to(
     metadata: Mapping[str, str] | None = None,
     *,
     progress: Callable[[int], None] | None = None,
+    ahead: bool = False,
 ) -> Header:
-    """Write an open file, one of several that are replaced together; see `write`."""
+    """Write an open file, one of several that are replaced together; see `write`.
+
+    With `ahead`, a thread calls `get` for the next two tensors while one is written.
+    """
     first, header = encode(writer.path, named_specs(specs), metadata or {})
     writer.write(memoryview(first))
-    for key, info in header.tensors.items():
-        for part in strided.contiguous_parts(_to_file_bits(writer.path, key, get(key), info)):
-            writer.write(part)
-        if progress is not None:
-            progress(info.nbytes)
+    keys = header.tensors
+    with contextlib.closing(threads.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
+        for key, info in keys.items():
+            _write_array(writer, _to_file_bits(writer.path, key, next(values), info))
+            if progress is not None:
+                progress(info.nbytes)
     return header
+
+
+def _write_array(writer: atomic.Writer, bits: np.ndarray) -> None:
+    """Append an array. On return no name holds its memory, which `get` may need for the next tensor."""
+    for part in strided.contiguous_parts(bits):
+        writer.write(part)
 
 
 def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:

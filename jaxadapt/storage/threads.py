@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -12,11 +13,14 @@ if TYPE_CHECKING:
 
 _THREADS = min(8, os.cpu_count() or 1)
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
-def run_in_order(tasks: Iterable[Callable[[], _T]], count: int) -> Generator[_T]:
+def run_in_order(tasks: Iterable[Callable[[], _T]], count: int, threads: int = _THREADS) -> Generator[_T]:
     """Run `count` tasks in threads and yield their results in order. A single task runs in the caller's thread.
+
+    At most 2 · `threads` + 1 results or running tasks are in memory.
 
     The caller's thread takes tasks from the iterable, a few ahead of their execution. Memory that outlives a task
     should be allocated when the task is made: malloc gives each new thread one of up to eight arenas a core, and each
@@ -25,8 +29,8 @@ def run_in_order(tasks: Iterable[Callable[[], _T]], count: int) -> Generator[_T]
     >>> list(run_in_order([lambda: 1, lambda: 2], 2))
     [1, 2]
     """
-    threads = min(_THREADS, count)
-    if threads <= 1:
+    threads = min(threads, count)
+    if threads <= 1 and (count <= 1 or _THREADS <= 1):
         yield from (task() for task in tasks)
         return
     from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +43,15 @@ def run_in_order(tasks: Iterable[Callable[[], _T]], count: int) -> Generator[_T]
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def map_ahead(function: Callable[[_S], _T], items: Collection[_S]) -> Generator[_T]:
+    """Yield `function(item)` for each item; a thread computes the next two while the caller uses one.
+
+    >>> list(map_ahead(str.upper, ["a", "b"]))
+    ['A', 'B']
+    """
+    return run_in_order((functools.partial(function, item) for item in items), len(items), 1)
 
 
 def split_by_size(items: Iterable[_T], size: Callable[[_T], int], limit: int) -> list[list[_T]]:

@@ -75,6 +75,24 @@ def test_lora_is_compared_by_the_formed_changes(other_rank: int):
     np.testing.assert_allclose([*whole.norms, whole.distance], np.sqrt(total), rtol=1e-9)
 
 
+def test_factors_of_many_blocks_and_of_less_rank():
+    """Longer than what is converted at a time; one column of B is the sum of the others, so Cholesky has no factor."""
+    config = jaxadapt.LoraConfig(r=3, lora_alpha=6, target_modules=["q"])
+    one, two = (
+        tensors(config, {"q.lora_A.weight": array(3, 30_001), "q.lora_B.weight": array(40_003, 3)}) for _ in (0, 1)
+    )
+    b = one.tensors[P + "q.lora_B.weight"]
+    b[:, 2] = b[:, 0] + b[:, 1]
+    found = diff(one, two).modules[0]
+    a, b, c, d = (t.tensors[f"{P}q.lora_{n}.weight"].astype("float64") for t in (one, two) for n in "AB")
+    grams = (b.T @ b) * (a @ a.T), (d.T @ d) * (c @ c.T), (b.T @ d) * (a @ c.T)
+    xx, yy, xy = (4 * float(gram.sum()) for gram in grams)
+    np.testing.assert_allclose(found.norms, [xx**0.5, yy**0.5], rtol=1e-9)
+    np.testing.assert_allclose(found.distance, (xx + yy - 2 * xy) ** 0.5, rtol=1e-9)
+    np.testing.assert_allclose(found.input_angles, angles(a.T, c.T), atol=1e-4)
+    np.testing.assert_allclose(found.output_angles, angles(b[:, :2], d), atol=1e-3)  # the sum is rounded to float32
+
+
 def test_two_steps_of_a_run_keep_their_digits():
     """‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩ would lose them all: the factors differ in the last bits of float32."""
     one = lora(3)

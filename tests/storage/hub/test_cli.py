@@ -40,7 +40,9 @@ def test_push_inspect_and_pull(hub, saved, tmp_path, monkeypatch):
     pushed = run("push", saved, REPO, "--metric", "loss=3.25", "--metric", "note=fine", "--license", "mit",
                  "--no-picture", "--tag", "v1", "-m", "first", "--json")  # fmt: skip
     assert pushed.exit_code == 0, pushed.output
-    address = json.loads(pushed.stdout)["address"]
+    document = json.loads(pushed.stdout)
+    address = document["address"]
+    assert document["readers"] == json.loads(run("inspect", saved, "--json").stdout)["readers"] != []
     assert hub.repos[REPO].messages[-1] == "first"
     page = hub.files(REPO)[CARD].decode()
     assert "| loss | 3.25 |\n| note | fine |" in page
