@@ -90,10 +90,10 @@ class Recipe:
         try:
             data = json.loads(text)
             keymap = from_data(data["keymap"])
-            config = Config.from_dict(data["config"], "the serialised state")
+            config = Config.from_dict(data["config"], "the serialized state")
             sites = int(data["sites"])
         except (ValueError, KeyError, TypeError) as error:
-            raise AttachError(f"cannot read the serialised adapter configuration: {error}") from error
+            raise AttachError(f"cannot read the serialized adapter configuration: {error}") from error
         return cls(config, keymap, sites)
 
 

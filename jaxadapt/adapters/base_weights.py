@@ -74,7 +74,7 @@ def base_weight_keys(
                 candidate.shape == expected.shape and _equal_values(candidate, expected, entry.form.is_exact)
                 for candidate in candidates
             ):
-                problems[key] = f"{key}: its values differ"
+                problems[key] = f"{key}: its values differ from the base's"
     if problems and strict:
         raise MismatchError(
             f"{source} holds base weights that differ from the model's; loading an adapter never changes the base:\n"
@@ -83,8 +83,8 @@ def base_weight_keys(
         )
     if uncompared:
         warn(
-            f"{source}: these tensors could not be compared, since the base has no values here; they are assumed to be"
-            " the base's own:\n" + paths.bullets(uncompared, len(uncompared))
+            f"{source}: these tensors could not be compared, because the base has only shapes here; they are assumed"
+            " to equal the base's:\n" + paths.bullets(uncompared, len(uncompared))
         )
     return base_keys - problems.keys()
 

@@ -133,13 +133,13 @@ def embedding_keys(
             problems.append(f"{key}: expected {list(entry.form.file_shape)} as in the base, found {list(shapes[key])}")
         elif not _has_values(leaf):
             warn(
-                f"{source}: {key} could not be compared, since the base has no values here; it is assumed to be the"
-                " base's own"
+                f"{source}: {key} could not be compared, because the base has only shapes here; it is assumed to equal"
+                " the base's"
             )
         else:
             expected = np.asarray(entry.form.encode(np.asarray(leaf), 0))
             if not np.array_equal(np.asarray(tensors[key]).astype(expected.dtype), expected):
-                problems.append(f"{key}: its values differ")
+                problems.append(f"{key}: its values differ from the base's")
     raise_listed(
         MismatchError,
         f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:",

@@ -237,9 +237,9 @@ def _stack_factors(
         return {("A", ""): a[0], ("B", ""): join_parts(b, [f"B{key}" for key in keys["B"]], xp)}, 1
     if on_shared != "concat":
         raise MismatchError(
-            f"{name}: the model stores gate and up in one array, with one A for both, and the file's differ, or inside"
-            f' jit cannot be compared. Pass on_shared="concat", which concatenates their ranks and computes'
-            f" exactly the same at {count} times the rank"
+            f"{name}: the model stores gate and up in one array with one A for both, but the file has two As, and they"
+            ' differ (or cannot be compared inside jit). Pass on_shared="concat": it concatenates the ranks of the two,'
+            f" which is exact, and multiplies the rank by {count}"
         )
     joint_a, joint_b = joint_tensors.concatenate_ranks(
         rank, a, b, [f"A{key}" for key in keys["A"]], [f"B{key}" for key in keys["B"]]

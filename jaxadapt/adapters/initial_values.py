@@ -96,8 +96,8 @@ def init_values(
     }
     if without_values:
         raise AttachError(
-            "these adapters start from the values of the base weights, which have none here; pass base parameters with"
-            " values:\n" + paths.bullets(without_values)
+            "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
+            " parameters with values:\n" + paths.bullets(without_values)
         )
     context = _Context.of(sites, whole)
 

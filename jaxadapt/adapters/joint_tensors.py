@@ -48,11 +48,11 @@ def join_tensors(
     if different and on_shared is None:
         counts = ", ".join(str(n) for n in sorted({_parse_part(parts_of[name][0]).n for name in different}))
         raise MismatchError(
-            "PEFT has one A for several of these weights (queries, keys and values of an nn.MultiheadAttention, gate"
-            " and up of experts; Llama 4's have one B), and their factors differ, or inside jit cannot be compared:\n"
-            f'{paths.bullets(different)}\nPass on_shared="concat", which concatenates their ranks and computes'
-            f" exactly the same at {counts} times the rank (for experts, keymap='FAMILY/per-expert' writes one LoRA per"
-            " expert instead)"
+            "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
+            " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
+            f' compared inside jit):\n{paths.bullets(different)}\nPass on_shared="concat": it concatenates the ranks,'
+            f" which is exact, and multiplies the rank by {counts}. For experts, keymap='FAMILY/per-expert' writes one"
+            " LoRA for each expert instead"
         )
     joined: dict[str, Array] = {
         name: tensors[name] for name in tensors if name not in parts_of and parse_part_key(name) is None

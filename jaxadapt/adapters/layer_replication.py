@@ -36,8 +36,8 @@ def check_layers(config: Config, modules: Iterable[str]) -> None:
     layers = {int(match[1]) for name in modules if (match := _LAYER.search(name))}
     if layers != set(range(len(order))):
         raise ConfigError(
-            f"layer_replication makes a model of {len(order)} layers out of the base's; this model has {len(layers)}."
-            f" Build it with the base's layers in this order: {order}. (Layers are recognised as in PEFT, below"
+            f"layer_replication: expected a model of {len(order)} layers, found {len(layers)}."
+            f" Build it with the base's layers in this order: {order}. (Layers are recognized as in PEFT, below"
             ' "layers", "encoder.layer" or "h".)'
         )
 

@@ -39,8 +39,8 @@ class TorchRandom:
         """
         if size >= _LARGEST_PERMUTATION:
             raise ConfigError(
-                f"cannot draw PyTorch's random positions among {size:,} entries: it draws them in another way from"
-                f" {_LARGEST_PERMUTATION:,} entries on. Exclude the module with exclude_modules"
+                f"cannot draw PyTorch's random positions among {size:,} entries: PyTorch uses another algorithm for"
+                f" {_LARGEST_PERMUTATION:,} entries or more. Exclude the module with exclude_modules"
             )
         moved: dict[int, int] = {}
         out = np.empty(count, np.int64)

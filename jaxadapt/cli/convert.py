@@ -24,14 +24,14 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option("--to", "to_keymap", metavar="FAMILY", help="Family (keymap) of a TARGET tree; see `jaxadapt families`.")
 @click.option(
     "--dialect",
-    help="LoRA layout of a TARGET tree: qwix, qwix/flat, gemma, nnx.LoRA, … Default: the one of the family's library.",
+    help="LoRA layout of a TARGET tree: qwix, qwix/flat, gemma, nnx.LoRA, … Default: that of the family's library.",
 )
 @click.option("--lora-alpha", type=float, help="Alpha that a SOURCE tree was trained with.")
 @click.option("--like", type=click.Path(), help="A .safetensors file to read the model's shapes from.")
 @click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_parse_sizes,
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
 @click.option("--on-shared", type=click.Choice(["concat"]),
-              help="If modules share one A in TARGET, concatenate theirs.")  # fmt: skip
+              help="If modules share one A in TARGET, concatenate their As.")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["safetensors", "bin", "orbax", "kohya-ss", "diffusers"]),
               help="Format of TARGET: a folder of PEFT's safetensors (the default), PyTorch's .bin or Orbax; or the one"
               " file of an image adapter.")  # fmt: skip
@@ -59,7 +59,7 @@ def command(
     .safetensors, such a file. Several SOURCEs become subfolders of TARGET.
 
     An image adapter becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/), and such a folder
-    becomes one file with --format kohya-ss or diffusers. From file to file the names stay.
+    becomes one file with --format kohya-ss or diffusers. If SOURCE and TARGET are both files, the names stay.
 
     A tree has the LoRA leaves of a JAX library under their dotted paths, as `save_file({".".join(path): leaf, …})`
     writes it; it holds LoRA only. If a layout depends on a size that the adapter does not contain, such as the size of
@@ -81,7 +81,7 @@ def command(
         from jaxadapt.export import file_formats
 
         if from_keymap or to_keymap or dialect or like or sizes or on_shared or lora_alpha is not None:
-            raise click.UsageError("several SOURCEs can only change their format and dtype")
+            raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = file_formats.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         if as_json:
             output.print_json([each.to_dict() for each in done])

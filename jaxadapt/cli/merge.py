@@ -47,7 +47,8 @@ def command(
     One tensor is in memory at a time. If the output head and the token embedding share one tensor and ADAPTER changes
     only one of them, each gets its own tensor.
 
-    BASE may also be the .gguf file of a model, and the result then is one: for llama.cpp and Ollama, with any method.
+    BASE may also be the .gguf file of a model. The result is then a .gguf file, for llama.cpp and Ollama. Any method
+    that can be merged is allowed.
 
     \b
     Example:

@@ -18,18 +18,21 @@ from jaxadapt.cli.verify import print_finding
 def command(path: str, out: str | None, in_place: bool, as_json: bool) -> None:
     """Repair the adapter in PATH where only one original is possible, and say what was done.
 
-    Keys are renamed to PEFT's (_orig_mod., module. and .default. removed, base_model.model. added or written once),
-    tensors that are stored twice with equal values are kept once, values of the configuration that PEFT refuses
-    although they have one meaning are corrected, and a lost adapter_config.json is written again from the copy in the
-    weights' header. The values of tensors never change. PATH is left as it is, unless --in-place is given.
+    \b
+    The command
+      - renames keys to PEFT's: removes _orig_mod., module. and .default., and writes base_model.model. once;
+      - keeps one of two tensors with equal values under one name;
+      - corrects a value of the configuration that PEFT refuses, if the value has only one meaning;
+      - writes a lost adapter_config.json from the copy in the weights' header.
 
-    What cannot be repaired with certainty is listed, as by `jaxadapt verify`; the exit status is then 1 if it is an
-    error.
+    The values of tensors never change. The files in PATH do not change either, unless --in-place is given.
+
+    The command lists all other problems, as `jaxadapt verify` does. The exit status is 1 if one of them is an error.
 
     \b
     Example:
       jaxadapt repair out/                     writes out-repaired/
-      jaxadapt repair out/ --out mended/
+      jaxadapt repair out/ --out repaired/
       jaxadapt repair out/ --in-place
     """
     from jaxadapt.persistence.repair_folder import repair

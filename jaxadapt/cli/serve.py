@@ -47,19 +47,20 @@ def command(
 ) -> None:
     """Serve a base model and a folder of adapters with OpenAI's HTTP interface.
 
-    A request names the adapter as its model, or the base. Requests for different adapters are computed in one batch,
-    and enter and leave it between two tokens. Adapters are loaded when a request needs them, and the least recently
-    used ones make room.
+    The model of a request is the name of an adapter or of the base. One batch computes requests for different
+    adapters; requests enter and leave it between two tokens. The server loads an adapter when a request needs it, and
+    then unloads the least recently used one if the slots are full.
 
-    The server is there to read, and to try adapters. It has no authentication, and listens on this machine only unless
-    --host says otherwise. For production, give the same folders to vLLM, tpu-inference or SGLang (docs/serving.md).
+    The server is for trying adapters, and for reading its code. It has no authentication, and listens only
+    on this machine unless --host names another address. For production, give the same folders to vLLM, tpu-inference
+    or SGLang (docs/serving.md).
 
     \b
     Paths:
       /v1/completions, /v1/chat/completions    answers, whole or as a stream ("stream": true)
       /v1/models                               the base and the adapters
       /v1/load_lora_adapter                    {"lora_name": "fr"}: load adapters/fr, or its new files
-      /v1/unload_lora_adapter                  {"lora_name": "fr"}: forget it
+      /v1/unload_lora_adapter                  {"lora_name": "fr"}: unload it
       /metrics, /health                        for Prometheus, and for load balancers
 
     \b

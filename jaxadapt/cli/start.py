@@ -15,9 +15,9 @@ from jaxadapt.cli import output
 def command(adapter: str, first: str, out: str, as_json: bool) -> None:
     """Write the trained ADAPTER as a plain LoRA for the original base.
 
-    PiSSA, OLoRA, CorDA and others start with a part of each base weight and train beside the rest. Programs that serve
-    adapters know only the original base. The result is exact, with twice the rank: the change since the start is the
-    trained product minus the first one. `jaxadapt resize` reduces the rank.
+    PiSSA, OLoRA, CorDA and others move a part of each base weight into the adapter, and train it beside the changed
+    base. Programs that serve adapters know only the original base. The result is exact and has twice the rank: its
+    product B·A is the trained product minus the initial one. `jaxadapt resize` reduces the rank.
 
     \b
     Example:

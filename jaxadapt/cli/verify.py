@@ -30,23 +30,23 @@ def command(path: str, base: str | None, as_json: bool) -> None:
     """Check the adapter in PATH, and print each problem with its remedy.
 
     PATH is an adapter's folder, one of its files, or an address: hf://org/name, s3://…, gs://…. It may also be a
-    damaged file or another program's. Checked are:
+    damaged file or a file of another program. The command checks:
 
     \b
       - the configuration: valid, of a known method and version of PEFT, equal to the copy in the weights' header;
       - the keys: PEFT's names, without the names of wrappers (_orig_mod., module.) or of adapters (.default.);
       - the tensors: none missing, unexpected, empty (DeepSpeed ZeRO-3) or stored twice, with the stated ranks;
       - the values: no NaN or infinity, not untrained, no huge changes;
-      - with --base: every module is in the base, with fitting sizes, and none is left out; the base has the values of
-        the one that the adapter was trained on, as far as the file tells.
+      - with --base: every module is in the base, with fitting sizes; no target is left out; the base has the values
+        of the base that the adapter was trained on, if the file has a fingerprint.
 
     Files of MLX, kohya-ss and diffusers, whole models and the folder of a training run are recognized. PATH may be the
     one file of an image adapter (kohya-ss, LyCORIS, diffusers).
 
-    Of BASE only names, sizes and a few values are read. Shapes in a .json file are an object {key: shape} of PyTorch's
-    parameters. The families are listed by `jaxadapt families`.
+    The command reads only names, sizes and a few values of BASE. A .json file of shapes is an object {key: shape} of
+    PyTorch's parameters. `jaxadapt families` lists the families.
 
-    "jaxadapt repair" mends the findings that are marked with it. The exit status is 1 if there is an error; warnings
+    "jaxadapt repair" repairs the findings that are marked with it. The exit status is 1 if there is an error; warnings
     and notes leave it at 0.
 
     \b
@@ -94,4 +94,4 @@ def _print_summary(counts: dict[str, int], repairable: list[Finding], path: str)
     words = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n and kind != "note"]
     output.print_line(f"{path}: {', '.join(words) if words else 'no problem found'}")
     if repairable:
-        output.print_line(f"jaxadapt repair {path} mends {', '.join(dict.fromkeys(f.code for f in repairable))}")
+        output.print_line(f"jaxadapt repair {path} repairs {', '.join(dict.fromkeys(f.code for f in repairable))}")

@@ -1,4 +1,4 @@
-"""Generation with a key/value cache: a batch of fixed size whose rows come and go, for both demo models.
+"""Generation with a key/value cache: a batch of fixed size with changing rows, for both demo models.
 
 Two functions are compiled: one reads the prompt of one row (once for each bucket of lengths), the other decodes a
 token in every row. Rows, adapters and settings of sampling are arguments, so no request compiles anything again.

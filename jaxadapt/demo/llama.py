@@ -90,7 +90,7 @@ class LlamaConfig:
         }
         wrong = [f"{name} is {found!r}, not {want!r}" for name, (found, want) in expected.items() if found != want]
         if wrong:
-            raise ConfigError("this is not a model that LlamaConfig describes: " + "; ".join(wrong))
+            raise ConfigError("LlamaConfig does not describe this model: " + "; ".join(wrong))
         heads = fields["num_attention_heads"]
         return cls(
             vocab_size=fields["vocab_size"],

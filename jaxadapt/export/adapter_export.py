@@ -176,7 +176,10 @@ def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> No
         if reader.name != program.reader or reader.verdict == consumers.RIGHT:
             continue
         if reader.verdict == consumers.UNKNOWN:
-            warn(f"{plain.source}: {reader.name} ({reader.version}) was not run with {'; '.join(reader.reasons)}")
+            warn(
+                f"{plain.source}: no test has run {reader.name} ({reader.version}) with {'; '.join(reader.reasons)};"
+                " compare its outputs with PEFT's"
+            )
             continue
         words = consumers.WORDS[reader.verdict]
         raise_listed(

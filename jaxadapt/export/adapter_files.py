@@ -55,7 +55,10 @@ def resize_files(
     with reporter(progress) as report:
         tensors = folder.read(adapter, progress=report)
         if tensors.config.get("target_parameters"):
-            raise ConfigError(f"{tensors.source}: cannot resize an adapter with target_parameters as files")
+            raise ConfigError(
+                f"{tensors.source}: cannot resize the files of an adapter with target_parameters, because they do not"
+                " contain the layout of these parameters; load it into its model and use jaxadapt.merging.resize_rank"
+            )
         lora_variants.require_original_base(tensors.config, tensors.source)
         reduced, error = rank_reduction.resize_rank(file_formats.with_pytorch_names(tensors), r)
         file_formats.write_like(_kept(peft.to_peft(reduced), tensors), out, adapter, dtype, report)
@@ -76,7 +79,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora_variants.changes_base(new.config):
-            raise ConfigError(f"{new.source}: its start did not change the base, so that there is nothing to undo")
+            raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
         plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(old))
         result = _kept(peft.to_peft(plain), new)
         folder.write(result, out, progress=report)
@@ -231,7 +234,7 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
     names = key_names.normalize_keys(stored.specs, config.peft_type)
     if names.adapters and name not in names.adapters:
         raise MismatchError(
-            f"{stored.source}: no adapter is called {name!r}; it has {', '.join(names.adapters)} (--name)"
+            f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
     keys: dict[str, str] = {}
     for key, found in key_names.adapter_keys(stored.specs, config.peft_type, name).items():
@@ -240,7 +243,7 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
     kept = verify_folder.without_base(shapes, names, config)
     keys = {new: key for new, key in keys.items() if new in kept}
     if not keys:
-        raise MismatchError(f"{stored.source}: no tensor of {config.peft_type} in this file")
+        raise MismatchError(f"{stored.source}: expected tensors of {config.peft_type}, found none")
     return PeftTensors(config, repair_folder.StoredTensors(keys, stored.get), stored.source)
 
 

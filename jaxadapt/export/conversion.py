@@ -99,7 +99,7 @@ def convert(
         (done, *more) = file_formats.convert_format(source, target, format=format, dtype=dtype, progress=progress)
         return ConvertedFile(str(target), sum(part.tensors for part in (done, *more)), None, done.rank, done.lora_alpha)
     if dtype is not None:
-        raise ConfigError("--dtype is for conversions without --from and --to; convert the result again")
+        raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
     format = format or "safetensors"  # noqa: A001
     if format not in file_formats.FOLDERS or (trees[1] and format != "safetensors"):
         raise ConfigError(f"--format {format}: expected safetensors, or bin or orbax with a folder as the target")
@@ -117,7 +117,7 @@ def convert(
         elif respell:
             tensors = _respell(tensors, *keymaps)
         elif to_keymap is not None:
-            raise ConfigError("--to needs a tree as target, or --from as well to change the spelling of a folder")
+            raise ConfigError("--to needs a tree (.safetensors) as target; to rename a folder's modules, add --from")
         config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
         tensors = dataclasses.replace(tensors, config=config)
         if format == "orbax":
@@ -303,7 +303,8 @@ def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     if unsupported or incomplete:
         problems = [*unsupported, *(f"{m}: A or B is missing" for m in incomplete)]
         raise KeyMapError(
-            f"{tensors.source}: cannot convert these tensors, only pairs of LoRA's A and B:\n" + paths.bullets(problems)
+            f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:\n"
+            + paths.bullets(problems)
         )
     return {m: (pair["A"], pair["B"]) for m, pair in pairs.items()}
 

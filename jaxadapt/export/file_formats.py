@@ -216,8 +216,8 @@ def _write_single(
     layout = opened.layout
     if style is None and layout is None:
         raise ConfigError(
-            "a target file needs its names: pass --format kohya-ss or --format diffusers, or --to for the tree of a JAX"
-            " library"
+            "the names in the target file are not decided: pass --format kohya-ss or --format diffusers, or --to for"
+            " the tree of a JAX library"
         )
     keeps = layout is not None and style in (None, layout.style)
     source = as_source(tensors.tensors)

@@ -79,7 +79,7 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, _
         elif kind not in LINEAR and kind != "TOKEN_EMBD":
             problems.append(f"{module}: llama.cpp adds no LoRA to {name}")
         elif kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False:
-            problems.append(f"{module}: the output head is tied to the token embedding, and llama.cpp cannot adapt one")
+            problems.append(f"{module}: the head is tied to the token embedding, which llama.cpp cannot adapt")
         elif len(a) != 2 or a[0] != b[1] or (is_table != (kind == "TOKEN_EMBD")):
             problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
         elif heads is not None and b[0] % (2 * heads):

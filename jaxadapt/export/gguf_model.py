@@ -159,7 +159,10 @@ def merge_gguf(
             assert key is not None
             values = tensors.to_gguf(key, plan.value(key, unrounded=True))
             if not allow_nan and not np.isfinite(values).all():
-                raise MismatchError(f"{target}: {name}: a NaN or an infinity in the merged tensor")
+                raise MismatchError(
+                    f"{target}: the merged tensor {name} has a NaN or an infinity; check the values of the adapter and"
+                    " the base, or pass allow_nan=True (`--allow-nan`)"
+                )
             return values
 
         gguf_files.write(target, architecture, fields, specs, get, count)

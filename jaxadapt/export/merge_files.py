@@ -207,7 +207,7 @@ def combine_folders(
         tensors = [folder.read(path, progress=report) for path in adapters]
         if not allow_nan:
             refuse_nan(tensors, "combine")
-        combined = _combine_tensors(tensors, weights, resize, options)
+        combined = _replace_base(_combine_tensors(tensors, weights, resize, options), tensors)
         file_formats.write_like(combined, out, adapters[0], dtype, report)
         return combined
 
@@ -220,19 +220,14 @@ def _combine_tensors(
 ) -> PeftTensors:
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
-    base = {adapter.config.base_model_name_or_path for adapter in tensors}
-    if len(base - {None}) > 1:
-        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in tensors]
-        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
-    fields: dict[str, Any] = {"inference_mode": True, "base_model_name_or_path": base.pop() if len(base) == 1 else None}
     if combination.summed_type(adapter.config for adapter in tensors) is not None:
         if resize is not None:
-            raise ConfigError("cannot change the rank of the result: these adapters have none")
+            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
         nested = [
             Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
         ]
         summed = combination.combine(nested, weights, **options).flat()
-        return dataclasses.replace(tensors[0], config=tensors[0].config.replace(**fields), tensors=summed)
+        return dataclasses.replace(tensors[0], tensors=summed)
     reasons = [
         f"{adapter.source}: {reason}"
         for adapter in tensors
@@ -250,8 +245,18 @@ def _combine_tensors(
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
         combined = rank_reduction.resize_rank(combined, resize).adapter
-    encoded = peft.to_peft(combined)
-    return dataclasses.replace(encoded, config=encoded.config.replace(**fields))
+    return peft.to_peft(combined)
+
+
+def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:
+    """Return the combined adapter with the base of all adapters; warn if they name several, and then name none."""
+    base = {adapter.config.base_model_name_or_path for adapter in adapters}
+    if len(base - {None}) > 1:
+        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in adapters]
+        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
+    name = base.pop() if len(base) == 1 else None
+    config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
+    return dataclasses.replace(combined, config=config)
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
@@ -263,7 +268,7 @@ def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
 def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
     if tensors.config.get("target_parameters"):
         raise ConfigError(
-            f"{tensors.source}: cannot {verb} an adapter with target_parameters as files, because its file does not"
+            f"{tensors.source}: cannot {verb} the files of an adapter with target_parameters, because they do not"
             f" contain the layout of these parameters in the model; {advice}"
         )
 

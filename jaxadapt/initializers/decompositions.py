@@ -89,7 +89,7 @@ def corda(w: Array, covariance: Array, r: int, s: float, last: bool) -> Factors:
         if error < 0.05:  # False for NaN, for which doubling the damping does not help
             break
         if not jnp.isfinite(error) or damp > 1e6:
-            raise AttachError("cannot invert the covariance of the inputs; are they all zero, or not finite?")
+            raise AttachError("cannot invert the covariance of the inputs; check that they are finite and not all zero")
         damp *= 2
     return _corda(w, fixed, inverse, r, s, last)
 

@@ -93,7 +93,8 @@ def find_components(
         for site in group_sites:
             if float(np.max(split_layers(site, new[site.leaf])[:, -1, 0])) > 1:
                 raise AttachError(
-                    f"{site.leaf}: EVA does not support layers called several times in a pass; exclude it"
+                    f"{site.leaf}: EVA does not support a layer that runs several times in one call of the model;"
+                    " exclude it with exclude_modules"
                 )
         for module in groups:
             if not done[module]:

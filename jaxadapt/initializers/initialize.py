@@ -57,7 +57,7 @@ class Initialization:
         if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
             return ["its values are needed, but only its shape is given"]
         if quantized.is_quantized(leaf):
-            return ["it is quantised; initialise with the original weights, then quantise the changed base"]
+            return ["it is quantized; initialize with the original weights, then quantize the changed base"]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return [f"expected a floating dtype, found {leaf.dtype}"]
         if leaf.dtype.itemsize == 1 and not self.kind.in_8_bits:

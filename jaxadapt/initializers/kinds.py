@@ -162,7 +162,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind("mica", _mica, kinds=("linear", "embedding"), in_8_bits=True),
         InitKind("loftq", _loftq, base=lambda x, factors: [pair.left for pair in factors], conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
-        InitKind("corda", _corda, ("batches",), from_run="the initialisation's data"),
+        InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
         InitKind("eva", _eva, ("batches",), ("mask",), in_8_bits=True, per_entry=True),
         InitKind(
             "lora_ga",
@@ -170,7 +170,7 @@ KINDS: Mapping[str, InitKind] = {
             ("gradients", "key"),
             only_matrices=False,
             limit=lambda size: size // 2,
-            from_run="the initialisation's gradients",
+            from_run="the initialization's gradients",
         ),
         InitKind(
             "kasa",

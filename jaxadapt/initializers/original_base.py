@@ -48,8 +48,8 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
     config = adapter.config
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
-            "cannot convert a LoftQ adapter: LoftQ quantised the base, and the adapter does not contain the rounding"
-            " error. Keep the changed base (export_base), or load the file with base='original', which quantises the"
+            "cannot convert a LoftQ adapter: LoftQ quantized the base, and the adapter does not contain the rounding"
+            " error. Keep the changed base (export_base), or load the file with base='original', which quantizes the"
             " base again"
         )
     why = lora_variants.reasons_not_a_product(config)

@@ -84,7 +84,7 @@ class _Probe(Method):
         return _observe(hparams, params["state"], flat.astype(jnp.float32), jnp.broadcast_to(mask[0], len(flat)), y)
 
     def weight(self, hparams: Any, params: Params, axes: Any, w: Array) -> Array:
-        raise AttachError("the use of its weight does not show its inputs; exclude the layer")
+        raise AttachError("its inputs are unknown, because its weight is not used in a product; exclude the layer")
 
     unweight = weight
 

@@ -103,8 +103,9 @@ def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) 
     selected = [name for name, stored in adapters.items() if adapter is None or _are_same(stored, adapter)]
     if len(selected) != 1 and (adapters or adapter is None):
         raise AttachError(
-            f"cannot merge: these variables carry the adapters {names or 'none'}, and not exactly one is selected. Name"
-            " it, merge(variables, jaxadapt.extract(variables, name)), or pass variables['params'] and an adapter"
+            f"cannot merge: these variables carry the adapters {names or 'none'}, but {len(selected)} are selected;"
+            " expected one. Call merge(variables, jaxadapt.extract(variables, name)), or pass variables['params'] and"
+            " an adapter"
         )
     others: dict[str, Any] = {}
     held = variables.keys() - collections.without_adapters(variables).keys()
@@ -302,13 +303,13 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     )
     raise_listed(
         AttachError,
-        "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
+        "cannot merge into quantized weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
         " the base dense first:",
         [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])],
     )
     raise_listed(
         AttachError,
-        "cannot merge into weights of integers, which would round the sum. Dequantise them first:",
+        "cannot merge into weights of integers, which would round the sum. Dequantize them first:",
         [
             f"{site.leaf}: {base[site.leaf].dtype}"
             for site in sites
@@ -370,8 +371,8 @@ def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> Non
     if lookup_only:
         warn(
             "no other weight has as many rows or columns as this token embedding, so the model may compute its logits"
-            " with it too (`attend`). As in PEFT, the adapter is for the lookup only; merged into the embedding it also"
-            " changes those logits. Give the model a head of its own, or keep the adapter beside the model:\n"
+            " with the embedding too (`attend`). As in PEFT, the adapter changes only the lookup, but the merged"
+            " embedding also changes those logits. Give the model a separate head, or do not merge the adapter:\n"
             + paths.bullets(lookup_only)
         )
 

@@ -232,7 +232,7 @@ def _check_sizes(
     for leaf, several_factors in leaf_factors.items():
         sizes = {(one_factors.a.shape[2], one_factors.b.shape[1]) for one_factors in several_factors}
         if len(sizes) > 1:
-            problems.append(f"{leaf}: (in, out) is " + " and ".join(str(list(size)) for size in sorted(sizes)))
+            problems.append(f"{leaf}: sizes (in, out) " + " and ".join(str(list(size)) for size in sorted(sizes)))
         if method == "cat" or method.endswith("svd"):
             continue
         ranks_of: dict[str, set[int]] = {}

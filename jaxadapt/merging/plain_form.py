@@ -119,7 +119,7 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
     ]
     if lora_variants.changes_base(config) and not converts and config.kasa_config is None:
         problems.append(
-            f"{lora_variants.init_field(config)}: it belongs to a base that its initialization changed; pass the"
+            f"{lora_variants.init_field(config)}: this initialization changed the base of the adapter; pass the"
             " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora and"
             " pissa"
         )

@@ -95,9 +95,9 @@ class Adalora(MatrixMethod):
         wrong = [name for name in config.ignored if config.get(name) != defaults.get(name)]
         wrong += [] if isinstance(config.init_lora_weights, bool) else ["init_lora_weights"]
         if wrong:
-            raise ConfigError(f"cannot start ADALORA with {', '.join(wrong)}: the method ignores it; unset it")
+            raise ConfigError(f"cannot start ADALORA with {', '.join(wrong)}: the method ignores it; leave it out")
         if config.total_step is None:
-            raise ConfigError("cannot start ADALORA without total_step: PEFT opens no file without it; set it")
+            raise ConfigError("cannot start ADALORA without total_step, which PEFT needs to load the file; set it")
         if not config.init_lora_weights:
             return Draw("normal", 1.0)
         return Draw("constant", 0.0) if tensor.name == "lora_E" else Draw("normal", 0.02)

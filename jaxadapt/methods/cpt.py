@@ -109,8 +109,9 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
     last = max(config.cpt_tokens_type_mask or (0,))
     if types is None and last % 4:
         raise ConfigError(
-            f"CPT's loss: the types of the input count on from those of the prompt, whose largest is {last}, so by"
-            " default the input has no outputs. Let cpt_tokens_type_mask end in a multiple of 4, or pass types="
+            f"CPT's loss: the default types of the input follow the largest type of the prompt, {last}. With a largest"
+            " type that is not a multiple of 4, no input token is an output. End cpt_tokens_type_mask with a multiple"
+            " of 4, or pass types="
         )
     given = jnp.full((batch, time), 4, jnp.int32) if types is None else types
     if given.shape != labels.shape or logits.ndim != 3 or logits.shape[:2] != (batch, n + time):

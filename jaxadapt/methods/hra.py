@@ -54,7 +54,7 @@ class Hra(MatrixMethod):
             )
         inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
         if config.apply_GS and config.r > inputs:
-            raise target.refuse(f"HRA with apply_GS has at most one vector for each of the inputs; found r={config.r}")
+            raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
         if window:
             return (own_tensor("hra_u", (inputs, config.r)),)
         return (MethodTensor("hra_u", ".hra_u", ("batch", "in", "r"), (("in",), ("r",)), r, scale_power=0),)

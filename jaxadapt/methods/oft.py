@@ -61,8 +61,8 @@ class Oft(MatrixMethod):
         version = [int(n) for n in re.findall(r"\d+", config.peft_version or "0")[:2]]
         if config.use_cayley_neumann and version < [0, 18]:
             raise ConfigError(
-                "cannot apply OFT with use_cayley_neumann of a PEFT before 0.18, whose series was another one; train"
-                " the adapter again, or set use_cayley_neumann=False if it was trained so"
+                "cannot apply OFT with use_cayley_neumann from a PEFT before 0.18, which used another series."
+                " Train the adapter again, or set use_cayley_neumann=False if it was trained with False"
             )
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:

@@ -43,7 +43,7 @@ class PromptTuning(PromptMethod):
         if kind != "RANDOM":
             needed = {"SAMPLE_VOCAB": "", "TEXT": ", tokens=ids"}.get(kind, ", source=adapter")
             raise ConfigError(
-                f'{self.peft_type}: prompt_tuning_init="{kind}" reads more than the configuration; create the adapter'
+                f'{self.peft_type}: prompt_tuning_init="{kind}" needs data beyond the configuration; create the adapter'
                 f" with jaxadapt.initializers.start(config, base{needed})"
             )
         return Draw("normal", 1.0)  # torch's nn.Embedding

@@ -50,8 +50,8 @@ class Randlora(MatrixMethod):
         if not config.save_projection:
             raise ConfigError(
                 "cannot apply RANDLORA with save_projection=false: the bases that PEFT draws depend on the machine"
-                " (bfloat16 or float16), so only a file that contains them is definite. Load the adapter in PEFT on the"
-                " machine that trained it, and save it with save_projection=True"
+                " (bfloat16 or float16), so the file must contain them. Load the adapter in PEFT on the machine that"
+                " trained it, and save it with save_projection=True"
             )
 
     def tensors(self, config: RandLoraConfig, target: Target) -> tuple[MethodTensor, ...]:

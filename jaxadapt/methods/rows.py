@@ -69,7 +69,7 @@ class AppliedRows(AppliedMethod):
             return bias
         one = self._one(jax.tree.map(lambda x: x[0], self.tensors))
         if one.bias(bias) is not bias:
-            raise self._refuse("the method changes the bias of a layer that adds it itself")
+            raise self._refuse("the method changes the bias, but the layer adds the bias itself")
         return bias
 
     def _one(self, params: Params) -> AppliedMethod:

@@ -112,8 +112,8 @@ def _count(config: WaveFTConfig, target: Target, module: str) -> int:
         found = target.found.get("waveft_spectrum")
         if found is None:
             raise target.refuse(
-                "cannot create a WAVEFT adapter with proportional_parameters: the numbers of one module depend on all"
-                " others; state them in n_frequency_pattern"
+                "cannot create a WAVEFT adapter with proportional_parameters: a module's number of frequencies"
+                " depends on all other modules; state the numbers in n_frequency_pattern"
             )
         return found[-1]
     return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)

@@ -146,8 +146,8 @@ def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
     """Raise `AttachError` if `error` comes from a model whose weights Qwix holds."""
     if any(quantized.is_qwix_parameter(x) for _, node in walked.modules for x in vars(node).values()):
         raise AttachError(
-            f"{error}\nQwix intercepts the calls of this model, and would also quantise the adapter's inputs."
-            " Convert the model with jaxadapt.models.from_qwix(model), which keeps the quantised weights"
+            f"{error}\nQwix intercepts the calls of this model, and would also quantize the adapter's inputs."
+            " Convert the model with jaxadapt.models.from_qwix(model), which keeps the quantized weights"
         ) from error
 
 

@@ -66,7 +66,7 @@ def quantize(
         if site.match.weight.kind != "linear":
             problems.append(f"{site.leaf}: expected the weight of a linear layer")
         elif quantized.is_quantized(w):
-            problems.append(f"{site.leaf}: already quantised")
+            problems.append(f"{site.leaf}: already quantized")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
             problems.append(f"{site.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
         elif (sharding := placement.sharding_of(w)) is not None and AxisType.Explicit in sharding.mesh.axis_types:
@@ -77,7 +77,7 @@ def quantize(
         elif tuple(stack) != tuple(range(len(stack))):
             problems.append(f"{site.leaf}: its layers are stacked on axis {stack}; expected the first axes")
     if problems:
-        raise AttachError("cannot quantise these weights:\n" + paths.bullets(problems))
+        raise AttachError("cannot quantize these weights:\n" + paths.bullets(problems))
     new: dict[str, Any] = {}
     for site in sites:
         order = (
@@ -90,7 +90,7 @@ def quantize(
     scales = {leaf: q.absmax for leaf, q in new.items()}
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     if odd:
-        raise AttachError("cannot quantise these weights, whose values are not all finite:\n" + paths.bullets(odd))
+        raise AttachError("cannot quantize these weights, whose values are not all finite:\n" + paths.bullets(odd))
     base = carrier(base).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
@@ -144,7 +144,7 @@ def from_qwix(model: Any) -> Any:
     odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
     if odd:
         raise AttachError(
-            "cannot convert this model: Qwix also quantises activations, with static scales, at:\n" + paths.bullets(odd)
+            "cannot convert this model: Qwix also quantizes activations, with static scales, at:\n" + paths.bullets(odd)
         )
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])

@@ -176,7 +176,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     if isinstance(held, Wrapper):
         if not inputs:
             raise AttachError(
-                "cannot summarise a Linen module without its variables: call summary(module, variables, *inputs)"
+                "cannot summarize a Linen module without its variables: call summary(module, variables, *inputs)"
             )
         variables, *rest = inputs
         if not isinstance(variables, Mapping):
@@ -193,7 +193,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     adapters = base.adapters()
     rows = [row for name, adapter in adapters for row in _rows(name, adapter, shapes, how)]
     if not rows:
-        raise AttachError(f"cannot summarise: this {type(base.tree).__name__} has no adapter")
+        raise AttachError(f"cannot summarize: this {type(base.tree).__name__} has no adapter")
     keymaps = {name: adapter.keymap for name, adapter in adapters}
     return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), tuple(held.active()), keymaps)
 

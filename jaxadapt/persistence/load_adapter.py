@@ -88,7 +88,7 @@ def load(
             start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy of `modules_to_save`
             is the base's); tensors that the model has no place for are ignored. Wrong shapes are still refused, and so
             is a file without any fitting tensor.
-        repair: True mends names and settings that have only one possible meaning, as `jaxadapt.repair` does in files,
+        repair: True corrects names and settings that have only one meaning, as `jaxadapt.repair` does in files,
             and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
             adapter_config.json, … The files stay as they are.
         strict_base: True refuses a base other than the one the adapter was trained on, by the fingerprint in the file
@@ -171,8 +171,8 @@ def load(
         is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
         if is_encoded and not replace:
             raise MismatchError(
-                f"{source}: the attached adapter {name!r} has an encoder, and the file holds only what an encoder"
-                f" computed ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
+                f"{source}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's"
+                f" output ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
                 " its encoder, and load(…, name=…) keeps both"
             )
         if dtype is None and not is_encoded:

@@ -29,7 +29,7 @@ class Repaired:
     Attributes:
         path: the folder written; None if there was nothing to repair, and nothing was written.
         done: a sentence for each repair.
-        remaining: the errors and warnings that remain, which no repair can mend with certainty.
+        remaining: the errors and warnings that cannot be repaired with certainty.
     """
 
     path: str | None
@@ -202,18 +202,18 @@ def _describe(names: key_names.Names) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_repaired(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
+def open_repaired(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
     """Open an adapter like `folder.open_adapter`, with every certain repair, and warn of each.
 
     A file that no repair helps raises the error that `open_adapter` raises.
     """
     with contextlib.ExitStack() as stack:
         try:
-            plan = stack.enter_context(_open_plan(path, report))
+            plan = stack.enter_context(_open_plan(path, no_report))
         except (FileError, FormatError):
             plan = None
         if plan is None or not plan.done:
-            yield stack.enter_context(folder.open_adapter(path, report))
+            yield stack.enter_context(folder.open_adapter(path))
             return
         warn(f"{os.fspath(path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(plan.done))
         yield plan.tensors

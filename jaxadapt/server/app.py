@@ -98,7 +98,7 @@ class Server:
 
     def _encode(self, request: Request, chat: bool) -> list[list[int]]:
         if chat and not self.base.chats:
-            raise RequestError(400, f"{self.base.name} has no tokens of ChatML ({START}, {END}); use /v1/completions")
+            raise RequestError(400, f"{self.base.name} has no ChatML tokens ({START}, {END}); use /v1/completions")
         if chat:
             return [self.base.encode_chat(request.messages)]
         return [self.base.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
@@ -163,7 +163,7 @@ class Server:
         name = adapter_name(await read_json(http), path=True)
         try:
             if name == self.base.name:
-                raise FileError(f"{name!r} is the base's name")
+                raise FileError(f"{name!r} is the base's name; rename the adapter's folder")
             known = name in self.pool.names()
             self.pool.add(name, names.find(self.root, name))
             try:

@@ -6,20 +6,18 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError
+from jaxadapt.core.progress import LOGGER
 from jaxadapt.demo.generation import Decoder, Sampling
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.protocol import RequestError
 from jaxadapt.server.text import TextStream
 from jaxadapt.serving import AdapterPool
-
-LOGGER = logging.getLogger("jaxadapt.server")
 
 
 @dataclasses.dataclass(frozen=True)

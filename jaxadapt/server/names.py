@@ -40,7 +40,9 @@ def find(root: Path, name: str) -> Path:
         raise FileError(f"there is no adapter {name!r}: expected a folder of this name with {CONFIG}")
     leaves = [each for each in (path, *path.rglob("*")) if inside not in Path(os.path.realpath(each)).parents]
     if leaves:
-        raise FileError(f"the adapter {name!r} has links that leave the adapters' folder; copy the files into it")
+        raise FileError(
+            f"the adapter {name!r} contains links to files outside the adapters' folder; copy the files into it"
+        )
     return path
 
 

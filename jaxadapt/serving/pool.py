@@ -305,7 +305,7 @@ class AdapterPool:
     def _read_adapter(self, version: Version) -> Adapter:
         adapter = from_peft(read(version.path), self._shapes, keymap=self._keymap)
         if self._refresh(version.name) != version:
-            raise FileError(f"{version.path}: the adapter changed while it was read; ask for it again")
+            raise FileError(f"{version.path}: the adapter changed while it was read; request it again")
         return adapter
 
 

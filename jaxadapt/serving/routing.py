@@ -92,7 +92,7 @@ def route(
     """
     if isinstance(rows, AdapterPool):
         if adapter_names is None:
-            raise AttachError("adapter_names: expected the adapter of each row; a pool alone does not choose them")
+            raise AttachError("adapter_names: expected the name of each row's adapter, found None; pass it with a pool")
         with rows.rows(adapter_names) as leased, route(model, leased) as routed:
             yield routed
         return

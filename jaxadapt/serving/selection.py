@@ -42,8 +42,8 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: How | None) -> Ro
         return Rows(_gather_rows(bank, ids), layout.rows)
     if implementation in ("gather", "layer") and ids.ndim == 2:
         raise AttachError(
-            f"implementation={implementation!r} has one adapter a row, and the ids have shape {list(ids.shape)}. Use"
-            " 'mask' for ids of tokens, or pass weights for several adapters a row"
+            f"implementation={implementation!r} takes one adapter for each row, but the ids have the shape"
+            f" {list(ids.shape)}. Use 'mask' for ids of tokens, or pass weights for several adapters in each row"
         )
     data: Tensors = {IDS: ids}
     if implementation not in ("layer", "mask"):
@@ -87,7 +87,7 @@ def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: How | Non
             f" {list(ids.shape)}"
         )
     if implementation not in (None, "gather"):
-        raise AttachError(f"implementation={implementation!r} has no weights; leave it out")
+        raise AttachError(f"implementation={implementation!r} takes no weights; leave the implementation out")
     places = [place.row for place in bank.layout.places]
     if others := [row for row in places if row.method.effects(row.hparams).weight != "adds"]:
         raise AttachError(

@@ -90,13 +90,15 @@ def open_model(path: Location) -> Generator[TensorSource]:
         wrong += [f"{key} of {name} is not in the index" for name in names for key in parts[name] if key not in index]
         twice = [f"{key} is also in {name}" for name in names for key in parts[name] if index.get(key, name) != name]
         if wrong or twice:
-            raise FormatError(f"{path / main}: index and files disagree: {problems_text([*wrong, *twice])}")
+            raise FormatError(
+                f"{path / main}: index and files disagree: {problems_text([*wrong, *twice])}; fetch them again"
+            )
         yield combine(str(path), list(parts.values()))
 
 
 # Quantisation formats, by the suffix of a tensor that accompanies a quantised weight.
 _QUANTIZED_SUFFIXES = {
-    ".nested_absmax": "bitsandbytes in 4 bits, with double quantisation",
+    ".nested_absmax": "bitsandbytes in 4 bits, with double quantization",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes in 4 bits",
     ".SCB": "bitsandbytes in 8 bits",
@@ -112,11 +114,11 @@ def refuse_packed(tensors: TensorSource) -> None:
     suffix = next((suffix for suffix, keys in keys_by_suffix.items() if keys), None)
     if suffix is not None:
         raise FormatError(
-            f"{tensors.source}: its weights are quantised ({_QUANTIZED_SUFFIXES[suffix]}), and only dense"
+            f"{tensors.source}: its weights are quantized ({_QUANTIZED_SUFFIXES[suffix]}), and only dense"
             " weights can be read:\n"
             + paths.bullets(keys_by_suffix[suffix])
-            + "\nDequantise them first (transformers: model.dequantize(), save_pretrained) and read the result."
-            " jaxadapt.models.quantize stores it in 4 bits again; its nf4 values equal those of bitsandbytes"
+            + "\nDequantize them first (transformers: model.dequantize(), save_pretrained) and read the result."
+            " jaxadapt.models.quantize quantizes the result again; its nf4 values equal those of bitsandbytes"
         )
 
 

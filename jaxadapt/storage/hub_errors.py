@@ -92,7 +92,7 @@ def _http_failure(place: Address, action: str, error: Any, token: Token) -> File
         return _failure(place, action, why, "log in" + _login_hint(token), error)
     if status == 403:
         why = "the token lacks the permission"
-        return _failure(place, action, why, "use a token that has it" + _login_hint(token), error)
+        return _failure(place, action, why, "use a token with this permission" + _login_hint(token), error)
     if status == 404:
         revision = f", no revision {place.revision!r} of it" if place.revision else ""
         missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"

@@ -298,11 +298,16 @@ def write_to(
     keys = header.tensors
     with contextlib.closing(threads.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
         for key, info in keys.items():
-            for part in strided.contiguous_parts(_to_file_bits(writer.path, key, next(values), info)):
-                writer.write(part)
+            _write_array(writer, _to_file_bits(writer.path, key, next(values), info))
             if progress is not None:
                 progress(info.nbytes)
     return header
+
+
+def _write_array(writer: atomic.Writer, bits: np.ndarray) -> None:
+    """Append an array. On return no name holds its memory, which `get` may need for the next tensor."""
+    for part in strided.contiguous_parts(bits):
+        writer.write(part)
 
 
 def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:

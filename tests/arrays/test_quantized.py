@@ -256,7 +256,7 @@ def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
     assert {p.rpartition(".")[0].rpartition(".")[2] for p in held} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    with pytest.raises(jaxadapt.AttachError, match="already quantised"):
+    with pytest.raises(jaxadapt.AttachError, match="already quantized"):
         jaxadapt.models.quantize(model)
 
 
@@ -290,7 +290,7 @@ def test_refusals_name_the_weight_and_change_nothing(options, change, message):
 def test_initialisations_that_change_the_base_are_refused_on_one_that_cannot_hold_them():
     base = jaxadapt.models.quantize(small.base()["params"], modules=["q_proj"])
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
-    with pytest.raises(jaxadapt.ConfigError, match="quantised"):
+    with pytest.raises(jaxadapt.ConfigError, match="quantized"):
         jaxadapt.initializers.start(config, base)
 
 

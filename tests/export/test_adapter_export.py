@@ -131,7 +131,7 @@ def test_pissa_becomes_a_lora_of_the_original_base(init, how, tmp_path):
     first = tmp_path / "first"
     # PEFT saves the configuration with the initialization that it had; only the values matter.
     jaxadapt.write(jaxadapt.PeftTensors(jaxadapt.read_config(tmp_path / "in"), jaxadapt.read(first).tensors), first)
-    with pytest.raises(jaxadapt.ConfigError, match="its initialization changed; pass the"):
+    with pytest.raises(jaxadapt.ConfigError, match="this initialization changed the base of the adapter; pass the"):
         export_adapter(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = export_adapter(tmp_path / "in", tmp_path / "out", **{how: tmp_path / how})

@@ -128,7 +128,7 @@ def test_extract_one_of_several_adapters_of_a_whole_model(folder: Path, tmp_path
     missing = CliRunner().invoke(
         main, ["extract", f"{tmp_path}/model.safetensors", "--config", str(folder), "--out", f"{tmp_path}/x"]
     )
-    assert "no adapter is called 'default'; it has de, fr" in missing.output
+    assert "no adapter is called 'default'; choose one with --name: de, fr" in missing.output
     lost = CliRunner().invoke(main, ["extract", f"{tmp_path}/model.safetensors", "--out", f"{tmp_path}/x"])
     assert "pass --config" in lost.output
 

@@ -435,7 +435,7 @@ def test_codes_are_no_weights(tmp_path, beside, says):
     held = {"n.weight": np.ones((2, 4), "uint8")} | {f"n.{name}": np.ones(3, "uint8") for name in beside}
     save_file(held, tmp_path / "model.safetensors")
     for strict in (True, False):
-        with pytest.raises(jaxadapt.FormatError, match=rf"quantised \(.*{says}.*(?s:.)*dequantize\(\)"):
+        with pytest.raises(jaxadapt.FormatError, match=rf"quantized \(.*{says}.*(?s:.)*dequantize\(\)"):
             jaxadapt.export.import_base(tmp_path, base, keymap=PACKED, strict=strict)
 
 

@@ -147,7 +147,7 @@ def test_variables_are_no_parameters():
     variables = small.base()
     adapter = jaxadapt.init(LORA, variables["params"], key=jax.random.key(0))
     other = adapter.named("other")
-    with pytest.raises(AttachError, match=r"carry the adapters \['other'\], and not exactly one is selected"):
+    with pytest.raises(AttachError, match=r"carry the adapters \['other'\], but 0 are selected"):
         jaxadapt.merge({**variables, **other}, jax.tree.map(jnp.copy, adapter))
     with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
         jaxadapt.unmerge(variables, adapter)
@@ -380,7 +380,7 @@ def test_a_table_of_tokens_that_may_be_the_head_is_said(head):
     line = Weight("embed.embedding", "embed.weight", "i o -> i o", kind="embedding")
     adapter = made(jaxadapt.LoraConfig(r=2, target_modules=["embed"]), params, KeyMap("generic", (line,)))
     if head is None:
-        with pytest.warns(UserWarning, match=r"logits with it too .*:\n  embed.embedding \(11 tokens\)") as caught:
+        with pytest.warns(UserWarning, match=r"logits with the embedding too .*:\n  embed\S+ \(11 tokens\)") as caught:
             jaxadapt.merge(params, adapter)
         assert caught[0].filename == __file__
     else:

@@ -106,7 +106,7 @@ def test_a_vmap_that_hides_the_stream_is_refused():
 
     model = wrapped(Many())
     variables = model.init(KEY, X)
-    with pytest.raises(jaxadapt.AttachError, match=r"do not see it:\n.*q\n"):
+    with pytest.raises(jaxadapt.AttachError, match=r"do not get it:\n.*q\n"):
         model.apply(variables, X, rngs=STREAM)
 
 
@@ -185,7 +185,7 @@ def test_a_jit_inside_the_model_does_not_keep_an_older_choice():
         with pytest.warns(UserWarning, match="lora_dropout is off"):
             plain = model.apply(variables, X)
         if hide:
-            with pytest.raises(jaxadapt.AttachError, match="do not see it"):
+            with pytest.raises(jaxadapt.AttachError, match="do not get it"):
                 model.apply(variables, X, rngs=STREAM)
         else:
             assert abs(model.apply(variables, X, rngs=STREAM) - plain).max() > 1e-2

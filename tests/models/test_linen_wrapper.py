@@ -681,7 +681,7 @@ def test_a_wrapper_is_no_part_of_a_module():
             return nn.Dense(3, name="head")(self.net(x))
 
     outer = Outer(jaxadapt.adapt(Net(), lora("q")))
-    refused(jaxadapt.AttachError, "adapt the outermost one", outer.init, KEY, jnp.ones((2, 8)))
+    refused(jaxadapt.AttachError, "adapt the outermost module", outer.init, KEY, jnp.ones((2, 8)))
 
 
 class Normed(nn.Module):

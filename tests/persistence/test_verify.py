@@ -436,7 +436,7 @@ def test_commands(folder: Path):
     found = damaged(folder, renamed(lambda k: f"module.{k}")(sound()))
     result = run("verify", found)
     assert result.exit_code == 1
-    assert f"jaxadapt repair {found} mends wrapper-names" in result.output
+    assert f"jaxadapt repair {found} repairs wrapper-names" in result.output
     document = json.loads(run("verify", found, "--json").output)
     assert (document["error"], document["findings"][0]["code"]) == (1, "wrapper-names")
     assert run("repair", found, "--out", "x", "--in-place").exit_code == 2

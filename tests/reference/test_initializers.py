@@ -399,7 +399,7 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
     again = carrier(jaxadapt.models.dequantize(nnx.clone(small) if api == "nnx" else small)).leaves()
     for path, w in weights.items():
         np.testing.assert_array_equal(again[path], w, err_msg=path)
-    with pytest.raises(jaxadapt.ConfigError, match="LoftQ quantised the base"):
+    with pytest.raises(jaxadapt.ConfigError, match="LoftQ quantized the base"):
         jaxadapt.initializers.for_original_base(adapter, adapter)
     jaxadapt.save(adapter, tmp_path)
     fresh = twin(family, api, scan)[0]
@@ -410,7 +410,7 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
 
 def test_loftq_is_for_weights_as_they_were():
     base = jaxadapt.models.quantize({"q": {"kernel": np.ones((64, 64), "float32")}}, modules=["q"])
-    with pytest.raises(jaxadapt.ConfigError, match="quantised"):
+    with pytest.raises(jaxadapt.ConfigError, match="quantized"):
         jaxadapt.initializers.start(loftq(4, 1), base)
     conv = jaxadapt.LoraConfig(**fields("gpt2", "loftq", loftq_config={"loftq_bits": 4}))
     with pytest.raises(jaxadapt.ConfigError, match="Conv1D's transposed weight"):

@@ -132,7 +132,7 @@ def test_scan_leaves_out_links_that_leave(root, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "gone").symlink_to(root / "fr", target_is_directory=True)
     assert names.scan(tmp_path / "in") == (
-        {}, ["the adapter 'gone' has links that leave the adapters' folder; copy the files into it"]
+        {}, ["the adapter 'gone' contains links to files outside the adapters' folder; copy the files into it"]
     )  # fmt: skip
     assert list(names.scan(root)[0])[:3] == ["broken", "de", "fr"]
     with pytest.raises(FileError, match="cannot list the adapters"):

@@ -164,7 +164,7 @@ def test_rows_take_adapters_by_name_as_in_peft(folders):
     want = np.tanh(x[2] @ w["q_proj"]) @ w["up_proj"]  # the biases are zero
     np.testing.assert_allclose(y[2], want, rtol=1e-4)
     with (
-        pytest.raises(AttachError, match="expected the adapter of each row"),
+        pytest.raises(AttachError, match="expected the name of each row's adapter"),
         serving.route(module, pool),
     ):
         pass

@@ -110,7 +110,7 @@ def test_what_cannot_be_selected():
         bank.select([[1, 2]], weights=[[1.0, 1.0]])
     with pytest.raises(AttachError, match="expected the shape of ids"):
         lora.select([[1, 2]], weights=[1.0])
-    with pytest.raises(AttachError, match="'mask' has no weights"):
+    with pytest.raises(AttachError, match="'mask' takes no weights"):
         lora.select([[1, 2]], weights=[[1.0, 1.0]], implementation="mask")
     with pytest.raises(AttachError, match="one adapter a row"):
         lora.select([[1, 2]], implementation="gather")

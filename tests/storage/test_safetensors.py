@@ -232,6 +232,17 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_tensor_is_released_before_the_next_one_is_computed(tmp_path: Path) -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        codec.write(tmp_path / "f", dict.fromkeys("abc", ("U8", (8 << 20,))), lambda _: np.zeros(8 << 20, "u1"))
+        assert tracemalloc.get_traced_memory()[1] < 9 << 20
+    finally:
+        tracemalloc.stop()
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from jaxadapt.core.errors import AdapterError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
 
@@ -129,6 +133,41 @@ def test_contributing_draws_every_package(root: Path):
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     drawn = re.findall(r"^    (\w+)/ ", text.partition("\n    jaxadapt/\n")[2].partition("\n\n")[0], re.MULTILINE)
     assert drawn == list(PACKAGES), "CONTRIBUTING.md draws the packages in this order, bottom first"
+
+
+def test_the_examples_of_contributing_are_right(root: Path):
+    """(That of a method is in `tests/methods/test_register.py`.)"""
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+    def example(heading: str) -> dict[str, Any]:
+        section = text.partition(f"### {heading}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+        names: dict[str, Any] = {"__name__": "example"}
+        (block,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        exec(compile(block, heading, "exec"), names)
+        return names
+
+    keymap = example("A new model family")["ACME"]
+    assert keymap.match("block_3.q.w").module({}) == "model.layers.3.self_attn.q_proj"
+    dialect = example("A new dialect")["ACME"]
+    assert dialect.claim({"q.lora_down", "q.lora_up"}) == {"q.kernel": [("q.lora_down", "q.lora_up", 0)]}
+    command = example("A new command")["command"]
+    folder = root / "tests" / "missing"
+    result = CliRunner().invoke(command, [str(folder), "--json"])
+    assert isinstance(result.exception, AdapterError)
+    assert "jaxadapt count out/" in CliRunner().invoke(command, ["--help"]).output
+
+
+def test_contributing_names_what_exists(root: Path):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Add something\n")[2].partition("\n## ")[0]
+    named = {name for name in re.findall(r"`((?:\w+/)+\w+\.py|(?:\w+/)+)`", section) if "sketch" not in name}
+    missing = {name for name in named if not (root / name).exists() and not (PACKAGE / name).exists()}
+    assert missing == {"cli/NAME.py"}, "CONTRIBUTING.md names files that do not exist"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (*files(), *(root / "tests").rglob("*.py")))
+    known = set(re.findall(r"\w+", code))
+    tables = set(re.findall(r"`(_?[A-Z][A-Z_]{3,}|test_\w+)`", section))
+    assert "DIALECTS" in tables
+    assert tables <= known, "CONTRIBUTING.md names tables and tests that do not exist"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

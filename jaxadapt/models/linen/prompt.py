@@ -43,8 +43,8 @@ def call_module(
     if not (method is None or method == "__call__" or method is type(module).__call__):
         name = method if isinstance(method, str) else method.__name__
         raise AttachError(
-            f"the virtual tokens of {prompt.recipe.config.peft_type} enter the module's __call__, and this is a call of"
-            f" {name!r}. Call it without the adapter, model.clone(active=())"
+            f"{prompt.recipe.config.peft_type} adds virtual tokens only to the module's __call__, but the call is of"
+            f" {name!r}. Call {name!r} without the adapter, model.clone(active=())"
         )
     signature = signature_of(type(module).__call__)
     options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
@@ -95,8 +95,8 @@ def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
     except _EmbeddedError as found:
         return found.embeddings
     raise AttachError(
-        f"{peft_type}: the module embeds its tokens by no nn.Embed, so their embeddings are unknown. Pass embeddings to"
-        " the call in place of tokens"
+        f"{peft_type}: the module does not embed its tokens with an nn.Embed, so their embeddings are unknown. Pass"
+        " embeddings to the call in place of tokens"
     )
 
 

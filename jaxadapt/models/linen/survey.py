@@ -123,8 +123,8 @@ class Survey:
         stateful = [leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful]
         if stateful:
             raise AttachError(
-                "modules_to_save copies the parameters of a module, but the modules of these also keep state, which the"
-                " adapter's file would lack. Remove them from modules_to_save:\n" + paths.bullets(stateful)
+                "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
+                " adapter's file cannot hold. Remove the modules from modules_to_save:\n" + paths.bullets(stateful)
             )
 
 

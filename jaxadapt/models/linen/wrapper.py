@@ -98,8 +98,8 @@ class Adapted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttachError(
-            "an adapted Linen module is called with apply(variables, …), and cannot be part of another module. If it"
-            " should be, adapt the outermost one instead, and select this one's layers with target_modules"
+            "an adapted Linen module cannot be part of another module; call it with apply(variables, …). To adapt a"
+            " part of a model, adapt the outermost module, and select the part's layers with target_modules"
         )
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -180,8 +180,8 @@ def check_calls(
     refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     if stray_uses:
         raise AttachError(
-            "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"
-            " can follow:\n"
+            "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
+            " an effective weight can replace it:\n"
             + paths.bullets(f"{leaf}: {reason}" for leaf, reason in stray_uses.items())
             + "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules"
         )

@@ -192,7 +192,7 @@ def _call_hooked(
         y, changed = (jax.checkpoint(run) if quantized else run)(quantized, state)
     except errors.TraceContextError as error:
         raise AttachError(
-            f"{base.__name__}: the call changes a variable that the layer does not hold. An adapted layer may change"
+            f"{base.__name__}: the call changes a variable outside the layer. An adapted layer may change"
             " only its own variables, such as a random stream or a count. Store the object with the variable in the"
             " layer (self.rngs = rngs), or exclude the layer with exclude_modules"
         ) from error

@@ -99,7 +99,7 @@ def shift_positions(
         return Arguments(tuple(args), dict(kwargs))
     if name is None:
         raise AttachError(
-            f"{peft_type} puts {n} virtual tokens before the others, so these must have positions from {n} on, and this"
+            f"{peft_type} puts {n} virtual tokens before the input, so the input's positions begin at {n}, but this"
             f" model takes no positions. Give its call an argument {' or '.join(map(repr, names.positions[:2]))} of"
             " shape (batch, time); a model that knows only distances passes them to jaxadapt.models.RelativeBias, and"
             " its KeyMap has relative_positions=True"
@@ -158,7 +158,7 @@ def prepend_embeddings(
     name = _parameter(signature, names.embeddings)
     if name is None:
         raise AttachError(
-            f"{peft_type} puts embeddings before those of the tokens, and this model takes no embeddings. Give its call"
+            f"{peft_type} puts embeddings before those of the tokens, but this model takes no embeddings. Give its call"
             f" an argument {' or '.join(map(repr, names.embeddings[:2]))} of shape (batch, time, width), which it uses"
             " in place of tokens"
         )
@@ -172,8 +172,8 @@ def prepend_embeddings(
     n = virtual.shape[-2]
     if virtual.shape[-1] != width or (virtual.ndim == 3 and virtual.shape[0] != batch):
         raise MismatchError(
-            f"the adapter's virtual tokens have the shape {tuple(virtual.shape)}, and the embeddings of this call"
-            f" {tuple(given.shape)}. The last axis is token_dim, the width of the base, and the first the batch"
+            f"the adapter's virtual tokens have the shape {tuple(virtual.shape)}, but the embeddings of this call have"
+            f" {tuple(given.shape)}. The last axis (token_dim, the width of the base) and a batch axis must be equal"
         )
     virtual = jnp.broadcast_to(virtual.astype(given.dtype), (batch, n, width))
     bound.arguments[name] = jnp.concatenate([virtual, given], axis=1)

@@ -87,8 +87,8 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
         return None
     if prompt.prefilled:
         raise AttachError(
-            "invoke(prefilled=True) has no effect on a model with call_with_embeddings, which decides itself what a"
-            " later call needs; deactivate the adapter for that call"
+            "invoke(prefilled=True) has no effect on a model with call_with_embeddings, because that method fills the"
+            " cache itself; deactivate the adapter for the later calls"
         )
     if not keys:
         return "call_with_embeddings", (prompt.tokens(),)
@@ -184,15 +184,15 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
     bias = arrays.get("bias")
     if bias is not None and not isinstance(bias, RelativeBias):
         raise AttachError(
-            "cannot add keys to an attention with a bias, whose values for these keys only the model can compute. Pass"
-            " a boolean mask instead, if the bias hides keys, or a jaxadapt.models.RelativeBias, if it depends on"
-            " distances"
+            "cannot add keys to an attention with a bias: only the model can compute the bias of the added keys. If the"
+            " bias hides keys, pass a boolean mask instead; if it depends on distances, pass a"
+            " jaxadapt.models.RelativeBias"
         )
     n, width = layer.shape[1:]
     for name, x in (("keys", key), ("values", value)):
         if width != x.shape[-2] * x.shape[-1]:
             raise MismatchError(
-                f"the adapter's {name} have the width {width} (token_dim), and those of the model"
+                f"the adapter's {name} have the width {width} (token_dim), but those of the model have"
                 f" {x.shape[-2]} heads of size {x.shape[-1]}. Use an adapter of a model with the same heads"
             )
     first, second = (

@@ -147,7 +147,7 @@ def _explain_missing(
         )  # fmt: skip
     names = _prefixed_modules(modules, base)
     if names is not None:
-        text = f"the names begin otherwise in {source}: {missing[0]} is {names[missing[0]]} there"
+        text = f"the names have another prefix in {source}: {missing[0]} is {names[missing[0]]} there"
         first = missing[0]
         if len(names[first]) < len(first):  # transformers writes the files of a model without its head like this
             return (
@@ -254,7 +254,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
         )
     if wrong:
         findings.append(
-            finding.error("shape", wrong, f"{finding.count(wrong, 'size')} not of the base: {wrong[0]}",
+            finding.error("shape", wrong, f"{finding.count(wrong, 'size')} unlike the base: {wrong[0]}",
                           "sizes of the base's weights", "check that the adapter belongs to this base model")
         )  # fmt: skip
     return findings
@@ -276,7 +276,7 @@ def _check_completeness(modules: Collection[str], config: Config, base: Shapes, 
         finding.error(
             "missing",
             absent,
-            f"{finding.count(absent, 'module')} of {source} that target_modules selects, but the file lacks",
+            f"the file lacks {finding.count(absent, 'module')} of {source} that target_modules selects",
             "tensors for every target",
             "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
         )

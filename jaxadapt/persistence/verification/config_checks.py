@@ -57,7 +57,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
                 (folder.CONFIG,),
                 str(error),
                 "a configuration that PEFT reads",
-                "jaxadapt repair mends it" + (" from the copy in the weights' header" if is_lost else "")
+                "jaxadapt repair corrects it" + (" from the copy in the weights' header" if is_lost else "")
                 if config is not None or is_lost
                 else "correct the field, or write the configuration again",
                 repairable=config is not None or is_lost,

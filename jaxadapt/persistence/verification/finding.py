@@ -22,7 +22,7 @@ class Finding:
         found: a sentence about the file.
         expected: what a sound file has; "" for a note.
         remedy: what to do; "" if there is nothing to do.
-        repairable: True if `repair` mends it, because only one original is possible.
+        repairable: True if `repair` corrects it, because only one original is possible.
     """
 
     severity: str

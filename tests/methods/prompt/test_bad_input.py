@@ -48,7 +48,7 @@ def test_a_prompt_for_another_width(tmp_path: Path) -> None:
 
 def test_a_prefix_for_other_heads_or_layers(tmp_path: Path) -> None:
     wide = write(tmp_path / "wide", PREFIX.replace(token_dim=6), prompt_embeddings=(3, 24))
-    with pytest.raises(MismatchError, match=r"width 6 \(token_dim\), and those of the model 1 heads of size 4"):
+    with pytest.raises(MismatchError, match=r"width 6 \(token_dim\), but those of the model have 1 heads of size 4"):
         call(wide)
     deep = write(tmp_path / "deep", PREFIX.replace(num_layers=3), prompt_embeddings=(3, 24))
     with pytest.raises(jaxadapt.AttachError, match=r"3 attention layers \(num_layers\), and this call.* computes 2"):
