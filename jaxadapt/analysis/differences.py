@@ -239,14 +239,17 @@ class _Job(NamedTuple):
         return self.compare(one, other), sum(x.nbytes for arrays in (one, other) for x in arrays.values())
 
 
+_COMPARED = "lora_A", "lora_B", "lora_embedding", "lora_diag", "ia3_l"
+
+
 def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
     """Return {module: {tensor: key}} of LoRA's factors and IA3's vectors, the parameters of experts by their names."""
     names: dict[str, dict[str, str]] = {}
-    for key in tensors.tensors if tensors.config.peft_type in ("LORA", "IA3") else ():
-        for module, found in pytorch.adapted_shapes({key: ()}).items():
-            for name in found:
-                if name.startswith(("lora_A", "lora_B", "lora_embedding", "lora_diag", "ia3_l")):
-                    names.setdefault(named_parameter(tensors.config, module), {})[name] = key
+    adapted = pytorch.adapted_keys(tensors.tensors) if tensors.config.peft_type in ("LORA", "IA3") else {}
+    for module, keys in adapted.items():
+        used = {name: key for name, key in keys.items() if name.startswith(_COMPARED)}
+        if used:
+            names.setdefault(named_parameter(tensors.config, module), {}).update(used)
     return {module: keys for module, keys in names.items() if _is_complete(keys)}
 
 

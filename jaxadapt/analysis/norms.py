@@ -79,10 +79,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
             f"cannot compute norms for {config.peft_type}: the file alone does not determine the change of a weight,"
             " which depends on the base model. Compare the weights before and after jaxadapt.merge"
         )
-    module_keys: dict[str, dict[str, Any]] = {}
-    for key in tensors.tensors:
-        for module, names in pytorch.adapted_shapes({key: ()}).items():
-            module_keys.setdefault(module, {}).update(dict.fromkeys(names, key))
+    module_keys = pytorch.adapted_keys(tensors.tensors)
     norms: list[Norm] = []
     left_out: list[str] = []
     known = {key for keys in module_keys.values() for key in keys.values()}

@@ -31,12 +31,23 @@ def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     >>> adapted_shapes({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
     """
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    return {
+        module: {name: tensors[key] for name, key in keys.items()} for module, keys in adapted_keys(tensors).items()
+    }
+
+
+def adapted_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return `{module: {tensor: key}}` of an adapter file, without copies of parameters and shared tensors.
+
+    >>> adapted_keys(["base_model.model.q.lora_A.weight"])
+    {'q': {'lora_A': 'base_model.model.q.lora_A.weight'}}
+    """
+    found: dict[str, dict[str, str]] = {}
     tensor = _tensor_pattern(tensors_with_parts(), tensor_prefixes())
-    for key, shape in tensors.items():
+    for key in keys:
         match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
-            found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = shape
+            found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = key
     return found
 
 
