@@ -10,7 +10,7 @@ does; so it is for PEFT, one method after the other. "memory" is what the compil
 
 `--results FILE` keeps the measurements in a file: a run measures only the methods that the file lacks, beside LoRA.
 `--losses FILE` trains SmolLM2 itself with each method that the file lacks, `--steps` steps of 2 × 64 tokens, and adds
-the loss on held-out text to the file; `--plot` draws it over the size. Exits with 1 if a target is missed.
+the loss on held-out text to the file; `--plot` draws the losses over the sizes. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+import jaxadapt
 from benchmarks import formulas
 from benchmarks.measure import Way, environment, installed, interleave, judge, parsed, table
 from benchmarks.train import BATCH, LENGTH, random_weights, smollm2
+from jaxadapt.analysis.method_sizes import count_trained
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.demo import finetune, training
+from jaxadapt.demo import finetune, llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
 
 COMPARED = "lora"
+# Offsets of a label from its point, in points, and its horizontal alignment.
+PLACES: Any = [
+    (6, -3, "left"),
+    (0, 7, "center"),
+    (0, -12, "center"),
+    (-6, -3, "right"),
+    (6, 9, "left"),
+    (-6, 9, "right"),
+    (6, -14, "left"),
+    (-6, -14, "right"),
+]
 NOISE = 1.15  # processor times of the same step differ by as much on a busy machine
 
 
@@ -54,7 +67,6 @@ class Measured:
     seconds: float = math.nan
     ratio: float = math.nan
     theirs: float = math.nan  # PEFT's seconds divided by those of its LoRA
-    loss: float = math.nan
 
 
 def dot_flops(jaxpr: Any) -> float:
@@ -95,8 +107,8 @@ def measured(
     """
     trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
     trainer.base = trainer.base if base is None else base
-    arguments = (trainer.adapter, trainer.state, trainer.base, jnp.asarray(tokens))
-    traced = jax.jit(trainer.compute_step).trace(*arguments)
+    rest = (trainer.fixed, trainer.base, jnp.asarray(tokens))
+    traced = jax.jit(trainer.compute_step).trace(trainer.adapter, trainer.state, *rest)
     compiled: Any = traced.lower().compile()
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, trainer.fixed)))
@@ -104,7 +116,7 @@ def measured(
     adapter = training.adapter_config(method)
 
     def step() -> None:
-        trainer.adapter, trainer.state, loss = compiled(trainer.adapter, trainer.state, trainer.base, arguments[3])
+        trainer.adapter, trainer.state, loss = compiled(trainer.adapter, trainer.state, *rest)
         loss.block_until_ready()
 
     formula = formulas.adapter_flops(method, config, adapter)
@@ -171,20 +183,38 @@ def read(file: Path | None) -> dict[str, Any]:
     return json.loads(file.read_text()) if file is not None and file.exists() else {}
 
 
-def draw(path: Path, found: Mapping[str, Measured]) -> None:
-    """Held-out loss over the number of trained parameters."""
+def trained_size(method: str) -> int:
+    """The number of trained parameters of the demo's adapter on SmolLM2."""
+    config = replace(smollm2(30, 49152), scan=True)
+    module: Any = jaxadapt.adapt(llama_linen.Llama(config), training.adapter_config(method))
+    return count_trained(jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)))
+
+
+def draw(path: Path, points: Mapping[str, tuple[int, float]]) -> None:
+    """The held-out losses over the numbers of trained parameters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    axis.set(xscale="log", xlabel="trained parameters in these layers", ylabel="held-out loss of SmolLM2")
+    axis.set(xscale="log", xlabel="trained parameters of SmolLM2's adapter", ylabel="held-out loss")
     axis.spines[["top", "right"]].set_visible(False)
-    for method, one in found.items():
-        color = "#c1440e" if method == COMPARED else "#1f5fa8"
-        axis.plot(one.trained, one.loss, "o", color=color)
-        axis.annotate(method, (one.trained, one.loss), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for method, point in points.items():
+        axis.plot(*point, "o", markersize=5, color="#c1440e" if method == COMPARED else "#1f5fa8")
+    canvas.draw()  # the limits of the axes are known from here on
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform(list(points.values()))]
+    for method, point in points.items():
+        for x, y, side in PLACES:
+            label = axis.annotate(method, point, (x, y), textcoords="offset points", ha=side, fontsize=8)
+            box = label.get_window_extent(canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                break
+            label.remove()
+        else:
+            raise ValueError(f"no place for the label {method}; add one to the offsets")
+        taken.append(box)
     figure.savefig(path, dpi=120)
 
 
@@ -215,7 +245,6 @@ def rows(found: Mapping[str, Measured]) -> list[list[str]]:
             number(one.seconds * 1e3, 0),
             number(one.ratio, 2),
             number(one.theirs, 2),
-            number(one.loss, 3),
         ]
         for name, one in found.items()
     ]
@@ -271,14 +300,16 @@ def main() -> None:
         if given.results is not None:
             given.results.write_text(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
     found = {name: found[name] for name in sorted(found)}
-    losses = {} if given.losses is None else held_out_losses(given.losses, chosen, given.steps)
-    for name, one in found.items():
-        one.loss = losses.get(name, math.nan)
     head = ["method", "trained", "own GFLOP", "formula", "memory MB", "step ms", "x LoRA's", "PEFT's x its LoRA's"]
-    title = f"**One step, {given.layers} layers, {BATCH} × {LENGTH} tokens**"
-    print(table(title, [*head, "held-out loss"], rows(found)))
-    if given.plot is not None:
-        draw(given.plot, {name: one for name, one in found.items() if not math.isnan(one.loss)})
+    print(table(f"**One step, {given.layers} layers, {BATCH} × {LENGTH} tokens**", head, rows(found)))
+    if given.losses is not None:
+        losses = held_out_losses(given.losses, chosen, given.steps)
+        points = {method: (trained_size(method), loss) for method, loss in sorted(losses.items())}
+        title = f"**SmolLM2 after {given.steps} steps of 2 × 64 tokens**"
+        lines = [[method, f"{size:,}", f"{loss:.3f}"] for method, (size, loss) in points.items()]
+        print(table(title, ["method", "trained", "held-out loss"], lines))
+        if given.plot is not None:
+            draw(given.plot, points)
     judge(missed_targets(found), given)
 
 

@@ -79,4 +79,4 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
         different,
     )
     if without_values:
-        warn("layer_replication: the base has no values here, so the repeated layers could not be compared")
+        warn("layer_replication: the base has only shapes here, so the repeated layers could not be compared")

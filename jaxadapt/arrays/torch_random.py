@@ -42,13 +42,18 @@ class TorchRandom:
                 f"cannot draw PyTorch's random positions among {size:,} entries: PyTorch uses another algorithm for"
                 f" {_LARGEST_PERMUTATION:,} entries or more. Exclude the module with exclude_modules"
             )
-        moved: dict[int, int] = {}
-        out = np.empty(count, np.int64)
-        for i, word in enumerate(self._words(count)):
-            j = i + int(word) % (size - i)
-            out[i] = moved.get(j, j)
-            moved[j] = moved.get(i, i)
-        return out
+        places = np.arange(count)
+        swapped = places + self._words(count) % (size - places)  # draw i swaps the entries at i and at swapped[i]
+        earlier = np.full(count, -1)  # the last earlier draw that swapped the same entry
+        order = np.argsort(swapped, kind="stable")
+        repeated = np.flatnonzero(swapped[order][1:] == swapped[order][:-1])
+        earlier[order[repeated + 1]] = order[repeated]
+        held = places.copy()  # the entry that draw i moves away from i: i itself, or what an earlier draw put there
+        inside = np.flatnonzero((swapped < count) & (swapped != places))
+        held[swapped[inside]] = inside  # of several draws the last
+        while not np.array_equal(held[held], held):
+            held = held[held]
+        return np.where(earlier < 0, swapped, held[earlier])
 
     def normal(self, shape: Sequence[int]) -> np.ndarray:
         """Return float32 values as `torch.randn(shape)` draws them, to within 2.4e-7."""

@@ -54,6 +54,9 @@ def command(model: str | None, as_json: bool) -> None:
     columns += [] if sizes is None else ["size"]
     output.print_table(columns, rows, numbers=("accuracy", "time", "size"))
     click.echo()
+    click.echo("Trained tensors:")
+    output.print_pairs([(info.peft_type, info.facts.trains) for info in found if info.facts.trains])
+    click.echo()
     click.echo("Papers and PEFT's code:")
     output.print_pairs([(info.peft_type, ", ".join(filter(None, (info.paper, info.source)))) for info in found])
     click.echo()

@@ -32,6 +32,7 @@ class AdaptionPromptConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "ADAPTION_PROMPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="adaption_gate, adaption_prompt",
         merges=False,
         learning_rate=1e-2,
         demo=FrozenDict({"target_modules": "self_attn", "adapter_len": 10, "adapter_layers": 20}),

@@ -36,7 +36,7 @@ class BOFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "BOFT"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.343, time=7.35)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="boft_R, boft_s", rows="call", accuracy=0.343, time=7.35)
     checks: ClassVar[Mapping[str, Any]] = {
         "boft_n_butterfly_factor": "rank",
         "boft_dropout": "probability",

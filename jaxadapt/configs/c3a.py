@@ -39,7 +39,12 @@ class C3AConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "C3A"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        rows="call", demo=FrozenDict({"block_size": 64}), accuracy=0.487, time=1.24
+        trains="c3a_kernel",
+        rows="call",
+        learning_rate=0.1,
+        demo=FrozenDict({"block_size": 64}),
+        accuracy=0.487,
+        time=1.24,
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "block_size": "rank",

@@ -43,6 +43,7 @@ class CPTConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "CPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="delta_embedding",
         merges=False,
         learning_rate=1e-2,
         demo=FrozenDict({"cpt_token_ids": tuple(range(32, 48)), "opt_projection_epsilon": 10.0}),

@@ -37,7 +37,7 @@ class DeftConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "DEFT"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.482, time=1.1)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="deft_P, deft_R", rows="call", accuracy=0.482, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "decomposition_method": ("relu", "qr"),

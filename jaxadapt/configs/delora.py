@@ -36,7 +36,11 @@ class DeloraConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "DELORA"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        rows="call", demo=FrozenDict({"delora_lambda": 2.0}), accuracy=0.468, time=1.1
+        trains="delora_A, delora_B, delora_lambda",
+        rows="call",
+        demo=FrozenDict({"delora_lambda": 2.0}),
+        accuracy=0.468,
+        time=1.1,
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

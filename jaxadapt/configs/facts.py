@@ -16,6 +16,7 @@ class MethodFacts:
     PEFT's figures are those of its benchmark `method_comparison/MetaMathQA`: Llama 3.2 3B, 5,000 steps of 4 examples.
 
     Attributes:
+        trains: the trained tensors of the demo's configuration; "" if not stated.
         rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
             prepare the adapter for it; "no" if they cannot.
         merges: False if no weight has the method's effect.
@@ -25,6 +26,7 @@ class MethodFacts:
         time: the training time in PEFT's benchmark, divided by LoRA's; None if it has no figure.
     """
 
+    trains: str = ""
     rows: Literal["call", "put", "no"] = "no"
     merges: bool = True
     learning_rate: float = 1e-3

@@ -35,7 +35,7 @@ class GraloraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "GRALORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.495, time=1.16)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",

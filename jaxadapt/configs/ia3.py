@@ -57,6 +57,7 @@ class IA3Config(Config):
     _type: ClassVar[str | None] = "IA3"
     shortens_targets: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="ia3_l",
         rows="call",
         learning_rate=2e-2,
         demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),

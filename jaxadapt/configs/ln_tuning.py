@@ -33,7 +33,10 @@ class LNTuningConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "LN_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        demo=FrozenDict({"target_modules": (*_NORMS, "norm")}), accuracy=0.0, time=0.97
+        trains="all tensors of the target modules",
+        demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
+        accuracy=0.0,
+        time=0.97,
     )
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -42,7 +42,9 @@ class LoKrConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "LOKR"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.466, time=1.37)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", accuracy=0.466, time=1.37
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",

@@ -129,7 +129,7 @@ class LoraConfig(Config):
     tensor_parts: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
     main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
     facts: ClassVar[MethodFacts] = MethodFacts(
-        rows="put", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0
+        trains="lora_A, lora_B", rows="put", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0
     )
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

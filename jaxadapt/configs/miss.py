@@ -34,7 +34,7 @@ class MissConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "MISS"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.487, time=0.95)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "mini_r": "rank",

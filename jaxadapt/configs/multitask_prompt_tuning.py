@@ -36,7 +36,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """
 
     _type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False, learning_rate=3e-2)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="prefix_task_cols, prefix_task_rows, prompt_embeddings", merges=False, learning_rate=3e-2
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptTuningConfig.checks,
         "prompt_tuning_init": ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),

@@ -41,7 +41,7 @@ class OFTConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "OFT"
     main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.491, time=1.27)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
     checks: ClassVar[Mapping[str, Any]] = {
         "module_dropout": "probability",
         "bias": ("none", "all", "oft_only"),

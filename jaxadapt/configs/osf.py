@@ -35,7 +35,9 @@ class OSFConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "OSF"
-    facts: ClassVar[MethodFacts] = MethodFacts(accuracy=0.427, time=2.82)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low", accuracy=0.427, time=2.82
+    )
     tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
     checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -33,7 +33,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "P_TUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False, accuracy=0.35, time=0.97)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="all tensors of the encoder", merges=False, accuracy=0.35, time=0.97
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         "encoder_reparameterization_type": ("MLP", "LSTM"),

@@ -36,7 +36,12 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "PREFIX_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        merges=False, learning_rate=1e-2, demo=FrozenDict({"init_weights": "zero"}), accuracy=0.416, time=0.93
+        trains="prompt_embeddings",
+        merges=False,
+        learning_rate=1e-2,
+        demo=FrozenDict({"init_weights": "zero"}),
+        accuracy=0.416,
+        time=0.93,
     )
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {

@@ -36,6 +36,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "PROMPT_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="prompt_embeddings",
         merges=False,
         learning_rate=3e-2,
         demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"}),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems, is_int, is_number
 
@@ -36,6 +37,7 @@ class SupertuningConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "SUPERTUNING"
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values")
     checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

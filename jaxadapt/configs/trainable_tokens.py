@@ -32,6 +32,7 @@ class TrainableTokensConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "TRAINABLE_TOKENS"
     facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="trainable_tokens_delta",
         demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),
         accuracy=0.246,
         time=1.04,

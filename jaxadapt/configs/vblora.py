@@ -41,7 +41,11 @@ class VBLoRAConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "VBLORA"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        learning_rate=1e-2, demo=FrozenDict({"vector_length": 64}), accuracy=0.334, time=1.27
+        trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
+        learning_rate=1e-2,
+        demo=FrozenDict({"vector_length": 64}),
+        accuracy=0.334,
+        time=1.27,
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -35,7 +35,12 @@ class VeraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "VERA"
-    facts: ClassVar[MethodFacts] = MethodFacts(learning_rate=2e-2, accuracy=0.354, time=1.07)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="vera_lambda_b, vera_lambda_d",
+        learning_rate=2e-2,
+        accuracy=0.354,
+        time=1.07,
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "vera_dropout": "probability",

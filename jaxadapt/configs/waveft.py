@@ -39,7 +39,7 @@ class WaveFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "WAVEFT"
-    facts: ClassVar[MethodFacts] = MethodFacts(rows="call", accuracy=0.403, time=2.24)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",

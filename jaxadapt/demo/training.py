@@ -173,6 +173,11 @@ def _keep(wanted: Callable[[str], bool], tree: Any, roles: Any) -> Any:
     return jax.tree.map(lambda x, role: x if wanted(role) else None, tree, roles)
 
 
+def _fill(trained: Any, fixed: Any) -> Any:
+    """Return the adapter's collection of the two trees that `_keep` made."""
+    return jax.tree.map(lambda x, y: y if x is None else x, trained, fixed, is_leaf=lambda x: x is None)
+
+
 class LinenTrainer:
     """A trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
 
@@ -205,11 +210,12 @@ class LinenTrainer:
         def call(variables: Any, tokens: jax.Array) -> jax.Array:
             return _logits(self.module, adapter, tokens, lambda ready: ready.apply(variables, tokens))
 
-        def loss(adapter: Any, base: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(call({**base, **self._whole(adapter)}, tokens), tokens)
+        # `fixed` is an argument: a compiled program would hold a copy of arrays from outside.
+        def loss(adapter: Any, fixed: Any, base: Any, tokens: jax.Array) -> jax.Array:
+            return next_token_loss(call({**base, **_fill(adapter, fixed)}, tokens), tokens)
 
-        def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
-            value, grads = jax.value_and_grad(loss)(adapter, base, tokens)
+        def step(adapter: Any, state: Any, fixed: Any, base: Any, tokens: jax.Array) -> Any:
+            value, grads = jax.value_and_grad(loss)(adapter, fixed, base, tokens)
             updates, state = tx.update(grads, state, adapter)
             return optax.apply_updates(adapter, updates), state, value
 
@@ -218,23 +224,19 @@ class LinenTrainer:
         self._loss = jax.jit(loss)
         self._logits = jax.jit(call)
 
-    def _whole(self, trained: Any) -> Any:
-        """Return the adapter's collection with these trained tensors."""
-        return jax.tree.map(lambda x, y: y if x is None else x, trained, self.fixed, is_leaf=lambda x: x is None)
-
     def step(self, tokens: np.ndarray) -> float:
-        stepped = self._step(self.adapter, self.state, self.base, jnp.asarray(tokens))
+        stepped = self._step(self.adapter, self.state, self.fixed, self.base, jnp.asarray(tokens))
         self.adapter, self.state, value = stepped
         return float(value)
 
     def loss(self, tokens: np.ndarray) -> float:
-        return float(self._loss(self.adapter, self.base, jnp.asarray(tokens)))
+        return float(self._loss(self.adapter, self.fixed, self.base, jnp.asarray(tokens)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits({**self.base, **self._whole(self.adapter)}, jnp.asarray(tokens)))
+        return np.asarray(self._logits({**self.base, **_fill(self.adapter, self.fixed)}, jnp.asarray(tokens)))
 
     def save(self, out: Path, base_model: str) -> None:
-        jaxadapt.save({**self.base, **self._whole(self.adapter)}, out, base_model=base_model)
+        jaxadapt.save({**self.base, **_fill(self.adapter, self.fixed)}, out, base_model=base_model)
 
     def adapter_size(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.arrays.random_draws import Draw, draw_arrays
 from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.shira import ShiraConfig
 from jaxadapt.core.errors import ConfigError
@@ -68,10 +69,11 @@ class Shira(MatrixMethod):
         count, columns = start.shape[1], start.fan_in
         size = (count // config.r - columns) * columns
         if config.random_seed is None:
-            flat = jnp.sort(jax.random.choice(start.key, size, (count,), replace=False))
+            flat = _positions(start.key, size, count)
         else:
-            flat = jnp.sort(jnp.asarray(TorchRandom(config.random_seed).permutation(size, count)))
-        return jnp.stack([flat // columns, flat % columns]).astype("int32")
+            flat = np.sort(TorchRandom(config.random_seed).permutation(size, count))
+        xp: Any = jnp if isinstance(flat, Tracer) else np
+        return xp.stack([flat // columns, flat % columns]).astype("int32")
 
     def delta(self, own: None, params: Params, w: Array) -> Array:
         rows, columns = params["shira_indices"]
@@ -80,6 +82,19 @@ class Shira(MatrixMethod):
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
+
+
+def _positions(key: Any, size: int, count: int) -> Array:
+    """Return `count` different numbers below `size` in ascending order: the places of the least of `size` draws.
+
+    They are the same inside jit.
+    """
+    values = draw_arrays(key, {"positions": (Draw("uniform", 1.0), (size,))}, np.float32)["positions"]
+    xp: Any = jnp if isinstance(values, Tracer) else np
+    bound = xp.partition(values, count - 1)[count - 1]
+    equal = values == bound  # several draws may be equal; the first of them count
+    chosen = (values < bound) | (equal & (xp.cumsum(equal) <= count - (values < bound).sum()))
+    return jnp.flatnonzero(chosen, size=count) if xp is jnp else np.flatnonzero(chosen)
 
 
 METHOD = Shira()

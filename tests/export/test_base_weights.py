@@ -422,7 +422,7 @@ def test_not_strict_takes_what_fits_and_says_what_not(tmp_path):
 @pytest.mark.parametrize(
     ("beside", "says"),
     [
-        (["weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"], "with double quantisation"),
+        (["weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"], "with double quantization"),
         (["weight.absmax", "weight.quant_state.bitsandbytes__nf4"], r"4 bits\)"),
         (["SCB"], "8 bits"),
         (["qweight"], "GPTQ or AWQ"),

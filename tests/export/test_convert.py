@@ -221,7 +221,7 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
     ("words", "way_out"),
     [
         ("peft x.safetensors", "--to tunix:qwen3"),
-        ("peft new --to llama", "--to needs a tree (.safetensors) as target"),
+        ("peft new --to llama", r"--to needs a tree \(.safetensors\) as target"),
         ("peft new --on-shared concat", "--dialect and --on-shared need a tree"),
         ("peft new --axis h=2", "--like and --axis need a tree"),
         ("peft new --lora-alpha 2", "--lora-alpha is for a source tree"),

@@ -1,10 +1,10 @@
 """Write the table of docs/methods.md from the results of the conformance suites: `python -m tests.full.methods_table`.
 
 It runs the suites that compare every registered method with PEFT, or reads the JUnit files of such runs (`--junit FILE
-…`). A cell is "yes" if all tests of its kind passed for all of the method's examples, "no" if one failed, and empty if
-none ran; with `--keep` the methods without results keep the page's cells. "PEFT's layers" are those that PEFT itself
-adapts, tried. It knows no method by name: a test belongs to the type in its parameters, in the form of the file or of
-the configuration's class, or in the name of its file.
+…`). A cell is "yes" if all tests of its kind passed for all of the method's examples, "no" if one failed, empty if none
+ran, and "–" if the column does not apply; with `--keep` the methods without results keep the page's cells. "PEFT's
+layers" are those that PEFT itself adapts, tried. It knows no method by name: a test belongs to the type in its
+parameters, in the form of the file or of the configuration's class, or in the name of its file.
 """
 
 from __future__ import annotations
@@ -36,9 +36,14 @@ SUITES = (
 BEGIN, END = "<!-- table of methods: python -m tests.full.methods_table -->\n", "<!-- end of the table -->"
 # {column: the tests that prove it, by the part of their names after "test_"}
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "NNX, Linen, merge": ("nnx_and_linen_agree_and_merging_equals_applying", "training_in_nnx_changes"),
+    "NNX, Linen, merge": (
+        "nnx_and_linen_agree_and_merging_equals_applying",
+        "training_in_nnx_changes",
+        "pefts_adapter_gives",
+        "peft_and_jaxadapt_open",
+    ),
     "layouts, fused": ("every_layout_", "parts_of_a_fused_weight"),
-    "scanned": ("stacked_layers_are", "scanned_layers_give"),
+    "scanned": ("stacked_layers_are", "scanned_layers_give", "pefts_adapter_gives", "peft_and_jaxadapt_open"),
     "8 devices": ("eight_devices",),
     "opens PEFT's files": (
         "pefts_file_gives",
@@ -48,6 +53,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
     "PEFT opens ours": ("peft_opens_our_files", "files", "peft_and_jaxadapt_open"),
 }
+# {scope of a method: the columns that do not apply to it}
+NEVER: Mapping[str, tuple[str, ...]] = {"model": ("layouts, fused",)}
 CASE = re.compile(r"test_(?P<test>\w+)(\[(?P<params>[^\]]+)\])?")
 Results = dict[str, dict[str, list[str]]]
 
@@ -141,8 +148,10 @@ def table(results: Results, kept: Mapping[str, Mapping[str, str]], layers: Mappi
             cells = [cell(found.get(column, ())) for column in COLUMNS]
         else:
             cells = [old.get(column, "") for column in COLUMNS]
+        never = NEVER.get(method.scope, ())
+        cells = ["–" if column in never else text for column, text in zip(COLUMNS, cells, strict=True)]
         rows = {"call": "yes", "put": "prepared", "no": "no"}[info.facts.rows]
-        cells = [layers.get(info.peft_type, ""), *cells, "yes" if info.facts.merges else "no", rows, *figures]
+        cells = [layers.get(info.peft_type, "–"), *cells, "yes" if info.facts.merges else "no", rows, *figures]
         lines.append(f"| {' | '.join([name, kinds, *cells])} |")
     passing = listing.passing_types().items()
     reasons = [f"{name} ({reason})" for name, reason in passing if reason != listing.NOT_YET]

@@ -6,11 +6,14 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import jaxadapt
 from jaxadapt import ConfigError, MismatchError
+from jaxadapt.core import paths
 
 SHAPES = {"q": (8, 12), "up": (12, 6)}
 BASE = {n: {"kernel": np.random.default_rng(s[1]).standard_normal(s).astype("float32")} for n, s in SHAPES.items()}
@@ -70,3 +73,30 @@ def test_a_new_pvera_warns_once_that_its_variance_is_not_trained():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a file computes as in PEFT, so reading one does not warn
         jaxadapt.from_peft(jaxadapt.to_peft(adapter), BASE)
+
+
+def test_a_compiled_call_and_its_gradients_hold_no_second_copy_of_shared_tensors():
+    shapes = {name: {"kernel": jax.ShapeDtypeStruct((256, 256), "float32")} for name in ("a", "b", "c")}
+    config = jaxadapt.configs.VeraConfig(r=512, target_modules=["a", "b", "c"])
+    adapter = jaxadapt.init(config, shapes)
+    shared = sum(4 * x.size for path, x in adapter.flat().items() if path.startswith("~shared"))
+    assert shared == 2 * 512 * 256 * 4
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for name in shapes:
+                x = nn.Dense(256, use_bias=False, name=name)(x)
+            return x
+
+    def loss(trained: Any, rest: Any, x: jax.Array) -> jax.Array:
+        adapted = jaxadapt.adapt(Net(), config)
+        return jnp.sum(adapted.apply(paths.unflatten({**trained, **rest}), x))
+
+    held = paths.flatten({"params": shapes, **adapter.collection})
+    trained = {path: x for path, x in held.items() if "lambda" in path}
+    rest = {path: x for path, x in held.items() if path not in trained}
+    x = jax.ShapeDtypeStruct((2, 256), "float32")
+    memory: Any = jax.jit(jax.grad(loss)).lower(trained, rest, x).compile().memory_analysis()
+    assert memory.argument_size_in_bytes <= 4 * (sum(leaf.size for leaf in jax.tree.leaves(held)) + x.size)
+    assert memory.temp_size_in_bytes < shared / 20

@@ -42,6 +42,19 @@ def test_shiras_positions_may_be_left_out_if_they_have_a_seed():
             assert drawn.dtype == np.int32
 
 
+def test_shiras_positions_from_a_key_are_distinct_and_the_same_inside_jit():
+    config = jaxadapt.configs.ShiraConfig(r=3, target_modules=["q"])
+
+    def positions(key: jax.Array) -> jax.Array:
+        return jaxadapt.init(config, BASE, key=key).flat()["q.kernel.shira_indices"]
+
+    found = np.asarray(positions(jax.random.key(0)))
+    assert len({*map(tuple, found.T)}) == found.shape[1] == 3 * sum(KERNEL.shape)
+    assert (found.max(1) < KERNEL.shape[::-1]).all()
+    np.testing.assert_array_equal(jax.jit(positions)(jax.random.key(0)), found)
+    assert not np.array_equal(positions(jax.random.key(1)), found)
+
+
 @pytest.mark.parametrize("largest", [True, False])
 def test_super_tuning_takes_the_largest_or_smallest_entries(largest: bool):
     config = jaxadapt.configs.SupertuningConfig(sparsity=0.75, select_top=largest, target_modules=["q"])

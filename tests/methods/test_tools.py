@@ -188,17 +188,23 @@ def test_sizes_of_each_method_on_a_model():
 @pytest.mark.parametrize("method", training.method_names())
 def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
     """One layer, without values; tests/full/test_demo_methods.py trains."""
-    layer = LlamaConfig(
-        vocab_size=64, hidden_size=576, intermediate_size=1536, num_layers=1, num_heads=9, num_kv_heads=3, head_dim=64,
-        rope_theta=1e5,
-    )  # fmt: skip
     config = training.adapter_config(method)
+    layers = getattr(config, "adapter_layers", 1)
+    layer = LlamaConfig(
+        vocab_size=64, hidden_size=576, intermediate_size=1536, num_layers=layers, num_heads=9, num_kv_heads=3,
+        head_dim=64, rope_theta=1e5,
+    )  # fmt: skip
     assert (config.peft_type, config.task_type) == (method.upper(), "CAUSAL_LM")
     module: Any = jaxadapt.adapt(llama_linen.Llama(layer), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not divide
         variables = jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)
-    assert jaxadapt.extract(variables).flat()
+    adapter = jaxadapt.extract(variables)
+    assert adapter.flat()
+    if not config.facts.trains.startswith("all tensors of"):
+        held = {path.rpartition(".")[2] for path in adapter.flat()}
+        tensors = {t.name: t.trained for t in sites.all_tensors(sites.sites_of(adapter))}
+        assert {*config.facts.trains.split(", ")} == {n.rpartition(":")[2] for n in held if tensors[n]}
 
 
 def test_the_table_of_the_page_follows_the_results(tmp_path: Path):

@@ -40,7 +40,7 @@ def test_fields_and_methods_of_the_module():
     assert not jnp.allclose(got, Net().apply(variables, x, method="encode"), atol=1e-3)  # the adapter has an effect
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = module.nothing_here
-    with pytest.raises(jaxadapt.AttachError, match="is called with apply"):
+    with pytest.raises(jaxadapt.AttachError, match="call it with apply"):
         module(x)
 
 

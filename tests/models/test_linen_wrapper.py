@@ -694,7 +694,7 @@ def test_a_module_with_a_state_is_not_saved_in_part():
     x = jnp.ones((5, 4))
     refused(
         jaxadapt.AttachError,
-        "(?s)modules_to_save copies the parameters.*norm.bias.*norm.scale",
+        "(?s)modules_to_save copies only parameters.*norm.bias.*norm.scale",
         jaxadapt.adapt(Normed(), lora("q", modules_to_save=["norm"])).init,
         KEY,
         x,

@@ -106,7 +106,7 @@ def test_a_load_onto_another_base_warns(tmp_path: Path):
     with pytest.warns(UserWarning, match="was trained on another base: 6 of 6 compared weights differ"):
         jaxadapt.load(tmp_path, nnx_model(seed=1))
     other = nnx_model(seed=1)
-    with pytest.raises(jaxadapt.MismatchError, match="Load it onto its own base, or without strict_base=True"):
+    with pytest.raises(jaxadapt.MismatchError, match="Load the adapter onto its own base, or without strict_base=True"):
         jaxadapt.load(tmp_path, other, strict_base=True)
     jaxadapt.write(dataclasses.replace(jaxadapt.read(tmp_path), base=None), tmp_path / "none")
     with pytest.raises(jaxadapt.MismatchError, match="has no fingerprint of its base"):

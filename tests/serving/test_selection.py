@@ -112,7 +112,7 @@ def test_what_cannot_be_selected():
         lora.select([[1, 2]], weights=[1.0])
     with pytest.raises(AttachError, match="'mask' takes no weights"):
         lora.select([[1, 2]], weights=[[1.0, 1.0]], implementation="mask")
-    with pytest.raises(AttachError, match="one adapter a row"):
+    with pytest.raises(AttachError, match="takes one adapter for each row"):
         lora.select([[1, 2]], implementation="gather")
     with pytest.raises(AttachError, match="gather, layer, mask, sorted"):
         lora.select([1], implementation="fast")

@@ -109,5 +109,5 @@ def test_bad_input() -> None:
     np.testing.assert_array_equal(adapter.shared[cpt.FIXED], TABLE[FIELDS["cpt_token_ids"]])
     with pytest.raises(MismatchError, match="CPT's loss: expected logits"):
         cpt.loss(OURS, jnp.zeros((1, 5, V)), jnp.zeros((1, 5), int))
-    with pytest.raises(ConfigError, match="end in a multiple of 4"):
+    with pytest.raises(ConfigError, match="with a multiple of 4"):
         cpt.loss(OURS.replace(cpt_tokens_type_mask=[1] * N), jnp.zeros((1, N + 1, V)), jnp.zeros((1, 1), int))
