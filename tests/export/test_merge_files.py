@@ -283,10 +283,7 @@ def test_combine_says_which_file_does_not_belong(tmp_path):
     with pytest.warns(UserWarning, match=r"different base models(.|\n)*one: org/one(.|\n)*two: org/two"):
         made = merge_files.combine_folders([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
     assert made.config.base_model_name_or_path is None
-    with (
-        pytest.warns(UserWarning, match="different base models"),
-        pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"),
-    ):
+    with pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"):
         merge_files.combine_folders([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
 
 
