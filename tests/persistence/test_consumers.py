@@ -110,7 +110,7 @@ def test_programs_that_were_read(settings, program: str, verdict: str, reason: s
 
 EVERY_PROPERTY = [
     (jaxadapt.LoraConfig(lora_alpha=1.5, use_rslora=True, use_dora=True, bias="all", target_modules="q.*",
-                         rank_pattern={"q": 2}, alpha_pattern={"q": 3}, 
+                         rank_pattern={"q": 2}, alpha_pattern={"q": 3},
                          trainable_token_indices=[1], target_parameters=["w"], init_lora_weights="pissa",
                          modules_to_save=["norm", "score", "lm_head"], use_bdlora={"nblocks": 2}), (), None),
     (jaxadapt.LoraConfig(target_modules=["q"], lora_bias=True, layers_to_transform=[0]), (), None),
