@@ -5,13 +5,12 @@ from __future__ import annotations
 import click
 
 from jaxadapt.cli import output
-
-PROGRAMS = ("plain", "gguf", "mlx", "vllm", "sglang", "tgi", "tensorrt-llm", "transformers")
+from jaxadapt.export.programs import PROGRAMS
 
 
 @click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")
 @click.argument("source", type=click.Path())
-@click.option("--for", "program", type=click.Choice(PROGRAMS), default="plain", show_default=True,
+@click.option("--for", "program", type=click.Choice(list(PROGRAMS)), default="plain", show_default=True,
               help="The program that reads the result.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or FILE.gguf for gguf.")
 @click.option("--base", type=click.Path(), help="Base model: its folder, config.json or (for gguf) its .gguf file.")

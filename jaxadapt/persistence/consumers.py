@@ -56,8 +56,19 @@ class Reader:
         return {**dataclasses.asdict(self), "reasons": list(self.reasons)}
 
 
-# A rule: {property of an adapter: (verdict, effect)}. A program reads properties that its rule lacks rightly.
+# A rule: {property of an adapter: (verdict, effect)}. A program reads the other properties of `PROPERTIES` rightly.
 _Rule = Mapping[str, tuple[str, str]]
+
+_SETTINGS = {
+    "rslora": "use_rslora", "dora": "use_dora", "lora_bias": "lora_bias", "alora": "alora_invocation_tokens",
+    "kasa": "kasa_config", "tokens": "trainable_token_indices", "parameters": "target_parameters",
+    "layers": "layers_to_transform", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
+PROPERTIES = frozenset((
+    *_SETTINGS, "any", "type", "method", "ia3", "bias", "fraction", "expression", "embedding", "tied embedding",
+    "variant", "init", "norm copies", "heads", "copies", "other tensors",
+))  # fmt: skip
+"""The properties of an adapter that some program refuses or misreads."""
 
 _IGNORED = (WRONG, "ignored")
 _REFUSE = (REFUSED, "refused")
@@ -162,11 +173,23 @@ _CURED = frozenset(("any", "rslora", "alpha_pattern", "rank_pattern", "fraction"
 _PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
 _HEADS = ("classifier", "score")
-_SETTINGS = {
-    "rslora": "use_rslora", "dora": "use_dora", "lora_bias": "lora_bias", "alora": "alora_invocation_tokens",
-    "kasa": "kasa_config", "tokens": "trainable_token_indices", "parameters": "target_parameters",
-    "layers": "layers_to_transform", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
-}  # fmt: skip
+
+
+def require_known(names: Collection[str], place: str) -> None:
+    """Raise `ValueError` for names that are not in `PROPERTIES`: a misspelt rule would count as "right".
+
+    >>> require_known(["rslora", "rs_lora"], "vLLM")
+    Traceback (most recent call last):
+    ValueError: vLLM: unknown properties of an adapter: ['rs_lora']
+    """
+    unknown = sorted(set(names) - PROPERTIES)
+    if unknown:
+        raise ValueError(f"{place}: unknown properties of an adapter: {unknown}")
+
+
+for _name, (_, _rule) in _RULES.items():
+    require_known(_rule, _name)
+require_known(_CURED, "the properties that an export removes")
 
 
 def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = None) -> tuple[Reader, ...]:
@@ -187,6 +210,7 @@ def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = 
 
 
 def _judge(name: str, version: str, rule: _Rule, properties: Mapping[str, str]) -> Reader:
+    require_known(properties, name)
     hits = {prop: rule[prop] for prop in properties if prop in rule}
     if not hits:
         return Reader(name, version, RIGHT)

@@ -5,11 +5,13 @@ llama.cpp, mlx-lm and vLLM run in environments of their own, which this command 
     python tests/full/programs/environments.py FOLDER
     JAXADAPT_PROGRAMS=FOLDER python -m pytest tests/full/test_programs.py
 
-`python -m tests.full.programs.table FOLDER` writes the results into docs/files.md.
+With JAXADAPT_PROGRAMS_RECORD=1 the results go into the tables of docs/files.md, as `python -m tests.full.programs.table
+FOLDER` writes them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.full.programs import measure
+from tests.full.programs import measure, table
 
 FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
 pytestmark = [
@@ -42,17 +44,39 @@ PROGRAMS = Path(FOLDER or ".")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Any:
+def smollm2(tmp_path_factory) -> tuple[measure.Base, Path]:
     work = tmp_path_factory.mktemp("smollm2")
-    base = measure.smollm2(work)
-    return measure.measure(base, PROGRAMS, work, list(measure.CASES), list(REFUSED))
+    return measure.smollm2(work), work
 
 
-@pytest.mark.parametrize("name", measure.CASES)
+@pytest.fixture(scope="module")
+def results(smollm2) -> Any:
+    """Return a function of a program's name that measures all adapters in it, once."""
+    base, work = smollm2
+    wanted = measure.train(base, work, list(measure.CASES))
+    effects = measure.effects(wanted)
+    record(effects, {})
+
+    @functools.cache
+    def measured(program: str) -> measure.Results:
+        found = measure.measure(base, PROGRAMS, work, wanted, program)
+        record({name: {program: value} for name, value in found.items()}, {})
+        return {name: {**effects[name], program: value} for name, value in found.items()}
+
+    return measured
+
+
+def record(adapters: measure.Results, merged: measure.Results) -> None:
+    if os.environ.get("JAXADAPT_PROGRAMS_RECORD"):
+        table.record(adapters, merged)
+
+
+@pytest.mark.parametrize("name", [measure.BASE_ALONE, *measure.CASES])
 @pytest.mark.parametrize("program", REFUSED)
 def test_smollm2(results: Any, program: str, name: str) -> None:
-    got = results[name][program]
-    assert results[name]["effect"] > 0.05 or name == "aLoRA"  # whose tokens are not in the prompt
+    found = results(program)[name]
+    got = found[program]
+    assert found["effect"] > 0.05 or name in ("aLoRA", measure.BASE_ALONE)  # aLoRA's tokens are not in the prompt
     if name in REFUSED[program]:
         assert "jaxadapt merge" in got or "some tokens only" in got
     else:
@@ -92,13 +116,13 @@ def test_other_architectures_in_mlx(family: str, tmp_path: Path) -> None:
         assert abs(got - plain).max() > 0.1
 
 
-def test_merged_models(tmp_path: Path) -> None:
+def test_merged_models(smollm2) -> None:
     """What has no form as an adapter is right as a merged model; in 16 and 8 bits as near as the base itself."""
-    base = measure.smollm2(tmp_path)
-    names = ["no adapter", "DoRA", "IA3", "copies of norms", "a copy of the embedding"]
-    results = measure.measure_merged(base, PROGRAMS, tmp_path, names)
+    base, work = smollm2
+    results = measure.measure_merged(base, PROGRAMS, work, table.MERGED)
+    record({}, results)
     for found in results.values():
         assert found["folder"] < 1e-3
         assert found["float32"] < 1e-3
         for dtype in ("float16", "bfloat16", "q8_0"):
-            assert found[dtype] < 4 * results["no adapter"][dtype]
+            assert found[dtype] < 4 * results[measure.BASE_ALONE][dtype]

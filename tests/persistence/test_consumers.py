@@ -108,6 +108,38 @@ def test_programs_that_were_read(settings, program: str, verdict: str, reason: s
     assert (found.verdict, "; ".join(found.reasons)) == (verdict, reason)
 
 
+EVERY_PROPERTY = [
+    (jaxadapt.LoraConfig(lora_alpha=1.5, use_rslora=True, use_dora=True, bias="all", target_modules="q.*",
+                         rank_pattern={"q": 2}, alpha_pattern={"q": 3},
+                         trainable_token_indices=[1], target_parameters=["w"], init_lora_weights="pissa",
+                         modules_to_save=["norm", "score", "lm_head"], use_bdlora={"nblocks": 2}), (), None),
+    (jaxadapt.LoraConfig(target_modules=["q"], lora_bias=True, layers_to_transform=[0]), (), None),
+    (jaxadapt.LoraConfig(target_modules=["q"], alora_invocation_tokens=[1]), ["base_model.model.q.unknown"], None),
+    (jaxadapt.LoraConfig(target_modules=["q"], kasa_config={"beta": 0.1}), (), None),
+    (jaxadapt.LoraConfig(target_modules=["wte"]), (), None),
+    (jaxadapt.LoraConfig(target_modules=["wte"]), (), True),
+    (jaxadapt.IA3Config(target_modules=["q"]), (), None),
+    (jaxadapt.configs.VeraConfig(target_modules=["q"]), (), None),
+    (GenericConfig(peft_type="MAGIC"), (), None),
+]  # fmt: skip
+
+
+def test_every_property_that_a_rule_may_name_is_one_that_adapters_have():
+    found = {name for config, keys, tied in EVERY_PROPERTY for name in consumers._properties(config, list(keys), tied)}
+    assert found == consumers.PROPERTIES
+    assert {name for _, rule in consumers._RULES.values() for name in rule} <= found
+
+
+def test_a_misspelt_property_is_an_error_and_not_right(monkeypatch):
+    _, rule = consumers._RULES["vLLM"]
+    misspelt = {"use_dora" if name == "dora" else name: verdict for name, verdict in rule.items()}
+    with pytest.raises(ValueError, match=r"vLLM: unknown properties of an adapter: \['use_dora'\]"):
+        consumers.require_known(misspelt, "vLLM")
+    monkeypatch.setattr(consumers, "_SETTINGS", {"use_dora": "use_dora"})
+    with pytest.raises(ValueError, match="unknown properties"):
+        consumers.judge_readers(jaxadapt.LoraConfig(target_modules=["q"], use_dora=True))
+
+
 GGUF = "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf"
 MLX = "jaxadapt export ADAPTER --for mlx --out FOLDER"
 PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"

@@ -99,13 +99,17 @@ def run(program: str, programs: Path, model: Path, adapters: list[str | None], b
 
 
 def trained(base: Base, folder: Path, *, seed: int = 1, size: float = 0.02, **fields: Any) -> np.ndarray:
-    """Write PEFT's adapter with random values to a folder, its start to `folder`-first; return PEFT's results."""
+    """Write PEFT's adapter with random values to a folder, its start to `folder`-first; return PEFT's results.
+
+    The values depend on the seed alone, so that programs measured in several runs read the same adapter.
+    """
     low = fields.pop("low", None)
     kind = peft.IA3Config if fields.pop("ia3", False) else peft.LoraConfig
     defaults = {} if kind is peft.IA3Config else {"r": 8, "lora_alpha": 16}
     config = kind(**{"target_modules": TARGETS, "task_type": "CAUSAL_LM", **defaults, **fields})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
         model = peft.get_peft_model(base.model(), config).eval()
         model.save_pretrained(f"{folder}-first")
         generator = torch.Generator().manual_seed(seed)
@@ -171,39 +175,50 @@ FORMS = {"llama": "gguf", "mlx": "mlx", "vllm": "vllm"}
 Results = dict[str, dict[str, Any]]
 
 
-def measure(base: Base, programs: Path, work: Path, names: list[str], chosen: list[str]) -> Results:
-    """Return `{case: {"effect": …, program: largest difference to PEFT in log-probability, or the refusal}}`."""
+BASE_ALONE = "no adapter"
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "-").replace(",", "")
+
+
+def train(base: Base, work: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Write PEFT's adapters into a folder; return `{case: PEFT's log-probabilities}`, those of the base first."""
     warnings.simplefilter("ignore")  # PEFT's and transformers' own, of tied weights
-    base_results = log_probabilities(peft_logits(base.model(), base))
-    results: Results = {"no adapter": {"effect": 0.0}}
-    wanted: dict[str, np.ndarray] = {}
-    for name in names:
-        folder = work / name.replace(" ", "-").replace(",", "")
-        wanted[name] = trained(base, folder, **CASES[name])
-        results[name] = {"effect": float(np.abs(wanted[name] - base_results).max())}
-    for program in chosen:
-        exported: dict[str, str] = {}
-        for name in names:
-            folder = work / name.replace(" ", "-").replace(",", "")
-            out = Path(f"{folder}-{program}{'.gguf' if program == 'llama' else ''}")
-            refusal = export_case(name, folder, out, FORMS.get(program, program), base)
-            results[name][program] = refusal
-            if not refusal:
+    wanted = {BASE_ALONE: log_probabilities(peft_logits(base.model(), base))}
+    return wanted | {name: trained(base, _folder(work, name), **CASES[name]) for name in names}
+
+
+def effects(wanted: dict[str, np.ndarray]) -> Results:
+    """Return `{case: {"effect": the largest change that the adapter makes}}`."""
+    return {name: {"effect": float(np.abs(x - wanted[BASE_ALONE]).max())} for name, x in wanted.items()}
+
+
+def measure(
+    base: Base, programs: Path, work: Path, wanted: dict[str, np.ndarray], program: str
+) -> dict[str, float | str]:
+    """Return `{case: largest difference to PEFT in log-probability, or the refusal}` of one program."""
+    found: dict[str, float | str] = {}
+    exported: dict[str, str | None] = {BASE_ALONE: None}
+    for name in wanted:
+        folder = _folder(work, name)
+        out = Path(f"{folder}-{program}{'.gguf' if program == 'llama' else ''}")
+        if name != BASE_ALONE:
+            found[name] = export_case(name, folder, out, FORMS.get(program, program), base)
+            if not found[name]:
                 exported[name] = str(out)
-        if program == "transformers":
-            found = [base_results] + [_with_transformers(base, path) for path in exported.values()]
-        else:
-            model = base.gguf if program == "llama" else base.folder
-            found = list(run(program, programs, model, [None, *exported.values()], base, work / f"{program}.npy"))
-        results["no adapter"][program] = float(np.abs(found[0] - base_results).max())
-        for name, got in zip(exported, found[1:], strict=True):
-            results[name][program] = float(np.abs(got - wanted[name]).max())
-    return results
+    if program == "transformers":
+        results = [_with_transformers(base, path) for path in exported.values()]
+    else:
+        model = base.gguf if program == "llama" else base.folder
+        results = list(run(program, programs, model, list(exported.values()), base, work / f"{program}.npy"))
+    return found | {name: float(np.abs(got - wanted[name]).max()) for name, got in zip(exported, results, strict=True)}
 
 
-def _with_transformers(base: Base, adapter: str) -> np.ndarray:
+def _with_transformers(base: Base, adapter: str | None) -> np.ndarray:
     model = base.model()
-    model.load_adapter(adapter)
+    if adapter is not None:
+        model.load_adapter(adapter)
     return log_probabilities(peft_logits(model, base))
 
 

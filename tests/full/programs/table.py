@@ -4,7 +4,8 @@
     python -m tests.full.programs.table FOLDER vllm               # one program; the others' results stay
     python -m tests.full.programs.table FOLDER merged             # the merged models
 
-The results are in results.json beside this file.
+The results are in results.json beside this file. Each program's are written as soon as they are there. The adapters are
+the same in every run, because their random values come from a seed.
 """
 
 from __future__ import annotations
@@ -56,20 +57,29 @@ def write() -> None:
     DOCS.write_text(text, encoding="utf-8")
 
 
+def record(adapters: measure.Results, merged: measure.Results) -> None:
+    """Add results to results.json, in place of older ones of the same case and program, and write the tables."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"adapters": {}, "merged": {}}
+    for name, values in adapters.items():
+        found["adapters"].setdefault(name, {}).update(values)
+    found["merged"].update(merged)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write()
+
+
 def main() -> None:
     programs, chosen = Path(sys.argv[1]), sys.argv[2:] or ["transformers", *PROGRAMS, "merged"]
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"adapters": {}, "merged": {}}
-    readers = [name for name in chosen if name != "merged"]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         base = measure.smollm2(work)
-        if readers:
-            for name, values in measure.measure(base, programs, work, list(measure.CASES), readers).items():
-                found["adapters"].setdefault(name, {}).update(values)
-        if "merged" in chosen:
-            found["merged"] = measure.measure_merged(base, programs, work, MERGED)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    write()
+        wanted = measure.train(base, work, list(measure.CASES)) if chosen != ["merged"] else {}
+        record(measure.effects(wanted), {})
+        for program in chosen:
+            if program == "merged":
+                record({}, measure.measure_merged(base, programs, work, MERGED))
+            else:
+                found = measure.measure(base, programs, work, wanted, program)
+                record({name: {program: value} for name, value in found.items()}, {})
 
 
 if __name__ == "__main__":
