@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, PROMPT = 8, 16
@@ -67,21 +68,24 @@ def compare() -> None:
         ]
         requests = [LoRARequest(f"t{n}", n + 1, f"{root}/adapters/t{n}") for n in range(given.rows)]
 
-        def seconds(count: int, tokens: int) -> float:
-            """The median time of one batch whose rows have this many adapters, 0 for the base."""
+        def seconds(count: int, tokens: int) -> np.ndarray:
+            """The median times of one batch whose rows have this many adapters, 0 for the base: by the clock, and of
+            the processor."""
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             chosen = [requests[row % count] for row in range(given.rows)] if count else None
-            times: list[float] = []
+            times: list[tuple[float, float]] = []
             for _ in range(given.rounds + 1):
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 llm.generate(prompts, params, lora_request=chosen, use_tqdm=False)
-                times.append(time.perf_counter() - start)
-            return statistics.median(times[1:])
+                times.append((time.perf_counter() - start, time.process_time() - used))
+            return np.median(times[1:], axis=0)
 
-        print("| adapters | prefill, median ms | a decode step, median ms |\n|---|---:|---:|")
-        for count in (0, 1, 8, given.rows):
+        print("| adapters | prefill, median ms | processor ms | a decode step, median ms | processor ms |")
+        print("|---|---:|---:|---:|---:|")
+        for count in sorted({0, 1, 8, given.rows}):
             first, whole = seconds(count, 1), seconds(count, given.tokens)
-            print(f"| {count} | {1e3 * first:.1f} | {1e3 * (whole - first) / (given.tokens - 1):.2f} |")
+            (prefill, used), (step, step_used) = 1e3 * first, 1e3 * (whole - first) / (given.tokens - 1)
+            print(f"| {count} | {prefill:.1f} | {used:.1f} | {step:.2f} | {step_used:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -108,13 +108,13 @@ def test_two_leases_that_hold_a_part_of_their_slots_cannot_block_each_other(fold
 
     def read(self, version):
         if version.name in ("a1", "a3"):
-            both.wait(20)
+            both.wait(120)
         return original(self, version)
 
     monkeypatch.setattr(serving.AdapterPool, "_read", read)
 
     def batch(names: list[str]) -> None:
-        with pool.lease(names, wait=20) as ids:
+        with pool.lease(names, wait=120) as ids:
             found[names[0]] = marks(pool, ids)
 
     threads = [threading.Thread(target=batch, args=(names,)) for names in (["a0", "a1"], ["a2", "a3"])]
@@ -129,13 +129,13 @@ def queue(pool, names: list[str], found: list) -> threading.Thread:
     """A thread whose lease waits; it adds its names and what its rows hold to `found`."""
 
     def batch() -> None:
-        with pool.lease(names, wait=20) as ids:
+        with pool.lease(names, wait=120) as ids:
             found.append((names, marks(pool, ids)))
 
     before = len(pool._queue)
     thread = threading.Thread(target=batch)
     thread.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while len(pool._queue) == before and time.monotonic() < end:
         time.sleep(0.001)
     assert len(pool._queue) == before + 1
@@ -162,7 +162,7 @@ def test_leases_get_their_turns_in_order_and_load_again_what_lost_its_slot(folde
     failed = {}
     with (
         pytest.raises(AttachError, match="cannot lease 3 adapters at once: the bank has 2 slots"),
-        pool.lease(["a0", "a1", "a2"], wait=20, failed=failed),
+        pool.lease(["a0", "a1", "a2"], wait=120, failed=failed),
     ):
         pass
     assert not failed

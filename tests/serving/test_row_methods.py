@@ -1,4 +1,4 @@
-"""Every method that says so: each row of a batch has an adapter of its own, in NNX and in scanned Linen layers."""
+"""Every method that says so: each row of a batch has an adapter of its own, in NNX and Linen, unrolled and scanned."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import METHODS
+from tests.support import banked, meshes
 
 ROWS = [(t, i) for t in sorted(METHODS) if METHODS[t].rows != "no" for i in range(len(METHODS[t].examples()))]
 X = np.random.default_rng(0).standard_normal((4, 3, 8)).astype("f4")
@@ -32,16 +33,15 @@ def config_of(peft_type: str, example: int, targets: list[str]) -> jaxadapt.Conf
     return class_of(peft_type)(**{"target_modules": targets, **METHODS[peft_type].examples()[example]})
 
 
-def adapter_of(config: jaxadapt.Config, seed: int) -> jaxadapt.Adapter:
-    """An adapter with other values in all that training changes."""
-    adapter = jaxadapt.extract(jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(seed)))
-    rng, roles = np.random.default_rng(seed), METHODS[config.peft_type].roles
+def changed(adapter: jaxadapt.Adapter, seed: int) -> jaxadapt.Adapter:
+    """The adapter with other values in all that training changes."""
+    rng, roles = np.random.default_rng(seed), METHODS[adapter.config.peft_type].roles
     values = {
         path: x if roles.get(path.rpartition(".")[2]) == "frozen" else x + 0.3 * rng.standard_normal(x.shape)
         for path, x in adapter.flat().items()
     }
     values = {path: jnp.asarray(x, jnp.float32) for path, x in values.items()}
-    return jaxadapt.Adapter(config, paths.unflatten(values), adapter.keymap)
+    return jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap)
 
 
 @pytest.mark.parametrize(("peft_type", "example"), ROWS)
@@ -56,7 +56,8 @@ def test_each_row_is_as_with_its_adapter_alone(peft_type: str, example: int):
     bank = serving.create(base, config, slots=4)
     want = [base(X)]
     for slot, targets in enumerate((["q", "up"], ["q"]), 1):
-        adapter = adapter_of(config_of(peft_type, example, targets), slot)
+        net = jaxadapt.adapt(Net(), config_of(peft_type, example, targets), rngs=nnx.Rngs(slot))
+        adapter = changed(jaxadapt.extract(net), slot)
         bank = serving.put(bank, slot, adapter, base)
         alone = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(0))
         jaxadapt.inject(adapter, alone)
@@ -76,6 +77,33 @@ def test_each_row_is_as_with_its_adapter_alone(peft_type: str, example: int):
     for token, slot in enumerate([2, 0, 1]):
         each = want[slot][:, token]
         np.testing.assert_allclose(y[:, token], each, rtol=1e-5, atol=1e-5 * np.abs(each).max())
+
+
+@pytest.mark.parametrize(("api", "scanned"), [("linen", False), ("linen", True), ("nnx", True)])
+@pytest.mark.parametrize(("peft_type", "example"), ROWS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
+    api: str, scanned: bool, peft_type: str, example: int
+):
+    config = config_of(peft_type, example, list(banked.NAMES))
+    if config.get("init_weights") == "bat":
+        return  # the test above
+    served, base = banked.Served(api, scanned, 4, config), banked.params(scanned)
+    plain = jax.jit(lambda params: banked.LinenBlocks(scanned).apply({"params": params}, banked.INPUT))
+    want = [plain(base)]
+    for slot, targets in enumerate((list(banked.NAMES), ["q", "down"]), 1):
+        config = config_of(peft_type, example, targets)
+        adapter = jaxadapt.init(config, base, key=jax.random.key(slot), keymap=meshes.table(scanned))
+        served.put(slot, adapter := changed(adapter, slot))
+        want.append(plain(jaxadapt.merge(base, adapter)))
+        assert np.abs(want[-1] - want[0]).max() > 1e-2
+    ids = [1, 0, 2, 7, 1]
+    y = served(ids, banked.INPUT)
+    assert np.isnan(y[3]).all()
+    for row, slot in enumerate(ids):
+        if slot != 7:
+            # float32 over eight products and their nonlinearities, in another order.
+            np.testing.assert_allclose(y[row], want[slot][row], rtol=1e-4, atol=1e-4 * np.abs(want[slot]).max())
 
 
 def test_methods_without_a_form_for_rows_are_refused():
