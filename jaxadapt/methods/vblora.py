@@ -121,7 +121,9 @@ def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
     >>> choose_vectors(jnp.array([0.0, 3.0, 3.0]), 2)[1].tolist()
     [0.5, 0.5]
     """
-    largest, indices = jax.lax.top_k(logits, topk)
+    # XLA sorts arrays of three axes for `top_k` on the CPU, and matrices not.
+    chosen = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), topk)
+    largest, indices = (x.reshape(*logits.shape[:-1], topk) for x in chosen)
     powers = jnp.exp(largest - largest[..., :1])
     return indices, powers / powers.sum(-1, keepdims=True)
 

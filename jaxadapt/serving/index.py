@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.suggest import close_matches
 
+Files = tuple[tuple[str, int, int], ...]  # (file, bytes, time of change in ns) of each
+
 
 @dataclasses.dataclass(frozen=True)
 class Version:
@@ -29,7 +31,7 @@ class Version:
     id: int
     name: str
     path: Path
-    files: tuple[tuple[str, int, int], ...]
+    files: Files
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +58,10 @@ class Folders:
 
         Raises `FileError` if the folder cannot be read.
         """
-        files = _list_files(path)
+        return self.record(name, path, list_files(path))
+
+    def record(self, name: str, path: str | os.PathLike[str], files: Files) -> Version:
+        """Record a folder under a name by the files that `list_files` found; return its version as `add` does."""
         known = self.newest.get(name)
         if known is None or (known.path, known.files) != (Path(path), files):
             known = self.newest[name] = Version(next(self._numbers), name, Path(path), files)
@@ -89,7 +94,8 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     return {name: path for name, path in sorted(folders.items()) if (path / "adapter_config.json").is_file()}
 
 
-def _list_files(path: str | os.PathLike[str]) -> tuple[tuple[str, int, int], ...]:
+def list_files(path: str | os.PathLike[str]) -> Files:
+    """Return a folder's files with their sizes and times of change; raise `FileError` if it cannot be read."""
     try:
         with os.scandir(path) as entries:
             found = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
@@ -122,12 +128,14 @@ class Recent(Generic[Key, Value]):
     def __contains__(self, key: Key) -> bool:
         return key in self._held
 
-    def get(self, key: Key) -> Value | None:
-        """Return a value and count it as used now; None if there is none."""
-        if key not in self._held:
-            return None
+    def __getitem__(self, key: Key) -> Value:
+        """Return a value that is held, and count it as used now."""
         self._held.move_to_end(key)
         return self._held[key][0]
+
+    def get(self, key: Key) -> Value | None:
+        """Return a value and count it as used now; None if there is none."""
+        return self[key] if key in self._held else None
 
     def make_room(self, cost: int) -> list[Value] | None:
         """Remove values until one of this cost fits, and return them; return None, removing nothing, if it cannot."""

@@ -16,13 +16,14 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods import How
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.persistence.folder import read
 from jaxadapt.persistence.peft import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank
-from jaxadapt.serving.index import Folders, Recent, Version, find_folders
+from jaxadapt.serving.index import Folders, Recent, Version, find_folders, list_files
 from jaxadapt.serving.layout import Tensors
 
 _Prepared = tuple[Tensors, ...]
@@ -96,6 +97,7 @@ class AdapterPool:
         self._free = list(range(bank.slots - 1, 0, -1))
         self._loading: dict[int, concurrent.futures.Future[_Prepared]] = {}
         self._changed = threading.Condition(threading.RLock())
+        self._queue: dict[object, float] = {}  # {ticket: when it ends to wait}, of the leases without slots
         self._threads = concurrent.futures.ThreadPoolExecutor(2, "adapter-pool")
         for name, path in (folders if isinstance(folders, Mapping) else find_folders(folders)).items():
             self._folders.add(name, path)
@@ -138,37 +140,49 @@ class AdapterPool:
     ) -> Generator[Lease]:
         """Bring the adapters of a batch's rows into slots, and keep them there within a context.
 
+        A lease gets all of its slots at once, and holds none while it waits. Leases get slots in the order in which
+        they ask for them: none overtakes one that waits. So do not wait for a lease inside another one.
+
+        Each lease compares the sizes and the times of change of the folders' files. If they differ, it gets a new
+        version of the adapter, also where the old one is in a slot. An adapter whose folder is gone cannot be leased.
+
         Args:
             names: the adapter of each row; None, or PEFT's "__base__", for the base.
             failed: a dictionary for the errors of adapters that cannot be loaded. Their rows get the id -1, which gives
                 NaN. Without it, an error of one adapter ends the whole call.
-            wait: the seconds to wait until other leases end, if they hold too many slots.
+            wait: the seconds to wait, after loading, until other leases end, if they hold too many slots.
 
         Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if slots
         are lacking.
         """
         errors: dict[str, AdapterError] = {}
+        wanted: dict[str, Version] = {}
+        prepared: dict[int, _Prepared] = {}
         pinned: list[int] = []
+        slots: dict[str, int] | None = None
+        ticket = object()
         names = [None if name == _BASE else name for name in names]
-        found: dict[str, tuple[int, Version]] = {}
+        different = list(dict.fromkeys(name for name in names if name is not None))
         try:
-            for name in dict.fromkeys(name for name in names if name is not None):
+            for name in different:
                 try:
-                    found[name] = self._acquire(name, pinned, time.monotonic() + wait)
+                    wanted[name] = self._refresh(name)
                 except AdapterError as error:
                     errors[name] = error
-            if errors and failed is None:
-                _raise_together(errors)
+            while slots is None:
+                self._load_missing(wanted, prepared, errors)
+                if errors and failed is None:
+                    _raise_together({name: errors[name] for name in different if name in errors})
+                slots = self._take_slots(ticket, wanted, prepared, pinned, wait)
             if failed is not None:
                 failed.update(errors)
-            versions = {name: version.id for name, (_, version) in found.items()}
-            slots = {name: slot for name, (slot, _) in found.items()}
             yield Lease(
                 [0 if name is None else slots.get(name, _NO_SLOT) for name in names],
-                [0 if name is None else versions.get(name, 0) for name in names],
+                [wanted[name].id if name in wanted else 0 for name in names],
             )
         finally:
             with self._changed:
+                self._queue.pop(ticket, None)
                 self._slots.unpin(pinned)
                 self._changed.notify_all()
 
@@ -181,53 +195,86 @@ class AdapterPool:
         self._load(version)
         return version
 
-    def _acquire(self, name: str, pinned: list[int], deadline: float) -> tuple[int, Version]:
-        """Return a pinned slot with the newest version of a name; append the version's id to `pinned`."""
+    def _load_missing(
+        self, wanted: dict[str, Version], prepared: dict[int, _Prepared], errors: dict[str, AdapterError]
+    ) -> None:
+        """Load the wanted versions that are not in slots; move the names that cannot be loaded to the errors."""
         with self._changed:
-            version = self._folders.get(name)
-            slot = self._pin(version, pinned)
-        if slot is not None:
-            return slot, version
-        version = self._refresh(name)
-        prepared = self._load(version)
+            missing = {n: v for n, v in wanted.items() if v.id not in self._slots and v.id not in prepared}
+        for name, version in missing.items():
+            try:
+                prepared[version.id] = self._load(version)
+            except AdapterError as error:
+                errors[name] = error
+                del wanted[name]
+
+    def _take_slots(
+        self,
+        ticket: object,
+        wanted: Mapping[str, Version],
+        prepared: Mapping[int, _Prepared],
+        pinned: list[int],
+        wait: float,
+    ) -> dict[str, int] | None:
+        """Wait for the ticket's turn and for enough slots; return the slot of each name, and append to `pinned`.
+
+        Returns None if a version has left its slot meanwhile and is not prepared. The ticket then keeps its turn.
+        """
+        own = {version.id for version in wanted.values()}
+        if len(own) > self._slots.budget:
+            raise AttachError(
+                f"cannot lease {len(own)} adapters at once: the bank has {self._slots.budget} slots beside the base's."
+                " Create the bank with more slots, or split the batch"
+            )
         with self._changed:
-            while (slot := self._pin(version, pinned)) is None:  # another thread may have put it
-                if (slot := self._take_slot()) is not None:
-                    self._write(slot, prepared)
-                    self._slots.add(version.id, slot, 1)
-                elif not self._changed.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
-                    raise AttachError(
-                        f"cannot bring {name!r} into a slot: leases hold all {self._bank.slots - 1} slots. End some of"
-                        " them, create the bank with more slots, or pass wait="
+            deadline = self._queue.setdefault(ticket, time.monotonic() + wait)
+            while (first := next(iter(self._queue))) is not ticket or len(own | self._slots.pinned().keys()) > (
+                self._slots.budget
+            ):
+                if (left := deadline - time.monotonic()) <= 0:
+                    reason = (
+                        f"other leases hold {len(self._slots.pinned().keys() - own)} of the {self._slots.budget} slots"
+                        if first is ticket
+                        else "an earlier lease waits for slots"
                     )
-        return slot, version
+                    raise AttachError(
+                        f"cannot bring {', '.join(map(repr, wanted))} into slots: {reason}. End some leases, create the"
+                        " bank with more slots, or pass a longer wait="
+                    )
+                self._changed.wait(left)
+            missing = [version for version in wanted.values() if version.id not in self._slots]
+            if any(version.id not in prepared for version in missing):
+                return None
+            del self._queue[ticket]
+            self._slots.pin(own)  # so none of them makes room for another
+            pinned.extend(own)
+            for version in missing:
+                self._write(version, prepared[version.id])
+            self._changed.notify_all()
+            return {name: self._slots[version.id] for name, version in wanted.items()}
 
-    def _pin(self, version: Version, pinned: list[int]) -> int | None:
-        slot = self._slots.get(version.id)
-        if slot is not None:
-            self._slots.pin([version.id])
-            pinned.append(version.id)
-        return slot
-
-    def _write(self, slot: int, prepared: _Prepared) -> None:
+    def _write(self, version: Version, prepared: _Prepared) -> None:
+        """Write a pinned version into a free slot or that of the least recently used version without a pin."""
+        if not self._free:
+            self._free += self._slots.make_room(1) or []
+        slot = self._free.pop()
         try:
             self._bank = banks.write(self._bank, prepared, np.int32(slot), self._weights)
         except BaseException:
             self._free.append(slot)
             raise
-
-    def _take_slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        evicted = self._slots.make_room(1)
-        return None if evicted is None else evicted[0]
+        self._slots.add(version.id, slot, 1)
 
     # ------------------------------------------------------------ the bank
 
-    def select(self, ids: Any) -> Rows:
-        """Return `Bank.select(ids)` of the present bank. The result stays valid when slots change."""
+    def select(self, ids: Any, *, weights: Any = None, implementation: How | None = None) -> Rows:
+        """Return `Bank.select` of the present bank.
+
+        The result of "gather" stays valid when slots change. All other implementations use the bank's own arrays, so
+        select and call the model within `with pool.bank():`.
+        """
         with self._changed:
-            return self._bank.select(ids)
+            return self._bank.select(ids, weights=weights, implementation=implementation)
 
     @contextlib.contextmanager
     def rows(self, adapter_names: Sequence[str | Mapping[str, float] | None], *, wait: float = 0.0) -> Generator[Rows]:
@@ -271,9 +318,14 @@ class AdapterPool:
     # ------------------------------------------------------------ host memory
 
     def _refresh(self, name: str) -> Version:
-        """Return the newest version of a name, a new one if files of its folder changed."""
-        with self._changed:
-            return self._folders.add(name, self._folders.get(name).path)
+        """Return the newest version of a name, a new one if files of its folder changed; list them without the lock."""
+        while True:
+            with self._changed:
+                known = self._folders.get(name)
+            files = list_files(known.path)
+            with self._changed:
+                if self._folders.newest.get(name) is known:  # so no one saw later files meanwhile
+                    return self._folders.record(name, known.path, files)
 
     def _load(self, version: Version) -> _Prepared:
         """Return an adapter's padded tensors, from host memory or from its folder, which one thread reads."""

@@ -281,9 +281,7 @@ def test_gguf_of_an_untied_embedding(tmp_path):
     assert tensors["output.weight.lora_b"].data.shape == (24, 4)
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(
-        jaxadapt.MismatchError, match=r"lm_head: the output head is tied.*(?s:.)*|embed_tokens: the out"
-    ):
+    with pytest.raises(jaxadapt.MismatchError, match=r"lm_head: the head is tied(.|\n)*embed_tokens: the head is tied"):
         export_adapter(tmp_path / "in", tmp_path / "no.gguf", "gguf", base=tmp_path / "base")
     assert not (tmp_path / "no.gguf").exists()
 

@@ -5,6 +5,7 @@ SmolLM2's held-out loss falls with each method that does well in PEFT's own benc
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import types
 import warnings
@@ -25,23 +26,24 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
 GOOD = [info.peft_type.lower() for info in listing.describe_methods() if (info.facts.accuracy or 0) >= 0.35]
 
 
-def weights() -> dict[str, np.ndarray]:
+def weights(config: llama.LlamaConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         name: np.ones(shape, "float32")
         if len(shape) == 1
         else (rng.standard_normal(shape) * shape[-1] ** -0.5).astype("float32")
-        for name, shape in llama.hf_shapes(LAYER).items()
+        for name, shape in llama.hf_shapes(config).items()
     }
 
 
 @pytest.mark.parametrize("api", training.APIS)
 @pytest.mark.parametrize("method", training.method_names())
 def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method: str, api: str, tmp_path: Path):
-    base = weights()
+    config = dataclasses.replace(LAYER, num_layers=getattr(training.adapter_config(method), "adapter_layers", 1))
+    base = weights(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not divide, and PEFT's advice
-        tuner: Any = training.make_trainer(api, LAYER, base, method, steps=3)
+        tuner: Any = training.make_trainer(api, config, base, method, steps=3)
         before = tuner.logits(TOKENS)
         for _ in range(3):
             tuner.step(TOKENS)
@@ -49,9 +51,9 @@ def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method
         assert tuner.adapter_size() > 0
         assert not np.array_equal(want, before)
         tuner.save(tmp_path, "some/base")
-        found = {reader: training.load_logits(reader, LAYER, base, tmp_path, TOKENS) for reader in training.APIS}
+        found = {reader: training.load_logits(reader, config, base, tmp_path, TOKENS) for reader in training.APIS}
         if importlib.util.find_spec("peft") is not None:
-            model: Any = types.SimpleNamespace(config=LAYER, weights=lambda: base)
+            model: Any = types.SimpleNamespace(config=config, weights=lambda: base)
             found["peft"] = check.peft_logits(tmp_path, TOKENS, model)
     for reader, logits in found.items():
         # float32; three layers' products in another order, and an inverse in some methods
