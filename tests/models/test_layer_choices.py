@@ -271,7 +271,7 @@ def test_shards_and_jit_give_the_same_tensors(name, tmp_path):
     back = jax.jit(lambda t: jaxadapt.from_peft(jaxadapt.PeftTensors(config, t), params, keymap=table(1)))(traced)
     for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapter), strict=True):
         np.testing.assert_array_equal(one, other)
-    jaxadapt.save(adapter, tmp_path / "one")
+    jaxadapt.save({"params": params, **adapter.collection}, tmp_path / "one")
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
 
     def spread(x: jax.Array) -> jax.Array:

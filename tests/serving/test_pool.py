@@ -315,7 +315,7 @@ def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
     assert min(counts) > 0
     assert programs() == compiled
     gc.collect()
-    assert live_bytes() == live
+    assert live_bytes() <= live  # less where arrays of earlier tests are freed meanwhile
     return sum(counts)
 
 

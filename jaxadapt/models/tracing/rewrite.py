@@ -65,6 +65,7 @@ def rewrite(
         AttachError: a hook's roles do not match its weight or its use in `f`, a hook changes a shape or dtype, or
             `Hook.weight` raised it.
 
+    >>> from jaxadapt.arrays.axes import Axes
     >>> class Double:
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
     ...     def input(self, use, x): return x
