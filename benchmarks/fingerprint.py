@@ -66,7 +66,7 @@ def timed(title: str, call: Callable[[], object], rounds: int = 10) -> float:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    print(f"{title:36} first {times[0] * 1e3:7.1f} ms   then {statistics.median(times[1:]) * 1e3:6.2f} ms")
+    print(f"{title:36} first {times[0] * 1e3:7.1f} ms   then, median {statistics.median(times[1:]) * 1e3:6.2f} ms")
     return times[0]
 
 

@@ -349,7 +349,7 @@ def test_adapters_that_do_not_go_together_are_refused_by_name():
     assert "resize_rank" in str(caught.value)
     base = {"q_proj": {"kernel": np.zeros((6, 9), "f4")}, "up_proj": {"kernel": np.zeros((8, 6), "f4")}}
     wide = small.noisy(jaxadapt.init(small.LORA, base, key=jax.random.key(0)))
-    with pytest.raises(MismatchError, match=r"q_proj.kernel: \(in, out\) is \[6, 8\] and \[6, 9\]"):
+    with pytest.raises(MismatchError, match=r"q_proj.kernel: sizes \(in, out\) \[6, 8\] and \[6, 9\]"):
         jaxadapt.combine([one, wide], [1, 1], method="cat")
     other = KeyMap("other", (Weight("{path}.kernel", "model.{path}.weight", "i o -> o i"),))
     renamed = jaxadapt.Adapter(one.config, one.params, other)

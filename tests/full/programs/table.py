@@ -27,7 +27,9 @@ def cell(value: float | str | None) -> str:
     """Show a difference, or that the export is refused, or that it was not run."""
     if value is None:
         return "not run"
-    return f"{value:.0e}".replace("e-0", "e-") if isinstance(value, float) else "refused"
+    if not isinstance(value, float):
+        return "refused"
+    return f"{value:.2g}" if value == 0 or value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def rows(results: measure.Results, columns: list[str]) -> list[str]:

@@ -58,7 +58,7 @@ def test_it_shows_a_way_only_where_there_is_one(fields, way):
     """Scales that a program ignores can be multiplied in; that does nothing for the head that it refuses."""
     text = written(lora(**fields))
     assert "Who reads it" in text
-    assert ("resize_rank" in text) == (way is not None)
+    assert ("--for plain" in text) == (way is not None)
     assert way is None or way in text
 
 
