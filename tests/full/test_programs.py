@@ -94,7 +94,7 @@ def test_every_architecture_in_llama_cpp(family: str, tmp_path: Path) -> None:
     assert measure.export_case("", tmp_path / "in", tmp_path / "out.gguf", "gguf", base) == ""
     plain, got = measure.run("llama", PROGRAMS, base.gguf, [None, str(tmp_path / "out.gguf")], base, tmp_path / "x.npy")
     alone = abs(plain - measure.log_probabilities(measure.peft_logits(base.model(), base))).max()
-    assert abs(got - want).max() < max(1e-3, 5 * alone)  # llama.cpp's own noise: 2e-3 in Gemma 2, 1e-6 in the others
+    assert abs(got - want).max() < max(1e-3, 5 * alone)  # llama.cpp's GELU in float16: 7e-4 in Gemma 2
     assert abs(got - plain).max() > 0.1
 
 

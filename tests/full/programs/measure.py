@@ -44,7 +44,10 @@ class Base:
 
 @functools.cache
 def _loaded(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # The default attention, PyTorch's own, leaves out Gemma 2's softcapping.
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def smollm2(work: Path) -> Base:
