@@ -26,7 +26,7 @@ from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import Dialect
-from jaxadapt.models.foreign.per_head import Leaves, Several
+from jaxadapt.models.foreign.per_head import Leaves, Several, require_one_a
 
 Array = Any
 
@@ -61,14 +61,7 @@ def widen_leaves(dialect: Dialect, found: Several, leaves: Leaves, on_shared: st
     Raise `MismatchError` if the As of heads differ, unless "concat" is passed.
     """
     agree = {leaf: _is_input(w) or _agree(leaves[a], w) for leaf, (a, _, w) in found.items()}
-    unequal = [found[leaf][0] for leaf, same in agree.items() if not same]
-    if unequal and on_shared != "concat":
-        raise MismatchError(
-            "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
-            f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
-            ' on_shared="concat" to save or to_peft: it concatenates the ranks of the heads, which is exact, and'
-            " multiplies the rank by their number"
-        )
+    require_one_a(dialect, [found[leaf][0] for leaf, same in agree.items() if not same], on_shared)
     out = dict(leaves)
     for leaf, (a, b, w) in found.items():
         out[a], out[b] = widen(leaves[a], leaves[b], w, agree[leaf])

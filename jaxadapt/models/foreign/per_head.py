@@ -56,19 +56,22 @@ def rescaled_alphas(dialect: Dialect, old: Leaves, new: Leaves, alpha: float) ->
 def widen_leaves(dialect: Dialect, found: Several, leaves: Leaves, on_shared: str | None) -> dict[str, Array]:
     """Return the leaves with one A for all heads; raise `MismatchError` if heads differ, unless "concat" is passed."""
     agree = {leaf: heads_agree(leaves[a], w) for leaf, (a, _, w) in found.items()}
-    unequal = [a for leaf, (a, _, _) in found.items() if not agree[leaf]]
-    if unequal and on_shared != "concat":
-        raise MismatchError(
-            "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
-            f" {dialect.name}"
-            f' heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass on_shared="concat" to'
-            " save or to_peft: it concatenates the ranks of the heads, which is exact, and multiplies the rank by their"
-            " number"
-        )
+    require_one_a(dialect, [a for leaf, (a, _, _) in found.items() if not agree[leaf]], on_shared)
     out = dict(leaves)
     for leaf, (a, b, w) in found.items():
         out[a], out[b] = widen(leaves[a], leaves[b], w, agree[leaf])
     return out
+
+
+def require_one_a(dialect: Dialect, unequal: Sequence[str], on_shared: str | None) -> None:
+    """Raise `MismatchError` if the As of heads differ (paths `unequal`), unless "concat" is passed."""
+    if unequal and on_shared != "concat":
+        raise MismatchError(
+            "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
+            f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
+            ' on_shared="concat" to save or to_peft: it concatenates the ranks of the heads, which is exact, and'
+            " multiplies the rank by their number"
+        )
 
 
 def reserve_rank(found: Several, leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
