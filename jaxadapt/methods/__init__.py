@@ -20,7 +20,7 @@ from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
 from jaxadapt.methods.rows import AppliedRows, split_rows
-from jaxadapt.methods.slots import How, apply_rows
+from jaxadapt.methods.slots import Implementation, apply_rows
 
 __all__ = [
     "COLLECTIONS",
@@ -31,7 +31,7 @@ __all__ = [
     "AppliedRows",
     "Change",
     "Effects",
-    "How",
+    "Implementation",
     "MatrixMethod",
     "Method",
     "MethodInfo",

@@ -23,14 +23,14 @@ from jaxadapt.methods.rows import AppliedMixture, AppliedRows
 Grouped = Callable[[Array, Array, Array], Array]
 """A grouped product with the signature of `jax.lax.ragged_dot`: (lhs, rhs, group_sizes)."""
 
-How = str | Grouped
-"""How rows take their adapters: "gather", "layer", "mixture" or "mask", or a grouped product for sorted segments."""
+Implementation = str | Grouped
+"""The way in which rows take adapters: "gather", "layer", "mixture", "mask", or a grouped product for sorted rows."""
 
 IDS, ORDER, INVERSE, SIZES = "~ids", "~order", "~inverse", "~sizes"
 """The tensors of a route: the slot of each row or token, their order by slot, its inverse, and each slot's number."""
 
 
-def apply_rows(how: How, method: Method, hparams: Any, params: Params, axes: Axes) -> AppliedRows:
+def apply_rows(how: Implementation, method: Method, hparams: Any, params: Params, axes: Axes) -> AppliedRows:
     """Return a method where each row, or token, of a batch has an adapter of its own."""
     if how == "gather":
         tensors = {name: jnp.moveaxis(x, 1, -1) if name in method.row_turned else x for name, x in params.items()}

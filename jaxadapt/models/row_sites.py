@@ -10,7 +10,7 @@ import jax
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import AppliedRows, How, Method, apply_rows
+from jaxadapt.methods import AppliedRows, Implementation, Method, apply_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RowSite:
     method: Method
     hparams: Any
     axes: Axes
-    how: How = "gather"
+    how: Implementation = "gather"
 
     def apply(self, params: Mapping[str, Any]) -> AppliedRows:
         """Return the method with the tensors of one layer's rows."""
@@ -59,19 +59,19 @@ class Rows:
 
     arrays: Sequence[Mapping[str, Any]]
     layout: RowLayout
-    how: How = "gather"
+    how: Implementation = "gather"
 
     @property
     def sites(self) -> list[RowSite]:
         """The sites, with the way in which the rows take their adapters."""
         return [dataclasses.replace(site, how=self.how) for site in self.layout.sites]
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[RowLayout, How]]:
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[RowLayout, Implementation]]:
         """Flatten the rows for JAX."""
         return (tuple(self.arrays),), (self.layout, self.how)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[RowLayout, How], children: tuple[Any]) -> Rows:
+    def tree_unflatten(cls, static: tuple[RowLayout, Implementation], children: tuple[Any]) -> Rows:
         """Rebuild the rows that `tree_flatten` flattened."""
         return cls(children[0], *static)
 

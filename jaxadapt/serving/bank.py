@@ -18,7 +18,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods import How
+from jaxadapt.methods import Implementation
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
@@ -62,7 +62,7 @@ class Bank:
         """The bytes of all slots."""
         return self.layout.slot_bytes * self.slots
 
-    def select(self, ids: Any, *, weights: Any = None, implementation: How | None = None) -> Rows:
+    def select(self, ids: Any, *, weights: Any = None, implementation: Implementation | None = None) -> Rows:
         """Return the adapters of a batch's rows, for `route`. Do it once, when the batch changes.
 
         Args:

@@ -16,7 +16,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods import How
+from jaxadapt.methods import Implementation
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.persistence.folder import read
@@ -267,7 +267,7 @@ class AdapterPool:
 
     # ------------------------------------------------------------ the bank
 
-    def select(self, ids: Any, *, weights: Any = None, implementation: How | None = None) -> Rows:
+    def select(self, ids: Any, *, weights: Any = None, implementation: Implementation | None = None) -> Rows:
         """Return `Bank.select` of the present bank.
 
         The result of "gather" stays valid when slots change. All other implementations use the bank's own arrays, so

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import How
+from jaxadapt.methods import Implementation
 from jaxadapt.methods.rows import WEIGHTS
 from jaxadapt.methods.slots import IDS, sort_ids, take_slots
 from jaxadapt.models.row_sites import Rows
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NAMES = ("gather", "layer", "mask", "sorted")
 
 
-def select(bank: Bank, ids: Any, weights: Any, implementation: How | None) -> Rows:
+def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Rows:
     """Return the result of `Bank.select`."""
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise AttachError(
@@ -57,7 +57,7 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: How | None) -> Ro
     return Rows(tuple(arrays), layout.rows, implementation)
 
 
-def _require_grouped(bank: Bank, implementation: How) -> How:
+def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:
     """Return the grouped product; raise `AttachError` if the bank or the platform does not have one."""
     if others := sorted({p.row.method.peft_type for p in bank.layout.places if not _is_pair(p)}):
         raise AttachError(
@@ -79,7 +79,7 @@ def _is_pair(place: Place) -> bool:
     return place.row.method.row_pair(place.row.hparams, specs) is not None
 
 
-def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: How | None) -> Any:
+def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Any:
     weights = jnp.asarray(weights, jnp.float32)
     if ids.ndim != 2 or weights.shape != ids.shape:
         raise AttachError(

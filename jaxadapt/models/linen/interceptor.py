@@ -158,7 +158,7 @@ class LeafAdapter:
     axes: Axes
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    rows: methods.How | None = None
+    rows: methods.Implementation | None = None
 
     @property
     def rate(self) -> float:
