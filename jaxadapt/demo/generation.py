@@ -29,7 +29,7 @@ SMALLEST_BUCKET = 16
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token of a row is chosen.
+    """The settings that choose the next token of a row.
 
     Args:
         temperature: what the logits are divided by; 0 takes the token with the largest one.

@@ -1,4 +1,4 @@
-"""How llama.cpp stores the weights of each architecture: the names, the order of rows, transposed and shifted weights.
+"""The layout in which llama.cpp stores each architecture: names, order of rows, transposed and shifted weights.
 
 Data on the architectures that are exported. The rules are those of llama.cpp's converter, `conversion/*.py` in the
 sources of llama-cpp-python 0.3.36.
@@ -55,7 +55,7 @@ LINEAR = ("ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_QKV", "ATTN_OUT", "FFN_GATE", "FFN
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What a file for llama.cpp depends on in the base model.
+    """The facts of a base model that determine its files for llama.cpp.
 
     Attributes:
         source: the file that states it, for messages.

@@ -201,7 +201,7 @@ def _check_first(tensors: PeftTensors, first: PeftTensors, arrays: TensorSource)
 
 
 class _Part(NamedTuple):
-    """What becomes of one tensor: its rank is on `axis`, and it is multiplied by `scale`."""
+    """The conversion of one tensor: its rank is on `axis`, and `scale` multiplies it."""
 
     axis: int
     scale: float

@@ -34,7 +34,7 @@ LEFT = 499  # the status of a request whose client left
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """What the routes share.
+    """The objects that all routes use.
 
     Attributes:
         base: the base model.

@@ -170,7 +170,7 @@ def _messages(messages: Any) -> tuple[tuple[str, str], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What all parts of one answer share: its id, its kind, the time, the model and the version of the adapter."""
+    """The fields common to all parts of one answer: id, kind, time, model and version of the adapter."""
 
     id: str
     chat: bool
