@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,10 @@ def measured(
 # ---------------------------------------------------------------- PEFT's
 
 
+def default_of(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: int) -> float:
     """The least processor time of a step of PEFT on transformers' Llama, eager; NaN if PEFT refuses the fields."""
     import torch
@@ -138,8 +142,8 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(method.upper())
     if kind is None:
         return math.nan
-    known, default = kind.__dataclass_fields__, type(ours)()
-    given = {f.name: v for f in fields(ours) if f.name in known and (v := ours.get(f.name)) != default.get(f.name)}
+    known = kind.__dataclass_fields__
+    given = {f.name: v for f in fields(ours) if f.name in known and (v := ours.get(f.name)) != default_of(f)}
     given = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if name != "peft_type"}
     hf = {k: v for k, v in config.to_hf().items() if k != "architectures"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf))
