@@ -57,7 +57,9 @@ class AdaLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "ADALORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="lora_A, lora_B, lora_E", rows="call", accuracy=0.373, time=1.24)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="lora_A, lora_B, lora_E", rows="call", learning_rate=3e-2, accuracy=0.373, time=1.24
+    )
     tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),

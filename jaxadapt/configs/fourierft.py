@@ -38,7 +38,9 @@ class FourierFTConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "FOURIERFT"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="fourierft_spectrum", rows="call", accuracy=0.096, time=1.83)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="fourierft_spectrum", rows="call", learning_rate=0.1, accuracy=0.096, time=1.83
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",

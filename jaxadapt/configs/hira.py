@@ -36,7 +36,7 @@ class HiraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "HIRA"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", accuracy=0.513, time=1.4)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", learning_rate=1e-2, accuracy=0.513, time=1.4)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

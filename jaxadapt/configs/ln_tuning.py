@@ -35,6 +35,7 @@ class LNTuningConfig(MethodConfig):
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="all tensors of the target modules",
         demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
+        learning_rate=5e-3,
         accuracy=0.0,
         time=0.97,
     )

@@ -43,7 +43,7 @@ class LoKrConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "LOKR"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", accuracy=0.466, time=1.37
+        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", learning_rate=1e-2, accuracy=0.466, time=1.37
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -36,7 +36,10 @@ class OSFConfig(MethodConfig):
 
     _type: ClassVar[str | None] = "OSF"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low", accuracy=0.427, time=2.82
+        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low",
+        learning_rate=1e-4,
+        accuracy=0.427,
+        time=2.82,
     )
     tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
     checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": "any"}

@@ -33,7 +33,9 @@ class RoadConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "ROAD"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="road_alpha, road_theta", rows="call", accuracy=0.385, time=1.04)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="road_alpha, road_theta", rows="call", learning_rate=1e-2, accuracy=0.385, time=1.04
+    )
     checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

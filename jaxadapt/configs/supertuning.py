@@ -37,7 +37,7 @@ class SupertuningConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "SUPERTUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values")
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values", learning_rate=1e-2)
     checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
