@@ -174,7 +174,7 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
 
 
 def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str, tuple[float, float]]:
-    """The losses of SmolLM2 on held-out text before and after `steps` steps; those that the file lacks are trained and added."""
+    """The losses of SmolLM2 on held-out text before and after `steps` steps; the file gets those that it lacks."""
     for method in methods:
         found = read(file)
         if method in found:
