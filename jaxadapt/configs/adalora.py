@@ -56,7 +56,6 @@ class AdaLoraConfig(MethodConfig):
     12
     """
 
-    _type: ClassVar[str | None] = "ADALORA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="lora_A, lora_B, lora_E", rows="call", accuracy=0.373, time=1.24)
     tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {

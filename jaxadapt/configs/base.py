@@ -64,10 +64,8 @@ class Config:
     inference_mode: bool = field(default=False, compare=False)
     extra: Mapping[str, Any] = field(default_factory=FrozenDict)
 
-    # The `peft_type` of the class; None for a class that covers every type without a class of its own.
-    _type: ClassVar[str | None] = None
-
-    # {peft_type: class} of every loaded subclass for one type; `class_of` loads those of the table.
+    # {peft_type: class} of every loaded subclass for one type, the default of its field `peft_type`; `class_of` loads
+    # those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
 
     # The method's facts for lists, the demo and servers.
@@ -93,8 +91,8 @@ class Config:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls._type is not None:
-            Config.classes[cls._type] = cls
+        if cls.peft_type:
+            Config.classes[cls.peft_type] = cls
 
     def __new__(cls, *args: object, **values: object) -> Self:
         """Raise `ConfigError` with a suggestion for an unknown keyword; `__init__` would raise TypeError."""
@@ -144,8 +142,9 @@ class Config:
 
     def _check(self, problems: Problems) -> None:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""
-        if self._type is not None and self.peft_type != self._type:
-            problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
+        own = type(self).peft_type
+        if own and self.peft_type != own:
+            problems.add("peft_type", f'"{own}"', self.peft_type, "use configs.loads to read any type")
         for name in _field_names(type(self)):
             self._check_field(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):

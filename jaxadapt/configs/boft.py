@@ -35,7 +35,6 @@ class BOFTConfig(MethodConfig):
     4
     """
 
-    _type: ClassVar[str | None] = "BOFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="boft_R, boft_s", rows="call", accuracy=0.343, time=7.35)
     checks: ClassVar[Mapping[str, Any]] = {
         "boft_n_butterfly_factor": "rank",

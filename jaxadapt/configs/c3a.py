@@ -37,7 +37,6 @@ class C3AConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "C3A"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="c3a_kernel",
         rows="call",

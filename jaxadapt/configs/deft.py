@@ -36,7 +36,6 @@ class DeftConfig(MethodConfig):
     'relu'
     """
 
-    _type: ClassVar[str | None] = "DEFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="deft_P, deft_R", rows="call", accuracy=0.482, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -34,7 +34,6 @@ class DeloraConfig(MethodConfig):
     15
     """
 
-    _type: ClassVar[str | None] = "DELORA"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="delora_A, delora_B, delora_lambda",
         rows="call",

@@ -37,7 +37,6 @@ class FourierFTConfig(MethodConfig):
     1000
     """
 
-    _type: ClassVar[str | None] = "FOURIERFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="fourierft_spectrum", rows="call", accuracy=0.096, time=1.83)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",

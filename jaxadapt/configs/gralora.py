@@ -34,7 +34,6 @@ class GraloraConfig(MethodConfig):
     2
     """
 
-    _type: ClassVar[str | None] = "GRALORA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -35,7 +35,6 @@ class HiraConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "HIRA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", accuracy=0.513, time=1.4)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

@@ -30,7 +30,6 @@ class HRAConfig(MethodConfig):
     8
     """
 
-    _type: ClassVar[str | None] = "HRA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="hra_u", rows="call")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

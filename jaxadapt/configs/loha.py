@@ -35,7 +35,6 @@ class LoHaConfig(MethodConfig):
     8
     """
 
-    _type: ClassVar[str | None] = "LOHA"
     tensor_prefix: ClassVar[str | None] = "hada_"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", learning_rate=4e-3, accuracy=0.393, time=1.48

@@ -41,7 +41,6 @@ class LoKrConfig(MethodConfig):
     -1
     """
 
-    _type: ClassVar[str | None] = "LOKR"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", accuracy=0.466, time=1.37
     )

@@ -125,7 +125,6 @@ class LoraConfig(Config):
     jaxadapt.core.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
     """
 
-    _type: ClassVar[str | None] = "LORA"
     tensor_parts: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
     main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
     facts: ClassVar[MethodFacts] = MethodFacts(

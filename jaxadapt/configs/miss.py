@@ -33,7 +33,6 @@ class MissConfig(MethodConfig):
     64
     """
 
-    _type: ClassVar[str | None] = "MISS"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

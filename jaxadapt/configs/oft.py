@@ -39,7 +39,6 @@ class OFTConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "OFT"
     main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
     checks: ClassVar[Mapping[str, Any]] = {

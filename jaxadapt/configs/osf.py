@@ -34,7 +34,6 @@ class OSFConfig(MethodConfig):
     >>> OSFConfig(target_modules=["q_proj"]).effective_rank
     """
 
-    _type: ClassVar[str | None] = "OSF"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low", accuracy=0.427, time=2.82
     )

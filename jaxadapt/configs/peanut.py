@@ -34,7 +34,6 @@ class PeanutConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "PEANUT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
     tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

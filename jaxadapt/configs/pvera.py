@@ -36,7 +36,6 @@ class PveraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "PVERA"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="pvera_lambda_b, pvera_lambda_d", learning_rate=2e-2, accuracy=0.353, time=1.15
     )

@@ -35,7 +35,6 @@ class RandLoraConfig(MethodConfig):
     640
     """
 
-    _type: ClassVar[str | None] = "RANDLORA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="randlora_gamma, randlora_lambda", accuracy=0.478, time=1.51)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -32,7 +32,6 @@ class RoadConfig(MethodConfig):
     'road_1'
     """
 
-    _type: ClassVar[str | None] = "ROAD"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="road_alpha, road_theta", rows="call", accuracy=0.385, time=1.04)
     checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

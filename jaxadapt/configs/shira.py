@@ -32,7 +32,6 @@ class ShiraConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "SHIRA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "seed"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

@@ -36,7 +36,6 @@ class SupertuningConfig(MethodConfig):
     8
     """
 
-    _type: ClassVar[str | None] = "SUPERTUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values")
     checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

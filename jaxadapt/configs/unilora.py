@@ -36,7 +36,6 @@ class UniLoraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "UNILORA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="unilora_theta_d", learning_rate=1e-2, accuracy=0.002, time=1.14)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -39,7 +39,6 @@ class VBLoRAConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "VBLORA"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
         learning_rate=1e-2,

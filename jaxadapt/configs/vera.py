@@ -34,7 +34,6 @@ class VeraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "VERA"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vera_lambda_b, vera_lambda_d",
         learning_rate=2e-2,

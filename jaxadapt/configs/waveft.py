@@ -38,7 +38,6 @@ class WaveFTConfig(MethodConfig):
     'db1'
     """
 
-    _type: ClassVar[str | None] = "WAVEFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
