@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 _STARTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class C3AConfig(MethodConfig):
+class C3AConfig(LayersConfig):
     """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
 
     Besides the attributes of `Config`:
@@ -58,11 +58,7 @@ class C3AConfig(MethodConfig):
 
     peft_type: str = "C3A"
     block_size: int = 256
-    target_modules: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     block_size_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     init_weights: bool | str = "xavier_uniform"
 

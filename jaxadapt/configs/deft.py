@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems, is_int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(MethodConfig):
+class DeftConfig(LayersConfig):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -48,7 +48,6 @@ class DeftConfig(MethodConfig):
 
     peft_type: str = "DEFT"
     r: int = 8
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     decomposition_method: str = "relu"
     init_scale: float = 1.0
@@ -57,10 +56,7 @@ class DeftConfig(MethodConfig):
     fan_in_fan_out: bool = False
     deft_dropout: float = 0.0
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

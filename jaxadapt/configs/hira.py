@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HiraConfig(MethodConfig):
+class HiraConfig(LayersConfig):
     """HiRA (Huang et al., ICLR 2025): the change of a weight is its elementwise product with a low-rank matrix.
 
     Besides the attributes of `Config`:
@@ -41,14 +41,10 @@ class HiraConfig(MethodConfig):
 
     peft_type: str = "HIRA"
     r: int = 32
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    modules_to_save: Collection[str] | None = None
     init_weights: bool | str | None = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
 
     def _check(self, problems: Problems) -> None:

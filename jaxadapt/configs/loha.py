@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoHaConfig(MethodConfig):
+class LoHaConfig(LayersConfig):
     """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
 
     Besides the attributes of `Config`:
@@ -55,9 +55,5 @@ class LoHaConfig(MethodConfig):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None

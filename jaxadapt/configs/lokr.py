@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoKrConfig(MethodConfig):
+class LoKrConfig(LayersConfig):
     """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
 
     Besides the attributes of `Config`:
@@ -64,12 +64,8 @@ class LoKrConfig(MethodConfig):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

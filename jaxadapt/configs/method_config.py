@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
@@ -47,6 +47,22 @@ class MethodConfig(Config):
             problems.common(name, value)
         elif isinstance(default, bool | int | float | str):
             _BY_DEFAULT[type(default)](problems, name, value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TargetsConfig(MethodConfig):
+    """A configuration that selects modules; its fields are as in `LoraConfig`."""
+
+    target_modules: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LayersConfig(TargetsConfig):
+    """A configuration that selects modules of some layers; its fields are as in `LoraConfig`."""
+
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
 
 
 @functools.cache

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(MethodConfig):
+class MissConfig(LayersConfig):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:
@@ -47,13 +47,9 @@ class MissConfig(MethodConfig):
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

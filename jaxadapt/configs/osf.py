@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 from jaxadapt.configs.validation import Problems, is_number
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OSFConfig(MethodConfig):
+class OSFConfig(TargetsConfig):
     """OSF (arXiv:2504.07097): the small singular directions of a weight are trained, and the large ones are kept.
 
     Besides the attributes of `Config`:
@@ -47,10 +47,8 @@ class OSFConfig(MethodConfig):
 
     peft_type: str = "OSF"
     effective_rank: int | float | None = None
-    target_modules: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int | float] | None = None
     init_weights: bool | None = True
-    modules_to_save: Collection[str] | None = None
     target_svd_config: Mapping[str, int] | None = None
 
     def _check(self, problems: Problems) -> None:

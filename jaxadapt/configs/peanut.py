@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PeanutConfig(MethodConfig):
+class PeanutConfig(LayersConfig):
     """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
 
     Besides the attributes of `Config`:
@@ -43,11 +43,7 @@ class PeanutConfig(MethodConfig):
     depth: int = 0
     act_fn: str = "relu"
     scaling: float = 1.0
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
