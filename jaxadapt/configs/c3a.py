@@ -13,8 +13,6 @@ from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
-_STARTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class C3AConfig(LayersConfig):
@@ -49,7 +47,7 @@ class C3AConfig(LayersConfig):
         "block_size": "rank",
         "block_size_pattern": "ranks",
         "bias": ("none", "all", "c3a_only"),
-        "init_weights": "any",
+        "init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **QUERY_AND_VALUE,
@@ -64,9 +62,6 @@ class C3AConfig(LayersConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if not isinstance(self.init_weights, bool) and self.init_weights not in _STARTS:
-            expected = f"true, false or one of {', '.join(_STARTS)}"
-            problems.add("init_weights", expected, self.init_weights)
         if "block_size_pattern" not in problems:
             refuse_alternatives(problems, "block_size_pattern", self.block_size_pattern)
 

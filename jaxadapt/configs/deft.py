@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import Problems, is_int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -42,7 +41,7 @@ class DeftConfig(LayersConfig):
         "decomposition_method": ("relu", "qr"),
         "deft_dropout": "probability",
         "bias": ("none", "all", "deft_only"),
-        "alpha": "any",
+        "alpha": "integer",
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
@@ -57,8 +56,3 @@ class DeftConfig(LayersConfig):
     deft_dropout: float = 0.0
     init_weights: bool = True
     bias: str = "none"
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.alpha is not None and not is_int(self.alpha):
-            problems.add("alpha", "an integer or null", self.alpha)

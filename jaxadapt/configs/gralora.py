@@ -37,6 +37,7 @@ class GraloraConfig(LayersConfig):
     facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
+        "hybrid_r": "size",
         "alpha": "number",
         "gralora_k": "rank",
         "gralora_dropout": "probability",
@@ -56,7 +57,5 @@ class GraloraConfig(LayersConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if "hybrid_r" not in problems and self.hybrid_r < 0:
-            problems.add("hybrid_r", "an integer of at least 0", self.hybrid_r)
         if "r" not in problems and "gralora_k" not in problems and self.r % self.gralora_k:
             problems.add("r", f"a multiple of gralora_k = {self.gralora_k}", self.r)

@@ -36,7 +36,11 @@ class HiraConfig(LayersConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", accuracy=0.513, time=1.4)
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "hira_dropout": "probability",
+        "init_weights": (True, False, None, "gaussian"),
+    }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "HIRA"
@@ -49,8 +53,6 @@ class HiraConfig(LayersConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.init_weights not in (True, False, None, "gaussian"):
-            problems.add("init_weights", 'true, false, null or "gaussian"', self.init_weights)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if self.get(name) is not None:

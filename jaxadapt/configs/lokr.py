@@ -10,7 +10,6 @@ from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -49,7 +48,7 @@ class LoKrConfig(LayersConfig):
         "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
-        "init_weights": "any",
+        "init_weights": (True, False, "lycoris"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
@@ -66,8 +65,3 @@ class LoKrConfig(LayersConfig):
     rank_dropout_scale: bool = False
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
-            problems.add("init_weights", 'true, false or "lycoris"', self.init_weights)

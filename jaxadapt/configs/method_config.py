@@ -19,8 +19,8 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
 
     Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of 0 or more),
-            "seed" (an integer or null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of at least
+            0), "integer" (also null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
             patterns with such values), "any", or the tuple of the possible values. Null is valid if it is the field's
             default.
     """
@@ -37,7 +37,7 @@ class MethodConfig(Config):
         default = _defaults(type(self)).get(name)
         check = self.checks.get(name)
         if isinstance(check, tuple):
-            one_of(*cast("tuple[str, ...]", check), optional=default is None)(problems, name, value)
+            one_of(*cast("tuple[str | bool, ...]", check), optional=default is None)(problems, name, value)
         elif check is not None:
             if value is not None or default is not None:
                 _BY_KIND[check](problems, name, value)
@@ -72,11 +72,11 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
-    "size": expects("an integer of 0 or more", lambda x: is_int(x) and x >= 0),
+    "size": expects("an integer of at least 0", lambda x: is_int(x) and x >= 0),
     "probability": CHECKS["lora_dropout"],
     "text": CHECKS["revision"],
     "object": CHECKS["auto_mapping"],
-    "seed": expects("an integer or null", lambda x: x is None or is_int(x)),
+    "integer": expects("an integer or null", lambda x: x is None or is_int(x)),
     "ranks": CHECKS["rank_pattern"],
     "number": CHECKS["lora_alpha"],
     "numbers": CHECKS["alpha_pattern"],

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -39,7 +38,7 @@ class MissConfig(LayersConfig):
         "mini_r": "rank",
         "miss_dropout": "probability",
         "bias": ("none", "all", "MiSS_only"),
-        "init_weights": "any",
+        "init_weights": (True, False, "bat", "mini"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
@@ -50,8 +49,3 @@ class MissConfig(LayersConfig):
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
     bias: str = "none"
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not (isinstance(self.init_weights, bool) or self.init_weights in ("bat", "mini")):
-            problems.add("init_weights", 'true, false, "bat" or "mini"', self.init_weights)

@@ -38,7 +38,7 @@ class OSFConfig(TargetsConfig):
         trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low", accuracy=0.427, time=2.82
     )
     tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
-    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": "any"}
+    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": (True, False, None)}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "c_proj")},
         "gptj": {"target_modules": ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out")},
@@ -61,6 +61,3 @@ class OSFConfig(TargetsConfig):
         for name, value in ranks.items():
             if value is not None and not (is_number(value) and value > 0):
                 problems.add(name, "a positive number or null", value)
-        start: Any = self.init_weights
-        if not isinstance(start, bool | None):
-            problems.add("init_weights", "true, false or null", start)

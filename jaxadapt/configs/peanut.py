@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -36,6 +35,7 @@ class PeanutConfig(LayersConfig):
 
     facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
     tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PEANUT"
@@ -45,8 +45,3 @@ class PeanutConfig(LayersConfig):
     scaling: float = 1.0
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "depth" not in problems and self.depth < 0:
-            problems.add("depth", "0 or more", self.depth)

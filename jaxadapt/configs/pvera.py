@@ -43,7 +43,7 @@ class PveraConfig(LayersConfig):
         "r": "rank",
         "pvera_dropout": "probability",
         "bias": ("none", "all", "pvera_only"),
-        "generator_seed": "seed",
+        "generator_seed": "integer",
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 

@@ -33,7 +33,7 @@ class ShiraConfig(TargetsConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "seed"}
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "SHIRA"

@@ -46,7 +46,7 @@ class TinyLoraConfig(LayersConfig):
         "u": "rank",
         "tinylora_dropout": "probability",
         "weight_tying": "number",
-        "init_weights": "any",
+        "init_weights": (True, False, "uniform"),
         "bias": ("none", "all", "tinylora_only"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
@@ -67,5 +67,3 @@ class TinyLoraConfig(LayersConfig):
         super()._check(problems)
         if not 0 <= self.weight_tying <= 1:
             problems.add("weight_tying", "a number in [0, 1]", self.weight_tying)
-        if self.init_weights not in (True, False, "uniform"):
-            problems.add("init_weights", 'true, false or "uniform"', self.init_weights)
