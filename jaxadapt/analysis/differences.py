@@ -288,8 +288,8 @@ def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    alpha = find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    rank = find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    alpha = find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    rank = find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
     scale = np.full((len(a), 1), alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     if "lora_diag" in arrays:
         scale *= _as_float64(arrays["lora_diag"])[:, None]  # KaSA

@@ -155,6 +155,17 @@ class Config:
         for key, value in self.extra.items():
             problems.common(key, value)
 
+    def _check_layers(self, problems: Problems, *, with_expression: bool) -> None:
+        """Add a problem if the fields of layers have no effect; `with_expression` if an expression may go with them."""
+        pattern, targets = self.get("layers_pattern"), self.get("target_modules")
+        if pattern and self.get("layers_to_transform") is None:
+            way_out = "set layers_to_transform, or remove the pattern"
+            problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and not with_expression and self.get(name) is not None:
+                way_out = "write the layers into the expression, or make target_modules a list"
+                problems.add(name, "null if target_modules is a string", self.get(name), way_out)
+
     def _check_field(self, problems: Problems, name: str, value: Any) -> None:
         """Add a problem if a field's value is of the wrong kind."""
         problems.check(name, value)

@@ -53,8 +53,4 @@ class HiraConfig(LayersConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if self.get(name) is not None:
-                    way_out = "write the layers into the expression, or make target_modules a list"
-                    problems.add(name, "null if target_modules is a string", self.get(name), way_out)
+        self._check_layers(problems, with_expression=False)

@@ -29,9 +29,7 @@ class MethodConfig(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.get("layers_pattern") and self.get("layers_to_transform") is None:
-            way_out = "set layers_to_transform, or remove the pattern"
-            problems.add("layers_pattern", "null if layers_to_transform is null", self.get("layers_pattern"), way_out)
+        self._check_layers(problems, with_expression=True)
 
     def _check_field(self, problems: Problems, name: str, value: Any) -> None:
         default = _defaults(type(self)).get(name)

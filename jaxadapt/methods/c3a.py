@@ -38,9 +38,8 @@ class C3a(MatrixMethod):
     def tensors(self, config: C3AConfig, target: Target) -> tuple[MethodTensor, ...]:
         shape = target.found.get("c3a_kernel")
         if shape is None:
-            patterns = config.block_size_pattern or {}
-            sizes = {module: find_pattern_value(patterns, module, config.block_size) for module in target.modules}
-            size = shared_value("block_size", sizes)
+            patterns, default = config.block_size_pattern, config.block_size
+            size = shared_value("block_size", {m: find_pattern_value(patterns, m, default) for m in target.modules})
             if target.in_size % size or target.out_size % size:
                 raise target.refuse(
                     f"expected a block_size that divides the {target.in_size} inputs and the {target.out_size} outputs,"

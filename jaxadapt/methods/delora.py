@@ -42,7 +42,7 @@ class Delora(MatrixMethod):
 
     def tensors(self, config: DeloraConfig, target: Target) -> tuple[MethodTensor, ...]:
         def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
+            return find_pattern_value(config.rank_pattern, module, config.r)
 
         r = (("r", target.rank(rank)),)
         return target.with_ranks(
@@ -68,7 +68,7 @@ class Delora(MatrixMethod):
         return config.init_weights
 
     def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
-        rank = target.value(lambda module: find_pattern_value(config.rank_pattern or {}, module, config.r))
+        rank = target.value(lambda module: find_pattern_value(config.rank_pattern, module, config.r))
         return DeloraHparams(rank, config.module_dropout)
 
     def effect(self, own: DeloraHparams) -> Effects:
@@ -80,7 +80,7 @@ class Delora(MatrixMethod):
     def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         match tensor.name:
             case "delora_lambda":
-                strength = find_pattern_value(config.lambda_pattern or {}, start.module, config.delora_lambda)
+                strength = find_pattern_value(config.lambda_pattern, start.module, config.delora_lambda)
                 return Draw("constant", float(strength))
             case "delora_w_norm":
                 return jnp.linalg.norm(at_least_float32(start.w), axis=0)

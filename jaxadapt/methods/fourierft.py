@@ -47,7 +47,7 @@ class FourierFt(MatrixMethod):
 
     def tensors(self, config: FourierFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         def count(module: str) -> int:
-            return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
+            return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
         return spectrum("fourierft_spectrum", target, count)
 
@@ -56,7 +56,7 @@ class FourierFt(MatrixMethod):
 
     def own(self, config: FourierFTConfig, target: Target) -> FourierHparams:
         def count(module: str) -> int:
-            return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
+            return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
         return FourierHparams(target.value(count), config.scaling, config.random_loc_seed)
 

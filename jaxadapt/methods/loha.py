@@ -44,7 +44,7 @@ class Loha(MatrixMethod):
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
         def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
+            return find_pattern_value(config.rank_pattern, module, config.r)
 
         r, is_conv = (("r", target.rank(rank)),), target.kind == "conv"
         if target.found:  # the base may be unknown
@@ -77,8 +77,8 @@ class Loha(MatrixMethod):
 
     def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern or {}, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern or {}, module, config.r)
+            alpha = find_pattern_value(config.alpha_pattern, module, config.alpha)
+            return alpha / find_pattern_value(config.rank_pattern, module, config.r)
 
         return LohaHparams(target.value(scale))
 

@@ -56,7 +56,7 @@ class Lokr(MatrixMethod):
 
     def tensors(self, config: LoKrConfig, target: Target) -> tuple[MethodTensor, ...]:
         def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
+            return find_pattern_value(config.rank_pattern, module, config.r)
 
         ranks = {rank(module) for module in target.modules}
         forms = {_found_form(target) or _new_form(config, target, r) for r in ranks}
@@ -77,8 +77,8 @@ class Lokr(MatrixMethod):
 
     def own(self, config: LoKrConfig, target: Target) -> LokrHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern or {}, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern or {}, module, config.r)
+            alpha = find_pattern_value(config.alpha_pattern, module, config.alpha)
+            return alpha / find_pattern_value(config.rank_pattern, module, config.r)
 
         return LokrHparams(target.value(scale))
 

@@ -116,7 +116,7 @@ def _count(config: WaveFTConfig, target: Target, module: str) -> int:
                 " depends on all other modules; state the numbers in n_frequency_pattern"
             )
         return found[-1]
-    return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
+    return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
 
 @functools.lru_cache(maxsize=64)
