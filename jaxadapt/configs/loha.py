@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import LayersConfig
+from jaxadapt.configs.method_config import RanksConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoHaConfig(LayersConfig):
+class LoHaConfig(RanksConfig):
     """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
 
     Besides the attributes of `Config`:
@@ -48,9 +48,7 @@ class LoHaConfig(LayersConfig):
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LOHA"
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    r: int = 8
     alpha: int | float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0

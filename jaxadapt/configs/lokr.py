@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import LayersConfig
+from jaxadapt.configs.method_config import RanksConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoKrConfig(LayersConfig):
+class LoKrConfig(RanksConfig):
     """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
 
     Besides the attributes of `Config`:
@@ -53,9 +53,7 @@ class LoKrConfig(LayersConfig):
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LOKR"
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    r: int = 8
     alpha: int | float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0

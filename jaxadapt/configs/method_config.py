@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects, is_int, one_of
 
 
@@ -61,6 +62,18 @@ class LayersConfig(TargetsConfig):
 
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RanksConfig(LayersConfig):
+    """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
+
+    r: int = 8
+    rank_pattern: Mapping[str, int] | None = dataclasses.field(default_factory=FrozenDict)
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of one PyTorch module."""
+        return find_pattern_value(self.rank_pattern, module, self.r)
 
 
 @functools.cache

@@ -41,10 +41,7 @@ class Delora(MatrixMethod):
     roles = MappingProxyType({"delora_A": "A", "delora_B": "B", "delora_lambda": "vector", "delora_w_norm": "frozen"})
 
     def tensors(self, config: DeloraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern, module, config.r)
-
-        r = (("r", target.rank(rank)),)
+        r = (("r", target.rank(config.rank_of)),)
         return target.with_ranks(
             (
                 MethodTensor("delora_A", ".delora_A", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
@@ -61,15 +58,14 @@ class Delora(MatrixMethod):
                     scale_power=0,
                 ),
             ),
-            rank,
+            config.rank_of,
         )
 
     def starts_unchanged(self, config: DeloraConfig) -> bool:
         return config.init_weights
 
     def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
-        rank = target.value(lambda module: find_pattern_value(config.rank_pattern, module, config.r))
-        return DeloraHparams(rank, config.module_dropout)
+        return DeloraHparams(target.value(config.rank_of), config.module_dropout)
 
     def effect(self, own: DeloraHparams) -> Effects:
         return Effects("adds", form="use")

@@ -43,17 +43,14 @@ class Loha(MatrixMethod):
     )
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern, module, config.r)
-
-        r, is_conv = (("r", target.rank(rank)),), target.kind == "conv"
+        r, is_conv = (("r", target.rank(config.rank_of)),), target.kind == "conv"
         if target.found:  # the base may be unknown
             effective, window = "hada_t1" in target.found, target.found.get("hada_t1", ())[2:]
         else:
             window = (*target.window, 1)[:2] if is_conv else ()
             effective = config.use_effective_conv2d and math.prod(window) > 1
         if effective:
-            shared_value("rank_pattern", {module: rank(module) for module in target.modules})
+            shared_value("rank_pattern", {module: config.rank_of(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
             a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
@@ -70,15 +67,14 @@ class Loha(MatrixMethod):
                 inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
                 b = dataclasses.replace(b, axes=("batch", "r", "i"), torch=(("r",), ("i",)), own=(*r, ("i", inputs)))
             made += [a, b]
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], rank)
+        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], config.rank_of)
 
     def starts_unchanged(self, config: LoHaConfig) -> bool:
         return config.init_weights
 
     def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern, module, config.r)
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
         return LohaHparams(target.value(scale))
 

@@ -55,10 +55,7 @@ class Lokr(MatrixMethod):
     )
 
     def tensors(self, config: LoKrConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern, module, config.r)
-
-        ranks = {rank(module) for module in target.modules}
+        ranks = {config.rank_of(module) for module in target.modules}
         forms = {_found_form(target) or _new_form(config, target, r) for r in ranks}
         form = forms.pop()
         if forms or (form.has_t2 and len(ranks) > 1):
@@ -66,19 +63,18 @@ class Lokr(MatrixMethod):
                 f"the ranks {sorted(ranks)} of its modules decompose their matrices differently; choose ranks that all"
                 " decompose the same ones, or use an unrolled model"
             )
-        r, tensors = target.rank(rank), list[MethodTensor]()
+        r, tensors = target.rank(config.rank_of), list[MethodTensor]()
         for name, sizes in _axes(config, target, form, r).items():
             axes = ("batch", *sizes)
             tensors.append(MethodTensor(name, f".{name}", axes, tuple((n,) for n in sizes), tuple(sizes.items())))
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], rank)
+        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], config.rank_of)
 
     def starts_unchanged(self, config: LoKrConfig) -> bool:
         return bool(config.init_weights)
 
     def own(self, config: LoKrConfig, target: Target) -> LokrHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern, module, config.r)
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
         return LokrHparams(target.value(scale))
 
