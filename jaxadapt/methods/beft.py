@@ -29,9 +29,6 @@ class Beft(MatrixMethod):
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)
 
-    def starts_unchanged(self, config: BeftConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: BeftConfig, target: Target) -> None:
         return None
 

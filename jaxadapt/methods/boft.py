@@ -59,9 +59,6 @@ class Boft(MatrixMethod):
         scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
         return own_tensor("boft_R", found), scale
 
-    def starts_unchanged(self, config: BOFTConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: BOFTConfig, target: Target) -> None:
         return None
 

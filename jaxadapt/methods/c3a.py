@@ -24,7 +24,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.c3a import C3AConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, shared_value
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -53,9 +53,6 @@ class C3a(MatrixMethod):
 
     def own(self, config: C3AConfig, target: Target) -> None:
         return None
-
-    def effect(self, own: None) -> Effects:
-        return Effects("adds", form="use")
 
     def init(self, config: C3AConfig, tensor: MethodTensor, start: Start) -> Draw:
         rows, columns, size = start.shape

@@ -19,7 +19,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.delora import DeloraConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -61,17 +61,8 @@ class Delora(MatrixMethod):
             config.rank_of,
         )
 
-    def starts_unchanged(self, config: DeloraConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
         return DeloraHparams(target.value(config.rank_of), config.module_dropout)
-
-    def effect(self, own: DeloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: DeloraHparams) -> float:
-        return own.dropout
 
     def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         match tensor.name:

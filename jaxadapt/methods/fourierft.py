@@ -23,7 +23,7 @@ from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.fourierft import FourierFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -51,17 +51,11 @@ class FourierFt(MatrixMethod):
 
         return spectrum("fourierft_spectrum", target, count)
 
-    def starts_unchanged(self, config: FourierFTConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: FourierFTConfig, target: Target) -> FourierHparams:
         def count(module: str) -> int:
             return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
         return FourierHparams(target.value(count), config.scaling, config.random_loc_seed)
-
-    def effect(self, own: FourierHparams) -> Effects:
-        return Effects("adds", form="use")
 
     def init(self, config: FourierFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)

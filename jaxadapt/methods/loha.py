@@ -21,15 +21,8 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class LohaHparams:
-    """The hyperparameters of a site: the scale s, a number or a `PerEntry`."""
-
-    scale: Any
+from jaxadapt.methods.base import Array, Params, Start, Target, shared_value
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
 class Loha(MatrixMethod):
@@ -69,17 +62,11 @@ class Loha(MatrixMethod):
             made += [a, b]
         return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], config.rank_of)
 
-    def starts_unchanged(self, config: LoHaConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
+    def own(self, config: LoHaConfig, target: Target) -> ScaleHparams:
         def scale(module: str) -> float:
             return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        return LohaHparams(target.value(scale))
-
-    def effect(self, own: LohaHparams) -> Effects:
-        return Effects("adds", form="weight")
+        return ScaleHparams(target.value(scale))
 
     def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.rank_dropout or config.module_dropout:
@@ -91,7 +78,7 @@ class Loha(MatrixMethod):
             return Draw("constant", 0.0)
         return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
 
-    def delta(self, own: LohaHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         if "hada_t1" in params:
             sides = [
                 jnp.einsum("rj...,jp,ri->ip...", params[f"hada_t{i}"], params[f"hada_w{i}_b"], params[f"hada_w{i}_a"])

@@ -53,18 +53,12 @@ class Miss(MatrixMethod):
         axes = ("batch", "r", "out"), (("r",), ("out",))
         return (MethodTensor("miss_block", ".miss_block", *axes, (("r", r),), scale_power=0),)
 
-    def starts_unchanged(self, config: MissConfig) -> bool:
-        return bool(config.init_weights)
-
     def own(self, config: MissConfig, target: Target) -> MissHparams:
         variant = config.init_weights if isinstance(config.init_weights, str) else ""
         return MissHparams(variant, 0.0 if variant == "bat" else config.miss_dropout)
 
     def effect(self, own: MissHparams) -> Effects:
         return Effects("changes", form="weight", reads=True) if own.variant == "bat" else Effects("adds", form="use")
-
-    def rate(self, own: MissHparams) -> float:
-        return own.dropout
 
     def init(self, config: MissConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.init_weights == "bat" and config.miss_dropout:

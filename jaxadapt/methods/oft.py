@@ -80,9 +80,6 @@ class Oft(MatrixMethod):
             found = (1 if config.block_share else blocks, block * (block - 1) // 2)
         return (own_tensor(name, found, f".{name}.weight"),)
 
-    def starts_unchanged(self, config: OFTConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         return OftHparams(terms, config.eps if config.coft else 0.0, target.kind == "embedding")

@@ -83,9 +83,6 @@ class Peanut(MatrixMethod):
             MethodTensor("peanut_B", ".peanut_B.weight", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
         )
 
-    def starts_unchanged(self, config: PeanutConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: PeanutConfig, target: Target) -> PeanutHparams:
         return PeanutHparams(config.depth, config.act_fn, config.scaling)
 

@@ -7,7 +7,6 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -20,15 +19,8 @@ from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class VeraHparams:
-    """The hyperparameters of a site: the dropout rate."""
-
-    dropout: float
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
 
 class Vera(MatrixMethod):
@@ -59,17 +51,8 @@ class Vera(MatrixMethod):
             for name, shape in (("vera_A", a), ("vera_B", b))
         )
 
-    def starts_unchanged(self, config: VeraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: VeraConfig, target: Target) -> VeraHparams:
-        return VeraHparams(config.vera_dropout)
-
-    def effect(self, own: VeraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: VeraHparams) -> float:
-        return own.dropout
+    def own(self, config: VeraConfig, target: Target) -> DropoutHparams:
+        return DropoutHparams(config.vera_dropout)
 
     def init(self, config: VeraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "vera_lambda_b":
@@ -79,12 +62,12 @@ class Vera(MatrixMethod):
         a, b = draw_projections(config.projection_prng_key, start.shared["vera_A"], start.shared["vera_B"])
         return a if tensor.name == "vera_A" else b
 
-    def delta(self, own: VeraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         out, inputs = w.shape
         b = params["vera_lambda_b"][:, None] * params["vera_B"][:out]
         return b @ (params["vera_lambda_d"][:, None] * params["vera_A"][:, :inputs])
 
-    def after(self, own: VeraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         d = params["vera_lambda_d"]
         h = d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), params["vera_A"][:, : x.shape[-1]])
         return y + params["vera_lambda_b"] * jnp.einsum("...r,or->...o", h, params["vera_B"][: y.shape[-1]])
