@@ -100,10 +100,12 @@ class Target:
         ranks = self.modules.each(field, 0)
         if len(set(ranks)) == 1:
             return tuple(tensors)
-        return tuple(
-            dataclasses.replace(t, used_sizes=ranks if "r" in dict(t.own) else tuple(min(r, 1) for r in ranks))
-            for t in tensors
-        )
+
+        def used_sizes(tensor: MethodTensor) -> tuple[int, ...]:
+            own = dict(tensor.own).get("r")  # less than the rank for a convolution with groups
+            return tuple(min(rank, 1) if own is None else rank * own // max(ranks) for rank in ranks)
+
+        return tuple(dataclasses.replace(tensor, used_sizes=used_sizes(tensor)) for tensor in tensors)
 
     def refuse(self, problem: str) -> ConfigError:
         """Return the error for a configuration that does not fit this target, to raise."""
