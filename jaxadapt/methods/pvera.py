@@ -25,7 +25,7 @@ from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
-from jaxadapt.methods.vera import check_projections, draw_projections, projection_needs
+from jaxadapt.methods.vera import draw_projections, projections
 
 NOISE = "noise"
 
@@ -58,15 +58,7 @@ class Pvera(MatrixMethod):
     def shared(
         self, config: PveraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
     ) -> tuple[MethodTensor, ...]:
-        a, b = found.get("pvera_A"), found.get("pvera_B")
-        a = (2 * config.r, max(t.in_size for t in targets) if a is None else a[-1])
-        b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
-        check_projections(targets, projection_needs("pvera", a[1], b[0]))
-        saved = config.save_projection
-        return tuple(
-            own_tensor(name, shape, trained=False, optional=True, in_file=saved)
-            for name, shape in (("pvera_A", a), ("pvera_B", b))
-        )
+        return projections("pvera", config, targets, found, 2 * config.r)
 
     def own(self, config: PveraConfig, target: Target) -> DropoutHparams:
         return DropoutHparams(config.pvera_dropout)
