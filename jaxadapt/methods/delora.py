@@ -8,7 +8,6 @@ PEFT saves n, and so does jaxadapt; a file without it gets the norms of the base
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -74,7 +73,7 @@ class Delora(MatrixMethod):
             case "delora_B" if config.init_weights:
                 return Draw("constant", 0.0)
             case _:
-                return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+                return Draw.kaiming(start.shape[1])
 
     def delta(self, own: DeloraHparams, params: Params, w: Array) -> Array:
         change = (params["delora_B"] * _strengths(own, params)[None]) @ params["delora_A"]

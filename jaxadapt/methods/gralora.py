@@ -8,7 +8,6 @@ The layer adds the product of its input with these factors to its output. The ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -57,7 +56,7 @@ class Gralora(MatrixMethod):
     def init(self, config: GraloraConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.init_weights and tensor.name.startswith("gralora_B"):
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5, the fan is the second axis
+        return Draw.kaiming(start.shape[1])
 
     def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         a, b = params["gralora_A"], params["gralora_B"]

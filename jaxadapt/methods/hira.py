@@ -77,7 +77,7 @@ class Hira(MatrixMethod):
             return Draw("constant", 0.0)
         if config.init_weights == "gaussian" and start.hparams.kind == "linear":
             return Draw("normal", 1 / start.shape[0])
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
     def delta(self, own: HiraHparams, params: Params, w: Array) -> Array:
         if own.kind == "embedding":  # PyTorch's table is (vocabulary, dimension)

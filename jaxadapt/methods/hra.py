@@ -70,7 +70,7 @@ class Hra(MatrixMethod):
 
     def init(self, config: HRAConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if not self.starts_unchanged(config):
-            return Draw("uniform", 1 / math.sqrt(config.r))  # Kaiming-uniform with a = √5
+            return Draw.kaiming(config.r)
         if config.apply_GS:
             raise ConfigError(
                 "cannot start HRA with apply_GS, init_weights and an even r: it starts with pairs of equal vectors,"

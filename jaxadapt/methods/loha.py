@@ -76,7 +76,7 @@ class Loha(MatrixMethod):
             )
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
     def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         if "hada_t1" in params:

@@ -77,7 +77,7 @@ class Lokr(MatrixMethod):
         zeros = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
         if config.init_weights and tensor.name in zeros:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
     def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         w1 = params["lokr_w1"] if "lokr_w1" in params else params["lokr_w1_a"] @ params["lokr_w1_b"]

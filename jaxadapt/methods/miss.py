@@ -12,7 +12,6 @@ A sum over the blocks of the input replaces the effective weight, except with "b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -68,7 +67,7 @@ class Miss(MatrixMethod):
             )
         if config.init_weights:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(start.shape[-1]))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(start.shape[-1])
 
     def delta(self, own: MissHparams, params: Params, w: Array) -> Array:
         d = _over_outputs(params["miss_block"], w.shape[0])

@@ -9,7 +9,6 @@ and is refused for a new adapter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -74,7 +73,7 @@ class Supertuning(MatrixMethod):
             scores = jnp.abs(start.w).reshape(-1)
             return jax.lax.top_k(scores if config.select_top else -scores, start.shape[0])[1]
         if tensor.name == LORA_A or (tensor.name == LORA_B and not config.init_weights):
-            return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+            return Draw.kaiming(start.shape[1])
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
     def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:

@@ -19,7 +19,6 @@ Differences from PEFT, and its faults that are kept:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -209,8 +208,7 @@ class Lora(Method):
         r = own_sizes.get("r", 1)
         if init == "gaussian":
             return Draw("normal", 1 / r)
-        # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
+        return Draw.kaiming(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r)
 
     def output(
         self,
