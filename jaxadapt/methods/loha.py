@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
+from jaxadapt.configs.lokr import LoKrConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target, shared_value
@@ -69,11 +70,7 @@ class Loha(MatrixMethod):
         return ScaleHparams(target.value(scale))
 
     def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if config.rank_dropout or config.module_dropout:
-            raise ConfigError(
-                "cannot train LOHA with rank_dropout or module_dropout: jaxadapt does not drop rows or modules; set"
-                " both to 0.0"
-            )
+        refuse_dropout(config)
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
         return Draw.kaiming(math.prod(start.shape[1:]))
@@ -92,6 +89,15 @@ class Loha(MatrixMethod):
         return (
             {"r": 2, "alpha": 3},
             {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
+        )
+
+
+def refuse_dropout(config: LoHaConfig | LoKrConfig) -> None:
+    """Raise `ConfigError` if a new adapter is to be trained with a dropout of rows or modules."""
+    if config.rank_dropout or config.module_dropout:
+        raise ConfigError(
+            f"cannot train {config.peft_type} with rank_dropout or module_dropout: jaxadapt does not drop rows or"
+            " modules; set both to 0.0"
         )
 
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lokr import LoKrConfig
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.loha import refuse_dropout
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
@@ -69,11 +70,7 @@ class Lokr(MatrixMethod):
         return ScaleHparams(target.value(scale))
 
     def init(self, config: LoKrConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if config.rank_dropout or config.module_dropout:
-            raise ConfigError(
-                "cannot train LOKR with rank_dropout or module_dropout: jaxadapt does not drop rows or modules; set"
-                " both to 0.0"
-            )
+        refuse_dropout(config)
         zeros = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
         if config.init_weights and tensor.name in zeros:
             return Draw("constant", 0.0)

@@ -67,11 +67,7 @@ class Oft(MatrixMethod):
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
-        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
-            raise target.refuse(
-                f"OFT adapts 2-D convolutions with a square window and one group; found window {window} and"
-                f" {target.match.weight.groups} groups. Remove the module from target_modules"
-            )
+        orthogonal.check_window(target, "OFT")
         found = target.found.get(name)
         if found is None:
             size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
