@@ -5,9 +5,7 @@ It changes no weight. A merge adds it to the layer's bias and needs one, as in P
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -50,9 +48,6 @@ class Beft(MatrixMethod):
 
     def describe_change(self, config: BeftConfig) -> None:
         return None
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({},)
 
 
 METHOD = Beft()
