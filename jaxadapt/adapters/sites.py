@@ -35,7 +35,7 @@ from jaxadapt.adapters.site import (
 )
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import Modules
@@ -145,17 +145,16 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
         sizes |= tensor_layout.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
-    if unmapped:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} has no entry for these adapted leaves:\n"
-            + paths.bullets(unmapped)
-            + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
-            " extract(model).keymap"
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} has no entry for these adapted leaves:",
+        unmapped,
+        "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
+        " extract(model).keymap",
+    )
     shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
     problems = check_shared(shared, found_shared)
-    if problems:
-        raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
+    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", problems)
     untargeted = (
         name
         for site in sites
@@ -176,11 +175,12 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves]
     if method is not None and method.scope == "site" and not sites:
         missing.append("the tensors of its modules")
-    if missing:
-        raise AttachError(
-            "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
-            " variables:\n" + paths.bullets(missing)
-        )
+    raise_listed(
+        AttachError,
+        "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
+        " variables:",
+        missing,
+    )
 
 
 def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:

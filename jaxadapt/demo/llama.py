@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, shapes_of
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -315,8 +314,7 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[
         if np.array_equal(np.asarray(head), np.asarray(table)):
             del given["lm_head.weight"]
     findings = compare({name: Spec(shape) for name, shape in expected.items()}, shapes_of(given))
-    if findings:
-        raise MismatchError("the weights do not fit this LlamaConfig:\n" + paths.bullets(map(str, findings), 64))
+    raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, findings), limit=64)
 
     sources: dict[str, list[str]] = {}
     for name in expected:  # in this order, so that layers are stacked by number

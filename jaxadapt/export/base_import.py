@@ -16,7 +16,7 @@ import numpy as np
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import placement
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError, warn
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes, unknown_names_error
@@ -92,11 +92,12 @@ def import_base(
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
         abstract = [p for p in unfilled if isinstance(leaves[p], jax.ShapeDtypeStruct)]
-        if abstract:
-            raise MismatchError(
-                f"{tensors.source}: cannot fill weights that are abstract in the target, because the file does not"
-                " contain them; give them values first:\n" + paths.bullets(abstract)
-            )
+        raise_listed(
+            MismatchError,
+            f"{tensors.source}: cannot fill weights that are abstract in the target, because the file does not"
+            " contain them; give them values first:",
+            abstract,
+        )
         if unfilled:
             warn(
                 f"{tensors.source}: does not contain some weights, which keep their values:"

@@ -18,7 +18,7 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
@@ -233,8 +233,7 @@ def _combine_tensors(
         for adapter in tensors
         for reason in lora_variants.reasons_not_a_product(adapter.config)
     ]
-    if reasons:
-        raise ConfigError("cannot combine these adapters: they are not plain LoRA:\n" + paths.bullets(reasons))
+    raise_listed(ConfigError, "cannot combine these adapters: they are not plain LoRA:", reasons)
     shapes = {key: shape for adapter in tensors for key, shape in pytorch.weight_shapes(_shapes(adapter)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
