@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from jaxadapt.adapters import target_parameters
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
@@ -31,7 +30,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
             names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
             renamed += [name for name in names if not matching.is_parameter(config, name)]
         elif site.method.copies:
-            names = [paths.join(*name) for name in match.parameters(_braced_sizes(site, match)).values()]
+            names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
             renamed += [name for name in site.modules if name not in names]
         else:
             names = tuple(match.modules(_braced_sizes(site, match)).values())
