@@ -106,6 +106,16 @@ class TorchLayout:
         rows = form.to_rows(x)
         return rows.reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
 
+    def _axes_over(
+        self, role: str, letters: Mapping[str, str], over: str
+    ) -> tuple[Names, list[str], list[int], list[int], list[int]]:
+        """Return the names and axes of a role, and the positions in `over` of these axes, the batch and the rest."""
+        names = self.inputs if role == "in" else self.outputs
+        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
+        ends = [over.index(letters[axis]) for axis in axes]
+        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
+        return names, axes, ends, batch, [i for i in range(len(over)) if i not in (*ends, *batch)]
+
     def rows_to_torch(self, role: str, letters: Mapping[str, str], x: Array, over: str) -> tuple[Array, Names]:
         """Return values over the weight's inputs ("in") or outputs ("out") as rows.
 
@@ -115,11 +125,7 @@ class TorchLayout:
 
         Returns the array with the axes (batch..., rest..., features), and the letters of `rest`.
         """
-        names = self.inputs if role == "in" else self.outputs
-        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
-        ends = [over.index(letters[axis]) for axis in axes]
-        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
-        rest = [i for i in range(len(over)) if i not in (*ends, *batch)]
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
         x = x.transpose(*batch, *rest, *ends)
         lead = x.shape[: len(batch) + len(rest)]
         split = {n: m for axis, size in zip(axes, x.shape[len(lead) :], strict=True)
@@ -131,11 +137,7 @@ class TorchLayout:
 
     def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
         """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
-        names = self.inputs if role == "in" else self.outputs
-        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
-        ends = [over.index(letters[axis]) for axis in axes]
-        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
-        rest = [i for i in range(len(over)) if i not in (*ends, *batch)]
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
         split = {n: m for i, axis in zip(ends, axes, strict=True)
                  for n, m in pattern.part_sizes(axis, like.shape[i], dict(self.sizes)).items()}  # fmt: skip
         lead = rows.shape[:-1]
