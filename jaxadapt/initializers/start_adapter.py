@@ -145,14 +145,13 @@ def start(
         values = initial_values.init_values(
             recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
         )
-        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, base)
-    if not isinstance(config, LoraConfig):
+    elif not isinstance(config, LoraConfig):
         _check_arguments(type(config).__name__, given, ("key",))
         recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
         values = initial_values.init_values(
             recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
         )
+    if not isinstance(config, LoraConfig):
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
     kind = init_kind(config)
