@@ -69,6 +69,9 @@ class IA3(Method):
         feedforward = shared_value("feedforward", {m: is_feedforward(config, m) for m in modules})
         return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
 
+    def starts_unchanged(self, config: IA3Config) -> bool:
+        return config.init_ia3_weights
+
     def init(self, config: IA3Config, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 

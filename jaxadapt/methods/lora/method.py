@@ -188,6 +188,9 @@ class Lora(Method):
             sees="product" if hparams.dora else "layer",
         )
 
+    def starts_unchanged(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights is not False
+
     def init(self, config: LoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == dora.MAGNITUDE:
             assert start.axes is not None
