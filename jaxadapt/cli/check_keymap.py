@@ -199,4 +199,4 @@ def _read_checkpoint_shapes(path: Path) -> Shapes:
     from jaxadapt.storage import hf_model
 
     with hf_model.open_model(path) as model:
-        return {key: tuple(spec.shape) for key, spec in model.specs.items()}
+        return model.shapes

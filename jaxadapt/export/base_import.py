@@ -86,8 +86,7 @@ def import_base(
             tensors = stack(tensors, *expert_names.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
-        file_shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
-        tensors = cut(tensors, parts.locate_parts(file_shapes, base_plan.keys))
+        tensors = cut(tensors, parts.locate_parts(tensors.shapes, base_plan.keys))
         sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
@@ -131,7 +130,7 @@ def _find_sources(
 
     Raise `MismatchError` with all problems.
     """
-    shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
+    shapes = tensors.shapes
     sources = {key: key for key in base_plan.shapes if key in shapes}
     for key, same in keymap.tied:
         if key in base_plan.shapes and key not in shapes and same in shapes:

@@ -286,7 +286,7 @@ def fill_tree(
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
     ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
-    shapes = {key: tuple(spec.shape) for key, spec in as_source(tensors).specs.items()}
+    shapes = as_source(tensors).shapes
     fill.check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
