@@ -107,7 +107,7 @@ class AppliedMethod:
             return bias
         return self.method.bias(self.hparams, self.params, self.axes, bias)
 
-    def merged_bias(self, bias: Array, sign: int) -> Array:
+    def merged_bias(self, bias: Array, sign: int = 1) -> Array:
         """Return the layer's bias after a merge (sign 1), or before it (sign -1)."""
         return self.method.bias(self.hparams, self.params, self.axes, bias, undo=sign < 0)
 
