@@ -153,7 +153,7 @@ def untie_base(
 
     # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
     changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
-    tied = _read_tied(path) if ties_head is None else ties_head
+    tied = read_tied(path) if ties_head is None else ties_head
     stored = [pair for pair in pairs if pair not in without_head]
     equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
     problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
@@ -239,7 +239,8 @@ def _find_group(adapter_names: Mapping[str, str]) -> tuple[Pairs, Mapping[str, s
     return None
 
 
-def _read_tied(path: Location) -> bool | None:
+def read_tied(path: Location) -> bool | None:
+    """Return what `is_tied` says of a config.json; None if the file does not exist."""
     config = read_model_config(path)
     return None if config is None else is_tied(config)
 
@@ -284,7 +285,7 @@ def _refuse_unknown_head(
         for key in embeddings
         if not any(shapes[key][0] in shape and len(shape) == 2 for other, shape in shapes.items() if other != key)
     ]
-    if unresolved and _read_tied(path) is not False:
+    if unresolved and read_tied(path) is not False:
         raise MismatchError(
             f"{adapter.source}: cannot merge changes of a token embedding, because it may be tied to the head ({FIELD}"
             f" in {path}) and the name of this model's head is unknown:\n"
