@@ -75,11 +75,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
 
 def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
     """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
-    known_sizes = {
-        name: size for entry in site.entries for name, size in zip(entry.form.left, entry.form.shape, strict=True)
-    }
     sizes = {
-        new_axis: known_sizes.get(old_axis, 0)
+        new_axis: site.axis_sizes.get(old_axis, 0)
         for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
     }
     return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

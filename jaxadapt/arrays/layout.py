@@ -57,6 +57,11 @@ class FileLayout:
         """The number of elements of the array."""
         return math.prod(self.shape)
 
+    @functools.cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the array's axes, by name."""
+        return dict(zip(self.left, self.shape, strict=True))
+
     @property
     def is_exact(self) -> bool:
         """True if a round trip keeps every bit: there is no shift, and the factor is a power of two."""

@@ -186,9 +186,8 @@ def scale(site: Site) -> float | np.ndarray:
         return site_scale
     entry, inner_axes = product_entries(site)[0], [axis for axis in site.match.roles["batch"] if axis.startswith("{")]
     axes, form = (*site.match.roles["stack"], *inner_axes), entry.form
-    sizes = dict(zip(form.left, form.shape, strict=True))
     split = [form.left[axis] for axis in form.split]
-    scales = np.array(site_scale.values).reshape([sizes[name] for name in axes])
+    scales = np.array(site_scale.values).reshape([form.axis_sizes[name] for name in axes])
     rows = scales.transpose([axes.index(name) for name in split]).reshape(-1)
     rows = rows if form.file_entries is None else rows[np.array(form.file_entries)]
     return np.repeat(rows, count_experts(site)).reshape(-1, 1, 1)
@@ -254,7 +253,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
     """Return the number of fused parts of a leaf that have one of these modules, in any layer."""
     match = dataclasses.replace(factors.match, parts=None)
     sizes = single_entry_sizes(match) | {
-        name: size for name, size in _sizes(factors).items() if name not in match.roles["fused"]
+        name: size for name, size in factors.entries[0].form.axis_sizes.items() if name not in match.roles["fused"]
     }
     names = (target_parameters.parameter_names if factors.site.method.on_parameters else Match.modules)(match, sizes)
     modules = {module.partition("#")[0].removeprefix(keymap.prefix) for module in rows.modules}
@@ -279,11 +278,6 @@ def matrices_to_leaves(site: Site, a: Array, b: Array, scaled: bool = True) -> t
     b = select_rows(b, modules, entry_stems(site, entry_b))
     forms = [entry.form if scaled else dataclasses.replace(entry.form, factor=1.0) for entry in (entry_a, entry_b)]
     return modules, {entry_a.path: forms[0].from_rows(a), entry_b.path: forms[1].from_rows(b)}
-
-
-def _sizes(factors: Factors) -> dict[str, int]:
-    """Return the sizes of A's axes, by name."""
-    return dict(zip(factors.entries[0].form.left, factors.entries[0].shape, strict=True))
 
 
 def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
