@@ -75,9 +75,8 @@ class FileLayout:
     @functools.cached_property
     def _inner(self) -> dict[str, int]:
         """{axis: size} of one tensor in the model's order; a parenthesised axis appears as its parts."""
-        keep = (i for i in range(len(self.left)) if i not in self.split)
-        parts = (pattern.part_sizes(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
-        return {name: size for part in parts for name, size in part.items()}
+        kept = ((self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split)
+        return pattern.split_sizes(kept, dict(self.sizes))
 
     @functools.cached_property
     def _flat(self) -> dict[str, int]:

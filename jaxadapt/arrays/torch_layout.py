@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,14 +63,7 @@ class TorchLayout:
 
     def factor(self, shape: Sequence[int]) -> float:
         """Return the factor by which a weight of this shape is PyTorch's weight."""
-        if self.scale is None:
-            return 1.0
-        fixed = dict(self.sizes)
-        parts = {
-            n: m for axis, size in zip(self.left, shape, strict=True)
-            for n, m in pattern.part_sizes(axis, size, fixed).items()
-        }  # fmt: skip
-        return float(math.prod(parts[n] for n in self.scale[0].split()) ** self.scale[1])
+        return pattern.scale_factor(self.scale, zip(self.left, shape, strict=True), dict(self.sizes))
 
     def weight_to_torch(self, w: Array) -> Array:
         """Return a weight in PyTorch's layout and scale, (batch..., *file axes)."""
@@ -128,8 +120,7 @@ class TorchLayout:
         names, axes, ends, batch, rest = self._axes_over(role, letters, over)
         x = x.transpose(*batch, *rest, *ends)
         lead = x.shape[: len(batch) + len(rest)]
-        split = {n: m for axis, size in zip(axes, x.shape[len(lead) :], strict=True)
-                 for n, m in pattern.part_sizes(axis, size, dict(self.sizes)).items()}  # fmt: skip
+        split = pattern.split_sizes(zip(axes, x.shape[len(lead) :], strict=True), dict(self.sizes))
         x = x.reshape(*lead, *split.values())
         order = [len(lead) + list(split).index(n) for n in names]
         x = x.transpose(*range(len(lead)), *order).reshape(*lead, -1)
@@ -138,8 +129,7 @@ class TorchLayout:
     def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
         """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
         names, axes, ends, batch, rest = self._axes_over(role, letters, over)
-        split = {n: m for i, axis in zip(ends, axes, strict=True)
-                 for n, m in pattern.part_sizes(axis, like.shape[i], dict(self.sizes)).items()}  # fmt: skip
+        split = pattern.split_sizes(zip(axes, (like.shape[i] for i in ends), strict=True), dict(self.sizes))
         lead = rows.shape[:-1]
         x = rows.reshape(*lead, *(split[n] for n in names))
         x = x.transpose(*range(len(lead)), *(len(lead) + names.index(n) for n in split))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.pattern import part_sizes
+from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
@@ -70,8 +70,7 @@ class Target:
         return {*roles["in"], *roles["out"]} <= self._parts().keys()
 
     def _parts(self) -> dict[str, int]:
-        named = dict(self.match.weight.sizes)
-        return {n: m for axis, size in self.sizes.items() for n, m in part_sizes(axis, size, named).items()}
+        return split_sizes(self.sizes.items(), dict(self.match.weight.sizes))
 
     def _size(self, role: str) -> int:
         names, sizes = self.match.weight.torch_roles[role], self._parts()
