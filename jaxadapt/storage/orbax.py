@@ -259,6 +259,13 @@ def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
     return out
 
 
+def parameter_path(key: tuple[str, ...]) -> str:
+    """Return the dotted path of a leaf below the last "params" of its key, as Flax's libraries save parameters."""
+    names = key[:-1] if key[-1] == "value" else key
+    start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
+    return ".".join(names[start:])
+
+
 def _key_text(entry: Any) -> str:
     import jax
 
