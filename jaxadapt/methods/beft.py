@@ -27,9 +27,6 @@ class Beft(MatrixMethod):
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)
 
-    def own(self, config: BeftConfig, target: Target) -> None:
-        return None
-
     def effect(self, own: None) -> Effects:
         return Effects("adds", form="use", bias="adds")
 

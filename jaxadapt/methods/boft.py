@@ -55,9 +55,6 @@ class Boft(MatrixMethod):
         scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
         return own_tensor("boft_R", found), scale
 
-    def own(self, config: BOFTConfig, target: Target) -> None:
-        return None
-
     def effect(self, own: None) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")
 

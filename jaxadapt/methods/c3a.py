@@ -51,9 +51,6 @@ class C3a(MatrixMethod):
     def starts_unchanged(self, config: C3AConfig) -> bool:
         return config.init_weights is True
 
-    def own(self, config: C3AConfig, target: Target) -> None:
-        return None
-
     def init(self, config: C3AConfig, tensor: MethodTensor, start: Start) -> Draw:
         rows, columns, size = start.shape
         match config.init_weights:

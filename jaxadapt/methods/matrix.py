@@ -6,7 +6,6 @@ paper or PEFT writes it, and works for every keymap: split heads, fused parts, s
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -69,12 +68,12 @@ class MatrixMethod(Method):
     row_numbers: frozenset[str] = frozenset()
     """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
-    @abc.abstractmethod
     def own(self, config: Any, target: Target) -> Hashable:
-        """Return the hyperparameters of a site: a frozen dataclass, or None.
+        """Return the hyperparameters of a site: a frozen dataclass, or None, the default.
 
         If it has a field `dropout`, that is the dropout rate of the input.
         """
+        return None
 
     def effect(self, own: Any) -> Effects:
         """Return what the method changes at a site; by default it adds to the weight, at each use if it has `after`."""

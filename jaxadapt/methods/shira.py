@@ -49,9 +49,6 @@ class Shira(MatrixMethod):
             own_tensor("shira_indices", (2, n), trained=False, dtype="int32", optional=is_drawn),
         )
 
-    def own(self, config: ShiraConfig, target: Target) -> None:
-        return None
-
     def init(self, config: ShiraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "shira_weight":
             return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)

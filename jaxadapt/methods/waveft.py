@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.waveft import WaveFTConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.fourierft import positions, spectrum, used_values
+from jaxadapt.methods.fourierft import count_of, positions, spectrum, used_values
 from jaxadapt.methods.matrix import MatrixMethod
 
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
@@ -110,7 +109,7 @@ def _count(config: WaveFTConfig, target: Target, module: str) -> int:
                 " depends on all other modules; state the numbers in n_frequency_pattern"
             )
         return found[-1]
-    return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
+    return count_of(config, module)
 
 
 @functools.lru_cache(maxsize=64)
