@@ -20,6 +20,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import target_parameters
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.configs import Config
 from jaxadapt.configs.lora_variants import reasons_not_a_product
 from jaxadapt.core import paths
@@ -51,8 +52,13 @@ def weight_matrices(keymap: KeyMap, site: Site, leaf: Array, scaled: bool = True
     where the keymap has a factor.
     """
     entry, positions = _base_positions(keymap, site, leaf.shape)
-    rows = (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(leaf)[positions]
+    rows = _form(entry, scaled).to_rows(leaf)[positions]
     return jnp.swapaxes(rows, 1, 2) if site.match.weight.is_stored_in_out else rows
+
+
+def _form(entry: PlanEntry, scaled: bool) -> FileLayout:
+    """Return the layout of an entry; unless `scaled`, without the factor between the leaf and PyTorch's tensor."""
+    return entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)
 
 
 def with_weight_matrices(keymap: KeyMap, site: Site, leaf: Array, rows: Array) -> Array:
@@ -199,10 +205,7 @@ def site_matrices(site: Site, tensors: Mapping[str, Array], scaled: bool = True)
     Each expert in one array is a module. A convolution's window is part of "in".
     """
     entry_a, entry_b = product_entries(site)
-    a, b = (
-        (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(tensors[tensor_name(entry)])
-        for entry in (entry_a, entry_b)
-    )
+    a, b = (_form(entry, scaled).to_rows(tensors[tensor_name(entry)]) for entry in (entry_a, entry_b))
     names_a, names_b = row_names(site, entry_a), row_names(site, entry_b)
     return to_matrices(site, "A", a), select_rows(to_matrices(site, "B", b), names_b, names_a)
 
@@ -276,8 +279,8 @@ def matrices_to_leaves(site: Site, a: Array, b: Array, scaled: bool = True) -> t
     entry_a, entry_b = factor_entries(site)
     modules = tuple(entry_stems(site, entry_a))
     b = select_rows(b, modules, entry_stems(site, entry_b))
-    forms = [entry.form if scaled else dataclasses.replace(entry.form, factor=1.0) for entry in (entry_a, entry_b)]
-    return modules, {entry_a.path: forms[0].from_rows(a), entry_b.path: forms[1].from_rows(b)}
+    pairs = ((entry_a, a), (entry_b, b))
+    return modules, {entry.path: _form(entry, scaled).from_rows(rows) for entry, rows in pairs}
 
 
 def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
