@@ -96,7 +96,7 @@ def _http_failure(place: Address, action: str, error: Any, token: Token) -> File
     if status == 404:
         revision = f", no revision {place.revision!r} of it" if place.revision else ""
         missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"
-        why = f"{missing}: {urlsplit(str(error.response.url)).netloc} answered 404"
+        why = f"{missing}: {_host(error)} answered 404"
         remedy = "check the name, and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "check the name"
         return _failure(place, action, why, remedy, error)
     why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
@@ -110,6 +110,10 @@ def _requested_file(error: Any, place: Address) -> str:
     if match:
         return f"file {unquote(match[1])!r}"
     return f"folder {place.subfolder!r}" if place.subfolder else "such page"
+
+
+def _host(error: Any) -> str:
+    return urlsplit(str(error.response.url)).netloc
 
 
 def _failure(place: Address, action: str, why: str, remedy: str, error: BaseException | None) -> FileError:
