@@ -69,7 +69,7 @@ class TinyLora(MatrixMethod):
         return (own_tensor("tinylora_v", (groups, config.u), numbered=True),)
 
     def starts_unchanged(self, config: TinyLoraConfig) -> bool:
-        return config.init_weights is True
+        return config.init_weights != "uniform"
 
     def own(self, config: TinyLoraConfig, target: Target) -> TinyLoraHparams:
         is_embedding = target.kind == "embedding"
