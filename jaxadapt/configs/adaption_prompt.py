@@ -30,7 +30,6 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    _type: ClassVar[str | None] = "ADAPTION_PROMPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="adaption_gate, adaption_prompt",
         merges=False,

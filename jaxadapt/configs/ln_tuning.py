@@ -31,7 +31,6 @@ class LNTuningConfig(MethodConfig):
     'LN_TUNING'
     """
 
-    _type: ClassVar[str | None] = "LN_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="all tensors of the target modules",
         demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
