@@ -55,8 +55,8 @@ def command(
     No model is needed.
 
     SOURCE is the folder or address of an adapter, a folder of such folders, an Orbax checkpoint of jaxadapt.save,
-    mlx-lm's folder, or one file: an image adapter of kohya-ss, LyCORIS or diffusers, or a tree. TARGET is a folder or, if its name ends in
-    .safetensors, such a file. Several SOURCEs become subfolders of TARGET.
+    mlx-lm's folder, or one file: an image adapter of kohya-ss, LyCORIS or diffusers, or a tree. TARGET is a folder or,
+    if its name ends in .safetensors, such a file. Several SOURCEs become subfolders of TARGET.
 
     An image adapter becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/), and such a folder
     becomes one file with --format kohya-ss or diffusers. If SOURCE and TARGET are both files, the names stay.

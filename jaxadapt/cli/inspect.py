@@ -43,7 +43,8 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
     """Show the method, base model, targets and size of the adapter in FOLDER, and which programs read it.
 
     FOLDER is an adapter of jaxadapt, PEFT or mlx-lm, or an address: hf://org/name@revision/subfolder, s3://…, gs://….
-    No model is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is given.
+    No model is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is
+    given.
 
     "misread by" lists programs that load the adapter without a message and compute something else than PEFT, with the
     setting that they ignore and what helps. --json names the version of each program.
