@@ -46,7 +46,7 @@ def model_of(family: str, tied: bool = True):
         return transformers.GPT2LMHeadModel(config).eval()
     classes = {
         "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
-        "gemma3_text": "Gemma3", "phi3": "Phi3",
+        "gemma3_text": "Gemma3", "phi3": "Phi3", "gpt_neox": "GPTNeoX",
     }  # fmt: skip
     name = classes[family]
     config_name = "Gemma3TextConfig" if family == "gemma3_text" else f"{name}Config"
