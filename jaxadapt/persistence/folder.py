@@ -112,7 +112,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
     if isinstance(path, str) and hub.is_address(path):
-        path = hub.fetch_config(path)
+        path = mlx_files.fetch_config(path)
     if orbax.is_checkpoint(path):
         from jaxadapt.persistence import orbax_folder
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -102,6 +103,12 @@ def is_config(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(values, dict) and bool(mlx_keys(cast("dict[str, Any]", values)))
+
+
+def fetch_config(address: str) -> Path:
+    """Fetch the configuration of an adapter on the Hub; the folder if it is mlx-lm's, whose tensors name the modules."""
+    path = hub.fetch_config(address)
+    return hub.fetch_folder(address) if is_config(reconcile.read_text(path)) else path
 
 
 # ---------------------------------------------------------------- the configuration
