@@ -106,7 +106,7 @@ def is_config(text: str) -> bool:
 
 
 def fetch_config(address: str) -> Path:
-    """Fetch the configuration of an adapter on the Hub; the folder if it is mlx-lm's, whose tensors name the modules."""
+    """Fetch the configuration of an adapter on the Hub; the folder if it is mlx-lm's, whose tensors name modules."""
     path = hub.fetch_config(address)
     return hub.fetch_folder(address) if is_config(reconcile.read_text(path)) else path
 

@@ -132,31 +132,40 @@ def pair(module: str, dtype: Any = "float32") -> dict[str, np.ndarray]:
     return {f"{module}.{name}": rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
 
+MODULES = {
+    "llama": ["model.layers.1.self_attn.q_proj"],
+    "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.3.mlp.c_fc"],
+    "gptj": ["transformer.h.5.attn.q_proj"],
+    "gpt_neox": ["gpt_neox.layers.2.attention.dense", "gpt_neox.layers.2.mlp.dense_h_to_4h"],
+    "a model with images": ["model.language_model.layers.0.mlp.up_proj"],
+    "an embedding and its own head": ["model.embed_tokens", "lm_head"],
+}
+
+
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize(
-    "modules", [["model.layers.1.self_attn.q_proj"], ["transformer.h.0.attn.c_attn", "transformer.h.3.mlp.c_fc"],
-                ["gpt_neox.layers.2.attention.dense", "gpt_neox.layers.2.mlp.dense_h_to_4h"],
-                ["model.language_model.layers.0.mlp.up_proj"], ["lm_head", "model.layers.0.mlp.up_proj"],
-                ["transformer.h.5.attn.q_proj"]],
-)  # fmt: skip
-def test_what_the_writer_writes_comes_back(modules: list[str], dora: bool, tmp_path: Path):
-    config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=modules, use_dora=dora, lora_dropout=0.0)
-    rng = np.random.default_rng(0)
-    tensors = {f"{P}{m}.lora_{side}.weight": rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
-               for m in modules for side, shape in (("A", (2, 6)), ("B", (8, 2)))}  # fmt: skip
-    tensors |= {f"{P}{m}.lora_magnitude_vector": rng.standard_normal(8).astype("float32") for m in modules if dora}
+@pytest.mark.parametrize("model", MODULES)
+def test_what_the_writer_writes_comes_back(model: str, dora: bool, tmp_path: Path):
+    modules = MODULES[model]
+    if dora and "model.embed_tokens" in modules:
+        modules = ["lm_head"]
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=modules, use_dora=dora)
+    rng, tensors = np.random.default_rng(0), dict[str, np.ndarray]()
+    for module in modules:
+        name, end = ("lora_embedding", "") if module == "model.embed_tokens" else ("lora", ".weight")
+        for side, shape in (("A", (2, 6)), ("B", (8, 2))):
+            tensors[f"{P}{module}.{name}_{side}{end}"] = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+        if dora:
+            tensors[f"{P}{module}.lora_magnitude_vector"] = rng.standard_normal(8).astype("float32")
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "in")
-    shapes = {f"{m}.weight": [8, 6] for m in [*modules, "lm_head"]}
-    (tmp_path / "shapes.json").write_text(json.dumps(shapes))
-    export_adapter(tmp_path / "in", tmp_path / "mlx", "mlx")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
+    export_adapter(tmp_path / "in", tmp_path / "mlx", "mlx", base=tmp_path / "config.json")
     back = jaxadapt.read(tmp_path / "mlx")
     assert set(back.config.target_modules) == set(modules)
-    assert (back.config.use_dora, back.config.r) == (dora, 2)
-    assert back.config.fan_in_fan_out == any("c_attn" in m for m in modules)
-    scale = config.lora_alpha / config.r / (back.config.lora_alpha / back.config.r)
+    assert (back.config.use_dora, back.config.r, back.config.lora_alpha) == (dora, 2, 2)
+    assert back.config.fan_in_fan_out == (model == "gpt2")
     assert back.tensors.keys() == tensors.keys()
-    for key, x in tensors.items():  # the writer multiplies B by the scale: exact for a power of two
-        want = x * np.asarray(scale, x.dtype) if "lora_B" in key else x
+    for key, x in tensors.items():  # the writer multiplies B by the scale of 4, which is exact
+        want = np.asarray(4, x.dtype) * x if "_B" in key else x
         np.testing.assert_array_equal(np.asarray(back.tensors[key]).astype("float32"), want.astype("float32"))
 
 
