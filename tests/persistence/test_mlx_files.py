@@ -20,6 +20,7 @@ from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
 from jaxadapt.persistence import mlx_files
 from jaxadapt.storage.source import as_source, transpose
+from tests.support import fuzz_mlx_files
 
 # A LoRA and a DoRA that mlx-lm 0.32.2 trained and saved, their base, and mlx-lm's logits:
 # tests/full/programs/record_mlx.py.
@@ -278,3 +279,8 @@ def test_damaged_files_are_refused(tmp_path: Path):
         with pytest.raises(jaxadapt.AdapterError, match=str(folder)):
             jaxadapt.read(folder)
         assert [each.code for each in jaxadapt.verify(folder)] == ["other-library"]
+
+
+def test_random_adapters_are_read_or_refused():
+    found = fuzz_mlx_files.main(3_000)
+    assert min(found[kind] for kind in ("refused", "LoRA", "DoRA")) > 200
