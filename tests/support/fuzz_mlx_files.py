@@ -2,8 +2,8 @@
 
     python -m tests.support.fuzz_mlx_files 1000000 [SEED]
 
-An adapter is refused by an `AdapterError`, or read; what is read has every tensor of the file once, with its values, and
-a scale that is the file's.
+An adapter is refused by an `AdapterError`, or read. Then every tensor of the file is there once, with its values, and
+the scale is that of the file.
 """
 
 from __future__ import annotations
