@@ -126,7 +126,7 @@ def test_adapters_that_mlx_trained(family: str, tmp_path: Path) -> None:
     base = measure.Base(tmp_path / "base", tmp_path, [3, 7, 1, 9, 4, 20, 11, 2])
     settings = {"num_layers": 1, "lora_parameters": {"rank": 3, "scale": 2.3, "dropout": 0.1}}
     kinds = {kind: {"fine_tune_type": kind, **settings} for kind in ("lora", "dora")}
-    measure.train_in_mlx(base, PROGRAMS, {str(tmp_path / kind): each for kind, each in kinds.items()}, 24)
+    measure.train_in_mlx(base, PROGRAMS, kinds, 24)
     plain, *found = measure.run("mlx", PROGRAMS, base.folder, [None, *(str(tmp_path / kind) for kind in kinds)], base,
                                 tmp_path / "x.npy")  # fmt: skip
     alone = abs(plain - measure.log_probabilities(measure.peft_logits(base.model(), base))).max()

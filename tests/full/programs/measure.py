@@ -112,10 +112,10 @@ def logits(program: str, programs: Path, model: Path, adapters: list[str | None]
 
 
 def train_in_mlx(base: Base, programs: Path, adapters: dict[str, Any], vocabulary: int) -> None:
-    """Train adapters with mlx-lm, from `{folder: settings}`, on random tokens below `vocabulary`."""
+    """Train adapters with mlx-lm, from `{name: settings}`, beside the base's folder, on tokens below `vocabulary`."""
     request = {"model": str(base.folder), "vocabulary": vocabulary, "adapters": adapters}
     command = [programs / "mlx/bin/python", HERE / "train_mlx.py", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=base.folder.parent)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
 
 

@@ -35,7 +35,7 @@ def main(programs: Path) -> None:
         work = Path(folder)
         tiny.model_of("llama").save_pretrained(work / "base")
         base = measure.Base(work / "base", work, TOKENS)
-        measure.train_in_mlx(base, programs, {str(work / name): each for name, each in ADAPTERS.items()}, 24)
+        measure.train_in_mlx(base, programs, ADAPTERS, 24)
         names = [None, *(str(work / name) for name in ADAPTERS)]
         found = measure.logits("mlx", programs, base.folder, names, base, work / "logits.npy")
         for name in ("base", *ADAPTERS):

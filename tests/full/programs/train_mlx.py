@@ -31,7 +31,7 @@ def main() -> None:
     draw = random.Random(0)
     for folder, settings in request["adapters"].items():
         model, _ = load_model(Path(request["model"]))
-        given = {"batch_size": 4, "iters": 8, "learning_rate": 0.05, "save_every": 4, "model": "org/base"}
+        given = {"batch_size": 4, "iters": 8, "learning_rate": 0.01, "save_every": 4, "model": "org/base"}
         args = types.SimpleNamespace(**{**CONFIG_DEFAULTS, **given, **settings, "train": True, "adapter_path": folder})
         data = Tokens([draw.randrange(request["vocabulary"]) for _ in range(12)] for _ in range(8))
         train_model(args, model, data, Tokens(), None)
