@@ -38,6 +38,7 @@ FOLDER = os.environ.get("JAXADAPT_OPENPI")
 pytestmark = [
     pytest.mark.peft,
     pytest.mark.slow,
+    pytest.mark.usefixtures("foreign_model"),
     pytest.mark.filterwarnings("ignore"),  # the keymap is not proved by a specimen
     pytest.mark.skipif(not FOLDER, reason="needs a checkout of openpi; the docstring has the command"),
 ]
