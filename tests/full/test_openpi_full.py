@@ -169,9 +169,8 @@ def in_pytorch(weights: dict[str, np.ndarray]) -> Any:
 
 def run(model: Any, expert: int, x: np.ndarray) -> np.ndarray:
     gemma_model = model.get_submodule(MODELS[expert].rstrip("."))
-    scaled = torch.from_numpy(x) / x.shape[-1] ** 0.5  # which transformers multiplies, and openpi does not
     with torch.no_grad():
-        return gemma_model(inputs_embeds=scaled).last_hidden_state.numpy()
+        return gemma_model(inputs_embeds=torch.from_numpy(x)).last_hidden_state.numpy()
 
 
 def test_two_experts_with_lora(gemma: Any, tmp_path: Path) -> None:
