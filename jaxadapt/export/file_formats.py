@@ -2,8 +2,8 @@
 
     source ──open_source──► {part: PeftTensors} ──with_dtype──► _WRITERS[format]
 
-A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, or an image adapter in one
-file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
+A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, mlx-lm's folder, or an image
+adapter in one file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def convert_format(
 
     Args:
         source: an adapter's folder or address; a folder whose subfolders are adapters, which become subfolders of the
-            target; an Orbax checkpoint of jaxadapt; an image adapter in one file (.safetensors) of kohya-ss, LyCORIS or
-            diffusers, which becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/, …).
+            target; an Orbax checkpoint of jaxadapt; mlx-lm's folder, or its adapters.safetensors; an image adapter in
+            one file (.safetensors) of kohya-ss, LyCORIS or diffusers, which becomes one PEFT folder for each model of
+            the pipeline (unet/, text_encoder/, …).
         target: the folder to write, or a file whose name ends in .safetensors.
         format: "safetensors", "bin" or "orbax" for a folder; "kohya-ss" or "diffusers" for a file. Default:
             "safetensors" for a folder, and for a file the names of the source.

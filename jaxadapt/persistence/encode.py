@@ -79,6 +79,7 @@ def encode_tree(
     in_memory: bool,
     dtype: Any = None,
     save_embedding_layers: bool | str = False,
+    timeout: float = 300,
 ) -> PeftTensors:
     """Return the tensors that PEFT's file holds for the adapter of a tree.
 
@@ -86,6 +87,9 @@ def encode_tree(
         tree: anything `extract` takes.
         in_memory: True for `to_peft`, which accepts traced arrays. False for `save`, which accepts arrays that are
             partly in other processes.
+        timeout: in seconds, for each answer of another process.
+
+    With `in_memory=False` and an adapter that is spread over several processes, all of them call this.
 
     Raises `AttachError`, `ConfigError`, `KeyMapError` or `MismatchError`.
     """
@@ -108,14 +112,21 @@ def encode_tree(
     leaves = held.leaves() if held.has_base else None
     encoded = _repeat_for_heads(config, encoded, keymap, leaves)
     tensors = _join_or_split(source, encoded, on_shared)
-    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source))
+    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
 
 
-def _fingerprint(source: Source) -> fingerprint.Fingerprint | None:
-    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it."""
+def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it.
+
+    If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
+    is not has no fingerprint: only one of the processes may be saving.
+    """
     if not source.held.has_base or lora_variants.changes_base(source.adapter.config):
         return None
-    return fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    found = fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    if multihost.is_distributed(source.leaves.values()):
+        return multihost.combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
+    return found if found is None or fingerprint.is_complete(found) else None
 
 
 def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:

@@ -24,6 +24,8 @@ from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which readers try them."""
+MLX_WEIGHTS = "adapters.safetensors"
+"""The weights of mlx-lm's adapter folder, whose configuration has the same name as PEFT's."""
 CARD = "README.md"
 _MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TEXT)
 
@@ -124,7 +126,7 @@ def _pull(
 
 def _fetch_weights(pinned: Address, token: Token, cache_dir: Any, report: Report) -> None:
     first: Exception | None = None
-    for name in WEIGHTS:
+    for name in (*WEIGHTS, MLX_WEIGHTS):
         try:
             _fetch_file(pinned, name, token, cache_dir, report)
             return
@@ -276,6 +278,7 @@ def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
 __all__ = [
     "CARD",
     "CONFIG",
+    "MLX_WEIGHTS",
     "SCHEME",
     "WEIGHTS",
     "Address",

@@ -44,6 +44,11 @@ def model_of(family: str, tied: bool = True):
         config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=4, n_positions=32, vocab_size=24, bos_token_id=0,
                                          eos_token_id=0)  # fmt: skip
         return transformers.GPT2LMHeadModel(config).eval()
+    if family == "gpt_neox":
+        config = transformers.GPTNeoXConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=64, rotary_pct=0.5,
+                                            num_attention_heads=4, max_position_embeddings=32, vocab_size=24,
+                                            bos_token_id=0, eos_token_id=0, hidden_act="gelu_new")  # fmt: skip
+        return transformers.GPTNeoXForCausalLM(config).eval()
     classes = {
         "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
         "gemma3_text": "Gemma3", "phi3": "Phi3",
