@@ -288,6 +288,22 @@ def absolute(place: Location) -> Location:
         ) from error
 
 
+def is_same(one: Location, other: Location) -> bool:
+    """Return True for two names of one place, also through links. Raises `FileError` if that is unknown.
+
+    >>> is_same(to_location("a"), to_location("./a")), is_same(to_location("a"), to_location("b"))
+    (True, False)
+    """
+    if absolute(one) == absolute(other):
+        return True
+    if isinstance(one, Address) or isinstance(other, Address) or not (exists(one) and exists(other)):
+        return False
+    try:
+        return one.samefile(other)
+    except OSError as error:
+        raise file_error("read", str(one), error) from error
+
+
 def exists(place: Location, shown: Location | None = None) -> bool:
     """Return True if a location exists, following links. Raises `FileError`, naming `shown`, if that is unknown."""
     return place.exists() if isinstance(place, Address) else _mode(place, shown) is not None
