@@ -62,7 +62,7 @@ def is_address(path: object) -> bool:
 
 
 def to_location(path: str | os.PathLike[str]) -> Location:
-    """Return the `Path` or the `Address` that a path or a text names.
+    """Return the `Path` or the `Address` that a path or a text names. Raises `FileError` for an empty text.
 
     >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
     (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
@@ -72,6 +72,8 @@ def to_location(path: str | os.PathLike[str]) -> Location:
     if is_address(path):
         return Address(str(path))
     text = os.fspath(path)
+    if not text:  # often a variable of a shell that is not set
+        raise FileError('expected a path, found an empty text; for the working directory write "."')
     match = _ADDRESS.match(text) if isinstance(path, str) else None
     return Path(path) if match is None else Path(text[match.end() :])
 
