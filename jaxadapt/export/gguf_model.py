@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import gguf_conventions, gguf_files, merge_files
 from jaxadapt.export.gguf_conventions import Base, deinterleave_rows, interleave_rows
@@ -127,7 +127,7 @@ def merge_gguf(
     source, target = location.to_location(base), location.to_location(out)
     if target.suffix != ".gguf":
         raise FileError(f"{target}: cannot write the merged model here: expected a file name ending in .gguf")
-    if location.absolute(source) == location.absolute(target):
+    if location.is_same(source, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another file")
     file = gguf_files.File(source)
     tensors = GgufTensors(file, gguf_conventions.gguf_base(file))
@@ -175,6 +175,8 @@ def _matrix_kind(file: gguf_files.File, dtype: str | None) -> str:
     for name in file.names:
         if len(file.shape(name)) > 1:
             found[file.kind(name)] = found.get(file.kind(name), 0) + 1
+    if not found:
+        raise FormatError(f"{file.path}: expected the matrices of a model, found none")
     most = max(found, key=lambda kind: found[kind])
     if most not in gguf_files.TYPES.values():
         raise ConfigError(

@@ -8,8 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
-from jaxadapt.persistence import folder, peft
+from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
@@ -73,9 +72,12 @@ def merge_folder(
     """
     source, target = location.to_location(base), location.to_location(out)
     base_folder = source.parent if location.is_file(source) else source
-    if base_folder == target or (
-        _exists_locally(base_folder) and _exists_locally(target) and _same_folder(base_folder, target)
-    ):
+    if target.suffix == ".gguf":
+        raise FileError(
+            f"{target}: cannot write the merged model here: a .gguf file is written only for a base that is one; merge"
+            " into a folder, and convert that with llama.cpp's converter"
+        )
+    if location.is_same(base_folder, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another folder")
     if location.exists(target / folder.CONFIG):
         raise FileError(
@@ -255,7 +257,24 @@ def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> Pef
         warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     name = base.pop() if len(base) == 1 else None
     config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
-    return dataclasses.replace(combined, config=config)
+    return dataclasses.replace(combined, config=config, base=_common_fingerprint(adapters))
+
+
+def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the base of all adapters, if all have one; warn if these are of several bases."""
+    first, *others = adapters
+    common = dict(first.base or {})
+    for other in others:
+        shared = {key: value for key, value in common.items() if key in (other.base or {})}
+        if different := fingerprint.differences(shared, other.base or {}):
+            warn(
+                f"{first.source} and {other.source} were trained on different base models: {len(different)} of"
+                f" {len(shared)} compared weights differ, such as {different[0]}. The combined adapter may be wrong on"
+                " both"
+            )
+            return None
+        common |= other.base or {}
+    return common if all(adapter.base for adapter in adapters) else None
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
@@ -285,18 +304,6 @@ def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) 
 def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> Adapter:
     lora_variants.require_original_base(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
-
-
-def _exists_locally(path: Location) -> TypeGuard[Path]:
-    """Return True if a path is on this machine and exists."""
-    return isinstance(path, Path) and location.exists(path)
-
-
-def _same_folder(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError as error:
-        raise file_error("read", str(other), error) from error
 
 
 def _read_bytes(path: Location) -> bytes:

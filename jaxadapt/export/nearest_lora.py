@@ -12,9 +12,12 @@ from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.export import file_formats
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.persistence import peft
 from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.source import as_source
 
 
 def nearest_lora(
@@ -43,9 +46,24 @@ def nearest_lora(
     else:
         with hf_model.open_model(location.to_location(base)) as source:
             hf_model.refuse_packed(source)
-            arrays = {key: np.asarray(source[key]) for key in source}
             keymap = file_formats.base_keymap(tensors, source.shapes)
+            names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
+            # none in a file of tensors of the whole adapter only (UNILORA)
+            if modules := _modules(as_source(tensors.tensors).shapes):
+                names = {key: name for key, name in names.items() if _module(name) in modules}
+            arrays = {key: np.asarray(source[key]) for key in names}
         params = paths.unflatten(arrays)
         reduced = rank_reduction.to_lora(peft.from_peft(tensors, params, keymap=keymap), rank, params=params)
     encoded = peft.to_peft(reduced.adapter)
-    return dataclasses.replace(encoded, source=tensors.source), {name: float(e) for name, e in reduced.error.items()}
+    encoded = dataclasses.replace(encoded, source=tensors.source, base=tensors.base)
+    return encoded, {name: float(e) for name, e in reduced.error.items()}
+
+
+def _modules(shapes: pytorch.Shapes) -> set[str]:
+    """Return the modules of an adapter's file, also those with a copy of their parameters."""
+    own = [key.removeprefix(PEFT_PREFIX) for key in shapes if key.startswith(PEFT_PREFIX)]
+    return {*pytorch.adapted_shapes(shapes), *(_module(name.replace(".base_layer", "")) for name in own)}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

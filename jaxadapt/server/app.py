@@ -271,9 +271,11 @@ async def read_json(http: HttpRequest) -> Any:
         if len(body) > MAX_BODY:
             raise RequestError(413, f"expected at most {MAX_BODY} bytes")
     try:
-        return json.loads(body)
+        value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can express half of a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"expected JSON: {error}") from error
+    return value
 
 
 def adapter_name(body: Any, *, path: bool) -> str:

@@ -248,10 +248,11 @@ def is_saved_by_peft(key: str, config: Config) -> bool:
         return True
     if ".original_module." in key:
         return False
+    bias: str = config.get("bias") or "none"  # "all", or "lora_only" and the like: of the adapted modules
+    if key.endswith(".bias") and (bias == "all" or (bias != "none" and key.endswith(".base_layer.bias"))):
+        return True
     module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-    return matching.is_saved(matching.with_task_heads(config), module) or (
-        key.endswith(".bias") and config.get("bias", "none") == "all"
-    )
+    return matching.is_saved(matching.with_task_heads(config), module)
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:
