@@ -18,7 +18,7 @@ from jaxadapt.adapters import experts
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed
 from jaxadapt.core.progress import Progress
 from jaxadapt.export import file_formats
 from jaxadapt.keymaps import families
@@ -189,10 +189,7 @@ def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]
         if name in dotted:
             duplicates.append(path)
         dotted[name] = leaf
-    if duplicates:
-        raise FormatError(
-            f"{source}: two leaves have the same path if slashes are read as dots:\n" + paths.bullets(duplicates)
-        )
+    raise_listed(FormatError, f"{source}: two leaves have the same path if slashes are read as dots:", duplicates)
     return dotted
 
 

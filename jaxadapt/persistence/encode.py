@@ -17,7 +17,7 @@ from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, site
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, MismatchError
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families, parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
@@ -149,8 +149,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
         return None
 
     problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := obstacle(leaf))]
-    if problems:
-        raise AttachError("these parameters have no values to save:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "these parameters have no values to save:", problems)
 
 
 def _encode(source: Source, dtype: Any) -> Encoded:
@@ -177,13 +176,14 @@ def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any
         xp: Any = np if multihost.is_local(leaf) else jnp
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")
-    if nonzero:
-        raise MismatchError(
-            "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
-            " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
-            " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
-            " own:\n" + paths.bullets(nonzero)
-        )
+    raise_listed(
+        MismatchError,
+        "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
+        " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
+        " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
+        " own:",
+        nonzero,
+    )
 
 
 def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:

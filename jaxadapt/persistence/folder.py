@@ -25,8 +25,7 @@ from jaxadapt import configs
 from jaxadapt.adapters import state_dict_keys
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, fingerprint, image_files, mlx_files, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
@@ -292,11 +291,12 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         document[fingerprint.FIELD] = dict(tensors.base)
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
-    if parts:
-        raise MismatchError(
-            f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
-            " a model and save that:\n" + paths.bullets(parts)
-        )
+    raise_listed(
+        MismatchError,
+        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+        " a model and save that:",
+        parts,
+    )
     metadata = {"format": "pt", reconcile.META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
@@ -394,6 +394,5 @@ def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(tensors, TensorSource):
         return tensors.specs
     others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
-    if others:
-        raise MismatchError("cannot write these tensors: expected arrays, found:\n" + paths.bullets(others))
+    raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
     return tensors
