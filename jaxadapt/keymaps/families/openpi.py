@@ -1,8 +1,11 @@
 """π0 and π0.5 of openpi: PaliGemma's Gemma and the action expert in one scanned stack of layers.
 
 The names in PyTorch are those of openpi's own PyTorch model, with which LeRobot's agree. Leaves of the second expert
-end in "_1". All models of openpi have fewer key heads than query heads, so that
-no leaf holds queries, keys and values together. The vision tower, which openpi trains without LoRA, has no entries.
+end in "_1". All models of openpi have fewer key heads than query heads, so that no leaf holds queries, keys and values
+together. The vision tower, which openpi trains without LoRA, has no entries.
+
+`tests/full/test_openpi_full.py` compares it with openpi's own conversion and with PEFT. It is not marked as proved:
+there is no specimen of openpi's PyTorch model, which needs a changed transformers.
 """
 
 from jaxadapt.keymaps.keymap import KeyMap
