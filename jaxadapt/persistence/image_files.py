@@ -1,8 +1,9 @@
 """Image adapters in one file (kohya-ss, LyCORIS, diffusers) ↔ `PeftTensors`.
 
-The values never change: a file that is read and written again has the same tensors, bit for bit. kohya-ss stores each
-module's alpha as a tensor; in PEFT it is `lora_alpha` (or `alpha`) of the configuration, with a pattern for each module
-that differs. A file without alphas has the scale 1, so that its alpha is the rank.
+The values never change: a file that is read and written again has the same tensors, bit for bit (an alpha becomes one
+number in the dtype of its module, where that holds it). kohya-ss stores each module's alpha as a tensor; in PEFT it is
+`lora_alpha` (or `alpha`) of the configuration, with a pattern for each module that differs. A file without alphas has
+the scale 1, so that its alpha is the rank.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def _file_keys(
     for module in dict.fromkeys(module for module, _ in modules.values()):
         rank, alpha = image_configs.find_settings(config, module)
         stored = None if layout is None else layout.alphas.get(module)
-        if stored is not None or style == KOHYA or rank != alpha:
+        if stored is not None or rank != alpha or (style == KOHYA and layout is None):
             end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
             alphas[module] = (stored or end, alpha)
     if others or unscaled:

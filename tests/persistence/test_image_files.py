@@ -264,6 +264,15 @@ def test_every_command_takes_them(tmp_path: Path):
     assert {x.dtype.name for x in load_file(tmp_path / "half.safetensors").values()} == {"float16"}
 
 
+def test_a_file_without_alphas_stays_one(tmp_path: Path):
+    tensors = {key: x for key, x in kohya(KNOWN).items() if not key.endswith("alpha")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+    refused = run("export", tmp_path / "a.safetensors", "--out", tmp_path / "out")
+    assert (refused.exit_code, "writes PEFT's folder for each" in " ".join(refused.output.split())) == (1, True)
+
+
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
     tensors = kohya(KNOWN[:1]) | {f"{KNOWN[0][0]}.alpha": np.ones(2, "float16")}
     save_file(tensors, tmp_path / "a.safetensors")
