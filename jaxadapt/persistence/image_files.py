@@ -17,7 +17,7 @@ from typing import Any
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import FormatError, MismatchError
+from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import image_configs, image_names
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
@@ -178,6 +178,13 @@ def _file_keys(
     modules = {key: image_names.split_key(key) for key in tensors.tensors}
     others = [key for key, (_, name) in modules.items() if not name]
     unscaled = config.get("use_rslora") or config.get("bias", "none") != "none"
+    specs = as_source(tensors.tensors).specs
+    wrong: list[str] = []  # the scale of a file is alpha divided by the rank of its tensors
+    for key, (module, name) in modules.items():
+        rank, found = image_configs.find_settings(config, module)[0], list(specs[key].shape)
+        if name == "lora_A.weight" and found[:1] != [rank]:
+            wrong.append(f"{module}: {rank}, the tensor is {found}")
+    raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the tensors:", wrong)
     kohya = image_names.kohya_keys(dict.fromkeys(module for module, _ in modules.values()))
     known = {} if layout is None else layout.keys
     alphas: dict[str, tuple[str, float]] = {}

@@ -27,6 +27,7 @@ _ZERO_AT_START = {
     "DELORA": ("delora_B",), "HIRA": ("hira_B", "hira_embedding_A"), "MISS": ("miss_block",),
     "SHIRA": ("shira_weight",), "BEFT": ("beft_bias",), "RANDLORA": ("randlora_lambda",), "OFT": ("oft_R.weight",),
     "WAVEFT": ("waveft_spectrum",), "FOURIERFT": ("fourierft_spectrum",), "PEANUT": ("peanut_B.weight",),
+    "C3A": ("c3a_kernel",), "ADAPTION_PROMPT": ("adaption_gate",),
 }  # fmt: skip
 
 
