@@ -166,9 +166,7 @@ def _read_tied(base: Path | None) -> bool | None:
     place = location.to_location(base)
     if place.suffix == ".gguf":
         return None
-    place = place if place.name == "config.json" else place / "config.json"
-    config = untying.read_model_config(place)
-    return None if config is None else untying.is_tied(config)
+    return untying.read_tied(place if place.name == "config.json" else place / "config.json")
 
 
 def _plain(

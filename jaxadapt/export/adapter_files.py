@@ -328,7 +328,7 @@ def _from_orbax(
             return tensors
     leaves = orbax.leaf_specs(path)
     for item, specs in leaves.items():  # another library's LoRA
-        names = {key: ".".join(_without_root(key)) for key in specs}
+        names = {key: orbax.parameter_path(key) for key in specs}
         abstract = {dotted: jax.ShapeDtypeStruct(*specs[key]) for key, dotted in names.items()}
         if (tree := foreign.find_lora(abstract)) is not None:
             wanted = [key for key, dotted in names.items() if dotted in tree.leaves]
@@ -339,15 +339,8 @@ def _from_orbax(
             return dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True))
     if config is None:
         raise ConfigError(f"{os.fspath(path)}: the checkpoint has no configuration of an adapter; pass --config")
-    own = {".".join(_without_root(k)): s for specs in leaves.values() for k, s in specs.items() if "opt_state" not in k}
+    own = {orbax.parameter_path(k): s for specs in leaves.values() for k, s in specs.items() if "opt_state" not in k}
     base = {p: jax.ShapeDtypeStruct(*s) for p, s in own.items() if f".{name}." not in f".{p}."}
     like = init(config, paths.unflatten(base), keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
     return peft.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
-
-
-def _without_root(key: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a key path from the parameters on, as Flax's libraries save them."""
-    names = key[:-1] if key[-1] == "value" else key
-    start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
-    return names[start:]

@@ -2,8 +2,8 @@
 
     source ──open_source──► {part: PeftTensors} ──with_dtype──► _WRITERS[format]
 
-A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, or an image adapter in one
-file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
+A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, mlx-lm's folder, or an image
+adapter in one file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import hub, location, orbax
@@ -82,8 +83,9 @@ def convert_format(
 
     Args:
         source: an adapter's folder or address; a folder whose subfolders are adapters, which become subfolders of the
-            target; an Orbax checkpoint of jaxadapt; an image adapter in one file (.safetensors) of kohya-ss, LyCORIS or
-            diffusers, which becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/, …).
+            target; an Orbax checkpoint of jaxadapt; mlx-lm's folder, or its adapters.safetensors; an image adapter in
+            one file (.safetensors) of kohya-ss, LyCORIS or diffusers, which becomes one PEFT folder for each model of
+            the pipeline (unet/, text_encoder/, …).
         target: the folder to write, or a file whose name ends in .safetensors.
         format: "safetensors", "bin" or "orbax" for a folder; "kohya-ss" or "diffusers" for a file. Default:
             "safetensors" for a folder, and for a file the names of the source.
@@ -294,11 +296,20 @@ def with_pytorch_names(tensors: PeftTensors) -> Adapter:
 
     from jaxadapt.persistence import peft  # imports Flax, which the rest of this file does not need
 
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
+    shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
     sizes = functools.partial(methods.file_sizes, tensors.config)
     return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+
+
+def base_keymap(
+    tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
+) -> KeyMap:
+    """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(methods.file_sizes, tensors.config)
+    turned = bool(tensors.config.get("fan_in_fan_out"))
+    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)
 
 
 def convert_several(

@@ -17,7 +17,7 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
@@ -29,7 +29,7 @@ from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource
+from jaxadapt.storage.source import TensorSource, as_source
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
@@ -172,11 +172,7 @@ def plan_merge(
     untied = untying.untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
-    shapes = {key: spec.shape for key, spec in specs.items()}
-    fan_in_fan_out = bool(tensors.config.get("fan_in_fan_out"))
-    keymap = pytorch.state_dict_keymap(
-        shapes, _shapes(tensors), tensors.source, _sizes(tensors), fan_in_fan_out, untied.tied
-    )
+    keymap = file_formats.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
@@ -235,14 +231,17 @@ def _combine_tensors(
         for adapter in tensors
         for reason in lora_variants.reasons_not_a_product(adapter.config)
     ]
-    if reasons:
-        raise ConfigError("cannot combine these adapters: they are not plain LoRA:\n" + paths.bullets(reasons))
-    shapes = {key: shape for adapter in tensors for key, shape in pytorch.weight_shapes(_shapes(adapter)).items()}
+    raise_listed(ConfigError, "cannot combine these adapters: they are not plain LoRA:", reasons)
+    file_shapes = [as_source(adapter.tensors).shapes for adapter in tensors]
+    shapes = {key: shape for each in file_shapes for key, shape in pytorch.weight_shapes(each).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
-    all_shapes = {key: shape for adapter in tensors for key, shape in _shapes(adapter).items()}
+    all_shapes = {key: shape for each in file_shapes for key, shape in each.items()}
     keymap = pytorch.state_dict_keymap(
-        shapes, all_shapes, " and ".join(adapter.source for adapter in tensors), _sizes(tensors[0])
+        shapes,
+        all_shapes,
+        " and ".join(adapter.source for adapter in tensors),
+        functools.partial(file_sizes, tensors[0].config),
     )
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
@@ -290,14 +289,6 @@ def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
             f"{tensors.source}: cannot {verb} the files of an adapter with target_parameters, because they do not"
             f" contain the layout of these parameters in the model; {advice}"
         )
-
-
-def _shapes(tensors: PeftTensors) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-
-
-def _sizes(tensors: PeftTensors) -> pytorch.Sizes:
-    return functools.partial(file_sizes, tensors.config)
 
 
 def _is_float(spec: Any) -> bool:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 
-import jax
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.export import file_formats
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.persistence import peft
 from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.source import as_source
 
 
 def nearest_lora(
@@ -42,22 +41,15 @@ def nearest_lora(
             f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"
             " (base=, `--base FOLDER`)"
         )
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-    sizes = functools.partial(methods.file_sizes, tensors.config)
     if base is None or is_product:
-        weights = pytorch.weight_shapes(shapes)
-        specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in weights.items()}
-        keymap = pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes)
-        adapter = peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
-        reduced = rank_reduction.to_lora(adapter, rank)
+        reduced = rank_reduction.to_lora(file_formats.with_pytorch_names(tensors), rank)
     else:
         with hf_model.open_model(location.to_location(base)) as source:
             hf_model.refuse_packed(source)
-            base_shapes = {key: tuple(spec.shape) for key, spec in source.specs.items()}
-            turned = bool(tensors.config.get("fan_in_fan_out"))
-            keymap = pytorch.state_dict_keymap(base_shapes, shapes, tensors.source, sizes, turned)
+            keymap = file_formats.base_keymap(tensors, source.shapes)
             names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
-            if modules := _modules(shapes):  # none in a file of tensors of the whole adapter only (UNILORA)
+            # none in a file of tensors of the whole adapter only (UNILORA)
+            if modules := _modules(as_source(tensors.tensors).shapes):
                 names = {key: name for key, name in names.items() if _module(name) in modules}
             arrays = {key: np.asarray(source[key]) for key in names}
         params = paths.unflatten(arrays)

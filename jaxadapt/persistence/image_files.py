@@ -232,12 +232,12 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
         if "." not in image_names.split_key(key)[0] or not dot:
             flat.append(key)
         by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
-    if flat:
-        raise MismatchError(
-            f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
-            " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:\n"
-            + paths.bullets(flat)
-        )
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
+        " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:",
+        flat,
+    )
     source = as_source(tensors.tensors)
     return {
         model: PeftTensors(_config_of(tensors.config, model), rename(source, names), tensors.source)

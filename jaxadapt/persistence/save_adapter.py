@@ -116,7 +116,7 @@ def save(
         return
     tensors = encode.encode_tree(
         tree, name, config, keymap, lora_alpha, on_shared, in_memory=False, dtype=None if plain else dtype,
-        save_embedding_layers=save_embedding_layers,
+        save_embedding_layers=save_embedding_layers, timeout=timeout,
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     is_spread = isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values())

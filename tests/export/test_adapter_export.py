@@ -44,6 +44,11 @@ def model_of(family: str, tied: bool = True):
         config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=4, n_positions=32, vocab_size=24, bos_token_id=0,
                                          eos_token_id=0)  # fmt: skip
         return transformers.GPT2LMHeadModel(config).eval()
+    if family == "gpt_neox":
+        config = transformers.GPTNeoXConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=64, rotary_pct=0.5,
+                                            num_attention_heads=4, max_position_embeddings=32, vocab_size=24,
+                                            bos_token_id=0, eos_token_id=0, hidden_act="gelu_new")  # fmt: skip
+        return transformers.GPTNeoXForCausalLM(config).eval()
     classes = {
         "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
         "gemma3_text": "Gemma3", "phi3": "Phi3",
@@ -59,14 +64,19 @@ def model_of(family: str, tied: bool = True):
     return model
 
 
-def adapted(model, targets=LINEAR, seed=1, **fields):
-    """PEFT's model whose adapter does something."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM", **fields})
-    wrapped = peft.get_peft_model(model, config).eval()
+def train(wrapped, seed=1):
+    """Change the trained parameters."""
     torch.manual_seed(seed)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.2
+
+
+def adapted(model, targets=LINEAR, seed=1, **fields):
+    """PEFT's model whose adapter does something."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM", **fields})
+    wrapped = peft.get_peft_model(model, config).eval()
+    train(wrapped, seed)
     return wrapped
 
 
@@ -121,10 +131,7 @@ def test_pissa_becomes_a_lora_of_the_original_base(init, how, tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
     wrapped = peft.get_peft_model(model, config).eval()
     wrapped.save_pretrained(tmp_path / "first")
-    torch.manual_seed(1)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.2
+    train(wrapped)
     want = logits(wrapped)
     wrapped.save_pretrained(tmp_path / "in")
     first = tmp_path / "first"
@@ -423,10 +430,7 @@ def test_the_nearest_lora_of_a_rank(tmp_path):
     model.save_pretrained(tmp_path / "base")
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     wrapped = peft.get_peft_model(model, config).eval()
-    torch.manual_seed(1)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.2
+    train(wrapped)
     want = logits(wrapped)
     wrapped.save_pretrained(tmp_path / "in")
     with pytest.raises(jaxadapt.ConfigError, match="a plain LoRA cannot express IA3: merge"):

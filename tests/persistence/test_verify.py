@@ -357,7 +357,9 @@ def test_other_folders_are_recognized(tmp_path: Path):
         assert codes(path) == [code]
         with pytest.raises(jaxadapt.MismatchError, match="cannot be repaired"):
             jaxadapt.repair(path)
-    assert codes(tmp_path / "mlx") == ["other-library", "other-library"]
+    (found,) = jaxadapt.verify(tmp_path / "mlx")
+    assert (found.severity, found.code) == ("error", "other-library")
+    assert "scale: expected a number, found None" in found.found
     assert codes(tmp_path / "run" / "step-000000100.safetensors") == ["training-run"]
     with pytest.raises(jaxadapt.FileError, match="no such file or folder"):
         jaxadapt.verify(tmp_path / "nothing")

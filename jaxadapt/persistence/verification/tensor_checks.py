@@ -119,13 +119,13 @@ def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, fl
             continue
         name = named_parameter(config, module)
         rank = _wanted_rank(config, name)
-        alpha = find_pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
+        alpha = find_pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         settings[module] = (shape[0], alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     return settings
 
 
 def _wanted_rank(config: Config, name: str) -> int:
-    return find_pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+    return find_pattern_value(config.get("rank_pattern"), name, config.get("r"))
 
 
 def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
