@@ -79,7 +79,8 @@ class LlamaConfig:
         Raises:
             ConfigError: the model is no Llama, or computes what this one does not.
         """
-        rope: Mapping[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        # transformers takes the older field if a file has both.
+        rope: Mapping[str, Any] = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         expected = {
             "model_type": (fields.get("model_type"), "llama"),
             "hidden_act": (fields.get("hidden_act", "silu"), "silu"),

@@ -26,7 +26,7 @@ from jaxadapt.export import (
 )
 from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.merging.plain_form import plain_form
-from jaxadapt.persistence import consumers, folder, peft
+from jaxadapt.persistence import consumers, folder, image_files, peft
 from jaxadapt.storage import location
 
 Path = str | os.PathLike[str]
@@ -148,6 +148,11 @@ def _open(source: Any, report: Report) -> Generator[PeftTensors]:
         yield source
     elif isinstance(source, str | os.PathLike):
         path: Path = source
+        if image_files.is_image_file(path):
+            raise ConfigError(
+                f"{os.fspath(path)}: an image adapter may change several models, and these programs read an adapter of"
+                " one. `jaxadapt convert` writes PEFT's folder for each; export one of them"
+            )
         with folder.open_adapter(path, report) as tensors:
             yield tensors
     else:

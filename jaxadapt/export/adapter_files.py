@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
 from jaxadapt.persistence import folder, peft, repair_folder, verify_folder
-from jaxadapt.persistence.verification import base_checks, key_names
+from jaxadapt.persistence.verification import base_checks, key_names, tensor_checks
 from jaxadapt.persistence.verification.stored_adapter import open_stored
 from jaxadapt.storage.source import as_source, rename
 
@@ -305,6 +305,8 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
     shapes = {new: stored.specs[key][1] for new, key in keys.items()}
     kept = verify_folder.without_base(shapes, names, config)
     keys = {new: key for new, key in keys.items() if new in kept}
+    wrong = [found.found for found in tensor_checks.check_tensors(kept, config) if found.code == "rank"]
+    raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
     if not keys:
         raise MismatchError(f"{stored.source}: expected tensors of {config.peft_type}, found none")
     return PeftTensors(config, repair_folder.StoredTensors(keys, stored.get), stored.source)

@@ -125,8 +125,9 @@ def gguf_base(file: gguf_files.File) -> Base:
     layers, heads = (file.value(f"{name}.{field}") for field in ("block_count", "attention.head_count"))
     kv_heads = file.value(f"{name}.attention.head_count_kv", heads)
     numbers = {"block_count": layers, "attention.head_count": heads, "attention.head_count_kv": kv_heads}
-    if wrong := [f"{name}.{field}={value!r}" for field, value in numbers.items() if not isinstance(value, int)]:
-        raise FormatError(f"{file.path}: expected one integer for each field, found {', '.join(wrong)}")
+    is_number = {field: isinstance(value, int) and value > 0 for field, value in numbers.items()}
+    if wrong := [f"{name}.{field}={value!r}" for field, value in numbers.items() if not is_number[field]]:
+        raise FormatError(f"{file.path}: expected one positive integer for each field, found {', '.join(wrong)}")
     return Base(str(file.path), architecture, layers, heads, kv_heads, "output.weight" not in file.names)
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import mmap
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, location, threads
+from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
+from jaxadapt.storage import atomic, local_files, location, threads
 from jaxadapt.storage.dtypes import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
@@ -109,6 +111,8 @@ def _header(
 ) -> tuple[bytes, dict[str, int], int]:
     """Return the bytes before the tensors, the size of each tensor in bytes, and the alignment of all."""
     sizes = {name: _nbytes(gguf, kind, shape) for name, (kind, shape) in specs.items()}
+    empty = [name for name, field in fields.items() if field.type == "ARRAY" and not field.value]
+    raise_listed(FormatError, f"{target}: the package gguf cannot write these fields, empty arrays:", empty)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"  # the package writes only files
         writer = gguf.GGUFWriter(path, architecture)
@@ -163,6 +167,52 @@ def pack(values: np.ndarray, kind: str) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(values, "float32"), gguf.GGMLQuantizationType[kind])
 
 
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""{number of a type of a GGUF field: bytes of a value}; 8 is a string and 9 an array."""
+
+
+def _check_counts(path: Path) -> None:
+    """Raise `ValueError` if a count or a length in a header exceeds the file. The package gguf would not return."""
+    with path.open("rb") as file, contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
+        order, place = "<", 24
+        if len(data) >= place and struct.unpack_from("<I", data, 4)[0] % 65536 == 0:
+            order = ">"
+
+        def number(form: str) -> int:
+            nonlocal place
+            (value,) = struct.unpack_from(order + form, data, place)
+            place += struct.calcsize(form)
+            return value
+
+        def skip(count: int, size: int = 1) -> None:
+            nonlocal place
+            if count * size > len(data) - place:
+                raise ValueError(f"{count} × {size} bytes at byte {place} of {len(data)}")
+            place += count * size
+
+        def value(kind: int) -> None:
+            if kind == 8:
+                skip(number("Q"))
+            elif kind == 9:
+                item, count = number("I"), number("Q")
+                if item in _SIZES:
+                    skip(count, _SIZES[item])
+                    return
+                for _ in range(count):  # each takes bytes, so that a count that is too large ends at the file's end
+                    value(item)
+            else:
+                skip(1, _SIZES[kind])
+
+        tensors, fields = struct.unpack_from(f"{order}QQ", data, 8)
+        for _ in range(fields):
+            skip(number("Q"))
+            value(number("I"))
+        for _ in range(tensors):
+            skip(number("Q"))
+            skip(number("I"), 8)
+            skip(1, 12)
+
+
 class File:
     """An opened GGUF file. Its tensors stay in the file, by a memory map, until they are read."""
 
@@ -178,8 +228,11 @@ class File:
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
         try:
+            _check_counts(self.path)
             self._reader: Any = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError) as error:
+        except OSError as error:
+            raise local_files.file_error("read", str(self.path), error) from error
+        except (ValueError, IndexError, KeyError, struct.error, RecursionError) as error:
             raise FormatError(f"{self.path}: expected a GGUF file, found other bytes ({error})") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 

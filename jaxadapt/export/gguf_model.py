@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import gguf_conventions, gguf_files, merge_files
 from jaxadapt.export.gguf_conventions import Base, deinterleave_rows, interleave_rows
@@ -47,6 +47,13 @@ class GgufTensors(TensorSource):
             kind, name = name_of(key) or ("", "")
             if name in present and name not in self.names.values():
                 self.names[key], self._kinds[key] = name, kind
+        counts = {key: base.head_count(kind) for key, kind in self._kinds.items()}
+        uneven = [
+            f"{self.names[key]}: {self._shape(key, self.names[key])[0]} rows for {count} heads"
+            for key, count in counts.items()
+            if count and self._shape(key, self.names[key])[0] % (2 * count)
+        ]
+        raise_listed(FormatError, f"{file.path}: the fields state other heads than the tensors have:", uneven)
 
     @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:

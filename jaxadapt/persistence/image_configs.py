@@ -118,7 +118,8 @@ def _alpha(file: TensorSource, key: str) -> float:
     """Read one alpha. Raises `FormatError` if it is not one finite number."""
     value = file[key]
     if value.size != 1 or not math.isfinite(number := float(value.reshape(())[()])):
-        raise FormatError(f"{file.source}: {key}: expected one finite number, found {value.size} values")
+        found = f"{value.size} values" if value.size != 1 else str(value.reshape(())[()])
+        raise FormatError(f"{file.source}: {key}: expected one finite number, found {found}")
     return number
 
 

@@ -1,8 +1,9 @@
 """Image adapters in one file (kohya-ss, LyCORIS, diffusers) ↔ `PeftTensors`.
 
-The values never change: a file that is read and written again has the same tensors, bit for bit. kohya-ss stores each
-module's alpha as a tensor; in PEFT it is `lora_alpha` (or `alpha`) of the configuration, with a pattern for each module
-that differs. A file without alphas has the scale 1, so that its alpha is the rank.
+The values never change: a file that is read and written again has the same tensors, bit for bit (an alpha becomes one
+number in the dtype of its module, where that holds it). kohya-ss stores each module's alpha as a tensor; in PEFT it is
+`lora_alpha` (or `alpha`) of the configuration, with a pattern for each module that differs. A file without alphas has
+the scale 1, so that its alpha is the rank.
 """
 
 from __future__ import annotations
@@ -177,6 +178,13 @@ def _file_keys(
     modules = {key: image_names.split_key(key) for key in tensors.tensors}
     others = [key for key, (_, name) in modules.items() if not name]
     unscaled = config.get("use_rslora") or config.get("bias", "none") != "none"
+    specs = as_source(tensors.tensors).specs
+    wrong: list[str] = []  # the scale of a file is alpha divided by the rank of its tensors
+    for key, (module, name) in modules.items():
+        rank, found = image_configs.find_settings(config, module)[0], list(specs[key].shape)
+        if name == "lora_A.weight" and found[:1] != [rank]:
+            wrong.append(f"{module}: {rank}, the tensor is {found}")
+    raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the tensors:", wrong)
     kohya = image_names.kohya_keys(dict.fromkeys(module for module, _ in modules.values()))
     known = {} if layout is None else layout.keys
     alphas: dict[str, tuple[str, float]] = {}
@@ -194,7 +202,7 @@ def _file_keys(
     for module in dict.fromkeys(module for module, _ in modules.values()):
         rank, alpha = image_configs.find_settings(config, module)
         stored = None if layout is None else layout.alphas.get(module)
-        if stored is not None or style == KOHYA or rank != alpha:
+        if stored is not None or rank != alpha or (style == KOHYA and layout is None):
             end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
             alphas[module] = (stored or end, alpha)
     if others or unscaled:

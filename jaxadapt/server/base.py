@@ -117,6 +117,12 @@ def open_base(base: str | os.PathLike[str]) -> Base:
     stop = {*ends, tokenizer.token_to_id(END)} - {None}
     with hf_model.open_model(folder) as tensors:
         hf_model.refuse_packed(tensors)
+        codes = sorted({str(spec.dtype) for spec in tensors.specs.values() if spec.dtype.kind in "iub"})
+        if codes or fields.get("quantization_config"):
+            raise FormatError(
+                f"{folder}: expected floating-point weights, found {', '.join(codes) or 'quantization_config'};"
+                " dequantize the model first (transformers: model.dequantize(), save_pretrained)"
+            )
         name, weights = folder.resolve().name, dict(tensors)
     return Base(name, config, weights, tokenizer, _as_text(tokenizer), tuple(sorted(stop)))
 

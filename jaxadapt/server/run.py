@@ -37,17 +37,20 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
     kinds: dict[tuple[str, bool, bool], list[Any]] = {}
     for path in folders:
         try:
-            config: Any = jaxadapt.read_config(path)
+            info = jaxadapt.inspect(path)
         except AdapterError:
             continue
-        if config.facts.rows in ("call", "put"):
+        config: Any = info.config
+        largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
+        is_true = max(_ranks(config), default=0) <= largest  # a number in a JSON file must not take all memory
+        if is_true and config.facts.rows in ("call", "put"):
             kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
             kinds.setdefault(kind, []).append(config)
     lora = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
     kinds.setdefault(("LORA", False, False), [])
     room: list[jaxadapt.Config] = []
     for (peft_type, dora, bias), found in kinds.items():
-        ranks = [r for config in found for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()) if r]
+        ranks = [r for config in found for r in _ranks(config)]
         if peft_type == "LORA":
             made: Any = lora.replace(r=max([rank, *ranks]), use_dora=dora, lora_bias=bias)
         elif peft_type == "IA3":
@@ -63,6 +66,12 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
         else:
             room.append(made)
     return room
+
+
+def _ranks(config: jaxadapt.Config) -> list[int]:
+    """Return the ranks that a configuration states, as far as it states them by `r` and `rank_pattern`."""
+    patterns: Any = config.get("rank_pattern") or {}
+    return [r for r in (config.get("r"), *patterns.values()) if isinstance(r, int)]
 
 
 def make_server(

@@ -244,6 +244,11 @@ def test_extract_one_of_several_adapters_of_a_whole_model(folder: Path, tmp_path
     assert "no adapter is called 'default'; choose one with --name: de, fr" in missing.output
     lost = CliRunner().invoke(main, ["extract", f"{tmp_path}/model.safetensors", "--out", f"{tmp_path}/x"])
     assert "pass --config" in lost.output
+    (tmp_path / "other.json").write_text(CONFIG.replace(r=8).to_json())
+    words = ["extract", f"{tmp_path}/model.safetensors", "--name", "fr", "--config", f"{tmp_path}/other.json"]
+    other = CliRunner().invoke(main, [*words, "--out", f"{tmp_path}/x"])
+    assert "rank 4 in the file and 8 in the configuration" in " ".join(other.output.split())
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 2), ("all", 3)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -157,23 +158,46 @@ def test_another_alignment_of_the_tensors(tmp_path):
         np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=2e-6, err_msg=name)  # float32 sums in another order
 
 
-def test_a_part_of_a_model_is_refused(tmp_path):
+def test_fields_that_contradict_the_tensors_are_refused(tmp_path):
     adapted(model_of("llama"), ["q_proj"]).save_pretrained(tmp_path / "in")
     for change, message in (
         (lambda writer: writer.add_uint16("split.count", 3), r"one of the 3 files of a model; join them first"),
         (lambda writer: writer.add_array("llama.attention.head_count_kv", [2, 1]), r"head_count_kv=\[2, 1\]"),
+        (
+            lambda writer: writer.add_head_count(0),
+            r"positive integer for each field, found llama.attention.head_count=0",
+        ),
+        (lambda writer: writer.add_head_count(3), r"other heads than the tensors have"),
     ):
         write_base("llama", model_of("llama"), tmp_path / "base.gguf", change)
         with pytest.raises(jaxadapt.FormatError, match=message):
             gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
     writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
-    writer.add_block_count(0)
+    writer.add_block_count(1)
     writer.add_head_count(4)
     for part in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{part}_to_file")()
     writer.close()
     with pytest.raises(jaxadapt.FormatError, match="expected the matrices of a model, found none"):
         gguf_model.merge_gguf(tmp_path / "none.gguf", tmp_path / "in", tmp_path / "out.gguf")
+
+
+def test_a_damaged_count_is_refused(tmp_path):
+    """The package gguf would read an array of 2**60 numbers one by one."""
+    write_base("llama", model_of("llama"), tmp_path / "base.gguf", lambda writer: writer.add_array("x", [7] * 5))
+    good = (tmp_path / "base.gguf").read_bytes()
+    array = struct.pack("<Q1sIIQ", 1, b"x", 9, 5, 5)
+    assert array in good
+    bad = good.replace(array, struct.pack("<Q1sIIQ", 1, b"x", 9, 5, 1 << 60))
+    for data in (
+        bad,
+        good[:8] + struct.pack("<Q", 1 << 60) + good[16:],
+        good[:16] + b"\xff" * 8 + good[24:],
+        good[:20],
+    ):
+        (tmp_path / "bad.gguf").write_bytes(data)
+        with pytest.raises(jaxadapt.FormatError, match=r"bad\.gguf: expected a GGUF file"):
+            gguf_model.merge_gguf(tmp_path / "bad.gguf", tmp_path / "in", tmp_path / "out.gguf")
 
 
 def test_refusals(tmp_path):

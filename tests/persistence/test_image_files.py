@@ -264,6 +264,25 @@ def test_every_command_takes_them(tmp_path: Path):
     assert {x.dtype.name for x in load_file(tmp_path / "half.safetensors").values()} == {"float16"}
 
 
+def test_a_file_without_alphas_stays_one(tmp_path: Path):
+    tensors = {key: x for key, x in kohya(KNOWN).items() if not key.endswith("alpha")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    assert equal(tmp_path / "b.safetensors", tensors)
+    refused = run("export", tmp_path / "a.safetensors", "--out", tmp_path / "out")
+    assert (refused.exit_code, "writes PEFT's folder for each" in " ".join(refused.output.split())) == (1, True)
+
+
+def test_a_rank_that_only_the_configuration_states_is_refused(tmp_path: Path):
+    """It is in PEFT's scale, and the file's scale follows from the tensors."""
+    save_file(kohya(KNOWN, ranks=(2,)), tmp_path / "a.safetensors")
+    held = jaxadapt.read(tmp_path / "a.safetensors")
+    wrong = jaxadapt.PeftTensors(held.config.replace(r=4), held.tensors)
+    with pytest.raises(jaxadapt.MismatchError, match=r"to_out\.0: 4, the tensor is \[2, 8\]"):
+        image_files.write_file(wrong, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
     tensors = kohya(KNOWN[:1]) | {f"{KNOWN[0][0]}.alpha": np.ones(2, "float16")}
     save_file(tensors, tmp_path / "a.safetensors")

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.configs.base import class_of
 from jaxadapt.persistence.verification import base_checks
 from tests.support import small
 
@@ -136,6 +137,21 @@ def test_adapters_of_this_library(config: jaxadapt.Config, tmp_path: Path):
     huge = ["huge"] if config is small.LORA else []  # the values of these networks are near 1
     assert codes(tmp_path / "fresh", shapes) == ["untrained"]
     assert codes(tmp_path / "trained", shapes) == codes(tmp_path / "orbax", shapes) == huge
+
+
+UNTRAINED = {
+    "RANDLORA": {"r": 2}, "OFT": {"oft_block_size": 2}, "WAVEFT": {"n_frequency": 5}, "PEANUT": {"r": 2},
+    "LOKR": {"r": 1, "decompose_both": True}, "HIRA": {"r": 2}, "VERA": {"r": 2}, "LOHA": {"r": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("peft_type", UNTRAINED)
+def test_a_fresh_adapter_is_found(peft_type: str, tmp_path: Path):
+    config = class_of(peft_type)(target_modules=["q_proj", "up_proj"], **UNTRAINED[peft_type])
+    jaxadapt.save(jaxadapt.init(config, small.base()["params"], key=jax.random.key(0)), tmp_path / "fresh")
+    jaxadapt.save(small.adapter(config), tmp_path / "trained")
+    assert codes(tmp_path / "fresh") == ["untrained"]
+    assert "untrained" not in codes(tmp_path / "trained")
 
 
 def test_no_library_of_arrays_is_needed_for_a_configuration(folder: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
 from jaxadapt.demo.generation import GREEDY
 from jaxadapt.demo.llama import LlamaConfig
+from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.server import names, run
 from jaxadapt.server.base import open_base
 from jaxadapt.server.engine import Engine, Job, Piece
@@ -205,10 +207,29 @@ def test_a_base_is_read_as_its_files_mean_it(base, tmp_path):
     save_file(weights | scales, path)
     with pytest.raises(FormatError, match="its weights are quantized"):
         open_base(tmp_path / "one")
+    save_file({name: x.astype("i1") if "proj" in name else x for name, x in weights.items()}, path)
+    with pytest.raises(FormatError, match="expected floating-point weights, found int8"):
+        open_base(tmp_path / "one")
     config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "llama3"}}))
+    with pytest.raises(FormatError, match="rope_type is 'llama3'"):
+        open_base(tmp_path / "one")
     (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "eos_token_id": "</s>"}))
     with pytest.raises(FormatError, match="eos_token_id: expected a token id"):
         open_base(tmp_path / "one")
+
+
+def test_a_rank_that_only_a_json_file_states_takes_no_room(base, root, tmp_path):
+    shutil.copytree(root / "fr", tmp_path / "huge")
+    path = tmp_path / "huge" / "adapter_config.json"
+    weights = load_file(tmp_path / "huge" / "adapter_model.safetensors")
+    save_file(
+        weights, tmp_path / "huge" / "adapter_model.safetensors", {"format": "pt"}
+    )  # without the copy of the JSON
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 10**9}))
+    model = to_nnx(base.config, base.weights)
+    (made,) = run.make_room(model, [root / "fr", tmp_path / "huge"], 1, ["q_proj"])
+    assert made.get("r") == 2
 
 
 def test_chats_are_encoded_while_other_threads_decode(base):

@@ -20,11 +20,14 @@ _HUGE_RMS = 1.0
 _HUGE_RATIO = 100.0
 """Ratio of a module's rms to the median of all modules above which it is suspicious."""
 
-# The tensors that are zero in a fresh adapter; training changes them.
+# Tensors that are zero in a fresh adapter, and with which a module changes nothing.
 _ZERO_AT_START = {
-    "LORA": ("lora_B.weight", "lora_embedding_A"), "ADALORA": ("lora_E",), "LOHA": ("hada_w2_b",), "LOKR": ("lokr_w1",),
-    "VERA": ("vera_lambda_b",), "PVERA": ("pvera_lambda_b",), "DELORA": ("delora_B",), "HIRA": ("hira_B",),
-    "MISS": ("miss_block",), "SHIRA": ("shira_weight",), "BEFT": ("beft_bias",), "RANDLORA": ("randlora_gamma",),
+    "LORA": ("lora_B.weight", "lora_embedding_A"), "ADALORA": ("lora_E",), "LOHA": ("hada_w2_b",),
+    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_b"), "VERA": ("vera_lambda_b",), "PVERA": ("pvera_lambda_b",),
+    "DELORA": ("delora_B",), "HIRA": ("hira_B", "hira_embedding_A"), "MISS": ("miss_block",),
+    "SHIRA": ("shira_weight",), "BEFT": ("beft_bias",), "RANDLORA": ("randlora_lambda",), "OFT": ("oft_R.weight",),
+    "WAVEFT": ("waveft_spectrum",), "FOURIERFT": ("fourierft_spectrum",), "PEANUT": ("peanut_B.weight",),
+    "C3A": ("c3a_kernel",), "ADAPTION_PROMPT": ("adaption_gate",),
 }  # fmt: skip
 
 
