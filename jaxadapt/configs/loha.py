@@ -38,7 +38,7 @@ class LoHaConfig(MethodConfig):
     _type: ClassVar[str | None] = "LOHA"
     tensor_prefix: ClassVar[str | None] = "hada_"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", learning_rate=4e-3, accuracy=0.393, time=1.48
+        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", rows="put", learning_rate=4e-3, accuracy=0.393, time=1.48
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -37,7 +37,9 @@ class UniLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "UNILORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="unilora_theta_d", learning_rate=1e-2, accuracy=0.002, time=1.14)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="unilora_theta_d", rows="put", learning_rate=1e-2, accuracy=0.002, time=1.14
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "theta_d_length": "rank",

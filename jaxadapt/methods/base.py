@@ -269,6 +269,13 @@ class Method(abc.ABC):
         """Return the shared tensors that a file holds, from those of an adapter."""
         return shared
 
+    def plain_rank(self, config: Any) -> int | None:
+        """Return the rank of a plain LoRA that changes each linear weight as an adapter of this configuration does.
+
+        None if the tensors alone do not give its factors (`factored.FactoredMethod`).
+        """
+        return None
+
     def row_hparams(self, hparams: Any) -> Any:
         """Return the hyperparameters that adapters must share so that each row of a batch can have its own.
 

@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.unilora import UniLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
 
 THETA = "unilora_theta_d"
 
@@ -33,7 +33,7 @@ class UniLoraHparams:
     dropout: float
 
 
-class UniLora(MatrixMethod):
+class UniLora(FactoredMethod):
     """Low-rank matrices of the entries of one vector."""
 
     peft_type = "UNILORA"
@@ -83,11 +83,8 @@ class UniLora(MatrixMethod):
         own = indices[first : first + int(np.prod(start.shape))].reshape(start.shape)
         return own if "indices" in tensor.name else scales[own]
 
-    def delta(self, own: UniLoraHparams, params: Params, w: Array) -> Array:
-        return _factor(params, "B") @ _factor(params, "A")
-
-    def after(self, own: UniLoraHparams, params: Params, x: Array, y: Array) -> Array:
-        return y + x.astype(params[THETA].dtype) @ _factor(params, "A").T @ _factor(params, "B").T
+    def factors(self, own: UniLoraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        return _factor(params, "A"), _factor(params, "B")
 
     def describe_change(self, config: UniLoraConfig) -> None:
         return None
