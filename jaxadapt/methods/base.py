@@ -160,6 +160,11 @@ class Method(abc.ABC):
         config = class_of(self.peft_type)
         return "no" if config is None else config.facts.rows
 
+    @property
+    def has_shared(self) -> bool:
+        """True if it has tensors that belong to the whole adapter."""
+        return type(self).shared is not Method.shared
+
     def check(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration sets a field that the method would ignore."""
         return

@@ -133,7 +133,8 @@ def create(
         keymap, stack_axes, example: as in `jaxadapt.adapt`.
         dtype: the dtype of the tensors; scales are float32.
 
-    Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose.
+    Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose, and `MismatchError`
+    for an adapter whose shared tensors are too small for a module.
 
     >>> import jaxadapt
     >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
@@ -155,7 +156,7 @@ def create(
         refused = refusals.find_refusals(sites)
         problems += refused
         if not refused:
-            own = shared_of(given) if isinstance(given, Adapter) else draw_shared(config, sites)
+            own = shared_of(given, sites) if isinstance(given, Adapter) else draw_shared(config, sites)
             number = _number_shared(shared, config.peft_type, own) if own else None
             shardings, leaves = held.shardings, held.leaves
             places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype), number) for s in sites]

@@ -19,10 +19,17 @@ from jaxadapt.methods import Start
 Shared = Mapping[str, np.ndarray]
 
 
-def shared_of(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Return the tensors of the whole adapter, as arrays of numpy; raise `AttachError` if training changes one."""
+def shared_of(adapter: Adapter, sites: Sites | None = None) -> dict[str, np.ndarray]:
+    """Return the tensors of the whole adapter, as arrays of numpy.
+
+    Raises `AttachError` if training changes one, and `MismatchError` if one is too small for `sites`.
+    """
     _require_fixed(adapter.config, sites_of(adapter))
-    return {name: np.asarray(x) for name, x in adapter.shared.items()}
+    found = {name: np.asarray(x) for name, x in adapter.shared.items()}
+    if found and sites is not None:
+        targets, shapes = [site.target for site in sites], {name: x.shape for name, x in found.items()}
+        methods.get_method(adapter.config).shared(adapter.config, targets, shapes)
+    return found
 
 
 def draw_shared(config: Config, sites: Sites) -> dict[str, np.ndarray]:

@@ -156,6 +156,8 @@ def test_bad_requests():
     base = small.base()
     with pytest.raises(AttachError, match="at least 2"):
         serving.create(base, small.LORA, slots=1)
+    with pytest.raises(AttachError, match=r"(?s)cannot create the bank.*HIRA has no form.*to_lora.*merge"):
+        serving.create(base, jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), slots=2)
     with pytest.raises(AttachError, match="two of the configurations"):
         serving.create(base, [small.LORA, small.LORA.replace(r=9)], slots=2)
     bank = serving.create(base, small.LORA.replace(use_dora=True), slots=2)
