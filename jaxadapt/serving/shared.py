@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,14 +92,14 @@ def find_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter) -> int | N
     )
 
 
-def compare_shared(bank: Shared, adapter: Shared) -> list[str]:
+def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
     """Return a line for each tensor in whose common part an adapter differs from a bank."""
     problems: list[str] = []
     for name in sorted(bank.keys() | adapter.keys()):
         if name not in bank or name not in adapter:
             problems.append(f"{name}: {'the bank' if name in adapter else 'the adapter'} lacks it")
             continue
-        ours, theirs = bank[name], adapter[name]
+        ours, theirs = np.asarray(bank[name]), np.asarray(adapter[name])
         shapes = f"shape {list(theirs.shape)}, the bank's is {list(ours.shape)}"
         if ours.ndim != theirs.ndim:
             problems.append(f"{name}: {shapes}")
