@@ -69,36 +69,38 @@ ROOM = Vera("vera", RANK, 1, NAMES)
 MIXED = [ROOM, Vera("vera", 2, 1, NAMES, seed=1), Vera("vera", RANK, 1, ("q", "down"), seed=2)]
 
 
-def make(api: str, scanned: bool, configs: object = None) -> Served:
-    return Served(api, scanned, 4, ROOM.adapter(scanned) if configs is None else configs)
+@functools.cache
+def served(api: str, scanned: bool) -> Served:
+    """A model with a bank for `ROOM` and smaller ones; each test puts its own adapters."""
+    return Served(api, scanned, 4, ROOM.adapter(scanned))
 
 
 @pytest.mark.parametrize(("api", "scanned"), WAYS)
 def test_each_row_is_as_with_its_adapter_alone_and_nothing_is_compiled_again(api, scanned, caplog):
-    served = make(api, scanned)
-    check_rows(served, MIXED, [0, 1, 2, 3, 7])
+    model = served(api, scanned)
+    check_rows(model, MIXED, [0, 1, 2, 3, 7])
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for slot, given in enumerate([MIXED[2], MIXED[0]], 1):
-            served.put(slot, given.adapter(scanned))
+            adapter = given.adapter(scanned)
             caplog.clear()
-            served.put(slot, given.adapter(scanned))
-            served([slot, 0, 9, -1, 1], INPUT)
+            model.put(slot, adapter)
+            model([slot, 0, 9, -1, 1], INPUT)
             assert not [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 @pytest.mark.parametrize(("api", "scanned"), WAYS)
 def test_the_projections_are_held_once(api, scanned):
-    served = make(api, scanned)
-    served.put(1, ROOM.adapter(scanned))
-    held, rows = served.bank.shared, served.bank.select([1, 0, 1])
+    model = served(api, scanned)
+    model.put(1, ROOM.adapter(scanned))
+    held, rows = model.bank.shared, model.bank.select([1, 0, 1])
     assert [{name: x.shape for name, x in of.items()} for of in held] == [{"vera_A": (4, 32), "vera_B": (32, 4)}]
     assert all(rows.shared[0][name] is x for name, x in held[0].items())
-    served.put(2, MIXED[1].adapter(scanned))  # which donates the slots, but not what the rows still use
-    assert all(served.bank.shared[0][name] is x and not x.is_deleted() for name, x in held[0].items())
+    model.put(2, MIXED[1].adapter(scanned))  # which donates the slots, but not what the rows still use
+    assert all(model.bank.shared[0][name] is x and not x.is_deleted() for name, x in held[0].items())
     vectors = LAYERS * sum(out + RANK + 1 for _, out in SIZES.values())  # and whether the module is adapted
-    assert served.bank.nbytes == 4 * (4 * vectors + A.size + B.size)
-    many = served.bank.select(np.zeros(1000, np.int32))
-    call = jax.make_jaxpr(served.step)(served.state, many, jnp.zeros((1000, 1, meshes.D)))
+    assert model.bank.nbytes == 4 * (4 * vectors + A.size + B.size)
+    many = model.bank.select(np.zeros(1000, np.int32))
+    call = jax.make_jaxpr(model.step)(model.state, many, jnp.zeros((1000, 1, meshes.D)))
     assert 1000 * meshes.D <= max(intermediates(call.jaxpr)) < 1000 * A.size  # no projection for each row
 
 
@@ -113,33 +115,33 @@ def intermediates(jaxpr):
 
 
 def test_tokens_layers_and_mixtures_share_them_too():
-    served = make("nnx", True)
+    model = served("nnx", True)
     for slot, given in enumerate(MIXED, 1):
-        served.put(slot, given.adapter(True))
+        model.put(slot, given.adapter(True))
     ids = np.array([1, 0, 3, 2, 7])
-    want = served(ids, INPUT)
+    want = model(ids, INPUT)
     for rows in (
-        served.bank.select(ids, implementation="layer"),
-        served.bank.select(ids, implementation="mask"),
-        served.bank.select(np.repeat(ids[:, None], INPUT.shape[1], 1)),
-        served.bank.select(np.stack([ids, ids], 1), weights=np.full((5, 2), 0.5)),
+        model.bank.select(ids, implementation="layer"),
+        model.bank.select(ids, implementation="mask"),
+        model.bank.select(np.repeat(ids[:, None], INPUT.shape[1], 1)),
+        model.bank.select(np.stack([ids, ids], 1), weights=np.full((5, 2), 0.5)),
     ):
-        np.testing.assert_allclose(served(ids, INPUT, rows), want, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(want)))
+        np.testing.assert_allclose(model(ids, INPUT, rows), want, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(want)))
 
 
 def test_other_projections_are_refused_and_both_ways_out_work():
     other = Vera("vera", 2, 1, NAMES, seed=3, factor=1.5)
-    served = make("linen", False)
+    model = served("linen", False)
     with pytest.raises(
         AttachError,
         match=r"(?s)vera_A: 64 of 64 values differ, by up to 0\.[45].*shape \[2, 32\], the bank's is \[4, 32\].*"
         r"vera_B: 64 of 64.*create\(base, \[config, adapter\]\).*LoRA of rank 2.*to_lora",
     ):
-        served.put(1, other.adapter(False))
+        model.put(1, other.adapter(False))
     check_rows(
-        make("linen", False, [ROOM.adapter(False), other.adapter(False)]), [ROOM, other, MIXED[1]], [2, 1, 3, 0, 2]
+        Served("linen", False, 4, [ROOM.adapter(False), other.adapter(False)]), [ROOM, other, MIXED[1]], [2, 1, 3, 0, 2]
     )
-    loras = make("linen", False, jaxadapt.LoraConfig(r=2, target_modules=list(NAMES)))
+    loras = Served("linen", False, 4, jaxadapt.LoraConfig(r=2, target_modules=list(NAMES)))
     loras.put(1, jaxadapt.merging.to_lora(other.adapter(False), params=banked.params(False)).adapter)
     want = banked.alone(other, INPUT[0])
     np.testing.assert_allclose(loras([1] * 5, INPUT)[0], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
