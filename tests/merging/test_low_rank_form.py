@@ -14,6 +14,7 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.methods import METHODS
+from jaxadapt.methods.factored import FactoredMethod
 
 # Split heads in another order than PyTorch's, a stacked axis that is not the first, fused parts, and a scaled weight.
 KEYMAP = KeyMap(
@@ -49,7 +50,8 @@ def adapter_of(peft_type: str) -> jaxadapt.Adapter:
 @pytest.mark.parametrize("peft_type", sorted(RANKS))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plain_lora_of_the_methods_rank_changes_the_weights_as_the_adapter_does(peft_type: str):
-    assert {t for t in METHODS if METHODS[t].plain_rank(class_of(t)()) is not None} == RANKS.keys()
+    computing = {t for t in METHODS if isinstance(METHODS[t], FactoredMethod)}
+    assert computing == RANKS.keys()
     adapter = adapter_of(peft_type)
     shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in SHAPES.items()}
     lora, error = jaxadapt.merging.to_lora(adapter, params=shapes)
@@ -59,7 +61,7 @@ def test_a_plain_lora_of_the_methods_rank_changes_the_weights_as_the_adapter_doe
     zeros = jax.tree.map(np.zeros_like, BASE)
     want, got = jaxadapt.merge(zeros, adapter), jaxadapt.merge(zeros, lora)
     for name, change in want.items():
-        assert np.abs(change).max() > 0.1
+        assert np.abs(change).max() > 0.01
         np.testing.assert_allclose(got[name], change, rtol=1e-5, atol=1e-6 * np.abs(change).max())
     np.testing.assert_array_equal(got["kv"][0], 0)
     smaller, error = jaxadapt.merging.to_lora(adapter, 1, params=shapes)
