@@ -49,7 +49,7 @@ def adapter_of(peft_type: str) -> jaxadapt.Adapter:
 
 @pytest.mark.parametrize("peft_type", sorted(RANKS))
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_plain_lora_of_the_methods_rank_changes_the_weights_as_the_adapter_does(peft_type: str):
+def test_a_plain_lora_of_the_methods_rank_changes_the_weights_alike(peft_type: str):
     computing = {t for t in METHODS if isinstance(METHODS[t], FactoredMethod)}
     assert computing == RANKS.keys()
     adapter = adapter_of(peft_type)
