@@ -16,12 +16,14 @@ KEYMAP = KeyMap("layers", (Weight("w", "h.{l}.q.weight", "{l} i o -> o i"),))
 
 
 def file_shapes(peft_type: str, fields: Any, targets: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of layer 1."""
     config = class_of(peft_type)(**{**fields, "target_modules": targets})
-    sites = selection.select_sites(config, KEYMAP, {"w": (3, 8, 12)})
+    sites = selection.select_sites(config, KEYMAP, {"w": (3, 8, 16)})
     return {
         key: entry.form.shape_of(i if i < entry.form.count else 0)
         for _, entry in file_entries(sites)
         for i, key in enumerate(entry.keys)
+        if ".h.1." in key
     }
 
 
@@ -29,6 +31,4 @@ def file_shapes(peft_type: str, fields: Any, targets: list[str]) -> dict[str, tu
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_tensors_of_one_layer_have_their_whole_shape(peft_type: str):
     for fields in METHODS[peft_type].examples():
-        every, one = (file_shapes(peft_type, fields, targets) for targets in (["q"], ["h.1.q"]))
-        own = {key: shape for key, shape in every.items() if ".h." not in key or ".h.1." in key}
-        assert one == own
+        assert file_shapes(peft_type, fields, ["h.1.q"]) == file_shapes(peft_type, fields, ["q"]) != {}
