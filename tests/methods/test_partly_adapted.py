@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from jaxadapt.adapters import selection
-from jaxadapt.adapters.sites import file_entries
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.methods import METHODS
@@ -21,7 +20,8 @@ def file_shapes(peft_type: str, fields: Any, targets: list[str]) -> dict[str, tu
     sites = selection.select_sites(config, KEYMAP, {"w": (3, 8, 16)})
     return {
         key: entry.form.shape_of(i if i < entry.form.count else 0)
-        for _, entry in file_entries(sites)
+        for site in sites
+        for entry in site.entries
         for i, key in enumerate(entry.keys)
         if ".h.1." in key
     }
