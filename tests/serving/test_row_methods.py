@@ -113,13 +113,16 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
     config = config_of(peft_type, example, list(banked.NAMES))
     if config.get("init_weights") == "bat":
         return  # the test above
-    served, base = banked.Served(api, scanned, 4, config), banked.params(scanned)
+    served, base, first = banked.Served(api, scanned, 4, config), banked.params(scanned), None
     plain = jax.jit(lambda params: banked.LinenBlocks(scanned).apply({"params": params}, banked.INPUT))
     want = [plain(base)]
     for slot, targets in enumerate((list(banked.NAMES), ["q", "down"]), 1):
         config = config_of(peft_type, example, targets)
         adapter = jaxadapt.init(config, base, key=jax.random.key(slot), keymap=blocks(scanned))
-        served.put(slot, adapter := changed(adapter, slot))
+        adapter = changed(adapter, slot)
+        first = first or adapter
+        adapter = with_shared_of(adapter, first) if served.bank.shared else adapter
+        served.put(slot, adapter)
         want.append(plain(jaxadapt.merge(base, adapter)))
         assert np.abs(want[-1] - want[0]).max() > 1e-2
     ids = [1, 0, 2, 7, 1]

@@ -39,7 +39,7 @@ CI = {
         "^(HRA-0-linen-True|LOKR-0-linen-False|ROAD-0-nnx-True)$"
     ),
     "tests/serving/test_ways_out.py::test_put_works_or_its_error_names_a_way_that_works": (
-        "^(HIRA|PROMPT_TUNING|RANDLORA|TINYLORA)$"
+        "^(BEFT|HIRA|PROMPT_TUNING|RANDLORA|TINYLORA)$"
     ),
     "tests/models/foreign/test_product.py::test_there_and_back": "^(?!maxtext:gemma3)",
     "tests/models/test_layer_choices.py::test_a_fresh_adapter_changes_nothing_and_draws_each_module_as_its_rank_asks": (
