@@ -114,6 +114,7 @@ def intermediates(jaxpr):
                     yield from intermediates(inner)
 
 
+@pytest.mark.full
 def test_tokens_layers_and_mixtures_share_them_too():
     model = served("nnx", True)
     for slot, given in enumerate(MIXED, 1):
@@ -188,6 +189,7 @@ def test_a_pool_leases_and_evicts_them(tmp_path):
     pool.close()
 
 
+@pytest.mark.full
 def test_training_in_slots_leaves_the_projections():
     config = VeraConfig(r=2, target_modules=["q_proj", "up_proj"])
     adapter, base = small.adapter(config), small.base()

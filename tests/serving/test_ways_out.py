@@ -149,6 +149,7 @@ def check_prompt(peft_type: str, tmp_path: Path) -> None:
     assert loaded.keys() == jaxadapt.to_peft(adapter).tensors.keys()
 
 
+@pytest.mark.full
 def test_an_adapter_with_a_part_without_rows_is_refused_with_its_own_way_out():
     """A copy of a norm beside a VB-LoRA, whose weights alone could go into the bank."""
     fields = {**METHODS["VBLORA"].examples()[0], "target_modules": ["q"], "modules_to_save": ["norm"]}
