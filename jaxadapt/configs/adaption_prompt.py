@@ -30,11 +30,10 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    _type: ClassVar[str | None] = "ADAPTION_PROMPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="adaption_gate, adaption_prompt",
         merges=False,
-        learning_rate=1e-2,
+        learning_rate=0.1,
         demo=FrozenDict({"target_modules": "self_attn", "adapter_len": 10, "adapter_layers": 20}),
         accuracy=0.384,
         time=1.21,

@@ -54,7 +54,6 @@ class IA3Config(Config):
     'IA3'
     """
 
-    _type: ClassVar[str | None] = "IA3"
     shortens_targets: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="ia3_l",

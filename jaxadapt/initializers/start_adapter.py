@@ -127,32 +127,31 @@ def start(
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
     parameters = base_params(base)
-    if isinstance(config, PromptTuningConfig | CPTConfig):
-        setting, needs = start_setting(config)
-        _check_arguments(setting, given, needs)
-        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-        key = jax.random.key(0) if key is None else key
-        computed = prompt_values(
-            cast("PromptTuningConfig | CPTConfig", recipe.config),
-            {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
-            jax.random.fold_in(key, 1),
-            lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
-            tokens,
-            source,
-        )
-        own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
-        started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
-        values = initial_values.init_values(
-            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
-        )
-        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, base)
     if not isinstance(config, LoraConfig):
-        _check_arguments(type(config).__name__, given, ("key",))
-        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-        values = initial_values.init_values(
-            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
-        )
+        if isinstance(config, PromptTuningConfig | CPTConfig):
+            setting, needs = start_setting(config)
+            _check_arguments(setting, given, needs)
+            recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+            key = jax.random.key(0) if key is None else key
+            computed = prompt_values(
+                cast("PromptTuningConfig | CPTConfig", recipe.config),
+                {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
+                jax.random.fold_in(key, 1),
+                lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
+                tokens,
+                source,
+            )
+            own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
+            started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
+            values = initial_values.init_values(
+                recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
+            )
+        else:
+            _check_arguments(type(config).__name__, given, ("key",))
+            recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+            values = initial_values.init_values(
+                recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
+            )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
     kind = init_kind(config)

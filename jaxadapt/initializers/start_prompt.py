@@ -13,7 +13,7 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import quantized
 from jaxadapt.configs.cpt import CPTConfig
 from jaxadapt.configs.prompt_tuning import PromptTuningConfig
-from jaxadapt.core.errors import AttachError, MismatchError
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.cpt import FIXED
 from jaxadapt.methods.multitask_prompt_tuning import COLS, ROWS
@@ -131,9 +131,7 @@ def _from_tasks(
         for name, x in values.items()
         if tuple(x.shape) != shapes[name]
     ]
-    if wrong:
-        raise MismatchError(
-            f"source: its tensors do not fit the new adapter ({kind} gives one task, num_tasks=1):\n  "
-            + "\n  ".join(wrong)
-        )
+    raise_listed(
+        MismatchError, f"source: its tensors do not fit the new adapter ({kind} gives one task, num_tasks=1):", wrong
+    )
     return values

@@ -8,12 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
-from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
+from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights
 
 EMBEDDINGS = "prompt_embeddings"
 """The name of the virtual tokens, in a trained adapter without an encoder and in every file."""
@@ -131,20 +130,11 @@ class PromptMethod(Method):
     def effects(self, hparams: Any) -> Effects:
         return Effects()
 
-    def output(
-        self, hparams: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
-    ) -> Array:
-        self._refuse()
-
-    def weight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
-        self._refuse()
-
-    def unweight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
         require_weights(self)
         raise AssertionError
+
+    output = weight = unweight = _refuse
 
 
 def dense(params: Params, i: int, x: Array) -> Array:

@@ -58,7 +58,6 @@ def make_shared() -> Method:
     class CodeConfig(MethodConfig):
         """Code: every row of a weight gets a multiple of one row that all modules share."""
 
-        _type: ClassVar[str | None] = "CODE"
         facts: ClassVar[MethodFacts] = MethodFacts(rows="call")
         peft_type: str = "CODE"
         target_modules: str | Collection[str] | None = None
@@ -134,7 +133,6 @@ def make_model_scope() -> Method:
     class NoteConfig(MethodConfig):
         """Note: tokens of its own before the input."""
 
-        _type: ClassVar[str | None] = "NOTE"
         facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
         peft_type: str = "NOTE"
         width: int = 4
