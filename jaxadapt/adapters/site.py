@@ -226,8 +226,11 @@ def method_tensors(config: Config, method: methods.Method, target: methods.Targe
     tensors, modules = method.tensors(config, target), target.modules
     if modules.all or not method.torch_layout:
         return tensors
-    used = modules.each(lambda _: 1, 0)
-    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used) for t in tensors)
+
+    def used(tensor: MethodTensor) -> tuple[int, ...]:
+        return modules.each(lambda _: dict(tensor.own).get("r", 1), 0)
+
+    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used(t)) for t in tensors)
 
 
 def torch_layout(site: Site) -> TorchLayout:

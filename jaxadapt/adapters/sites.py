@@ -168,7 +168,7 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     expected = [entry.path for site in sites for entry in site.entries]
     missing = [path for path in expected if path not in leaves]
     method = sites.method
-    if method is not None and type(method).shared is not methods.Method.shared and not sites.shared:
+    if method is not None and method.has_shared and not sites.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
     missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves]
     if method is not None and method.scope == "site" and not sites:

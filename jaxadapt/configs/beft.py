@@ -28,7 +28,9 @@ class BeftConfig(TargetsConfig):
     True
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="beft_bias", learning_rate=1e-2, accuracy=0.321, time=0.94)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="beft_bias", rows="call", learning_rate=1e-2, accuracy=0.321, time=0.94
+    )
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "bert|roberta": {"target_modules": ("value",)},

@@ -37,7 +37,7 @@ class LoHaConfig(RanksConfig):
 
     tensor_prefix: ClassVar[str | None] = "hada_"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", learning_rate=2e-2, accuracy=0.393, time=1.48
+        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", rows="put", learning_rate=2e-2, accuracy=0.393, time=1.48
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -37,7 +37,7 @@ class PveraConfig(LayersConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="pvera_lambda_b, pvera_lambda_d", learning_rate=2e-2, accuracy=0.353, time=1.15
+        trains="pvera_lambda_b, pvera_lambda_d", rows="call", learning_rate=2e-2, accuracy=0.353, time=1.15
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -35,7 +35,9 @@ class RandLoraConfig(LayersConfig):
     640
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="randlora_gamma, randlora_lambda", accuracy=0.478, time=1.51)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="randlora_gamma, randlora_lambda", rows="call", accuracy=0.478, time=1.51
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "randlora_dropout": "probability",

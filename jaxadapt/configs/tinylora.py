@@ -39,7 +39,9 @@ class TinyLoraConfig(LayersConfig):
     64
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="tinylora_v", learning_rate=1e-3, accuracy=0.012, time=1.1)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="tinylora_v", rows="put", learning_rate=1e-3, accuracy=0.012, time=1.1
+    )
     tensor_parts: ClassVar[tuple[str, ...]] = ("tinylora_v",)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

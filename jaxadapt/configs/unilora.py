@@ -36,7 +36,9 @@ class UniLoraConfig(LayersConfig):
     256
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="unilora_theta_d", learning_rate=1.0, accuracy=0.002, time=1.14)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="unilora_theta_d", rows="put", learning_rate=1.0, accuracy=0.002, time=1.14
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "theta_d_length": "rank",

@@ -41,6 +41,7 @@ class VBLoRAConfig(LayersConfig):
 
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
+        rows="put",
         learning_rate=1e-2,
         demo=FrozenDict({"vector_length": 64}),
         accuracy=0.334,

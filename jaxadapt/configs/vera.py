@@ -36,6 +36,7 @@ class VeraConfig(LayersConfig):
 
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vera_lambda_b, vera_lambda_d",
+        rows="call",
         learning_rate=2e-2,
         accuracy=0.354,
         time=1.07,

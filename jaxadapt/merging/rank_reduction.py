@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
+from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.factors import FactorRows
 from jaxadapt.merging.joint import joint_matrices
+from jaxadapt.merging.low_rank_form import low_rank_form, plain_sites
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 
@@ -102,8 +102,10 @@ def to_lora(
     Args:
         source: an `Adapter` of any method that changes weights; or a pair `(base, tuned)` of parameter trees (or NNX
             models), whose difference becomes the adapter.
-        r: the rank. The default for a LoRA adapter is its largest rank, which loses nothing.
-        params: the base parameters (or NNX model), needed for methods other than plain LoRA.
+        r: the rank. The default for a LoRA adapter is its largest rank, which loses nothing. So it is for a method that
+            computes the factors of its change: r for VERA, PVERA, VBLORA, UNILORA and TINYLORA, r² for LOHA.
+        params: the base parameters (or NNX model), needed for methods other than plain LoRA; shapes are enough for
+            those that compute their factors.
         target_modules, keymap: for a pair, the weights to adapt, under the names of this keymap. Other weights that
             differ are in `error`, with 1.
         dtype: the dtype of the new adapter; float32 by default.
@@ -118,23 +120,24 @@ def to_lora(
     >>> bool(error["q"] < 1e-6), jaxadapt.merge(base, adapter)["q"]["kernel"][2].round(3).tolist()
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
+    if isinstance(source, Adapter) and params is not None and lora_variants.reasons_not_a_product(source.config):
+        source = low_rank_form(source, base_params(params).shapes) or source
     if isinstance(source, Adapter) and not lora_variants.reasons_not_a_product(source.config):
         factors_by_leaf = factors.lora_factors(source)
         reduced = resize_rank(
             source, max(leaf_factors.rank for leaf_factors in factors_by_leaf.values()) if r is None else r
         )
         return reduced if dtype is None else Reduced(_cast(reduced.adapter, dtype), reduced.error)
+    if isinstance(source, Adapter) and params is None:
+        raise AttachError(
+            f"to_lora: the weight change of {source.config.peft_type} depends on the base weights here, or at least on"
+            " their shapes; pass params=base"
+        )
     if r is None:
         raise ConfigError("to_lora: pass r (the rank); a change of weights has no rank of its own")
     _check_rank(r)
     if isinstance(source, Adapter):
-        if params is None:
-            raise AttachError(
-                f"to_lora: the weight change of {source.config.peft_type} depends on the base weights here; pass"
-                " params=base"
-            )
         base = _flat_params(params)
-        config = _plain_config(source.config, r)
         tuned = _merged_params(base, source)
         source_keymap = source.keymap
         sites = sites_of(source)
@@ -144,10 +147,7 @@ def to_lora(
             " modules_to_save or bias:",
             [site.leaf for site in sites if site.method.copies],
         )
-        modules = sorted({module for site in sites for module in site.modules})
-        if not all(matching.is_target(config, module) for module in modules):
-            config = config.replace(target_modules=modules, exclude_modules=None)
-        sites = selection.select_sites(config, source_keymap, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
+        config, sites = plain_sites(source, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
     else:
         base, tuned = _flat_pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
@@ -181,14 +181,6 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 def _flat_params(params: Any) -> dict[str, Any]:
     """Return base parameters by path, in float32 at least, from any container."""
     return {path: methods.at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
-
-
-def _plain_config(config: Config, r: int) -> LoraConfig:
-    """Return a plain LoRA configuration for the same modules of the same base."""
-    names = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "auto_mapping")
-    further_names = ("layers_to_transform", "layers_pattern", "fan_in_fan_out")
-    fields = {name: value for name in names + further_names if (value := config.get(name)) is not None}
-    return LoraConfig(r=r, lora_alpha=r, **fields)
 
 
 def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:

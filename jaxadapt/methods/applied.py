@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -158,7 +158,7 @@ class AppliedMethods:
 
     def input(self, use: Use, x: Array) -> Array:
         for hook in self.hooks:
-            x = hook.input(use, x)
+            x = hook.input(_with_axes(use, hook.axes), x)
         return x
 
     def follows(self, primitive: str) -> bool:
@@ -179,7 +179,8 @@ class AppliedMethods:
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         base = y
         for hook in self.hooks:
-            y = y + (hook.output(use, x, base, w) - base) if hook.adds_to_base else hook.output(use, x, y, w)
+            own = _with_axes(use, hook.axes)
+            y = y + (hook.output(own, x, base, w) - base) if hook.adds_to_base else hook.output(own, x, y, w)
         return y
 
     def weight(self, w: Array) -> Array:
@@ -192,6 +193,14 @@ class AppliedMethods:
         for hook in self.hooks:
             bias = hook.bias(bias)
         return bias
+
+
+_AnyUse = TypeVar("_AnyUse", bound=Use | Operation)
+
+
+def _with_axes(use: _AnyUse, axes: Axes) -> _AnyUse:
+    """Return a use with the axes of one of several methods, which have the layouts of that method's tensors."""
+    return use if use.axes is axes else dataclasses.replace(use, axes=axes)
 
 
 def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:

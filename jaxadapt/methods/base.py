@@ -160,6 +160,11 @@ class Method(abc.ABC):
         config = class_of(self.peft_type)
         return "no" if config is None else config.facts.rows
 
+    @property
+    def has_shared(self) -> bool:
+        """True if it has tensors that belong to the whole adapter."""
+        return type(self).shared is not Method.shared
+
     def check(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration sets a field that the method would ignore."""
         return
@@ -268,6 +273,13 @@ class Method(abc.ABC):
     def stored(self, config: Any, shared: Params) -> Params:
         """Return the shared tensors that a file holds, from those of an adapter."""
         return shared
+
+    def plain_rank(self, config: Any) -> int | None:
+        """Return the rank of a plain LoRA that changes each linear weight as an adapter of this configuration does.
+
+        None if the tensors alone do not give its factors (`factored.FactoredMethod`).
+        """
+        return None
 
     def row_hparams(self, hparams: Any) -> Any:
         """Return the hyperparameters that adapters must share so that each row of a batch can have its own.

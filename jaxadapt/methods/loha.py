@@ -22,11 +22,12 @@ from jaxadapt.configs.loha import LoHaConfig
 from jaxadapt.configs.lokr import LoKrConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Params, Start, Target, shared_value
-from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
+from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import ScaleHparams
 
 
-class Loha(MatrixMethod):
+class Loha(FactoredMethod):
     """The elementwise product of two low-rank matrices."""
 
     peft_type = "LOHA"
@@ -74,6 +75,18 @@ class Loha(MatrixMethod):
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
         return Draw.kaiming(math.prod(start.shape[1:]))
+
+    def effect(self, own: ScaleHparams) -> Effects:
+        return Effects("adds", form="weight")
+
+    def plain_rank(self, config: LoHaConfig) -> int:
+        return max([config.r, *(config.rank_pattern or {}).values()]) ** 2
+
+    def factors(self, own: ScaleHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        # The rows of A are the products of each row of W1b with each row of W2b, and so are the columns of B.
+        a = params["hada_w1_b"][:, None] * params["hada_w2_b"][None]
+        b = params["hada_w1_a"][:, :, None] * params["hada_w2_a"][:, None]
+        return a.reshape(-1, shape[1]), own.scale * b.reshape(shape[0], -1)
 
     def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         if "hada_t1" in params:

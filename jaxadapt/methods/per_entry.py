@@ -32,6 +32,8 @@ def adapted_entries(modules: Modules) -> PerEntry | None:
 
 def needs_layer_number(hparams: Any) -> bool:
     """Return True if the arithmetic of a site depends on the layer's number."""
-    fields = dataclasses.fields(hparams) if dataclasses.is_dataclass(hparams) else ()
-    values = (getattr(hparams, field.name) for field in fields)
-    return any(isinstance(value, PerEntry) and value.layers > 1 for value in values)
+    if isinstance(hparams, PerEntry):
+        return hparams.layers > 1
+    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
+        return False
+    return any(needs_layer_number(getattr(hparams, field.name)) for field in dataclasses.fields(hparams))

@@ -24,13 +24,14 @@ from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import DropoutHparams, MatrixHparams
 from jaxadapt.methods.vera import draw_projections, projections
 
 NOISE = "noise"
 
 
-class Pvera(MatrixMethod):
+class Pvera(FactoredMethod):
     """Shared random projections, scaled by two vectors per module; one is the mean of a distribution."""
 
     peft_type = "PVERA"
@@ -78,12 +79,12 @@ class Pvera(MatrixMethod):
         a, b = draw_projections(config.projection_prng_key, start.shared["pvera_A"], start.shared["pvera_B"])
         return a if tensor.name == "pvera_A" else b
 
-    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
-        out, inputs = w.shape
+    def factors(self, own: DropoutHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        out, inputs = shape
         b = params["pvera_B"][:out]
         r = b.shape[1]
         mean = params["pvera_lambda_d"][:r, None] * params["pvera_A"][:r, :inputs]
-        return (params["pvera_lambda_b"][:, None] * b) @ mean
+        return mean, params["pvera_lambda_b"][:, None] * b
 
     def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         b = params["pvera_B"][: y.shape[-1]]
@@ -96,6 +97,10 @@ class Pvera(MatrixMethod):
         else:
             h = d[:r] * jnp.einsum("...i,ri->...r", x.astype(d.dtype), rows[:r])
         return y + params["pvera_lambda_b"] * jnp.einsum("...r,or->...o", h, b)
+
+    def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        found = super().row_params(hparams, params, entries)
+        return {name: x for name, x in found.items() if name != "pvera_place"}  # which only noise needs
 
     def call_data(self, config: PveraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
         return {NOISE: given[NOISE]} if NOISE in given else {}

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
@@ -32,6 +33,7 @@ class Randlora(MatrixMethod):
     """Shared random bases of full rank, scaled by a matrix and a vector per basis."""
 
     peft_type = "RANDLORA"
+    row_numbers = frozenset({"scale"})
     scaled = frozenset({"randlora_lambda"})
     roles = MappingProxyType(
         {"randlora_lambda": "other", "randlora_gamma": "other", "randlora_A": "frozen", "randlora_B": "frozen"}
@@ -95,10 +97,12 @@ class Randlora(MatrixMethod):
         return change if w.shape[1] <= w.shape[0] else change.T
 
     def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
-        a, b = _bases(params, y.shape[-1], x.shape[-1])
-        x = x.astype(a.dtype)
-        change = (x @ a.T) @ b.T if x.shape[-1] <= y.shape[-1] else (x @ b) @ a
-        return y + own.scale * change
+        inputs, out = x.shape[-1], y.shape[-1]
+        x = x.astype(params["randlora_lambda"].dtype)
+        if math.prod(x.shape[:-1]) < len(params["randlora_lambda"]):
+            return y + own.scale * _change_few(params, x, out)
+        a, b = _bases(params, out, inputs)
+        return y + own.scale * ((x @ a.T) @ b.T if inputs <= out else (x @ b) @ a)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 3, "randlora_alpha": 6}, {"r": 4, "randlora_alpha": 4, "sparse": True, "projection_prng_key": 7})
@@ -111,6 +115,18 @@ def _bases(params: Params, out: int, inputs: int) -> tuple[Array, Array]:
     a = params["randlora_lambda"][:, :, None] * params["randlora_A"][:, :, :small] * params["randlora_gamma"]
     b = params["randlora_B"][:large, :bases]
     return a.reshape(-1, small), b.reshape(large, -1)
+
+
+def _change_few(params: Params, x: Array, out: int) -> Array:
+    """Return the change of a few outputs without the scaled A, which is as large as the weight."""
+    small, large = min(x.shape[-1], out), max(x.shape[-1], out)
+    scales, gamma = params["randlora_lambda"], params["randlora_gamma"]
+    a, b = params["randlora_A"][:, 0, :small], params["randlora_B"][:large, : len(gamma)].reshape(large, -1)
+    if x.shape[-1] <= out:
+        h = jnp.einsum("...nm,rm->...rn", x[..., None, :] * gamma, a) * scales
+        return h.reshape(*x.shape[:-1], -1) @ b.T
+    h = (x @ b).reshape(*x.shape[:-1], *scales.shape) * scales
+    return (jnp.einsum("...rn,rm->...nm", h, a) * gamma).sum(-2)
 
 
 METHOD = Randlora()

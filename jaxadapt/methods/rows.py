@@ -24,7 +24,12 @@ class AppliedRows(AppliedMethod):
     """A method whose tensors have a leading axis: one adapter for each row of the batch.
 
     The rows are the first axis of the layer's input. Raises `AttachError` where the layer does not see them.
+
+    Attributes:
+        shared: the tensors without such an axis, which all rows have in common.
     """
+
+    shared: Params = dataclasses.field(default_factory=dict[str, Array])
 
     @property
     def by_weight(self) -> bool:
@@ -74,7 +79,7 @@ class AppliedRows(AppliedMethod):
 
     def _one(self, params: Params) -> AppliedMethod:
         """Return the method of one row."""
-        return AppliedMethod(self.method, self.hparams, params, self.axes)
+        return AppliedMethod(self.method, self.hparams, {**params, **self.shared}, self.axes)
 
     def _without_rows(self, use: Use, x: Array) -> tuple[str, Use]:
         """Return the letter of the rows in a use, and the use of one row."""

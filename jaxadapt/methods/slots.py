@@ -30,20 +30,26 @@ IDS, ORDER, INVERSE, SIZES = "~ids", "~order", "~inverse", "~sizes"
 """The tensors of a route: the slot of each row or token, their order by slot, its inverse, and each slot's number."""
 
 
-def apply_rows(how: Implementation, method: Method, hparams: Any, params: Params, axes: Axes) -> AppliedRows:
-    """Return a method where each row, or token, of a batch has an adapter of its own."""
+def apply_rows(
+    how: Implementation, method: Method, hparams: Any, params: Params, axes: Axes, shared: Params
+) -> AppliedRows:
+    """Return a method where each row, or token, of a batch has an adapter of its own.
+
+    `shared` are the tensors that all rows have in common.
+    """
     if how == "gather":
         tensors = {name: jnp.moveaxis(x, 1, -1) if name in method.row_turned else x for name, x in params.items()}
-        return AppliedRows(method, hparams, tensors, axes)
+        return AppliedRows(method, hparams, tensors, axes, shared=shared)
     if how == "mixture":
-        return AppliedMixture(method, hparams, params, axes)
+        return AppliedMixture(method, hparams, params, axes, shared=shared)
     if how == "mask":
-        return AppliedMask(method, hparams, params, axes)
+        return AppliedMask(method, hparams, params, axes, shared=shared)
     if how == "layer":
         tensors = {name: x for name, x in params.items() if name != IDS}
-        return AppliedRows(method, hparams, {name: take_slots(x, params[IDS], 0) for name, x in tensors.items()}, axes)
+        taken = {name: take_slots(x, params[IDS], 0) for name, x in tensors.items()}
+        return AppliedRows(method, hparams, taken, axes, shared=shared)
     assert callable(how)
-    return AppliedSegments(method, hparams, params, axes, grouped=how)
+    return AppliedSegments(method, hparams, params, axes, shared=shared, grouped=how)
 
 
 def take_slots(x: Array, ids: Array, axis: int) -> Array:

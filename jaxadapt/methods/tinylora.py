@@ -24,7 +24,8 @@ from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.tinylora import TinyLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import MatrixHparams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TinyLoraHparams:
     dropout: float
 
 
-class TinyLora(MatrixMethod):
+class TinyLora(FactoredMethod):
     """A change between the weight's own singular vectors."""
 
     peft_type = "TINYLORA"
@@ -92,12 +93,8 @@ class TinyLora(MatrixMethod):
         groups = _groups(config, len(modules))
         return np.array([min(place // (len(modules) // groups), groups - 1)], np.int32)
 
-    def delta(self, own: TinyLoraHparams, params: Params, w: Array) -> Array:
-        return params["tinylora_B"] @ _middle(params) @ params["tinylora_A"]
-
-    def after(self, own: TinyLoraHparams, params: Params, x: Array, y: Array) -> Array:
-        a = params["tinylora_A"]
-        return y + x.astype(a.dtype) @ a.T @ _middle(params).T @ params["tinylora_B"].T
+    def factors(self, own: TinyLoraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        return _middle(params) @ params["tinylora_A"], params["tinylora_B"]
 
     def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
         return hparams.own.embedding and primitive == "gather"

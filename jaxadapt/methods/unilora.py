@@ -20,12 +20,13 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.unilora import UniLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import DropoutHparams
 
 THETA = "unilora_theta_d"
 
 
-class UniLora(MatrixMethod):
+class UniLora(FactoredMethod):
     """Low-rank matrices of the entries of one vector."""
 
     peft_type = "UNILORA"
@@ -69,11 +70,8 @@ class UniLora(MatrixMethod):
         own = indices[first : first + int(np.prod(start.shape))].reshape(start.shape)
         return own if "indices" in tensor.name else scales[own]
 
-    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
-        return _factor(params, "B") @ _factor(params, "A")
-
-    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
-        return y + x.astype(params[THETA].dtype) @ _factor(params, "A").T @ _factor(params, "B").T
+    def factors(self, own: DropoutHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        return _factor(params, "A"), _factor(params, "B")
 
     def describe_change(self, config: UniLoraConfig) -> None:
         return None

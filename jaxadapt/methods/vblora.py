@@ -22,7 +22,7 @@ from jaxadapt.configs.vblora import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
 
 BANK = "vblora_vector_bank"
 INDICES, WEIGHTS = "topk_indices", "topk_weights"
@@ -36,7 +36,7 @@ class VbloraHparams:
     dropout: float
 
 
-class Vblora(MatrixMethod):
+class Vblora(FactoredMethod):
     """Low-rank matrices whose parts are mixes of vectors from one bank."""
 
     peft_type = "VBLORA"
@@ -92,13 +92,19 @@ class Vblora(MatrixMethod):
             return Draw("uniform", config.init_vector_bank_bound)
         return Draw("normal", config.init_logits_std)
 
-    def delta(self, own: VbloraHparams, params: Params, w: Array) -> Array:
-        a, b = _matrices(own, params)
-        return b @ a
-
-    def after(self, own: VbloraHparams, params: Params, x: Array, y: Array) -> Array:
-        a, b = _matrices(own, params)
-        return y + (x.astype(a.dtype) @ a.T) @ b.T
+    def factors(self, own: VbloraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        bank = params[BANK]
+        mixed: list[Array] = []
+        for side in "AB":
+            name = f"vblora_logits_{side}"
+            if name in params:
+                indices, weights = choose_vectors(params[name], own.topk)
+            else:
+                indices, weights = params[f"{name}_{INDICES}"], params[f"{name}_{WEIGHTS}"]
+                weights = jnp.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], axis=-1)
+            mixed.append((weights[..., None] * bank[indices]).sum(-2))
+        a, b = mixed  # (r, tiles, length), (tiles, r, length)
+        return a.reshape(len(a), -1), b.transpose(0, 2, 1).reshape(-1, b.shape[1])
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return (
@@ -120,22 +126,6 @@ def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
     largest, indices = (x.reshape(*logits.shape[:-1], topk) for x in chosen)
     powers = jnp.exp(largest - largest[..., :1])
     return indices, powers / powers.sum(-1, keepdims=True)
-
-
-def _matrices(own: VbloraHparams, params: Params) -> tuple[Array, Array]:
-    """Return A (r, inputs) and B (outputs, r)."""
-    bank = params[BANK]
-    mixed: list[Array] = []
-    for side in "AB":
-        name = f"vblora_logits_{side}"
-        if name in params:
-            indices, weights = choose_vectors(params[name], own.topk)
-        else:
-            indices, weights = params[f"{name}_{INDICES}"], params[f"{name}_{WEIGHTS}"]
-            weights = jnp.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], axis=-1)
-        mixed.append((weights[..., None] * bank[indices]).sum(-2))
-    a, b = mixed  # (r, tiles, length), (tiles, r, length)
-    return a.reshape(len(a), -1), b.transpose(0, 2, 1).reshape(-1, b.shape[1])
 
 
 def _dtype(num_vectors: int) -> str:

@@ -21,13 +21,15 @@ from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
+from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import DropoutHparams
 
 
-class Vera(MatrixMethod):
+class Vera(FactoredMethod):
     """Shared random projections, scaled by two vectors per module."""
 
     peft_type = "VERA"
+    row_padded = frozenset({"rank"})
     scaled = frozenset({"vera_lambda_b"})
     roles = MappingProxyType(
         {"vera_lambda_b": "vector", "vera_lambda_d": "vector", "vera_A": "frozen", "vera_B": "frozen"}
@@ -36,7 +38,9 @@ class Vera(MatrixMethod):
     def tensors(self, config: VeraConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (
             MethodTensor("vera_lambda_b", ".vera_lambda_b", ("batch", "out"), (("out",),), scale_power=0),
-            own_tensor("vera_lambda_d", (config.r,)),
+            MethodTensor(
+                "vera_lambda_d", ".vera_lambda_d", ("batch", "rank"), (("rank",),), (("rank", config.r),), scale_power=0
+            ),
         )
 
     def shared(
@@ -55,10 +59,10 @@ class Vera(MatrixMethod):
         a, b = draw_projections(config.projection_prng_key, start.shared["vera_A"], start.shared["vera_B"])
         return a if tensor.name == "vera_A" else b
 
-    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
-        out, inputs = w.shape
-        b = params["vera_lambda_b"][:, None] * params["vera_B"][:out]
-        return b @ (params["vera_lambda_d"][:, None] * params["vera_A"][:, :inputs])
+    def factors(self, own: DropoutHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        out, inputs = shape
+        a = params["vera_lambda_d"][:, None] * params["vera_A"][:, :inputs]
+        return a, params["vera_lambda_b"][:, None] * params["vera_B"][:out]
 
     def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         d = params["vera_lambda_d"]

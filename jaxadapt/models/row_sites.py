@@ -24,6 +24,8 @@ class RowSite:
         hparams: the hyperparameters that all rows share.
         axes: the roles of the weight's axes.
         how: how the rows take their adapters; see `methods.apply_rows`.
+        shared: the number of the tensors in `Rows.shared` that the method uses beside those of the rows; None if it
+            uses none.
     """
 
     leaf: str
@@ -32,10 +34,11 @@ class RowSite:
     hparams: Any
     axes: Axes
     how: Implementation = "gather"
+    shared: int | None = None
 
-    def apply(self, params: Mapping[str, Any]) -> AppliedRows:
-        """Return the method with the tensors of one layer's rows."""
-        return apply_rows(self.how, self.method, self.hparams, params, self.axes)
+    def apply(self, params: Mapping[str, Any], shared: Mapping[str, Any]) -> AppliedRows:
+        """Return the method with the tensors of one layer's rows, and those that all rows share."""
+        return apply_rows(self.how, self.method, self.hparams, params, self.axes, shared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,25 +58,31 @@ class Rows:
             layers choose among them; stacked axes have their places in the base leaf.
         layout: the sites.
         how: how the rows take their adapters; see `methods.apply_rows`.
+        shared: `{tensor: array}` of the tensors that all rows and all layers have in common; see `RowSite.shared`.
     """
 
     arrays: Sequence[Mapping[str, Any]]
     layout: RowLayout
     how: Implementation = "gather"
+    shared: Sequence[Mapping[str, Any]] = ()
 
     @property
     def sites(self) -> list[RowSite]:
         """The sites, with the way in which the rows take their adapters."""
         return [dataclasses.replace(site, how=self.how) for site in self.layout.sites]
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[RowLayout, Implementation]]:
+    def shared_of(self, site: RowSite) -> Mapping[str, Any]:
+        """Return the shared tensors that a site uses."""
+        return {} if site.shared is None else self.shared[site.shared]
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[RowLayout, Implementation]]:
         """Flatten the rows for JAX."""
-        return (tuple(self.arrays),), (self.layout, self.how)
+        return (tuple(self.arrays), tuple(self.shared)), (self.layout, self.how)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[RowLayout, Implementation], children: tuple[Any]) -> Rows:
+    def tree_unflatten(cls, static: tuple[RowLayout, Implementation], children: tuple[Any, Any]) -> Rows:
         """Rebuild the rows that `tree_flatten` flattened."""
-        return cls(children[0], *static)
+        return cls(children[0], *static, children[1])
 
     def check_layout(self, layout: RowLayout) -> None:
         """Raise `AttachError` if these rows are of another bank than the attached one."""

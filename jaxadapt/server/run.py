@@ -6,13 +6,12 @@ import dataclasses
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jaxadapt
 from jaxadapt import serving
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
+from jaxadapt.core.errors import ConfigError, FileError, warn
 from jaxadapt.demo.generation import Decoder, nnx_forward
 from jaxadapt.demo.llama import PROJECTIONS
 from jaxadapt.demo.llama_nnx import to_nnx
@@ -20,58 +19,9 @@ from jaxadapt.server import names
 from jaxadapt.server.base import Base
 from jaxadapt.server.engine import Engine
 from jaxadapt.server.metrics import Metrics
+from jaxadapt.server.room import make_room
 
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-
-
-def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str]) -> list[jaxadapt.Config]:
-    """Return what a bank needs to hold the adapters of a server: plain LoRAs, and the other kinds that are there.
-
-    Args:
-        model: the base.
-        folders: the adapters that are there at the start. One that cannot be read counts for nothing; a request for it
-            gets the error.
-        rank: the least rank to have room for.
-        targets: the modules that adapters may change.
-    """
-    kinds: dict[tuple[str, bool, bool], list[Any]] = {}
-    for path in folders:
-        try:
-            info = jaxadapt.inspect(path)
-        except AdapterError:
-            continue
-        config: Any = info.config
-        largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
-        is_true = max(_ranks(config), default=0) <= largest  # a number in a JSON file must not take all memory
-        if is_true and config.facts.rows in ("call", "put"):
-            kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
-            kinds.setdefault(kind, []).append(config)
-    lora = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
-    kinds.setdefault(("LORA", False, False), [])
-    room: list[jaxadapt.Config] = []
-    for (peft_type, dora, bias), found in kinds.items():
-        ranks = [r for config in found for r in _ranks(config)]
-        if peft_type == "LORA":
-            made: Any = lora.replace(r=max([rank, *ranks]), use_dora=dora, lora_bias=bias)
-        elif peft_type == "IA3":
-            made = jaxadapt.IA3Config(
-                target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
-            )
-        else:
-            made = found[0].replace(target_modules=list(targets), **({"r": max(ranks)} if ranks else {}))
-        try:
-            serving.create(model, made, slots=2)
-        except AdapterError as error:
-            warn(f"requests for adapters of the kind {peft_type} will fail: {error}")
-        else:
-            room.append(made)
-    return room
-
-
-def _ranks(config: jaxadapt.Config) -> list[int]:
-    """Return the ranks that a configuration states, as far as it states them by `r` and `rank_pattern`."""
-    patterns: Any = config.get("rank_pattern") or {}
-    return [r for r in (config.get("r"), *patterns.values()) if isinstance(r, int)]
 
 
 def make_server(

@@ -11,19 +11,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.merging.low_rank_form import plain_config
 from jaxadapt.methods import Implementation
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
-from jaxadapt.serving import selection
-from jaxadapt.serving.layout import REMEDY, Layout, Place, Tensors, blank, fit_adapter, make_place, read_slot, refusal
+from jaxadapt.serving import refusals, selection
+from jaxadapt.serving.layout import (
+    Layout,
+    Place,
+    Tensors,
+    becomes_lora,
+    blank,
+    fit_adapter,
+    make_place,
+    read_slot,
+)
+from jaxadapt.serving.refusals import Refusal
+from jaxadapt.serving.shared import Shared, compare_shared, draw_shared, shared_of
 
 
 @jax.tree_util.register_pytree_node_class
@@ -38,19 +52,22 @@ class Bank:
         arrays: `{tensor: array}` of each place, with the axis of slots after those of stacked layers:
             (layers..., slots, …).
         layout: the places and the number of slots.
+        shared: `{tensor: array}` of the tensors that all adapters of a method have in common, such as VeRA's
+            projections, without an axis of slots. `put` neither changes nor donates them.
     """
 
     arrays: Sequence[Mapping[str, Any]]
     layout: Layout
+    shared: Sequence[Mapping[str, Any]] = ()
 
-    def tree_flatten(self) -> tuple[tuple[Any], Layout]:
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Layout]:
         """Flatten the bank for JAX."""
-        return (tuple(self.arrays),), self.layout
+        return (tuple(self.arrays), tuple(self.shared)), self.layout
 
     @classmethod
-    def tree_unflatten(cls, layout: Layout, children: tuple[Any]) -> Bank:
+    def tree_unflatten(cls, layout: Layout, children: tuple[Any, Any]) -> Bank:
         """Rebuild the bank that `tree_flatten` flattened."""
-        return cls(children[0], layout)
+        return cls(children[0], layout, children[1])
 
     @property
     def slots(self) -> int:
@@ -59,8 +76,8 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all slots."""
-        return self.layout.slot_bytes * self.slots
+        """The bytes of all slots, and of the tensors that they share."""
+        return self.layout.slot_bytes * self.slots + sum(x.nbytes for x in jax.tree.leaves(self.shared))
 
     def select(self, ids: Any, *, weights: Any = None, implementation: Implementation | None = None) -> Rows:
         """Return the adapters of a batch's rows, for `route`. Do it once, when the batch changes.
@@ -94,7 +111,7 @@ class Bank:
 
 def create(
     base: Any,
-    configs: Config | Sequence[Config],
+    configs: Config | Adapter | Sequence[Config | Adapter],
     *,
     slots: int,
     keymap: KeyMap | str | None = None,
@@ -108,12 +125,16 @@ def create(
         base: an NNX model, Linen variables or base parameters, or the shapes of any of them. The bank's arrays are
             sharded as its weights ask.
         configs: what the bank has room for: for each kind of adapter (LoRA, DoRA, IA3) a configuration with the largest
-            rank and all targets. Alphas and dropout have no effect.
+            rank and all targets. Alphas and dropout have no effect. A configuration whose method computes the factors
+            of its change (`merging.to_lora`), but has no form for rows, makes room for a LoRA of that rank. An adapter
+            in place of a configuration also gives its tensors that belong to no module, such as VeRA's projections;
+            those of a configuration are those of a new adapter.
         slots: the number of slots, with slot 0.
         keymap, stack_axes, example: as in `jaxadapt.adapt`.
         dtype: the dtype of the tensors; scales are float32.
 
-    Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose.
+    Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose, and `MismatchError`
+    for an adapter whose shared tensors are too small for a module.
 
     >>> import jaxadapt
     >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
@@ -125,21 +146,44 @@ def create(
         raise AttachError(f"slots: expected at least 2, one for the base and one for an adapter, found {slots}")
     held = carrier(base).base()
     places: list[Place] = []
-    problems: list[str] = []
-    for config in [configs] if isinstance(configs, Config) else configs:
+    problems: list[Refusal] = []
+    shared: list[tuple[str, Shared]] = []
+    for given in [configs] if isinstance(configs, Config | Adapter) else configs:
+        config = given.config if isinstance(given, Adapter) else given
+        if becomes_lora(config):
+            given = config = plain_config(config, methods.get_method(config).plain_rank(config) or 1)
         _, sites = planning.plan_adapter(held, config, keymap, stack_axes, example)
-        refused = [problem for site in sites if (problem := refusal(site)) is not None]
+        refused = refusals.find_refusals(sites)
         problems += refused
         if not refused:
+            own = shared_of(given, sites) if isinstance(given, Adapter) else draw_shared(config, sites)
+            number = _number_shared(shared, config.peft_type, own) if own else None
             shardings, leaves = held.shardings, held.leaves
-            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype)) for s in sites]
-    kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams) for place in places]
+            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype), number) for s in sites]
+    kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams, place.row.shared) for place in places]
     twice = [kind for number, kind in enumerate(kinds) if kind in kinds[:number]]
-    problems += [f"{leaf}: two of the configurations have the same kind of {method}" for leaf, method, _ in twice]
-    if problems:
-        raise AttachError(f"cannot create the bank:\n{paths.bullets(problems)}\n{REMEDY}")
-    layout = Layout(tuple(places), slots)
-    return Bank(tuple(_empty(place, slots) for place in places), layout)
+    problems += [
+        Refusal(f"{leaf}: two of the configurations have the same kind of {method}", "Leave the smaller one out")
+        for leaf, method, *_ in twice
+    ]
+    refusals.raise_listed(problems, "cannot create the bank")
+    layout = Layout(tuple(places), slots, tuple(shared))
+    meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    on_devices = [
+        {name: jax.device_put(jnp.asarray(x, jnp.dtype(dtype)), everywhere) for name, x in of.items()}
+        for _, of in shared
+    ]
+    return Bank(tuple(_empty(place, slots) for place in places), layout, tuple(on_devices))
+
+
+def _number_shared(shared: list[tuple[str, Shared]], peft_type: str, own: Shared) -> int:
+    """Return the number of these shared tensors in a list, to which new ones are added."""
+    for number, (known, tensors) in enumerate(shared):
+        if known == peft_type and not compare_shared(tensors, own):
+            return number
+    shared.append((peft_type, own))
+    return len(shared) - 1
 
 
 def _empty(place: Place, slots: int) -> Tensors:
@@ -173,7 +217,7 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
     """
     _check_slot(bank, slot)
     rows = prepare(bank, adapter) if adapter is None or isinstance(adapter, Adapter) else tuple(adapter)
-    return write(bank, rows, np.int32(slot), weights_read(bank, base))
+    return write_slot(bank, rows, slot, weights_read(bank, base))
 
 
 def get(bank: Bank, slot: int, like: Adapter) -> Adapter:
@@ -224,6 +268,12 @@ def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
     if adapter is None:
         return tuple(blank(place) for place in bank.layout.places)
     return fit_adapter(bank.layout, adapter)
+
+
+def write_slot(bank: Bank, rows: Sequence[Tensors], slot: int, weights: Mapping[str, Any]) -> Bank:
+    """Return the bank with prepared tensors in one slot. The arrays with slots are donated, the shared ones are not."""
+    written = write(dataclasses.replace(bank, shared=()), rows, np.int32(slot), weights)
+    return dataclasses.replace(written, shared=bank.shared)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

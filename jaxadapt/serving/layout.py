@@ -12,21 +12,22 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxadapt import methods
 from jaxadapt.adapters import sharding
-from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
+from jaxadapt.adapters.sites import Site, Sites, sites_of
+from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
+from jaxadapt.merging.low_rank_form import low_rank_form
 from jaxadapt.models.row_sites import RowLayout, RowSite
+from jaxadapt.serving import refusals
+from jaxadapt.serving.refusals import Refusal
+from jaxadapt.serving.shared import Shared, find_shared
 
 Shape = tuple[int, ...]
 Index = tuple[Any, ...]
 Tensors = dict[str, Any]
-
-REMEDY = (
-    "Convert the adapter to a plain LoRA (jaxadapt.merging.to_lora), or merge it into a base of its own"
-    " (jaxadapt.merge)"
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,10 +78,18 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """The places of a bank and its number of slots. It never changes, and is compared by identity."""
+    """The places of a bank and its number of slots. It never changes, and is compared by identity.
+
+    Attributes:
+        places: the places.
+        slots: the number of slots, with slot 0.
+        shared: `(peft_type, {tensor: array})` of the tensors that all adapters of a method have in common, on the host.
+            A place has the number of its own in `row.shared`.
+    """
 
     places: tuple[Place, ...]
     slots: int
+    shared: tuple[tuple[str, Shared], ...] = ()
 
     @functools.cached_property
     def rows(self) -> RowLayout:
@@ -96,33 +105,24 @@ class Layout:
         return places
 
     @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """`{base leaf: shape}` of the weights with a place."""
+        return {place.row.leaf: tuple(place.weight.shape) for place in self.places}
+
+    @functools.cached_property
     def slot_bytes(self) -> int:
         """The bytes of one adapter on the devices."""
         kept = [each for place in self.places for each in place.kept.values()]
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kept)
 
 
-def refusal(site: Site) -> str | None:
-    """Return why the rows of a batch cannot each have their own adapter at this site, or None."""
-    if site.method.copies:
-        return f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)"
-    if site.method.rows == "no":
-        return f"{site.leaf}: {site.method.peft_type} has no form with a separate adapter for each row"
-    try:
-        hparams = site.method.row_hparams(site.hparams)
-    except AttachError as error:
-        return f"{site.leaf}: {error}"
-    if site.method.effects(hparams).form == "weight":
-        return f"{site.leaf}: this variant of {site.method.peft_type} has no form with a separate adapter for each row"
-    if (kind := site.match.weight.kind) not in ("linear", "attention"):
-        return f"{site.leaf}: {site.method.peft_type} adapts a layer of kind {kind} here, not a matrix product"
-    return None
+def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: int | None = None) -> Place:
+    """Return the place of a site, for a base leaf with the shape and dtype of `weight`.
 
-
-def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any) -> Place:
-    """Return the place of a site, for a base leaf with the shape and dtype of `weight`."""
+    `shared` is the number of its tensors in `Layout.shared`.
+    """
     method, axes = site.method, site.axes
-    row = RowSite(site.leaf, tuple(site.match.stack), method, method.row_hparams(site.hparams), axes)
+    row = RowSite(site.leaf, tuple(site.match.stack), method, method.row_hparams(site.hparams), axes, shared=shared)
     spec = jax.ShapeDtypeStruct(tuple(weight.shape), weight.dtype)
     zeros = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in site.shapes.items()}
     params = method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
@@ -171,33 +171,59 @@ def _entries(site: Site, shape: Shape) -> Shape:
 
 # ---------------------------------------------------------------- one adapter
 
+_CANNOT_PUT = "cannot put the adapter into the bank"
+
 
 def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     """Return an adapter's tensors on the host, padded to the bank's shapes, with neutral ones where it has none.
 
     Raises `AttachError`, listing all problems, if the adapter does not fit the bank.
     """
+    adapter, sites, shared = _require_rows(layout, adapter)
     tensors = adapter.sites
     chosen: dict[int, Tensors] = {}
-    problems: list[str] = []
+    problems: list[Refusal] = []
+    for site in sites:
+        try:
+            number = _find_place(layout, site, shared)
+            chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
+        except AttachError as error:
+            problems.append(Refusal(str(error), refusals.FIT))
+    refusals.raise_listed(problems, _CANNOT_PUT)
+    return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
+
+
+def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int | None]:
+    """Return an adapter in the form in which rows have it, its sites, and the number of its shared tensors.
+
+    Raises `AttachError` if rows cannot each have such an adapter.
+    """
     sites = sites_of(adapter)
     if not sites:  # a prompt, whose tensors belong to no weight
         raise AttachError(
-            f"cannot put the adapter into the bank: {adapter.config.peft_type} changes no weight, and rows"
-            " cannot each have one. Load it into a model of its own (jaxadapt.load)"
+            f"{_CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one."
+            f" {refusals.LOAD}"
         )
-    for site in sites:
-        try:
-            number = _find_place(layout, site)
-            chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
-        except AttachError as error:
-            problems.append(str(error))
-    if problems:
-        raise AttachError(
-            f"cannot put the adapter into the bank:\n{paths.bullets(problems)}\n{REMEDY}, or create the bank with"
-            " configurations that cover the adapter"
-        )
-    return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
+    refusals.raise_listed(refusals.find_refusals(sites), _CANNOT_PUT)
+    if not becomes_lora(adapter.config):
+        return adapter, sites, find_shared(layout.shared, adapter)
+    missing = [Refusal(_no_place(leaf), refusals.FIT) for leaf in adapter.sites if leaf not in layout.by_leaf]
+    refusals.raise_listed(missing, _CANNOT_PUT)
+    plain = low_rank_form(adapter, layout.shapes)
+    if plain is None:
+        refusals.raise_listed([Refusal("it adapts experts that one array holds", refusals.MERGE)], _CANNOT_PUT)
+    assert plain is not None
+    return plain, sites_of(plain), None
+
+
+def becomes_lora(config: Config) -> bool:
+    """Return True if a bank holds an adapter of this configuration as a plain LoRA, which computes the same."""
+    method = methods.get_method(config)
+    return method.rows == "put" and method.plain_rank(config) is not None
+
+
+def _no_place(leaf: str) -> str:
+    return f"{leaf}: the bank has no place at this weight"
 
 
 def blank(place: Place) -> Tensors:
@@ -205,16 +231,14 @@ def blank(place: Place) -> Tensors:
     return {name: np.full(shape, place.neutral(name), dtype) for name, (shape, dtype) in place.stored.items()}
 
 
-def _find_place(layout: Layout, site: Site) -> int:
-    """Return the number of the place for a site of an adapter."""
-    if (problem := refusal(site)) is not None:
-        raise AttachError(problem)
+def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
+    """Return the number of the place for a site of an adapter with these shared tensors."""
     at_leaf = [(number, layout.places[number]) for number in layout.by_leaf.get(site.leaf, ())]
     if not at_leaf:
-        raise AttachError(f"{site.leaf}: the bank has no place at this weight")
+        raise AttachError(_no_place(site.leaf))
     hparams = site.method.row_hparams(site.hparams)
     for number, place in at_leaf:
-        if place.row.method == site.method and place.row.hparams == hparams:
+        if (place.row.method, place.row.hparams, place.row.shared) == (site.method, hparams, shared):
             return number
     found = ", ".join(f"{place.row.method.peft_type} {place.row.hparams}" for _, place in at_leaf)
     raise AttachError(f"{site.leaf}: the adapter is {site.method.peft_type} {hparams}; the bank has {found}")
@@ -272,14 +296,22 @@ def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tup
 
 def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, like: Adapter) -> dict[str, Any]:
     """Return `{path: array}` of the adapter in a slot, with the sites of `like`: the inverse of `fit_adapter`."""
-    values: dict[str, Any] = {}
+    if becomes_lora(like.config):
+        raise AttachError(
+            f"cannot read a {like.config.peft_type} from the bank, which holds it as a plain LoRA. Pass"
+            " like=jaxadapt.merging.to_lora(adapter, params=base).adapter"
+        )
+    like, sites, shared = _require_rows(layout, like)
+    values: dict[str, Any] = {paths.join(SHARED_NODE, name): x for name, x in like.shared.items()}
     problems: list[str] = []
-    for site in sites_of(like):
+    for site in sites:
         try:
-            number = _find_place(layout, site)
+            number = _find_place(layout, site, shared)
             place = layout.places[number]
             rows = _row_params(place, site, like.sites[site.leaf])
-            names = {tensor.name for tensor in site.tensors}
+            names = {tensor.name for tensor in site.tensors if tensor.in_file}
+            kept = {tensor.name for tensor in site.tensors if not tensor.in_file}  # it follows from the configuration
+            values |= {paths.join(site.leaf, name): like.sites[site.leaf][name] for name in kept - rows.keys()}
             if place.reads or names - rows.keys():
                 lost = "the magnitude of a DoRA" if place.reads else ", ".join(sorted(names - rows.keys()))
                 raise AttachError(f"{site.leaf}: a slot does not hold {lost}")

@@ -259,7 +259,7 @@ class AdapterPool:
             self._free += self._slots.make_room(1) or []
         slot = self._free.pop()
         try:
-            self._bank = banks.write(self._bank, prepared, np.int32(slot), self._weights)
+            self._bank = banks.write_slot(self._bank, prepared, slot, self._weights)
         except BaseException:
             self._free.append(slot)
             raise

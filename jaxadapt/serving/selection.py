@@ -35,11 +35,12 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | 
         )
     layout = bank.layout
     if weights is not None:
-        return Rows(_mix(bank, ids, _check_mixture(bank, ids, weights, implementation)), layout.rows, "mixture")
+        mixed = _mix(bank, ids, _check_mixture(bank, ids, weights, implementation))
+        return Rows(mixed, layout.rows, "mixture", bank.shared)
     if implementation is None:
         implementation = "gather" if ids.ndim == 1 else "mask"
     if implementation == "gather" and ids.ndim == 1:
-        return Rows(_gather_rows(bank, ids), layout.rows)
+        return Rows(_gather_rows(bank, ids), layout.rows, shared=bank.shared)
     if implementation in ("gather", "layer") and ids.ndim == 2:
         raise AttachError(
             f"implementation={implementation!r} takes one adapter for each row, but the ids have the shape"
@@ -54,7 +55,7 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | 
         | {name: _repeat(place, x) for name, x in data.items()}
         for place, tensors in zip(layout.places, bank.arrays, strict=True)
     ]
-    return Rows(tuple(arrays), layout.rows, implementation)
+    return Rows(tuple(arrays), layout.rows, implementation, bank.shared)
 
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:

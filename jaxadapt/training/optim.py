@@ -374,7 +374,8 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
         for place, values, grads in zip(places, new, updates.arrays, strict=True):
             kept = {name: select(active, x, jnp.zeros_like(x), place.layers) for name, x in values.items()}
             arrays.append({name: kept[name] if name in kept else jnp.zeros_like(x) for name, x in grads.items()})
-        return dataclasses.replace(updates, arrays=tuple(arrays)), changed
+        shared = jax.tree.map(jnp.zeros_like, tuple(updates.shared))
+        return dataclasses.replace(updates, arrays=tuple(arrays), shared=shared), changed
 
     init: Any = jax.vmap(tx.init, in_axes=(axes,))
     functions: Any = (lambda bank: init(choose(bank)), update)

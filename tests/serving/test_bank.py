@@ -132,13 +132,15 @@ def test_an_active_adapter_acts_in_every_row_beside_the_bank():
         (jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]), "copy of the weight"),
         (jaxadapt.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1]), "aLoRA"),
         (jaxadapt.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"]), "is OFT .*the bank has LORA"),
-        (jaxadapt.LoHaConfig(target_modules=["q_proj"]), "LOHA has no form"),
+        (jaxadapt.LoHaConfig(r=3, target_modules=["q_proj"]), "lora_A: r is 9, the bank has 4"),
+        (jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), "HIRA has no form"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(config, message):
     bank = serving.create(small.base(), jaxadapt.LoraConfig(r=4, target_modules=["q_proj"]), slots=2)
     adapter = jaxadapt.init(config, small.base()["params"], key=jax.random.key(0))
-    with pytest.raises(AttachError, match=rf"(?s){message}.*to_lora.*merge"):
+    way_out = {"copy of the weight": "jaxadapt.merge", "aLoRA": "jaxadapt.load"}.get(message, "to_lora.*merge")
+    with pytest.raises(AttachError, match=rf"(?s){message}.*{way_out}"):
         serving.put(bank, 1, adapter, small.base())
     assert not any(x.is_deleted() for x in jax.tree.leaves(bank))
 
@@ -154,6 +156,8 @@ def test_bad_requests():
     base = small.base()
     with pytest.raises(AttachError, match="at least 2"):
         serving.create(base, small.LORA, slots=1)
+    with pytest.raises(AttachError, match=r"(?s)cannot create the bank.*HIRA has no form.*to_lora.*merge"):
+        serving.create(base, jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), slots=2)
     with pytest.raises(AttachError, match="two of the configurations"):
         serving.create(base, [small.LORA, small.LORA.replace(r=9)], slots=2)
     bank = serving.create(base, small.LORA.replace(use_dora=True), slots=2)

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import torch
 from flax import nnx
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model
 
 import jaxadapt
 from jaxadapt import serving
@@ -87,3 +87,30 @@ def test_a_mixed_batch_is_as_in_peft(torch_base, mixed, api, scan):
         )
     # 1e-5 of the largest logit: float32 sums of the two libraries differ in their order.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("api", "scan"), [("nnx", None), ("linen", 0)])
+def test_rows_of_several_veras_are_as_each_alone_in_peft(torch_base, tmp_path, api, scan):
+    """PEFT has no mixed batch of VeRAs. Their files have the projections that the bank's configuration draws."""
+    expected, targets = {"__base__": torch_base}, {"fr": ["q_proj", "v_proj"], "de": ["q_proj", "o_proj"]}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, modules in targets.items():
+            model = get_peft_model(copy.deepcopy(torch_base), VeraConfig(r=4, target_modules=modules)).eval()
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            model.save_pretrained(str(tmp_path / name))
+            expected[name] = model
+        expected = {name: model(torch.from_numpy(IDS)).logits.numpy() for name, model in expected.items()}
+    twin = llama.twin_of(torch_base, api, scan=scan is not None, scan_axis=scan or 0)
+    base = twin if api == "nnx" else twin[1]
+    room = jaxadapt.configs.VeraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+    bank = serving.create(base, room, slots=3)
+    attached = serving.attach(twin if api == "nnx" else twin[0], bank)
+    names = ["fr", "de", "__base__", "de", "fr", "de"]
+    with serving.AdapterPool(bank, base, tmp_path).rows(names) as rows, serving.route(attached, rows) as routed:
+        found = routed(IDS) if api == "nnx" else jax.jit(routed.apply)(base, IDS)
+    for row, name in enumerate(names):
+        want = expected[name][row]
+        np.testing.assert_allclose(found[row], want, rtol=0, atol=1e-5 * np.abs(want).max())

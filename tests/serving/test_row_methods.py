@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,18 @@ class Net(nnx.Module):
         return self.up(jnp.tanh(self.q(x)))
 
 
+# The generic keymap states no order of modules, which some methods need.
+NET = jaxadapt.KeyMap(
+    "net",
+    tuple(jaxadapt.Weight(f"{name}.kernel", f"{name}.weight", "i o -> o i") for name in ("q", "up")),
+    order=("q", "up"),
+)
+
+
+def blocks(scanned: bool) -> jaxadapt.KeyMap:
+    return dataclasses.replace(meshes.table(scanned), order=banked.NAMES)
+
+
 def config_of(peft_type: str, example: int, targets: list[str]) -> jaxadapt.Config:
     return class_of(peft_type)(**{"target_modules": targets, **METHODS[peft_type].examples()[example]})
 
@@ -37,11 +51,18 @@ def changed(adapter: jaxadapt.Adapter, seed: int) -> jaxadapt.Adapter:
     """The adapter with other values in all that training changes."""
     rng, roles = np.random.default_rng(seed), METHODS[adapter.config.peft_type].roles
     values = {
-        path: x if roles.get(path.rpartition(".")[2]) == "frozen" else x + 0.3 * rng.standard_normal(x.shape)
+        path: x
+        if roles.get(path.rpartition(".")[2]) == "frozen"
+        else jnp.asarray(x + 0.3 * rng.standard_normal(x.shape), jnp.float32)
         for path, x in adapter.flat().items()
     }
-    values = {path: jnp.asarray(x, jnp.float32) for path, x in values.items()}
     return jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap)
+
+
+def with_shared_of(adapter: jaxadapt.Adapter, first: jaxadapt.Adapter) -> jaxadapt.Adapter:
+    """The adapter with the first rows and columns of another one's tensors that belong to no module."""
+    own = {f"~shared.{n}": first.shared[n][tuple(map(slice, x.shape))] for n, x in adapter.shared.items()}
+    return jaxadapt.Adapter(adapter.config, paths.unflatten({**adapter.flat(), **own}), adapter.keymap)
 
 
 @pytest.mark.parametrize(("peft_type", "example"), ROWS)
@@ -53,13 +74,17 @@ def test_each_row_is_as_with_its_adapter_alone(peft_type: str, example: int):
         with pytest.raises(AttachError, match="this variant of MISS has no form"):
             serving.create(base, config, slots=4)
         return
-    bank = serving.create(base, config, slots=4)
+    keymap = NET if METHODS[peft_type].ordered else None
+    bank = serving.create(base, config, slots=4, keymap=keymap)
     want = [base(X)]
+    first = None
     for slot, targets in enumerate((["q", "up"], ["q"]), 1):
-        net = jaxadapt.adapt(Net(), config_of(peft_type, example, targets), rngs=nnx.Rngs(slot))
+        net = jaxadapt.adapt(Net(), config_of(peft_type, example, targets), rngs=nnx.Rngs(slot), keymap=keymap)
         adapter = changed(jaxadapt.extract(net), slot)
+        first = first or adapter
+        adapter = with_shared_of(adapter, first) if bank.shared else adapter
         bank = serving.put(bank, slot, adapter, base)
-        alone = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(0))
+        alone = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(0), keymap=keymap)
         jaxadapt.inject(adapter, alone)
         alone.eval()
         want.append(alone(X))
@@ -88,13 +113,16 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
     config = config_of(peft_type, example, list(banked.NAMES))
     if config.get("init_weights") == "bat":
         return  # the test above
-    served, base = banked.Served(api, scanned, 4, config), banked.params(scanned)
+    served, base, first = banked.Served(api, scanned, 4, config), banked.params(scanned), None
     plain = jax.jit(lambda params: banked.LinenBlocks(scanned).apply({"params": params}, banked.INPUT))
     want = [plain(base)]
     for slot, targets in enumerate((list(banked.NAMES), ["q", "down"]), 1):
         config = config_of(peft_type, example, targets)
-        adapter = jaxadapt.init(config, base, key=jax.random.key(slot), keymap=meshes.table(scanned))
-        served.put(slot, adapter := changed(adapter, slot))
+        adapter = jaxadapt.init(config, base, key=jax.random.key(slot), keymap=blocks(scanned))
+        adapter = changed(adapter, slot)
+        first = first or adapter
+        adapter = with_shared_of(adapter, first) if served.bank.shared else adapter
+        served.put(slot, adapter)
         want.append(plain(jaxadapt.merge(base, adapter)))
         assert np.abs(want[-1] - want[0]).max() > 1e-2
     ids = [1, 0, 2, 7, 1]
@@ -104,15 +132,6 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
         if slot != 7:
             # float32 over eight products and their nonlinearities, in another order.
             np.testing.assert_allclose(y[row], want[slot][row], rtol=1e-4, atol=1e-4 * np.abs(want[slot]).max())
-
-
-def test_methods_without_a_form_for_rows_are_refused():
-    refused = [t for t in sorted(METHODS) if METHODS[t].rows == "no" and METHODS[t].scope == "site"]
-    assert {"LOHA", "VERA", "HIRA"} <= set(refused)
-    for peft_type in ("LOHA", "VERA", "HIRA"):
-        config = config_of(peft_type, 0, ["q"])
-        with pytest.raises(AttachError, match=f"(?s){peft_type} has no form with a separate adapter.*to_lora.*merge"):
-            serving.create(Net(), config, slots=2)
 
 
 def test_a_prompt_does_not_go_into_a_slot():

@@ -98,7 +98,8 @@ class Blocks(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.scanned:
-            return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+            axes = nnx.StateAxes({jaxadapt.SharedParam: None, ...: 0})
+            return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(x, self.blocks)
         for block in self.blocks:
             x = block(x)
         return x

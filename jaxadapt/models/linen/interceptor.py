@@ -151,6 +151,7 @@ class LeafAdapter:
         keys: the names in `params` of its tensors during the call.
         whole: shared tensors that are not in `params`, because the model's scan would slice them there.
         rows: how each row takes its own adapter, if the tensors are of several; None for one adapter.
+        shared: the names in `params` of tensors that all rows have in common.
     """
 
     method: methods.Method
@@ -159,6 +160,7 @@ class LeafAdapter:
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     rows: methods.Implementation | None = None
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     @property
     def rate(self) -> float:
@@ -175,7 +177,10 @@ class LeafAdapter:
                 " that nn.jit, and compile the whole call with jax.jit"
             )
         if self.rows is not None:
-            return methods.apply_rows(self.rows, self.method, self.hparams, tensors, self.axes)
+            shared = {tensor: scope.get_variable("params", key) for tensor, key in self.shared.items()}
+            return methods.apply_rows(
+                self.rows, self.method, self.hparams, tensors, self.axes, {**shared, **self.whole}
+            )
         return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
 
 

@@ -29,7 +29,12 @@ def add_rows(overlay: Overlay, layout: RowLayout, rows: Rows | None) -> Overlay:
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         keys = {name: f"{leaf}{SEP}{name.removeprefix(SEP)}{SEP}rows{digest}" for name in arrays}
         leaves |= {(*path, keys[name]): x for name, x in arrays.items()}
-        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, rows=site.how)
+        shared, names = rows.shared_of(site), dict[str, str]()
+        if shared and not site.stack:  # the model's scan would slice it among the stacked parameters
+            names = {name: f"{leaf}{SEP}{name}{SEP}rows{digest}" for name in shared}
+            leaves |= {(*path, names[name]): x for name, x in shared.items()}
+        whole = shared if site.stack else {}
+        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, whole, site.how, names)
         sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
     interceptor = Interceptor(sites, overlay.interceptor.quantized_scopes, overlay.interceptor.dropout)
     return dataclasses.replace(overlay, leaves=leaves, interceptor=interceptor)

@@ -121,8 +121,11 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
         if not sites:
             raise AttachError(NO_ROUTE)
         for tensors in sites.values():
-            site: RowSite = next(iter(tensors.values())).get_metadata()["row_site"]
-            hooks.setdefault(leaf, []).append(site.apply({name: var.get_value() for name, var in tensors.items()}))
+            own = {name: var for name, var in tensors.items() if not isinstance(var, SharedParam)}
+            site: RowSite = next(iter(own.values())).get_metadata()["row_site"]
+            values = {name: _value_of(name, var) for name, var in tensors.items()}
+            shared = {name: values.pop(name) for name in tensors if name not in own}
+            hooks.setdefault(leaf, []).append(site.apply(values, shared))
     return {
         leaf: of_leaf[0] if len(of_leaf) == 1 else AppliedMethods(tuple(of_leaf)) for leaf, of_leaf in hooks.items()
     }
@@ -131,13 +134,18 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
 def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
     """Return a variable's value; raise `AttachError` for a slice of a shared tensor."""
     value = variable.get_value()
-    if isinstance(variable, SharedParam) and value.shape != (shape := variable.get_metadata()["adapter"].hparams):
+    if isinstance(variable, SharedParam) and value.shape != (shape := _whole_shape(variable.get_metadata())):
         raise AttachError(
             f"cannot run a layer: {tensor} belongs to the whole adapter and has shape {list(shape)}, but this layer got"
             f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type jaxadapt.SharedParam"
             " whole: nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})"
         )
     return value
+
+
+def _whole_shape(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of a shared tensor that no scan sliced."""
+    return metadata["whole"] if "whole" in metadata else metadata["adapter"].hparams
 
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

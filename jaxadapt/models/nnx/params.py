@@ -125,6 +125,10 @@ class RowParam(FrozenParam):
     """
 
 
+class SharedRowParam(SharedParam, RowParam):
+    """A tensor that all rows and all layers have in common, such as VeRA's projections; see `SharedParam`."""
+
+
 class CallData(nnx.Param[Any]):
     """Data of one call, such as the mask of the tokens that an aLoRA adapts, stored beside a site's tensors.
 

@@ -11,7 +11,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.models.nnx.layer import ROWS
-from jaxadapt.models.nnx.params import RowParam
+from jaxadapt.models.nnx.params import RowParam, SharedRowParam
 from jaxadapt.models.row_sites import RowLayout, Rows
 
 
@@ -54,5 +54,7 @@ def set_rows(model: nnx.Module, rows: Rows | None) -> None:
         raise AttachError("the model has no bank at these weights; call attach first:\n" + paths.bullets(missing))
     if more := banked.keys() - {site.leaf for site in rows.layout.sites}:
         raise AttachError("the route is of another bank, which lacks these weights:\n" + paths.bullets(sorted(more)))
+    shared = [{name: SharedRowParam(x, whole=x.shape) for name, x in of.items()} for of in rows.shared]
     for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
-        banked[site.leaf][str(number)] = {name: RowParam(x, row_site=site) for name, x in arrays.items()}
+        own = {name: RowParam(x, row_site=site) for name, x in arrays.items()}
+        banked[site.leaf][str(number)] = own if site.shared is None else own | shared[site.shared]

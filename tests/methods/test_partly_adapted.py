@@ -1,0 +1,34 @@
+"""Stacked layers of which a configuration names some: the file's tensors have the shapes of any other layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jaxadapt.adapters import selection
+from jaxadapt.configs.base import class_of
+from jaxadapt.keymaps.keymap import KeyMap, Weight
+from jaxadapt.methods import METHODS
+
+KEYMAP = KeyMap("layers", (Weight("w", "h.{l}.q.weight", "{l} i o -> o i"),))
+
+
+def file_shapes(peft_type: str, fields: Any, targets: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of layer 1."""
+    config = class_of(peft_type)(**{**fields, "target_modules": targets})
+    sites = selection.select_sites(config, KEYMAP, {"w": (3, 8, 16)})
+    return {
+        key: entry.form.shape_of(i if i < entry.form.count else 0)
+        for site in sites
+        for entry in site.entries
+        for i, key in enumerate(entry.keys)
+        if ".h.1." in key
+    }
+
+
+@pytest.mark.parametrize("peft_type", sorted(t for t in METHODS if METHODS[t].scope == "site"))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_tensors_of_one_layer_have_their_whole_shape(peft_type: str):
+    for fields in METHODS[peft_type].examples():
+        assert file_shapes(peft_type, fields, ["h.1.q"]) == file_shapes(peft_type, fields, ["q"]) != {}
