@@ -5,7 +5,9 @@ head, dim). The keys are used as they are: where the base rotates its keys, they
 
 In an encoder-decoder (`num_transformer_submodules` 2) the prefix enters the self-attention of the decoder. PEFT gives
 its layer i the keys and values of layer 2·i mod layers, because its cache takes four tensors a layer (those for cross
-attention are dropped); so does jaxadapt, since a file trained by PEFT means that.
+attention are dropped); so does jaxadapt, since a file trained by PEFT means that. PEFT takes the number of layers from
+the encoder: a decoder of fewer layers uses the first of them, and in one of more layers PEFT fails. A new adapter of
+jaxadapt has as many layers as the decoder, which PEFT reads from the configuration.
 
 With `prefix_projection` the trained form is an embedding table and two dense layers:
 prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,10 +68,15 @@ class Prompt:
         submodules: int = self.recipe.config.get("num_transformer_submodules") or 1
         return submodules == 2
 
-    def keys_and_values(self) -> Array:
-        """Return the keys and values of every attention layer, (layers, 2, n, heads · size)."""
+    def keys_and_values(self, count: int | None = None) -> Array:
+        """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
+
+        Raises `AttachError` if the call of the model has another number of layers, `count`.
+        """
         layers = self.recipe.config.get("num_layers")
-        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+        if count is not None:
+            rewriting.require_count(count, layers, self.encoder_decoder)
+        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)[:count]
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
@@ -164,12 +170,18 @@ def call_with_keys(
     """
     if prompt.method.adds == "attention":
         arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
-        layers: Any = gated_layers(prompt.recipe, prompt.params, base())
+        layers: Callable[[int], Any] = functools.partial(_of_calls, gated_layers(prompt.recipe, prompt.params, base()))
     else:
         names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
         arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
-        change, layers = add_keys, prompt.keys_and_values()
+        change, layers = add_keys, prompt.keys_and_values
     return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
+
+
+def _of_calls(layers: Mapping[str, Array], count: int) -> Mapping[str, Array]:
+    """Return the layers; raise `AttachError` if the call of the model has another number of them."""
+    rewriting.require_count(count, len(layers["gate"]))
+    return layers
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:

@@ -44,41 +44,48 @@ def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
     return _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
 
 
-def rewrite_attention(f: Callable[..., Any], change: Change, layers: Any, *args: Any) -> Any:
+def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[int], Any], *args: Any) -> Any:
     """Evaluate `f(*args)` with the result of each call of `attention` replaced.
 
     Args:
         f: a function; it may close over arrays and tracers. Works inside jit, grad, vmap, scan and remat.
         change: called as `change(call, arrays, layer)`; returns what replaces the result of the call.
-        layers: a tree of arrays whose first axis numbers the calls, in the order in which `f` makes them. `change`
-            gets the tree of one call.
-
-    Raises `AttachError` if the number of calls is not the length of `layers`.
+        layers: returns, for the number of calls, a tree of arrays whose first axis numbers them, in the order in which
+            `f` makes them. `change` gets the tree of one call.
 
     >>> from jaxadapt.models.prompt.attention import attention
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> double = lambda call, arrays, factor: call.run(arrays) * factor
-    >>> rewrite_attention(lambda x: attention(x, x, x), double, jnp.array([2.0]), x).max().item()
+    >>> rewrite_attention(lambda x: attention(x, x, x), double, lambda count: jnp.full(count, 2.0), x).max().item()
     2.0
     """
     traced = trace(lambda _, *a: f(*a), {}, args)
-    count, expected = len(_find(traced.closed.jaxpr)), jax.tree.leaves(layers)[0].shape[0]
-    if count != expected:
-        raise AttachError(count_message(count, expected))
-    outs, _ = _evaluate(traced.closed.jaxpr, traced.closed.consts, traced.arrays, change, layers, 0)
+    of_calls = layers(len(_find(traced.closed.jaxpr)))
+    outs, _ = _evaluate(traced.closed.jaxpr, traced.closed.consts, traced.arrays, change, of_calls, 0)
     return traced.result(outs)
 
 
-def count_message(count: int, expected: int) -> str:
-    """Say that the call of a model has another number of attention layers than its adapter."""
-    if count:
-        return (
-            f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
-            f" computes {count}. Use an adapter of a model with as many layers"
+def require_count(count: int, expected: int, decoder: bool = False) -> None:
+    """Raise `AttachError` if the call of a model has another number of attention layers than its adapter.
+
+    With `decoder`, the layers are those of an encoder-decoder's decoder, which may be fewer.
+    """
+    if count == expected or (decoder and 0 < count < expected):
+        return
+    if not count:
+        raise AttachError(
+            "this call of the model computes no attention to which keys and values can be added. Call"
+            " jaxadapt.attention in its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
         )
-    return (
-        "this call of the model computes no attention to which keys and values can be added. Call jaxadapt.attention in"
-        " its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
+    text = (
+        f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
+        f" computes {count}"
+    )
+    raise AttachError(
+        f"{text} in its decoder. PEFT takes num_layers from the encoder, and fails where the decoder has more layers."
+        f" Train an adapter with num_layers={count}"
+        if decoder
+        else f"{text}. Use an adapter of a model with as many layers"
     )
 
 
