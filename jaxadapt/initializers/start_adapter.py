@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, sites
+from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
+from jaxadapt.arrays import placement
 from jaxadapt.configs import Config, CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -142,8 +143,10 @@ def start(
         )
         own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
+        where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
+        started = {path: placement.move_to(x, where[path]) if path in where else x for path, x in started.items()}
         values = initial_values.init_values(
-            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
+            recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started
         )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)

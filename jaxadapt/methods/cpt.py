@@ -10,6 +10,7 @@ parameter by its projection at every call; `project` does so, call it after each
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -57,6 +58,16 @@ class Cpt(PromptTuning):
         unchanged = trained - jax.lax.stop_gradient(trained)  # zeros, with the gradient of the parameter
         projected = jax.lax.stop_gradient(project(config, delta))
         return {EMBEDDINGS: jax.lax.stop_gradient(shared[FIXED]) + projected + unchanged}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {
+                "cpt_token_ids": (7, 3, 5),
+                "cpt_tokens_type_mask": (1, 2, 4),
+                "opt_projection_epsilon": 10.0,
+                "task_type": "CAUSAL_LM",
+            },
+        )
 
 
 def project(config: CPTConfig, delta: Array) -> Array:

@@ -6,7 +6,7 @@ The virtual tokens of task t are prompt_embeddings ∘ (prefix_task_cols[t] · p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,9 @@ class MultitaskPromptTuning(PromptTuning):
         cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (COLS, ROWS))
         with jax.numpy_rank_promotion("allow"):
             return params[EMBEDDINGS] * (cols @ rows)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 
 
 METHOD = MultitaskPromptTuning()

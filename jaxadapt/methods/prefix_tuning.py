@@ -15,6 +15,7 @@ prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,6 +65,12 @@ class PrefixTuning(PromptMethod):
         if EMBEDDINGS in shared:
             return {EMBEDDINGS: shared[EMBEDDINGS]}
         return {EMBEDDINGS: dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"num_virtual_tokens": 3},
+            {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
+        )
 
 
 def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:

@@ -5,6 +5,7 @@ The one tensor of both forms is `prompt_embeddings` (n · submodules, token_dim)
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.random_draws import Draw
@@ -50,6 +51,9 @@ class PromptTuning(PromptMethod):
 
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         return {EMBEDDINGS: shared[EMBEDDINGS]}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"})
 
 
 METHOD = PromptTuning()
