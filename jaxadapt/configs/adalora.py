@@ -57,6 +57,8 @@ class AdaLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "ADALORA"
+    new_values: ClassVar[Mapping[str, float]] = {"lora_E": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("lora_A", "lora_B"), ("lora_A", "lora_E"))
     facts: ClassVar[MethodFacts] = MethodFacts(trains="lora_A, lora_B, lora_E", rows="call", accuracy=0.373, time=1.24)
     tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {

@@ -31,6 +31,8 @@ class AdaptionPromptConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "ADAPTION_PROMPT"
+    tensor_prefix: ClassVar[str | None] = "adaption_"
+    target_is_expression: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="adaption_gate, adaption_prompt",
         merges=False,

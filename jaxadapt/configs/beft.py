@@ -29,6 +29,7 @@ class BeftConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "BEFT"
+    new_values: ClassVar[Mapping[str, float]] = {"beft_bias": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="beft_bias", learning_rate=1e-2, accuracy=0.321, time=0.94)
     checks: ClassVar[Mapping[str, Any]] = {}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -35,6 +35,7 @@ class DeloraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "DELORA"
+    new_values: ClassVar[Mapping[str, float]] = {"delora_B": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="delora_A, delora_B, delora_lambda",
         rows="call",

@@ -55,6 +55,7 @@ class IA3Config(Config):
     """
 
     _type: ClassVar[str | None] = "IA3"
+    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
     shortens_targets: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="ia3_l",

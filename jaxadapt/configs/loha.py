@@ -36,6 +36,12 @@ class LoHaConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "LOHA"
+    new_values: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("hada_w1_a", "hada_w1_b"),
+        ("hada_w2_a", "hada_w2_b"),
+        ("hada_w1_a", "hada_w2_a"),
+    )
     tensor_prefix: ClassVar[str | None] = "hada_"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", learning_rate=4e-3, accuracy=0.393, time=1.48

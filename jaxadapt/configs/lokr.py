@@ -42,6 +42,7 @@ class LoKrConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "LOKR"
+    new_values: ClassVar[Mapping[str, float]] = {"lokr_w1": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", accuracy=0.466, time=1.37
     )

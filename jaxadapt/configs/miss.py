@@ -34,6 +34,7 @@ class MissConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "MISS"
+    new_values: ClassVar[Mapping[str, float]] = {"miss_block": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -37,6 +37,7 @@ class PveraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "PVERA"
+    new_values: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="pvera_lambda_b, pvera_lambda_d", learning_rate=2e-2, accuracy=0.353, time=1.15
     )

@@ -36,6 +36,7 @@ class RandLoraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "RANDLORA"
+    new_values: ClassVar[Mapping[str, float]] = {"randlora_gamma": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="randlora_gamma, randlora_lambda", accuracy=0.478, time=1.51)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -35,6 +35,8 @@ class VeraConfig(MethodConfig):
     """
 
     _type: ClassVar[str | None] = "VERA"
+    new_values: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "vera_lambda_d"),)
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vera_lambda_b, vera_lambda_d",
         learning_rate=2e-2,

@@ -7,8 +7,9 @@ PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,17 @@ import jax.numpy as jnp
 from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
 from jaxadapt.arrays import placement
-from jaxadapt.configs import Config, CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
+from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
 from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind, init_settings
-from jaxadapt.initializers.start_prompt import Tokens, prompt_values, start_setting, token_table
+from jaxadapt.initializers.start_prompt import token_table
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
+from jaxadapt.methods import get_method
+from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free
 from jaxadapt.models.linen import collections
@@ -128,19 +131,20 @@ def start(
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
     parameters = base_params(base)
-    if isinstance(config, PromptTuningConfig | CPTConfig):
-        setting, needs = start_setting(config)
+    method = get_method(config)
+    if isinstance(method, PromptMethod):
+        setting, needs = method.start_setting(config)
         _check_arguments(setting, given, needs)
         recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
         key = jax.random.key(0) if key is None else key
-        computed = prompt_values(
-            cast("PromptTuningConfig | CPTConfig", recipe.config),
-            {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
+        data = StartData(
             jax.random.fold_in(key, 1),
-            lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
+            functools.cache(lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type)),
             tokens,
-            source,
+            _source_tensors(source),
         )
+        shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
+        computed = method.start_values(recipe.config, shapes, data)
         own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
         where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
@@ -191,6 +195,15 @@ def _check_arguments(setting: str, given: Collection[str], needs: Sequence[str],
     problems += [f"{name} is needed" for name in needs if name not in given]
     if problems:
         raise AttachError(f"{setting}: " + ", ".join(problems))
+
+
+def _source_tensors(source: Adapter | PeftTensors | None) -> Mapping[str, Array] | None:
+    """Return the tensors of an adapter to start from, by the names in a file."""
+    if source is None or isinstance(source, Adapter):
+        return None if source is None else source.shared
+    if not isinstance(source, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(f"source: expected an Adapter or PeftTensors (jaxadapt.read), found {type(source).__name__}")
+    return source.tensors
 
 
 def _attach(held: Carrier, adapter: Adapter, on: Sequence[sites.Site], name: str, rngs: Any, base: Any) -> Started:

@@ -23,7 +23,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.cpt import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS
+from jaxadapt.methods.prompt import EMBEDDINGS, StartData
 from jaxadapt.methods.prompt_tuning import PromptTuning
 
 FIXED, DELTA = "embedding", "delta_embedding"
@@ -48,6 +48,12 @@ class Cpt(PromptTuning):
             "CPT: the prompt starts from the embeddings of cpt_token_ids; create the adapter with"
             " jaxadapt.initializers.start(config, base)"
         )
+
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        return self.peft_type, ()
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        return {FIXED: data.embed("cpt_token_ids", np.asarray(config.cpt_token_ids))}
 
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         if EMBEDDINGS in shared:

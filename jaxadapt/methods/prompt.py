@@ -5,13 +5,16 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
 
@@ -39,6 +42,39 @@ class BaseSizes:
     num_attention_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+
+
+Tokens = Sequence[int] | Callable[[str], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StartData:
+    """What the initial values of a prompt may be computed from, beyond the configuration.
+
+    Attributes:
+        key: a JAX random key.
+        table: returns the embeddings of all tokens, (vocabulary, token_dim).
+        tokens: the ids of a text's tokens, or a function from the text to them.
+        source: the tensors of an adapter of other tasks, by the names in a file.
+    """
+
+    key: Array
+    table: Callable[[], Array]
+    tokens: Tokens | None = None
+    source: Mapping[str, Array] | None = None
+
+    def embed(self, name: str, ids: Array) -> Array:
+        """Return the embeddings of token ids, float32.
+
+        Raises `AttachError`, which names the ids `name`, if the base has no embeddings of some.
+        """
+        table = self.table()
+        if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= table.shape[0]):
+            raise AttachError(
+                f"{name}: expected ids from 0 to {table.shape[0] - 1}, those of the base's embeddings, found"
+                f" {ids.min()} to {ids.max()}"
+            )
+        return table[jnp.asarray(ids)].astype(jnp.float32)
 
 
 class PromptMethod(Method):
@@ -70,6 +106,22 @@ class PromptMethod(Method):
     @abc.abstractmethod
     def draw(self, config: Any, name: str) -> Draw:
         """Return the initial distribution of a tensor of the trained form, as in PEFT."""
+
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        """Return the setting that decides where a prompt starts, for messages, and the arguments of `start` for it."""
+        return type(config).__name__, ("key",)
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        """Return the tensors of the trained form that do not start as `draw` says, float32, for `initializers.start`.
+
+        Args:
+            config: the configuration, with all its sizes.
+            shapes: the shapes of the adapter's tensors.
+            data: what `start` was given; it has all that `start_setting` names.
+
+        Raises `AttachError` for invalid token ids, `MismatchError` if the source has other shapes.
+        """
+        return {}
 
     @abc.abstractmethod
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
