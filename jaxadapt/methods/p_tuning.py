@@ -27,6 +27,7 @@ class PTuning(PromptTuning):
     """Embeddings before those of the tokens, computed by a trained network."""
 
     peft_type = "P_TUNING"
+    from_base = False
 
     def own_sizes(self, config: Any) -> dict[str, int | None]:
         return {"encoder_hidden_size": config.token_dim}

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.base import Array, Params
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, dense, draw_dense, fill_in
 
@@ -71,23 +70,6 @@ class PrefixTuning(PromptMethod):
             {"num_virtual_tokens": 3},
             {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
         )
-
-
-def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
-    """Return the virtual tokens as (layers, 2, n, token_dim): for each layer the keys, then the values.
-
-    With `submodules` 2 they are those of the decoder's layers, in PEFT's order.
-
-    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3)[1].tolist()
-    [[[4.0, 5.0]], [[6.0, 7.0]]]
-    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3, 2)[1].tolist()
-    [[[8.0, 9.0]], [[10.0, 11.0]]]
-    """
-    n, width = prompt.shape
-    if width % (2 * layers):
-        raise MismatchError(f"a prefix of width {width} cannot hold keys and values of {layers} layers")
-    of_layers = prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
-    return of_layers if submodules == 1 else of_layers[jnp.asarray([2 * i % layers for i in range(layers)])]
 
 
 METHOD = PrefixTuning()

@@ -14,7 +14,7 @@ import numpy as np
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
 
@@ -88,12 +88,14 @@ class PromptMethod(Method):
         adds: "embeddings" before those of the tokens, "keys" (with values) before those of every attention layer, or
             "attention" to tokens of its own in some layers.
         in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
+        from_base: True if `initializers.start` creates new adapters, because they may start from the base's embeddings.
     """
 
     scope = "model"
     key_prefix = "base_model."  # PEFT wraps no module of the base
     adds: ClassVar[Literal["embeddings", "keys", "attention"]]
     in_decoder: ClassVar[bool] = False
+    from_base: ClassVar[bool] = False
 
     @abc.abstractmethod
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
@@ -197,6 +199,23 @@ class PromptMethod(Method):
     def _refuse(self) -> NoReturn:
         require_weights(self)
         raise AssertionError
+
+
+def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
+    """Return the virtual tokens as (layers, 2, n, token_dim): for each layer the keys, then the values.
+
+    With `submodules` 2 they are those of the decoder's layers, in PEFT's order.
+
+    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3)[1].tolist()
+    [[[4.0, 5.0]], [[6.0, 7.0]]]
+    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3, 2)[1].tolist()
+    [[[8.0, 9.0]], [[10.0, 11.0]]]
+    """
+    n, width = prompt.shape
+    if width % (2 * layers):
+        raise MismatchError(f"a prefix of width {width} cannot hold keys and values of {layers} layers")
+    of_layers = prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
+    return of_layers if submodules == 1 else of_layers[jnp.asarray([2 * i % layers for i in range(layers)])]
 
 
 def dense(params: Params, i: int, x: Array) -> Array:

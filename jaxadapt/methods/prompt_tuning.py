@@ -23,6 +23,7 @@ class PromptTuning(PromptMethod):
 
     peft_type = "PROMPT_TUNING"
     adds = "embeddings"
+    from_base = True
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         known = {

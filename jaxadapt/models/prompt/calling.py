@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.core.errors import AttachError, MismatchError
-from jaxadapt.methods.prefix_tuning import keys_and_values
-from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod
+from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.models.prompt import rewriting
 from jaxadapt.models.prompt.arguments import (
     DECODER,
