@@ -18,6 +18,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import configs, methods
+from jaxadapt.adapters import selection, sites
 from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, llama_nnx
@@ -30,6 +31,7 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.save_and_load import get_peft_model_state_dict
 
+from tests.methods.test_conformance import NET, config_of
 from tests.support.twins import llama
 
 pytestmark = pytest.mark.peft
@@ -158,8 +160,6 @@ def check_gradients(found: Any, want: dict[str, np.ndarray], peft_type: str) -> 
 
 
 def tensors_of(adapter: Any) -> Any:
-    from jaxadapt.adapters import sites
-
     return sites.all_tensors(sites.sites_of(adapter))
 
 
@@ -197,6 +197,7 @@ def test_peft_opens_our_files(peft_type: str, i: int, tmp_path: Any):
     jaxadapt.save(model, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="(?s).*missing adapter keys")
         theirs = PeftModel.from_pretrained(copy.deepcopy(torch_base()), str(tmp_path / "ours")).eval()
         theirs.save_pretrained(str(tmp_path / "again"))
     with torch.no_grad(), warnings.catch_warnings():
@@ -211,3 +212,35 @@ def test_peft_opens_our_files(peft_type: str, i: int, tmp_path: Any):
     for key, value in back.to_dict().items():
         if key not in ("base_model_name_or_path", "auto_mapping", "peft_version"):
             assert written.to_dict()[key] == value or key == "target_modules", key
+
+
+def redundant(sites_of_it: Any) -> list[tuple[Any, Any]]:
+    """The tensors that a file may lack, with their entries."""
+    pairs = [(t, e) for site in sites_of_it for t, e in zip(site.tensors, site.entries, strict=True)]
+    pairs += [(each.tensor, each.entry) for each in sites_of_it.shared]
+    return [(tensor, entry) for tensor, entry in pairs if tensor.optional and tensor.in_file]
+
+
+def cases_with_redundant_tensors() -> list[Any]:
+    shapes = {"q.kernel": (8, 16), "up.kernel": (16, 8)}
+    return [
+        case
+        for case in cases()
+        if methods.METHODS[case.values[0]].scope == "site"
+        and redundant(selection.select_sites(config_of(*case.values, ("q", "up")), NET, shapes))
+    ]
+
+
+@pytest.mark.parametrize(("peft_type", "i"), cases_with_redundant_tensors())
+def test_redundant_tensors_may_be_missing(peft_type: str, i: int, folder: Any):
+    """PEFT writes them, and warns where they are missing."""
+    file, whole = jaxadapt.read(folder), jaxadapt.load(folder, nnx_model())
+    found = sites.sites_of(jaxadapt.extract(whole))
+    keys = {key for _, entry in redundant(found) for key in entry.keys} & file.tensors.keys()
+    assert keys
+    rest = {key: x for key, x in file.tensors.items() if key not in keys}
+    jaxadapt.write(jaxadapt.PeftTensors(file.config, rest), folder.with_name("less"))
+    less = jaxadapt.extract(jaxadapt.load(folder.with_name("less"), nnx_model())).flat()
+    for path, x in jaxadapt.extract(whole).flat().items():
+        # Norms and singular vectors are computed again, by another library.
+        np.testing.assert_allclose(less[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
