@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 SUITES = (
     "tests/methods/test_conformance.py",
+    "tests/methods/test_conformance_model.py",
     "tests/methods/test_conformance_peft.py",
     "tests/reference/test_prompts.py",
     "tests/reference/test_adaption_prompt.py",

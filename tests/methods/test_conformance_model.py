@@ -1,4 +1,4 @@
-"""Methods of the whole model, and of copies, on a base over eight devices: for each in `METHODS`, this file names none.
+"""Methods of the whole model, and of copies, over eight devices and under vmap; this file names none of `METHODS`.
 
 `test_conformance` has those that adapt weights. The model is the demo's Llama in NNX and Linen, its kernels cut over
 a mesh of data × model, as FSDP with tensor parallelism cuts them, and the batch over data. Each device holds the whole
@@ -101,29 +101,36 @@ def trained(adapter: Any) -> Any:
     return jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap)
 
 
-def results(model: Any, variables: Any, adapter: Any, spread: bool, gradients: bool = True) -> Any:
-    """The logits, and the gradients of the mean of their squares by the tensors of the adapter."""
-    given = METHODS[adapter.config.peft_type].call_data(adapter.config, {"task_ids": TASKS})
-    inputs = jnp.asarray(TOKENS), jnp.asarray(MASK)
-    if spread:
-        inputs = jax.device_put(inputs, NamedSharding(MESH, PartitionSpec("data")))
+def caller(model: Any, variables: Any, config: Any) -> tuple[Any, Any]:
+    """Return the logits as a function of the adapter, the state, tokens, mask and tasks, and the state."""
     graphdef, state = nnx.split(model) if variables is None else (None, variables)
+    has_tasks = bool(METHODS[config.peft_type].call_data(config, {"task_ids": TASKS}))
 
-    def logits(adapter: Any, state: Any, tokens: Any, mask: Any) -> Any:
+    def logits(adapter: Any, state: Any, tokens: Any, mask: Any, tasks: Any) -> Any:
         held = nnx.merge(graphdef, state) if variables is None else model
-        with jaxadapt.models.invoke(held, **given) if given else contextlib.nullcontext(held) as ready:
+        with jaxadapt.models.invoke(held, task_ids=tasks) if has_tasks else contextlib.nullcontext(held) as ready:
             if variables is None:
                 return jaxadapt.inject(adapter, ready)(tokens, mask=mask)
             return ready.apply(jaxadapt.inject(adapter, state), tokens, mask=mask)
+
+    return logits, state
+
+
+def results(model: Any, variables: Any, adapter: Any, spread: bool) -> tuple[Any, Any]:
+    """The logits, and the gradients of the mean of their squares by the tensors of the adapter."""
+    logits, state = caller(model, variables, adapter.config)
 
     def loss(adapter: Any, *rest: Any) -> Any:
         y = logits(adapter, *rest)
         return (y**2).mean(), y
 
-    if not gradients:
-        return jax.jit(logits)(adapter, state, *inputs)
-    (_, y), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter, state, *inputs)
-    return y, found
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter, state, *inputs(spread))
+    return y, gradients
+
+
+def inputs(spread: bool) -> Any:
+    given = jnp.asarray(TOKENS), jnp.asarray(MASK), TASKS
+    return jax.device_put(given, NamedSharding(MESH, PartitionSpec("data"))) if spread else given
 
 
 def close(found: Any, want: Any, name: str = "") -> None:
@@ -190,7 +197,30 @@ def test_eight_devices(peft_type: str, i: int, api: str, tmp_path: Any) -> None:
     held = jaxadapt.load(eight, target, shardings=shardings)
     parts = jaxadapt.extract(held)
     model, variables = (held, None) if clean_variables is None else (jaxadapt.adapt(clean, parts.config), held)
-    close(results(model, variables, parts, spread=True, gradients=False), want)
+    logits, state = caller(model, variables, parts.config)
+    close(jax.jit(logits)(parts, state, *inputs(True)), want)
     for path, x in parts.flat().items():
         assert x.sharding.is_equivalent_to(along_model(x), x.ndim), path
         np.testing.assert_array_equal(x, loaded.flat()[path], err_msg=path)
+
+
+@pytest.mark.parametrize(("peft_type", "i", "api"), CASES)
+def test_rows_can_be_mapped_and_the_base_can_have_16_bits(peft_type: str, i: int, api: str) -> None:
+    config = class_of(peft_type)(**METHODS[peft_type].examples()[i])
+    if api == "linen":  # which has no trace of the model to take its sizes from
+        config = begun(config, "nnx", spread=False)[2].config
+    model, variables, new = begun(config, api, spread=False)
+    adapter = trained(new)
+    logits, state = caller(model, variables, adapter.config)
+    want = jax.jit(logits)(adapter, state, *inputs(False))
+
+    def of_row(adapter: Any, state: Any, *row: Any) -> Any:
+        return logits(adapter, state, *(x[None] for x in row))[0]
+
+    close(jax.jit(jax.vmap(of_row, in_axes=(None, None, 0, 0, 0)))(adapter, state, *inputs(False)), want)
+
+    def narrow(x: Any) -> Any:
+        return x.astype("bfloat16") if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    found = jax.jit(logits)(jax.tree.map(narrow, adapter), jax.tree.map(narrow, state), *inputs(False))
+    assert float(jnp.abs(found - want).max()) < 0.05 * float(jnp.abs(want).max())  # 8 bits of precision
