@@ -65,6 +65,7 @@ CI = {
     "tests/reference/test_adaption_prompt.py::test_peft_and_jaxadapt_open_each_others_files": (
         "^(nnx-False|linen-True)$"
     ),
+    "tests/reference/test_prompts_bart.py::test_pefts_adapter_gives_pefts_logits": "^nnx$",
     "tests/reference/test_prompts_gpt2.py::test_pefts_adapter_gives_pefts_logits": "^(prefix-nnx|prompt-linen)$",
     "tests/reference/test_prompts_heads.py::test_peft_and_jaxadapt_open_each_others_files": (
         "^(prefix-nnx|prompt-linen)$"
