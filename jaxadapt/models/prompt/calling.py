@@ -67,15 +67,17 @@ class Prompt:
         submodules: int = self.recipe.config.get("num_transformer_submodules") or 1
         return submodules == 2
 
-    def keys_and_values(self, count: int | None = None) -> Array:
+    def keys_and_values(self, calls: rewriting.CallCounts | None = None) -> Array:
         """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
 
-        Raises `AttachError` if the call of the model has another number of layers, `count`.
+        Raises `AttachError` if the call of the model has another number of layers.
         """
         layers = self.recipe.config.get("num_layers")
-        if count is not None:
-            rewriting.require_count(count, layers, self.encoder_decoder)
-        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)[:count]
+        whole = keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+        if calls is None:
+            return whole
+        rewriting.require_count(calls, layers, self.encoder_decoder)
+        return whole[: calls.prefixed]
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
@@ -169,7 +171,9 @@ def call_with_keys(
     """
     if prompt.method.adds == "attention":
         arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
-        layers: Callable[[int], Any] = functools.partial(_of_calls, gated_layers(prompt.recipe, prompt.params, base()))
+        layers: Callable[[rewriting.CallCounts], Any] = functools.partial(
+            _of_calls, gated_layers(prompt.recipe, prompt.params, base())
+        )
     else:
         names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
         arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
@@ -177,9 +181,9 @@ def call_with_keys(
     return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
 
 
-def _of_calls(layers: Mapping[str, Array], count: int) -> Mapping[str, Array]:
+def _of_calls(layers: Mapping[str, Array], calls: rewriting.CallCounts) -> Mapping[str, Array]:
     """Return the layers; raise `AttachError` if the call of the model has another number of them."""
-    rewriting.require_count(count, len(layers["gate"]))
+    rewriting.require_count(calls, len(layers["gate"]))
     return layers
 
 
