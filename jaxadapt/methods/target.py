@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxadapt.arrays.pattern import part_sizes
 from jaxadapt.arrays.per_entry import PerEntry
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.per_entry import per_entry
@@ -104,6 +104,12 @@ class Target:
             dataclasses.replace(t, used_sizes=ranks if "r" in dict(t.own) else tuple(min(r, 1) for r in ranks))
             for t in tensors
         )
+
+    def cap_rank(self, peft_type: str, rank: int, limit: int) -> int:
+        """Return the rank of a new adapter, at most `limit`, with a warning where PEFT is silent."""
+        if rank > limit:
+            warn(f"{self.leaf}: {peft_type} with r={limit}, the most for the sizes of this weight, and not r={rank}")
+        return min(rank, limit)
 
     def refuse(self, problem: str) -> ConfigError:
         """Return the error for a configuration that does not fit this target, to raise."""
