@@ -107,7 +107,7 @@ def caller(model: Any, variables: Any, config: Any) -> tuple[Any, Any]:
     has_tasks = bool(METHODS[config.peft_type].call_data(config, {"task_ids": TASKS}))
 
     def logits(adapter: Any, state: Any, tokens: Any, mask: Any, tasks: Any) -> Any:
-        held = nnx.merge(graphdef, state) if variables is None else model
+        held = nnx.clone(nnx.merge(graphdef, state)) if variables is None else model
         with jaxadapt.models.invoke(held, task_ids=tasks) if has_tasks else contextlib.nullcontext(held) as ready:
             if variables is None:
                 return jaxadapt.inject(adapter, ready)(tokens, mask=mask)
