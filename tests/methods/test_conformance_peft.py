@@ -39,8 +39,12 @@ IDS = np.random.default_rng(0).integers(1, 30, (2, 5))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-# Gradients reach 1e-5 of the largest value of their tensor, as logits do, except those of …
-GRADIENTS: dict[str, float] = {}
+# {type: the tolerance of its gradients, times the largest value of the tensor}. All others reach 4e-6, and have 1e-5.
+GRADIENTS = {
+    "DELORA": 5e-5,  # reaches 1e-5: λ's gradient is one number, 1,000 times smaller than others, whose terms cancel
+    "PEANUT": 5e-5,  # 5e-6: the gradients of its inner layers are 10,000 times smaller than others
+    "OSF": 3e-4,  # 6e-5: both libraries decompose the weight, and gradients are projected off its singular vectors
+}
 
 
 def assert_close(got: Any, want: np.ndarray) -> None:
