@@ -23,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,22 @@ from jaxadapt.demo import finetune, llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
 
 COMPARED = "lora"
-# Offsets of a label from its point, in points, and its horizontal alignment.
+# Offsets of a label from its point, in points, and its horizontal alignment: the nearest free one is taken.
 PLACES: Any = [
-    (6, -3, "left"),
-    (0, 7, "center"),
-    (0, -12, "center"),
-    (-6, -3, "right"),
-    (6, 9, "left"),
-    (-6, 9, "right"),
-    (6, -14, "left"),
-    (-6, -14, "right"),
+    (x, y, "left" if x > 0 else "right" if x < 0 else "center")
+    for far in (7, 14, 22, 32, 44)
+    for x, y in (
+        (far, -3),
+        (-far, -3),
+        (0, far),
+        (0, -far - 6),
+        (far, far),
+        (-far, far),
+        (far, -far - 6),
+        (-far, -far - 6),
+    )
 ]
+TOP = 3.8  # of the plot; the losses above it are written beside their points
 NOISE = 1.15  # processor times of the same step differ by as much on a busy machine
 
 
@@ -127,6 +132,10 @@ def measured(
 # ---------------------------------------------------------------- PEFT's
 
 
+def default_of(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: int) -> float:
     """The least processor time of a step of PEFT on transformers' Llama, eager; NaN if PEFT refuses the fields."""
     import torch
@@ -138,8 +147,8 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(method.upper())
     if kind is None:
         return math.nan
-    known, default = kind.__dataclass_fields__, type(ours)()
-    given = {f.name: v for f in fields(ours) if f.name in known and (v := ours.get(f.name)) != default.get(f.name)}
+    known = kind.__dataclass_fields__
+    given = {f.name: v for f in fields(ours) if f.name in known and (v := ours.get(f.name)) != default_of(f)}
     given = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if name != "peft_type"}
     hf = {k: v for k, v in config.to_hf().items() if k != "architectures"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf))
@@ -164,8 +173,8 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
 # ---------------------------------------------------------------- held-out losses
 
 
-def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str, float]:
-    """The losses of SmolLM2 on held-out text after `steps` steps; those that the file lacks are trained and added."""
+def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str, tuple[float, float]]:
+    """The losses of SmolLM2 on held-out text before and after `steps` steps; the file gets those that it lacks."""
     for method in methods:
         found = read(file)
         if method in found:
@@ -176,7 +185,7 @@ def held_out_losses(file: Path, methods: Sequence[str], steps: int) -> dict[str,
         file.write_text(json.dumps(found, indent=1))
         jax.clear_caches()
         gc.collect()
-    return {method: after for method, (_, after) in read(file).items()}
+    return {method: (before, after) for method, (before, after) in sorted(read(file).items())}
 
 
 def read(file: Path | None) -> dict[str, Any]:
@@ -194,6 +203,7 @@ def draw(path: Path, points: Mapping[str, tuple[int, float]]) -> None:
     """The held-out losses over the numbers of trained parameters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -201,14 +211,19 @@ def draw(path: Path, points: Mapping[str, tuple[int, float]]) -> None:
     axis = figure.add_subplot()
     axis.set(xscale="log", xlabel="trained parameters of SmolLM2's adapter", ylabel="held-out loss")
     axis.spines[["top", "right"]].set_visible(False)
-    for method, point in points.items():
-        axis.plot(*point, "o", markersize=5, color="#c1440e" if method == COMPARED else "#1f5fa8")
+    shown = {method: (size, min(loss, TOP)) for method, (size, loss) in points.items()}
+    for method, point in shown.items():
+        mark = "^" if points[method][1] > TOP else "o"
+        axis.plot(*point, mark, markersize=5, color="#c1440e" if method == COMPARED else "#1f5fa8")
     canvas.draw()  # the limits of the axes are known from here on
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform(list(points.values()))]
-    for method, point in points.items():
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axis.transData.transform(list(shown.values()))]
+    for method, point in shown.items():
+        text = method if points[method][1] <= TOP else f"{method} {points[method][1]:.2f}"
         for x, y, side in PLACES:
-            label = axis.annotate(method, point, (x, y), textcoords="offset points", ha=side, fontsize=8)
-            box = label.get_window_extent(canvas.get_renderer())
+            line = {"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"} if max(abs(x), abs(y)) > 20 else None
+            label = axis.annotate(text, point, (x, y), textcoords="offset points", ha=side, fontsize=8, arrowprops=line)
+            label.update_positions(canvas.get_renderer())
+            box = Text.get_window_extent(label, canvas.get_renderer())
             if not any(box.overlaps(other) for other in taken):
                 break
             label.remove()
@@ -304,12 +319,12 @@ def main() -> None:
     print(table(f"**One step, {given.layers} layers, {BATCH} × {LENGTH} tokens**", head, rows(found)))
     if given.losses is not None:
         losses = held_out_losses(given.losses, chosen, given.steps)
-        points = {method: (trained_size(method), loss) for method, loss in sorted(losses.items())}
+        sizes = {method: trained_size(method) for method in losses}
+        lines = [[m, f"{sizes[m]:,}", f"{before:.3f}", f"{after:.3f}"] for m, (before, after) in losses.items()]
         title = f"**SmolLM2 after {given.steps} steps of 2 × 64 tokens**"
-        lines = [[method, f"{size:,}", f"{loss:.3f}"] for method, (size, loss) in points.items()]
-        print(table(title, ["method", "trained", "held-out loss"], lines))
+        print(table(title, ["method", "trained", "held-out loss before", "after"], lines))
         if given.plot is not None:
-            draw(given.plot, points)
+            draw(given.plot, {method: (sizes[method], after) for method, (_, after) in losses.items()})
     judge(missed_targets(found), given)
 
 

@@ -250,7 +250,11 @@ def judge_calls(times: Mapping[str, Times], tokens: int, given: argparse.Namespa
     print("\n" + "\n".join(f"- {given.rows} adapters ÷ ({name}): {x:.2f}" for name, x in found.items()))
     if tokens > 1:
         found = ratio(most, seconds(times[SHARED], given))
-        return [] if found <= 1.05 else [f"prefill of {given.rows} adapters ≤ 1.05 × one shared adapter: {found:.2f}"]
+        return (
+            []
+            if found <= 1.05
+            else [f"prefill of {tokens} tokens and {given.rows} adapters ≤ 1.05 × one shared adapter: {found:.2f}"]
+        )
     first = next(iter(found.values()))
     return [] if first <= 1.15 else [f"decode of {given.rows} adapters ≤ 1.15 × its limit by bytes: {first:.2f}"]
 
@@ -260,6 +264,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=6)
     options.add_argument("--rows", type=int, default=64)
     options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--prefill", type=int, nargs="+", default=[16], help="tokens a row")
     options.add_argument("--known", type=int, nargs="+", default=[10, 1000, 5000])
     options.add_argument("--with-peft", action="store_true")
     options.add_argument("--busy", action="store_true", help="judge the processor's seconds, not the clock's")
@@ -267,7 +272,8 @@ def main() -> None:
     print(environment("jax", "flax", "peft", "torch", "transformers"))
     missed: list[str] = []
     ours, peft = Ours(given), Peft(given) if given.with_peft and installed("peft") else None
-    for title, tokens in (("decode, 1 token a row", 1), ("prefill, 16 tokens a row", 16)):
+    prefills = {f"prefill, {tokens} tokens a row": tokens for tokens in given.prefill}
+    for title, tokens in {"decode, 1 token a row": 1, **prefills}.items():
         ways = ours.calls(tokens) | ({} if peft is None else peft.calls(tokens))
         times = interleave(ways, given.rounds)
         show(title, times, {n: f"PEFT, {SHARED}" if n.startswith("PEFT") else SHARED for n in ways}, given)

@@ -21,11 +21,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.adapters import joint_tensors
+from jaxadapt.adapters import joint_tensors, target_parameters
 from jaxadapt.adapters.expert_parameters import ExpertParameter, is_transposed, list_parameters
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
-from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import expert_names, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
@@ -42,9 +41,9 @@ def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> 
     matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
     expert_matches = ((match, shape) for match, shape in matches if match is not None and match.weight.by_parameter)
     return [
-        paths.join(*name)
+        name
         for match, shape in expert_matches
-        for name in match.parameters(tensor_layout.axis_sizes(match, shape)).values()
+        for name in target_parameters.parameter_names(match, tensor_layout.axis_sizes(match, shape)).values()
     ]
 
 

@@ -114,17 +114,23 @@ def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: s
         for key, original in originals.items()
         if key not in known and original in known and original in tensors
     }
-    trained = [key for key in originals if f"{WRAPPERS[0]}." in key]
+    require_equal(tensors, {key: name for key, name in originals.items() if f"{WRAPPERS[0]}." in key}, source)
+    return set(originals)
+
+
+def require_equal(tensors: Mapping[str, Any], originals: Mapping[str, str], source: str) -> None:
+    """Raise `MismatchError` if a file's tensor differs from the one that it repeats, from `{key: key of that one}`."""
     raise_listed(
         MismatchError,
         f"{source}: these tensors must be equal, since one repeats the other, and they differ:",
         [
-            f"{key} and {originals[key]}"
-            for key in trained
-            if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
+            f"{key} and {original}"
+            for key, original in originals.items()
+            if key in tensors
+            and original in tensors
+            and not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[original]))
         ],
     )
-    return set(originals)
 
 
 WRAPPERS = (".modules_to_save", ".original_module")

@@ -19,7 +19,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -94,11 +94,12 @@ def init_values(
         for each in wanted
         if each.site and each.tensor.from_base and not has_value(base.get(each.site.leaf), abstract)
     }
-    if without_values:
-        raise AttachError(
-            "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
-            " parameters with values:\n" + paths.bullets(without_values)
-        )
+    raise_listed(
+        AttachError,
+        "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
+        " parameters with values:",
+        without_values,
+    )
     context = _Context.of(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from jaxadapt.adapters import target_parameters
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
@@ -31,7 +30,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
             names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
             renamed += [name for name in names if not matching.is_parameter(config, name)]
         elif site.method.copies:
-            names = [paths.join(*name) for name in match.parameters(_braced_sizes(site, match)).values()]
+            names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
             renamed += [name for name in site.modules if name not in names]
         else:
             names = tuple(match.modules(_braced_sizes(site, match)).values())
@@ -76,11 +75,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
 
 def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
     """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
-    known_sizes = {
-        name: size for entry in site.entries for name, size in zip(entry.form.left, entry.form.shape, strict=True)
-    }
     sizes = {
-        new_axis: known_sizes.get(old_axis, 0)
+        new_axis: site.axis_sizes.get(old_axis, 0)
         for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
     }
     return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

@@ -22,7 +22,6 @@ from jaxadapt.adapters.sites import (
     targeted_entries,
 )
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
@@ -258,7 +257,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
     for match, sizes, copied_entries in full_copies.select_copies(
         config, keymap, shapes, {module for site in adapted for module in site.modules}
     ):
-        names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
+        names = target_parameters.parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         method = next(iter(copied_entries.values()))
         sites.append(bind_site(config, method, keymap, match, sizes, modules))

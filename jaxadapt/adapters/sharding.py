@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxadapt.adapters.sites import Site, shared_tensors
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import Match
 
 # ---------------------------------------------------------------- from the base weight to the adapter
@@ -97,8 +97,7 @@ def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, Shar
             sharding.shard_shape(shape)
         except ValueError as error:
             problems.append(f"{path} {shape}: {error}")
-    if problems:
-        raise AttachError(
-            "shardings: expected one Sharding, or a tree with one that fits each parameter:\n" + paths.bullets(problems)
-        )
+    raise_listed(
+        AttachError, "shardings: expected one Sharding, or a tree with one that fits each parameter:", problems
+    )
     return requested

@@ -68,11 +68,14 @@ class Site:
         return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
 
     @functools.cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the axes of its tensors, by name."""
+        return {name: size for entry in self.entries for name, size in entry.form.axis_sizes.items()}
+
+    @functools.cached_property
     def stack_sizes(self) -> tuple[int, ...]:
         """The number of layers on each stacked axis."""
-        form = self.entries[0].form
-        sizes = dict(zip(form.left, form.shape, strict=True))
-        return tuple(sizes[name] for name in self.match.roles["stack"])
+        return tuple(self.axis_sizes[name] for name in self.match.roles["stack"])
 
     @functools.cached_property
     def data(self) -> dict[str, np.ndarray]:

@@ -34,8 +34,7 @@ from jaxadapt.adapters.site import (
     torch_layout,
 )
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import Modules
@@ -128,40 +127,38 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     for match, shapes in copied:
         # A bare list of tokens is for the leaf that holds their rows.
         inputs = match.module({}) if "copy" not in shapes and not match.braced else None
-        copies_of = functools.partial(full_copies.copied_entries, config, match, adapted=adapted, inputs=inputs)
         sizes = single_entry_sizes(match)
         if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
             leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
             sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.index_names(axis) is None}
-        copied_entries = copies_of(sizes)
+        copied_entries = full_copies.copied_entries(config, match, sizes, adapted, inputs)
         if not copied_entries:
             raise MismatchError(
                 f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
                 " of modules_to_save, bias and trainable_token_indices names it"
             )
         copy_method = next(iter(copied_entries.values()))
-        names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
+        names = target_parameters.parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
         sizes |= tensor_layout.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
-    if unmapped:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} has no entry for these adapted leaves:\n"
-            + paths.bullets(unmapped)
-            + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
-            " extract(model).keymap"
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} has no entry for these adapted leaves:",
+        unmapped,
+        "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
+        " extract(model).keymap",
+    )
     shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
     problems = check_shared(shared, found_shared)
-    if problems:
-        raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
+    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", problems)
     untargeted = (
         name
         for site in sites
         if not site.method.copies
         for name in site.modules
-        if not (matching.is_parameter if site.method.on_parameters else matching.is_target)(config, name)
+        if not _is_targeted(config, site.method, name)
     )
     return Sites(sites, shared, method, keymap, untargeted)
 
@@ -176,11 +173,12 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves]
     if method is not None and method.scope == "site" and not sites:
         missing.append("the tensors of its modules")
-    if missing:
-        raise AttachError(
-            "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
-            " variables:\n" + paths.bullets(missing)
-        )
+    raise_listed(
+        AttachError,
+        "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
+        " variables:",
+        missing,
+    )
 
 
 def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
@@ -236,17 +234,12 @@ def _adapted_parts(match: Match, parts: Collection[int]) -> tuple[int, ...] | No
 def _recover_site(
     config: Config, method: methods.Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]
 ) -> Site:
-    # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
     """Return the site of one adapted leaf, from the shapes of its tensors."""
-    names_of, is_targeted = (
-        _names_function(method),
-        matching.is_parameter if method.on_parameters else matching.is_target,
-    )
+    # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
     sizes = _stacked_sizes(config, method, match, shapes)
-    names = names_of(match, sizes)
-    match, modules = targeted_entries(
-        match, sizes, names, [index for index, name in names.items() if is_targeted(config, name)]
-    )
+    names = target_parameters.parameter_names(match, sizes) if method.on_parameters else match.modules(sizes)
+    targeted = [index for index, name in names.items() if _is_targeted(config, method, name)]
+    match, modules = targeted_entries(match, sizes, names, targeted)
     found = entry_shapes(match, shapes)
     tensors = method_tensors(config, method, methods.Target(match, modules, {}, found))
     sizes |= tensor_layout.axis_sizes_from_tensors(match, tensors, shapes)
@@ -262,6 +255,6 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     }
 
 
-def _names_function(method: methods.Method) -> Any:
-    """Return `f(match, sizes)`, the function for the PyTorch names of the entries that this method adapts."""
-    return target_parameters.parameter_names if method.on_parameters else Match.modules
+def _is_targeted(config: Config, method: methods.Method, name: str) -> bool:
+    """Return True if the configuration selects a module, or a parameter of a method that adapts these."""
+    return matching.is_parameter(config, name) if method.on_parameters else matching.is_target(config, name)

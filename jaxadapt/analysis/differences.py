@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.analysis import low_rank_difference
 from jaxadapt.analysis.low_rank_difference import Factors
-from jaxadapt.analysis.norms import Norm, named_parameter, norms_grid
+from jaxadapt.analysis.norms import Norm, as_float64, named_parameter, norms_grid
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import MismatchError
@@ -258,15 +258,9 @@ def _is_complete(keys: Mapping[str, str]) -> bool:
     return any(pair <= keys.keys() for pair in pairs)
 
 
-def _as_float64(x: Any) -> np.ndarray:
-    import numpy as np
-
-    return np.asarray(x).astype(np.float64)
-
-
 def _compare(module: str, config: Config, other: Config, x: _Arrays, y: _Arrays) -> ModuleDifference | str:
     if "ia3_l" in x:
-        return _compare_tensor(module, _as_float64(x["ia3_l"]) - 1, _as_float64(y["ia3_l"]) - 1, "IA3")
+        return _compare_tensor(module, as_float64(x["ia3_l"]) - 1, as_float64(y["ia3_l"]) - 1, "IA3")
     pair = _factors(config, module, x), _factors(other, module, y)
     sizes = [(factors.b.shape[1], factors.a.shape[2]) for factors in pair]
     if sizes[0] != sizes[1] or len(pair[0].a) != len(pair[1].a):
@@ -279,7 +273,7 @@ def _compare(module: str, config: Config, other: Config, x: _Arrays, y: _Arrays)
 
 
 def _compare_stored(name: str, x: _Arrays, y: _Arrays) -> ModuleDifference | str:
-    return _compare_tensor(name, _as_float64(x[""]), _as_float64(y[""]), "tensor")
+    return _compare_tensor(name, as_float64(x[""]), as_float64(y[""]), "tensor")
 
 
 def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
@@ -288,11 +282,11 @@ def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    alpha = find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    rank = find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    alpha = find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    rank = find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
     scale = np.full((len(a), 1), alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     if "lora_diag" in arrays:
-        scale *= _as_float64(arrays["lora_diag"])[:, None]  # KaSA
+        scale *= as_float64(arrays["lora_diag"])[:, None]  # KaSA
     experts = a.shape[0] // rank if matching.is_parameter(config, module) and a.shape[0] % rank == 0 else 1
     # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
     b = np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)

@@ -84,7 +84,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     left_out: list[str] = []
     known = {key for keys in module_keys.values() for key in keys.values()}
     for module, keys in module_keys.items():
-        arrays = {name: _as_float64(tensors.tensors[key]) for name, key in keys.items()}
+        arrays = {name: as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
         change = measure(module, arrays)
         if change is None:
@@ -113,7 +113,7 @@ def _measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str,
 def _is_finite(x: Any) -> bool:
     import numpy as np
 
-    return bool(np.isfinite(_as_float64(x)).all())
+    return bool(np.isfinite(as_float64(x)).all())
 
 
 def named_parameter(config: Config, module: str) -> str:
@@ -135,7 +135,8 @@ def named_parameter(config: Config, module: str) -> str:
     return f"{owner}.{adapted[position]}" if 0 <= position < len(adapted) else module
 
 
-def _as_float64(x: Any) -> np.ndarray:
+def as_float64(x: Any) -> np.ndarray:
+    """Return an array in float64."""
     import numpy as np
 
     return np.asarray(x).astype(np.float64)

@@ -57,6 +57,11 @@ class FileLayout:
         """The number of elements of the array."""
         return math.prod(self.shape)
 
+    @functools.cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the array's axes, by name."""
+        return dict(zip(self.left, self.shape, strict=True))
+
     @property
     def is_exact(self) -> bool:
         """True if a round trip keeps every bit: there is no shift, and the factor is a power of two."""
@@ -70,9 +75,8 @@ class FileLayout:
     @functools.cached_property
     def _inner(self) -> dict[str, int]:
         """{axis: size} of one tensor in the model's order; a parenthesised axis appears as its parts."""
-        keep = (i for i in range(len(self.left)) if i not in self.split)
-        parts = (pattern.part_sizes(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
-        return {name: size for part in parts for name, size in part.items()}
+        kept = ((self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split)
+        return pattern.split_sizes(kept, dict(self.sizes))
 
     @functools.cached_property
     def _flat(self) -> dict[str, int]:

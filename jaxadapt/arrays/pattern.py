@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxadapt.core.errors import MismatchError
@@ -92,3 +92,20 @@ def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]
     if size % known:
         raise MismatchError(f"an axis of size {size} cannot be split as {axis} with the sizes {dict(fixed)}")
     return {n: fixed.get(n, size // known) for n in names}
+
+
+def split_sizes(sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of the parts of several axes, given as `(axis, size)`; see `part_sizes`."""
+    return {name: part for axis, size in sizes for name, part in part_sizes(axis, size, fixed).items()}
+
+
+def scale_factor(scale: tuple[str, float] | None, sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> float:
+    """Return the product of the sizes of the axes that `scale` names, to its power; 1 without a scale.
+
+    >>> scale_factor(("c p", -0.5), [("d", 3), ("(c p)", 4)], {"p": 2})
+    0.5
+    """
+    if scale is None:
+        return 1.0
+    parts = split_sizes(sizes, fixed)
+    return float(math.prod(parts[name] for name in scale[0].split()) ** scale[1])

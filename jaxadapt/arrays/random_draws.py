@@ -37,6 +37,11 @@ class Draw:
     kind: Literal["constant", "uniform", "normal"]
     scale: float
 
+    @staticmethod
+    def kaiming(fan_in: int) -> Draw:
+        """Return PyTorch's Kaiming-uniform with a = √5, as for the layers of `torch.nn`: U(−1/√fan_in, 1/√fan_in)."""
+        return Draw("uniform", 1 / math.sqrt(fan_in))
+
 
 def missing_array(shape: Sequence[int], dtype: Any, why: str) -> Array:
     """Return a traced array without values; compiling a program that uses it raises `ConfigError(why)`.

@@ -35,6 +35,11 @@ class TensorSource(Mapping[str, Any]):
         """The shapes and dtypes by key. No tensor is read."""
         raise NotImplementedError
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes by key. No tensor is read."""
+        return {key: tuple(spec.shape) for key, spec in self.specs.items()}
+
     @abstractmethod
     def read(self, key: str) -> Any:
         """Return one tensor. Raises `KeyError` if there is none of this name."""

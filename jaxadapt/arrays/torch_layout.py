@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,14 +63,7 @@ class TorchLayout:
 
     def factor(self, shape: Sequence[int]) -> float:
         """Return the factor by which a weight of this shape is PyTorch's weight."""
-        if self.scale is None:
-            return 1.0
-        fixed = dict(self.sizes)
-        parts = {
-            n: m for axis, size in zip(self.left, shape, strict=True)
-            for n, m in pattern.part_sizes(axis, size, fixed).items()
-        }  # fmt: skip
-        return float(math.prod(parts[n] for n in self.scale[0].split()) ** self.scale[1])
+        return pattern.scale_factor(self.scale, zip(self.left, shape, strict=True), dict(self.sizes))
 
     def weight_to_torch(self, w: Array) -> Array:
         """Return a weight in PyTorch's layout and scale, (batch..., *file axes)."""
@@ -106,6 +98,16 @@ class TorchLayout:
         rows = form.to_rows(x)
         return rows.reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
 
+    def _axes_over(
+        self, role: str, letters: Mapping[str, str], over: str
+    ) -> tuple[Names, list[str], list[int], list[int], list[int]]:
+        """Return the names and axes of a role, and the positions in `over` of these axes, the batch and the rest."""
+        names = self.inputs if role == "in" else self.outputs
+        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
+        ends = [over.index(letters[axis]) for axis in axes]
+        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
+        return names, axes, ends, batch, [i for i in range(len(over)) if i not in (*ends, *batch)]
+
     def rows_to_torch(self, role: str, letters: Mapping[str, str], x: Array, over: str) -> tuple[Array, Names]:
         """Return values over the weight's inputs ("in") or outputs ("out") as rows.
 
@@ -115,15 +117,10 @@ class TorchLayout:
 
         Returns the array with the axes (batch..., rest..., features), and the letters of `rest`.
         """
-        names = self.inputs if role == "in" else self.outputs
-        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
-        ends = [over.index(letters[axis]) for axis in axes]
-        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
-        rest = [i for i in range(len(over)) if i not in (*ends, *batch)]
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
         x = x.transpose(*batch, *rest, *ends)
         lead = x.shape[: len(batch) + len(rest)]
-        split = {n: m for axis, size in zip(axes, x.shape[len(lead) :], strict=True)
-                 for n, m in pattern.part_sizes(axis, size, dict(self.sizes)).items()}  # fmt: skip
+        split = pattern.split_sizes(zip(axes, x.shape[len(lead) :], strict=True), dict(self.sizes))
         x = x.reshape(*lead, *split.values())
         order = [len(lead) + list(split).index(n) for n in names]
         x = x.transpose(*range(len(lead)), *order).reshape(*lead, -1)
@@ -131,13 +128,8 @@ class TorchLayout:
 
     def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
         """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
-        names = self.inputs if role == "in" else self.outputs
-        axes = [axis for axis in self.left if set(pattern.axis_parts(axis)) & set(names)]
-        ends = [over.index(letters[axis]) for axis in axes]
-        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
-        rest = [i for i in range(len(over)) if i not in (*ends, *batch)]
-        split = {n: m for i, axis in zip(ends, axes, strict=True)
-                 for n, m in pattern.part_sizes(axis, like.shape[i], dict(self.sizes)).items()}  # fmt: skip
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
+        split = pattern.split_sizes(zip(axes, (like.shape[i] for i in ends), strict=True), dict(self.sizes))
         lead = rows.shape[:-1]
         x = rows.reshape(*lead, *(split[n] for n in names))
         x = x.transpose(*range(len(lead)), *(len(lead) + names.index(n) for n in split))

@@ -189,8 +189,7 @@ def _read_orbax_shapes(path: Path) -> Shapes:
         for names, (shape, _) in leaves.items():
             if has_params and "params" not in names:
                 continue
-            start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
-            shapes[".".join(names[start:]).removesuffix(".value")] = tuple(shape)
+            shapes[orbax.parameter_path(names)] = tuple(shape)
     return shapes
 
 
@@ -199,4 +198,4 @@ def _read_checkpoint_shapes(path: Path) -> Shapes:
     from jaxadapt.storage import hf_model
 
     with hf_model.open_model(path) as model:
-        return {key: tuple(spec.shape) for key, spec in model.specs.items()}
+        return model.shapes

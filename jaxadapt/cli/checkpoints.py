@@ -52,10 +52,7 @@ def command(
 
         number = _resolve_step(steps[-1], best, step)
         CheckpointManager(folder, progress=True).export(number, out)
-        if as_json:
-            output.print_json({"step": number, "folder": out})
-        else:
-            output.print_pairs([("step", str(number)), ("folder", out)])
+        output.print_result(as_json, {"step": number, "folder": out}, [("step", str(number)), ("folder", out)])
         return
     if as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]

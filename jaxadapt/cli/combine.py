@@ -64,7 +64,8 @@ def command(
         adapters, numbers, out, resize=None if svd else rank, dtype=dtype, progress=True, **options
     )
     config = combined.config
-    if as_json:
-        output.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})
-    else:
-        output.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(combined.tensors)))])
+    output.print_result(
+        as_json,
+        {"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")},
+        [("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(combined.tensors)))],
+    )

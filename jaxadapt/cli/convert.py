@@ -54,12 +54,15 @@ def command(
     """Convert the adapter SOURCE to TARGET: to another file format or dtype, or between PEFT and other JAX libraries.
     No model is needed.
 
-    SOURCE is the folder or address of an adapter, a folder of such folders, an Orbax checkpoint of jaxadapt.save, or
-    one file: an image adapter of kohya-ss, LyCORIS or diffusers, or a tree. TARGET is a folder or, if its name ends in
-    .safetensors, such a file. Several SOURCEs become subfolders of TARGET.
+    SOURCE is the folder or address of an adapter, a folder of such folders, an Orbax checkpoint of jaxadapt.save,
+    mlx-lm's folder, or one file: an image adapter of kohya-ss, LyCORIS or diffusers, or a tree. TARGET is a folder or,
+    if its name ends in .safetensors, such a file. Several SOURCEs become subfolders of TARGET.
 
     An image adapter becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/), and such a folder
     becomes one file with --format kohya-ss or diffusers. If SOURCE and TARGET are both files, the names stay.
+
+    mlx-lm's folder (adapters.safetensors and its own adapter_config.json, LoRA or DoRA) becomes PEFT's with the same
+    outputs: lora_alpha is mlx-lm's scale times the rank. `jaxadapt export --for mlx` writes such a folder.
 
     A tree has the LoRA leaves of a JAX library under their dotted paths, as `save_file({".".join(path): leaf, …})`
     writes it; it holds LoRA only. If a layout depends on a size that the adapter does not contain, such as the size of
@@ -70,6 +73,7 @@ def command(
       jaxadapt convert out/ old/ --format bin
       jaxadapt convert out/ small/ --dtype bfloat16
       jaxadapt convert fr/ de/ it/ checkpoints/ --format orbax
+      jaxadapt convert adapters-mlx/ out/
       jaxadapt convert style.safetensors style/
       jaxadapt convert style/ style.safetensors --format kohya-ss
       jaxadapt convert lora.safetensors out/ --from tunix:qwen3 --lora-alpha 16

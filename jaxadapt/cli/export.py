@@ -17,7 +17,7 @@ from jaxadapt.export.programs import PROGRAMS
 @click.option("--first", type=click.Path(), help="The initial adapter of PiSSA, OLoRA, CorDA or LoRA-GA.")
 @click.option("--rank", type=click.IntRange(1), help="Approximate the adapter by the nearest LoRA of this rank.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Dtype of the result. Default: the adapter's.")  # fmt: skip
+              help="Dtype of the result. Default: the adapter's; float32 for gguf.")  # fmt: skip
 @output.as_json
 def command(
     source: str, program: str, out: str, base: str | None, first: str | None, rank: int | None, dtype: str | None,

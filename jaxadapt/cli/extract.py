@@ -36,8 +36,9 @@ def command(
     result = adapter_files.extract_files(
         checkpoint, out, name=name, config=config, keymap=keymap, lora_alpha=lora_alpha, progress=True
     )
-    if as_json:
-        output.print_json({"path": out, "method": result.config.peft_type, "tensors": len(result.tensors)})
-    else:
-        rows = [("written", out), ("method", result.config.peft_type), ("tensors", str(len(result.tensors)))]
-        output.print_pairs(rows)
+    method, tensors = result.config.peft_type, len(result.tensors)
+    output.print_result(
+        as_json,
+        {"path": out, "method": method, "tensors": tensors},
+        [("written", out), ("method", method), ("tensors", str(tensors))],
+    )

@@ -42,8 +42,9 @@ def check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
     """Show the method, base model, targets and size of the adapter in FOLDER, and which programs read it.
 
-    FOLDER is an adapter of jaxadapt or PEFT, or an address: hf://org/name@revision/subfolder, s3://…, gs://…. No model
-    is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is given.
+    FOLDER is an adapter of jaxadapt, PEFT or mlx-lm, or an address: hf://org/name@revision/subfolder, s3://…, gs://….
+    No model is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is
+    given.
 
     "misread by" lists programs that load the adapter without a message and compute something else than PEFT, with the
     setting that they ignore and what helps. --json names the version of each program.
@@ -89,6 +90,8 @@ def _print_info(info: Info, tensors: bool) -> None:
 
     config = info.config
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
+    if info.form != "PEFT":
+        rows.append(("format", f"{info.form}; the programs below read it after jaxadapt convert"))
     rows.append(("base model", config.base_model_name_or_path or "not recorded"))
     targets = config.get("target_modules")
     if targets is not None:

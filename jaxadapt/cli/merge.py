@@ -66,7 +66,4 @@ def command(
     else:
         with _on_device(device):
             count = merge_files.merge_folder(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
-    if as_json:
-        output.print_json({"folder": out, "changed": count})
-    else:
-        output.print_pairs([("folder", out), ("changed", f"{count} weights")])
+    output.print_result(as_json, {"folder": out, "changed": count}, [("folder", out), ("changed", f"{count} weights")])

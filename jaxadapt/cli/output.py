@@ -52,6 +52,14 @@ def print_json(value: Any) -> None:
     click.echo(text)
 
 
+def print_result(as_json: bool, value: Any, rows: Iterable[tuple[str, str]]) -> None:
+    """Print the result of a command: the value as JSON, or names and values."""
+    if as_json:
+        print_json(value)
+    else:
+        print_pairs(rows)
+
+
 def print_line(text: str) -> None:
     """Print a line without folding it, so that it can be copied."""
     click.echo(escape_text(text))

@@ -30,7 +30,8 @@ def command(adapter: str, rank: int, out: str, dtype: str | None, as_json: bool)
 
     error = adapter_files.resize_files(adapter, rank, out, dtype=dtype, progress=True)
     worst = max(error, key=lambda name: error[name])
-    if as_json:
-        output.print_json({"path": out, "rank": rank, "error": error})
-    else:
-        output.print_pairs([("written", out), ("rank", str(rank)), ("largest error", f"{error[worst]:.3g} in {worst}")])
+    output.print_result(
+        as_json,
+        {"path": out, "rank": rank, "error": error},
+        [("written", out), ("rank", str(rank)), ("largest error", f"{error[worst]:.3g} in {worst}")],
+    )

@@ -27,7 +27,8 @@ def command(adapter: str, first: str, out: str, as_json: bool) -> None:
 
     result = adapter_files.undo_start(adapter, first, out, progress=True)
     rank = result.config.get("r")
-    if as_json:
-        output.print_json({"path": out, "rank": rank, "lora_alpha": result.config.get("lora_alpha")})
-    else:
-        output.print_pairs([("written", out), ("rank", str(rank))])
+    output.print_result(
+        as_json,
+        {"path": out, "rank": rank, "lora_alpha": result.config.get("lora_alpha")},
+        [("written", out), ("rank", str(rank))],
+    )

@@ -41,7 +41,8 @@ def command(path: str, base: str | None, as_json: bool) -> None:
         of the base that the adapter was trained on, if the file has a fingerprint.
 
     Files of MLX, kohya-ss and diffusers, whole models and the folder of a training run are recognized. PATH may be the
-    one file of an image adapter (kohya-ss, LyCORIS, diffusers).
+    one file of an image adapter (kohya-ss, LyCORIS, diffusers). mlx-lm's folder is an error, because PEFT does not read
+    it; its content is checked too, and "jaxadapt convert" writes PEFT's folder.
 
     The command reads only names, sizes and a few values of BASE. A .json file of shapes is an object {key: shape} of
     PyTorch's parameters. `jaxadapt families` lists the families.

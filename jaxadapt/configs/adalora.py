@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import CHECKS, Problems
 
 _TARGETS: Mapping[str, Mapping[str, Any]] = {
@@ -21,7 +21,7 @@ _TARGETS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AdaLoraConfig(MethodConfig):
+class AdaLoraConfig(LayersConfig):
     """AdaLoRA (arXiv:2303.10512): LoRA with a diagonal E between A and B, whose ranks shrink during training.
 
     The fields are those of `LoraConfig` and the schedule of the allocator. PEFT ignores some of the former. Besides the
@@ -56,10 +56,11 @@ class AdaLoraConfig(MethodConfig):
     12
     """
 
-    _type: ClassVar[str | None] = "ADALORA"
     new_values: ClassVar[Mapping[str, float]] = {"lora_E": 0.0}
     tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("lora_A", "lora_B"), ("lora_A", "lora_E"))
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="lora_A, lora_B, lora_E", rows="call", accuracy=0.373, time=1.24)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="lora_A, lora_B, lora_E", rows="call", learning_rate=3e-2, accuracy=0.373, time=1.24
+    )
     tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),
@@ -75,17 +76,13 @@ class AdaLoraConfig(MethodConfig):
 
     peft_type: str = "ADALORA"
     r: int = 8
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool | None = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: Collection[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, Collection[bool]] | None = None
     alpha_pattern: Mapping[str, int | float] | None = field(default_factory=FrozenDict)
     megatron_config: Mapping[str, Any] | None = None

@@ -30,13 +30,12 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    _type: ClassVar[str | None] = "ADAPTION_PROMPT"
     tensor_prefix: ClassVar[str | None] = "adaption_"
     target_is_expression: ClassVar[bool] = False
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="adaption_gate, adaption_prompt",
         merges=False,
-        learning_rate=1e-2,
+        learning_rate=0.1,
         demo=FrozenDict({"target_modules": "self_attn", "adapter_len": 10, "adapter_layers": 20}),
         accuracy=0.384,
         time=1.21,

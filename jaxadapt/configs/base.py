@@ -64,10 +64,8 @@ class Config:
     inference_mode: bool = field(default=False, compare=False)
     extra: Mapping[str, Any] = field(default_factory=FrozenDict)
 
-    # The `peft_type` of the class; None for a class that covers every type without a class of its own.
-    _type: ClassVar[str | None] = None
-
-    # {peft_type: class} of every loaded subclass for one type; `class_of` loads those of the table.
+    # {peft_type: class} of every loaded subclass for one type, the default of its field `peft_type`; `class_of` loads
+    # those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
 
     # The method's facts for lists, the demo and servers.
@@ -105,8 +103,8 @@ class Config:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if cls._type is not None:
-            Config.classes[cls._type] = cls
+        if cls.peft_type:
+            Config.classes[cls.peft_type] = cls
 
     def __new__(cls, *args: object, **values: object) -> Self:
         """Raise `ConfigError` with a suggestion for an unknown keyword; `__init__` would raise TypeError."""
@@ -156,8 +154,9 @@ class Config:
 
     def _check(self, problems: Problems) -> None:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""
-        if self._type is not None and self.peft_type != self._type:
-            problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
+        own = type(self).peft_type
+        if own and self.peft_type != own:
+            problems.add("peft_type", f'"{own}"', self.peft_type, "use configs.loads to read any type")
         for name in _field_names(type(self)):
             self._check_field(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
@@ -167,6 +166,17 @@ class Config:
             problems.add(f"extra[{key!r}]", f"no key that is a field of {type(self).__name__}", self.extra[key])
         for key, value in self.extra.items():
             problems.common(key, value)
+
+    def _check_layers(self, problems: Problems, *, with_expression: bool) -> None:
+        """Add a problem if the fields of layers have no effect; `with_expression` if an expression may go with them."""
+        pattern, targets = self.get("layers_pattern"), self.get("target_modules")
+        if pattern and self.get("layers_to_transform") is None:
+            way_out = "set layers_to_transform, or remove the pattern"
+            problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and not with_expression and self.get(name) is not None:
+                way_out = "write the layers into the expression, or make target_modules a list"
+                problems.add(name, "null if target_modules is a string", self.get(name), way_out)
 
     def _check_field(self, problems: Problems, name: str, value: Any) -> None:
         """Add a problem if a field's value is of the wrong kind."""

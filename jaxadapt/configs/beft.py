@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BeftConfig(MethodConfig):
+class BeftConfig(TargetsConfig):
     """BEFT: a trained vector is added to the output of each module, as a bias.
 
     Besides the attributes of `Config`:
@@ -28,7 +28,6 @@ class BeftConfig(MethodConfig):
     True
     """
 
-    _type: ClassVar[str | None] = "BEFT"
     new_values: ClassVar[Mapping[str, float]] = {"beft_bias": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="beft_bias", learning_rate=1e-2, accuracy=0.321, time=0.94)
     checks: ClassVar[Mapping[str, Any]] = {}
@@ -39,6 +38,4 @@ class BeftConfig(MethodConfig):
     }
 
     peft_type: str = "BEFT"
-    target_modules: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True

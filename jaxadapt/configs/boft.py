@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BOFTConfig(MethodConfig):
+class BOFTConfig(LayersConfig):
     """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
 
     Besides the attributes of `Config`:
@@ -35,7 +35,6 @@ class BOFTConfig(MethodConfig):
     4
     """
 
-    _type: ClassVar[str | None] = "BOFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="boft_R, boft_s", rows="call", accuracy=0.343, time=7.35)
     checks: ClassVar[Mapping[str, Any]] = {
         "boft_n_butterfly_factor": "rank",
@@ -48,15 +47,11 @@ class BOFTConfig(MethodConfig):
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = 1
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     boft_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

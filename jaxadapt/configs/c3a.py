@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
-
-_STARTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class C3AConfig(MethodConfig):
+class C3AConfig(LayersConfig):
     """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
 
     Besides the attributes of `Config`:
@@ -37,7 +35,6 @@ class C3AConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "C3A"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="c3a_kernel",
         rows="call",
@@ -50,7 +47,7 @@ class C3AConfig(MethodConfig):
         "block_size": "rank",
         "block_size_pattern": "ranks",
         "bias": ("none", "all", "c3a_only"),
-        "init_weights": "any",
+        "init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **QUERY_AND_VALUE,
@@ -59,19 +56,12 @@ class C3AConfig(MethodConfig):
 
     peft_type: str = "C3A"
     block_size: int = 256
-    target_modules: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     block_size_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     init_weights: bool | str = "xavier_uniform"
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if not isinstance(self.init_weights, bool) and self.init_weights not in _STARTS:
-            expected = f"true, false or one of {', '.join(_STARTS)}"
-            problems.add("init_weights", expected, self.init_weights)
         if "block_size_pattern" not in problems:
             refuse_alternatives(problems, "block_size_pattern", self.block_size_pattern)
 

@@ -29,8 +29,7 @@ class CartridgeConfig(PromptLearningConfig):
     1
     """
 
-    _type: ClassVar[str | None] = "CARTRIDGE"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="trainable_embedding", merges=False, learning_rate=1e-2)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="trainable_embedding", merges=False, learning_rate=3e-2)
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {**PromptLearningConfig.checks, "num_frozen_tokens": "size"}
 

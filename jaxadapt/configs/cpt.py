@@ -41,7 +41,6 @@ class CPTConfig(PromptLearningConfig):
     3
     """
 
-    _type: ClassVar[str | None] = "CPT"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="delta_embedding",
         merges=False,

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.validation import Problems, is_int
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(MethodConfig):
+class DeftConfig(LayersConfig):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -36,20 +35,18 @@ class DeftConfig(MethodConfig):
     'relu'
     """
 
-    _type: ClassVar[str | None] = "DEFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="deft_P, deft_R", rows="call", accuracy=0.482, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "decomposition_method": ("relu", "qr"),
         "deft_dropout": "probability",
         "bias": ("none", "all", "deft_only"),
-        "alpha": "any",
+        "alpha": "integer",
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "DEFT"
     r: int = 8
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     decomposition_method: str = "relu"
     init_scale: float = 1.0
@@ -58,12 +55,4 @@ class DeftConfig(MethodConfig):
     fan_in_fan_out: bool = False
     deft_dropout: float = 0.0
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.alpha is not None and not is_int(self.alpha):
-            problems.add("alpha", "an integer or null", self.alpha)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import RanksConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeloraConfig(MethodConfig):
+class DeloraConfig(RanksConfig):
     """DeLoRA (arXiv:2503.18225): a low-rank change whose components have unit length and one learned strength.
 
     Besides the attributes of `Config`:
@@ -34,7 +34,6 @@ class DeloraConfig(MethodConfig):
     15
     """
 
-    _type: ClassVar[str | None] = "DELORA"
     new_values: ClassVar[Mapping[str, float]] = {"delora_B": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="delora_A, delora_B, delora_lambda",
@@ -53,15 +52,9 @@ class DeloraConfig(MethodConfig):
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "DELORA"
-    r: int = 8
     delora_lambda: int | float = 15
     module_dropout: float = 0.0
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     bias: str = "none"
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     lambda_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    modules_to_save: Collection[str] | None = None

@@ -10,12 +10,12 @@ from jaxadapt.configs.c3a import refuse_alternatives
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FourierFTConfig(MethodConfig):
+class FourierFTConfig(LayersConfig):
     """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
 
     Besides the attributes of `Config`:
@@ -37,8 +37,9 @@ class FourierFTConfig(MethodConfig):
     1000
     """
 
-    _type: ClassVar[str | None] = "FOURIERFT"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="fourierft_spectrum", rows="call", accuracy=0.096, time=1.83)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="fourierft_spectrum", rows="call", learning_rate=0.1, accuracy=0.096, time=1.83
+    )
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",
@@ -54,12 +55,8 @@ class FourierFTConfig(MethodConfig):
     scaling: float = 150.0
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     init_weights: bool = False
 

@@ -133,7 +133,7 @@ def _overlap(keys: list[str]) -> bool:
     return any(index.matching(key) != [order] for order, key in enumerate(keys))
 
 
-def find_pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
+def find_pattern_value(patterns: Mapping[str, _T] | None, name: str, default: _T) -> _T:
     """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
 
     Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class GraloraConfig(MethodConfig):
+class GraloraConfig(LayersConfig):
     """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
 
     Besides the attributes of `Config`:
@@ -34,10 +34,10 @@ class GraloraConfig(MethodConfig):
     2
     """
 
-    _type: ClassVar[str | None] = "GRALORA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
+        "hybrid_r": "size",
         "alpha": "number",
         "gralora_k": "rank",
         "gralora_dropout": "probability",
@@ -48,20 +48,14 @@ class GraloraConfig(MethodConfig):
     peft_type: str = "GRALORA"
     r: int = 32
     hybrid_r: int = 0
-    target_modules: str | Collection[str] | None = None
     alpha: int | float = 64
     gralora_dropout: float = 0.0
     gralora_k: int = 2
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if "hybrid_r" not in problems and self.hybrid_r < 0:
-            problems.add("hybrid_r", "an integer of at least 0", self.hybrid_r)
         if "r" not in problems and "gralora_k" not in problems and self.r % self.gralora_k:
             problems.add("r", f"a multiple of gralora_k = {self.gralora_k}", self.r)

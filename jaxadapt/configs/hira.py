@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HiraConfig(MethodConfig):
+class HiraConfig(LayersConfig):
     """HiRA (Huang et al., ICLR 2025): the change of a weight is its elementwise product with a low-rank matrix.
 
     Besides the attributes of `Config`:
@@ -35,31 +35,20 @@ class HiraConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "HIRA"
     new_values: ClassVar[Mapping[str, float]] = {"hira_B": 0.0}
     tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("hira_A", "hira_B"),)
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", accuracy=0.513, time=1.4)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", learning_rate=1e-2, accuracy=0.513, time=1.4)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "HIRA"
     r: int = 32
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    modules_to_save: Collection[str] | None = None
     init_weights: bool | str | None = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.init_weights not in (True, False, None, "gaussian"):
-            problems.add("init_weights", 'true, false, null or "gaussian"', self.init_weights)
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if self.get(name) is not None:
-                    way_out = "write the layers into the expression, or make target_modules a list"
-                    problems.add(name, "null if target_modules is a string", self.get(name), way_out)
+        self._check_layers(problems, with_expression=False)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HRAConfig(MethodConfig):
+class HRAConfig(LayersConfig):
     """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -30,7 +30,6 @@ class HRAConfig(MethodConfig):
     8
     """
 
-    _type: ClassVar[str | None] = "HRA"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="hra_u", rows="call")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
@@ -38,10 +37,6 @@ class HRAConfig(MethodConfig):
     peft_type: str = "HRA"
     r: int = 8
     apply_GS: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None

@@ -54,9 +54,8 @@ class IA3Config(Config):
     'IA3'
     """
 
-    _type: ClassVar[str | None] = "IA3"
-    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
     shortens_targets: ClassVar[bool] = False
+    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="ia3_l",
         rows="call",

@@ -31,10 +31,10 @@ class LNTuningConfig(MethodConfig):
     'LN_TUNING'
     """
 
-    _type: ClassVar[str | None] = "LN_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="all tensors of the target modules",
         demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
+        learning_rate=5e-3,
         accuracy=0.0,
         time=0.97,
     )

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.method_config import RanksConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoKrConfig(MethodConfig):
+class LoKrConfig(RanksConfig):
     """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
 
     Besides the attributes of `Config`:
@@ -41,24 +40,21 @@ class LoKrConfig(MethodConfig):
     -1
     """
 
-    _type: ClassVar[str | None] = "LOKR"
     new_values: ClassVar[Mapping[str, float]] = {"lokr_w1": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", accuracy=0.466, time=1.37
+        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", learning_rate=1e-2, accuracy=0.466, time=1.37
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
-        "init_weights": "any",
+        "init_weights": (True, False, "lycoris"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LOKR"
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    r: int = 8
     alpha: int | float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
@@ -66,14 +62,5 @@ class LoKrConfig(MethodConfig):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
-            problems.add("init_weights", 'true, false or "lycoris"', self.init_weights)

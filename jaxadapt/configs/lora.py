@@ -125,7 +125,6 @@ class LoraConfig(Config):
     jaxadapt.core.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
     """
 
-    _type: ClassVar[str | None] = "LORA"
     new_values: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0}
     tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
         ("lora_A.weight", "lora_B.weight"),
@@ -269,7 +268,7 @@ class LoraConfig(Config):
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         self._check_init(problems)
-        self._check_layers(problems)
+        self._check_layers(problems, with_expression=False)
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
@@ -290,18 +289,6 @@ class LoraConfig(Config):
             return
         known = ", ".join(f'"{name}"' for name in INITS)
         problems.add("init_lora_weights", f'true, false, {known} or "pissa_niter_<number>"', init)
-
-    def _check_layers(self, problems: Problems) -> None:
-        layers = self.layers_to_transform
-        pattern: object = self.layers_pattern
-        if pattern and layers is None:
-            way_out = "set layers_to_transform, or remove the pattern"
-            problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
-        if isinstance(self.target_modules, str):
-            way_out = "write the layers into the expression, or make target_modules a list"
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    problems.add(name, "null if target_modules is a string", getattr(self, name), way_out)
 
 
 def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:

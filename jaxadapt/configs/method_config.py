@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects, is_int, one_of
 
 
@@ -19,8 +20,8 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
 
     Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of 0 or more),
-            "seed" (an integer or null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of at least
+            0), "integer" (also null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
             patterns with such values), "any", or the tuple of the possible values. Null is valid if it is the field's
             default.
     """
@@ -29,15 +30,13 @@ class MethodConfig(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.get("layers_pattern") and self.get("layers_to_transform") is None:
-            way_out = "set layers_to_transform, or remove the pattern"
-            problems.add("layers_pattern", "null if layers_to_transform is null", self.get("layers_pattern"), way_out)
+        self._check_layers(problems, with_expression=True)
 
     def _check_field(self, problems: Problems, name: str, value: Any) -> None:
         default = _defaults(type(self)).get(name)
         check = self.checks.get(name)
         if isinstance(check, tuple):
-            one_of(*cast("tuple[str, ...]", check), optional=default is None)(problems, name, value)
+            one_of(*cast("tuple[str | bool, ...]", check), optional=default is None)(problems, name, value)
         elif check is not None:
             if value is not None or default is not None:
                 _BY_KIND[check](problems, name, value)
@@ -49,6 +48,34 @@ class MethodConfig(Config):
             _BY_DEFAULT[type(default)](problems, name, value)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TargetsConfig(MethodConfig):
+    """A configuration that selects modules; its fields are as in `LoraConfig`."""
+
+    target_modules: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LayersConfig(TargetsConfig):
+    """A configuration that selects modules of some layers; its fields are as in `LoraConfig`."""
+
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RanksConfig(LayersConfig):
+    """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
+
+    r: int = 8
+    rank_pattern: Mapping[str, int] | None = dataclasses.field(default_factory=FrozenDict)
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of one PyTorch module."""
+        return find_pattern_value(self.rank_pattern, module, self.r)
+
+
 @functools.cache
 def _defaults(cls: type[Config]) -> Mapping[str, Any]:
     return {item.name: item.default for item in dataclasses.fields(cls)}
@@ -56,11 +83,11 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
-    "size": expects("an integer of 0 or more", lambda x: is_int(x) and x >= 0),
+    "size": expects("an integer of at least 0", lambda x: is_int(x) and x >= 0),
     "probability": CHECKS["lora_dropout"],
     "text": CHECKS["revision"],
     "object": CHECKS["auto_mapping"],
-    "seed": expects("an integer or null", lambda x: x is None or is_int(x)),
+    "integer": expects("an integer or null", lambda x: x is None or is_int(x)),
     "ranks": CHECKS["rank_pattern"],
     "number": CHECKS["lora_alpha"],
     "numbers": CHECKS["alpha_pattern"],

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(MethodConfig):
+class MissConfig(LayersConfig):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:
@@ -33,7 +32,6 @@ class MissConfig(MethodConfig):
     64
     """
 
-    _type: ClassVar[str | None] = "MISS"
     new_values: ClassVar[Mapping[str, float]] = {"miss_block": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
@@ -41,7 +39,7 @@ class MissConfig(MethodConfig):
         "mini_r": "rank",
         "miss_dropout": "probability",
         "bias": ("none", "all", "MiSS_only"),
-        "init_weights": "any",
+        "init_weights": (True, False, "bat", "mini"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
@@ -49,15 +47,6 @@ class MissConfig(MethodConfig):
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not (isinstance(self.init_weights, bool) or self.init_weights in ("bat", "mini")):
-            problems.add("init_weights", 'true, false, "bat" or "mini"', self.init_weights)

@@ -35,7 +35,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     1
     """
 
-    _type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
     file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="prefix_task_cols, prefix_task_rows, prompt_embeddings", merges=False, learning_rate=3e-2

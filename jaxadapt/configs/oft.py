@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OFTConfig(MethodConfig):
+class OFTConfig(LayersConfig):
     """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -39,7 +39,6 @@ class OFTConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "OFT"
     main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
     facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
     checks: ClassVar[Mapping[str, Any]] = {
@@ -53,14 +52,10 @@ class OFTConfig(MethodConfig):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = 0.0
-    target_modules: str | Collection[str] | None = None
     fan_in_fan_out: bool = False
     bias: str = "none"
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False

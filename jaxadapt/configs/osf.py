@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 from jaxadapt.configs.validation import Problems, is_number
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OSFConfig(MethodConfig):
+class OSFConfig(TargetsConfig):
     """OSF (arXiv:2504.07097): the small singular directions of a weight are trained, and the large ones are kept.
 
     Besides the attributes of `Config`:
@@ -34,12 +34,14 @@ class OSFConfig(MethodConfig):
     >>> OSFConfig(target_modules=["q_proj"]).effective_rank
     """
 
-    _type: ClassVar[str | None] = "OSF"
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low", accuracy=0.427, time=2.82
+        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low",
+        learning_rate=1e-4,
+        accuracy=0.427,
+        time=2.82,
     )
     tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
-    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": "any"}
+    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": (True, False, None)}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "gpt2": {"target_modules": ("c_attn", "c_proj")},
         "gptj": {"target_modules": ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out")},
@@ -48,10 +50,8 @@ class OSFConfig(MethodConfig):
 
     peft_type: str = "OSF"
     effective_rank: int | float | None = None
-    target_modules: str | Collection[str] | None = None
     rank_pattern: Mapping[str, int | float] | None = None
     init_weights: bool | None = True
-    modules_to_save: Collection[str] | None = None
     target_svd_config: Mapping[str, int] | None = None
 
     def _check(self, problems: Problems) -> None:
@@ -64,6 +64,3 @@ class OSFConfig(MethodConfig):
         for name, value in ranks.items():
             if value is not None and not (is_number(value) and value > 0):
                 problems.add(name, "a positive number or null", value)
-        start: Any = self.init_weights
-        if not isinstance(start, bool | None):
-            problems.add("init_weights", "true, false or null", start)

@@ -32,7 +32,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     'MLP'
     """
 
-    _type: ClassVar[str | None] = "P_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="all tensors of the encoder", merges=False, accuracy=0.35, time=0.97
     )

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PeanutConfig(MethodConfig):
+class PeanutConfig(LayersConfig):
     """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
 
     Besides the attributes of `Config`:
@@ -34,9 +33,9 @@ class PeanutConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "PEANUT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
     tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PEANUT"
@@ -44,14 +43,5 @@ class PeanutConfig(MethodConfig):
     depth: int = 0
     act_fn: str = "relu"
     scaling: float = 1.0
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     init_weights: bool = True
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "depth" not in problems and self.depth < 0:
-            problems.add("depth", "0 or more", self.depth)

@@ -31,13 +31,23 @@ def read_peft_type(values: object, source: str) -> str:
     raise ConfigError(f"{source}: peft_type: expected a type in capitals, found {name!r}; {way_out}")
 
 
+def mlx_keys(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys that show a configuration of mlx-lm; none for PEFT's.
+
+    >>> mlx_keys({"num_layers": 4, "iters": 10}), mlx_keys({"num_layers": 4, "peft_type": "P_TUNING"})
+    (['num_layers'], [])
+    """
+    return [] if "peft_type" in values else [key for key in _MLX if key in values]
+
+
 def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
     """Raise `ConfigError` for values without a `peft_type`, with a suggestion by their keys."""
-    mlx = [key for key in _MLX if key in values]
+    mlx = mlx_keys(values)
     if mlx:
         raise ConfigError(
             f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}), whose"
-            " tensors have other names and layouts; convert the adapter to PEFT's format first"
+            " tensors have other names and layouts; `jaxadapt convert FOLDER OUT` reads mlx-lm's folder (with"
+            " adapters.safetensors) and writes PEFT's"
         )
     keys = ", ".join(sorted(values)[:12]) or "no key at all"
     if "lora_alpha" in values or "lora_dropout" in values:

@@ -34,7 +34,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     'PREFIX_TUNING'
     """
 
-    _type: ClassVar[str | None] = "PREFIX_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="prompt_embeddings",
         merges=False,

@@ -34,7 +34,6 @@ class PromptTuningConfig(PromptLearningConfig):
     'RANDOM'
     """
 
-    _type: ClassVar[str | None] = "PROMPT_TUNING"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="prompt_embeddings",
         merges=False,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PveraConfig(MethodConfig):
+class PveraConfig(LayersConfig):
     """PVeRA (arXiv:2512.07703): VeRA whose vector over ranks is the mean and the variance of a distribution.
 
     Besides the attributes of `Config`:
@@ -36,7 +36,6 @@ class PveraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "PVERA"
     new_values: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="pvera_lambda_b, pvera_lambda_d", learning_rate=2e-2, accuracy=0.353, time=1.15
@@ -45,22 +44,18 @@ class PveraConfig(MethodConfig):
         "r": "rank",
         "pvera_dropout": "probability",
         "bias": ("none", "all", "pvera_only"),
-        "generator_seed": "seed",
+        "generator_seed": "integer",
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PVERA"
     r: int = 256
-    target_modules: str | Collection[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     pvera_dropout: float = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     sample_at_inference: bool = False
     generator_seed: int | None = None

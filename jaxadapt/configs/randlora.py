@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RandLoraConfig(MethodConfig):
+class RandLoraConfig(LayersConfig):
     """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
 
     Besides the attributes of `Config`:
@@ -35,7 +35,6 @@ class RandLoraConfig(MethodConfig):
     640
     """
 
-    _type: ClassVar[str | None] = "RANDLORA"
     new_values: ClassVar[Mapping[str, float]] = {"randlora_gamma": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="randlora_gamma, randlora_lambda", accuracy=0.478, time=1.51)
     checks: ClassVar[Mapping[str, Any]] = {
@@ -47,7 +46,6 @@ class RandLoraConfig(MethodConfig):
 
     peft_type: str = "RANDLORA"
     r: int = 32
-    target_modules: str | Collection[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     sparse: bool = False
@@ -56,7 +54,4 @@ class RandLoraConfig(MethodConfig):
     fan_in_fan_out: bool = False
     randlora_alpha: int = 640
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | None = None

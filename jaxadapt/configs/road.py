@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RoadConfig(MethodConfig):
+class RoadConfig(TargetsConfig):
     """RoAd (arXiv:2409.00119): pairs of outputs of a module are rotated and scaled.
 
     Besides the attributes of `Config`:
@@ -32,8 +32,9 @@ class RoadConfig(MethodConfig):
     'road_1'
     """
 
-    _type: ClassVar[str | None] = "ROAD"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="road_alpha, road_theta", rows="call", accuracy=0.385, time=1.04)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="road_alpha, road_theta", rows="call", learning_rate=1e-2, accuracy=0.385, time=1.04
+    )
     checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
@@ -41,8 +42,6 @@ class RoadConfig(MethodConfig):
     variant: str = "road_1"
     group_size: int = 64
     init_weights: bool = True
-    target_modules: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ShiraConfig(MethodConfig):
+class ShiraConfig(TargetsConfig):
     """SHiRA (arXiv:2406.13175): a sparse change of the weight, at positions that stay fixed.
 
     Besides the attributes of `Config`:
@@ -32,17 +32,14 @@ class ShiraConfig(MethodConfig):
     32
     """
 
-    _type: ClassVar[str | None] = "SHIRA"
     new_values: ClassVar[Mapping[str, float]] = {"shira_weight": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "seed"}
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "SHIRA"
     r: int = 32
     mask_type: str = "random"
     random_seed: int | None = None
-    target_modules: str | Collection[str] | None = None
     fan_in_fan_out: bool = False
     init_weights: bool = True
-    modules_to_save: Collection[str] | None = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import TargetsConfig
 from jaxadapt.configs.validation import Problems, is_int, is_number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class SupertuningConfig(MethodConfig):
+class SupertuningConfig(TargetsConfig):
     """Super-Tuning (arXiv:2607.09287): a change of the largest entries of a weight, optionally with LoRA's.
 
     Besides the attributes of `Config`:
@@ -36,14 +36,11 @@ class SupertuningConfig(MethodConfig):
     8
     """
 
-    _type: ClassVar[str | None] = "SUPERTUNING"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values")
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values", learning_rate=1e-2)
     checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "SUPERTUNING"
-    target_modules: str | Collection[str] | None = None
-    modules_to_save: Collection[str] | None = None
     sparsity: float = 0.99
     select_top: bool = True
     r: int | None = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(MethodConfig):
+class TinyLoraConfig(LayersConfig):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -39,15 +39,14 @@ class TinyLoraConfig(MethodConfig):
     64
     """
 
-    _type: ClassVar[str | None] = "TINYLORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="tinylora_v", learning_rate=1e-2, accuracy=0.012, time=1.1)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="tinylora_v", learning_rate=1e-3, accuracy=0.012, time=1.1)
     tensor_parts: ClassVar[tuple[str, ...]] = ("tinylora_v",)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "u": "rank",
         "tinylora_dropout": "probability",
         "weight_tying": "number",
-        "init_weights": "any",
+        "init_weights": (True, False, "uniform"),
         "bias": ("none", "all", "tinylora_only"),
     }
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
@@ -59,18 +58,12 @@ class TinyLoraConfig(MethodConfig):
     projection_seed: int = 42
     save_projection: bool = True
     init_v_bound: float = 0.02
-    target_modules: str | Collection[str] | None = None
     tinylora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         if not 0 <= self.weight_tying <= 1:
             problems.add("weight_tying", "a number in [0, 1]", self.weight_tying)
-        if self.init_weights not in (True, False, "uniform"):
-            problems.add("init_weights", 'true, false or "uniform"', self.init_weights)

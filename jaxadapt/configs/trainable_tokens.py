@@ -30,7 +30,6 @@ class TrainableTokensConfig(MethodConfig):
     (5, 7)
     """
 
-    _type: ClassVar[str | None] = "TRAINABLE_TOKENS"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="trainable_tokens_delta",
         demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class UniLoraConfig(MethodConfig):
+class UniLoraConfig(LayersConfig):
     """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
 
     Besides the attributes of `Config`:
@@ -36,8 +36,7 @@ class UniLoraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "UNILORA"
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="unilora_theta_d", learning_rate=1e-2, accuracy=0.002, time=1.14)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="unilora_theta_d", learning_rate=1.0, accuracy=0.002, time=1.14)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "theta_d_length": "rank",
@@ -50,16 +49,12 @@ class UniLoraConfig(MethodConfig):
     r: int = 4
     proj_seed: int = 42
     theta_d_length: int = 256
-    target_modules: str | Collection[str] | None = None
     unilora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_theta_d_bound: float = 0.02
     init_weights: bool = True
     save_indices: bool = False
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

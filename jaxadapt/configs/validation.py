@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -170,13 +171,16 @@ def expects(expected: str, accepts: Callable[[Any], bool], way_out: Callable[[An
     return check
 
 
-def one_of(*known: str, optional: bool = False) -> Check:
-    """Return the check for values that must be one of a few strings, or null if `optional`."""
-    names = ", ".join(f'"{name}"' for name in known)
-    values = {*known, None} if optional else set(known)
-    return expects(
-        f"one of {names}{' or null' if optional else ''}", lambda x: isinstance(x, str | None) and x in values
-    )
+def one_of(*known: str | bool | None, optional: bool = False) -> Check:
+    """Return the check for values that must be one of a few strings and booleans, or null if `optional`."""
+    values = (*known, None) if optional else known
+    *others, last = (json.dumps(value) for value in values)
+    listed = ", ".join(others)
+    if isinstance(known[0], bool):
+        expected = f"{listed} or {last}"
+    else:
+        expected = f"one of {listed}{' or ' if optional else ', '}{last}"
+    return expects(expected, lambda x: any(x is value or (isinstance(x, str) and x == value) for value in values))
 
 
 def _patterns(item_check: Check) -> Check:

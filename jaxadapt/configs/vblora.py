@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VBLoRAConfig(MethodConfig):
+class VBLoRAConfig(LayersConfig):
     """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
 
     Besides the attributes of `Config`:
@@ -39,7 +39,6 @@ class VBLoRAConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "VBLORA"
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
         learning_rate=1e-2,
@@ -65,17 +64,13 @@ class VBLoRAConfig(MethodConfig):
     num_vectors: int = 256
     vector_length: int = 256
     topk: int = 2
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     save_only_topk_weights: bool = False
     vblora_dropout: float = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

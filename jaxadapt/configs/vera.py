@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VeraConfig(MethodConfig):
+class VeraConfig(LayersConfig):
     """VeRA (arXiv:2310.11454): two vectors per module scale random projections that all modules share.
 
     Besides the attributes of `Config`:
@@ -34,7 +34,6 @@ class VeraConfig(MethodConfig):
     256
     """
 
-    _type: ClassVar[str | None] = "VERA"
     new_values: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
     tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "vera_lambda_d"),)
     facts: ClassVar[MethodFacts] = MethodFacts(
@@ -52,14 +51,10 @@ class VeraConfig(MethodConfig):
 
     peft_type: str = "VERA"
     r: int = 256
-    target_modules: str | Collection[str] | None = None
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: float = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
     init_weights: bool = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.method_config import LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WaveFTConfig(MethodConfig):
+class WaveFTConfig(LayersConfig):
     """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
 
     Besides the attributes of `Config`:
@@ -38,7 +38,6 @@ class WaveFTConfig(MethodConfig):
     'db1'
     """
 
-    _type: ClassVar[str | None] = "WAVEFT"
     facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
@@ -57,12 +56,8 @@ class WaveFTConfig(MethodConfig):
     use_idwt: bool = True
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     bias: str = "none"
-    modules_to_save: Collection[str] | None = None
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
     n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
     proportional_parameters: bool = False
     init_weights: bool = True

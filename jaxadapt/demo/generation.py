@@ -114,7 +114,8 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     ordered = jnp.where(jnp.arange(size)[None] < count[:, None], ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p[:, None]) & (ordered > -jnp.inf)
+    first = jnp.arange(size)[None] == 0  # also if top_p is 0 in float32
+    kept = ((before < top_p[:, None]) | first) & (ordered > -jnp.inf)
     least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -131,11 +132,12 @@ def choose(logits: jax.Array, positions: jax.Array, settings: Mapping[str, jax.A
         int32 (B).
     """
     temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
-    sampled = temperature > 0
+    sampled = temperature >= jnp.finfo(jnp.float32).tiny  # devices may take a smaller number for 0
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(logits: jax.Array) -> jax.Array:
-        scaled = logits / jnp.where(sampled, temperature, 1.0)[:, None]
+        # The largest becomes 0, so that a tiny temperature leaves it finite and makes the others -inf.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(sampled, temperature, 1.0)[:, None]
         limited = sampled & ((top_k > 0) | (top_p < 1))
         # Sorting a large vocabulary takes long, so rows that do not ask for it do not wait for it.
         scaled = jax.lax.cond(jnp.any(limited), lambda x: restrict(x, top_k, top_p), lambda x: x, scaled)
@@ -334,11 +336,11 @@ def _read(
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Read a padded prompt (1, T) with `count` tokens into a row, and choose the first token."""
 
-    def one(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, row, 1, 1)
+    def empty(x: jax.Array) -> jax.Array:  # an earlier answer's NaN would pass through the mask
+        return jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
 
     time = tokens.shape[1]
-    alone = KVCache(one(cache.keys), one(cache.values), jnp.zeros((1,), jnp.int32), cache.layer)
+    alone = KVCache(empty(cache.keys), empty(cache.values), jnp.zeros((1,), jnp.int32), cache.layer)
     logits, alone = forward(state, route, tokens, jnp.arange(time, dtype=jnp.int32)[None], alone, True)
     # Virtual embeddings come first, in the logits as in the cache.
     if logits.shape[1] != virtual_tokens + time:

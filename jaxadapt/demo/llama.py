@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, shapes_of
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -237,21 +236,23 @@ def mask_of(padding: jax.Array | None) -> jax.Array | None:
 
 
 def start_call(
-    config: LlamaConfig, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None, KVCache | None]:
-    """Return what all layers need for x (B, T, D): the rotations, the mask of the keys, and the cache.
+    config: LlamaConfig, x: jax.Array | None, mask: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None, KVCache | None]:
+    """Return x (B, T, D) and what all layers need for it: the rotations, the mask of the keys, and the cache.
 
     Raises:
-        MismatchError: a mask is given beside a cache.
+        MismatchError: there are neither tokens nor embeddings, or a mask is given beside a cache.
     """
+    if x is None:
+        raise MismatchError("Llama: expected tokens or embeddings, found neither")
     if cache is None:
         rope = rope_tables(config, x.shape[1]) if positions is None else rope_at(config, positions)
-        return rope, mask_of(mask), None
+        return x, rope, mask_of(mask), None
     if mask is not None:
         raise MismatchError("Llama: a call with a cache takes no mask; lower the cache's lengths to leave out tokens")
     if positions is None:
         positions = cache.lengths[:, None] + jnp.arange(x.shape[1])[None]
-    return rope_at(config, positions), cache.mask(x.shape[1]), cache
+    return x, rope_at(config, positions), cache.mask(x.shape[1]), cache
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -315,8 +316,7 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[
         if np.array_equal(np.asarray(head), np.asarray(table)):
             del given["lm_head.weight"]
     findings = compare({name: Spec(shape) for name, shape in expected.items()}, shapes_of(given))
-    if findings:
-        raise MismatchError("the weights do not fit this LlamaConfig:\n" + paths.bullets(map(str, findings), 64))
+    raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, findings), limit=64)
 
     sources: dict[str, list[str]] = {}
     for name in expected:  # in this order, so that layers are stacked by number

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxadapt.core.errors import MismatchError
 from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
 from jaxadapt.models.prompt.attention import attention
 
@@ -126,10 +125,8 @@ class LlamaModel(nn.Module):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Carry:
-        x = embeddings if tokens is None else self.embed_tokens(tokens)
-        if x is None:
-            raise MismatchError("Llama: expected tokens or embeddings, found neither")
-        rope, attended, cache = start_call(self.config, x, mask, positions, cache)
+        given = embeddings if tokens is None else self.embed_tokens(tokens)
+        x, rope, attended, cache = start_call(self.config, given, mask, positions, cache)
         (x, cache), _ = self.layers((x, cache), rope, attended)
         return self.norm(x), None if cache is None else cache.advance(x.shape[1])
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.core.errors import MismatchError
 from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
 from jaxadapt.models.nnx.params import SharedParam
 from jaxadapt.models.prompt.attention import attention
@@ -115,10 +114,8 @@ class LlamaModel(nnx.Module):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        x = embeddings if tokens is None else self.embed_tokens(tokens)
-        if x is None:
-            raise MismatchError("Llama: expected tokens or embeddings, found neither")
-        rope, attended, cache = start_call(self.config, x, mask, positions, cache)
+        given = embeddings if tokens is None else self.embed_tokens(tokens)
+        x, rope, attended, cache = start_call(self.config, given, mask, positions, cache)
 
         def layer(block: Block, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
             x, cache = carry

@@ -15,7 +15,15 @@ from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import lora_variants
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
-from jaxadapt.export import gguf_adapter, gguf_conventions, mlx_folder, nearest_lora, original_start, untying
+from jaxadapt.export import (
+    file_formats,
+    gguf_adapter,
+    gguf_conventions,
+    mlx_folder,
+    nearest_lora,
+    original_start,
+    untying,
+)
 from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.persistence import consumers, folder, peft
@@ -99,6 +107,9 @@ def export_adapter(
     False
     """
     chosen = _find_program(program, path)
+    for place in (source, first):
+        if isinstance(place, str | os.PathLike):
+            file_formats.refuse_same(place, path)
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
     if chosen.form == "gguf" and base is None:
@@ -150,9 +161,7 @@ def _read_tied(base: Path | None) -> bool | None:
     place = location.to_location(base)
     if place.suffix == ".gguf":
         return None
-    place = place if place.name == "config.json" else place / "config.json"
-    config = untying.read_model_config(place)
-    return None if config is None else untying.is_tied(config)
+    return untying.read_tied(place if place.name == "config.json" else place / "config.json")
 
 
 def _plain(
@@ -165,6 +174,11 @@ def _plain(
     from_base = lora_variants.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
     if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
         start = original_start.initial_adapter(tensors, base)
+    if start is not None and dtype in ("float16", "bfloat16"):
+        warn(
+            f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
+            " products. Leave dtype= (`--dtype`) out, and reduce the rank before rounding (`jaxadapt resize`)"
+        )
     return plain_form(tensors, start, keep=keeps, dtype=dtype)
 
 

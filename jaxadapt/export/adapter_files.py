@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt import configs
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, lora_variants, matching
+from jaxadapt.configs import Config, IA3Config, lora_variants, matching
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.export import file_formats
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
+from jaxadapt.merging.plain_form import as_start
 from jaxadapt.persistence import folder, peft, repair_folder, verify_folder
 from jaxadapt.persistence.verification import base_checks, key_names
 from jaxadapt.persistence.verification.stored_adapter import open_stored
@@ -31,11 +34,11 @@ Path = str | os.PathLike[str]
 
 
 def _kept(result: PeftTensors, source: PeftTensors) -> PeftTensors:
-    """Return a result with the fields of the source's configuration that name its base and task."""
+    """Return a result with the fingerprint of the source's base, and the fields that name the base and the task."""
     names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
     fields = {name: source.config.get(name) for name in names}
     config = result.config.replace(inference_mode=True, **fields)
-    return dataclasses.replace(result, config=config, source=source.source)
+    return dataclasses.replace(result, config=config, source=source.source, base=source.base)
 
 
 def resize_files(
@@ -60,6 +63,12 @@ def resize_files(
                 " contain the layout of these parameters; load it into its model and use jaxadapt.merging.resize_rank"
             )
         lora_variants.require_original_base(tensors.config, tensors.source)
+        if reasons := lora_variants.reasons_not_a_product(tensors.config):
+            raise ConfigError(
+                f"{tensors.source}: cannot change the rank of an adapter that is more than a plain LoRA:"
+                f" {', '.join(reasons)}. If it changes weights only, `jaxadapt export ADAPTER --rank R --base BASE`"
+                " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
+            )
         reduced, error = rank_reduction.resize_rank(file_formats.with_pytorch_names(tensors), r)
         file_formats.write_like(_kept(peft.to_peft(reduced), tensors), out, adapter, dtype, report)
         return error
@@ -76,11 +85,13 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
 
     Raises what `jaxadapt.initializers.for_original_base` raises.
     """
+    file_formats.refuse_same(trained, out)
+    file_formats.refuse_same(first, out)
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora_variants.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
-        plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(old))
+        plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(as_start(old, new.config)))
         result = _kept(peft.to_peft(plain), new)
         folder.write(result, out, progress=report)
         return result
@@ -111,68 +122,120 @@ def rename_files(
     Raises `MismatchError` if no name changes, two names become equal, or the base has no such modules.
     """
     with reporter(progress) as report, folder.open_adapter(adapter, report) as tensors:
-        splits = {key: key_names.split_key(key, tensors.config.peft_type) for key in tensors.tensors}
-        modules = list(dict.fromkeys(s[0] for s in splits.values() if s is not None and s[0]))
+        modules, copied = _named_modules(tensors)
         if base is not None:
-            names = base_checks.names_in_base(modules, base_checks.base_shapes(base))
-            if names is None:
-                raise MismatchError(
-                    f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(modules)
-                )
+            names = _names_in_base(tensors, modules, copied, base)
         else:
-            names = {name: new + name.removeprefix(old or "") for name in modules if name.startswith(old or "")}
+            begins = [name for name in modules | copied if name.startswith(old or "")]
+            names = {name: new + name.removeprefix(old or "") for name in begins}
         changed = {name: to for name, to in names.items() if name != to}
         if not changed:
             raise MismatchError(f"{tensors.source}: no module name begins with {old!r}; nothing to rename")
-        result = _renamed(tensors, changed, [names.get(m, m) for m in modules], (old or "", new))
+        result = _renamed(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
         file_formats.write_like(result, out, adapter, None, report)
         return changed
 
 
+def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
+    """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
+    modules, copied = dict[str, None](), dict[str, None]()
+    for key in tensors.tensors:
+        split = key_names.split_key(key, tensors.config.peft_type)
+        name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0] if split is None else split[0]
+        if key.startswith(PEFT_PREFIX) and name:  # others belong to the whole adapter
+            (copied if split is None else modules)[name.replace(".base_layer", "")] = None
+    return modules, {name: None for name in copied if name not in modules}
+
+
+def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
+    """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
+    shapes, wanted = base_checks.base_shapes(base), [*modules, *copied]
+    names = base_checks.names_in_base(wanted, shapes)
+    if names is None:  # a tied head is in no file
+        wanted = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]
+        names = base_checks.names_in_base(wanted, shapes)
+    if names is None:
+        raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(wanted))
+    return names
+
+
 def _renamed(
-    tensors: PeftTensors, changed: Mapping[str, str], modules: list[str], beginning: tuple[str, str]
+    tensors: PeftTensors, changed: Mapping[str, str], modules: Mapping[str, str], beginning: tuple[str, str]
 ) -> PeftTensors:
     keys: dict[str, str] = {}
     for key in tensors.tensors:
         name = key.removeprefix(PEFT_PREFIX)
-        module = next((m for m in _prefixes(name) if m in changed), None)
-        renamed = f"{PEFT_PREFIX}{changed[module]}{name[len(module) :]}" if module is not None else key
-        if module is None and beginning[0] and name.startswith(beginning[0]):  # a fully trained module
-            renamed = f"{PEFT_PREFIX}{beginning[1]}{name.removeprefix(beginning[0])}"
+        renamed = f"{PEFT_PREFIX}{_rename(name, changed)}" if key.startswith(PEFT_PREFIX) else key
         if renamed in keys:
             raise MismatchError(f"{tensors.source}: {key} and {keys[renamed]} would both be called {renamed}")
         keys[renamed] = key
     source = rename(as_source(tensors.tensors), keys)
-    return PeftTensors(_renamed_config(tensors.config, changed, modules, beginning), source, tensors.source)
+    return PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
 
 
-def _prefixes(name: str) -> list[str]:
+def _rename(name: str, changed: Mapping[str, str]) -> str:
+    """Return a name with the longest module that it begins with renamed."""
     parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+    heads = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+    module = next((head for head in heads if head in changed), None)
+    return name if module is None else changed[module] + name[len(module) :]
 
 
 def _renamed_config(
-    config: Config, changed: Mapping[str, str], modules: list[str], beginning: tuple[str, str]
+    tensors: PeftTensors, changed: Mapping[str, str], modules: Mapping[str, str], beginning: tuple[str, str]
 ) -> Config:
-    """Rename the modules that a configuration names in full; if it then misses one, name all of them."""
-    old, new = beginning
+    """Rename the modules that a configuration names in full. Where it then selects others, name all of them.
+
+    Args:
+        tensors: the adapter.
+        changed: {module: another name}.
+        modules: {adapted module: its name}, also of those that keep it.
+        beginning: the beginning to replace, and its replacement.
+    """
+    config, (old, new) = tensors.config, beginning
 
     def one(name: Any) -> Any:
-        if not isinstance(name, str) or name in changed:
-            return changed.get(name, name)
-        return new + name.removeprefix(old) if old and name.startswith(old) else name
+        if not isinstance(name, str):
+            return name
+        renamed = _rename(name, changed)
+        return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
 
     values = config.to_dict()
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
         if isinstance(values.get(field), list):
             values[field] = [one(name) for name in values[field]]
-    for field in ("rank_pattern", "alpha_pattern"):
-        if values.get(field):
+    for field in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        if isinstance(values.get(field), dict):
             values[field] = {one(name): value for name, value in values[field].items()}
+    targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
     renamed = Config.from_dict(values)
-    if renamed.get("target_modules") is not None and not all(matching.is_target(renamed, name) for name in modules):
-        renamed = renamed.with_targets(sorted(modules))
-    return renamed
+    is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
+    if is_narrower:
+        values |= {
+            name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in values
+        }
+        values["target_modules"] = sorted(targets.values())
+    if isinstance(config, IA3Config) and config.feedforward_modules is not None:
+        inputs = {to for name, to in targets.items() if is_feedforward(config, name)}
+        if is_narrower or inputs != {to for to in targets.values() if is_feedforward(renamed, to)}:
+            values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
+    for field in ("rank_pattern", "alpha_pattern"):
+        wanted = _pattern_values(config, field, modules)
+        if wanted != _pattern_values(renamed, field, modules.values()):
+            found = zip(modules.values(), wanted, strict=True)
+            values[field] = {to: value for to, value in found if value is not None}
+    result = Config.from_dict(values)
+    lost = [to for to in targets.values() if not matching.is_target(result, to)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values()):
+            lost.append(f"those of {field}")
+    raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
+    return result
+
+
+def _pattern_values(config: Config, field: str, names: Iterable[str]) -> list[Any]:
+    """Return the value of `rank_pattern` or `alpha_pattern` for each name; None for one that no pattern matches."""
+    return [find_pattern_value(config.get(field) or {}, name, None) for name in names]
 
 
 # ---------------------------------------------------------------- one adapter out of a larger file
@@ -263,7 +326,7 @@ def _from_orbax(
             return tensors
     leaves = orbax.leaf_specs(path)
     for item, specs in leaves.items():  # another library's LoRA
-        names = {key: ".".join(_without_root(key)) for key in specs}
+        names = {key: orbax.parameter_path(key) for key in specs}
         abstract = {dotted: jax.ShapeDtypeStruct(*specs[key]) for key, dotted in names.items()}
         if (tree := foreign.find_lora(abstract)) is not None:
             wanted = [key for key, dotted in names.items() if dotted in tree.leaves]
@@ -274,15 +337,8 @@ def _from_orbax(
             return dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True))
     if config is None:
         raise ConfigError(f"{os.fspath(path)}: the checkpoint has no configuration of an adapter; pass --config")
-    own = {".".join(_without_root(k)): s for specs in leaves.values() for k, s in specs.items() if "opt_state" not in k}
+    own = {orbax.parameter_path(k): s for specs in leaves.values() for k, s in specs.items() if "opt_state" not in k}
     base = {p: jax.ShapeDtypeStruct(*s) for p, s in own.items() if f".{name}." not in f".{p}."}
     like = init(config, paths.unflatten(base), keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
     return peft.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
-
-
-def _without_root(key: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a key path from the parameters on, as Flax's libraries save them."""
-    names = key[:-1] if key[-1] == "value" else key
-    start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
-    return names[start:]

@@ -16,8 +16,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, name_donated_arrays
 from jaxadapt.arrays import finite
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
@@ -150,12 +149,12 @@ def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple
 def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
     omitted = [path for path in carrier(params).statistics() if path not in leaves]
-    if omitted:
-        raise KeyMapError(
-            "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
-            " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:\n"
-            + paths.bullets(omitted)
-        )
+    raise_listed(
+        KeyMapError,
+        "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
+        " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:",
+        omitted,
+    )
 
 
 def _make_encoder(
@@ -228,8 +227,9 @@ def _check_ties(
         for key, same in keymap.tied
         if key in base_plan.keys and same in base_plan.keys and not np.array_equal(encode(key), encode(same))
     ]
-    if different:
-        raise MismatchError(
-            f"{path}: tie_word_embeddings is true (or missing, and true by default), so transformers would ignore"
-            " weights of this model; set it to false, or export to another folder:\n" + paths.bullets(different)
-        )
+    raise_listed(
+        MismatchError,
+        f"{path}: tie_word_embeddings is true (or missing, and true by default), so transformers would ignore"
+        " weights of this model; set it to false, or export to another folder:",
+        different,
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import placement
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError, warn
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes, unknown_names_error
@@ -86,17 +86,17 @@ def import_base(
             tensors = stack(tensors, *expert_names.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
-        file_shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
-        tensors = cut(tensors, parts.locate_parts(file_shapes, base_plan.keys))
+        tensors = cut(tensors, parts.locate_parts(tensors.shapes, base_plan.keys))
         sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
         abstract = [p for p in unfilled if isinstance(leaves[p], jax.ShapeDtypeStruct)]
-        if abstract:
-            raise MismatchError(
-                f"{tensors.source}: cannot fill weights that are abstract in the target, because the file does not"
-                " contain them; give them values first:\n" + paths.bullets(abstract)
-            )
+        raise_listed(
+            MismatchError,
+            f"{tensors.source}: cannot fill weights that are abstract in the target, because the file does not"
+            " contain them; give them values first:",
+            abstract,
+        )
         if unfilled:
             warn(
                 f"{tensors.source}: does not contain some weights, which keep their values:"
@@ -130,7 +130,7 @@ def _find_sources(
 
     Raise `MismatchError` with all problems.
     """
-    shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
+    shapes = tensors.shapes
     sources = {key: key for key in base_plan.shapes if key in shapes}
     for key, same in keymap.tied:
         if key in base_plan.shapes and key not in shapes and same in shapes:

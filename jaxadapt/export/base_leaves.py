@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxadapt.adapters.adapter import is_array
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, KeyMapError
+from jaxadapt.core.errors import AttachError, KeyMapError, raise_listed
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
@@ -32,11 +32,11 @@ def collect_base_leaves(
             " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + paths.bullets(loose)
         )
     not_arrays = [f"{path}: {type(x).__name__}" for path, x in leaves.items() if not is_array(x)]
-    if not_arrays:
-        raise AttachError(
-            "expected arrays as base parameters (for quantized ones call jaxadapt.models.dequantize first), found:\n"
-            + paths.bullets(not_arrays)
-        )
+    raise_listed(
+        AttachError,
+        "expected arrays as base parameters (for quantized ones call jaxadapt.models.dequantize first), found:",
+        not_arrays,
+    )
     resolved = families.resolve_keymap(keymap, leaf_shapes(leaves))
     if resolved is GENERIC and not allow_generic:
         raise unknown_names_error(leaf_shapes(leaves))

@@ -18,7 +18,7 @@ from jaxadapt.adapters import experts
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed
 from jaxadapt.core.progress import Progress
 from jaxadapt.export import file_formats
 from jaxadapt.keymaps import families
@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.persistence import folder, image_files, orbax_folder
+from jaxadapt.persistence import folder, image_files, mlx_files, orbax_folder
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Location
 
@@ -65,11 +65,11 @@ def convert(
 ) -> ConvertedFile:
     """Convert an adapter from a PEFT folder or a tree (`*.safetensors`) to a PEFT folder or a tree.
 
-    An Orbax checkpoint written by `save` is read like a folder. Without a tree, only the format changes:
-    `file_formats.convert_format`.
+    An Orbax checkpoint written by `save` and mlx-lm's folder are read like a folder. Without a tree, only the format
+    changes: `file_formats.convert_format`.
 
     Args:
-        source: the PEFT folder, Orbax checkpoint or tree to read.
+        source: the PEFT folder, Orbax checkpoint, mlx-lm folder or tree to read.
         target: the PEFT folder or tree to write.
         from_keymap: the family of a source tree (default: recognized by its paths), or the spelling of a source folder.
         to_keymap: the family of a target tree, or another spelling for a target folder.
@@ -92,8 +92,8 @@ def convert(
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
     keymaps_given = from_keymap is not None or to_keymap is not None
-    is_image = trees[0] and image_files.is_image_file(source)
-    if is_image or (not keymaps_given and not trees[0] and (not trees[1] or format in file_formats.FILES)):
+    is_adapter = trees[0] and (image_files.is_image_file(source) or mlx_files.is_file(source))
+    if is_adapter or (not keymaps_given and not trees[0] and (not trees[1] or format in file_formats.FILES)):
         given = {"--from": from_keymap, "--to": to_keymap, "--dialect": dialect, "--on-shared": on_shared}
         _refuse_tree_options(given | {"--lora-alpha": lora_alpha}, source)
         (done, *more) = file_formats.convert_format(source, target, format=format, dtype=dtype, progress=progress)
@@ -189,10 +189,7 @@ def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]
         if name in dotted:
             duplicates.append(path)
         dotted[name] = leaf
-    if duplicates:
-        raise FormatError(
-            f"{source}: two leaves have the same path if slashes are read as dots:\n" + paths.bullets(duplicates)
-        )
+    raise_listed(FormatError, f"{source}: two leaves have the same path if slashes are read as dots:", duplicates)
     return dotted
 
 

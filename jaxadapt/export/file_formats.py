@@ -2,8 +2,8 @@
 
     source ──open_source──► {part: PeftTensors} ──with_dtype──► _WRITERS[format]
 
-A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, or an image adapter in one
-file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
+A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, mlx-lm's folder, or an image
+adapter in one file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import hub, location, orbax
@@ -82,8 +83,9 @@ def convert_format(
 
     Args:
         source: an adapter's folder or address; a folder whose subfolders are adapters, which become subfolders of the
-            target; an Orbax checkpoint of jaxadapt; an image adapter in one file (.safetensors) of kohya-ss, LyCORIS or
-            diffusers, which becomes one PEFT folder for each model of the pipeline (unet/, text_encoder/, …).
+            target; an Orbax checkpoint of jaxadapt; mlx-lm's folder, or its adapters.safetensors; an image adapter in
+            one file (.safetensors) of kohya-ss, LyCORIS or diffusers, which becomes one PEFT folder for each model of
+            the pipeline (unet/, text_encoder/, …).
         target: the folder to write, or a file whose name ends in .safetensors.
         format: "safetensors", "bin" or "orbax" for a folder; "kohya-ss" or "diffusers" for a file. Default:
             "safetensors" for a folder, and for a file the names of the source.
@@ -113,7 +115,7 @@ def convert_format(
         )
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    _refuse_same(source, target)
+    refuse_same(source, target)
     with reporter(progress) as report, open_source(source, report) as opened:
         parts = {name: with_dtype(tensors, dtype) for name, tensors in opened.parts.items()}
         if is_single:
@@ -128,13 +130,11 @@ def convert_format(
         ]
 
 
-def _refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise `FileError` for a target that would replace the source, or that is an address of the Hub."""
     if hub.is_address(target):
         raise FileError(f"{target}: expected a local folder or file; upload it with jaxadapt push")
-    if hub.is_address(source):
-        return
-    one, other = (location.absolute(location.to_location(path)) for path in (source, target))
-    if one == other:
+    if not hub.is_address(source) and location.is_same(*map(location.to_location, (source, target))):
         raise FileError(f"{os.fspath(target)}: the target is the source; choose another name")
 
 
@@ -250,6 +250,7 @@ def write_like(
         dtype: as in `convert_format`.
         report: the progress.
     """
+    refuse_same(source, target)
     tensors = with_dtype(tensors, dtype)
     is_image, is_single = image_files.is_image_file(source), image_files.is_file(target)
     if is_single and not is_image:
@@ -271,7 +272,13 @@ def _written(tensors: PeftTensors, target: str | os.PathLike[str], number: int) 
 
 def _write_orbax(tensors: PeftTensors, target: Location, report: Report) -> None:
     arrays = dataclasses.replace(tensors, tensors={key: np.asarray(tensors.tensors[key]) for key in tensors.tensors})
-    adapter = with_pytorch_names(arrays)
+    try:
+        adapter = with_pytorch_names(arrays)
+    except AdapterError as error:
+        raise MismatchError(
+            f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
+            f" into its model, and call jaxadapt.save(model, path, format='orbax'). {error}"
+        ) from error
     orbax_folder.write(adapter, target, alone=True)
     orbax_folder.report_total(report, "save", adapter)
 
@@ -289,11 +296,20 @@ def with_pytorch_names(tensors: PeftTensors) -> Adapter:
 
     from jaxadapt.persistence import peft  # imports Flax, which the rest of this file does not need
 
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
+    shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
     sizes = functools.partial(methods.file_sizes, tensors.config)
     return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+
+
+def base_keymap(
+    tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
+) -> KeyMap:
+    """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(methods.file_sizes, tensors.config)
+    turned = bool(tensors.config.get("fan_in_fan_out"))
+    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)
 
 
 def convert_several(
@@ -304,7 +320,7 @@ def convert_several(
     Raises `FileError` before anything is written if two sources have one name.
     """
     place = location.to_location(target)
-    names = [os.fspath(source).rstrip("/").rpartition("/")[2] for source in sources]
+    names = list(map(_last_name, sources))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
@@ -314,3 +330,14 @@ def convert_several(
         stem = name.removesuffix(".safetensors")
         done += convert_format(source, place / (f"{stem}.safetensors" if single else stem), **options)
     return done
+
+
+def _last_name(source: str | os.PathLike[str]) -> str:
+    """Return the last part of a path or an address; that of the folder itself for "." and "..".
+
+    >>> _last_name("runs/../fr/"), _last_name("hf://org/de")
+    ('fr', 'de')
+    """
+    text = os.fspath(source)
+    is_remote = location.is_address(source)
+    return (text.rstrip("/") if is_remote else os.path.abspath(text)).rpartition("/")[2]  # noqa: PTH100 (keeps links)

@@ -117,10 +117,16 @@ def gguf_base(file: gguf_files.File) -> Base:
     architecture = _find_architecture(found, name, file.path)
     if file.value("general.type", "model") != "model":
         raise FormatError(f"{file.path}: expected a whole model, found general.type {file.value('general.type')!r}")
+    if (parts := file.value("split.count", 1)) != 1:
+        raise FormatError(
+            f"{file.path}: one of the {parts} files of a model; join them first (llama-gguf-split --merge {file.path}"
+            " MODEL.gguf) and pass the result"
+        )
     layers, heads = (file.value(f"{name}.{field}") for field in ("block_count", "attention.head_count"))
-    if not isinstance(layers, int) or not isinstance(heads, int):
-        raise FormatError(f"{file.path}: expected the fields {name}.block_count and {name}.attention.head_count")
     kv_heads = file.value(f"{name}.attention.head_count_kv", heads)
+    numbers = {"block_count": layers, "attention.head_count": heads, "attention.head_count_kv": kv_heads}
+    if wrong := [f"{name}.{field}={value!r}" for field, value in numbers.items() if not isinstance(value, int)]:
+        raise FormatError(f"{file.path}: expected one integer for each field, found {', '.join(wrong)}")
     return Base(str(file.path), architecture, layers, heads, kv_heads, "output.weight" not in file.names)
 
 

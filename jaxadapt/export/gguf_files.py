@@ -112,6 +112,8 @@ def _header(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"  # the package writes only files
         writer = gguf.GGUFWriter(path, architecture)
+        if "general.alignment" in fields:  # readers place the tensors by this field
+            writer.data_alignment = int(fields["general.alignment"].value)
         for name, field in fields.items():
             item = None if field.item is None else gguf.GGUFValueType[field.item]
             writer.add_key_value(name, field.value, gguf.GGUFValueType[field.type], item)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import gguf_conventions, gguf_files, merge_files
 from jaxadapt.export.gguf_conventions import Base, deinterleave_rows, interleave_rows
@@ -20,8 +20,6 @@ from jaxadapt.persistence import folder
 from jaxadapt.storage import location
 from jaxadapt.storage.source import TensorSource, TensorSpec
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-"""{dtype of the command line: type of the matrices}."""
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 """llama.cpp's numbers of these types in general.file_type."""
 
@@ -129,7 +127,7 @@ def merge_gguf(
     source, target = location.to_location(base), location.to_location(out)
     if target.suffix != ".gguf":
         raise FileError(f"{target}: cannot write the merged model here: expected a file name ending in .gguf")
-    if location.absolute(source) == location.absolute(target):
+    if location.is_same(source, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another file")
     file = gguf_files.File(source)
     tensors = GgufTensors(file, gguf_conventions.gguf_base(file))
@@ -172,16 +170,18 @@ def merge_gguf(
 
 def _matrix_kind(file: gguf_files.File, dtype: str | None) -> str:
     if dtype is not None:
-        return DTYPES[dtype]
+        return gguf_files.TYPES[dtype]
     found: dict[str, int] = {}
     for name in file.names:
         if len(file.shape(name)) > 1:
             found[file.kind(name)] = found.get(file.kind(name), 0) + 1
+    if not found:
+        raise FormatError(f"{file.path}: expected the matrices of a model, found none")
     most = max(found, key=lambda kind: found[kind])
-    if most not in DTYPES.values():
+    if most not in gguf_files.TYPES.values():
         raise ConfigError(
             f"{file.path}: its matrices are {most}, which cannot be written; pass dtype= (`--dtype`):"
-            f" {', '.join(DTYPES)}"
+            f" {', '.join(gguf_files.TYPES)}"
         )
     return most
 

@@ -8,8 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,19 +17,19 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
-from jaxadapt.persistence import folder, peft
+from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource
+from jaxadapt.storage.source import TensorSource, as_source
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
@@ -73,9 +72,12 @@ def merge_folder(
     """
     source, target = location.to_location(base), location.to_location(out)
     base_folder = source.parent if location.is_file(source) else source
-    if base_folder == target or (
-        _exists_locally(base_folder) and _exists_locally(target) and _same_folder(base_folder, target)
-    ):
+    if target.suffix == ".gguf":
+        raise FileError(
+            f"{target}: cannot write the merged model here: a .gguf file is written only for a base that is one; merge"
+            " into a folder, and convert that with llama.cpp's converter"
+        )
+    if location.is_same(base_folder, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another folder")
     if location.exists(target / folder.CONFIG):
         raise FileError(
@@ -170,11 +172,7 @@ def plan_merge(
     untied = untying.untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
-    shapes = {key: spec.shape for key, spec in specs.items()}
-    fan_in_fan_out = bool(tensors.config.get("fan_in_fan_out"))
-    keymap = pytorch.state_dict_keymap(
-        shapes, _shapes(tensors), tensors.source, _sizes(tensors), fan_in_fan_out, untied.tied
-    )
+    keymap = file_formats.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
@@ -233,14 +231,17 @@ def _combine_tensors(
         for adapter in tensors
         for reason in lora_variants.reasons_not_a_product(adapter.config)
     ]
-    if reasons:
-        raise ConfigError("cannot combine these adapters: they are not plain LoRA:\n" + paths.bullets(reasons))
-    shapes = {key: shape for adapter in tensors for key, shape in pytorch.weight_shapes(_shapes(adapter)).items()}
+    raise_listed(ConfigError, "cannot combine these adapters: they are not plain LoRA:", reasons)
+    file_shapes = [as_source(adapter.tensors).shapes for adapter in tensors]
+    shapes = {key: shape for each in file_shapes for key, shape in pytorch.weight_shapes(each).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
-    all_shapes = {key: shape for adapter in tensors for key, shape in _shapes(adapter).items()}
+    all_shapes = {key: shape for each in file_shapes for key, shape in each.items()}
     keymap = pytorch.state_dict_keymap(
-        shapes, all_shapes, " and ".join(adapter.source for adapter in tensors), _sizes(tensors[0])
+        shapes,
+        all_shapes,
+        " and ".join(adapter.source for adapter in tensors),
+        functools.partial(file_sizes, tensors[0].config),
     )
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
@@ -256,7 +257,24 @@ def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> Pef
         warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     name = base.pop() if len(base) == 1 else None
     config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
-    return dataclasses.replace(combined, config=config)
+    return dataclasses.replace(combined, config=config, base=_common_fingerprint(adapters))
+
+
+def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the base of all adapters, if all have one; warn if these are of several bases."""
+    first, *others = adapters
+    common = dict(first.base or {})
+    for other in others:
+        shared = {key: value for key, value in common.items() if key in (other.base or {})}
+        if different := fingerprint.differences(shared, other.base or {}):
+            warn(
+                f"{first.source} and {other.source} were trained on different base models: {len(different)} of"
+                f" {len(shared)} compared weights differ, such as {different[0]}. The combined adapter may be wrong on"
+                " both"
+            )
+            return None
+        common |= other.base or {}
+    return common if all(adapter.base for adapter in adapters) else None
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
@@ -273,14 +291,6 @@ def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
         )
 
 
-def _shapes(tensors: PeftTensors) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-
-
-def _sizes(tensors: PeftTensors) -> pytorch.Sizes:
-    return functools.partial(file_sizes, tensors.config)
-
-
 def _is_float(spec: Any) -> bool:
     return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
@@ -294,18 +304,6 @@ def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) 
 def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> Adapter:
     lora_variants.require_original_base(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
-
-
-def _exists_locally(path: Location) -> TypeGuard[Path]:
-    """Return True if a path is on this machine and exists."""
-    return isinstance(path, Path) and location.exists(path)
-
-
-def _same_folder(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError as error:
-        raise file_error("read", str(other), error) from error
 
 
 def _read_bytes(path: Location) -> bytes:

@@ -1,7 +1,8 @@
 """An adapter as mlx-lm's folder: adapters.safetensors and adapter_config.json, for LoRA and DoRA.
 
 mlx-lm adapts the modules that `keys` names, with one rank and one scale, and computes x·lora_a·lora_b: both are the
-transposes of PEFT's. Read in mlx-lm 0.32.2 (`tuner/utils.py`, `tuner/lora.py`, `tuner/dora.py`).
+transposes of PEFT's. `persistence/mlx_files.py` reads such a folder. Read in mlx-lm 0.32.2 (`tuner/utils.py`,
+`tuner/lora.py`, `tuner/dora.py`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,11 @@ from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs
+from jaxadapt.persistence import mlx_files
 from jaxadapt.storage import atomic, flush, location, safetensors
 from jaxadapt.storage.source import TensorSource, as_source
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _MERGE = "merge the adapter instead (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
-_RENAMED = (
-    (re.compile(r"^transformer\.(h|wte|wpe|ln_f)\b"), r"model.\1"),  # GPT-2
-    (re.compile(r"^model\.language_model\."), "language_model.model."),  # Gemma 3 with images
-)
 _TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
 
 
@@ -53,7 +50,7 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
     arrays, config = as_source(tensors.tensors), _config(tensors)
     modules = lora_pairs(arrays)
     _refuse_modules(tensors, arrays, modules, tied, bool(config.use_dora))
-    keys = {name: _mlx_name(name) for name in modules}
+    keys = {name: mlx_files.mlx_name(name) for name in modules}
     plan: dict[str, tuple[str, bool]] = {}  # {name in the file: (key, True to transpose)}
     for module, pair in modules.items():
         for side in "AB":
@@ -70,7 +67,7 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
         document["model"] = config.base_model_name_or_path
     count = byte_counter(report, "export", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
     flush.make_folder(folder)
-    with atomic.replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, text):
+    with atomic.replacing_all([folder / mlx_files.WEIGHTS, folder / mlx_files.CONFIG]) as (weights, text):
         get = functools.partial(_value, arrays, plan)
         safetensors.write_to(weights, specs, get, {"format": "mlx"}, progress=count, ahead=True)
         text.write(memoryview(json.dumps(document, indent=4, sort_keys=True).encode()))
@@ -79,17 +76,6 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
 
 def _config(tensors: PeftTensors) -> Any:
     return tensors.config
-
-
-def _mlx_name(module: str) -> str:
-    """Return mlx-lm's name of a module.
-
-    >>> _mlx_name("transformer.h.0.attn.c_attn")
-    'model.h.0.attn.c_attn'
-    """
-    for pattern, name in _RENAMED:
-        module = pattern.sub(name, module)
-    return module
 
 
 def _refuse_modules(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 
-import jax
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.export import file_formats
 from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.persistence import peft
 from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.source import as_source
 
 
 def nearest_lora(
@@ -41,22 +41,29 @@ def nearest_lora(
             f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"
             " (base=, `--base FOLDER`)"
         )
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-    sizes = functools.partial(methods.file_sizes, tensors.config)
     if base is None or is_product:
-        weights = pytorch.weight_shapes(shapes)
-        specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in weights.items()}
-        keymap = pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes)
-        adapter = peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
-        reduced = rank_reduction.to_lora(adapter, rank)
+        reduced = rank_reduction.to_lora(file_formats.with_pytorch_names(tensors), rank)
     else:
         with hf_model.open_model(location.to_location(base)) as source:
             hf_model.refuse_packed(source)
-            arrays = {key: np.asarray(source[key]) for key in source}
-        base_shapes = {key: x.shape for key, x in arrays.items()}
-        turned = bool(tensors.config.get("fan_in_fan_out"))
-        keymap = pytorch.state_dict_keymap(base_shapes, shapes, tensors.source, sizes, turned)
+            keymap = file_formats.base_keymap(tensors, source.shapes)
+            names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
+            # none in a file of tensors of the whole adapter only (UNILORA)
+            if modules := _modules(as_source(tensors.tensors).shapes):
+                names = {key: name for key, name in names.items() if _module(name) in modules}
+            arrays = {key: np.asarray(source[key]) for key in names}
         params = paths.unflatten(arrays)
         reduced = rank_reduction.to_lora(peft.from_peft(tensors, params, keymap=keymap), rank, params=params)
     encoded = peft.to_peft(reduced.adapter)
-    return dataclasses.replace(encoded, source=tensors.source), {name: float(e) for name, e in reduced.error.items()}
+    encoded = dataclasses.replace(encoded, source=tensors.source, base=tensors.base)
+    return encoded, {name: float(e) for name, e in reduced.error.items()}
+
+
+def _modules(shapes: pytorch.Shapes) -> set[str]:
+    """Return the modules of an adapter's file, also those with a copy of their parameters."""
+    own = [key.removeprefix(PEFT_PREFIX) for key in shapes if key.startswith(PEFT_PREFIX)]
+    return {*pytorch.adapted_shapes(shapes), *(_module(name.replace(".base_layer", "")) for name in own)}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 
 import jax
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.export import file_formats
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
@@ -41,13 +40,10 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
             f" depends on {kind.from_run or 'the rounding of the quantized base'}. Pass the initial adapter"
             " (first=, `--first FOLDER`)"
         )
-    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
     with hf_model.open_model(location.to_location(base)) as weights:
         hf_model.refuse_packed(weights)
-        base_shapes = {key: tuple(spec.shape) for key, spec in weights.specs.items()}
-        sizes = functools.partial(methods.file_sizes, config)
-        keymap = pytorch.state_dict_keymap(base_shapes, shapes, tensors.source, sizes, bool(config.fan_in_fan_out))
-        adapted = {f"{module}.weight" for module in pytorch.adapted_shapes(shapes)}
+        keymap = file_formats.base_keymap(tensors, weights.shapes)
+        adapted = {f"{module}.weight" for module in pytorch.adapted_keys(tensors.tensors)}
         read = [key for key in weights if (match := keymap.match(key)) and ".".join(match.parameter({})) in adapted]
         leaves = {key: np.asarray(weights[key]) for key in read}
     with jax.default_matmul_precision("highest"):

@@ -21,7 +21,7 @@ from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import local_files
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, rename
+from jaxadapt.storage.source import TensorSource, as_source, rename
 
 FIELD = "tie_word_embeddings"
 """The field of config.json that ties the head to the embedding."""
@@ -120,9 +120,8 @@ def untie_base(
     Raises:
         MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
     """
-    shapes = {key: tuple(spec.shape) for key, spec in base_tensors.specs.items()}
-    tensors = {key: tuple(x.shape) for key, x in adapter.tensors.items()}
-    adapted, ensures_tying = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
+    shapes, adapter_shapes = base_tensors.shapes, as_source(adapter.tensors).shapes
+    adapted, ensures_tying = pytorch.adapted_shapes(adapter_shapes), bool(adapter.config.get("ensure_weight_tying"))
     heads = {head for group, _ in _groups() for head, _ in group}
     adapter_names = pytorch.match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
     known = _find_group(adapter_names)
@@ -137,14 +136,14 @@ def untie_base(
         return UntiedBase(base_tensors)
 
     group, names = known
-    rows = {f"{module}.weight" for module in pytorch.token_row_modules(tensors)}
+    rows = {f"{module}.weight" for module in pytorch.token_row_modules(adapter_shapes)}
     pairs = [pair for pair in group if pair[0].endswith(".weight")]
     changed = {
         key
         for key in dict.fromkeys(key for pair in pairs for key in pair)
         if (module := key.removesuffix(".weight")) in adapted or matching.is_saved(adapter.config, module)
     }
-    saved = {key.removeprefix(PEFT_PREFIX) for key in tensors}
+    saved = {key.removeprefix(PEFT_PREFIX) for key in adapter_shapes}
     changed |= {head for head, _ in pairs if ensures_tying and head in saved}  # the configuration lists only embeddings
     adapted_keys = sorted(changed | {head for head, _ in pairs if head in rows})
     file_keys = {name: key for key, name in adapter_names.items()}
@@ -154,7 +153,7 @@ def untie_base(
 
     # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
     changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
-    tied = _read_tied(path) if ties_head is None else ties_head
+    tied = read_tied(path) if ties_head is None else ties_head
     stored = [pair for pair in pairs if pair not in without_head]
     equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
     problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
@@ -240,7 +239,8 @@ def _find_group(adapter_names: Mapping[str, str]) -> tuple[Pairs, Mapping[str, s
     return None
 
 
-def _read_tied(path: Location) -> bool | None:
+def read_tied(path: Location) -> bool | None:
+    """Return what `is_tied` says of a config.json; None if the file does not exist."""
     config = read_model_config(path)
     return None if config is None else is_tied(config)
 
@@ -285,7 +285,7 @@ def _refuse_unknown_head(
         for key in embeddings
         if not any(shapes[key][0] in shape and len(shape) == 2 for other, shape in shapes.items() if other != key)
     ]
-    if unresolved and _read_tied(path) is not False:
+    if unresolved and read_tied(path) is not False:
         raise MismatchError(
             f"{adapter.source}: cannot merge changes of a token embedding, because it may be tied to the head ({FIELD}"
             f" in {path}) and the name of this model's head is unknown:\n"

@@ -73,7 +73,7 @@ def find_components(
         [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
     )
     observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
-    states = {b.leaf: np.zeros((_count_layers(b), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
+    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
     converged = {m: np.zeros(most[m], bool) for m in groups}
     ranks = dict(most)
 
@@ -108,12 +108,6 @@ def find_components(
                 groups, most, sum(wanted.values()), {m: _explained_variance(state_of(m), most[m]) for m in groups}
             )
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
-
-
-def _count_layers(site: sites.Site) -> int:
-    """Return the number of layers that a leaf stacks."""
-    sizes = {name: n for e in site.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    return math.prod(sizes[name] for name in site.match.roles["stack"])
 
 
 def _group_equal_inputs(adapter_sites: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:

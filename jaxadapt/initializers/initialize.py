@@ -158,7 +158,7 @@ class Initialization:
             pairs = paths.unflatten({p: values[p] for p in new})
             removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
-                changes = base_merge.plan_changes(self.weights, removed, base_merge.remove_from_weight, lambda a, x: x)
+                changes = base_merge.plan_changes(self.weights, removed, methods.AppliedMethod.unweight, lambda _, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         for b in (b for b in self.sites if factors.get(b.leaf)):
             derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base

@@ -225,13 +225,12 @@ def stack_layers(site: Site, rows: Array) -> Array:
 
 
 def _probe(recipe: Recipe, site: Site, statistic: Statistic, tokens: int) -> Site:
-    sizes = {name: n for e in site.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
     shapes = {"state": (statistic.rows, site.fan_in), "mask": (1, tokens)}
     tensors = tuple(
         MethodTensor(name, f".{name}", ("k", "n"), (("k",), ("n",)), (("k", k), ("n", n)), scale_power=0)
         for name, (k, n) in shapes.items()
     )
-    entries = tuple(plan.plan_entry(recipe.keymap, site.match, t, sizes) for t in tensors)
+    entries = tuple(plan.plan_entry(recipe.keymap, site.match, t, site.axis_sizes) for t in tensors)
     return dataclasses.replace(site, method=_Probe(), hparams=statistic.update, tensors=tensors, entries=entries)
 
 

@@ -118,7 +118,7 @@ def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Ar
             elif len(shape := value.shape) <= part.axis or shape[part.axis] % part.n:
                 out[name] = value
             else:
-                out[key] = _slice_part(value, part)
+                out[key] = value[_part_index(shape, part)]
     return out
 
 
@@ -145,10 +145,6 @@ def _part_index(shape: tuple[int, ...], part: Part) -> tuple[slice, ...]:
     size = shape[part.axis] // part.n
     part_slice = slice(part.i, None, part.n) if part.turns else slice(part.i * size, (part.i + 1) * size)
     return (*(slice(None) for _ in range(part.axis)), part_slice)
-
-
-def _slice_part(tensor: Array, part: Part) -> Array:
-    return tensor[_part_index(tensor.shape, part)]
 
 
 def join_parts(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:

@@ -19,7 +19,7 @@ from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, group_findings
-from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.tensor_layout import (
     axis_sizes,
@@ -261,11 +261,11 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
         for key in e.keys:
             owners.setdefault(key, []).append(e.path)
     conflicts = [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
-    if conflicts:
-        raise MismatchError(
-            "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:\n"
-            + paths.bullets(conflicts)
-        )
+    raise_listed(
+        MismatchError,
+        "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:",
+        conflicts,
+    )
     return Plan(tuple(entries))
 
 
@@ -287,8 +287,7 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
             problems.append(f"{leaf} {tuple(shape)}: no entry")
         else:
             entries.append(entry)
-    if problems:
-        raise KeyMapError(f"the keymap {keymap.name!r} does not fit these leaves:\n" + paths.bullets(problems))
+    raise_listed(KeyMapError, f"the keymap {keymap.name!r} does not fit these leaves:", problems)
     return make_plan(entries)
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts, parse_pattern, part_sizes
+from jaxadapt.arrays.pattern import axis_parts, parse_pattern, scale_factor
 from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps.templates import template_regex
 
@@ -394,7 +393,4 @@ class Weight:
         Args:
             sizes: the sizes of the leaf's axes, by name.
         """
-        if self.scale is None:
-            return 1.0
-        parts = {n: m for axis, size in sizes.items() for n, m in part_sizes(axis, size, dict(self.sizes)).items()}
-        return float(math.prod(parts[n] for n in self.scale[0].split()) ** self.scale[1])
+        return scale_factor(self.scale, sizes.items(), dict(self.sizes))

@@ -68,7 +68,14 @@ def merge(
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    options = (_merge_weight, _merge_bias), ("merge", progress), safe, donate, dequantize, allow_nan
+    options = (
+        (AppliedMethod.merged, AppliedMethod.merged_bias),
+        ("merge", progress),
+        safe,
+        donate,
+        dequantize,
+        allow_nan,
+    )
     held = carrier(params)
     if isinstance(held, Module):
         raise held.unsupported("base parameters, Linen variables or an NNX model")
@@ -144,23 +151,8 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
     return model
 
 
-def _merge_weight(applied: AppliedMethod, w: Any) -> Any:
-    """Return a weight with an adapter's change added."""
-    return applied.merged(w)
-
-
-def _merge_bias(applied: AppliedMethod, bias: Any) -> Any:
-    """Return a bias with an adapter's change added."""
-    return applied.merged_bias(bias, 1)
-
-
-def remove_from_weight(applied: AppliedMethod, w: Any) -> Any:
-    """Return a weight without an adapter's change: the change function of `unmerge`."""
-    return applied.unweight(w)
-
-
 def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:
-    """Return a bias without an adapter's change."""
+    """Return a bias without an adapter's change; one function, since each new one would be compiled again."""
     return applied.merged_bias(bias, -1)
 
 
@@ -182,7 +174,7 @@ def unmerge(
     return _apply_changes(
         params,
         (adapter,),
-        (remove_from_weight, _unmerge_bias),
+        (AppliedMethod.unweight, _unmerge_bias),
         ("unmerge", progress),
         donate=donate,
         allow_nan=allow_nan,
@@ -274,7 +266,7 @@ def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:
 
 def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, merged; all checks are made now, values are computed on demand."""
-    return plan_changes(base, adapter, _merge_weight, _merge_bias)
+    return plan_changes(base, adapter, AppliedMethod.merged, AppliedMethod.merged_bias)
 
 
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:

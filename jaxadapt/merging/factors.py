@@ -20,6 +20,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import target_parameters
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.configs import Config
 from jaxadapt.configs.lora_variants import reasons_not_a_product
 from jaxadapt.core import paths
@@ -51,8 +52,13 @@ def weight_matrices(keymap: KeyMap, site: Site, leaf: Array, scaled: bool = True
     where the keymap has a factor.
     """
     entry, positions = _base_positions(keymap, site, leaf.shape)
-    rows = (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(leaf)[positions]
+    rows = _form(entry, scaled).to_rows(leaf)[positions]
     return jnp.swapaxes(rows, 1, 2) if site.match.weight.is_stored_in_out else rows
+
+
+def _form(entry: PlanEntry, scaled: bool) -> FileLayout:
+    """Return the layout of an entry; unless `scaled`, without the factor between the leaf and PyTorch's tensor."""
+    return entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)
 
 
 def with_weight_matrices(keymap: KeyMap, site: Site, leaf: Array, rows: Array) -> Array:
@@ -186,9 +192,8 @@ def scale(site: Site) -> float | np.ndarray:
         return site_scale
     entry, inner_axes = product_entries(site)[0], [axis for axis in site.match.roles["batch"] if axis.startswith("{")]
     axes, form = (*site.match.roles["stack"], *inner_axes), entry.form
-    sizes = dict(zip(form.left, form.shape, strict=True))
     split = [form.left[axis] for axis in form.split]
-    scales = np.array(site_scale.values).reshape([sizes[name] for name in axes])
+    scales = np.array(site_scale.values).reshape([form.axis_sizes[name] for name in axes])
     rows = scales.transpose([axes.index(name) for name in split]).reshape(-1)
     rows = rows if form.file_entries is None else rows[np.array(form.file_entries)]
     return np.repeat(rows, count_experts(site)).reshape(-1, 1, 1)
@@ -200,10 +205,7 @@ def site_matrices(site: Site, tensors: Mapping[str, Array], scaled: bool = True)
     Each expert in one array is a module. A convolution's window is part of "in".
     """
     entry_a, entry_b = product_entries(site)
-    a, b = (
-        (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(tensors[tensor_name(entry)])
-        for entry in (entry_a, entry_b)
-    )
+    a, b = (_form(entry, scaled).to_rows(tensors[tensor_name(entry)]) for entry in (entry_a, entry_b))
     names_a, names_b = row_names(site, entry_a), row_names(site, entry_b)
     return to_matrices(site, "A", a), select_rows(to_matrices(site, "B", b), names_b, names_a)
 
@@ -254,7 +256,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
     """Return the number of fused parts of a leaf that have one of these modules, in any layer."""
     match = dataclasses.replace(factors.match, parts=None)
     sizes = single_entry_sizes(match) | {
-        name: size for name, size in _sizes(factors).items() if name not in match.roles["fused"]
+        name: size for name, size in factors.entries[0].form.axis_sizes.items() if name not in match.roles["fused"]
     }
     names = (target_parameters.parameter_names if factors.site.method.on_parameters else Match.modules)(match, sizes)
     modules = {module.partition("#")[0].removeprefix(keymap.prefix) for module in rows.modules}
@@ -277,13 +279,8 @@ def matrices_to_leaves(site: Site, a: Array, b: Array, scaled: bool = True) -> t
     entry_a, entry_b = factor_entries(site)
     modules = tuple(entry_stems(site, entry_a))
     b = select_rows(b, modules, entry_stems(site, entry_b))
-    forms = [entry.form if scaled else dataclasses.replace(entry.form, factor=1.0) for entry in (entry_a, entry_b)]
-    return modules, {entry_a.path: forms[0].from_rows(a), entry_b.path: forms[1].from_rows(b)}
-
-
-def _sizes(factors: Factors) -> dict[str, int]:
-    """Return the sizes of A's axes, by name."""
-    return dict(zip(factors.entries[0].form.left, factors.entries[0].shape, strict=True))
+    pairs = ((entry_a, a), (entry_b, b))
+    return modules, {entry.path: _form(entry, scaled).from_rows(rows) for entry, rows in pairs}
 
 
 def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:

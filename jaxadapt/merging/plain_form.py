@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
-from jaxadapt.configs import LoraConfig, lora_variants
+from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain import plain_lora
@@ -36,7 +36,7 @@ _WAYS_OUT = {
     "kasa_config": "merge it into the base that it was trained on",
     "layer_replication": "export_base(model, folder, adapter) writes the merged model",
 }
-_SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
+_SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _BLOCK = 1 << 17  # elements
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 
@@ -56,7 +56,8 @@ def plain_form(
             result is for the original base and has twice the rank: s·(B·A − B₀·A₀) = [sB, −sB₀]·[A; A₀].
         keep: fields of the configuration whose tensors stay although a plain LoRA has none: "use_dora",
             "modules_to_save".
-        dtype: the dtype of A and B. Default: theirs, with the exception above.
+        dtype: the dtype of all tensors. Default: theirs, with the exception above, and float32 if that of `first`
+            differs.
 
     Raises:
         ConfigError: the configuration is more than a LoRA; the message lists the fields and what helps.
@@ -88,7 +89,11 @@ def plain_form(
         scale = config.lora_alpha / config.scale_divisor(config.r)
         scale = scale if config.target_parameters else config.scale_of(module)
         rank = ranks.get(module, 0)
-        parts |= {key: _make_part(side, scale, arrays.specs[key], rank, r, dtype) for side, key in keys.items()}
+        specs = {side: _common_spec(key, arrays, start) for side, key in keys.items()}
+        parts |= {key: _make_part(side, scale, specs[side], rank, r, dtype) for side, key in keys.items()}
+    if dtype is not None:
+        others = {key: spec for key, spec in arrays.specs.items() if key not in parts}
+        parts |= {key: _make_part("", 1.0, TensorSpec(*spec), 0, r, dtype) for key, spec in others.items()}
     plain = config.with_scale_one(r).with_default_init()
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         plain = plain.replace(
@@ -192,28 +197,55 @@ def _check_first(tensors: PeftTensors, first: PeftTensors, arrays: TensorSource)
     what = f"{first.source}: expected the initial adapter of {tensors.source}"
     raise_listed(MismatchError, f"{what}; they differ at:", differ)
     ours, theirs = (
-        {name: value for name, value in each.config.to_dict().items() if name in _SCALE_FIELDS}
-        for each in (tensors, first)
+        {name: value for name, value in each.config.to_dict().items() if name in (*_SCALE_FIELDS, "init_lora_weights")}
+        for each in (tensors, as_start(first, tensors.config))
     )
     if ours != theirs:
         raise MismatchError(f"{what}, with the same {', '.join(n for n in ours if ours[n] != theirs.get(n))}")
     return start
 
 
-class _Part(NamedTuple):
-    """The conversion of one tensor: its rank is on `axis`, and `scale` multiplies it."""
+def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
+    """Return an initial adapter with the initialization of the trained one, if PEFT saved it as its guides say.
 
-    axis: int
+    These set `init_lora_weights` to true before they save it, so that a load does not change the base once more. A LoRA
+    that starts so by itself has a B of zeros, and is returned unchanged.
+    """
+    import numpy as np
+
+    if first.config.get("init_lora_weights") is not True or not isinstance(first.config, LoraConfig):
+        return first
+    is_zero = not any(np.asarray(first.tensors[pair["B"]]).any() for pair in lora_pairs(first.tensors).values())
+    init = trained.get("init_lora_weights")
+    return first if is_zero else dataclasses.replace(first, config=first.config.replace(init_lora_weights=init))
+
+
+class _Part(NamedTuple):
+    """The conversion of one tensor: its rank is on `axis`, if it has one, and `scale` multiplies it."""
+
+    axis: int | None
     scale: float
     spec: TensorSpec
 
 
 def _make_part(side: str, scale: float, spec: TensorSpec, rank: int, r: int, dtype: Any) -> _Part:
-    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays."""
-    axis = 0 if side == "A" else 1
+    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays, or with side "" has none."""
+    axis = {"A": 0, "B": 1}.get(side)
     shape = tuple(r if rank and i == axis else n for i, n in enumerate(spec.shape))
     dtype = _product_dtype(spec.dtype, side, scale) if dtype is None else numpy_dtype(dtype_name(dtype))
-    return _Part(axis, 1.0 if side == "A" else scale, TensorSpec(shape, dtype))
+    return _Part(axis, scale if side == "B" else 1.0, TensorSpec(shape, dtype))
+
+
+def _common_spec(key: str, arrays: TensorSource, start: TensorSource | None) -> TensorSpec:
+    """Return the spec of a tensor, in a dtype that holds the values of the initial adapter too."""
+    spec = TensorSpec(*arrays.specs[key])
+    return spec if start is None else TensorSpec(spec.shape, _common_dtype(spec.dtype, start.specs[key].dtype))
+
+
+def _common_dtype(one: Any, other: Any) -> Any:
+    import numpy as np
+
+    return one if one == other else np.dtype(f"f{max(4, one.itemsize, other.itemsize)}")
 
 
 def _product_dtype(dtype: Any, side: str, scale: float) -> Any:
@@ -242,6 +274,15 @@ def _multiply(values: np.ndarray, scale: float, dtype: Any) -> np.ndarray:
     return out.reshape(values.shape)
 
 
+def _require_finite(values: np.ndarray, before: np.ndarray, name: str) -> None:
+    """Raise `MismatchError` if values became infinite in float16; the other dtypes have room for them."""
+    import numpy as np
+
+    if values.dtype != np.float16 or np.isfinite(values).all() or not np.isfinite(before.astype("float32")).all():
+        return
+    raise MismatchError(f"{name}: values above 65504 do not fit float16; use bfloat16, or keep the dtype")
+
+
 class PlainTensors(TensorSource):
     """The tensors of a plain form, computed when they are read."""
 
@@ -265,20 +306,24 @@ class PlainTensors(TensorSource):
         part = self._parts.get(key)
         if part is None or (part.scale == 1 and part.spec == (x.shape, x.dtype)):
             return x
-        values = x if self._start is None else self._with_start(key, x, part)
-        if part.scale == 1:
-            values = values.astype(part.spec.dtype, copy=False)
-        else:
-            values = _multiply(values, part.scale, part.spec.dtype)
-        missing = part.spec.shape[part.axis] - values.shape[part.axis]
+        values = x if self._start is None or part.axis is None else self._with_start(key, x, part.axis)
+        with np.errstate(over="ignore"):  # `_require_finite` names the tensor
+            if part.scale == 1:
+                values = values.astype(part.spec.dtype, copy=False)
+            else:
+                values = _multiply(values, part.scale, part.spec.dtype)
+        _require_finite(values, x, f"{self.source}: {key}")
+        missing = 0 if part.axis is None else part.spec.shape[part.axis] - values.shape[part.axis]
         if not missing:
             return values
         return np.pad(values, [(0, missing if i == part.axis else 0) for i in range(values.ndim)])
 
-    def _with_start(self, key: str, x: np.ndarray, part: _Part) -> np.ndarray:
+    def _with_start(self, key: str, x: np.ndarray, axis: int) -> np.ndarray:
         """Return a tensor with that of the initial adapter beside it along the rank, B's subtracted."""
         import numpy as np
 
         assert self._start is not None
         start = np.asarray(self._start[key])
-        return np.concatenate([x, start if part.axis == 0 else -start], part.axis)
+        dtype = _common_dtype(x.dtype, start.dtype)
+        both = x.astype(dtype, copy=False), (start if axis == 0 else -start).astype(dtype, copy=False)
+        return np.concatenate(both, axis)

@@ -24,8 +24,8 @@ def select_rows(rows: Array, modules: Sequence[str], selected: Sequence[str]) ->
 
 def count_experts(site: Site) -> int:
     """Return the number of experts in one PyTorch tensor of this leaf; 1 for other leaves."""
-    form = site.entries[0].form
-    return math.prod(dict(zip(form.left, form.shape, strict=True))[axis] for axis in site.match.roles["experts"])
+    sizes = site.entries[0].form.axis_sizes
+    return math.prod(sizes[axis] for axis in site.match.roles["experts"])
 
 
 def row_names(site: Site, entry: PlanEntry) -> list[str]:

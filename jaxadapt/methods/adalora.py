@@ -26,18 +26,10 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.adalora import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 _PREFIX = "base_model.model."
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaloraHparams:
-    """The hyperparameters of a site: the scale s, a number or a `PerEntry`, and the dropout rate."""
-
-    scale: Any
-    dropout: float
 
 
 class Adalora(MatrixMethod):
@@ -77,18 +69,12 @@ class Adalora(MatrixMethod):
     def starts_unchanged(self, config: AdaLoraConfig) -> bool:
         return bool(config.init_lora_weights)
 
-    def own(self, config: AdaLoraConfig, target: Target) -> AdaloraHparams:
+    def own(self, config: AdaLoraConfig, target: Target) -> ScaleHparams:
         def scale(module: str) -> float:
             alpha = config.lora_alpha if config.lora_alpha > 0 else sum(config.mask_of(module))
             return alpha / (config.init_r + 1e-5)
 
-        return AdaloraHparams(target.value(scale), config.lora_dropout)
-
-    def effect(self, own: AdaloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: AdaloraHparams) -> float:
-        return own.dropout
+        return ScaleHparams(target.value(scale), config.lora_dropout)
 
     def init(self, config: AdaLoraConfig, tensor: MethodTensor, start: Start) -> Draw:
         defaults = AdaLoraConfig()
@@ -102,10 +88,10 @@ class Adalora(MatrixMethod):
             return Draw("normal", 1.0)
         return Draw("constant", 0.0) if tensor.name == "lora_E" else Draw("normal", 0.02)
 
-    def delta(self, own: AdaloraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         return own.scale * (params["lora_B"] @ (params["lora_A"] * params["lora_E"])).reshape(w.shape)
 
-    def after(self, own: AdaloraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
         a = params["lora_A"] * params["lora_E"]
         h = jnp.einsum("...i,ri->...r", x.astype(a.dtype), a)
         return y + own.scale * jnp.einsum("...r,or->...o", h, params["lora_B"])

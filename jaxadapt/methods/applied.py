@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, as_computable
 
 
@@ -108,7 +107,7 @@ class AppliedMethod:
             return bias
         return self.method.bias(self.hparams, self.params, self.axes, bias)
 
-    def merged_bias(self, bias: Array, sign: int) -> Array:
+    def merged_bias(self, bias: Array, sign: int = 1) -> Array:
         """Return the layer's bias after a merge (sign 1), or before it (sign -1)."""
         return self.method.bias(self.hparams, self.params, self.axes, bias, undo=sign < 0)
 
@@ -203,11 +202,12 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
     """
     rivals = {leaf: [name for name, m in methods.items() if m.copies] for leaf, methods in leaves.items()}
     conflicts = [f"{leaf}: {', '.join(adapters)}" for leaf, adapters in rivals.items() if len(adapters) > 1]
-    if conflicts:
-        raise AttachError(
-            "cannot activate these adapters together: several hold a full copy of the same weight, and only one copy"
-            " can replace it. Activate one of them:\n" + paths.bullets(conflicts)
-        )
+    raise_listed(
+        AttachError,
+        "cannot activate these adapters together: several hold a full copy of the same weight, and only one copy"
+        " can replace it. Activate one of them:",
+        conflicts,
+    )
 
 
 def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:

@@ -309,7 +309,7 @@ class Method(abc.ABC):
 
     def starts_unchanged(self, config: Any) -> bool:
         """Return True if a new adapter leaves the model's output as it is."""
-        return True
+        return bool(config.get("init_weights", True))
 
     def describe_change(self, config: Any) -> str | None:
         """Return what the norms of `measure_change` measure; None if they cannot be computed from a file."""

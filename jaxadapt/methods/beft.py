@@ -5,9 +5,7 @@ It changes no weight. A merge adds it to the layer's bias and needs one, as in P
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -29,12 +27,6 @@ class Beft(MatrixMethod):
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)
 
-    def starts_unchanged(self, config: BeftConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: BeftConfig, target: Target) -> None:
-        return None
-
     def effect(self, own: None) -> Effects:
         return Effects("adds", form="use", bias="adds")
 
@@ -53,9 +45,6 @@ class Beft(MatrixMethod):
 
     def describe_change(self, config: BeftConfig) -> None:
         return None
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({},)
 
 
 METHOD = Beft()

@@ -38,11 +38,7 @@ class Boft(MatrixMethod):
 
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")
-        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
-            raise target.refuse(
-                f"BOFT adapts 2-D convolutions with a square window and one group; found window {window} and"
-                f" {target.match.weight.groups} groups. Remove the module from target_modules"
-            )
+        orthogonal.check_window(target, "BOFT")
         if (config.boft_n_butterfly_factor if found is None else found[0]) != 1:
             raise target.refuse(
                 "BOFT with several butterfly factors is not computed, because PEFT computes it only with a compiled"
@@ -58,12 +54,6 @@ class Boft(MatrixMethod):
         torch = ((), ("out",)) if window else (("out",), ())
         scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
         return own_tensor("boft_R", found), scale
-
-    def starts_unchanged(self, config: BOFTConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: BOFTConfig, target: Target) -> None:
-        return None
 
     def effect(self, own: None) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")

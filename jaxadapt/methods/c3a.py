@@ -24,7 +24,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.c3a import C3AConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, shared_value
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -38,9 +38,8 @@ class C3a(MatrixMethod):
     def tensors(self, config: C3AConfig, target: Target) -> tuple[MethodTensor, ...]:
         shape = target.found.get("c3a_kernel")
         if shape is None:
-            patterns = config.block_size_pattern or {}
-            sizes = {module: find_pattern_value(patterns, module, config.block_size) for module in target.modules}
-            size = shared_value("block_size", sizes)
+            patterns, default = config.block_size_pattern, config.block_size
+            size = shared_value("block_size", {m: find_pattern_value(patterns, m, default) for m in target.modules})
             if target.in_size % size or target.out_size % size:
                 raise target.refuse(
                     f"expected a block_size that divides the {target.in_size} inputs and the {target.out_size} outputs,"
@@ -51,12 +50,6 @@ class C3a(MatrixMethod):
 
     def starts_unchanged(self, config: C3AConfig) -> bool:
         return config.init_weights is True
-
-    def own(self, config: C3AConfig, target: Target) -> None:
-        return None
-
-    def effect(self, own: None) -> Effects:
-        return Effects("adds", form="use")
 
     def init(self, config: C3AConfig, tensor: MethodTensor, start: Start) -> Draw:
         rows, columns, size = start.shape

@@ -58,9 +58,6 @@ class Deft(MatrixMethod):
     def effect(self, own: DeftHparams) -> Effects:
         return Effects("adds", form="use", reads=True, sees="product")
 
-    def rate(self, own: DeftHparams) -> float:
-        return own.dropout
-
     def init(self, config: DeftConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "deft_P":
             return Draw("normal", 0.02)

@@ -8,7 +8,6 @@ PEFT saves n, and so does jaxadapt; a file without it gets the norms of the base
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +18,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.delora import DeloraConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -41,10 +40,7 @@ class Delora(MatrixMethod):
     roles = MappingProxyType({"delora_A": "A", "delora_B": "B", "delora_lambda": "vector", "delora_w_norm": "frozen"})
 
     def tensors(self, config: DeloraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
-
-        r = (("r", target.rank(rank)),)
+        r = (("r", target.rank(config.rank_of)),)
         return target.with_ranks(
             (
                 MethodTensor("delora_A", ".delora_A", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
@@ -61,33 +57,23 @@ class Delora(MatrixMethod):
                     scale_power=0,
                 ),
             ),
-            rank,
+            config.rank_of,
         )
 
-    def starts_unchanged(self, config: DeloraConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
-        rank = target.value(lambda module: find_pattern_value(config.rank_pattern or {}, module, config.r))
-        return DeloraHparams(rank, config.module_dropout)
-
-    def effect(self, own: DeloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: DeloraHparams) -> float:
-        return own.dropout
+        return DeloraHparams(target.value(config.rank_of), config.module_dropout)
 
     def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         match tensor.name:
             case "delora_lambda":
-                strength = find_pattern_value(config.lambda_pattern or {}, start.module, config.delora_lambda)
+                strength = find_pattern_value(config.lambda_pattern, start.module, config.delora_lambda)
                 return Draw("constant", float(strength))
             case "delora_w_norm":
                 return jnp.linalg.norm(at_least_float32(start.w), axis=0)
             case "delora_B" if config.init_weights:
                 return Draw("constant", 0.0)
             case _:
-                return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+                return Draw.kaiming(start.shape[1])
 
     def delta(self, own: DeloraHparams, params: Params, w: Array) -> Array:
         change = (params["delora_B"] * _strengths(own, params)[None]) @ params["delora_A"]

@@ -22,8 +22,9 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.fourierft import FourierFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.waveft import WaveFTConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -46,22 +47,12 @@ class FourierFt(MatrixMethod):
     roles = MappingProxyType({"fourierft_spectrum": "vector"})
 
     def tensors(self, config: FourierFTConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def count(module: str) -> int:
-            return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
-
-        return spectrum("fourierft_spectrum", target, count)
-
-    def starts_unchanged(self, config: FourierFTConfig) -> bool:
-        return config.init_weights
+        return spectrum("fourierft_spectrum", target, lambda module: count_of(config, module))
 
     def own(self, config: FourierFTConfig, target: Target) -> FourierHparams:
-        def count(module: str) -> int:
-            return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
-
-        return FourierHparams(target.value(count), config.scaling, config.random_loc_seed)
-
-    def effect(self, own: FourierHparams) -> Effects:
-        return Effects("adds", form="use")
+        return FourierHparams(
+            target.value(lambda module: count_of(config, module)), config.scaling, config.random_loc_seed
+        )
 
     def init(self, config: FourierFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
@@ -84,6 +75,11 @@ class FourierFt(MatrixMethod):
             {"n_frequency": 12, "scaling": 20.0},
             {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {".*q(_proj)?": 14}},
         )
+
+
+def count_of(config: FourierFTConfig | WaveFTConfig, module: str) -> int:
+    """Return the number of frequencies of a module by its configuration."""
+    return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
 
 def spectrum(name: str, target: Target, count: Any) -> tuple[MethodTensor, ...]:

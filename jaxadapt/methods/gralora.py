@@ -8,8 +8,6 @@ The layer adds the product of its input with these factors to its output. The ar
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,16 +18,8 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.gralora import GraloraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class GraloraHparams:
-    """The hyperparameters of a site: the scale s and the dropout rate."""
-
-    scale: float
-    dropout: float
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
 class Gralora(MatrixMethod):
@@ -60,24 +50,15 @@ class Gralora(MatrixMethod):
             MethodTensor(b, f".{b}.weight", ("batch", "out", "h"), (("out",), ("h",)), own, scale_power=0),
         )
 
-    def starts_unchanged(self, config: GraloraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: GraloraConfig, target: Target) -> GraloraHparams:
-        return GraloraHparams(config.alpha / (config.r + config.hybrid_r), config.gralora_dropout)
-
-    def effect(self, own: GraloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: GraloraHparams) -> float:
-        return own.dropout
+    def own(self, config: GraloraConfig, target: Target) -> ScaleHparams:
+        return ScaleHparams(config.alpha / (config.r + config.hybrid_r), config.gralora_dropout)
 
     def init(self, config: GraloraConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.init_weights and tensor.name.startswith("gralora_B"):
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5, the fan is the second axis
+        return Draw.kaiming(start.shape[1])
 
-    def delta(self, own: GraloraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         a, b = params["gralora_A"], params["gralora_B"]
         k = len(a)
         blocks = jnp.einsum("nijs,jnso->joni", a.reshape(*a.shape[:2], k, -1), b.reshape(k, k, -1, b.shape[2]))
@@ -86,7 +67,7 @@ class Gralora(MatrixMethod):
             change = change + params["gralora_B_general"] @ params["gralora_A_general"]
         return own.scale * change
 
-    def after(self, own: GraloraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
         a, b = params["gralora_A"], params["gralora_B"]
         x, k = x.astype(a.dtype), len(a)
         h = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)

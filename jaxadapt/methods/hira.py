@@ -59,17 +59,11 @@ class Hira(MatrixMethod):
             MethodTensor(b, f".{b}", ("batch", "out", "r"), (("out",), ("r",), *ones), r, scale_power=0),
         )
 
-    def starts_unchanged(self, config: HiraConfig) -> bool:
-        return bool(config.init_weights)
-
     def own(self, config: HiraConfig, target: Target) -> HiraHparams:
         return HiraHparams(target.kind, 0.0 if target.kind == "embedding" else config.hira_dropout)
 
     def effect(self, own: HiraHparams) -> Effects:
         return Effects("adds", form="use" if own.dropout or own.kind == "embedding" else "weight", reads=True)
-
-    def rate(self, own: HiraHparams) -> float:
-        return own.dropout
 
     def init(self, config: HiraConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.rank_pattern:
@@ -83,7 +77,7 @@ class Hira(MatrixMethod):
             return Draw("constant", 0.0)
         if config.init_weights == "gaussian" and start.hparams.kind == "linear":
             return Draw("normal", 1 / start.shape[0])
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
     def delta(self, own: HiraHparams, params: Params, w: Array) -> Array:
         if own.kind == "embedding":  # PyTorch's table is (vocabulary, dimension)

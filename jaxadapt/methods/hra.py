@@ -26,6 +26,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.hra import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -47,11 +48,7 @@ class Hra(MatrixMethod):
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, window = (("r", config.r),), target.window
-        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
-            raise target.refuse(
-                f"HRA adapts 2-D convolutions with a square window and one group; found window {window} and"
-                f" {target.match.weight.groups} groups. Remove the module from target_modules"
-            )
+        orthogonal.check_window(target, "HRA")
         inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
         if config.apply_GS and config.r > inputs:
             raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
@@ -70,7 +67,7 @@ class Hra(MatrixMethod):
 
     def init(self, config: HRAConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if not self.starts_unchanged(config):
-            return Draw("uniform", 1 / math.sqrt(config.r))  # Kaiming-uniform with a = √5
+            return Draw.kaiming(config.r)
         if config.apply_GS:
             raise ConfigError(
                 "cannot start HRA with apply_GS, init_weights and an even r: it starts with pairs of equal vectors,"

@@ -69,6 +69,9 @@ class IA3(Method):
         feedforward = shared_value("feedforward", {m: is_feedforward(config, m) for m in modules})
         return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
 
+    def starts_unchanged(self, config: IA3Config) -> bool:
+        return config.init_ia3_weights
+
     def init(self, config: IA3Config, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
@@ -106,8 +109,16 @@ class IA3(Method):
         return Effects("changes", bias=None if hparams.feedforward else "scales")
 
     def bias(self, hparams: IA3Hparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
-        scale = self._scale_over_bias(hparams, params, bias)
-        return bias if scale is None else (bias / scale if undo else bias * scale).astype(bias.dtype)
+        if hparams.feedforward:
+            return bias
+        scale = _vector(hparams, params)
+        if scale.size != bias.size:
+            raise AttachError(
+                f"cannot scale the layer's bias with the IA3 vector: the bias has shape {bias.shape}, the vector"
+                f" {scale.shape}. Exclude the module, or make it a feedforward module"
+            )
+        scale = scale.reshape(bias.shape)
+        return (bias / scale if undo else bias * scale).astype(bias.dtype)
 
     def row_hparams(self, hparams: IA3Hparams) -> IA3Hparams:
         if hparams.conv:
@@ -122,18 +133,6 @@ class IA3(Method):
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
-
-    @staticmethod
-    def _scale_over_bias(hparams: IA3Hparams, params: Params, bias: Array) -> Array | None:
-        if hparams.feedforward:
-            return None
-        scale = _vector(hparams, params)
-        if scale.size != bias.size:
-            raise AttachError(
-                f"cannot scale the layer's bias with the IA3 vector: the bias has shape {bias.shape}, the vector"
-                f" {scale.shape}. Exclude the module, or make it a feedforward module"
-            )
-        return scale.reshape(bias.shape)
 
     @staticmethod
     def _scale_letters(hparams: IA3Hparams, use: Use) -> str:

@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
+from jaxadapt.configs.lokr import LoKrConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class LohaHparams:
-    """The hyperparameters of a site: the scale s, a number or a `PerEntry`."""
-
-    scale: Any
+from jaxadapt.methods.base import Array, Params, Start, Target, shared_value
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
 class Loha(MatrixMethod):
@@ -43,17 +37,14 @@ class Loha(MatrixMethod):
     )
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
-
-        r, is_conv = (("r", target.rank(rank)),), target.kind == "conv"
+        r, is_conv = (("r", target.rank(config.rank_of)),), target.kind == "conv"
         if target.found:  # the base may be unknown
             effective, window = "hada_t1" in target.found, target.found.get("hada_t1", ())[2:]
         else:
             window = (*target.window, 1)[:2] if is_conv else ()
             effective = config.use_effective_conv2d and math.prod(window) > 1
         if effective:
-            shared_value("rank_pattern", {module: rank(module) for module in target.modules})
+            shared_value("rank_pattern", {module: config.rank_of(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
             a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
@@ -70,32 +61,21 @@ class Loha(MatrixMethod):
                 inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
                 b = dataclasses.replace(b, axes=("batch", "r", "i"), torch=(("r",), ("i",)), own=(*r, ("i", inputs)))
             made += [a, b]
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], rank)
+        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], config.rank_of)
 
-    def starts_unchanged(self, config: LoHaConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
+    def own(self, config: LoHaConfig, target: Target) -> ScaleHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern or {}, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern or {}, module, config.r)
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        return LohaHparams(target.value(scale))
-
-    def effect(self, own: LohaHparams) -> Effects:
-        return Effects("adds", form="weight")
+        return ScaleHparams(target.value(scale))
 
     def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if config.rank_dropout or config.module_dropout:
-            raise ConfigError(
-                "cannot train LOHA with rank_dropout or module_dropout: jaxadapt does not drop rows or modules; set"
-                " both to 0.0"
-            )
+        refuse_dropout(config)
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
-    def delta(self, own: LohaHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         if "hada_t1" in params:
             sides = [
                 jnp.einsum("rj...,jp,ri->ip...", params[f"hada_t{i}"], params[f"hada_w{i}_b"], params[f"hada_w{i}_a"])
@@ -109,6 +89,15 @@ class Loha(MatrixMethod):
         return (
             {"r": 2, "alpha": 3},
             {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
+        )
+
+
+def refuse_dropout(config: LoHaConfig | LoKrConfig) -> None:
+    """Raise `ConfigError` if a new adapter is to be trained with a dropout of rows or modules."""
+    if config.rank_dropout or config.module_dropout:
+        raise ConfigError(
+            f"cannot train {config.peft_type} with rank_dropout or module_dropout: jaxadapt does not drop rows or"
+            " modules; set both to 0.0"
         )
 
 

@@ -20,17 +20,11 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lokr import LoKrConfig
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class LokrHparams:
-    """The hyperparameters of a site: the scale s, a number or a `PerEntry`."""
-
-    scale: Any
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.loha import refuse_dropout
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +49,7 @@ class Lokr(MatrixMethod):
     )
 
     def tensors(self, config: LoKrConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def rank(module: str) -> int:
-            return find_pattern_value(config.rank_pattern or {}, module, config.r)
-
-        ranks = {rank(module) for module in target.modules}
+        ranks = {config.rank_of(module) for module in target.modules}
         forms = {_found_form(target) or _new_form(config, target, r) for r in ranks}
         form = forms.pop()
         if forms or (form.has_t2 and len(ranks) > 1):
@@ -66,37 +57,26 @@ class Lokr(MatrixMethod):
                 f"the ranks {sorted(ranks)} of its modules decompose their matrices differently; choose ranks that all"
                 " decompose the same ones, or use an unrolled model"
             )
-        r, tensors = target.rank(rank), list[MethodTensor]()
+        r, tensors = target.rank(config.rank_of), list[MethodTensor]()
         for name, sizes in _axes(config, target, form, r).items():
             axes = ("batch", *sizes)
             tensors.append(MethodTensor(name, f".{name}", axes, tuple((n,) for n in sizes), tuple(sizes.items())))
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], rank)
+        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], config.rank_of)
 
-    def starts_unchanged(self, config: LoKrConfig) -> bool:
-        return bool(config.init_weights)
-
-    def own(self, config: LoKrConfig, target: Target) -> LokrHparams:
+    def own(self, config: LoKrConfig, target: Target) -> ScaleHparams:
         def scale(module: str) -> float:
-            alpha = find_pattern_value(config.alpha_pattern or {}, module, config.alpha)
-            return alpha / find_pattern_value(config.rank_pattern or {}, module, config.r)
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        return LokrHparams(target.value(scale))
-
-    def effect(self, own: LokrHparams) -> Effects:
-        return Effects("adds", form="use")
+        return ScaleHparams(target.value(scale))
 
     def init(self, config: LoKrConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if config.rank_dropout or config.module_dropout:
-            raise ConfigError(
-                "cannot train LOKR with rank_dropout or module_dropout: jaxadapt does not drop rows or modules; set"
-                " both to 0.0"
-            )
+        refuse_dropout(config)
         zeros = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
         if config.init_weights and tensor.name in zeros:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(math.prod(start.shape[1:]))
 
-    def delta(self, own: LokrHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         w1 = params["lokr_w1"] if "lokr_w1" in params else params["lokr_w1_a"] @ params["lokr_w1_b"]
         if "lokr_t2" in params:
             w2 = jnp.einsum("ij...,ik,jn->kn...", params["lokr_t2"], params["lokr_w2_a"], params["lokr_w2_b"])
@@ -105,7 +85,7 @@ class Lokr(MatrixMethod):
         # Of a w2 with three axes, the last two are multiplied, as in PEFT.
         return own.scale * jnp.kron(w1[:, :, None, None] if w2.ndim == 4 else w1, w2).reshape(w.shape)
 
-    def after(self, own: LokrHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
         first = [params[n] for n in ("lokr_w1", "lokr_w1_b", "lokr_w1_a") if n in params]
         second = [params[n] for n in ("lokr_w2", "lokr_w2_b", "lokr_w2_a") if n in params]
         h = x.reshape(*x.shape[:-1], first[0].shape[1], second[0].shape[1]).astype(first[0].dtype)

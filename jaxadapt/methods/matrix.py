@@ -6,7 +6,6 @@ paper or PEFT writes it, and works for every keymap: split heads, fused parts, s
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -21,7 +20,6 @@ from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
 from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries
@@ -42,6 +40,21 @@ class MatrixHparams:
     rows: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class DropoutHparams:
+    """Own hyperparameters of a method: the dropout rate of the input."""
+
+    dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleHparams:
+    """Own hyperparameters of a method: the scale s, a number or a `PerEntry`; the dropout rate of the input."""
+
+    scale: Any
+    dropout: float = 0.0
+
+
 class MatrixMethod(Method):
     """A method written in PyTorch's layout.
 
@@ -55,16 +68,16 @@ class MatrixMethod(Method):
     row_numbers: frozenset[str] = frozenset()
     """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
-    @abc.abstractmethod
-    def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]: ...
-
-    @abc.abstractmethod
     def own(self, config: Any, target: Target) -> Hashable:
-        """Return the hyperparameters of a site: a frozen dataclass, or None."""
+        """Return the hyperparameters of a site: a frozen dataclass, or None, the default.
 
-    @abc.abstractmethod
+        If it has a field `dropout`, that is the dropout rate of the input.
+        """
+        return None
+
     def effect(self, own: Any) -> Effects:
-        """Return what the method changes at a site."""
+        """Return what the method changes at a site; by default it adds to the weight, at each use if it has `after`."""
+        return Effects("adds", form="weight" if type(self).after is MatrixMethod.after else "use")
 
     def delta(self, own: Any, params: Params, w: Array) -> Array:
         """Return the change of the weight, (out, in), for methods that add to the weight."""
@@ -90,10 +103,6 @@ class MatrixMethod(Method):
     def after(self, own: Any, params: Params, x: Array, y: Array) -> Array:
         """Return the output in place of `y` (…, out), for an input `x` (…, in), which is after dropout."""
         return y
-
-    def rate(self, own: Any) -> float:
-        """Return the dropout rate of the input; 0 for methods without dropout."""
-        return 0.0
 
     def shift(self, own: Any, params: Params, bias: Array, undo: bool) -> Array:
         """Return the module's bias (out) as the adapter changes it, or its inverse."""
@@ -124,7 +133,7 @@ class MatrixMethod(Method):
         return self.effect(hparams.own)
 
     def dropout(self, hparams: MatrixHparams) -> float:
-        return self.rate(hparams.own)
+        return getattr(hparams.own, "dropout", 0.0)
 
     def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
         # A tied head uses the weight in reverse, and fused parts with one input cannot each change it.

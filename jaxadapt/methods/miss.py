@@ -12,7 +12,6 @@ A sum over the blocks of the input replaces the effective weight, except with "b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -53,18 +52,12 @@ class Miss(MatrixMethod):
         axes = ("batch", "r", "out"), (("r",), ("out",))
         return (MethodTensor("miss_block", ".miss_block", *axes, (("r", r),), scale_power=0),)
 
-    def starts_unchanged(self, config: MissConfig) -> bool:
-        return bool(config.init_weights)
-
     def own(self, config: MissConfig, target: Target) -> MissHparams:
         variant = config.init_weights if isinstance(config.init_weights, str) else ""
         return MissHparams(variant, 0.0 if variant == "bat" else config.miss_dropout)
 
     def effect(self, own: MissHparams) -> Effects:
         return Effects("changes", form="weight", reads=True) if own.variant == "bat" else Effects("adds", form="use")
-
-    def rate(self, own: MissHparams) -> float:
-        return own.dropout
 
     def init(self, config: MissConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.init_weights == "bat" and config.miss_dropout:
@@ -74,7 +67,7 @@ class Miss(MatrixMethod):
             )
         if config.init_weights:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(start.shape[-1]))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(start.shape[-1])
 
     def delta(self, own: MissHparams, params: Params, w: Array) -> Array:
         d = _over_outputs(params["miss_block"], w.shape[0])

@@ -67,11 +67,7 @@ class Oft(MatrixMethod):
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
-        if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
-            raise target.refuse(
-                f"OFT adapts 2-D convolutions with a square window and one group; found window {window} and"
-                f" {target.match.weight.groups} groups. Remove the module from target_modules"
-            )
+        orthogonal.check_window(target, "OFT")
         found = target.found.get(name)
         if found is None:
             size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
@@ -79,9 +75,6 @@ class Oft(MatrixMethod):
             blocks, block = (size // given, given) if config.oft_block_size else (given, size // given)
             found = (1 if config.block_share else blocks, block * (block - 1) // 2)
         return (own_tensor(name, found, f".{name}.weight"),)
-
-    def starts_unchanged(self, config: OFTConfig) -> bool:
-        return config.init_weights
 
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0

@@ -1,4 +1,4 @@
-"""Block-diagonal orthogonal matrices, which OFT and BOFT train."""
+"""Orthogonal changes of the inputs: block-diagonal matrices, which OFT and BOFT train, and their convolutions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.methods.base import Array, at_least_float32
+from jaxadapt.methods.base import Array, Target, at_least_float32
+
+
+def check_window(target: Target, method: str) -> None:
+    """Raise `ConfigError` for the convolutions whose inputs PEFT does not rotate."""
+    window, groups = target.window, target.match.weight.groups
+    if window and (len(window) != 2 or window[0] != window[1] or groups > 1):
+        raise target.refuse(
+            f"{method} adapts 2-D convolutions with a square window and one group; found window {window} and"
+            f" {groups} groups. Remove the module from target_modules"
+        )
 
 
 def skew(vectors: Array) -> Array:

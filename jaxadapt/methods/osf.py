@@ -65,9 +65,6 @@ class Osf(MatrixMethod):
     def starts_unchanged(self, config: OSFConfig) -> bool:
         return config.init_weights is not False
 
-    def own(self, config: OSFConfig, target: Target) -> None:
-        return None
-
     def effect(self, own: None) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")
 

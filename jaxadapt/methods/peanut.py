@@ -9,7 +9,6 @@ transformers that is not in `ACTIVATIONS` is refused, such as those with paramet
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -83,9 +82,6 @@ class Peanut(MatrixMethod):
             MethodTensor("peanut_B", ".peanut_B.weight", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
         )
 
-    def starts_unchanged(self, config: PeanutConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: PeanutConfig, target: Target) -> PeanutHparams:
         return PeanutHparams(config.depth, config.act_fn, config.scaling)
 
@@ -95,7 +91,7 @@ class Peanut(MatrixMethod):
     def init(self, config: PeanutConfig, tensor: MethodTensor, start: Start) -> Draw:
         if tensor.name == "peanut_B" and config.init_weights:
             return Draw("constant", 0.0)
-        return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+        return Draw.kaiming(start.shape[1])
 
     def delta(self, own: PeanutHparams, params: Params, w: Array) -> Array:
         f = ACTIVATIONS[own.activation]

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Literal, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
+from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights
 
 EMBEDDINGS = "prompt_embeddings"
 """The name of the virtual tokens, in a trained adapter without an encoder and in every file."""
@@ -185,20 +184,11 @@ class PromptMethod(Method):
     def effects(self, hparams: Any) -> Effects:
         return Effects()
 
-    def output(
-        self, hparams: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
-    ) -> Array:
-        self._refuse()
-
-    def weight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
-        self._refuse()
-
-    def unweight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
         require_weights(self)
         raise AssertionError
+
+    output = weight = unweight = _refuse
 
 
 def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:

@@ -10,7 +10,6 @@ no key by itself. The projections are PyTorch's own random numbers, as in VeRA.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -24,18 +23,11 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
-from jaxadapt.methods.vera import check_projections, draw_projections, projection_needs
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
+from jaxadapt.methods.vera import draw_projections, projections
 
 NOISE = "noise"
-
-
-@dataclasses.dataclass(frozen=True)
-class PveraHparams:
-    """The hyperparameters of a site: the dropout rate."""
-
-    dropout: float
 
 
 class Pvera(MatrixMethod):
@@ -66,27 +58,10 @@ class Pvera(MatrixMethod):
     def shared(
         self, config: PveraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
     ) -> tuple[MethodTensor, ...]:
-        a, b = found.get("pvera_A"), found.get("pvera_B")
-        a = (2 * config.r, max(t.in_size for t in targets) if a is None else a[-1])
-        b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
-        check_projections(targets, projection_needs("pvera", a[1], b[0]))
-        saved = config.save_projection
-        return tuple(
-            own_tensor(name, shape, trained=False, optional=True, in_file=saved)
-            for name, shape in (("pvera_A", a), ("pvera_B", b))
-        )
+        return projections("pvera", config, targets, found, 2 * config.r)
 
-    def starts_unchanged(self, config: PveraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: PveraConfig, target: Target) -> PveraHparams:
-        return PveraHparams(config.pvera_dropout)
-
-    def effect(self, own: PveraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: PveraHparams) -> float:
-        return own.dropout
+    def own(self, config: PveraConfig, target: Target) -> DropoutHparams:
+        return DropoutHparams(config.pvera_dropout)
 
     def init(self, config: PveraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "pvera_lambda_b":
@@ -103,14 +78,14 @@ class Pvera(MatrixMethod):
         a, b = draw_projections(config.projection_prng_key, start.shared["pvera_A"], start.shared["pvera_B"])
         return a if tensor.name == "pvera_A" else b
 
-    def delta(self, own: PveraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         out, inputs = w.shape
         b = params["pvera_B"][:out]
         r = b.shape[1]
         mean = params["pvera_lambda_d"][:r, None] * params["pvera_A"][:r, :inputs]
         return (params["pvera_lambda_b"][:, None] * b) @ mean
 
-    def after(self, own: PveraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         b = params["pvera_B"][: y.shape[-1]]
         r = b.shape[1]
         d, rows = params["pvera_lambda_d"], params["pvera_A"][:, : x.shape[-1]]

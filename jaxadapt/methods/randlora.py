@@ -11,7 +11,6 @@ and is refused. PEFT 0.21.2 writes the bases once, and again for each module; ja
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -24,17 +23,9 @@ from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.randlora import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 from jaxadapt.methods.vera import check_projections
-
-
-@dataclasses.dataclass(frozen=True)
-class RandloraHparams:
-    """The hyperparameters of a site: the scale s and the dropout rate."""
-
-    scale: float
-    dropout: float
 
 
 class Randlora(MatrixMethod):
@@ -78,17 +69,8 @@ class Randlora(MatrixMethod):
             for name, shape in (("randlora_A", a), ("randlora_B", b))
         )
 
-    def starts_unchanged(self, config: RandLoraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: RandLoraConfig, target: Target) -> RandloraHparams:
-        return RandloraHparams(config.randlora_alpha / config.r, config.randlora_dropout)
-
-    def effect(self, own: RandloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: RandloraHparams) -> float:
-        return own.dropout
+    def own(self, config: RandLoraConfig, target: Target) -> ScaleHparams:
+        return ScaleHparams(config.randlora_alpha / config.r, config.randlora_dropout)
 
     def init(self, config: RandLoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "randlora_lambda":
@@ -107,12 +89,12 @@ class Randlora(MatrixMethod):
             made[name] = x / np.std(x, ddof=1)
         return made[tensor.name]
 
-    def delta(self, own: RandloraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         a, b = _bases(params, *w.shape)
         change = own.scale * (b @ a)
         return change if w.shape[1] <= w.shape[0] else change.T
 
-    def after(self, own: RandloraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
         a, b = _bases(params, y.shape[-1], x.shape[-1])
         x = x.astype(a.dtype)
         change = (x @ a.T) @ b.T if x.shape[-1] <= y.shape[-1] else (x @ b) @ a

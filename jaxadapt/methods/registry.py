@@ -44,7 +44,7 @@ class Methods(Mapping[str, Method]):
         if class_of(method.peft_type) is None:
             raise ConfigError(
                 f"cannot register the method {method.peft_type!r}: the type has no configuration. Define a subclass of"
-                f' jaxadapt.Config first, with _type = "{method.peft_type}"'
+                f' jaxadapt.Config first, with peft_type: str = "{method.peft_type}"'
             )
         self._loaded[method.peft_type] = method
 
@@ -82,8 +82,8 @@ def get_method(config: Config) -> Method:
 def register(method: Method) -> Method:
     """Add a method of another package for this process, and return it.
 
-    Its configuration is a subclass of `jaxadapt.Config` whose `_type` is the method's `peft_type`. Files of this type
-    then read into that class, and `adapt`, `save`, `load`, `merge` and the other functions accept it.
+    Its configuration is a subclass of `jaxadapt.Config` with the same `peft_type` by default. Files of this type then
+    read into that class, and `adapt`, `save`, `load`, `merge` and the other functions accept it.
 
     Raises `ConfigError` if the type has a method already, or no configuration class.
 

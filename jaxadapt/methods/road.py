@@ -53,9 +53,6 @@ class Road(MatrixMethod):
             )
         return tuple(own_tensor(name, (size,)) for name, size in sizes.items())
 
-    def starts_unchanged(self, config: RoadConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: RoadConfig, target: Target) -> RoadHparams:
         return RoadHparams(config.variant, config.group_size)
 

@@ -21,7 +21,7 @@ from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.shira import ShiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -48,15 +48,6 @@ class Shira(MatrixMethod):
             own_tensor("shira_weight", (n,)),
             own_tensor("shira_indices", (2, n), trained=False, dtype="int32", optional=is_drawn),
         )
-
-    def starts_unchanged(self, config: ShiraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: ShiraConfig, target: Target) -> None:
-        return None
-
-    def effect(self, own: None) -> Effects:
-        return Effects("adds", form="weight")
 
     def init(self, config: ShiraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "shira_weight":

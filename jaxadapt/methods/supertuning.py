@@ -9,8 +9,6 @@ and is refused for a new adapter.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -22,17 +20,10 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.supertuning import SupertuningConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 VALUES, INDICES, LORA_A, LORA_B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
-
-
-@dataclasses.dataclass(frozen=True)
-class SupertuningHparams:
-    """The hyperparameters of a site: the scale s of LoRA's product."""
-
-    scale: float
 
 
 class Supertuning(MatrixMethod):
@@ -69,14 +60,8 @@ class Supertuning(MatrixMethod):
             ]
         return tuple(made)
 
-    def starts_unchanged(self, config: SupertuningConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: SupertuningConfig, target: Target) -> SupertuningHparams:
-        return SupertuningHparams(0.0 if config.r is None else float(config.lora_alpha or 0) / config.r)
-
-    def effect(self, own: SupertuningHparams) -> Effects:
-        return Effects("adds", form="weight")
+    def own(self, config: SupertuningConfig, target: Target) -> ScaleHparams:
+        return ScaleHparams(0.0 if config.r is None else float(config.lora_alpha or 0) / config.r)
 
     def init(self, config: SupertuningConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if config.r is not None and config.lora_dropout:
@@ -88,10 +73,10 @@ class Supertuning(MatrixMethod):
             scores = jnp.abs(start.w).reshape(-1)
             return jax.lax.top_k(scores if config.select_top else -scores, start.shape[0])[1]
         if tensor.name == LORA_A or (tensor.name == LORA_B and not config.init_weights):
-            return Draw("uniform", 1 / math.sqrt(start.shape[1]))  # Kaiming-uniform with a = √5
+            return Draw.kaiming(start.shape[1])
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
-    def delta(self, own: SupertuningHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
         values = params[VALUES]
         change = jnp.zeros(w.size, values.dtype).at[params[INDICES]].add(values).reshape(w.shape)
         return change + own.scale * (params[LORA_B] @ params[LORA_A]) if LORA_A in params else change

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.pattern import part_sizes
+from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.keymap import Match
@@ -70,8 +70,7 @@ class Target:
         return {*roles["in"], *roles["out"]} <= self._parts().keys()
 
     def _parts(self) -> dict[str, int]:
-        named = dict(self.match.weight.sizes)
-        return {n: m for axis, size in self.sizes.items() for n, m in part_sizes(axis, size, named).items()}
+        return split_sizes(self.sizes.items(), dict(self.match.weight.sizes))
 
     def _size(self, role: str) -> int:
         names, sizes = self.match.weight.torch_roles[role], self._parts()
@@ -100,10 +99,12 @@ class Target:
         ranks = self.modules.each(field, 0)
         if len(set(ranks)) == 1:
             return tuple(tensors)
-        return tuple(
-            dataclasses.replace(t, used_sizes=ranks if "r" in dict(t.own) else tuple(min(r, 1) for r in ranks))
-            for t in tensors
-        )
+
+        def used_sizes(tensor: MethodTensor) -> tuple[int, ...]:
+            own = dict(tensor.own).get("r")  # less than the rank for a convolution with groups
+            return tuple(min(rank, 1) if own is None else rank * own // max(ranks) for rank in ranks)
+
+        return tuple(dataclasses.replace(tensor, used_sizes=used_sizes(tensor)) for tensor in tensors)
 
     def cap_rank(self, peft_type: str, rank: int, limit: int) -> int:
         """Return the rank of a new adapter, at most `limit`, with a warning where PEFT is silent."""

@@ -23,7 +23,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.arrays.torch_random import TorchRandom
 from jaxadapt.configs.tinylora import TinyLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Drop, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
 
 
@@ -71,17 +71,11 @@ class TinyLora(MatrixMethod):
         return (own_tensor("tinylora_v", (groups, config.u), numbered=True),)
 
     def starts_unchanged(self, config: TinyLoraConfig) -> bool:
-        return config.init_weights is True
+        return config.init_weights != "uniform"
 
     def own(self, config: TinyLoraConfig, target: Target) -> TinyLoraHparams:
         is_embedding = target.kind == "embedding"
         return TinyLoraHparams(is_embedding, 0.0 if is_embedding else config.tinylora_dropout)
-
-    def effect(self, own: TinyLoraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: TinyLoraHparams) -> float:
-        return own.dropout
 
     def init(self, config: TinyLoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "tinylora_v":

@@ -139,9 +139,6 @@ class TokenRows(CopyingMethod):
     as_head = MappingProxyType({NAME: NAME})
     ties_heads = True
 
-    def starts_unchanged(self, config: TrainableTokensConfig) -> bool:
-        return config.init_weights
-
     def check(self, config: TrainableTokensConfig) -> None:
         if not config.token_indices:
             raise ConfigError("token_indices: expected the tokens to train, found none")

@@ -9,7 +9,6 @@ PEFT reads.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -20,17 +19,10 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.unilora import UniLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
 THETA = "unilora_theta_d"
-
-
-@dataclasses.dataclass(frozen=True)
-class UniLoraHparams:
-    """The hyperparameters of a site: the dropout rate."""
-
-    dropout: float
 
 
 class UniLora(MatrixMethod):
@@ -62,14 +54,8 @@ class UniLora(MatrixMethod):
     def starts_unchanged(self, config: UniLoraConfig) -> bool:
         return False
 
-    def own(self, config: UniLoraConfig, target: Target) -> UniLoraHparams:
-        return UniLoraHparams(config.unilora_dropout)
-
-    def effect(self, own: UniLoraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: UniLoraHparams) -> float:
-        return own.dropout
+    def own(self, config: UniLoraConfig, target: Target) -> DropoutHparams:
+        return DropoutHparams(config.unilora_dropout)
 
     def init(self, config: UniLoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == THETA:
@@ -83,10 +69,10 @@ class UniLora(MatrixMethod):
         own = indices[first : first + int(np.prod(start.shape))].reshape(start.shape)
         return own if "indices" in tensor.name else scales[own]
 
-    def delta(self, own: UniLoraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         return _factor(params, "B") @ _factor(params, "A")
 
-    def after(self, own: UniLoraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         return y + x.astype(params[THETA].dtype) @ _factor(params, "A").T @ _factor(params, "B").T
 
     def describe_change(self, config: UniLoraConfig) -> None:

@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.vblora import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 
 BANK = "vblora_vector_bank"
@@ -81,12 +81,6 @@ class Vblora(MatrixMethod):
 
     def own(self, config: VBLoRAConfig, target: Target) -> VbloraHparams:
         return VbloraHparams(config.topk, config.vblora_dropout)
-
-    def effect(self, own: VbloraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: VbloraHparams) -> float:
-        return own.dropout
 
     def init(self, config: VBLoRAConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.save_only_topk_weights:

@@ -7,7 +7,6 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -17,18 +16,12 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class VeraHparams:
-    """The hyperparameters of a site: the dropout rate."""
-
-    dropout: float
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
 
 class Vera(MatrixMethod):
@@ -49,27 +42,10 @@ class Vera(MatrixMethod):
     def shared(
         self, config: VeraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
     ) -> tuple[MethodTensor, ...]:
-        a, b = found.get("vera_A"), found.get("vera_B")
-        a = (config.r, max(t.in_size for t in targets) if a is None else a[-1])
-        b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
-        check_projections(targets, projection_needs("vera", a[1], b[0]))
-        saved = config.save_projection
-        return tuple(
-            own_tensor(name, shape, trained=False, optional=True, in_file=saved)
-            for name, shape in (("vera_A", a), ("vera_B", b))
-        )
+        return projections("vera", config, targets, found, config.r)
 
-    def starts_unchanged(self, config: VeraConfig) -> bool:
-        return config.init_weights
-
-    def own(self, config: VeraConfig, target: Target) -> VeraHparams:
-        return VeraHparams(config.vera_dropout)
-
-    def effect(self, own: VeraHparams) -> Effects:
-        return Effects("adds", form="use")
-
-    def rate(self, own: VeraHparams) -> float:
-        return own.dropout
+    def own(self, config: VeraConfig, target: Target) -> DropoutHparams:
+        return DropoutHparams(config.vera_dropout)
 
     def init(self, config: VeraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "vera_lambda_b":
@@ -79,12 +55,12 @@ class Vera(MatrixMethod):
         a, b = draw_projections(config.projection_prng_key, start.shared["vera_A"], start.shared["vera_B"])
         return a if tensor.name == "vera_A" else b
 
-    def delta(self, own: VeraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         out, inputs = w.shape
         b = params["vera_lambda_b"][:, None] * params["vera_B"][:out]
         return b @ (params["vera_lambda_d"][:, None] * params["vera_A"][:, :inputs])
 
-    def after(self, own: VeraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         d = params["vera_lambda_d"]
         h = d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), params["vera_A"][:, : x.shape[-1]])
         return y + params["vera_lambda_b"] * jnp.einsum("...r,or->...o", h, params["vera_B"][: y.shape[-1]])
@@ -101,12 +77,25 @@ def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Arr
     return first, second
 
 
-def projection_needs(prefix: str, inputs: int, outputs: int) -> Any:
-    """Return the sizes of projections of all inputs and outputs, for `check_projections`."""
-    return (
-        (f"{prefix}_A", inputs, "inputs", lambda target: target.in_size),
-        (f"{prefix}_B", outputs, "outputs", lambda target: target.out_size),
+def projections(
+    prefix: str,
+    config: VeraConfig | PveraConfig,
+    targets: Sequence[Target],
+    found: Mapping[str, tuple[int, ...]],
+    rows: int,
+) -> tuple[MethodTensor, ...]:
+    """Return the specifications of A (rows, inputs) and B (outputs, r), for the largest modules of a new adapter."""
+    names, saved = (f"{prefix}_A", f"{prefix}_B"), config.save_projection
+    a, b = (found.get(name) for name in names)
+    inputs = max(target.in_size for target in targets) if a is None else a[-1]
+    outputs = max(target.out_size for target in targets) if b is None else b[0]
+    needs = (
+        (names[0], inputs, "inputs", lambda target: target.in_size),
+        (names[1], outputs, "outputs", lambda target: target.out_size),
     )
+    check_projections(targets, needs)
+    shapes = zip(names, ((rows, inputs), (outputs, config.r)), strict=True)
+    return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
 
 
 def check_projections(

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.waveft import WaveFTConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
-from jaxadapt.methods.fourierft import positions, spectrum, used_values
+from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.fourierft import count_of, positions, spectrum, used_values
 from jaxadapt.methods.matrix import MatrixMethod
 
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
@@ -71,16 +70,10 @@ class WaveFt(MatrixMethod):
     def tensors(self, config: WaveFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         return spectrum("waveft_spectrum", target, lambda module: _count(config, target, module))
 
-    def starts_unchanged(self, config: WaveFTConfig) -> bool:
-        return config.init_weights
-
     def own(self, config: WaveFTConfig, target: Target) -> WaveHparams:
         count = target.value(lambda module: _count(config, target, module))
         order = _ORDERS[config.wavelet_family] if config.use_idwt else 0
         return WaveHparams(count, config.scaling, config.random_loc_seed, order)
-
-    def effect(self, own: WaveHparams) -> Effects:
-        return Effects("adds", form="use")
 
     def init(self, config: WaveFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.01)
@@ -116,7 +109,7 @@ def _count(config: WaveFTConfig, target: Target, module: str) -> int:
                 " depends on all other modules; state the numbers in n_frequency_pattern"
             )
         return found[-1]
-    return find_pattern_value(config.n_frequency_pattern or {}, module, config.n_frequency)
+    return count_of(config, module)
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier
 from jaxadapt.models.nnx import attach, graph
 
@@ -69,11 +69,12 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     finally:
         for path, var in variables.items():
             var.set_value(before[path])
-    if changed:
-        raise AttachError(
-            "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
-            " were discarded. Train outside the context:\n" + paths.bullets(changed)
-        )
+    raise_listed(
+        AttachError,
+        "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
+        " were discarded. Train outside the context:",
+        changed,
+    )
 
 
 def _multiply(value: Array, factor: Any) -> Array:

@@ -13,7 +13,7 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
@@ -179,11 +179,13 @@ def inject(
         )
     kept = {p: x for p, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
     gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
-    if gone:  # otherwise the model's next call would fail without naming them
-        raise AttachError(
-            "cannot inject the adapter: these arrays were donated to a jitted function and are deleted. Keep a copy,"
-            " jax.tree.map(jnp.copy, adapter):\n" + paths.bullets(gone)
-        )
+    # Otherwise the model's next call would fail without naming them.
+    raise_listed(
+        AttachError,
+        "cannot inject the adapter: these arrays were donated to a jitted function and are deleted. Keep a copy,"
+        " jax.tree.map(jnp.copy, adapter):",
+        gone,
+    )
     return lora_carrier(tree).inject(adapter, name, lora_alpha, on_shared)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxadapt.adapters.adapter import is_array
 from jaxadapt.arrays import quantized
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph, survey
@@ -85,9 +85,7 @@ def read_params(params: Any, target: Any = None) -> BaseParams:
         for path, leaf in base.leaves.items()
         if not (is_array(leaf) or quantized.is_quantized(leaf))
     ]
-    if odd:
-        raise AttachError(
-            'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:\n'
-            + paths.bullets(odd)
-        )
+    raise_listed(
+        AttachError, 'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:', odd
+    )
     return base

@@ -15,7 +15,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, TargetError
+from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families, generic
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
@@ -68,13 +68,13 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
         shape = [size for axis, size in enumerate(base.shapes[site.leaf]) if axis not in site.match.stack]
         if (own := transposed_axes(site.axes, [layers.DENSE], shape)) is not None:
             reverse.append(f"{site.leaf}: {contradiction_message(site.axes, own)}")
-    if reverse:
-        raise AttachError(
-            "these weights cannot carry the adapter if they belong to Flax's own layers:\n"
-            + paths.bullets(reverse)
-            + "\nFor custom layers, create the collection with the adapted module, which records their layout:"
-            + generic.LINEN_EXAMPLE
-        )
+    raise_listed(
+        AttachError,
+        "these weights cannot carry the adapter if they belong to Flax's own layers:",
+        reverse,
+        "\nFor custom layers, create the collection with the adapted module, which records their layout:"
+        + generic.LINEN_EXAMPLE,
+    )
 
 
 def _plan_on_model(
@@ -134,12 +134,13 @@ def _plan_on_model(
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
     targeted = [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]
-    if targeted:
-        raise AttachError(
-            "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
-            " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
-            " or pass exclude_modules:\n" + paths.bullets(targeted)
-        )
+    raise_listed(
+        AttachError,
+        "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
+        " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
+        " or pass exclude_modules:",
+        targeted,
+    )
 
 
 def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:

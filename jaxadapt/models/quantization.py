@@ -15,7 +15,7 @@ from jaxadapt.arrays import placement, quantized
 from jaxadapt.configs import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params, carrier
@@ -76,8 +76,7 @@ def quantize(
             )
         elif tuple(stack) != tuple(range(len(stack))):
             problems.append(f"{site.leaf}: its layers are stacked on axis {stack}; expected the first axes")
-    if problems:
-        raise AttachError("cannot quantize these weights:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
     for site in sites:
         order = (
@@ -89,8 +88,7 @@ def quantize(
         new[site.leaf] = quantized.quantize_weight(weights[site.leaf], kind, order, len(site.match.stack), size)
     scales = {leaf: q.absmax for leaf, q in new.items()}
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
-    if odd:
-        raise AttachError("cannot quantize these weights, whose values are not all finite:\n" + paths.bullets(odd))
+    raise_listed(AttachError, "cannot quantize these weights, whose values are not all finite:", odd)
     base = carrier(base).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
@@ -142,10 +140,9 @@ def from_qwix(model: Any) -> Any:
     }
     new = {at: jax.tree.map(_open_variable, value, is_leaf=_is_variable) for at, (_, value) in qwix_params.items()}
     odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
-    if odd:
-        raise AttachError(
-            "cannot convert this model: Qwix also quantizes activations, with static scales, at:\n" + paths.bullets(odd)
-        )
+    raise_listed(
+        AttachError, "cannot convert this model: Qwix also quantizes activations, with static scales, at:", odd
+    )
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
         setattr(node, at[1], nnx.Param(new[at].array))

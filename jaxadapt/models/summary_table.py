@@ -143,7 +143,9 @@ def _describe_hparams(hparams: Any) -> str:
     shown: list[str] = []
     for field in () if hparams is None else dataclasses.fields(hparams):
         value = getattr(hparams, field.name)
-        if value and value != field.default and field.name != "used":  # `entries` shows the used layers
+        if field.name == "own":  # the method's, in a dataclass within `MatrixHparams`
+            shown += filter(None, [_describe_hparams(value)])
+        elif value and value != field.default and field.name != "used":  # `entries` shows the used layers
             shown.append(value_text(value) if field.name == "scale" else f"{field.name} {value}")
     return ", ".join(shown)
 

@@ -15,7 +15,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxadapt.adapters.adapter import CONFIG_NODE, is_array
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph
@@ -58,11 +58,12 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
 
     def put(new: Mapping[str, Any]) -> Any:
         plain = [p for p in new if not isinstance(flat[p], nnx.Variable)]
-        if plain:
-            raise MismatchError(
-                "cannot write into a pure state, which holds its arrays by value. Pass the model or"
-                " nnx.state(model) instead of:\n" + paths.bullets(plain)
-            )
+        raise_listed(
+            MismatchError,
+            "cannot write into a pure state, which holds its arrays by value. Pass the model or"
+            " nnx.state(model) instead of:",
+            plain,
+        )
         for path, value in new.items():
             flat[path].set_value(value)
         return graph.model_of(tree)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -53,13 +54,7 @@ class Facts:
 
     @property
     def parameters(self) -> int:
-        total = 0
-        for shape in self.tensors.values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-        return total
+        return sum(map(math.prod, self.tensors.values()))
 
 
 def card_text(config: Config, facts: Facts) -> str:

@@ -17,7 +17,7 @@ from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, site
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, MismatchError
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families, parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
@@ -79,6 +79,7 @@ def encode_tree(
     in_memory: bool,
     dtype: Any = None,
     save_embedding_layers: bool | str = False,
+    timeout: float = 300,
 ) -> PeftTensors:
     """Return the tensors that PEFT's file holds for the adapter of a tree.
 
@@ -86,6 +87,9 @@ def encode_tree(
         tree: anything `extract` takes.
         in_memory: True for `to_peft`, which accepts traced arrays. False for `save`, which accepts arrays that are
             partly in other processes.
+        timeout: in seconds, for each answer of another process.
+
+    With `in_memory=False` and an adapter that is spread over several processes, all of them call this.
 
     Raises `AttachError`, `ConfigError`, `KeyMapError` or `MismatchError`.
     """
@@ -108,14 +112,21 @@ def encode_tree(
     leaves = held.leaves() if held.has_base else None
     encoded = _repeat_for_heads(config, encoded, keymap, leaves)
     tensors = _join_or_split(source, encoded, on_shared)
-    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source))
+    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
 
 
-def _fingerprint(source: Source) -> fingerprint.Fingerprint | None:
-    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it."""
+def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it.
+
+    If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
+    is not has no fingerprint: only one of the processes may be saving.
+    """
     if not source.held.has_base or lora_variants.changes_base(source.adapter.config):
         return None
-    return fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    found = fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    if multihost.is_distributed(source.leaves.values()):
+        return multihost.combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
+    return found if found is None or fingerprint.is_complete(found) else None
 
 
 def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
@@ -138,8 +149,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
         return None
 
     problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := obstacle(leaf))]
-    if problems:
-        raise AttachError("these parameters have no values to save:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "these parameters have no values to save:", problems)
 
 
 def _encode(source: Source, dtype: Any) -> Encoded:
@@ -166,13 +176,14 @@ def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any
         xp: Any = np if multihost.is_local(leaf) else jnp
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")
-    if nonzero:
-        raise MismatchError(
-            "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
-            " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
-            " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
-            " own:\n" + paths.bullets(nonzero)
-        )
+    raise_listed(
+        MismatchError,
+        "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
+        " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
+        " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
+        " own:",
+        nonzero,
+    )
 
 
 def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:

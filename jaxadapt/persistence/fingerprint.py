@@ -2,10 +2,13 @@
 
 A save writes it into the header of the weights; a load and `verify` compare it with the base at hand. The values are
 taken at PyTorch's coordinates, through the keymap, and rounded to bfloat16. So one base has one fingerprint in every
-layout, sharding and floating-point dtype, and in its Hugging Face folder. A quantized base has none, and neither has a
-base that is spread over several processes, or an adapter that changed its base (PiSSA, …) or adapts no weight.
+layout, sharding and floating-point dtype, and in its Hugging Face folder. A quantized base has none, and neither has an
+adapter that changed its base (PiSSA, …) or adapts no weight.
 
     {"model.layers.0.self_attn.q_proj.weight": {"shape": [2048, 2048], "bf16": "3c1fbc…"}, …}
+
+If the base is spread over several processes, each takes the values that its devices hold, and "????" stands for the
+others; `merge` joins the fingerprints of all processes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ FIELD = "base"
 
 MODULES, VALUES = 8, 8
 """The number of weights, and of values in each: 64 values tell two bases apart, and cost no time."""
+
+_ELSEWHERE = "????"
+"""In place of the digits of a value that only other processes hold."""
 
 _HEADS = ("lm_head", "embed_out")  # absent in the files of a model that ties them to its embedding
 
@@ -64,7 +70,7 @@ def of_base(
     sites: Iterable[Site],
     keys: Iterable[str] | None = None,
 ) -> Fingerprint | None:
-    """Return the fingerprint of a model's base; None if the base has none.
+    """Return the fingerprint of a model's base, as far as this process holds its values; None if the base has none.
 
     Args:
         leaves: returns the base parameters at some paths.
@@ -100,9 +106,32 @@ def of_base(
         requests.append((array, [entry.form.locate(members[0], p) for p in positions(key, shape)], entry.form))
     if not found or (keys is not None and len(found) < len(modules)):
         return None
-    for each, taken in zip(found.values(), _take(requests), strict=True):
-        each["bf16"] = _hex(taken)
+    for each, digits in zip(found.values(), _take(requests), strict=True):
+        each["bf16"] = digits
     return found
+
+
+def is_complete(found: Fingerprint) -> bool:
+    """Return True if no value is missing because only other processes hold it."""
+    return all(_ELSEWHERE not in each["bf16"] for each in found.values())
+
+
+def merge(parts: Sequence[Fingerprint | None]) -> Fingerprint | None:
+    """Return one fingerprint from those of all processes; None if one of them has none, or a value is missing.
+
+    >>> here, there = ({"q.weight": {"shape": [2, 2], "bf16": digits}} for digits in ("3c1f????", "????bc00"))
+    >>> merge([here, there])
+    {'q.weight': {'shape': [2, 2], 'bf16': '3c1fbc00'}}
+    """
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts) or any(part.keys() != known[0].keys() for part in known):
+        return None
+    merged: dict[str, dict[str, Any]] = {}
+    for key, each in known[0].items():
+        columns = zip(*(_split(part[key]["bf16"]) for part in known), strict=True)
+        digits = [next((x for x in column if x != _ELSEWHERE), _ELSEWHERE) for column in columns]
+        merged[key] = {"shape": each["shape"], "bf16": "".join(digits)}
+    return merged if is_complete(merged) else None
 
 
 def of_file(tensors: TensorSource, names: Mapping[str, str]) -> Fingerprint | None:
@@ -128,7 +157,7 @@ def of_file(tensors: TensorSource, names: Mapping[str, str]) -> Fingerprint | No
 
 
 def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
-    """Return the weights in which two bases differ.
+    """Return the weights in which two bases differ, as far as the values of both are known.
 
     A value may differ by one unit in its last place of bfloat16, because a keymap's factor adds a rounding; but not
     most values.
@@ -142,10 +171,12 @@ def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
         if list(one.get("shape", ())) != list(other.get("shape", ())):
             different.append(f"{key}: {one.get('shape')} in training, {other.get('shape')} here")
             continue
-        x, y = _values(one.get("bf16", "")), _values(other.get("bf16", ""))
-        if x.shape != y.shape:
+        digits = [_split(each.get("bf16", "")) for each in (one, other)]
+        if len(digits[0]) != len(digits[1]):
             different.append(f"{key}: no values")
             continue
+        pairs = [pair for pair in zip(*digits, strict=True) if _ELSEWHERE not in pair]
+        x, y = (_values(column) for column in (zip(*pairs, strict=True) if pairs else ((), ())))
         unequal = x != y
         with np.errstate(invalid="ignore", over="ignore"):  # infinities
             near = np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y))
@@ -208,13 +239,13 @@ def _has_values(array: Any) -> bool:
 
     if isinstance(array, Tracer) or not isinstance(array, np.ndarray | jax.Array):
         return False
-    if isinstance(array, jax.Array) and (array.is_deleted() or not array.is_fully_addressable):
-        return False  # partly in other processes: the same answer in all of them
+    if isinstance(array, jax.Array) and array.is_deleted():
+        return False
     return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
-def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[Any]:
-    """Return the values at some indices of each array, in the file's scale.
+def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[str]:
+    """Return the digits of the values at some indices of each array, in the file's scale.
 
     Arrays in the host's memory are read in place. The others are read on their devices, all at once.
     """
@@ -223,39 +254,66 @@ def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[An
 
     from jaxadapt.arrays.layout import to_file_scale
 
-    taken: list[Any] = []
     gather = jax.jit(_values_at)
-    for array, indices, _ in requests:
-        values = _on_host(array, indices)
-        where = tuple(np.asarray(axis, np.int32) for axis in zip(*indices, strict=True))
-        taken.append(gather(array, where) if values is None else values)
-    host = [np.asarray(x) for x in jax.device_get(taken)]
-    forms = [form for _, _, form in requests]
-    return [to_file_scale(x, form.factor, form.shift) for x, form in zip(host, forms, strict=True)]
+    pieces = [_pieces(array, indices) for array, indices, _ in requests]
+    taken = [[_read(gather, part, list(where.values())) for part, where in each] for each in pieces]
+    digits: list[str] = []
+    for (_, indices, form), each, values in zip(requests, pieces, jax.device_get(taken), strict=True):
+        found = dict.fromkeys(range(len(indices)), _ELSEWHERE)
+        for (_, where), some in zip(each, values, strict=True):
+            scaled = to_file_scale(np.asarray(some)[: len(where)], form.factor, form.shift)
+            found |= zip(where, _split(_hex(scaled)), strict=True)
+        digits.append("".join(found.values()))
+    return digits
+
+
+_Piece = tuple[Any, dict[int, tuple[int, ...]]]
+
+
+def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
+    """Return parts of an array that this process can read alone, each with {number of an index: the index in it}.
+
+    An index that only other processes hold is in no part.
+    """
+    import jax
+
+    if not isinstance(array, jax.Array) or not _is_read_by_shards(array):
+        return [(array, dict(enumerate(indices)))]
+    left, pieces = dict(enumerate(indices)), list[_Piece]()
+    for shard in array.addressable_shards:
+        bounds = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)]
+        where = {
+            number: tuple(i - low for i, (low, _) in zip(index, bounds, strict=True))
+            for number, index in left.items()
+            if all(low <= i < high for i, (low, high) in zip(index, bounds, strict=True))
+        }
+        if where:
+            pieces.append((shard.data, where))
+            left = {number: index for number, index in left.items() if number not in where}
+    return pieces
+
+
+def _is_read_by_shards(array: Any) -> bool:
+    """Return True for an array that is partly in other processes, or in several parts of the host's memory."""
+    devices = array.sharding.device_set
+    return not array.is_fully_addressable or (len(devices) > 1 and all(d.platform == "cpu" for d in devices))
+
+
+def _read(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> Any:
+    """Return the values at some indices of an array; on a device `VALUES` of them, the last ones repeated."""
+    import jax
+    import numpy as np
+
+    if not isinstance(array, jax.Array):
+        return array[tuple(zip(*indices, strict=True))]
+    if all(device.platform == "cpu" for device in array.sharding.device_set):
+        return np.asarray(array)[tuple(zip(*indices, strict=True))]
+    padded = [*indices, *indices[-1:] * (VALUES - len(indices))]
+    return gather(array, tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True)))
 
 
 def _values_at(array: Any, where: tuple[Any, ...]) -> Any:
     return array[where]
-
-
-def _on_host(array: Any, indices: list[tuple[int, ...]]) -> Any:
-    """Return the values if the host's memory has them; None otherwise."""
-    import numpy as np
-
-    if isinstance(array, np.ndarray):
-        return array[tuple(zip(*indices, strict=True))]
-    if any(device.platform != "cpu" for device in array.sharding.device_set):
-        return None
-    if len(array.sharding.device_set) == 1:
-        return np.asarray(array)[tuple(zip(*indices, strict=True))]
-    values: list[Any] = [None] * len(indices)
-    for shard in array.addressable_shards:
-        bounds = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)]
-        for n, index in enumerate(indices):
-            if values[n] is None and all(low <= i < high for i, (low, high) in zip(index, bounds, strict=True)):
-                local = tuple(i - low for i, (low, _) in zip(index, bounds, strict=True))
-                values[n] = np.asarray(shard.data)[local]
-    return np.asarray(values)
 
 
 def _hex(values: Any) -> str:
@@ -268,9 +326,14 @@ def _hex(values: Any) -> str:
     return "".join(f"{int(x):04x}" for x in bits.ravel())
 
 
-def _values(text: str) -> Any:
+def _split(digits: str) -> list[str]:
+    """Return the digits of each value."""
+    return [digits[i : i + 4] for i in range(0, len(digits), 4)]
+
+
+def _values(digits: Iterable[str]) -> Any:
     import ml_dtypes
     import numpy as np
 
-    bits = np.asarray([int(text[i : i + 4], 16) for i in range(0, len(text), 4)], np.uint16)
+    bits = np.asarray([int(each, 16) for each in digits], np.uint16)
     return bits.view(ml_dtypes.bfloat16).astype(np.float32)

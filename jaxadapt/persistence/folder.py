@@ -25,10 +25,9 @@ from jaxadapt import configs
 from jaxadapt.adapters import state_dict_keys
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card, fingerprint, image_files, reconcile, run_folder
+from jaxadapt.persistence import card, fingerprint, image_files, mlx_files, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
@@ -56,7 +55,13 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
 
 
 def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Location, Location]:
-    """Return the paths of a folder's configuration and weights. Raises `FileError` naming those that are missing."""
+    """Return the paths of a folder's configuration and weights, which may be mlx-lm's (`mlx_files`).
+
+    Raises `FileError` naming those that are missing.
+    """
+    if mlx_files.is_file(path):
+        place = location.to_location(path)
+        return place.parent / CONFIG, place
     remote = isinstance(path, str) and hub.is_address(path)
     folder: Location = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
     try:
@@ -71,7 +76,7 @@ def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tupl
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(folder), error) from error
-    weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
+    weights = next((name for name in (WEIGHTS, WEIGHTS_BIN, mlx_files.WEIGHTS) if name in present), None)
     if (
         CONFIG not in present
         and weights == WEIGHTS
@@ -106,18 +111,25 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
     if isinstance(path, str) and hub.is_address(path):
-        path = hub.fetch_config(path)
+        path = mlx_files.fetch_config(path)
     if orbax.is_checkpoint(path):
-        return orbax_config(path)
+        from jaxadapt.persistence import orbax_folder
+
+        return orbax_folder.read_config(path)
     if image_files.is_image_file(path):
         with image_files.open_file(path) as file:
             return file.tensors.config
     target = location.to_location(path)
-    if location.is_file(target):
+    if location.is_file(target) and not mlx_files.is_file(target):
         return configs.loads(reconcile.read_text(target), str(target))
-    if location.exists(target / CONFIG) and not any(location.exists(target / w) for w in (WEIGHTS, WEIGHTS_BIN)):
+    if location.exists(target / CONFIG) and not any(
+        location.exists(target / name) for name in (WEIGHTS, WEIGHTS_BIN, mlx_files.WEIGHTS)
+    ):
         return configs.loads(reconcile.read_text(target / CONFIG), str(target / CONFIG))
     config, weights = find_files(path)
+    if mlx_files.is_weights(weights):
+        with mlx_files.open_files(config, weights, os.fspath(path)) as tensors:
+            return tensors.config
     header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
     return reconcile.resolve_config(config, header, weights)
 
@@ -129,8 +141,9 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("read", bytes done, bytes in all);
             for an address of the Hub also of the files fetched.
 
-    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), an Orbax checkpoint of jaxadapt, or
-    the one file of an image adapter (kohya-ss, LyCORIS, diffusers), whose modules are called unet.…, text_encoder.…
+    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), an Orbax checkpoint of jaxadapt,
+    mlx-lm's folder (LoRA and DoRA, under PEFT's names), or the one file of an image adapter (kohya-ss, LyCORIS,
+    diffusers), whose modules are called unet.…, text_encoder.…
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
     >>> import tempfile, jax, jaxadapt
@@ -162,6 +175,10 @@ def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Ge
             yield file.tensors
         return
     config, weights = find_files(path, report)
+    if mlx_files.is_weights(weights):
+        with mlx_files.open_files(config, weights, os.fspath(path)) as adapter:
+            yield adapter
+        return
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
@@ -173,16 +190,6 @@ def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Ge
         if not tensors:
             raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
         yield state_dict_keys.without_names(PeftTensors(resolved, tensors, str(path), base))
-
-
-def orbax_config(path: str | os.PathLike[str]) -> Config:
-    """Read the configuration of an Orbax checkpoint of jaxadapt."""
-    from jaxadapt.persistence import orbax_folder
-
-    recipe = orbax_folder.read_recipe(path)
-    if recipe is None:
-        raise FileError(f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration")
-    return recipe.config
 
 
 # ---------------------------------------------------------------- writing
@@ -276,17 +283,20 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     text = adapter_config.to_json()
     exists = location.exists(config)
     old_text = reconcile.read_text(config) if exists else text
+    if mlx_files.is_config(old_text):
+        raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
     document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
     if tensors.base is not None:
         document[fingerprint.FIELD] = dict(tensors.base)
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
-    if parts:
-        raise MismatchError(
-            f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
-            " a model and save that:\n" + paths.bullets(parts)
-        )
+    raise_listed(
+        MismatchError,
+        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+        " a model and save that:",
+        parts,
+    )
     metadata = {"format": "pt", reconcile.META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
@@ -384,6 +394,5 @@ def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(tensors, TensorSource):
         return tensors.specs
     others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
-    if others:
-        raise MismatchError("cannot write these tensors: expected arrays, found:\n" + paths.bullets(others))
+    raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
     return tensors

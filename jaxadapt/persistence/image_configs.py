@@ -135,6 +135,6 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
 
     alpha = config.get("lora_alpha") if config.peft_type == "LORA" else config.get("alpha")
     return (
-        find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r")),
-        find_pattern_value(config.get("alpha_pattern") or {}, module, alpha),
+        find_pattern_value(config.get("rank_pattern"), module, config.get("r")),
+        find_pattern_value(config.get("alpha_pattern"), module, alpha),
     )

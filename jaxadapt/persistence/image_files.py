@@ -16,7 +16,7 @@ from typing import Any
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import FormatError, MismatchError
+from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import image_configs, image_names
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
@@ -224,12 +224,12 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
         if "." not in image_names.split_key(key)[0] or not dot:
             flat.append(key)
         by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
-    if flat:
-        raise MismatchError(
-            f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
-            " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:\n"
-            + paths.bullets(flat)
-        )
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
+        " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:",
+        flat,
+    )
     source = as_source(tensors.tensors)
     return {
         model: PeftTensors(_config_of(tensors.config, model), rename(source, names), tensors.source)

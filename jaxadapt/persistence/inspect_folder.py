@@ -11,7 +11,7 @@ from typing import Any
 from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, reporter
-from jaxadapt.persistence import folder, image_files, reconcile
+from jaxadapt.persistence import folder, image_files, mlx_files, reconcile
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.source import as_source
@@ -25,6 +25,8 @@ class Info:
         tensors: `{key: (dtype, shape)}`.
         nbytes: the size of the tensors in bytes.
         file_bytes: the size of their file in bytes.
+        form: "PEFT", "mlx-lm's folder" or "an image adapter's file". Of the last two, the configuration and the names
+            are those after `jaxadapt convert`.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Info:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]] = dataclasses.field(repr=False)
     nbytes: int
     file_bytes: int
+    form: str = "PEFT"
 
     @property
     def parameters(self) -> int:
@@ -53,6 +56,7 @@ class Info:
         """Return plain JSON values, for `jaxadapt inspect --json`."""
         return {
             "path": self.path,
+            "form": self.form,
             "config": self.config.to_dict(),
             "parameters": self.parameters,
             "bytes": self.nbytes,
@@ -66,8 +70,8 @@ class Info:
 def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """Return the method, targets, sizes and base model of an adapter folder; read no tensor.
 
-    Accepts an Orbax checkpoint too, and the one file of an image adapter (kohya-ss, LyCORIS, diffusers), and lists
-    their tensors under the names that PEFT's file would have.
+    Accepts an Orbax checkpoint too, mlx-lm's folder, and the one file of an image adapter (kohya-ss, LyCORIS,
+    diffusers), and lists their tensors under the names that PEFT's file would have.
     An adapter on the Hub is fetched, with `progress` as in `pull`.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
@@ -84,9 +88,11 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     if orbax.is_checkpoint(path):
         return _inspect_orbax(path)
     if image_files.is_image_file(path):
-        return _inspect_image_file(path)
+        return _inspect_opened(path, location.to_location(path), "an image adapter's file")
     with reporter(progress) as report:
         config, weights = folder.find_files(path, report)
+    if mlx_files.is_weights(weights):
+        return _inspect_opened(path, weights, "mlx-lm's folder")
     if weights.name == folder.WEIGHTS:
         header = safetensors.read_header(weights)
         tensors = {k: (t.dtype, t.shape) for k, t in header.tensors.items()}
@@ -102,19 +108,19 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     return Info(str(path), reconcile.resolve_config(config, header, weights), tensors, nbytes, size)
 
 
-def _inspect_image_file(path: str | os.PathLike[str]) -> Info:
-    with image_files.open_file(path) as file:
-        specs = as_source(file.tensors.tensors).specs
+def _inspect_opened(path: str | os.PathLike[str], weights: location.Location, form: str) -> Info:
+    """Describe files of other programs by the content that `read` returns."""
+    with folder.open_adapter(path) as adapter:
+        specs = as_source(adapter.tensors).specs
         tensors = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
         nbytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
-        size = location.total_size(location.to_location(path))
-        return Info(os.fspath(path), file.tensors.config, tensors, nbytes, size)
+        return Info(os.fspath(path), adapter.config, tensors, nbytes, location.total_size(weights), form)
 
 
 def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
     from jaxadapt.persistence import orbax_folder
 
-    config = folder.orbax_config(path)
+    config = orbax_folder.read_config(path)
     encoded = orbax_folder.adapter_tensors(orbax_folder.find_adapter(path).adapter, path).tensors
     tensors = {k: (dtype_name(t.dtype), tuple(t.shape)) for k, t in folder.array_specs(encoded).items()}
     nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())

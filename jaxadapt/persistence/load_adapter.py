@@ -26,9 +26,11 @@ from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import fingerprint, folder, orbax_folder, peft, repair_folder
+from jaxadapt.persistence import fingerprint, folder, multihost, orbax_folder, peft, repair_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
+
+_TIMEOUT = 300.0  # seconds for each answer of another process
 
 
 def load(
@@ -93,7 +95,8 @@ def load(
             adapter_config.json, … The files stay as they are.
         strict_base: True refuses a base other than the one the adapter was trained on, by the fingerprint in the file
             (a few values of the base's weights), and a file or a base without one. By default another base is a
-            warning.
+            warning. If the base is spread over several processes, all of them call `load` with strict_base=True, and
+            all of them refuse another base; by default each compares the values that its devices hold.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             for an address of the Hub also of each file fetched, by its name.
 
@@ -189,7 +192,11 @@ def _check_base(
     source: str,
     strict: bool,
 ) -> None:
-    """Compare the base with the one that the adapter was trained on."""
+    """Compare the base with the one that the adapter was trained on.
+
+    If the base is spread over several processes, each compares the values that it holds. With `strict` all of them must
+    agree before one attaches the adapter, so that they exchange these values.
+    """
     if stored is None and not strict:
         return
     found = (
@@ -197,6 +204,8 @@ def _check_base(
         if stored is None
         else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
     )
+    if strict and stored is not None and multihost.is_distributed(parameters.leaves.values()):
+        found = multihost.combine_values("the comparison of the bases", found, fingerprint.merge, _TIMEOUT)
     fingerprint.check(stored, found, source, strict=strict)
 
 

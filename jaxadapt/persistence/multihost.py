@@ -88,6 +88,22 @@ def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
     return value
 
 
+def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], timeout: float) -> Any:
+    """Return `combine` of the JSON values of all processes, which process 0 computes. Collective.
+
+    Raises `FileError` in all processes if `combine` failed, or if a process did not answer for `timeout` seconds.
+    """
+    group = Group(task, timeout, ("combined",))
+    if group.index > 0:
+        group.send("value", value)
+        return group.receive("combined")
+    with group.announce_failure():
+        others = group.receive_all("value")
+        combined = combine([value, *(others[process] for process in sorted(others))])
+    group.send("combined", combined)
+    return combined
+
+
 def is_local(leaf: Any) -> bool:
     """Return True if this process has all of an array; other processes then have their own array, or none."""
     # A traced array has no devices yet, so JAX does not know if it is addressable.

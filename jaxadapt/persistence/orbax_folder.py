@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, integers_name, name_donated_arrays
+from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import Report
@@ -63,6 +64,14 @@ def read_recipe(path: Path) -> Recipe | None:
         return Recipe.from_text(document["recipe"])
     except (AttachError, KeyError, TypeError) as error:
         raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged: {error}") from error
+
+
+def read_config(path: Path) -> Config:
+    """Read the configuration in a checkpoint that `write` wrote. Raises `FileError` for other checkpoints."""
+    recipe = read_recipe(path)
+    if recipe is None:
+        raise FileError(f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration")
+    return recipe.config
 
 
 def find_adapter(path: Path, like: Adapter | None = None, name: str = "default") -> StoredAdapter:

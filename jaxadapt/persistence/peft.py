@@ -26,7 +26,7 @@ from jaxadapt.adapters import (
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import PEFT_VERSION, Config, lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, raise_listed, warn
+from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps import parts
 from jaxadapt.keymaps import plan as plans
@@ -151,7 +151,7 @@ def adapter_from_tensors(
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, on_shared)
-        found = {key: tuple(spec.shape) for key, spec in as_source(tensors.tensors).specs.items()}
+        found = as_source(tensors.tensors).shapes
         recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
         planning.check_kernels(base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
@@ -196,7 +196,9 @@ def adapter_from_tensors(
             tensors.tensors, unexpected, recipe.keymap, base.leaves, tensors.source, strict
         )
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
-    for key, original in _checked_repeats(tensors, adapter_sites).items():
+    repeats = sites.repeated_keys(adapter_sites)
+    full_copies.require_equal(tensors.tensors, repeats, tensors.source)
+    for key, original in repeats.items():
         if original in shapes and key not in shapes:
             shapes[key], dtypes[key] = shapes[original], dtypes[original]
     if optional := _missing_optional(adapter_sites, shapes):
@@ -237,24 +239,6 @@ def adapter_from_tensors(
             given=leaves,
         )
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
-
-
-def _checked_repeats(tensors: PeftTensors, adapter_sites: sites.Sites) -> dict[str, str]:
-    """Return `{key: key of the same tensor}` of the repeated tensors; raise `MismatchError` if copies differ."""
-    repeats, given = sites.repeated_keys(adapter_sites), tensors.tensors
-    differing = [
-        f"{key} and {original}"
-        for key, original in repeats.items()
-        if key in given
-        and original in given
-        and not np.array_equal(np.asarray(given[key]), np.asarray(given[original]))
-    ]
-    raise_listed(
-        MismatchError,
-        f"{tensors.source}: these tensors must be equal, since one repeats the other, and they differ:",
-        differing,
-    )
-    return repeats
 
 
 def _missing_optional(adapter_sites: Sequence[sites.Site], shapes: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -117,6 +118,8 @@ def _default_target(path: str | os.PathLike[str]) -> str:
         raise FileError(f"{os.fspath(path)}: pass out=, the folder to write the repaired adapter to")
     place = location.to_location(path)
     folder_path = place.parent if location.is_file(place) else place
+    if isinstance(folder_path, Path) and folder_path.name in ("", ".."):  # "." and ".." have no name to add to
+        folder_path = folder_path.resolve()
     return f"{os.fspath(folder_path).rstrip('/')}-repaired"
 
 

@@ -115,8 +115,8 @@ def save(
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode.encode_tree(
-        tree, name, config, keymap, lora_alpha, on_shared, in_memory=False, dtype=dtype,
-        save_embedding_layers=save_embedding_layers,
+        tree, name, config, keymap, lora_alpha, on_shared, in_memory=False, dtype=None if plain else dtype,
+        save_embedding_layers=save_embedding_layers, timeout=timeout,
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     is_spread = isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values())
@@ -124,7 +124,7 @@ def save(
         option, command = ("plain=True", "export") if plain else ("format 'bin'", "convert")
         raise FileError(f"{path}: {option}: several processes cannot write it; {command} the folder afterwards")
     if plain:
-        tensors = plain_form(tensors)
+        tensors = plain_form(tensors, dtype=dtype)  # which multiplies before it rounds
     if is_spread:
         with reporter(progress) as report:
             multihost.write_shared(tensors, target, shared, timeout, report)

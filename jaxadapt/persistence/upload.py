@@ -130,8 +130,8 @@ def _push(source: Location, place: hub.Address, page: _Page, commit: dict[str, A
     weights = next((name for name in hub.WEIGHTS if location.exists(source / name)), None)
     if weights is None:
         raise FileError(
-            f"{source}: cannot upload an Orbax checkpoint, which other readers of the Hub do not know. Convert it to"
-            " PEFT's folder with jaxadapt.write(jaxadapt.read(checkpoint), folder)"
+            f"{source}: cannot upload an Orbax checkpoint or mlx-lm's folder, which other readers of the Hub do not"
+            " know. Convert it to PEFT's folder with jaxadapt.write(jaxadapt.read(source), folder)"
         )
     stale = [name for name in hub.WEIGHTS if name != weights]
     files: dict[str, Path | bytes] = {}

@@ -117,15 +117,11 @@ class Server:
 
     async def _whole(self, session: Session, first: tuple[int, Piece], answer: Answer) -> dict[str, Any]:
         texts, reasons, counts = [""] * len(session.jobs), [""] * len(session.jobs), [0] * len(session.jobs)
-        index, piece = first
-        while True:
+        async for index, piece in session.pieces(first):
             if piece.error is not None:
                 raise piece.error
             texts[index] += piece.text
             reasons[index], counts[index] = piece.reason or "", piece.tokens
-            if session.done():
-                break
-            index, piece = await session.next()
         usage = protocol.usage_of(sum(len(job.prompt) for job in session.jobs), sum(counts))
         return answer.whole(list(zip(texts, reasons, strict=True)), usage)
 
@@ -134,17 +130,13 @@ class Server:
     ) -> AsyncGenerator[str]:
         counts = [0] * len(session.jobs)
         seen: set[int] = set()
-        index, piece = first
-        while True:
+        async for index, piece in session.pieces(first):
             if piece.error is not None:
                 yield f"data: {json.dumps(piece.error.body())}\n\n"
                 return
             counts[index] = piece.tokens
             yield f"data: {json.dumps(answer.piece(index, piece.text, piece.reason, first=index not in seen))}\n\n"
             seen.add(index)
-            if session.done():
-                break
-            index, piece = await session.next()
         if usage:
             of = protocol.usage_of(sum(len(job.prompt) for job in session.jobs), sum(counts))
             yield f"data: {json.dumps(answer.last(of))}\n\n"
@@ -227,9 +219,11 @@ class Session:
         self._left -= found[1].final
         return found
 
-    def done(self) -> bool:
-        """Return True if all jobs have ended."""
-        return self._left == 0
+    async def pieces(self, first: tuple[int, Piece]) -> AsyncGenerator[tuple[int, Piece]]:
+        """Yield the first piece, which `next` returned, and all others until every job has ended."""
+        yield first
+        while self._left:
+            yield await self.next()
 
     def close(self) -> None:
         """Cancel the jobs that have not ended."""
@@ -277,9 +271,11 @@ async def read_json(http: HttpRequest) -> Any:
         if len(body) > MAX_BODY:
             raise RequestError(413, f"expected at most {MAX_BODY} bytes")
     try:
-        return json.loads(body)
+        value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can express half of a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"expected JSON: {error}") from error
+    return value
 
 
 def adapter_name(body: Any, *, path: bool) -> str:

@@ -28,6 +28,8 @@ class Base:
         config: its hyperparameters.
         weights: its checkpoint.
         tokenizer: a tokenizer of the package tokenizers.
+        text_tokenizer: the same one, for which special tokens are text. It is an object of its own, because a setting
+            that one thread changes would count for all.
         stop: tokens that end an answer.
         system: the system message of a chat that has none.
     """
@@ -36,6 +38,7 @@ class Base:
     config: LlamaConfig
     weights: Mapping[str, Tensor]
     tokenizer: Any
+    text_tokenizer: Any
     stop: tuple[int, ...]
     system: str = ""
 
@@ -63,13 +66,13 @@ class Base:
         if self.system and (not messages or messages[0][0] != "system"):
             messages = [("system", self.system), *messages]
         ids: list[int] = []
-        self.tokenizer.encode_special_tokens = True  # as text
-        try:
-            for role, text in messages:
-                ids += [start, *self.encode(f"{role}\n{text}"), end, *self.encode("\n")]
-        finally:
-            self.tokenizer.encode_special_tokens = False
-        return [*ids, start, *self.encode("assistant\n")]
+        for role, text in messages:
+            ids += [start, *self._encode_text(f"{role}\n{text}"), end, *self._encode_text("\n")]
+        return [*ids, start, *self._encode_text("assistant\n")]
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self.text_tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 def open_base(base: str | os.PathLike[str]) -> Base:
@@ -86,7 +89,7 @@ def open_base(base: str | os.PathLike[str]) -> Base:
         model = SmolLM2.open()
         tokenizer = model.tokenizer()
         stop = tuple(tokenizer.token_to_id(token) for token in (END, "<|endoftext|>"))
-        return Base(MODEL_NAME, model.config, model.weights(), tokenizer, stop, SMOLLM2_SYSTEM)
+        return Base(MODEL_NAME, model.config, model.weights(), tokenizer, _as_text(tokenizer), stop, SMOLLM2_SYSTEM)
     folder = Path(base)
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
@@ -105,7 +108,21 @@ def open_base(base: str | os.PathLike[str]) -> Base:
         raise
     except Exception as error:  # tokenizers raises no class of its own
         raise FormatError(f"{folder / 'tokenizer.json'}: expected a tokenizer; {error}") from error
+    tokenizer.no_truncation()  # files keep these settings of a training
+    tokenizer.no_padding()
     ends = fields.get("eos_token_id")
-    stop = {*(ends if isinstance(ends, list) else [ends]), tokenizer.token_to_id(END)} - {None}
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(token) is int for token in ends):
+        raise FormatError(f"{path}: eos_token_id: expected a token id or a list of them, found {ends}")
+    stop = {*ends, tokenizer.token_to_id(END)} - {None}
     with hf_model.open_model(folder) as tensors:
-        return Base(folder.resolve().name, config, dict(tensors), tokenizer, tuple(sorted(stop)))
+        hf_model.refuse_packed(tensors)
+        name, weights = folder.resolve().name, dict(tensors)
+    return Base(name, config, weights, tokenizer, _as_text(tokenizer), tuple(sorted(stop)))
+
+
+def _as_text(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer, for which special tokens are text."""
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy

@@ -109,8 +109,12 @@ class Engine:
         """Queue the jobs of one request, all or none.
 
         Raises:
-            RequestError: 429 if the queue is full, 503 if the engine is closed or has failed.
+            RequestError: 429 if the queue is full, 400 for more jobs than fit in an empty one, 503 if the engine is
+                closed or has failed.
         """
+        most = self._queue + self._decoder.rows
+        if len(jobs) > most:
+            raise RequestError(400, f"prompt: expected at most {most} prompts, found {len(jobs)}", param="prompt")
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -206,7 +210,7 @@ class Engine:
         slot = 0
         try:
             if job.loaded is not None and job.adapter is not None:
-                job.loaded.result()
+                _result(job.loaded, job.adapter)
                 lease = job.held.enter_context(self._pool.lease([job.adapter]))
                 slot, job.version = lease.slots[0], lease.versions[0]
         except AdapterError as error:
@@ -257,3 +261,14 @@ class Engine:
         if last is not None:
             self._metrics.observe("request_seconds", time.monotonic() - job.begun)
             job.emit(last)
+
+
+def _result(loaded: concurrent.futures.Future[Any], name: str) -> None:
+    """Raise `AdapterError` for an adapter that was not loaded, whatever the reason: it ends its own requests only."""
+    try:
+        loaded.result()
+    except AdapterError:
+        raise
+    except Exception as error:
+        LOGGER.exception("the adapter %r cannot be loaded", name)
+        raise AdapterError(repr(error)) from error

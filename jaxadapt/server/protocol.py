@@ -138,7 +138,10 @@ def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
     value = fields.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _wrong(name, "a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise _wrong(name, "a number", "an integer that is too large") from error
 
 
 def _prompts(prompt: Any) -> tuple[str | list[int], ...]:

@@ -151,6 +151,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def allowed_hosts(host: str) -> tuple[str, ...]:
+    """Return the host names that requests to a server at this address may be for.
+
+    >>> allowed_hosts("127.0.0.2"), allowed_hosts("0.0.0.0")
+    (('localhost', '127.0.0.1', '[::1]', '127.0.0.2'), ('*',))
+    """
+    return (*LOOPBACK_HOSTS, _in_url(host)) if is_loopback(host) else ("*",)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM. Answers that have begun get ten seconds to end.
 
@@ -166,10 +179,8 @@ def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Call
     import uvicorn
 
     listener = _listen(host, port)
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listener.getsockname()[1]}"
-    hosts: Iterable[str] = LOOPBACK_HOSTS if is_loopback(host) else ("*",)
-    app = load_app().make_app(server, hosts=tuple(hosts), started=lambda: started(url))
+    url = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
+    app = load_app().make_app(server, hosts=allowed_hosts(host), started=lambda: started(url))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])

@@ -51,7 +51,16 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return held[: min(ends)]
-        sizes = (size for stop in self._stop for size in range(1, len(stop)) if held.endswith(stop[:size]))
-        kept = 0 if final else max(sizes, default=0)
+        kept = 0 if final else max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - kept :]
         return held[: len(held) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of a stop string, but not all of it, that a text ends in.
+
+    >>> _overlap("the EN", "END"), _overlap("the", "END")
+    (2, 0)
+    """
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -24,6 +24,8 @@ from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which readers try them."""
+MLX_WEIGHTS = "adapters.safetensors"
+"""The weights of mlx-lm's adapter folder, whose configuration has the same name as PEFT's."""
 CARD = "README.md"
 _MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TEXT)
 
@@ -124,7 +126,7 @@ def _pull(
 
 def _fetch_weights(pinned: Address, token: Token, cache_dir: Any, report: Report) -> None:
     first: Exception | None = None
-    for name in WEIGHTS:
+    for name in (*WEIGHTS, MLX_WEIGHTS):
         try:
             _fetch_file(pinned, name, token, cache_dir, report)
             return
@@ -158,29 +160,23 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
     return hub_answers.check_in_cache(downloaded, place, name, cache_dir)
 
 
-def _missing_file_error() -> type[Exception]:
-    from huggingface_hub.errors import EntryNotFoundError
-
-    return EntryNotFoundError
-
-
 def _absence_errors() -> tuple[type[Exception], ...]:
     """Return the errors that mean a missing file. Mirrors (olah) report one as a missing repository."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    return _missing_file_error(), RepositoryNotFoundError
+    return EntryNotFoundError, RepositoryNotFoundError
 
 
 @contextlib.contextmanager
 def _explain_missing_adapter(place: Address, token: Token) -> Generator[None]:
     """Turn a missing adapter into a `FileError` that lists the adapters of the repository."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         yield
-    except _missing_file_error() as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise
+    except LocalEntryNotFoundError:  # without a connection, the file may exist
+        raise
+    except EntryNotFoundError as error:
         content = ""
         with contextlib.suppress(Exception):  # a failure here must not hide the error itself
             # Not the client's file listing: it follows a `Link` header to any server and sends the token there.
@@ -268,23 +264,21 @@ def upload(
 
 def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
     """Fetch the current content of a text file, or None if the file, its repository or its branch does not exist."""
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-    absent = (_missing_file_error(), RepositoryNotFoundError, RevisionNotFoundError)
     with translate_errors(place, token, "push to"):
         try:
             return _fetch_file(place, name, token, None, no_report).read_bytes().decode("utf-8", "replace")
-        except absent as error:
-            from huggingface_hub.errors import LocalEntryNotFoundError
-
-            if isinstance(error, LocalEntryNotFoundError):
-                raise  # without a connection, the file may exist
+        except LocalEntryNotFoundError:  # without a connection, the file may exist
+            raise
+        except (*_absence_errors(), RevisionNotFoundError):
             return None
 
 
 __all__ = [
     "CARD",
     "CONFIG",
+    "MLX_WEIGHTS",
     "SCHEME",
     "WEIGHTS",
     "Address",

@@ -97,9 +97,8 @@ def _http_failure(place: Address, action: str, error: Any, token: Token) -> File
         revision = f", no revision {place.revision!r} of it" if place.revision else ""
         missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"
         why = f"{missing}: {_host(error)} answered 404"
-        return _failure(
-            place, action, why, "check the name" + (", and HF_ENDPOINT" if _has_custom_endpoint() else ""), error
-        )
+        remedy = "check the name, and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "check the name"
+        return _failure(place, action, why, remedy, error)
     why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
     return _failure(place, action, why, "try again" if status >= 500 or not status else "follow its message", error)
 
@@ -115,11 +114,6 @@ def _requested_file(error: Any, place: Address) -> str:
 
 def _host(error: Any) -> str:
     return urlsplit(str(error.response.url)).netloc
-
-
-def _has_custom_endpoint() -> bool:
-    """Return True if requests go to another server than the Hub."""
-    return bool(os.environ.get("HF_ENDPOINT"))
 
 
 def _failure(place: Address, action: str, why: str, remedy: str, error: BaseException | None) -> FileError:

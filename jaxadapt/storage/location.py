@@ -62,7 +62,7 @@ def is_address(path: object) -> bool:
 
 
 def to_location(path: str | os.PathLike[str]) -> Location:
-    """Return the `Path` or the `Address` that a path or a text names.
+    """Return the `Path` or the `Address` that a path or a text names. Raises `FileError` for an empty text.
 
     >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
     (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
@@ -72,6 +72,8 @@ def to_location(path: str | os.PathLike[str]) -> Location:
     if is_address(path):
         return Address(str(path))
     text = os.fspath(path)
+    if not text:  # often a variable of a shell that is not set
+        raise FileError('expected a path, found an empty text; for the working directory write "."')
     match = _ADDRESS.match(text) if isinstance(path, str) else None
     return Path(path) if match is None else Path(text[match.end() :])
 
@@ -286,6 +288,22 @@ def absolute(place: Location) -> Location:
         raise file_error(
             "find", str(place), error, "the working directory was deleted; pass an absolute path"
         ) from error
+
+
+def is_same(one: Location, other: Location) -> bool:
+    """Return True for two names of one place, also through links. Raises `FileError` if that is unknown.
+
+    >>> is_same(to_location("a"), to_location("./a")), is_same(to_location("a"), to_location("b"))
+    (True, False)
+    """
+    if absolute(one) == absolute(other):
+        return True
+    if isinstance(one, Address) or isinstance(other, Address) or not (exists(one) and exists(other)):
+        return False
+    try:
+        return one.samefile(other)
+    except OSError as error:
+        raise file_error("read", str(one), error) from error
 
 
 def exists(place: Location, shown: Location | None = None) -> bool:

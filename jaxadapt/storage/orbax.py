@@ -28,8 +28,8 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt.core import compare, paths
-from jaxadapt.core.errors import FileError, FormatError, MismatchError
+from jaxadapt.core import compare
+from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, flush, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
@@ -136,11 +136,9 @@ def _check_names(place: Location, trees: Mapping[str, Tree]) -> None:
 
     for item, tree in trees.items():
         collect(tree, item)
-    if invalid:
-        raise FileError(
-            f"{place}: cannot write: Orbax joins names by dots; expected names without dots, found:\n"
-            + paths.bullets(invalid)
-        )
+    raise_listed(
+        FileError, f"{place}: cannot write: Orbax joins names by dots; expected names without dots, found:", invalid
+    )
 
 
 class Pending:
@@ -261,6 +259,13 @@ def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
     return out
 
 
+def parameter_path(key: tuple[str, ...]) -> str:
+    """Return the dotted path of a leaf below the last "params" of its key, as Flax's libraries save parameters."""
+    names = key[:-1] if key[-1] == "value" else key
+    start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
+    return ".".join(names[start:])
+
+
 def _key_text(entry: Any) -> str:
     import jax
 
@@ -298,8 +303,7 @@ def load(
         for key, spec in wanted.items()
     }
     findings = compare.compare(expected, {"/".join(key): compare.Spec(*stored[key]) for key in wanted if key in stored})
-    if findings:
-        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(map(str, findings), 16))
+    raise_listed(MismatchError, f"{place}: the checkpoint does not match:", map(str, findings), limit=16)
     if not wanted:
         return {}
     tree: dict[str, Any] = {}
@@ -319,8 +323,7 @@ def load(
         if not isinstance(leaf, jax.Array | np.ndarray):
             problems.append(f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}")
         out[key] = leaf
-    if problems:
-        raise FormatError(f"{place}: Orbax could not load these leaves:\n" + paths.bullets(problems, 16))
+    raise_listed(FormatError, f"{place}: Orbax could not load these leaves:", problems, limit=16)
     return out
 
 

@@ -220,7 +220,9 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     if not isinstance(parsed, dict):  # the header is itself a tensor description
         raise fail("header: expected an object of tensors, found the description of one")
     items = cast("dict[str, object]", parsed)
-    metadata = items.pop("__metadata__", {})
+    metadata = items.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null for none, which the reference reader takes
+        metadata = {}
     if not isinstance(metadata, dict) or not all(
         isinstance(v, str) for v in cast("dict[str, object]", metadata).values()
     ):

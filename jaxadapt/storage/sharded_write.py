@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import FileError, MismatchError
+from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.storage import atomic, safetensors, strided
 from jaxadapt.storage.coordination import Group
@@ -177,11 +176,12 @@ def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
         raise MismatchError(f"{path}: names, shapes or dtypes of the arrays differ from those of process 0")
     names = ours["alike"].keys() | theirs["alike"].keys()
     differ = sorted(name for name in names if ours["alike"].get(name) != theirs["alike"].get(name))
-    if differ:
-        raise MismatchError(
-            f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
-            " processes, or gather them (jax.experimental.multihost_utils.process_allgather):\n" + paths.bullets(differ)
-        )
+    raise_listed(
+        MismatchError,
+        f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
+        " processes, or gather them (jax.experimental.multihost_utils.process_allgather):",
+        differ,
+    )
 
 
 def _open_shared(temporary: Path, size: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Tensor sources in memory, and views over other sources: renamed, cut and stacked tensors."""
+"""Tensor sources in memory, and views over other sources: renamed, transposed, cut and stacked tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxadapt.storage.safetensors_header import problems_text
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "combine", "cut", "rename", "stack"]
+__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "combine", "cut", "rename", "stack", "transpose"]
 
 
 def as_source(tensors: Mapping[str, Any]) -> TensorSource:
@@ -74,6 +74,11 @@ def rename(tensors: TensorSource, names: Mapping[str, str]) -> View:
     return View(tensors.source, {key: (tensors, name) for key, name in names.items()})
 
 
+def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
+    """Return the transposes of matrices, from `{new name: name}`; each is transposed when it is read."""
+    return _Transposed(tensors, names)
+
+
 def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
     """Replace some tensors by their parts, from `{new name: (name, slices)}`. Parts are cut when they are read."""
     return _replace(tensors, {name for name, _ in parts.values()}, _Parts(tensors, parts), {})
@@ -95,6 +100,31 @@ def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names
     origins = {key: (tensors, key) for key in tensors if key not in replaced}
     origins |= {key: (tensors, name) for key, name in names.items()}
     return View(tensors.source, origins | {key: (new, key) for key in new})
+
+
+class _Transposed(TensorSource):
+    """Matrices that are transposed when they are read."""
+
+    def __init__(self, tensors: TensorSource, names: Mapping[str, str]) -> None:
+        self._tensors, self._names, self.source = tensors, names, tensors.source
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        specs = {key: self._tensors.specs[name] for key, name in self._names.items()}
+        return {key: TensorSpec(spec.shape[::-1], spec.dtype) for key, spec in specs.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return self.read_slice(key, ())
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        if shape is not None and tuple(shape) != self.specs[key].shape:
+            return super().read_slice(key, slices, shape)
+        padded = (*slices, *(slice(None) for _ in range(2 - len(slices))))
+        values = self._tensors.read_slice(self._names[key], padded[::-1])
+        import numpy as np
+
+        # As integers: numpy copies the 16-bit floats of other packages element by element.
+        return np.ascontiguousarray(values.view(f"u{values.itemsize}").T).view(values.dtype)
 
 
 class _Parts(TensorSource):

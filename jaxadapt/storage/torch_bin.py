@@ -18,38 +18,30 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from jaxadapt.core.errors import FormatError
 from jaxadapt.storage import local_files, location, pickle_ops, ranged_reads
-from jaxadapt.storage.dtypes import numpy_dtype
-from jaxadapt.storage.safetensors_header import problems_text
+from jaxadapt.storage.dtypes import NAMES, numpy_dtype
+from jaxadapt.storage.safetensors_header import BITS, problems_text
 
 if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
 
-__all__ = ["keys_and_shapes", "read"]
+__all__ = ["SIZES", "STORAGES", "UNTYPED", "keys_and_shapes", "read"]
 
-# Bytes of an element by safetensors' dtype names, and C128, which safetensors lacks.
-_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8, "C128": 16,
-    "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-}  # fmt: skip
-_STORAGES = {
+# By PyTorch's names of dtypes. safetensors lacks C128.
+_DTYPES = {**NAMES, "complex128": "C128"}
+SIZES = {name: 16 if name == "C128" else BITS[name] // 8 for name in _DTYPES.values()}
+"""The bytes of an element by dtype."""
+STORAGES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16",
     "IntStorage": "I32", "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "FloatStorage": "F32", "DoubleStorage": "F64",
     "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
 }  # fmt: skip
-_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16",
-    "int32": "I32", "uint32": "U32", "int64": "I64", "uint64": "U64",
-    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex64": "C64", "complex128": "C128", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-_UNTYPED = "torch.storage.UntypedStorage"
+"""{PyTorch's name of a typed storage: dtype}."""
+UNTYPED = "torch.storage.UntypedStorage"
 _ALLOWED = frozenset({
-    "collections.OrderedDict", _UNTYPED, *(f"torch.{name}" for name in (*_STORAGES, *_DTYPES)),
+    "collections.OrderedDict", UNTYPED, *(f"torch.{name}" for name in (*STORAGES, *_DTYPES)),
     *(f"torch._utils._rebuild_{name}" for name in (
         "tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state",
     )),
@@ -83,7 +75,7 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _SIZES[self.dtype]
+        return math.prod(self.shape) * SIZES[self.dtype]
 
 
 def _check_naturals(value: object, name: str) -> tuple[int, ...]:
@@ -107,8 +99,8 @@ def _parse_storage(identity: object) -> _Storage:
         raise pickle_ops.UnsupportedPickle("expected the description of a storage, found another value (a module?)")
     kind, key = parts[1], parts[2]
     (total,) = _check_naturals((parts[4],), "a storage's size")
-    dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
-    if type(key) is not str or type(kind) is not pickle_ops.Global or (dtype is None and kind.name != _UNTYPED):
+    dtype = STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
+    if type(key) is not str or type(kind) is not pickle_ops.Global or (dtype is None and kind.name != UNTYPED):
         raise pickle_ops.UnsupportedPickle("expected a storage's type and key, found other values")
     view = parts[5] if len(parts) == 6 else None
     if view is None:
@@ -150,7 +142,7 @@ def _build_tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype
         )
     if len(shape) != len(strides):
         raise pickle_ops.UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
-    size = _SIZES[dtype]
+    size = SIZES[dtype]
     limit = storage.count if storage.dtype is not None else storage.count // size
     if math.prod(max(dim, 1) for dim in shape) * size >= 2**63:
         raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: the shape {shape} overflows 63 bits")
@@ -303,7 +295,7 @@ class _Legacy:
 
 
 def _nbytes(storage: _Storage) -> int:
-    return storage.total * (_SIZES[storage.dtype] if storage.dtype else 1)
+    return storage.total * (SIZES[storage.dtype] if storage.dtype else 1)
 
 
 def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
@@ -385,7 +377,7 @@ def _to_array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     if not out.size:
         return out
     storage = tensor.storage
-    begin = storage.offset * (_SIZES[storage.dtype] if storage.dtype else 1) + tensor.offset * dtype.itemsize
+    begin = storage.offset * (SIZES[storage.dtype] if storage.dtype else 1) + tensor.offset * dtype.itemsize
     # `_build_tensor` has checked the bounds. Axes of length 1 may have any stride.
     strides = [
         stride * dtype.itemsize if dim > 1 else 0 for dim, stride in zip(tensor.shape, tensor.strides, strict=True)

@@ -13,25 +13,17 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxadapt.core.errors import FileError, MismatchError
-from jaxadapt.storage import atomic
-from jaxadapt.storage.dtypes import dtype_name
-from jaxadapt.storage.safetensors_header import problems_text
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.storage import atomic, torch_bin
+from jaxadapt.storage.dtypes import NAMES, dtype_name
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_STORAGES = {
-    "BOOL": "BoolStorage", "U8": "ByteStorage", "I8": "CharStorage", "I16": "ShortStorage", "I32": "IntStorage",
-    "I64": "LongStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F32": "FloatStorage",
-    "F64": "DoubleStorage", "C64": "ComplexFloatStorage",
-}  # fmt: skip
+_STORAGES = {dtype: name for name, dtype in torch_bin.STORAGES.items()}
 # Dtypes that came after PyTorch's typed storages: their storage is untyped, and the tensor states the dtype.
-_DTYPES = {
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
+_DTYPES = {dtype: name for name, dtype in NAMES.items() if dtype not in _STORAGES}
 _ROOT = "adapter_model"
 _ALIGNMENT = 64
 _LARGE = 0xFFFFFFFF  # from this size or offset on, a record needs the fields of ZIP64 …
@@ -61,11 +53,6 @@ def write_to(
     import numpy as np
 
     named = {key: (dtype_name(dtype), tuple(shape)) for key, (dtype, shape) in specs.items()}
-    unknown = [
-        f"{key}: {dtype}" for key, (dtype, _) in named.items() if dtype not in _STORAGES and dtype not in _DTYPES
-    ]
-    if unknown:
-        raise FileError(f"{writer.path}: cannot write: PyTorch has no such dtypes: {problems_text(unknown)}")
     archive = _Archive(writer)
     archive.add("data.pkl", _pickle(named))
     archive.add("byteorder", b"little")
@@ -122,8 +109,8 @@ def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         count = math.prod(shape)
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         typed = dtype in _STORAGES
-        size = count if typed else count * _item_size(dtype)
-        kind = f"torch.{_STORAGES[dtype]}" if typed else "torch.storage.UntypedStorage"
+        size = count if typed else count * torch_bin.SIZES[dtype]
+        kind = f"torch.{_STORAGES[dtype]}" if typed else torch_bin.UNTYPED
         storage = _tuple([_text("storage"), _global(kind), _text(str(number)), _text("cpu"), _integer(size)]) + b"Q"
         fields = [storage, _integer(0), _tuple([*map(_integer, shape)]), _tuple([*map(_integer, strides)]), b"\x89"]
         fields.append(_global("collections.OrderedDict") + b")R")
@@ -131,10 +118,6 @@ def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         function = f"torch._utils._rebuild_tensor_v{2 if typed else 3}"
         parts.append(_text(key) + _global(function) + _tuple(fields) + b"R")
     return b"".join([*parts, b"u."])
-
-
-def _item_size(dtype: str) -> int:
-    return {"U16": 2, "U32": 4, "U64": 8}.get(dtype, 1)
 
 
 # ---------------------------------------------------------------- the zip file

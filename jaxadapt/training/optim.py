@@ -23,7 +23,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.models.linen import collections
@@ -289,8 +289,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for (name, leaf), tensors in sites.items()
         if not factors.has_one_pair(flat[tensors["lora_A"]].site)
     ]
-    if problems:
-        raise ConfigError("LoRA-FA supports only plain pairs of matrices, not:\n" + paths.bullets(problems))
+    raise_listed(ConfigError, "LoRA-FA supports only plain pairs of matrices, not:", problems)
 
     def correct_gradients(updates: Any, params: Any) -> Any:
         grads = structure.flatten_up_to(updates)

@@ -137,6 +137,16 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / count, want, atol=0.032)
 
 
+@pytest.mark.parametrize("tiny", [{"temperature": 1e-38}, {"temperature": 1e-45}, {"top_p": 1e-60}])
+def test_settings_near_zero_take_the_most_probable_token(tiny: dict[str, float]) -> None:
+    """In float32 they are 0, or what is divided by them is infinite."""
+    logits = jnp.asarray(np.tile(5 * RNG.standard_normal((1, 96)), (4, 1)), jnp.float32) + 3
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **tiny}
+    dtypes = {"top_k": jnp.int32, "seed": jnp.uint32}
+    settings = {name: jnp.full(4, value, dtypes.get(name, jnp.float32)) for name, value in values.items()}
+    assert set(choose(logits, jnp.arange(4), settings).tolist()) == {int(logits[0].argmax())}
+
+
 def test_a_row_draws_the_same_alone_and_in_company() -> None:
     decoder = make("nnx", rows=3, length=32)
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7)

@@ -44,6 +44,11 @@ def model_of(family: str, tied: bool = True):
         config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=4, n_positions=32, vocab_size=24, bos_token_id=0,
                                          eos_token_id=0)  # fmt: skip
         return transformers.GPT2LMHeadModel(config).eval()
+    if family == "gpt_neox":
+        config = transformers.GPTNeoXConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=64, rotary_pct=0.5,
+                                            num_attention_heads=4, max_position_embeddings=32, vocab_size=24,
+                                            bos_token_id=0, eos_token_id=0, hidden_act="gelu_new")  # fmt: skip
+        return transformers.GPTNeoXForCausalLM(config).eval()
     classes = {
         "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
         "gemma3_text": "Gemma3", "phi3": "Phi3",
@@ -59,14 +64,19 @@ def model_of(family: str, tied: bool = True):
     return model
 
 
-def adapted(model, targets=LINEAR, seed=1, **fields):
-    """PEFT's model whose adapter does something."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM", **fields})
-    wrapped = peft.get_peft_model(model, config).eval()
+def train(wrapped, seed=1):
+    """Change the trained parameters."""
     torch.manual_seed(seed)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.2
+
+
+def adapted(model, targets=LINEAR, seed=1, **fields):
+    """PEFT's model whose adapter does something."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM", **fields})
+    wrapped = peft.get_peft_model(model, config).eval()
+    train(wrapped, seed)
     return wrapped
 
 
@@ -121,10 +131,7 @@ def test_pissa_becomes_a_lora_of_the_original_base(init, how, tmp_path):
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
     wrapped = peft.get_peft_model(model, config).eval()
     wrapped.save_pretrained(tmp_path / "first")
-    torch.manual_seed(1)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.2
+    train(wrapped)
     want = logits(wrapped)
     wrapped.save_pretrained(tmp_path / "in")
     first = tmp_path / "first"
@@ -137,6 +144,56 @@ def test_pissa_becomes_a_lora_of_the_original_base(init, how, tmp_path):
     assert result.rank == 4
     # Two decompositions of one matrix, in torch and in numpy: 1e-6 relative for each.
     np.testing.assert_allclose(read_back(model_of("llama"), tmp_path / "out"), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["base", "first"])
+def test_pissa_trained_in_16_bits_keeps_its_float32_start(how, tmp_path):
+    """Rounding the start to 16 bits would change the largest singular values of the weight."""
+    model = model_of("llama")
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")
+    wrapped = peft.get_peft_model(model, config).eval()
+    wrapped.save_pretrained(tmp_path / "first")
+    # As PEFT's guide says, so that a load does not change the base once more.
+    fields = json.loads((tmp_path / "first/adapter_config.json").read_text())
+    (tmp_path / "first/adapter_config.json").write_text(json.dumps(fields | {"init_lora_weights": True}))
+    torch.manual_seed(1)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = (parameter + torch.randn_like(parameter) * 0.02).to(torch.bfloat16).float()
+    want = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "in")
+    fields = json.loads((tmp_path / "in/adapter_config.json").read_text())
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps(fields | {"init_lora_weights": "pissa"}))
+    tensors = load_file(tmp_path / "in/adapter_model.safetensors")
+    save_file({k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}, tmp_path / "in/adapter_model.safetensors")
+    export_adapter(tmp_path / "in", tmp_path / "out", **{how: tmp_path / how})
+    # Two decompositions of one matrix, in torch and in numpy: 1e-6 relative for each.
+    np.testing.assert_allclose(read_back(model_of("llama"), tmp_path / "out"), want, atol=1e-4)
+    if how == "first":
+        arguments = [
+            "start",
+            str(tmp_path / "in"),
+            "--undo",
+            str(tmp_path / "first"),
+            "--out",
+            str(tmp_path / "undone"),
+        ]
+        run = CliRunner().invoke(main, arguments)
+        assert run.exit_code == 0, run.output
+        np.testing.assert_allclose(read_back(model_of("llama"), tmp_path / "undone"), want, atol=1e-4)
+        with pytest.warns(UserWarning, match="in bfloat16 the result loses accuracy"):
+            export_adapter(tmp_path / "in", tmp_path / "low", first=tmp_path / "first", dtype="bfloat16")
+
+
+def test_a_lora_that_starts_by_itself_is_no_initial_adapter_of_pissa(tmp_path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    keys = [f"base_model.model.q.lora_{side}.weight" for side in "AB"]
+    trained = {keys[0]: np.ones((2, 4), "float32"), keys[1]: np.ones((6, 2), "float32")}
+    jaxadapt.write(jaxadapt.PeftTensors(config.replace(init_lora_weights="pissa"), trained), tmp_path / "in")
+    jaxadapt.write(jaxadapt.PeftTensors(config, trained | {keys[1]: np.zeros((6, 2), "float32")}), tmp_path / "first")
+    with pytest.raises(jaxadapt.MismatchError, match="with the same init_lora_weights"):
+        export_adapter(tmp_path / "in", tmp_path / "out", first=tmp_path / "first")
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
@@ -193,6 +250,16 @@ def test_sixteen_bits_stay_exact(tmp_path):
     assert {x.dtype.name for x in load_file(tmp_path / "low/adapter_model.safetensors").values()} == {"float16"}
 
 
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=20, target_modules=["q"])
+    keys = [f"base_model.model.q.lora_{side}.weight" for side in "AB"]
+    tensors = {keys[0]: np.ones((2, 4), "float32"), keys[1]: np.full((6, 2), 1e4, "float32")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "in")
+    with pytest.raises(jaxadapt.MismatchError, match=r"q\.lora_B\.weight: values above 65504 do not fit float16"):
+        export_adapter(tmp_path / "in", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_save_writes_the_plain_form(tmp_path):
     from tests.support import small
 
@@ -202,6 +269,10 @@ def test_save_writes_the_plain_form(tmp_path):
     export_adapter(tmp_path / "in", tmp_path / "exported")
     assert small.files(tmp_path / "saved") == small.files(tmp_path / "exported")
     assert jaxadapt.read_config(tmp_path / "saved").rank_pattern == {}
+    jaxadapt.save(adapter, tmp_path / "low", plain=True, dtype="float16")
+    whole = load_file(tmp_path / "saved/adapter_model.safetensors")
+    for key, x in load_file(tmp_path / "low/adapter_model.safetensors").items():
+        np.testing.assert_array_equal(x, whole[key].astype("float16"))  # rounded once, after the multiplication
     with pytest.raises(jaxadapt.FileError, match="plain"):
         jaxadapt.save(adapter, tmp_path / "orbax", plain=True, format="orbax")
 
@@ -359,10 +430,7 @@ def test_the_nearest_lora_of_a_rank(tmp_path):
     model.save_pretrained(tmp_path / "base")
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     wrapped = peft.get_peft_model(model, config).eval()
-    torch.manual_seed(1)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.2
+    train(wrapped)
     want = logits(wrapped)
     wrapped.save_pretrained(tmp_path / "in")
     with pytest.raises(jaxadapt.ConfigError, match="a plain LoRA cannot express IA3: merge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.export import merge_files
 from jaxadapt.storage import orbax
 
 P = "base_model.model."
@@ -60,6 +62,20 @@ def test_resize_keeps_the_best_approximation(folder: Path, tmp_path: Path):
         np.testing.assert_allclose(result["error"][module], lost, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here
+def test_what_a_copied_module_prevents_is_said(tmp_path: Path):
+    config = CONFIG.replace(modules_to_save=["norm"])
+    copy = {f"{P}model.norm.weight": np.ones(8, "float32")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors() | copy), tmp_path / "a")
+    for words, message in (
+        (["resize", "--rank", "2", "--out", str(tmp_path / "x")], "more than a plain LoRA: modules_to_save=('norm',)"),
+        (["convert", str(tmp_path / "x"), "--format", "orbax"], "only a model has places for all tensors"),
+    ):
+        result = CliRunner().invoke(main, [words[0], str(tmp_path / "a"), *words[1:]])
+        assert (result.exit_code, message in " ".join(result.output.split())) == (1, True), result.output
+    assert not (tmp_path / "x").exists()
+
+
 def test_rename_takes_the_names_of_the_base(folder: Path, tmp_path: Path):
     names = {module.replace("model.", "model.language_model.", 1): shape for module, shape in MODULES.items()}
     (tmp_path / "base.json").write_text(json.dumps({f"{name}.weight": shape for name, shape in names.items()}))
@@ -87,6 +103,103 @@ def test_rename_changes_the_names_in_the_configuration(tmp_path: Path):
     assert set(renamed.target_modules) == {module.removeprefix("model.") for module in MODULES}
     assert dict(renamed.rank_pattern) == {"layers.0.self_attn.q_proj": 4}
     assert CliRunner().invoke(main, ["rename", str(tmp_path / "a"), "--from", "x.", "--out", "c"]).exit_code == 1
+
+
+@pytest.mark.parametrize("to", ["", "outer.model."])
+def test_rename_keeps_ranks_scales_and_copies(to: str, tmp_path: Path):
+    """Patterns that match only the old names, layers, exclusions, and a module that was trained in full."""
+    q, up = MODULES
+    config = CONFIG.replace(
+        target_modules=r"model\.layers\.\d\.(self_attn|mlp)\.\w+", exclude_modules=r"model\.layers\.3.*", r=3,
+        rank_pattern={"^model.layers.*": 4}, alpha_pattern={r"model\.layers\.1\..*": 20},
+        modules_to_save=["model.norm"],
+    )  # fmt: skip
+    norm = {f"{P}model.norm.weight": np.arange(8, dtype="float32")}
+    old = jaxadapt.PeftTensors(config, tensors() | norm)
+    jaxadapt.write(old, tmp_path / "a")
+    run("rename", tmp_path / "a", "--from", "model.", "--to", to, "--out", tmp_path / "b")
+    new = jaxadapt.read(tmp_path / "b")
+    for module in (q, up):
+        np.testing.assert_array_equal(change(new, module.replace("model.", to, 1)), change(old, module))
+    np.testing.assert_array_equal(new.tensors[f"{P}{to}norm.weight"], norm[f"{P}model.norm.weight"])
+    assert list(new.config.modules_to_save) == [f"{to}norm"]
+    assert not [f for f in jaxadapt.verify(tmp_path / "b") if f.severity == "error"]
+
+
+def test_rename_gives_a_copied_module_the_name_in_the_base(tmp_path: Path):
+    shapes = {**{f"{name}.weight": shape for name, shape in MODULES.items()}, "model.norm.weight": (8,)}
+    renamed = {key.replace("model.", "model.language_model.", 1): shape for key, shape in shapes.items()}
+    (tmp_path / "base.json").write_text(json.dumps(renamed))
+    copies = {f"{P}model.norm.weight": np.ones(8, "float32"), f"{P}lm_head.weight": np.ones((3, 8), "float32")}
+    config = CONFIG.replace(modules_to_save=["norm", "lm_head"])
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors() | copies), tmp_path / "a")
+    run("rename", tmp_path / "a", "--base", tmp_path / "base.json", "--out", tmp_path / "b")
+    names = {key.removeprefix(P).removesuffix(".weight") for key in jaxadapt.read(tmp_path / "b").tensors}
+    assert {"model.language_model.norm", "lm_head"} <= names
+
+
+def test_rename_keeps_the_inputs_that_ia3_scales(tmp_path: Path):
+    names = ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"]
+    config = jaxadapt.IA3Config(target_modules=names, feedforward_modules=names[1:])
+    vectors = {f"{P}{names[0]}.ia3_l": np.ones((6, 1), "float32"), f"{P}{names[1]}.ia3_l": np.ones((1, 6), "float32")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, vectors), tmp_path / "a")
+    run("rename", tmp_path / "a", "--from", "", "--to", "outer.", "--out", tmp_path / "b")
+    renamed = jaxadapt.read(tmp_path / "b").config
+    assert set(renamed.target_modules) == {f"outer.{name}" for name in names}
+    assert list(renamed.feedforward_modules) == [f"outer.{names[1]}"]
+
+
+def test_rename_leaves_tensors_of_the_whole_adapter_alone(tmp_path: Path):
+    config = jaxadapt.VeraConfig(r=2, target_modules=["q_proj"])
+    shared = {"base_model.vera_A": np.ones((2, 8), "float32"), "base_model.vera_B": np.ones((10, 2), "float32")}
+    module = f"{P}layers.0.q_proj."
+    own = {f"{module}vera_lambda_b": np.ones(10, "float32"), f"{module}vera_lambda_d": np.ones(2, "float32")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, shared | own), tmp_path / "a")
+    run("rename", tmp_path / "a", "--from", "", "--to", "outer.", "--out", tmp_path / "b")
+    wanted = {*shared, *(key.replace("layers", "outer.layers") for key in own)}
+    assert set(jaxadapt.read(tmp_path / "b").tensors) == wanted
+
+
+def test_an_empty_name_is_not_the_working_directory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As "$OUT" of a shell that has no such variable."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = CliRunner().invoke(main, ["rename", str(folder), "--from", "model.", "--to", "x.", "--out", ""])
+    assert (result.exit_code, "found an empty text" in result.output) == (1, True), result.output
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("command", ["resize", "rename", "combine", "export", "start", "convert"])
+def test_a_command_does_not_replace_what_it_reads(command: str, folder: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = {
+        "resize": ["--rank", "2"], "rename": ["--from", "model.", "--to", "x."], "combine": ["--weights", "1"],
+        "start": ["--undo", str(folder)],
+    }.get(command, [])  # fmt: skip
+    target = [str(tmp_path / "link")] if command == "convert" else ["--out", str(tmp_path / "link")]
+    result = CliRunner().invoke(main, [command, str(folder), *target, *options])
+    assert (result.exit_code, "the target is the source" in " ".join(result.output.split())) == (1, True), result.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_results_keep_the_fingerprint_of_the_base(tmp_path: Path):
+    from tests.support import small
+
+    for name, seed in (("a", 1), ("b", 2)):
+        jaxadapt.save(small.trained(seed=seed), tmp_path / name)
+    base = jaxadapt.read(tmp_path / "a").base
+    assert base
+    run("resize", tmp_path / "a", "--rank", 8, "--out", tmp_path / "resized")
+    run("combine", tmp_path / "a", tmp_path / "b", "--weights", "1,1", "--out", tmp_path / "both")
+    assert jaxadapt.read(tmp_path / "resized").base == jaxadapt.read(tmp_path / "both").base == base
+    key = next(iter(base))
+    other = {**base, key: {**base[key], "bf16": "3f80" * 8}}
+    held = jaxadapt.read(tmp_path / "b")
+    jaxadapt.write(dataclasses.replace(held, base=other), tmp_path / "b")
+    with pytest.warns(UserWarning, match="were trained on different base models: 1 of 2 compared weights differ"):
+        merge_files.combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "mixed")
+    assert jaxadapt.read(tmp_path / "mixed").base is None
 
 
 def test_start_undo_gives_a_plain_lora(tmp_path: Path):
@@ -133,6 +246,18 @@ def test_extract_one_of_several_adapters_of_a_whole_model(folder: Path, tmp_path
     assert "pass --config" in lost.output
 
 
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 2), ("all", 3)])
+def test_extract_takes_the_trained_biases(bias: str, count: int, tmp_path: Path):
+    biases = {f"{P}{module}.base_layer.bias": np.ones(3, "float32") for module in MODULES} | {
+        f"{P}model.norm.bias": np.ones(3, "float32")
+    }
+    save_file(state_dict() | biases, tmp_path / "model.safetensors")
+    jaxadapt.write(jaxadapt.PeftTensors(CONFIG.replace(bias=bias), tensors()), tmp_path / "config")
+    run("extract", tmp_path / "model.safetensors", "--name", "de", "--config", tmp_path / "config",
+        "--out", tmp_path / "de")  # fmt: skip
+    assert sum(key.endswith(".bias") for key in jaxadapt.read(tmp_path / "de").tensors) == count
+
+
 def test_extract_from_an_orbax_checkpoint(tmp_path: Path):
     base = {"q": {"kernel": np.zeros((4, 6), "f4")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
@@ -176,6 +301,14 @@ def test_convert_between_all_formats_keeps_every_bit(folder: Path, tmp_path: Pat
     for key, x in tensors().items():
         half = np.asarray(jaxadapt.read(tmp_path / "half").tensors[key])
         np.testing.assert_array_equal(half, x.astype(ml_dtypes.bfloat16))
+
+
+def test_the_name_of_this_folder_is_not_a_dot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "other").mkdir()
+    jaxadapt.write(jaxadapt.PeftTensors(CONFIG, tensors(1)), folder / "other")
+    monkeypatch.chdir(folder / "other")
+    run("convert", ".", "..", tmp_path / "both")
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["adapter", "other"]
 
 
 def test_convert_several_and_subfolders(folder: Path, tmp_path: Path):

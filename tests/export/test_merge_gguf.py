@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export import gguf_model
+from jaxadapt.export import gguf_model, merge_files
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -60,13 +60,14 @@ def inner_is_linear(module: str) -> bool:
     return module.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
 
 
-def write_base(family: str, model, path) -> None:
+def write_base(family: str, model, path, change=lambda writer: None) -> None:
     architecture = FAMILIES[family][0]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_head_count(4)
     writer.add_head_count_kv(4 if family == "gpt2" else 2)
     writer.add_name("tiny")
+    change(writer)
     writer.add_token_list(["a", "b"])
     for name, x in named(family, model).items():
         writer.add_tensor(name, x)
@@ -144,12 +145,46 @@ def test_q8_0_and_a_head_of_its_own(tmp_path):
         assert (np.abs(got - want).reshape(-1, 32) <= np.abs(blocks).max(1, keepdims=True) / 127 * 0.563).all()
 
 
+def test_another_alignment_of_the_tensors(tmp_path):
+    """A reader takes it from a field, which the merged file keeps."""
+    write_base("llama", model_of("llama"), tmp_path / "base.gguf", lambda writer: writer.add_custom_alignment(128))
+    wrapped = adapted(model_of("llama"), ["q_proj"])
+    wrapped.save_pretrained(tmp_path / "in")
+    gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
+    assert all(t.data_offset % 128 == 0 for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors)
+    got = read(tmp_path / "out.gguf")
+    for name, x in named("llama", wrapped.merge_and_unload()).items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=2e-6, err_msg=name)  # float32 sums in another order
+
+
+def test_a_part_of_a_model_is_refused(tmp_path):
+    adapted(model_of("llama"), ["q_proj"]).save_pretrained(tmp_path / "in")
+    for change, message in (
+        (lambda writer: writer.add_uint16("split.count", 3), r"one of the 3 files of a model; join them first"),
+        (lambda writer: writer.add_array("llama.attention.head_count_kv", [2, 1]), r"head_count_kv=\[2, 1\]"),
+    ):
+        write_base("llama", model_of("llama"), tmp_path / "base.gguf", change)
+        with pytest.raises(jaxadapt.FormatError, match=message):
+            gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
+    writer.add_block_count(0)
+    writer.add_head_count(4)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
+    with pytest.raises(jaxadapt.FormatError, match="expected the matrices of a model, found none"):
+        gguf_model.merge_gguf(tmp_path / "none.gguf", tmp_path / "in", tmp_path / "out.gguf")
+
+
 def test_refusals(tmp_path):
     write_base("llama", model_of("llama"), tmp_path / "base.gguf")
     adapted(model_of("llama"), ["q_proj"]).save_pretrained(tmp_path / "in")
     for out, message in (("base.gguf", "this is the base model"), ("folder", "a file name ending in .gguf")):
         with pytest.raises(jaxadapt.FileError, match=message):
             gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / out)
+    model_of("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(jaxadapt.FileError, match="written only for a base that is one"):
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "in", tmp_path / "out.gguf")
     (tmp_path / "no.gguf").write_bytes(b"no")
     with pytest.raises(jaxadapt.FormatError, match="expected a GGUF file"):
         gguf_model.merge_gguf(tmp_path / "no.gguf", tmp_path / "in", tmp_path / "out.gguf")

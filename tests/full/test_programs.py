@@ -12,15 +12,20 @@ FOLDER` writes them.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+from jaxadapt.export import export_adapter
+from jaxadapt.export.conversion import convert
+from tests.export import test_adapter_export as tiny
 from tests.full.programs import measure, table
 
 FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
@@ -114,6 +119,37 @@ def test_other_architectures_in_mlx(family: str, tmp_path: Path) -> None:
     for got, want in zip(found, wanted, strict=True):
         assert abs(got - want).max() < 1e-3
         assert abs(got - plain).max() > 0.1
+
+
+# Fields of config.json that mlx-lm reads and transformers 5 no longer writes.
+OLD_FIELDS = {"gpt2": {"n_ctx": 32}, "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5}}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox"])
+def test_adapters_that_mlx_trained(family: str, tmp_path: Path) -> None:
+    """PEFT computes mlx-lm's log-probabilities from the converted folder, and from it exported and converted again."""
+    tiny.model_of(family).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | OLD_FIELDS.get(family, {})))
+    if family == "gpt2":  # mlx-lm knows the names of the published file
+        path = tmp_path / "base/model.safetensors"
+        save_file({key.removeprefix("transformer."): x for key, x in load_file(path).items()}, path, {"format": "pt"})
+    base = measure.Base(tmp_path / "base", tmp_path, [3, 7, 1, 9, 4, 20, 11, 2])
+    settings = {"num_layers": 1, "lora_parameters": {"rank": 3, "scale": 2.3, "dropout": 0.1}}
+    kinds = {kind: {"fine_tune_type": kind, **settings} for kind in ("lora", "dora")}
+    measure.train_in_mlx(base, PROGRAMS, kinds, 24)
+    plain, *found = measure.run("mlx", PROGRAMS, base.folder, [None, *(str(tmp_path / kind) for kind in kinds)], base,
+                                tmp_path / "x.npy")  # fmt: skip
+    alone = abs(plain - measure.log_probabilities(measure.peft_logits(base.model(), base))).max()
+    assert alone < 1e-3
+    for kind, want in zip(kinds, found, strict=True):
+        convert(tmp_path / kind, tmp_path / f"{kind}-peft")
+        export_adapter(tmp_path / f"{kind}-peft", tmp_path / f"{kind}-mlx", "mlx")
+        convert(tmp_path / f"{kind}-mlx", tmp_path / f"{kind}-again")
+        for name in (f"{kind}-peft", f"{kind}-again"):
+            got = measure.read_by_peft(base, tmp_path / name)
+            assert abs(got - want).max() < max(1e-4, 5 * alone), name  # float32 on both sides
+        assert abs(want - plain).max() > 0.05
 
 
 def test_merged_models(smollm2) -> None:

@@ -61,7 +61,6 @@ def make_shared() -> Method:
     class CodeConfig(MethodConfig):
         """Code: every row of a weight gets a multiple of one row that all modules share."""
 
-        _type: ClassVar[str | None] = "CODE"
         facts: ClassVar[MethodFacts] = MethodFacts(rows="call")
         peft_type: str = "CODE"
         target_modules: str | Collection[str] | None = None
@@ -137,7 +136,6 @@ def make_model_scope() -> Method:
     class NoteConfig(PromptLearningConfig):
         """Note: embeddings before those of the tokens, doubled."""
 
-        _type: ClassVar[str | None] = "NOTE"
         peft_type: str = "NOTE"
 
     class Note(PromptMethod):

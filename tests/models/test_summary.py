@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.configs.loha import LoHaConfig
 
 
 class Net(nnx.Module):
@@ -53,6 +54,16 @@ def test_variables_and_inactive_adapters():
     assert found.base_parameters == 3 * 4 + 4
     assert "a (inactive)" in str(found)
     assert jaxadapt.summary(variables).trainable == found.trainable
+
+
+def test_the_scale_of_every_kind_of_method_is_a_number():
+    """The hyperparameters of a method written in PyTorch's layout are in a dataclass of their own."""
+    base = {"head": {"kernel": jnp.ones((6, 2))}}
+    config = LoHaConfig(target_modules=["head"], r=2, alpha=3)
+    adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    text = str(jaxadapt.summary({"params": base, **adapter.collection}))
+    assert "Hparams" not in text
+    assert "1.5" in text
 
 
 def test_nothing_adapted_is_an_error():

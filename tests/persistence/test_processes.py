@@ -66,6 +66,20 @@ def write_the_file_of_one(tmp_path: Path, count: int) -> None:
         np.testing.assert_array_equal(x, fresh.flat()[path])
 
 
+def test_two_processes_have_the_fingerprint_of_one(tmp_path: Path) -> None:
+    alone = {"params": jax.tree.map(jax.numpy.asarray, meshes.base(False)), **original(False).collection}
+    jaxadapt.save(alone, tmp_path / "alone")
+    said = run("on_bases", tmp_path, count=2, devices=4)
+    expected = jaxadapt.read(tmp_path / "alone").base
+    assert expected is not None
+    assert len(expected) == 8
+    for number in range(3):
+        assert (tmp_path / f"{number}" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
+    # What differs is in process 1: with strict_base=True both refuse the base, and by default process 1 warns.
+    assert ["another base" in out for out in said] == [False, True]
+    assert "no warning" in said[0]
+
+
 def test_what_fails_in_one_fails_in_all(tmp_path: Path) -> None:
     what_fails_in_one_fails_in_all(tmp_path, count=2)
 

@@ -341,7 +341,9 @@ def test_other_folders_are_recognized(tmp_path: Path):
         assert codes(path) == [code]
         with pytest.raises(jaxadapt.MismatchError, match="cannot be repaired"):
             jaxadapt.repair(path)
-    assert codes(tmp_path / "mlx") == ["other-library", "other-library"]
+    (found,) = jaxadapt.verify(tmp_path / "mlx")
+    assert (found.severity, found.code) == ("error", "other-library")
+    assert "scale: expected a number, found None" in found.found
     assert codes(tmp_path / "run" / "step-000000100.safetensors") == ["training-run"]
     with pytest.raises(jaxadapt.FileError, match="no such file or folder"):
         jaxadapt.verify(tmp_path / "nothing")
@@ -444,12 +446,14 @@ def test_commands(folder: Path):
     assert (result.exit_code, json.loads(result.output)["remaining"]) == (0, [])
     assert run("repair", found, "--in-place").exit_code == run("verify", found).exit_code == 0
     assert "nothing to repair" in run("repair", found).output
-    broken = (
-        damaged(folder.parent / "damaged-repaired", changed("q_proj", lambda x: x * np.nan)(sound()))
-        if False
-        else found
-    )
-    assert run("repair", broken).exit_code == 0
+
+
+def test_the_repaired_copy_of_this_folder_is_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    found = damaged(folder, renamed(lambda k: f"module.{k}")(sound()))
+    monkeypatch.chdir(found)
+    assert run("repair", ".").exit_code == 0
+    assert codes(found.parent / f"{found.name}-repaired") == []
+    assert not [path for path in found.iterdir() if path.is_dir()]
 
 
 # ---------------------------------------------------------------- PEFT's own opinion

@@ -95,10 +95,7 @@ def test_pefts_file_computes_here_what_it_computes_there(case, api, scan, tmp_pa
             assert "_B" in key
             assert not np.asarray(x).any()
     jaxadapt.save(ours.tree, tmp_path / "ours")
-    again, before = harness.read_tensors(tmp_path / "ours"), harness.read_tensors(tmp_path / "peft")
-    assert harness.specs(again) == harness.specs(before)
-    assert all(np.array_equal(again[key], value) for key, value in before.items())
-    assert harness.read_json(tmp_path / "ours") == harness.read_json(tmp_path / "peft")
+    harness.assert_same_files(tmp_path / "ours", tmp_path / "peft")
     adapter = jaxadapt.extract(ours.tree)
     base = jaxadapt.detach(ours.model) if api == "nnx" else ours.variables["params"]
     merged = model.merge_and_unload()

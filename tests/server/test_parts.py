@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
 from jaxadapt.demo.generation import GREEDY
@@ -43,6 +46,14 @@ def test_stop_strings_are_found_across_tokens(base, stop):
         if stream.stopped:
             break
     assert found == text[: text.index(stop)]
+
+
+def test_a_long_stop_string_takes_no_time():
+    """A request may have a megabyte of them; all its beginnings were compared after each token."""
+    stop, began = "ab" * 250_000, time.process_time()
+    stream = TextStream(lambda ids: "".join(map(chr, ids)), [stop])
+    assert [stream.push(ord(c)) for c in "xabac"] == ["x", "", "", "", "abac"]
+    assert time.process_time() - began < 1
 
 
 class Broken:
@@ -87,14 +98,14 @@ def submit(
     return made
 
 
-def make(decoder: Any) -> Engine:
+def make(decoder: Any, pool: Any = None) -> Engine:
     return Engine(
         decoder,
-        None,
+        pool,
         lambda ids: "".join(map(chr, ids)),
         stop=[0],
         queue=4,
-        metrics=Metrics(),  # type: ignore[arg-type]
+        metrics=Metrics(),
     )
 
 
@@ -112,6 +123,28 @@ def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
     with pytest.raises(RequestError, match="a step of the batch failed"):
         submit(engine)
     assert "device lost" in caplog.text
+
+
+def test_an_adapter_that_cannot_be_loaded_for_whatever_reason_ends_its_own_requests(caplog):
+    class Pool:
+        def prefetch(self, names: Sequence[str]) -> dict[str, concurrent.futures.Future[Any]]:
+            failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            failed.set_exception(ZeroDivisionError("in a file"))
+            return dict.fromkeys(names, failed)
+
+    decoder = Broken()
+    engine = make(decoder, Pool())
+    ((bad, ended),) = submit(engine, names=["fr"])
+    assert ended.wait(30)
+    assert bad[-1].error is not None
+    assert (bad[-1].error.status, "in a file" in str(bad[-1].error)) == (400, True)
+    assert "in a file" in caplog.text
+    assert engine.healthy
+    decoder.go.set()
+    ((good, ended),) = submit(engine, count=2)
+    assert ended.wait(30)
+    assert good[-1].reason == "length"
+    engine.close()
 
 
 def test_closing_ends_requests(base):
@@ -156,3 +189,48 @@ def test_bases(tmp_path, base, root):
     (tmp_path / "adapters" / "tiny" / "adapter_config.json").write_text("{}")
     with pytest.raises(FileError, match="has the base's name, 'tiny'"):
         run.make_server(base, tmp_path / "adapters")
+
+
+def test_a_base_is_read_as_its_files_mean_it(base, tmp_path):
+    """Settings of a training in tokenizer.json do not cut prompts, and quantized weights are not taken for weights."""
+    tokenizer = json.loads((write_base(tmp_path / "one") / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                            "pad_type_id": 0, "pad_token": "!"}  # fmt: skip
+    (tmp_path / "one" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert open_base(tmp_path / "one").encode("Hello") == base.encode("Hello")
+    path = tmp_path / "one" / "model.safetensors"
+    weights = load_file(path)
+    scales = {name.replace(".weight", ".weight_scale"): np.ones(1, "f4") for name in weights if "proj" in name}
+    save_file(weights | scales, path)
+    with pytest.raises(FormatError, match="its weights are quantized"):
+        open_base(tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "eos_token_id": "</s>"}))
+    with pytest.raises(FormatError, match="eos_token_id: expected a token id"):
+        open_base(tmp_path / "one")
+
+
+def test_chats_are_encoded_while_other_threads_decode(base):
+    ids, wrong = base.encode_chat([("user", "Hi <|im_end|>")]), []
+    ended = threading.Event()
+
+    def decode() -> None:
+        while not ended.is_set():
+            base.decode(ids * 50)
+
+    def encode() -> None:
+        while not ended.is_set():
+            if base.encode("<|im_end|>") != [258]:
+                wrong.append("a special token as text")
+
+    threads = [threading.Thread(target=each) for each in (decode, encode)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(base.encode_chat([("user", "Hi <|im_end|>")]) == ids for _ in range(500))
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong

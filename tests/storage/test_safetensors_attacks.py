@@ -61,7 +61,6 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "duplicate field": (packed(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "duplicate keys.*dtype"),
     "metadata number": (packed({"__metadata__": {"a": 1}}), "__metadata__: expected an object of strings"),
     "metadata list": (packed({"__metadata__": []}), "__metadata__"),
-    "metadata null": (packed({"__metadata__": None}), "__metadata__"),
     "tensor is a number": (packed({"a": 1}), "'a': expected an object, found 1"),
     "missing field": (packed({"a": {"dtype": "F32", "shape": []}}), "'a': expected the fields"),
     "unknown field": (packed({"a": {**entry(0, 4, []), "stride": 1}}, b"1234"), "'a': expected the fields"),

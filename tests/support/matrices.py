@@ -1,6 +1,7 @@
 """Which cases of the long matrices run in CI; the others are marked `full`, and tests/full/README.md has their command.
 
 `CI` maps a test to a regular expression of the ids that run in CI. Of each kind of proof at least one case does.
+.ci/quick runs the tests of `EVERY_TYPE` for some methods only, at least one of each kind: `QUICK` matches their ids.
 """
 
 from __future__ import annotations
@@ -84,6 +85,23 @@ CI = {
     "tests/training/test_optim.py::test_lora_fa_takes_pefts_steps": "^scan$",
     "tests/training/test_optim.py::test_lora_plus_takes_pefts_steps": "^(nnx|linen)$",
 }
+
+
+EVERY_TYPE = (
+    "tests/methods/test_bias.py",
+    "tests/methods/test_conformance.py",
+    "tests/methods/test_conformance_peft.py",
+    "tests/methods/test_other_kinds.py",
+    "tests/methods/test_tools.py::test_everything_around_a_method",
+)
+# On the weight, the input, the output, the bias; copies; one matrix for each block; shared tensors.
+QUICK = re.compile(r"^(BEFT|IA3|LN_TUNING|LOKR|LORA|OFT|TRAINABLE_TOKENS|VERA)\b")
+
+
+def is_of_another_method(nodeid: str) -> bool:
+    """True for a case of a method that .ci/quick leaves out."""
+    name, _, case = nodeid.partition("[")
+    return name.startswith(EVERY_TYPE) and bool(case) and QUICK.match(case) is None
 
 
 def is_long(nodeid: str) -> bool:

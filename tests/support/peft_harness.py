@@ -186,6 +186,14 @@ def specs(tensors: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in sorted(tensors.items())}
 
 
+def assert_same_files(folder: Path, other: Path) -> None:
+    """The tensors are equal bit for bit, and so are the configurations."""
+    again, before = read_tensors(folder), read_tensors(other)
+    assert specs(again) == specs(before)
+    assert all(np.array_equal(again[key], value) for key, value in before.items())
+    assert read_json(folder) == read_json(other)
+
+
 def peft_specs(torch_model: Any, config: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Keys, shapes and dtypes that PEFT would write for this configuration."""
     return specs(get_peft_model_state_dict(make_peft(torch_model, config)))

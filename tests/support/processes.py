@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,41 @@ def save_and_load(folder: Path, argument: str) -> None:
         jaxadapt.push(mine, "org/other", token="hf_wrong", picture=False)
 
 
+def on_bases(folder: Path, argument: str) -> None:
+    """A fingerprint of a base that is spread over the processes; another base is seen by all of them."""
+    import jax
+    import numpy as np
+
+    import jaxadapt
+    from tests.support import meshes
+
+    def spread(layout: tuple[str, str], scanned: bool, change: Any = None) -> dict[str, Any]:
+        def leaf(spec: Any, x: np.ndarray) -> Any:
+            values = x if change is None else change(x)
+            return jax.make_array_from_callback(x.shape, spec.sharding, lambda index: values[index])
+
+        return {"params": jax.tree.map(leaf, base(layout, scanned), meshes.base(scanned))}
+
+    def second_half(x: np.ndarray) -> np.ndarray:
+        """Change the part of `up` that process 1 alone holds in the layout ("8", "fsdp")."""
+        is_up = x.shape == (meshes.D, meshes.F)
+        return np.concatenate([x[: meshes.D // 2], x[meshes.D // 2 :] + 1]) if is_up else x
+
+    for number, layout in enumerate(meshes.LAYOUTS[1::3]):
+        scanned = bool(number % 2)
+        jaxadapt.save(spread(layout, scanned) | adapter(layout, scanned).collection, folder / f"{number}", timeout=60)
+    layout = ("8", "fsdp")
+    found = jaxadapt.load(folder / "0", spread(layout, False), keymap=meshes.TABLE, strict_base=True)
+    check(jaxadapt.extract(found), False)
+    other = spread(layout, False, second_half)
+    with pytest.raises(jaxadapt.MismatchError, match="was trained on another base"):
+        jaxadapt.load(folder / "0", other, keymap=meshes.TABLE, strict_base=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jaxadapt.load(folder / "0", other, keymap=meshes.TABLE)
+    print(*[str(each.message) for each in caught if "another base" in str(each.message)] or ["no warning"])
+
+
 def faults(folder: Path, argument: str) -> None:
     """What fails in one process fails in all, soon, with its reason; the old adapter stays."""
     import resource
@@ -277,7 +313,9 @@ def in_a_store(folder: Path, argument: str) -> None:
     assert manager.steps == [1]
 
 
-SCENARIOS: dict[str, Callable[[Path, str], None]] = {f.__name__: f for f in (save_and_load, faults, in_a_store)}
+SCENARIOS: dict[str, Callable[[Path, str], None]] = {
+    f.__name__: f for f in (save_and_load, on_bases, faults, in_a_store)
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.progress"},
-    "matplotlib": {"demo", "analysis.norms_plot", "analysis.differences_plot"},
+    "matplotlib": {"demo", "analysis.heat_map"},
     "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},

@@ -639,6 +639,7 @@ def test_two_writers_of_one_step_one_wins_whole(tmp_path: Path):
     assert names(tmp_path) == ["step-000000003.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("manager", 40), ("orbax", 10), ("race", 5), ("pair", 10)])
 def test_killed_writers_and_two_at_once(kind: str, count: int, tmp_path: Path):
     """50 kills here, 300 in tests/full: nothing lost, nothing piled up, and of two writers one wins whole."""

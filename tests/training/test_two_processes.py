@@ -40,6 +40,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_two_processes_train_die_resume_and_stop(tmp_path: Path) -> None:
     train_die_resume_and_stop(tmp_path, count=2)

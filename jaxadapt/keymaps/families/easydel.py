@@ -3,11 +3,8 @@
 "easydel:llama" is for dense decoders with Llama's layer names: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM 3, Phi 3.
 """
 
-from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.flax_entries import FROM, INTO, biases, dense, embeddings
-from jaxadapt.keymaps.families.llama import TIED
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.weight import Weight
 
 _LAYER = "model.layers.{l}."
@@ -33,14 +30,10 @@ _ENTRIES = (
     *_norms(*(_LAYER + n for n in _NORMS), "model.norm"),
 )
 
-LLAMA = KeyMap(
+LLAMA = decoder_keymap(
     "easydel:llama",
     _ENTRIES,
-    output="lm_head",
-    order=module_orders.DECODER,
     complete=True,
     same=("m",),
     needs=("model.norm.kernel",),
-    tied=TIED,
-    spellings=(*VISION_LANGUAGE, *bare("model.")),
 )

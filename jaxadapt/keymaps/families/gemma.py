@@ -7,9 +7,7 @@ layers, but still have weights for them in JAX. These weights are missing in tra
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.llama import TIED
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -52,16 +50,12 @@ def _keymap(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], extra: 
         *(Weight(f"{layer}{a}.scale", f"{_HF}{b}.weight", "h -> h") for a, b in norms if a.startswith("attn.")),
         Weight("final_norm.scale", "model.norm.weight", "d -> d"),
     )
-    return KeyMap(
+    return decoder_keymap(
         name,
         entries,
-        output="lm_head",
-        order=module_orders.DECODER,
         complete=True,
         needs=(*(f"{layer}{a}.scale" for a, _ in norms), *extra),
         same=("d",),
-        tied=TIED,
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
     )
 
 

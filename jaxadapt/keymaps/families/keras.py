@@ -5,9 +5,7 @@ A leaf is the `path` of a variable, with dots in place of slashes. `load`, `merg
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.llama import TIED
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -46,15 +44,11 @@ def _keymap(
         *(Weight(f"{layer}{a}.scale", f"{_HF}{b}.weight", "d -> d") for a, b in norms),
         *extra,
     )
-    return KeyMap(
+    return decoder_keymap(
         f"keras:{name}",
         entries,
-        output="lm_head",
-        order=module_orders.DECODER,
         complete=True,
         needs=tuple(f"{layer}{a}.scale" for a, _ in norms),
-        tied=TIED,
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
     )
 
 

@@ -1,5 +1,8 @@
 """Llama, Mistral, Qwen 2, Qwen 3 and similar models under Hugging Face's names (transformers' Flax classes)."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from jaxadapt.keymaps.families import module_orders
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -14,9 +17,21 @@ _NORMS = {
     **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "h -> h"),
 }
 
-TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
-LLAMA = KeyMap(
+def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMap:
+    """Return the keymap of a decoder that has Llama's modules in PyTorch; `fields` are further fields of `KeyMap`."""
+    return KeyMap(
+        name,
+        tuple(weights),
+        output="lm_head",
+        order=module_orders.DECODER,
+        tied=(("lm_head.weight", "model.embed_tokens.weight"),),
+        spellings=(*VISION_LANGUAGE, *bare("model.")),
+        **fields,
+    )
+
+
+LLAMA = decoder_keymap(
     "llama",
     (
         Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
@@ -26,9 +41,5 @@ LLAMA = KeyMap(
         Weight("model.norm.weight", "model.norm.weight", "d -> d"),
         Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     ),
-    output="lm_head",
-    order=module_orders.DECODER,
     same=("m",),
-    tied=TIED,
-    spellings=(*VISION_LANGUAGE, *bare("model.")),
 )

@@ -7,9 +7,7 @@ first halves and second halves. Names are therefore not sufficient to recognize 
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.llama import TIED
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -43,15 +41,11 @@ def make_keymap(
     counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
     """Return the keymap of a model: the shared entries, and the extra entries of the model."""
-    return KeyMap(
+    return decoder_keymap(
         f"maxtext:{name}",
         (*shared, *extra),
-        output="lm_head",
-        order=module_orders.DECODER,
         complete=True,
         needs=needs,
-        tied=TIED,
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
         expert_modules=expert_modules,
         counts=counts,
     )

@@ -8,9 +8,8 @@ outputs, and the entries follow PEFT. Routers are parameters of separate classes
 
 from collections.abc import Iterable, Iterator
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.llama import TIED
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.families.flax_entries import biases
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -25,11 +24,6 @@ def _dense(*modules: str) -> Iterator[Weight]:
     for m in modules:
         axes = "i m -> m i" if m.endswith((".o_proj", "down_proj")) else "m o -> o m"
         yield Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "r o -> o r" if m.endswith("_b_proj") else axes)
-
-
-def _biases(*modules: str) -> Iterator[Weight]:
-    for m in modules:
-        yield Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o")
 
 
 def _norms(*modules: str) -> Iterator[Weight]:
@@ -69,15 +63,11 @@ def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], expert
         Weight("model.norm.weight", "model.norm.weight", "d -> d"),
         Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     )
-    return KeyMap(
+    return decoder_keymap(
         name,
         (*shared, *entries),
-        output="lm_head",
-        order=module_orders.DECODER,
         same=("m",),
         needs=tuple(_LAYER + leaf for leaf in needs),
-        tied=TIED,
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
         expert_modules=expert_modules,
     )
 
@@ -94,7 +84,7 @@ GPT_OSS = _keymap(
     "gpt_oss",
     (
         *_dense(*_QKVO),
-        *_biases(*_QKVO, "mlp.router"),
+        *biases(f"{_LAYER}{m}" for m in (*_QKVO, "mlp.router")),
         Weight(f"{_LAYER}self_attn.sinks", f"{_LAYER}self_attn.sinks", "n -> n"),
         _router("mlp.router"),
         *_experts("mlp", "e i o", turned=True),

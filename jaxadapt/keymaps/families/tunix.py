@@ -2,10 +2,8 @@
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.llama import TIED
+from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.families.moe import EACH_QWEN3
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -32,16 +30,12 @@ def _keymap(name: str, extra: Iterable[Weight], expert_modules: tuple[tuple[str,
     extra = tuple(extra)
     # Experts replace the feed-forward kernels in every layer.
     shared = (w for w in _SHARED if not expert_modules or not w.leaf.endswith("_proj.kernel"))
-    return KeyMap(
+    return decoder_keymap(
         f"tunix:{name}",
         (*shared, *extra),
-        output="lm_head",
-        order=module_orders.DECODER,
         complete=True,
         needs=(f"{_OURS}attn.q_proj.w", *(w.leaf for w in extra)),
         same=("d", "h"),
-        tied=TIED,
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
         expert_modules=expert_modules,
     )
 

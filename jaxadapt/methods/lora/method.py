@@ -19,7 +19,6 @@ Differences from PEFT, and its faults that are kept:
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -39,7 +38,7 @@ from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site
-from jaxadapt.methods.per_entry import adapted_entries, per_entry
+from jaxadapt.methods.per_entry import adapted_entries
 
 SCALE = "scale"
 """The tensor that holds the scale s where every row of a batch has its own adapter."""
@@ -123,11 +122,9 @@ class Lora(Method):
             )
 
     def tensors(self, config: LoraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        match, modules = target.match, target.modules
-        ranks = modules.each(config.rank_of, 0)
-        r, alike = max(ranks), len(set(ranks)) == 1
-        own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
-        for rank in set(ranks) - {0}:
+        match, kind, groups = target.match, target.kind, target.match.weight.groups
+        r = target.rank(config.rank_of)
+        for rank in {config.rank_of(module) for module in target.modules}:
             check_site(config, match, rank)
         if self.wrapper_depth is not None:
             check_parameter(config, match)
@@ -140,7 +137,7 @@ class Lora(Method):
         group_axis = ("g",) if groups > 1 else ()
         # For experts in one array, A's rows are ordered by expert first, and B's columns by rank first.
         torch_a, torch_b = (("experts", "r"), (*group_axis, "in")), (("out",), ("r", "experts"), *window)
-        own_a, own_b = (*own_sizes, *(("g", groups) for _ in group_axis)), (("r", r // groups),)
+        own_a, own_b = (("r", r), *((g, groups) for g in group_axis)), (("r", r // groups),)
         tensors = [
             MethodTensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *group_axis, "in"), torch_a, own_a, scale_power=0),
             MethodTensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, scale_power=1),
@@ -151,18 +148,13 @@ class Lora(Method):
             tensors.append(kasa.diagonal_tensor(r))
         if config.use_dora:
             tensors.append(dora.magnitude_tensor(match))
-        if alike:
-            return tuple(tensors)
-        return tuple(dataclasses.replace(t, used_sizes=_used_sizes(t, ranks, r)) for t in tensors)
+        return target.with_ranks(tensors, config.rank_of)
 
     def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:
-        match, modules = target.match, target.modules
-        kind, times = match.weight.kind, match.weight.products
-        scales = {times * config.scale_of(m) for m in modules}
-        smallest = min(scales)
+        match, kind, times = target.match, target.kind, target.match.weight.products
         needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
         return LoraHparams(
-            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * config.scale_of(m), smallest),
+            target.value(lambda module: times * config.scale_of(module)),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
             "" if kind in ("attention", "linear") else kind,
             match.weight.groups,
@@ -171,7 +163,7 @@ class Lora(Method):
             kind == "embedding" and config.ensure_weight_tying,
             str(config.init_lora_weights).lower() == "mica",
             config.alora_invocation_tokens is not None,
-            adapted_entries(modules) if needs_mask else None,
+            adapted_entries(target.modules) if needs_mask else None,
         )
 
     def role(self, hparams: LoraHparams, tensor: str) -> str:
@@ -196,6 +188,9 @@ class Lora(Method):
             sees="product" if hparams.dora else "layer",
         )
 
+    def starts_unchanged(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights is not False
+
     def init(self, config: LoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == dora.MAGNITUDE:
             assert start.axes is not None
@@ -216,8 +211,7 @@ class Lora(Method):
         r = own_sizes.get("r", 1)
         if init == "gaussian":
             return Draw("normal", 1 / r)
-        # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
+        return Draw.kaiming(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r)
 
     def output(
         self,
@@ -355,15 +349,6 @@ def _bias(hparams: LoraHparams, params: Params) -> Array:
     return low_rank.scale_factor(
         _scale(hparams, params), mask_unadapted(hparams.used, params, params["lora_B_bias"], 0.0)
     )
-
-
-def _used_sizes(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
-    """Return the size of the axis "r" in each entry's file tensor, or 1 for a tensor without it; 0 if not adapted.
-
-    In B of a grouped convolution the axis is the rank divided by the groups.
-    """
-    own_sizes = dict(tensor.own).get("r")
-    return tuple(min(rank, 1) if own_sizes is None else rank * own_sizes // r for rank in ranks)
 
 
 def _changed_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:

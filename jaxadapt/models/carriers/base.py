@@ -12,7 +12,7 @@ from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.compare import compare, shapes_of
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.foreign.tree import ForeignTree
@@ -192,8 +192,7 @@ def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name
     problems = list(map(str, compare(shapes_of(present), shapes_of(adapter.flat()))))
     if config != adapter.config:
         problems.append(f"another configuration: {config.differences(adapter.config, 'given')}")
-    if problems:
-        raise AttachError(f"cannot inject: the adapter does not fit {name!r}:\n" + paths.bullets(problems))
+    raise_listed(AttachError, f"cannot inject: the adapter does not fit {name!r}:", problems)
 
 
 def check_name(name: str, present: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
@@ -101,11 +101,12 @@ class State(_Variables):
             new |= {id(var): values[path] for path, var in by_path.items()}
         flat = nnx.to_flat_state(self.tree)
         others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
-        if others:
-            raise AttachError(
-                "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
-                " also contains:\n" + paths.bullets(others)
-            )
+        raise_listed(
+            AttachError,
+            "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
+            " also contains:",
+            others,
+        )
         return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def with_rest(self, rest: Any) -> Any:

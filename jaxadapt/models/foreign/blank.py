@@ -9,8 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError
+from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
@@ -56,12 +55,12 @@ def find_adapted_leaves(
         hits = [leaf for leaf, axis_names in modules_of.items() if module in axis_names]
         if len(hits) != 1:
             problems.append(f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches")
-    if problems:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:\n"
-            + paths.bullets(problems)
-            + "\nIf several leaves match, pass a file of the target's shapes (--like)"
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
+        problems,
+        "\nIf several leaves match, pass a file of the target's shapes (--like)",
+    )
     matches = {leaf: keymap.match(leaf) for leaf in modules_of}
     return tuple(AdaptedLeaf(match, modules_of[leaf]) for leaf, match in matches.items() if match is not None)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import MismatchError
+from jaxadapt.models.foreign.per_head import require_rank
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 
 Array = Any
@@ -47,12 +48,10 @@ def place_tensors(
             " which concatenates the tensors"
         )
     small = {half.path: half for g in sites.sites for half in (g.a, g.b) if need[half.path] > half.rank}
-    if small:
-        listed = [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()]
-        raise MismatchError(
-            f"the target's rank is too small:\n{paths.bullets(listed)}\nBuild it with"
-            f" rank={max(need.values())}; unused rows are zero"
-        )
+    require_rank(
+        [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()],
+        max(need.values(), default=0),
+    )
     for site in sites.sites:
         for half, is_b in ((site.a, False), (site.b, True)):
             out[half.path] = (

@@ -13,7 +13,6 @@ that sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,24 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import Dialect
-from jaxadapt.models.foreign.per_head import Leaves, Several, require_one_a
+from jaxadapt.models.foreign.per_head import Leaves, Several, find_pairs, refuse_traced, require_one_a, require_rank
 
 Array = Any
 
 
 def find_leaves(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> Several:
     """Return the LoRA leaves of a tree that have head axes: `{base leaf: (path of a, path of b, keymap entry)}`."""
-    out: Several = {}
-    for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
-        site = keymap.match(leaf)
-        if site is not None and _heads(site.weight) and len(leaves[a].shape) == len(site.weight.left):
-            out[leaf] = a, b, site.weight
-    return out
+    return find_pairs(dialect, keymap, leaves, _heads)
 
 
 def _lead(weight: Weight) -> tuple[str, ...]:
@@ -95,29 +87,12 @@ def widen(a: Array, b: Array, weight: Weight, agree: bool) -> tuple[Array, Array
     return wide_a, wide_b
 
 
-def reserve_rank(found: Several, leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the leaves with those of heads replaced by specs of one A and one B, of a file's largest rank."""
-    rank = max((x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")), default=1)
-    out = dict(leaves)
-    for a, b, w in found.values():
-        sizes = dict(zip(w.left, (*leaves[a].shape[:-1], leaves[b].shape[-1]), strict=True))
-        lead = [sizes[n] for n in _lead(w)]
-        ins = [sizes[n] for n in w.left if n in w.roles["in"]]
-        outs = [sizes[n] for n in w.left if n in w.roles["out"]]
-        out[a] = jax.ShapeDtypeStruct((*lead, *ins, rank), leaves[a].dtype)
-        out[b] = jax.ShapeDtypeStruct((*lead, rank, *outs), leaves[b].dtype)
-    return out
-
-
 def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, concat: bool) -> dict[str, Array]:
-    """Convert leaves filled after `reserve_rank` to the layout of the tree's `leaves`.
+    """Convert leaves filled after `per_head.reserve_rank` to the layout of the tree's `leaves`.
 
     Raise `MismatchError` with every leaf whose rank is too small.
     """
-    if any(isinstance(x, Tracer) for x in new.values()):
-        raise MismatchError(
-            f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
-        )
+    refuse_traced(dialect, new)
     out: dict[str, Array] = {}
     small: list[str] = []
     need = 0
@@ -131,10 +106,7 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
         pad_a, pad_b = [(0, 0)] * (narrow_a.ndim - 1), [(0, 0)] * (narrow_b.ndim - 2)
         out[a] = np.pad(narrow_a, [*pad_a, (0, missing)])
         out[b] = np.pad(narrow_b, [*pad_b, (0, missing), (0, 0)])
-    if small:
-        raise MismatchError(
-            f"the target's rank is too small:\n{paths.bullets(small)}\nBuild it with rank={need}; unused rows are zero"
-        )
+    require_rank(small, need)
     return out
 
 

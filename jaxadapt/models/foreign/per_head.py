@@ -10,7 +10,7 @@ R is n · r, and B is block diagonal over the heads. Both conversions are exact,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import is_array
 from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import Dialect
@@ -31,12 +31,17 @@ Several = dict[str, tuple[str, str, Weight]]
 """`{base leaf: (path of a, path of b, keymap entry)}` of the leaves whose a has head axes and whose b has none."""
 
 
-def per_head_leaves(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> Several:
+def find_leaves(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> Several:
     """Return the LoRA leaves of a tree that have one A for each head."""
+    return find_pairs(dialect, keymap, leaves, head_axes)
+
+
+def find_pairs(dialect: Dialect, keymap: KeyMap, leaves: Leaves, heads: Callable[[Weight], tuple[str, ...]]) -> Several:
+    """Return the LoRA leaves of the weights with head axes, which `heads` returns."""
     out: Several = {}
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
         site = keymap.match(leaf)
-        if site is not None and head_axes(site.weight) and len(leaves[a].shape) == len(site.weight.left):
+        if site is not None and heads(site.weight) and len(leaves[a].shape) == len(site.weight.left):
             out[leaf] = a, b, site.weight
     return out
 
@@ -75,16 +80,31 @@ def require_one_a(dialect: Dialect, unequal: Sequence[str], on_shared: str | Non
 
 
 def reserve_rank(found: Several, leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the leaves with those of heads replaced by specs of one A for all heads, of a file's largest rank."""
+    """Return the leaves with those of heads replaced by specs of one A and one B, of a file's largest rank."""
     rank = max((x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")), default=1)
     out = dict(leaves)
     for a, b, w in found.values():
         sizes = dict(zip(w.left, (*leaves[a].shape[:-1], leaves[b].shape[-1]), strict=True))
-        inputs = [sizes[axis] for axis in w.left if axis not in w.roles["out"]]
-        outs = [sizes[axis] for axis in w.left if axis in w.roles["out"]]
-        out[a] = jax.ShapeDtypeStruct((*inputs, rank), leaves[a].dtype)
-        out[b] = jax.ShapeDtypeStruct((rank, *outs), leaves[b].dtype)
+        inputs, outputs = ([sizes[axis] for axis in w.left if axis in w.roles[role]] for role in ("in", "out"))
+        lead = [sizes[axis] for axis in w.left if axis not in (*w.roles["in"], *w.roles["out"])]
+        out[a] = jax.ShapeDtypeStruct((*lead, *inputs, rank), leaves[a].dtype)
+        out[b] = jax.ShapeDtypeStruct((*lead, rank, *outputs), leaves[b].dtype)
     return out
+
+
+def refuse_traced(dialect: Dialect, leaves: Leaves) -> None:
+    """Raise `MismatchError` for traced leaves, whose heads cannot be compared."""
+    if any(isinstance(x, Tracer) for x in leaves.values()):
+        raise MismatchError(
+            f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
+        )
+
+
+def require_rank(small: Sequence[str], need: int) -> None:
+    """Raise `MismatchError` for leaves whose rank is too small."""
+    raise_listed(
+        MismatchError, "the target's rank is too small:", small, f"\nBuild it with rank={need}; unused rows are zero"
+    )
 
 
 def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, concat: bool) -> dict[str, Array]:
@@ -93,10 +113,7 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
     Raises one `MismatchError` with every leaf whose heads differ in B, unless `concat` is True, or with every leaf
     whose rank is too small.
     """
-    if any(isinstance(x, Tracer) for x in new.values()):
-        raise MismatchError(
-            f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
-        )
+    refuse_traced(dialect, new)
     made = {b: (a, *narrow(np.asarray(new[a]), np.asarray(new[b]), w)) for a, b, w in found.values()}
     need = max((len(rows) for _, _, rows, _ in made.values()), default=0)
     differ = [b for b, (_, _, _, alike) in made.items() if not alike]
@@ -110,10 +127,7 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
         )
     ranks = {b: leaves[b].shape[0] for b in made}
     small = [f"{b}: rank {ranks[b]}, needed {len(rows)}" for b, (_, _, rows, _) in made.items() if len(rows) > ranks[b]]
-    if small:
-        raise MismatchError(
-            f"the target's rank is too small:\n{paths.bullets(small)}\nBuild it with rank={need}; unused rows are zero"
-        )
+    require_rank(small, need)
     out: dict[str, Array] = {}
     for b, (a, columns, rows, _) in made.items():
         padding, current = (0, ranks[b] - len(rows)), leaves[a]

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.models.foreign.dialect import Dialect
 
 Leaves = Mapping[str, Any]
@@ -62,8 +61,7 @@ def slot_arrays(
         if rank:
             out[a], out[b] = full_a[..., :rank], full_b[..., :rank, :]
             alphas[leaf] = _shortest_alpha(scale.pop(), rank)
-    if problems:
-        raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree:\n" + paths.bullets(problems))
+    raise_listed(MismatchError, f"cannot use slot {slot} of this {dialect.name} tree:", problems)
     if not out:
         raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree: it is empty, all its ranks are 0")
     return out, alphas

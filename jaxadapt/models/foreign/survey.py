@@ -18,8 +18,7 @@ from jaxadapt import methods
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.configs import LoraConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError
+from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import plan, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -198,12 +197,12 @@ def survey_sites(
             out.append(_bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), hints))
         except KeyMapError as error:
             problems.append(str(error))
-    if problems:
-        raise KeyMapError(
-            f"these {dialect.name} LoRA leaves have no exact equivalent in a PEFT file:\n"
-            + paths.bullets(problems)
-            + "\nPass the model's family as keymap=, or a KeyMap with an entry for each base weight"
-        )
+    raise_listed(
+        KeyMapError,
+        f"these {dialect.name} LoRA leaves have no exact equivalent in a PEFT file:",
+        problems,
+        "\nPass the model's family as keymap=, or a KeyMap with an entry for each base weight",
+    )
     return ForeignSites(dialect, keymap, tuple(out), dict(base), stored or {})
 
 

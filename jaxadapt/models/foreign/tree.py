@@ -171,8 +171,8 @@ def _find_per_head(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> pe
     """Return the leaves with one A for each head and one B."""
     if not foreign_tree.dialect.heads:
         return {}
-    find = own_heads.find_leaves if foreign_tree.dialect.heads == "own" else per_head.per_head_leaves
-    return find(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
+    keymap = _resolve_keymap(foreign_tree, keymap)
+    return _head_functions(foreign_tree.dialect).find_leaves(foreign_tree.dialect, keymap, foreign_tree.leaves)
 
 
 def _head_functions(dialect: Dialect) -> Any:
@@ -274,9 +274,7 @@ def fill_tree(
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if (per_head_sites or _is_mixed(foreign_tree)) and lora_alpha is not None:
-        leaves = _head_functions(foreign_tree.dialect).reserve_rank(
-            per_head_sites, foreign_tree.leaves, as_source(tensors).specs
-        )
+        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
         stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
     sites = survey_tree(foreign_tree, keymap, tensors)
@@ -288,7 +286,7 @@ def fill_tree(
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
     ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
-    shapes = {key: tuple(spec.shape) for key, spec in as_source(tensors).specs.items()}
+    shapes = as_source(tensors).shapes
     fill.check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
@@ -330,7 +328,7 @@ def needed_rank(
     per_head_sites = _find_per_head(foreign_tree, keymap)
     heads = _head_functions(foreign_tree.dialect)
     room = dataclasses.replace(
-        foreign_tree, leaves=heads.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
+        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:

@@ -18,8 +18,7 @@ from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.prompt import PromptLearningConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
@@ -163,10 +162,7 @@ def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_b
             f" with the adapter's: jaxadapt.adapt(module, jaxadapt.extract(variables{argument}).config{argument})"
         )
     missing = [leaf for leaf in adapter.sites if leaf not in keys_by_leaf]
-    if missing:
-        raise AttachError(
-            f"the adapter {name!r} adapts weights that the base parameters lack:\n" + paths.bullets(missing)
-        )
+    raise_listed(AttachError, f"the adapter {name!r} adapts weights that the base parameters lack:", missing)
     return adapter
 
 

@@ -18,7 +18,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
@@ -115,17 +115,17 @@ class Survey:
                 is_matrix = leaf in self.unknown and len(self.shapes[leaf]) == 2
                 remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)"
                 problems.append(f"{leaf}: {reason}{remedy if is_matrix else ''}")
-        if problems:
-            raise AttachError("these weights cannot carry the adapter:\n" + paths.bullets(problems))
+        raise_listed(AttachError, "these weights cannot carry the adapter:", problems)
 
     def check_saved(self, leaves: Sequence[str]) -> None:
         """Raise `AttachError` for leaves in `modules_to_save` whose module keeps state besides its parameters."""
         stateful = [leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful]
-        if stateful:
-            raise AttachError(
-                "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
-                " adapter's file cannot hold. Remove the modules from modules_to_save:\n" + paths.bullets(stateful)
-            )
+        raise_listed(
+            AttachError,
+            "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
+            " adapter's file cannot hold. Remove the modules from modules_to_save:",
+            stateful,
+        )
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.tracing import hook, rewrite
 from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
@@ -175,13 +175,12 @@ def check_calls(
         if leaf in products
         and (layer_axes := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
     ]
-    if contradictions:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(contradictions))
+    raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
     refuse_reads_outside(leaf for leaf in adapted if live[leaf])
-    if stray_uses:
-        raise AttachError(
-            "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
-            " an effective weight can replace it:\n"
-            + paths.bullets(f"{leaf}: {reason}" for leaf, reason in stray_uses.items())
-            + "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules"
-        )
+    raise_listed(
+        AttachError,
+        "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
+        " an effective weight can replace it:",
+        (f"{leaf}: {reason}" for leaf, reason in stray_uses.items()),
+        "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules",
+    )

@@ -29,7 +29,7 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_n
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, prompt, survey
@@ -143,8 +143,7 @@ def attach(
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
     problems = [*survey.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
-    if problems:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
     shared = {

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.models.nnx.layer import ROWS
 from jaxadapt.models.nnx.params import RowParam
@@ -25,8 +25,7 @@ def attach_rows(model: nnx.Module, layout: RowLayout) -> None:
     problems = list(survey.find_obstacles(walk, leaves).values())
     owners = [walk.leaves[leaf][0] for leaf in leaves]
     problems += [f"{p}: the model has a bank already" for p, m in walk.modules if ROWS in vars(m) and m in owners]
-    if problems:
-        raise AttachError("these layers cannot take a bank:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "these layers cannot take a bank:", problems)
     for leaf in leaves:
         module, attr = walk.leaves[leaf]
         if ROWS not in vars(module):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jaxadapt.configs.peft_type import mlx_keys
+from jaxadapt.core.errors import AdapterError
 from jaxadapt.persistence import run_folder
 from jaxadapt.persistence.image_names import Layout
 from jaxadapt.persistence.verification import finding, key_names
@@ -17,11 +19,15 @@ _EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
 _MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX)
 
 # {library: (pattern of its keys, remedy)}. The first one with a matching key applies.
-_MLX = "MLX stores A and B transposed, with one scale for all modules: fuse the adapter into its base (mlx_lm.fuse)"
+_MLX = (
+    "name the weights adapters.safetensors, with mlx-lm's own adapter_config.json beside them; jaxadapt convert FOLDER"
+    " OUT then writes PEFT's folder"
+)
 _IMAGE = (
     "give the file a name of its own, without a configuration beside it: diffusers (pipe.load_lora_weights) and"
     " jaxadapt then read it, and jaxadapt convert writes PEFT's folders"
 )
+_FUSE = "correct what the message names; otherwise fuse the adapter into its base with mlx_lm.fuse"
 _LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "mlx-lm": (
         re.compile(r".+\.(lora_[ab]|switch_mlp\..+\.lora_[ab])"),
@@ -77,6 +83,16 @@ def image_file(layout: Layout) -> Finding:
     return finding.note("image-file", layout.unknown, text)
 
 
+def mlx_folder(source: str, problem: AdapterError | None) -> Finding:
+    """Return the finding for mlx-lm's folder: how to convert it, or why it cannot be."""
+    if problem is not None:
+        return finding.error("other-library", (), str(problem), "an adapter of mlx-lm that PEFT has a form for", _FUSE)
+    return finding.error(
+        "other-library", (), "the folder is mlx-lm's, which PEFT and vLLM do not read; jaxadapt does", _EXPECTED,
+        f"run: jaxadapt convert {source} OUT",
+    )  # fmt: skip
+
+
 def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
     """Return a finding if no tensor belongs to an adapter."""
     if not keys or key_names.has_adapter_tensors(keys):
@@ -94,8 +110,7 @@ def foreign_config(values: Mapping[str, Any]) -> Finding | None:
     """Return a finding if a JSON object is another library's configuration."""
     if "peft_type" in values:
         return None
-    mlx = [k for k in ("lora_parameters", "fine_tune_type", "lora_layers", "adapter_path", "num_layers") if k in values]
-    if mlx:
+    if mlx := mlx_keys(values):
         return finding.error(
             "other-library", mlx, f"adapter_config.json is mlx-lm's (no peft_type, but {', '.join(mlx)})",
             "a configuration with peft_type", _MLX,

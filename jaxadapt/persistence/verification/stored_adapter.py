@@ -9,10 +9,11 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import fingerprint, folder, image_files, reconcile, run_folder
+from jaxadapt.persistence import fingerprint, folder, image_files, mlx_files, reconcile, run_folder
 from jaxadapt.persistence.verification import finding, foreign_files
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hub, location, orbax, safetensors, torch_bin
@@ -101,6 +102,10 @@ def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
     if run_folder.NAME.fullmatch(place.name):
         yield _not_an_adapter(source, foreign_files.training_step(place.parent, place.name))
         return
+    if mlx_files.is_file(place):
+        with _open_mlx(place.parent / folder.CONFIG, place, source) as stored:
+            yield stored
+        return
     if place.name != folder.WEIGHTS and image_files.is_image_file(place):
         with _open_image_file(place, source) as stored:
             yield stored
@@ -115,13 +120,28 @@ def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
 def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
     """Open the one file of an image adapter under PEFT's names."""
     with image_files.open_file(place) as file:
-        from jaxadapt.storage.dtypes import dtype_name
+        yield _under_pefts_names(file.tensors, source, foreign_files.image_file(file.layout), place)
 
-        tensors, layout = as_source(file.tensors.tensors), file.layout
-        specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
-        found = foreign_files.image_file(layout)
-        text = file.tensors.config.to_json()
-        yield StoredAdapter(source, text, None, specs, tensors.__getitem__, (found,), weights=place.name)
+
+def _under_pefts_names(adapter: PeftTensors, source: str, found: Finding, weights: Location) -> StoredAdapter:
+    from jaxadapt.storage.dtypes import dtype_name
+
+    tensors = as_source(adapter.tensors)
+    specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
+    text = adapter.config.to_json()
+    return StoredAdapter(source, text, None, specs, tensors.__getitem__, (found,), weights=weights.name)
+
+
+@contextlib.contextmanager
+def _open_mlx(config: Location, weights: Location, source: str) -> Generator[StoredAdapter]:
+    """Open mlx-lm's files under PEFT's names; a file that PEFT has no form for is a finding."""
+    with contextlib.ExitStack() as stack:
+        try:
+            adapter = stack.enter_context(mlx_files.open_files(config, weights, source))
+        except AdapterError as error:
+            yield _not_an_adapter(source, foreign_files.mlx_folder(source, error))
+            return
+        yield _under_pefts_names(adapter, source, foreign_files.mlx_folder(source, None), weights)
 
 
 @contextlib.contextmanager
@@ -138,6 +158,10 @@ def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
         yield _not_an_adapter(source, foreign_files.other_folder(source, names, inner))
         return
     config = place / folder.CONFIG if folder.CONFIG in names else None
+    if weights is None and config is not None and mlx_files.WEIGHTS in names:
+        with _open_mlx(config, place / mlx_files.WEIGHTS, source) as stored:
+            yield stored
+        return
     findings: list[Finding] = []
     if folder.WEIGHTS in names and folder.WEIGHTS_BIN in names:
         findings.append(

@@ -109,13 +109,13 @@ def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, fl
             continue
         name = named_parameter(config, module)
         rank = _wanted_rank(config, name)
-        alpha = find_pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
+        alpha = find_pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         settings[module] = (shape[0], alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
     return settings
 
 
 def _wanted_rank(config: Config, name: str) -> int:
-    return find_pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+    return find_pattern_value(config.get("rank_pattern"), name, config.get("r"))
 
 
 def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
@@ -238,10 +238,11 @@ def is_saved_by_peft(key: str, config: Config) -> bool:
         return True
     if ".original_module." in key:
         return False
+    bias: str = config.get("bias") or "none"  # "all", or "lora_only" and the like: of the adapted modules
+    if key.endswith(".bias") and (bias == "all" or (bias != "none" and key.endswith(".base_layer.bias"))):
+        return True
     module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-    return matching.is_saved(matching.with_task_heads(config), module) or (
-        key.endswith(".bias") and config.get("bias", "none") == "all"
-    )
+    return matching.is_saved(matching.with_task_heads(config), module)
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:

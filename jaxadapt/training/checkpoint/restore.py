@@ -14,7 +14,7 @@ import numpy as np
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
-from jaxadapt.core.errors import FormatError, MismatchError
+from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.models.carriers import Carrier, carrier, lora_carrier
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
@@ -111,11 +111,12 @@ def fill_parts(
         on_device = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
         if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
             problems.append(f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64")
-    if problems:
-        raise MismatchError(
-            f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):\n"
-            + paths.bullets(problems, 16)
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
+        problems,
+        limit=16,
+    )
 
     arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
     values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}

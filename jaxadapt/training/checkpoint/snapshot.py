@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FormatError
+from jaxadapt.core.errors import AttachError, FormatError, raise_listed
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier
 from jaxadapt.models.carriers.nnx_kinds import is_object
 
@@ -114,8 +113,7 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
             snapshot.plain[part] = _plain_structure(value)
             for name, leaf in named_leaves(part, value):
                 _add_leaf(snapshot, name, leaf, problems)
-    if problems:
-        raise AttachError("cannot save these leaves:\n" + paths.bullets(problems))
+    raise_listed(AttachError, "cannot save these leaves:", problems)
     return snapshot
 
 

@@ -92,13 +92,31 @@ def peft_logits(model: Any, base: Base) -> np.ndarray:
         return model(torch.tensor([base.tokens])).logits[0].numpy()
 
 
+def read_by_peft(base: Base, adapter: Path) -> np.ndarray:
+    """Return the log-probabilities (tokens, vocabulary) that PEFT computes from an adapter's folder."""
+    return log_probabilities(peft_logits(peft.PeftModel.from_pretrained(base.model(), adapter).eval(), base))
+
+
 def run(program: str, programs: Path, model: Path, adapters: list[str | None], base: Base, out: Path) -> np.ndarray:
     """Return the log-probabilities (adapters, tokens, vocabulary) that a program computes."""
+    return log_probabilities(logits(program, programs, model, adapters, base, out))
+
+
+def logits(program: str, programs: Path, model: Path, adapters: list[str | None], base: Base, out: Path) -> np.ndarray:
+    """Return the logits (adapters, tokens, vocabulary) that a program computes."""
     request = {"model": str(model), "adapters": adapters, "tokens": base.tokens, "out": str(out)}
     python = programs / program / "bin/python"
     done = subprocess.run([python, HERE / f"run_{program}.py", json.dumps(request)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return log_probabilities(np.load(out))
+    return np.load(out)
+
+
+def train_in_mlx(base: Base, programs: Path, adapters: dict[str, Any], vocabulary: int) -> None:
+    """Train adapters with mlx-lm, from `{name: settings}`, beside the base's folder, on tokens below `vocabulary`."""
+    request = {"model": str(base.folder), "vocabulary": vocabulary, "adapters": adapters}
+    command = [programs / "mlx/bin/python", HERE / "train_mlx.py", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=base.folder.parent)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
 
 
 def trained(base: Base, folder: Path, *, seed: int = 1, size: float = 0.02, **fields: Any) -> np.ndarray:

@@ -101,6 +101,17 @@ def test_a_bin_is_fetched_where_there_is_no_safetensors(hub, saved):
     assert len(hub.repos[REPO].messages) == 2
 
 
+def test_mlx_folders_are_fetched_and_read(hub, tmp_path):
+    folder = Path(__file__).parents[2] / "persistence" / "recorded_mlx" / "lora"
+    held = contents(folder)
+    hub.put(REPO, {**held, "0000100_adapters.safetensors": held["adapters.safetensors"]})
+    assert jaxadapt.inspect(f"hf://{REPO}").tensors == jaxadapt.inspect(folder).tensors
+    assert {path.rpartition("/")[2] for path in hub.asked("GET", "resolve")} == set(held)
+    assert jaxadapt.read_config(f"hf://{REPO}") == jaxadapt.read_config(folder)
+    with pytest.raises(jaxadapt.FileError, match="or mlx-lm's folder, which other readers of the Hub do not know"):
+        pushed(hub, folder, "org/mlx")
+
+
 def test_several_adapters_share_a_repository_as_in_peft(hub, tmp_path):
     first = small.trained()
     pushed(hub, first)

@@ -1,0 +1,301 @@
+"""mlx-lm's adapter folder as `PeftTensors`: adapters.safetensors and an adapter_config.json of its own.
+
+mlx-lm computes y + scale·(x·lora_a)·lora_b with lora_a (in, r) and lora_b (r, out), the transposes of PEFT's A and B.
+A DoRA multiplies the result by m / ‖W + ΔW‖, as PEFT's does. One rank and one scale hold for all modules. The tensors
+name the modules, so that `num_layers` and `keys` of the configuration are not needed.
+
+Read in mlx-lm 0.32.2 (`tuner/utils.py`, `tuner/lora.py`, `tuner/dora.py`) and in its history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.configs import LoraConfig
+from jaxadapt.configs.peft_type import mlx_keys
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import reconcile
+from jaxadapt.storage import hub, location, safetensors
+from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource, View, transpose
+
+CONFIG, WEIGHTS = hub.CONFIG, hub.MLX_WEIGHTS
+FUSE = "fuse the adapter into its base with mlx_lm.fuse"
+
+# (the beginning of a module's name in PyTorch, in mlx-lm, and a pattern of what follows it)
+_NAMES = tuple(
+    (torch, mlx, re.compile(rest))
+    for torch, mlx, rest in (
+        ("gpt_neox.layers.", "model.h.", r"\d+\.(attention\.|mlp\.dense_)"),
+        ("gpt_neox.embed_in", "model.embed_in", "$"),
+        ("embed_out", "model.embed_out", "$"),
+        ("transformer.h.", "model.h.", r"\d+\."),  # GPT-2 and GPT-J
+        ("transformer.wte", "model.wte", "$"),
+        ("transformer.wpe", "model.wpe", "$"),
+        ("model.language_model.", "language_model.model.", ""),  # models with images, since transformers 4.52
+    )
+)
+_CONV1D = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
+_EMBEDDINGS = re.compile(r"(.+\.)?(embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings)")
+_HEADS = ("lm_head", "embed_out")
+_KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+_LINEAR = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_EMBEDDING = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+
+
+def mlx_name(module: str) -> str:
+    """Return mlx-lm's name of a module.
+
+    >>> mlx_name("transformer.h.0.attn.c_attn"), mlx_name("model.layers.0.mlp.up_proj")
+    ('model.h.0.attn.c_attn', 'model.layers.0.mlp.up_proj')
+    """
+    for torch, mlx, rest in _NAMES:
+        if module.startswith(torch) and rest.match(module, len(torch)):
+            return mlx + module.removeprefix(torch)
+    return module
+
+
+def torch_name(module: str) -> str:
+    """Return PyTorch's name of a module of mlx-lm.
+
+    >>> torch_name("model.h.0.attn.c_attn"), torch_name("model.h.0.attention.dense")
+    ('transformer.h.0.attn.c_attn', 'gpt_neox.layers.0.attention.dense')
+    """
+    for torch, mlx, rest in _NAMES:
+        if module.startswith(mlx) and rest.match(module, len(mlx)):
+            return torch + module.removeprefix(mlx)
+    return module
+
+
+# ---------------------------------------------------------------- finding
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Return True for a file of mlx-lm's weights (also "0000100_adapters.safetensors") beside a configuration."""
+    if hub.is_address(path) or not is_weights(place := location.to_location(path)):
+        return False
+    return location.is_file(place) and location.exists(place.parent / CONFIG)
+
+
+def is_weights(path: Location) -> bool:
+    """Return True for the name of mlx-lm's weights."""
+    return path.name.endswith(WEIGHTS)
+
+
+def is_config(text: str) -> bool:
+    """Return True if an adapter_config.json is mlx-lm's.
+
+    >>> is_config('{"lora_parameters": {"rank": 8, "scale": 20.0}}'), is_config('{"peft_type": "LORA"}')
+    (True, False)
+    """
+    try:
+        values: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and bool(mlx_keys(cast("dict[str, Any]", values)))
+
+
+def fetch_config(address: str) -> Path:
+    """Fetch the configuration of an adapter on the Hub; the folder if it is mlx-lm's, whose tensors name modules."""
+    path = hub.fetch_config(address)
+    return hub.fetch_folder(address) if is_config(reconcile.read_text(path)) else path
+
+
+# ---------------------------------------------------------------- the configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an adapter_config.json of mlx-lm says about the tensors beside it."""
+
+    rank: int
+    scale: float
+    dropout: float
+    dora: bool
+    model: str | None
+
+
+def parse_settings(text: str, source: str) -> Settings:
+    """Parse mlx-lm's adapter_config.json.
+
+    Raises `ConfigError` for a full fine-tune, for missing or invalid numbers, and for a scale with two meanings.
+    """
+    try:
+        document: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: expected a JSON object, found invalid JSON ({error}); write it again") from error
+    if not isinstance(document, dict) or not mlx_keys(cast("dict[str, Any]", document)):
+        raise ConfigError(
+            f"{source}: expected mlx-lm's configuration with lora_parameters beside its weights; pass the folder that"
+            " mlx_lm.lora wrote"
+        )
+    values = cast("dict[str, Any]", document)
+    kind = values.get("fine_tune_type", "dora" if values.get("use_dora") is True else "lora")
+    if kind == "full":
+        raise ConfigError(
+            f'{source}: expected an adapter, found fine_tune_type "full": the file has whole weights, for which PEFT'
+            f" has no form; fuse them into the base with mlx_lm.fuse"
+        )
+    if kind not in ("lora", "dora"):
+        raise ConfigError(f'{source}: fine_tune_type: expected "lora", "dora" or "full", found {kind!r}; {FUSE}')
+    parameters: object = values.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{source}: lora_parameters: expected an object, found {parameters!r}; write rank and scale")
+    fields = cast("dict[str, Any]", parameters)
+    rank, scale, dropout = fields.get("rank"), _number(fields.get("scale")), _number(fields.get("dropout", 0.0))
+    problems: list[str] = []
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        problems.append(f"rank: expected a positive integer, found {rank!r}")
+    if scale is None:
+        problems.append(f"scale: expected a number, found {fields.get('scale')!r}")
+    if dropout is None or not 0 <= dropout < 1:
+        problems.append(f"dropout: expected a number from 0 to 1, found {fields.get('dropout')!r}")
+    raise_listed(ConfigError, f"{source}: invalid lora_parameters; correct them:", problems)
+    assert type(rank) is int
+    assert scale is not None
+    assert dropout is not None
+    _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
+    model = values.get("model")
+    return Settings(rank, scale, dropout, kind == "dora", model if isinstance(model, str) and model else None)
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _refuse_two_scales(values: Mapping[str, Any], alpha: Any, rank: int, scale: float, source: str) -> None:
+    """Refuse an alpha in a file that may be older than mlx-lm 0.14.2, which multiplied the scale by alpha / rank."""
+    if alpha is None or "fine_tune_type" in values or alpha == rank:
+        return
+    number = _number(alpha)
+    old = "" if number is None else f" = {scale * number / rank:g}"
+    raise ConfigError(
+        f"{source}: the scale has two meanings: mlx-lm before 0.14.2 scales by scale·alpha/rank{old}, later versions by"
+        f" scale = {scale:g}, and the file does not name its version. Remove alpha from lora_parameters, and set scale"
+        " to the one that the adapter was trained with"
+    )
+
+
+def alpha_of(scale: float, rank: int) -> float:
+    """Return the `lora_alpha` with alpha / rank == scale, an integer if it is one.
+
+    A few scales of 64 bits are no quotient; alpha / rank is then one unit in the last place away.
+
+    >>> alpha_of(20.0, 8), alpha_of(2.3, 3), alpha_of(2.3, 3) / 3
+    (160, 6.8999999999999995, 2.3)
+    """
+    product = scale * rank
+    near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
+    alpha = next((x for x in near if x / rank == scale), product)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+# ---------------------------------------------------------------- the tensors
+
+
+@contextlib.contextmanager
+def open_files(config: Location, weights: Location, source: str) -> Generator[PeftTensors]:
+    """Open an adapter of mlx-lm under PEFT's names; its tensors are read, and transposed, on demand.
+
+    Args:
+        config: mlx-lm's adapter_config.json.
+        weights: its adapters.safetensors.
+        source: the path that messages name.
+
+    Raises:
+        ConfigError: see `parse_settings`.
+        MismatchError: PEFT has no form for a tensor, or a tensor contradicts the configuration; all are listed.
+        FileError: a file cannot be read.
+    """
+    settings = parse_settings(reconcile.read_text(config), str(config))
+    with safetensors.open_tensors(weights) as file:
+        yield read_tensors(file, settings, source)
+
+
+def read_tensors(file: TensorSource, settings: Settings, source: str) -> PeftTensors:
+    """Return the content of an open file as PEFT's; see `open_files`."""
+    modules: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
+    for key in file:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            problems.append(f"{key}: expected lora_a, lora_b or m of a module")
+        else:
+            modules.setdefault(match[1], {})[match[2]] = key
+    names = {module: torch_name(module) for module in modules}
+    untied = any(name.rpartition(".")[2] in _HEADS for name in names.values())
+    for module, keys in modules.items():
+        shapes = {name: tuple(file.specs[key].shape) for name, key in keys.items()}
+        problem = _problem(names[module], shapes, settings, untied)
+        if problem:
+            problems.append(f"{module}: {problem}")
+    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    problems += [f"{name}: two modules of the file have this name in PyTorch" for name in twice]
+    if not modules:
+        problems.append("no module with lora_a and lora_b")
+    raise_listed(MismatchError, f"{source}: cannot read mlx-lm's adapter in PEFT's form; {FUSE}:", problems)
+    turned: dict[str, str] = {}
+    origins: dict[str, tuple[TensorSource, str]] = {}
+    for module, keys in modules.items():
+        endings = _EMBEDDING if _EMBEDDINGS.fullmatch(names[module]) else _LINEAR
+        for name, key in sorted(keys.items()):
+            new = f"{PEFT_PREFIX}{names[module]}.{endings[name]}"
+            if name == "m":
+                origins[new] = file, key
+            else:
+                turned[new] = key
+    matrices = transpose(file, turned)
+    tensors = View(source, {**{key: (matrices, key) for key in matrices}, **origins})
+    return PeftTensors(_config(settings, list(names.values())), tensors, source)
+
+
+def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings, untied: bool) -> str:
+    """Return why a module has no form in PEFT; "" if it has one."""
+    a, b, m = shapes.get("lora_a"), shapes.get("lora_b"), shapes.get("m")
+    if a is None or b is None or (m is None) == settings.dora:
+        wanted = "lora_a, lora_b and m" if settings.dora else "lora_a and lora_b"
+        return f"expected {wanted}, found {', '.join(sorted(shapes))}"
+    if len(a) == len(b) == 3:
+        return f"one tensor holds all {a[0]} experts (mlx-lm's switch layer), which PEFT does not adapt as one module"
+    rank = settings.rank
+    if len(a) != 2 or len(b) != 2 or a[1] != rank or b[0] != rank or 0 in (*a, *b):
+        return f"expected lora_a (in, {rank}) and lora_b ({rank}, out), found {list(a)} and {list(b)}"
+    if m is not None and m != b[1:]:
+        return f"expected m ({b[1]},), found {list(m)}"
+    if _EMBEDDINGS.fullmatch(name):
+        if settings.dora:
+            return "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns"
+        if not untied:
+            return "mlx-lm also changes a head that is tied to the embedding, PEFT does not; the head may be tied"
+    return ""
+
+
+def _config(settings: Settings, modules: list[str]) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.model,
+        inference_mode=True,
+        r=settings.rank,
+        lora_alpha=alpha_of(settings.scale, settings.rank),
+        lora_dropout=settings.dropout,
+        target_modules=sorted(modules),
+        use_dora=settings.dora,
+        fan_in_fan_out=all(map(_CONV1D.fullmatch, modules)),
+    )
