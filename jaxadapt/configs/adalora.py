@@ -56,6 +56,8 @@ class AdaLoraConfig(LayersConfig):
     12
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"lora_E": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("lora_A", "lora_B"), ("lora_A", "lora_E"))
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="lora_A, lora_B, lora_E", rows="call", learning_rate=3e-2, accuracy=0.373, time=1.24
     )

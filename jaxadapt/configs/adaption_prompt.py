@@ -30,6 +30,9 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
+    tensor_prefix: ClassVar[str | None] = "adaption_"
+    target_is_expression: ClassVar[bool] = False
+    new_values: ClassVar[Mapping[str, float]] = {"adaption_gate": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="adaption_gate, adaption_prompt",
         merges=False,

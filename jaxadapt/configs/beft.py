@@ -28,6 +28,7 @@ class BeftConfig(TargetsConfig):
     True
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"beft_bias": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="beft_bias", rows="call", learning_rate=1e-2, accuracy=0.321, time=0.94
     )

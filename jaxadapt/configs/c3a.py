@@ -35,6 +35,7 @@ class C3AConfig(LayersConfig):
     256
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"c3a_kernel": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="c3a_kernel",
         rows="call",

@@ -34,6 +34,7 @@ class DeloraConfig(RanksConfig):
     15
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"delora_B": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="delora_A, delora_B, delora_lambda",
         rows="call",

@@ -37,6 +37,7 @@ class FourierFTConfig(LayersConfig):
     1000
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"fourierft_spectrum": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="fourierft_spectrum", rows="call", learning_rate=0.1, accuracy=0.096, time=1.83
     )

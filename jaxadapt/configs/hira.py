@@ -35,6 +35,8 @@ class HiraConfig(LayersConfig):
     32
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"hira_B": 0.0, "hira_embedding_A": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("hira_A", "hira_B"),)
     facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", learning_rate=1e-2, accuracy=0.513, time=1.4)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

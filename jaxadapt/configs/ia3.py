@@ -55,6 +55,7 @@ class IA3Config(Config):
     """
 
     shortens_targets: ClassVar[bool] = False
+    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="ia3_l",
         rows="call",

@@ -36,6 +36,12 @@ class LoHaConfig(RanksConfig):
     """
 
     tensor_prefix: ClassVar[str | None] = "hada_"
+    new_values: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("hada_w1_a", "hada_w1_b"),
+        ("hada_w2_a", "hada_w2_b"),
+        ("hada_w1_a", "hada_w2_a"),
+    )
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", rows="put", learning_rate=2e-2, accuracy=0.393, time=1.48
     )

@@ -40,6 +40,7 @@ class LoKrConfig(RanksConfig):
     -1
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"lokr_w1": 0.0, "lokr_w1_a": 0.0, "lokr_w2": 0.0, "lokr_w2_b": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", learning_rate=1e-2, accuracy=0.466, time=1.37
     )

@@ -125,6 +125,11 @@ class LoraConfig(Config):
     jaxadapt.core.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_embedding_A", "lora_embedding_B"),
+    )
     tensor_parts: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
     main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
     facts: ClassVar[MethodFacts] = MethodFacts(

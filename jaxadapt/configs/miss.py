@@ -32,6 +32,7 @@ class MissConfig(LayersConfig):
     64
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"miss_block": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

@@ -35,6 +35,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     1
     """
 
+    file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="prefix_task_cols, prefix_task_rows, prompt_embeddings", merges=False, learning_rate=3e-2
     )

@@ -40,6 +40,7 @@ class OFTConfig(LayersConfig):
     """
 
     main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
+    new_values: ClassVar[Mapping[str, float]] = {"oft_R.weight": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
     checks: ClassVar[Mapping[str, Any]] = {
         "module_dropout": "probability",

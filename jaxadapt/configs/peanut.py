@@ -33,6 +33,7 @@ class PeanutConfig(LayersConfig):
     32
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"peanut_B.weight": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
     tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}

@@ -29,6 +29,7 @@ class PromptLearningConfig(MethodConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
+    file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
     checks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
         ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), "rank"
     )

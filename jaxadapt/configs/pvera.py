@@ -36,6 +36,7 @@ class PveraConfig(LayersConfig):
     256
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="pvera_lambda_b, pvera_lambda_d", rows="call", learning_rate=2e-2, accuracy=0.353, time=1.15
     )

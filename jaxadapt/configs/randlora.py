@@ -35,6 +35,7 @@ class RandLoraConfig(LayersConfig):
     640
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"randlora_lambda": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="randlora_gamma, randlora_lambda", rows="call", accuracy=0.478, time=1.51
     )

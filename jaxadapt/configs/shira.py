@@ -32,6 +32,7 @@ class ShiraConfig(TargetsConfig):
     32
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"shira_weight": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
     default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE

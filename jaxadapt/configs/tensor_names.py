@@ -8,6 +8,16 @@ from jaxadapt.configs import registry
 from jaxadapt.configs.base import Config, class_of
 
 
+def prefix_of(cls: type[Config]) -> str | None:
+    """Return the start of the names of a method's tensors in modules; None if no module has any.
+
+    >>> from jaxadapt.configs import LoHaConfig, PrefixTuningConfig
+    >>> prefix_of(LoHaConfig), prefix_of(PrefixTuningConfig)
+    ('hada_', None)
+    """
+    return None if cls.file_tensors else cls.tensor_prefix or f"{cls.peft_type.lower()}_"
+
+
 def tensor_prefixes() -> tuple[str, ...]:
     """Return the first parts of the names of all methods' file tensors, the longest first.
 
@@ -15,6 +25,15 @@ def tensor_prefixes() -> tuple[str, ...]:
     True
     """
     return _names_of(tuple(Config.classes))[0]
+
+
+def file_tensors() -> frozenset[str]:
+    """Return the keys of all methods' file tensors that belong to no module.
+
+    >>> "prompt_embeddings" in file_tensors()
+    True
+    """
+    return _names_of(tuple(Config.classes))[2]
 
 
 def tensors_with_parts() -> frozenset[str]:
@@ -27,10 +46,11 @@ def tensors_with_parts() -> frozenset[str]:
 
 
 @cache
-def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return both results, for the types of the table and the loaded ones."""
+def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
+    """Return the three results, for the types of the table and the loaded ones."""
     types = dict.fromkeys([*registry.config_classes(), *loaded])
     classes = {name: cls for name in types if (cls := class_of(name)) is not None}
-    prefixes = {cls.tensor_prefix or f"{name.lower()}_" for name, cls in classes.items()}
+    prefixes = {prefix for cls in classes.values() if (prefix := prefix_of(cls)) is not None}
     parts = frozenset(part for cls in classes.values() for part in cls.tensor_parts)
-    return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))), parts
+    whole = frozenset(key for cls in classes.values() for key in cls.file_tensors)
+    return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))), parts, whole

@@ -34,6 +34,8 @@ class VeraConfig(LayersConfig):
     256
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "vera_lambda_d"),)
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="vera_lambda_b, vera_lambda_d",
         rows="call",

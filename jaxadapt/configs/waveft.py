@@ -38,6 +38,7 @@ class WaveFTConfig(LayersConfig):
     'db1'
     """
 
+    new_values: ClassVar[Mapping[str, float]] = {"waveft_spectrum": 0.0}
     facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",

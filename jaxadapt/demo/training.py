@@ -17,11 +17,11 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import initializers, methods
-from jaxadapt.configs import CPTConfig, PromptTuningConfig
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.methods.prompt import PromptMethod
 from jaxadapt.models import invoke
 from jaxadapt.training import optim
 
@@ -29,8 +29,6 @@ Weights = Mapping[str, Tensor]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 APIS = ("nnx", "linen")
 TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models with
-STARTED = (PromptTuningConfig, CPTConfig)
-"""The configurations whose adapters `initializers.start` creates, because they may read the base's embeddings."""
 
 
 def method_names() -> list[str]:
@@ -53,6 +51,12 @@ def adapter_config(method: str, steps: int = 40) -> Any:
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16}
     fields["total_step"] = steps
     return cls(**{name: value for name, value in fields.items() if name in known} | dict(cls.facts.demo))
+
+
+def _is_started(config: Any) -> bool:
+    """Return True if `initializers.start` creates the adapter, because it may read the base's embeddings."""
+    method = methods.get_method(config)
+    return isinstance(method, PromptMethod) and method.from_base
 
 
 def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
@@ -125,7 +129,7 @@ class NnxTrainer:
         seed: int,
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
-        if isinstance(adapter, STARTED):
+        if _is_started(adapter):
             initializers.start(adapter, self.model, key=jax.random.key(seed), example=[TOKENS])
         else:
             jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
@@ -194,10 +198,8 @@ class LinenTrainer:
         if methods.get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
             adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
         key = jax.random.key(seed)
-        is_started = isinstance(adapter, STARTED)
-        lora = (
-            initializers.start(adapter, base, key=key).adapter if is_started else jaxadapt.init(adapter, base, key=key)
-        )
+        started = _is_started(adapter)
+        lora = initializers.start(adapter, base, key=key).adapter if started else jaxadapt.init(adapter, base, key=key)
         self.base: Any = {"params": base}
         roles = optim.roles(lora.collection)
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.

@@ -7,23 +7,27 @@ PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, sites
+from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
-from jaxadapt.configs import Config, CPTConfig, LoraConfig, PromptTuningConfig, lora_variants
+from jaxadapt.arrays import placement
+from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
 from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind, init_settings
-from jaxadapt.initializers.start_prompt import Tokens, prompt_values, start_setting, token_table
+from jaxadapt.initializers.start_prompt import token_table
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
+from jaxadapt.methods import get_method
+from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free
 from jaxadapt.models.linen import collections
@@ -127,31 +131,35 @@ def start(
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
     parameters = base_params(base)
+    method = get_method(config)
+    if isinstance(method, PromptMethod):
+        setting, needs = method.start_setting(config)
+        _check_arguments(setting, given, needs)
+        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+        key = jax.random.key(0) if key is None else key
+        data = StartData(
+            jax.random.fold_in(key, 1),
+            functools.cache(lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type)),
+            tokens,
+            _source_tensors(source),
+        )
+        shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
+        computed = method.start_values(recipe.config, shapes, data)
+        own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
+        started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
+        where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
+        started = {path: placement.move_to(x, where[path]) if path in where else x for path, x in started.items()}
+        values = initial_values.init_values(
+            recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started
+        )
+        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        return _attach(held, adapter, adapter_sites, name, rngs, base)
     if not isinstance(config, LoraConfig):
-        if isinstance(config, PromptTuningConfig | CPTConfig):
-            setting, needs = start_setting(config)
-            _check_arguments(setting, given, needs)
-            recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-            key = jax.random.key(0) if key is None else key
-            computed = prompt_values(
-                cast("PromptTuningConfig | CPTConfig", recipe.config),
-                {each.tensor.name: each.entry.shape for each in adapter_sites.shared},
-                jax.random.fold_in(key, 1),
-                lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type),
-                tokens,
-                source,
-            )
-            own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
-            started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
-            values = initial_values.init_values(
-                recipe.config, adapter_sites, key, dtype, base=parameters.leaves, given=started
-            )
-        else:
-            _check_arguments(type(config).__name__, given, ("key",))
-            recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-            values = initial_values.init_values(
-                recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
-            )
+        _check_arguments(type(config).__name__, given, ("key",))
+        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+        values = initial_values.init_values(
+            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
+        )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
     kind = init_kind(config)
@@ -187,6 +195,15 @@ def _check_arguments(setting: str, given: Collection[str], needs: Sequence[str],
     problems += [f"{name} is needed" for name in needs if name not in given]
     if problems:
         raise AttachError(f"{setting}: " + ", ".join(problems))
+
+
+def _source_tensors(source: Adapter | PeftTensors | None) -> Mapping[str, Array] | None:
+    """Return the tensors of an adapter to start from, by the names in a file."""
+    if source is None or isinstance(source, Adapter):
+        return None if source is None else source.shared
+    if not isinstance(source, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(f"source: expected an Adapter or PeftTensors (jaxadapt.read), found {type(source).__name__}")
+    return source.tensors
 
 
 def _attach(held: Carrier, adapter: Adapter, on: Sequence[sites.Site], name: str, rngs: Any, base: Any) -> Started:

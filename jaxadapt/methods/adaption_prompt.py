@@ -81,6 +81,9 @@ class AdaptionPrompt(PromptMethod):
     def starts_unchanged(self, config: Any) -> bool:
         return True
 
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"adapter_len": 4, "adapter_layers": 1},)
+
 
 def layer_number(name: str) -> int:
     """Return the first number of a module's name, which numbers its layer.

@@ -5,6 +5,7 @@ The stored form is that of PREFIX_TUNING. The trained form has the fixed and the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +45,9 @@ class Cartridge(PrefixTuning):
         trained = shared.get(_TRAINED) if whole is None else whole[config.num_frozen_tokens :]
         parts = [None if frozen is None else jax.lax.stop_gradient(frozen), trained]
         return {EMBEDDINGS: jnp.concatenate([part for part in parts if part is not None])}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
 
 
 METHOD = Cartridge()

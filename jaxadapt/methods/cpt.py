@@ -10,6 +10,7 @@ parameter by its projection at every call; `project` does so, call it after each
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +23,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.cpt import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS
+from jaxadapt.methods.prompt import EMBEDDINGS, StartData
 from jaxadapt.methods.prompt_tuning import PromptTuning
 
 FIXED, DELTA = "embedding", "delta_embedding"
@@ -48,6 +49,12 @@ class Cpt(PromptTuning):
             " jaxadapt.initializers.start(config, base)"
         )
 
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        return self.peft_type, ()
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        return {FIXED: data.embed("cpt_token_ids", np.asarray(config.cpt_token_ids))}
+
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         if EMBEDDINGS in shared:
             return {EMBEDDINGS: shared[EMBEDDINGS]}
@@ -57,6 +64,16 @@ class Cpt(PromptTuning):
         unchanged = trained - jax.lax.stop_gradient(trained)  # zeros, with the gradient of the parameter
         projected = jax.lax.stop_gradient(project(config, delta))
         return {EMBEDDINGS: jax.lax.stop_gradient(shared[FIXED]) + projected + unchanged}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {
+                "cpt_token_ids": (7, 3, 5),
+                "cpt_tokens_type_mask": (1, 2, 4),
+                "opt_projection_epsilon": 10.0,
+                "task_type": "CAUSAL_LM",
+            },
+        )
 
 
 def project(config: CPTConfig, delta: Array) -> Array:

@@ -89,7 +89,7 @@ class Deft(MatrixMethod):
 
 
 def _rank(config: DeftConfig, target: Target) -> int:
-    return target.own_size("deft_P", -1, lambda: min(config.r, target.out_size))
+    return target.own_size("deft_P", -1, lambda: target.cap_rank("DEFT", config.r, target.out_size))
 
 
 def _sides(own: DeftHparams, params: Params) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ The virtual tokens of task t are prompt_embeddings ∘ (prefix_task_cols[t] · p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, TASKS
+from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, StartData
 from jaxadapt.methods.prompt_tuning import PromptTuning
 
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
@@ -35,6 +35,36 @@ class MultitaskPromptTuning(PromptTuning):
 
     def draw(self, config: Any, name: str) -> Draw:
         return super().draw(config, name) if name == EMBEDDINGS else Draw("normal", 0.02)
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        kind = config.prompt_tuning_init
+        if self.start_setting(config)[1] != ("source",):
+            return super().start_values(config, shapes, data)
+        assert data.source is not None
+        names = (EMBEDDINGS,) if kind == "ONLY_SOURCE_SHARED" else (EMBEDDINGS, COLS, ROWS)
+        if any(name not in data.source for name in names):
+            found = ", ".join(data.source) or "no tensor"
+            raise MismatchError(f"source: expected {', '.join(names)}, found {found}")
+        values = {name: jnp.asarray(data.source[name], jnp.float32) for name in names}
+        for name in names[1:]:
+            task, count = config.prompt_tuning_init_task or 0, len(values[name])
+            if kind == "AVERAGE_SOURCE_TASKS":
+                values[name] = values[name].mean(0, keepdims=True)
+            elif task < count:
+                values[name] = values[name][task][None]
+            else:
+                raise MismatchError(f"source: prompt_tuning_init_task={task}, but the source has {count} tasks")
+        wrong = [
+            f"{name}: expected {list(shapes[name])}, found {list(x.shape)}"
+            for name, x in values.items()
+            if tuple(x.shape) != shapes[name]
+        ]
+        raise_listed(
+            MismatchError,
+            f"source: its tensors do not fit the new adapter ({kind} gives one task, num_tasks=1):",
+            wrong,
+        )
+        return values
 
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         return {name: shared[name] for name in (COLS, ROWS, EMBEDDINGS)}
@@ -65,6 +95,9 @@ class MultitaskPromptTuning(PromptTuning):
         cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (COLS, ROWS))
         with jax.numpy_rank_promotion("allow"):
             return params[EMBEDDINGS] * (cols @ rows)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 
 
 METHOD = MultitaskPromptTuning()

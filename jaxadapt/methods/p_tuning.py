@@ -7,6 +7,7 @@ the parameters of a bidirectional LSTM, and dense layers with ReLU between them:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class PTuning(PromptTuning):
     """Embeddings before those of the tokens, computed by a trained network."""
 
     peft_type = "P_TUNING"
+    from_base = False
 
     def own_sizes(self, config: Any) -> dict[str, int | None]:
         return {"encoder_hidden_size": config.token_dim}
@@ -74,6 +76,12 @@ class PTuning(PromptTuning):
         for i in range(2):
             x = relu(dense(shared, i, x))
         return {EMBEDDINGS: dense(shared, 2, x)}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"num_virtual_tokens": 3, "encoder_hidden_size": 5},
+            {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
+        )
 
 
 def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:

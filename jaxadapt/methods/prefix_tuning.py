@@ -5,7 +5,9 @@ head, dim). The keys are used as they are: where the base rotates its keys, they
 
 In an encoder-decoder (`num_transformer_submodules` 2) the prefix enters the self-attention of the decoder. PEFT gives
 its layer i the keys and values of layer 2·i mod layers, because its cache takes four tensors a layer (those for cross
-attention are dropped); so does jaxadapt, since a file trained by PEFT means that.
+attention are dropped); so does jaxadapt, since a file trained by PEFT means that. PEFT takes the number of layers from
+the encoder: a decoder of fewer layers uses the first of them, and in one of more layers PEFT fails. A new adapter of
+jaxadapt has as many layers as the decoder, which PEFT reads from the configuration.
 
 With `prefix_projection` the trained form is an embedding table and two dense layers:
 prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
@@ -13,13 +15,13 @@ prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.base import Array, Params
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, dense, draw_dense, fill_in
 
@@ -63,22 +65,11 @@ class PrefixTuning(PromptMethod):
             return {EMBEDDINGS: shared[EMBEDDINGS]}
         return {EMBEDDINGS: dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))}
 
-
-def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
-    """Return the virtual tokens as (layers, 2, n, token_dim): for each layer the keys, then the values.
-
-    With `submodules` 2 they are those of the decoder's layers, in PEFT's order.
-
-    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3)[1].tolist()
-    [[[4.0, 5.0]], [[6.0, 7.0]]]
-    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3, 2)[1].tolist()
-    [[[8.0, 9.0]], [[10.0, 11.0]]]
-    """
-    n, width = prompt.shape
-    if width % (2 * layers):
-        raise MismatchError(f"a prefix of width {width} cannot hold keys and values of {layers} layers")
-    of_layers = prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
-    return of_layers if submodules == 1 else of_layers[jnp.asarray([2 * i % layers for i in range(layers)])]
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"num_virtual_tokens": 3},
+            {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
+        )
 
 
 METHOD = PrefixTuning()

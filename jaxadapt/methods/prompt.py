@@ -5,12 +5,15 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights
 
@@ -40,6 +43,39 @@ class BaseSizes:
     head_dim: int | None = None
 
 
+Tokens = Sequence[int] | Callable[[str], Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StartData:
+    """What the initial values of a prompt may be computed from, beyond the configuration.
+
+    Attributes:
+        key: a JAX random key.
+        table: returns the embeddings of all tokens, (vocabulary, token_dim).
+        tokens: the ids of a text's tokens, or a function from the text to them.
+        source: the tensors of an adapter of other tasks, by the names in a file.
+    """
+
+    key: Array
+    table: Callable[[], Array]
+    tokens: Tokens | None = None
+    source: Mapping[str, Array] | None = None
+
+    def embed(self, name: str, ids: Array) -> Array:
+        """Return the embeddings of token ids, float32.
+
+        Raises `AttachError`, which names the ids `name`, if the base has no embeddings of some.
+        """
+        table = self.table()
+        if isinstance(ids, np.ndarray) and (ids.min() < 0 or ids.max() >= table.shape[0]):
+            raise AttachError(
+                f"{name}: expected ids from 0 to {table.shape[0] - 1}, those of the base's embeddings, found"
+                f" {ids.min()} to {ids.max()}"
+            )
+        return table[jnp.asarray(ids)].astype(jnp.float32)
+
+
 class PromptMethod(Method):
     """A method that adds virtual tokens to the input of a model. Stateless: every value it needs is an argument.
 
@@ -51,12 +87,14 @@ class PromptMethod(Method):
         adds: "embeddings" before those of the tokens, "keys" (with values) before those of every attention layer, or
             "attention" to tokens of its own in some layers.
         in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
+        from_base: True if `initializers.start` creates new adapters, because they may start from the base's embeddings.
     """
 
     scope = "model"
     key_prefix = "base_model."  # PEFT wraps no module of the base
     adds: ClassVar[Literal["embeddings", "keys", "attention"]]
     in_decoder: ClassVar[bool] = False
+    from_base: ClassVar[bool] = False
 
     @abc.abstractmethod
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
@@ -69,6 +107,22 @@ class PromptMethod(Method):
     @abc.abstractmethod
     def draw(self, config: Any, name: str) -> Draw:
         """Return the initial distribution of a tensor of the trained form, as in PEFT."""
+
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        """Return the setting that decides where a prompt starts, for messages, and the arguments of `start` for it."""
+        return type(config).__name__, ("key",)
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        """Return the tensors of the trained form that do not start as `draw` says, float32, for `initializers.start`.
+
+        Args:
+            config: the configuration, with all its sizes.
+            shapes: the shapes of the adapter's tensors.
+            data: what `start` was given; it has all that `start_setting` names.
+
+        Raises `AttachError` for invalid token ids, `MismatchError` if the source has other shapes.
+        """
+        return {}
 
     @abc.abstractmethod
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
@@ -135,6 +189,23 @@ class PromptMethod(Method):
         raise AssertionError
 
     output = weight = unweight = _refuse
+
+
+def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
+    """Return the virtual tokens as (layers, 2, n, token_dim): for each layer the keys, then the values.
+
+    With `submodules` 2 they are those of the decoder's layers, in PEFT's order.
+
+    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3)[1].tolist()
+    [[[4.0, 5.0]], [[6.0, 7.0]]]
+    >>> keys_and_values(jnp.arange(12.0).reshape(1, 12), 3, 2)[1].tolist()
+    [[[8.0, 9.0]], [[10.0, 11.0]]]
+    """
+    n, width = prompt.shape
+    if width % (2 * layers):
+        raise MismatchError(f"a prefix of width {width} cannot hold keys and values of {layers} layers")
+    of_layers = prompt.reshape(n, layers, 2, -1).transpose(1, 2, 0, 3)
+    return of_layers if submodules == 1 else of_layers[jnp.asarray([2 * i % layers for i in range(layers)])]
 
 
 def dense(params: Params, i: int, x: Array) -> Array:

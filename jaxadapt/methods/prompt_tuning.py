@@ -5,13 +5,17 @@ The one tensor of both forms is `prompt_embeddings` (n · submodules, token_dim)
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
+from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, StartData, fill_in
 
 
 class PromptTuning(PromptMethod):
@@ -19,6 +23,7 @@ class PromptTuning(PromptMethod):
 
     peft_type = "PROMPT_TUNING"
     adds = "embeddings"
+    from_base = True
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         known = {
@@ -48,8 +53,32 @@ class PromptTuning(PromptMethod):
             )
         return Draw("normal", 1.0)  # torch's nn.Embedding
 
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        kind = config.get("prompt_tuning_init")
+        if kind is None:
+            return super().start_setting(config)
+        needs = {"RANDOM": ("key",), "SAMPLE_VOCAB": ("key",), "TEXT": ("tokens",)}.get(kind, ("source",))
+        return f'prompt_tuning_init="{kind}"', needs
+
+    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+        kind = config.get("prompt_tuning_init")
+        if kind not in ("SAMPLE_VOCAB", "TEXT"):
+            return {}
+        rows = shapes[EMBEDDINGS][0]
+        if kind == "SAMPLE_VOCAB":
+            return {EMBEDDINGS: data.embed("", jax.random.randint(data.key, (rows,), 0, data.table().shape[0]))}
+        assert data.tokens is not None
+        text = config.prompt_tuning_init_text or ""
+        ids = np.asarray(data.tokens(text) if callable(data.tokens) else data.tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise AttachError(f"tokens: expected a list of token ids, found {ids.dtype} of shape {list(ids.shape)}")
+        return {EMBEDDINGS: data.embed("tokens", ids)[np.resize(np.arange(len(ids)), rows)]}  # as in PEFT
+
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         return {EMBEDDINGS: shared[EMBEDDINGS]}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"})
 
 
 METHOD = PromptTuning()

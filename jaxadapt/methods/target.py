@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.per_entry import per_entry
@@ -105,6 +105,12 @@ class Target:
             return tuple(min(rank, 1) if own is None else rank * own // max(ranks) for rank in ranks)
 
         return tuple(dataclasses.replace(tensor, used_sizes=used_sizes(tensor)) for tensor in tensors)
+
+    def cap_rank(self, peft_type: str, rank: int, limit: int) -> int:
+        """Return the rank of a new adapter, at most `limit`, with a warning where PEFT is silent."""
+        if rank > limit:
+            warn(f"{self.leaf}: {peft_type} with r={limit}, the most for the sizes of this weight, and not r={rank}")
+        return min(rank, limit)
 
     def refuse(self, problem: str) -> ConfigError:
         """Return the error for a configuration that does not fit this target, to raise."""

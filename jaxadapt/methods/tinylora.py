@@ -49,7 +49,9 @@ class TinyLora(FactoredMethod):
     def tensors(self, config: TinyLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
         if target.kind == "embedding" and config.tinylora_dropout:
             raise target.refuse("tinylora_dropout is not implemented for embeddings; set it to 0")
-        rank = target.own_size("tinylora_A", 0, lambda: min(config.r, target.in_size, target.out_size))
+        rank = target.own_size(
+            "tinylora_A", 0, lambda: target.cap_rank("TINYLORA", config.r, min(target.in_size, target.out_size))
+        )
         first, last = ("out", "in") if target.kind == "embedding" else ("in", "out")
         frozen: dict[str, Any] = {"own": (("r", rank),), "scale_power": 0, "trained": False, "from_base": True}
         return (

@@ -2,7 +2,7 @@
 
 It runs the suites that compare every registered method with PEFT, or reads the JUnit files of such runs (`--junit FILE
 …`). A cell is "yes" if all tests of its kind passed for all of the method's examples, "no" if one failed, empty if none
-ran, and "–" if the column does not apply; with `--keep` the methods without results keep the page's cells. "PEFT's
+ran, and "–" if the column does not apply; with `--keep` the cells without results keep what the page has. "PEFT's
 layers" are those that PEFT itself adapts, tried. It knows no method by name: a test belongs to the type in its
 parameters, in the form of the file or of the configuration's class, or in the name of its file.
 """
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
 SUITES = (
     "tests/methods/test_conformance.py",
+    "tests/methods/test_conformance_model.py",
     "tests/methods/test_conformance_peft.py",
     "tests/reference/test_prompts.py",
     "tests/reference/test_adaption_prompt.py",
@@ -143,11 +144,8 @@ def table(results: Results, kept: Mapping[str, Mapping[str, str]], layers: Mappi
         kinds = {"model": "the model", "copies": "any module"}.get(method.scope, ", ".join(sorted(method.kinds)))
         figures = ["" if x is None else f"{x:.2f}" for x in (info.facts.accuracy, info.facts.time)]
         old = kept.get(info.peft_type, {})
-        if info.peft_type in results or not old:
-            found = results.get(info.peft_type, {})
-            cells = [cell(found.get(column, ())) for column in COLUMNS]
-        else:
-            cells = [old.get(column, "") for column in COLUMNS]
+        found = results.get(info.peft_type, {})
+        cells = [cell(found.get(column, ())) or old.get(column, "") for column in COLUMNS]
         never = NEVER.get(method.scope, ())
         cells = ["–" if column in never else text for column, text in zip(COLUMNS, cells, strict=True)]
         rows = {"call": "yes", "put": "prepared", "no": "no"}[info.facts.rows]
@@ -164,7 +162,7 @@ def table(results: Results, kept: Mapping[str, Mapping[str, str]], layers: Mappi
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--junit", nargs="*", type=Path, help="JUnit files of runs of the suites, instead of new runs")
-    options.add_argument("--keep", action="store_true", help="methods without results keep the page's cells")
+    options.add_argument("--keep", action="store_true", help="cells without results keep what the page has")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = read_results(run_suites(Path(folder)) if given.junit is None else given.junit)

@@ -80,6 +80,33 @@ def test_adamss(tmp_path: Path):
     passes(tmp_path / "peft", "its rows come from scikit-learn's KMeans on PyTorch's SVD and are not in the file")
 
 
+@pytest.mark.parametrize(
+    ("config", "tensors", "reason"),
+    [
+        (
+            {"peft_type": "BOFT", "boft_n_butterfly_factor": 2, "boft_block_size": 4},
+            {"boft_R": (2, 4, 4, 4), "boft_s": (16, 1)},
+            "several butterfly factors",
+        ),
+        (
+            {"peft_type": "RANDLORA", "save_projection": False, "r": 4},
+            {"randlora_lambda": (4, 4), "randlora_gamma": (4, 16)},
+            "save_projection=false",
+        ),
+    ],
+    ids=["boft", "randlora"],
+)
+def test_a_meaning_that_depends_on_the_machine(config: Any, tensors: Any, reason: str, tmp_path: Path):
+    """BOFT's several factors need CUDA in PEFT, and RANDLORA's bases follow the machine's dtype; written by hand."""
+    (tmp_path / "peft").mkdir()
+    values = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **config}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(values))
+    modules = [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    arrays = {f"{module}.{name}": np.ones(shape, "float32") for module in modules for name, shape in tensors.items()}
+    save_file(arrays, tmp_path / "peft/adapter_model.safetensors")
+    passes(tmp_path / "peft", reason)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_xlora_keeps_one_layer_of_its_classifier_or_none(depth: int, tmp_path: Path):
     """PEFT's fault: it drops the classifier's layers whose numbers are also names of adapters, "0" and "1".

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
@@ -23,9 +24,11 @@ from jaxadapt.configs import listing
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
+from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method
 from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
 
@@ -130,53 +133,74 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
 
 def make_model_scope() -> Method:
     @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-    class NoteConfig(MethodConfig):
-        """Note: tokens of its own before the input."""
+    class NoteConfig(PromptLearningConfig):
+        """Note: embeddings before those of the tokens, doubled."""
 
-        facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
         peft_type: str = "NOTE"
-        width: int = 4
-        tokens: int = 3
 
-    class Note(Method):
-        """Embeddings of tokens before the input."""
+    class Note(PromptMethod):
+        """Twice the trained embeddings, before those of the tokens."""
 
         peft_type = "NOTE"
-        scope = "model"
+        adds = "embeddings"
         config = NoteConfig
 
-        def tensors(self, config: Any, target: Any) -> tuple[MethodTensor, ...]:
-            return ()
+        def complete(self, config: Any, sizes: BaseSizes) -> Config:
+            return fill_in(config, {"token_dim": sizes.token_dim})
 
-        def shared(self, config: Any, targets: Sequence[Any], found: Mapping[str, Any]) -> tuple[MethodTensor, ...]:
-            return (own_tensor("note", found.get("note", (config.tokens, config.width)), "note_embeddings"),)
+        def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+            return {EMBEDDINGS: (config.num_virtual_tokens, config.token_dim)}
 
-        def hparams(self, config: Any, target: Any) -> None:
-            return None
-
-        def effects(self, hparams: Any) -> Effects:
-            return Effects()
-
-        def init(self, config: Any, tensor: MethodTensor, start: Any) -> Draw:
+        def draw(self, config: Any, name: str) -> Draw:
             return Draw("normal", 1.0)
 
-        def output(self, *args: Any) -> Any:
-            raise AssertionError("no weight has this method")
+        def stored(self, config: Any, shared: Any) -> dict[str, Any]:
+            return {EMBEDDINGS: shared[EMBEDDINGS]}
 
-        weight = unweight = output
+        def tokens(self, config: Any, params: Any, data: Any) -> Any:
+            return 2 * params[EMBEDDINGS]
 
     return Note()
 
 
-def test_a_method_on_the_model_is_a_value_and_a_file(tmp_path: Path):
-    method = make_model_scope()
+class Reader(nnx.Module):
+    """Tokens, or their embeddings, to outputs that depend on all tokens before."""
+
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(9, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens: Any = None, embeddings: Any = None) -> Any:
+        return (self.embed(tokens) if embeddings is None else embeddings).cumsum(axis=1)
+
+
+class LinenReader(nn.Module):
+    @nn.compact
+    def __call__(self, tokens: Any = None, embeddings: Any = None) -> Any:
+        embed = nn.Embed(9, 4, name="embed")
+        return (embed(tokens) if embeddings is None else embeddings).cumsum(axis=1)
+
+
+def test_a_method_on_the_model_works_everywhere_and_leaves_no_trace(tmp_path: Path):
+    method, tokens = make_model_scope(), jnp.array([[3, 1, 4], [1, 5, 8]])
     with registered(method):
-        config = method.config(tokens=2)  # type: ignore[attr-defined]
-        tensors = jaxadapt.PeftTensors(config, {"note_embeddings": X[:2, :4]}, "these")
-        jaxadapt.write(tensors, tmp_path)
-        again = jaxadapt.read(tmp_path)
-        assert again.config == config
-        np.testing.assert_array_equal(again.tensors["note_embeddings"], X[:2, :4])
+        config = method.config(num_virtual_tokens=2)  # type: ignore[attr-defined]
+        model = jaxadapt.adapt(Reader(), config, rngs=nnx.Rngs(1))
+        adapter, table = jaxadapt.extract(model), np.asarray(model.embed.embedding)
+        assert adapter.config.token_dim == 4
+        note = np.broadcast_to(2 * np.asarray(adapter.shared[EMBEDDINGS]), (2, 2, 4))
+        want = np.concatenate([note, table[tokens]], axis=1).cumsum(axis=1)
+        np.testing.assert_allclose(model(tokens), want, rtol=1e-5, atol=1e-6)  # sums in another order
+        params = {"params": {"embed": {"embedding": jnp.asarray(table)}}}
+        module = jaxadapt.adapt(LinenReader(), adapter.config)
+        found = jax.jit(module.apply)({**params, **adapter.collection}, tokens)
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+        jaxadapt.save(model, tmp_path)
+        assert jaxadapt.read(tmp_path).tensors.keys() == {EMBEDDINGS}
+        np.testing.assert_array_equal(jaxadapt.load(tmp_path, Reader())(tokens), model(tokens))
+        np.testing.assert_array_equal(jaxadapt.extract(jaxadapt.load(tmp_path, params)).shared[EMBEDDINGS],
+                                      adapter.shared[EMBEDDINGS])  # fmt: skip
+        with pytest.raises(jaxadapt.AttachError, match="NOTE adds virtual tokens to the input and changes no weight"):
+            jaxadapt.merge(model)
         assert (method.rows, config.facts.merges) == ("no", False)
     assert "NOTE" not in METHODS
 

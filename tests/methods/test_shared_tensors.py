@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jaxadapt
 from jaxadapt import ConfigError, MismatchError
@@ -73,6 +74,25 @@ def test_a_new_pvera_warns_once_that_its_variance_is_not_trained():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a file computes as in PEFT, so reading one does not warn
         jaxadapt.from_peft(jaxadapt.to_peft(adapter), BASE)
+
+
+def test_nnx_holds_shared_tensors_once(tmp_path: Any):
+    """All modules hold the same variables, also after a load, a clone and a split."""
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.layers = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(0)) for _ in range(3)])
+
+    config = jaxadapt.configs.VeraConfig(r=2, target_modules=r"layers\.\d")
+    model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(1))
+    jaxadapt.save(model, tmp_path)
+    again = jaxadapt.load(tmp_path, Net())
+    merged = nnx.merge(*nnx.split(model))
+    for each in (model, again, nnx.clone(model), merged):
+        names = [path[-1] for path, _ in nnx.to_flat_state(nnx.state(each))]
+        assert (names.count("vera_A"), names.count("vera_lambda_d")) == (1, 3)
+        held = {id(vars(layer)["vera"]["default"]["kernel"]["vera_A"]) for layer in each.layers}
+        assert len(held) == 1
 
 
 def test_a_compiled_call_and_its_gradients_hold_no_second_copy_of_shared_tensors():

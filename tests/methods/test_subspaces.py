@@ -41,6 +41,15 @@ def test_sizes_that_do_not_fit_are_refused(peft_type, fields, message):
         sites_of(peft_type, fields)
 
 
+@pytest.mark.parametrize("peft_type", ["DEFT", "TINYLORA"])
+def test_a_rank_that_peft_lowers_silently(peft_type):
+    with pytest.warns(
+        UserWarning, match=f"w: {peft_type} with r=6, the most for the sizes of this weight, and not r=9"
+    ):
+        _, found = sites_of(peft_type, {"r": 9})
+    assert 6 in found[0].tensors[0].own[0]
+
+
 @pytest.mark.parametrize(
     ("peft_type", "fields", "message"),
     [

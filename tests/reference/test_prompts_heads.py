@@ -34,7 +34,7 @@ from tests.support.twins import bert
 pytestmark = pytest.mark.peft
 
 IDS = np.random.RandomState(0).randint(1, 32, (2, 5))
-MASK, TYPES = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), IDS % 2
+MASK, TYPES = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), IDS % 2  # padded on either side
 TASK = (("task_type", "SEQ_CLS"), ("num_virtual_tokens", 3))
 PREFIX, PROMPT = Case("PrefixTuningConfig", TASK), Case("PromptTuningConfig", TASK)
 MULTI = Case("MultitaskPromptTuningConfig", (*TASK, ("num_tasks", 3)))

@@ -37,7 +37,8 @@ pytestmark = pytest.mark.peft
 IDS = np.random.RandomState(0).randint(2, 32, (2, 5))
 LABELS = np.random.RandomState(1).randint(2, 32, (2, 4))
 DECODER = np.concatenate([np.zeros((2, 1), int), LABELS[:, :-1]], axis=1)  # shifted to the right
-MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+MASK = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])  # padded on either side
+DECODER_MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 1]])
 TASK = (("task_type", "SEQ_2_SEQ_LM"), ("num_virtual_tokens", 3))
 PREFIX, PROMPT = Case("PrefixTuningConfig", TASK), Case("PromptTuningConfig", TASK)
 MULTI = Case("MultitaskPromptTuningConfig", (*TASK, ("num_tasks", 3)))
@@ -48,31 +49,31 @@ each = pytest.mark.parametrize(("case", "api"), CASES)  # CI: tests/support/matr
 
 
 @functools.cache
-def torch_base() -> Any:
-    return t5.torch_t5()
+def torch_base(*depths: int) -> Any:
+    return t5.torch_t5(*depths)
 
 
 @functools.cache
-def peft_model(case: Case) -> Any:
+def peft_model(case: Case, *depths: int) -> Any:
     torch.manual_seed(3)
-    return peft.get_peft_model(copy.deepcopy(torch_base()), case.peft()).eval()
+    return peft.get_peft_model(copy.deepcopy(torch_base(*depths)), case.peft()).eval()
 
 
-def call_peft(case: Case, model: Any) -> Any:
-    given = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+def call_peft(case: Case, model: Any, **more: np.ndarray) -> Any:
+    given = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS, **more}
     return model(**{name: torch.tensor(x) for name, x in given.items()}, **case.peft_data)
 
 
-def call(case: Case, model: Any, variables: Any, tokens: Any = DECODER) -> Any:
+def call(case: Case, model: Any, variables: Any, tokens: Any = DECODER, **more: Any) -> Any:
     context = jaxadapt.models.invoke(model, **case.data) if case.data else contextlib.nullcontext(model)
     with context as prompted:
         run = prompted if variables is None else functools.partial(prompted.apply, variables)
-        compiled = jax.jit(lambda *a: run(*a, mask=jnp.asarray(MASK)))  # one compilation for all operations
+        compiled = jax.jit(lambda *a: run(*a, mask=jnp.asarray(MASK), **more))  # one compilation for all operations
         return compiled(jnp.asarray(IDS), jnp.asarray(tokens))
 
 
-def loaded(folder: Path, api: str) -> tuple[Any, Any]:
-    twin = t5.twin_of(torch_base(), api)
+def loaded(folder: Path, api: str, *depths: int) -> tuple[Any, Any]:
+    twin = t5.twin_of(torch_base(*depths), api)
     if api == "nnx":
         return jaxadapt.load(folder, twin), None
     return jaxadapt.adapt(twin[0], jaxadapt.read_config(folder)), jaxadapt.load(folder, twin[1])
@@ -110,6 +111,46 @@ def test_peft_and_jaxadapt_open_each_others_files(case: Case, api: str, tmp_path
         opened = peft.PeftModel.from_pretrained(copy.deepcopy(torch_base()), ours).eval()
     with torch.no_grad():
         close(call(case, model, variables), call_peft(case, opened).logits.numpy())
+
+
+@pytest.mark.parametrize("case", [PREFIX, MULTI, PROMPT], ids=["prefix", "tasks", "prompt"])
+def test_a_mask_of_the_decoder_is_extended_as_pefts(case: Case, tmp_path: Path) -> None:
+    """It gets the virtual tokens of the decoder, where there are some, and none for those of the encoder."""
+    peft_model(case).save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = call_peft(case, peft_model(case), decoder_attention_mask=DECODER_MASK).logits.numpy()
+    close(call(case, *loaded(tmp_path, "nnx"), decoder_mask=jnp.asarray(DECODER_MASK)), want)
+
+
+def test_a_decoder_of_fewer_layers_than_the_encoder(tmp_path: Path) -> None:
+    """PEFT's file has the encoder's number of layers; the decoder uses the first of them, in PEFT's order."""
+    model = peft_model(PREFIX, 3, 2)
+    model.save_pretrained(tmp_path)
+    assert jaxadapt.read_config(tmp_path).num_layers == 3
+    with torch.no_grad():
+        want = call_peft(PREFIX, model).logits.numpy()
+    close(call(PREFIX, *loaded(tmp_path, "nnx", 3, 2)), want)
+
+
+def test_a_decoder_of_more_layers_than_the_encoder(tmp_path: Path) -> None:
+    """PEFT itself fails with the number of layers that it takes from the encoder."""
+    model = peft_model(PREFIX, 1, 2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(IndexError, match="out of range"), torch.no_grad():
+        call_peft(PREFIX, model)
+    with pytest.raises(AttachError, match=r"for 1 attention layers.* computes 2 with a prefix, and 3 without one"):
+        call(PREFIX, *loaded(tmp_path, "nnx", 1, 2))
+
+
+@pytest.mark.parametrize("depths", [(3, 2), (1, 2)], ids=str)
+def test_a_new_prefix_has_the_depth_of_the_decoder_and_peft_opens_it(depths: tuple[int, int], tmp_path: Path) -> None:
+    twin, example = t5.twin_of(torch_base(*depths), "nnx"), [jnp.asarray(IDS), jnp.asarray(DECODER)]
+    model = jaxadapt.adapt(twin, PREFIX.ours(), rngs=nnx.Rngs(0), example=example)
+    jaxadapt.save(model, tmp_path)
+    assert jaxadapt.read_config(tmp_path).num_layers == depths[1]
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(torch_base(*depths)), tmp_path).eval()
+    with torch.no_grad():
+        close(call(PREFIX, model, None), call_peft(PREFIX, opened).logits.numpy())
 
 
 def test_gradients_are_pefts() -> None:

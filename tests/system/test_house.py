@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from jaxadapt.configs.base import class_of
+from jaxadapt.configs.listing import PEFT_TYPES
+from jaxadapt.configs.registry import config_classes
 from jaxadapt.core.errors import AdapterError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
@@ -265,3 +268,40 @@ def test_files_stay_short():
     if long:
         warnings.warn(f"over {LONG} lines: {long}", stacklevel=1)
     assert not {name: lines for name, lines in long.items() if lines > LONG + 100}
+
+
+# Files outside a method's own that name it, and why.
+NAMING = {
+    "adapters.full_copies": "a trained row of LoRA's `trainable_token_indices` is a tensor of TRAINABLE_TOKENS",
+    "analysis.differences": "compares the changes of LORA and IA3, and the tensors of all other methods",
+    "cli.diff": "the words for these",
+    "configs.listing": "the types of PEFT",
+    "configs.registry": "the table of the configurations",
+    "models.prompt.gated": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
+    "persistence.consumers": "the methods that other programs read",
+    "persistence.image_configs": "the methods of kohya-ss and LyCORIS",
+    "persistence.image_files": "the methods of kohya-ss and LyCORIS",
+    "persistence.image_names": "the methods of kohya-ss and LyCORIS",
+    "persistence.verification.key_names": "the types that only pass through, which have no file of their own",
+    "persistence.verify_folder": "the method that a file without a configuration may have",
+    "server.run": "IA3's configuration for all modules has a second list of them",
+}
+
+
+def test_only_its_own_files_name_a_method():
+    """Neither by its type, nor by its modules or the class of its configuration; LORA is the method of all packages."""
+    own = {peft_type.lower() for peft_type in PEFT_TYPES} - {"lora"}
+    classes = {cls.__name__ for name in config_classes() if name != "LORA" and (cls := class_of(name)) is not None}
+    found = set()
+    for path in files():
+        me = module_of(path)
+        if path.stem in own or me.startswith("methods.lora"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in PEFT_TYPES and node.value != "LORA":
+                found.add(me)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxadapt"):
+                parts = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                if parts & (own | classes):
+                    found.add(me)
+    assert found == set(NAMING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,7 @@ import jax.numpy as jnp
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.core.errors import AttachError, MismatchError
-from jaxadapt.methods.prefix_tuning import keys_and_values
-from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod
+from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.models.prompt import rewriting
 from jaxadapt.models.prompt.arguments import (
     DECODER,
@@ -67,10 +67,17 @@ class Prompt:
         submodules: int = self.recipe.config.get("num_transformer_submodules") or 1
         return submodules == 2
 
-    def keys_and_values(self) -> Array:
-        """Return the keys and values of every attention layer, (layers, 2, n, heads · size)."""
+    def keys_and_values(self, calls: rewriting.CallCounts | None = None) -> Array:
+        """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
+
+        Raises `AttachError` if the call of the model has another number of layers.
+        """
         layers = self.recipe.config.get("num_layers")
-        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+        whole = keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+        if calls is None:
+            return whole
+        rewriting.require_count(calls, layers, self.encoder_decoder)
+        return whole[: calls.prefixed]
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
@@ -164,12 +171,20 @@ def call_with_keys(
     """
     if prompt.method.adds == "attention":
         arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
-        layers: Any = gated_layers(prompt.recipe, prompt.params, base())
+        layers: Callable[[rewriting.CallCounts], Any] = functools.partial(
+            _of_calls, gated_layers(prompt.recipe, prompt.params, base())
+        )
     else:
         names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
         arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
-        change, layers = add_keys, prompt.keys_and_values()
+        change, layers = add_keys, prompt.keys_and_values
     return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
+
+
+def _of_calls(layers: Mapping[str, Array], calls: rewriting.CallCounts) -> Mapping[str, Array]:
+    """Return the layers; raise `AttachError` if the call of the model has another number of them."""
+    rewriting.require_count(calls, len(layers["gate"]))
+    return layers
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:

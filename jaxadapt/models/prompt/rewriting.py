@@ -44,48 +44,76 @@ def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
     return _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
 
 
-def rewrite_attention(f: Callable[..., Any], change: Change, layers: Any, *args: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class CallCounts:
+    """The calls of `attention` in one call of a model: those that a prefix may enter, and those with `prefix=False`."""
+
+    prefixed: int
+    others: int
+
+
+def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[CallCounts], Any], *args: Any) -> Any:
     """Evaluate `f(*args)` with the result of each call of `attention` replaced.
 
     Args:
         f: a function; it may close over arrays and tracers. Works inside jit, grad, vmap, scan and remat.
         change: called as `change(call, arrays, layer)`; returns what replaces the result of the call.
-        layers: a tree of arrays whose first axis numbers the calls, in the order in which `f` makes them. `change`
-            gets the tree of one call.
-
-    Raises `AttachError` if the number of calls is not the length of `layers`.
+        layers: returns, for the numbers of calls, a tree of arrays whose first axis numbers those that a prefix may
+            enter, in the order in which `f` makes them. `change` gets the tree of one call.
 
     >>> from jaxadapt.models.prompt.attention import attention
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> double = lambda call, arrays, factor: call.run(arrays) * factor
-    >>> rewrite_attention(lambda x: attention(x, x, x), double, jnp.array([2.0]), x).max().item()
+    >>> twice = lambda calls: jnp.full(calls.prefixed, 2.0)
+    >>> rewrite_attention(lambda x: attention(x, x, x), double, twice, x).max().item()
     2.0
     """
     traced = trace(lambda _, *a: f(*a), {}, args)
-    count, expected = len(_find(traced.closed.jaxpr)), jax.tree.leaves(layers)[0].shape[0]
-    if count != expected:
-        raise AttachError(count_message(count, expected))
-    outs, _ = _evaluate(traced.closed.jaxpr, traced.closed.consts, traced.arrays, change, layers, 0)
+    jaxpr = traced.closed.jaxpr
+    of_calls = layers(CallCounts(len(_find(jaxpr)), _count_others(jaxpr)))
+    outs, _ = _evaluate(jaxpr, traced.closed.consts, traced.arrays, change, of_calls, 0)
     return traced.result(outs)
 
 
-def count_message(count: int, expected: int) -> str:
-    """Say that the call of a model has another number of attention layers than its adapter."""
-    if count:
-        return (
-            f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
-            f" computes {count}. Use an adapter of a model with as many layers"
+def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> None:
+    """Raise `AttachError` if the call of a model has another number of attention layers than its adapter.
+
+    With `decoder`, the layers are those of the decoder of an encoder-decoder, which may be fewer. Each has a cross
+    attention, and the encoder has `expected` layers, unless its outputs are given. Another number of calls without a
+    prefix shows that some of those with one are no self-attention of the decoder.
+    """
+    count = calls.prefixed
+    if count == expected or (decoder and 0 < count < expected and calls.others in (count, count + expected)):
+        return
+    if not count:
+        raise AttachError(
+            "this call of the model computes no attention to which keys and values can be added. Call"
+            " jaxadapt.attention in its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
         )
-    return (
-        "this call of the model computes no attention to which keys and values can be added. Call jaxadapt.attention in"
-        " its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
+    text = (
+        f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
+        f" computes {count}"
     )
+    if not decoder:
+        raise AttachError(f"{text}. Use an adapter of a model with as many layers")
+    raise AttachError(
+        f"{text} with a prefix, and {calls.others} without one. Only the self-attention of the decoder has a prefix:"
+        " call jaxadapt.attention with prefix=False in the encoder and in the cross attention. A decoder may have fewer"
+        " layers than num_layers, which PEFT takes from the encoder; for one with more layers, where PEFT fails, train"
+        " an adapter with its number"
+    )
+
+
+def _call(eqn: core.JaxprEqn) -> AttentionCall | None:
+    """Return the call of `attention` that an equation is; None if it is none."""
+    policy = eqn.params.get("policy") if eqn.primitive is primitives.remat_p else None
+    return policy if isinstance(policy, AttentionCall) else None
 
 
 def _policy(eqn: core.JaxprEqn) -> AttentionCall | None:
     """Return the call of `attention` that an equation is; None if it is none, or one without prefixes."""
-    policy = eqn.params.get("policy") if eqn.primitive is primitives.remat_p else None
-    return policy if isinstance(policy, AttentionCall) and policy.prefix else None
+    call = _call(eqn)
+    return call if call is not None and call.prefix else None
 
 
 def _spec(variable: Any) -> jax.ShapeDtypeStruct:
@@ -117,6 +145,15 @@ def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes]:
             " or remat"
         )
     return inside
+
+
+def _count_others(jaxpr: core.Jaxpr) -> int:
+    """Return the number of calls of `attention` in a jaxpr that no prefix enters."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        call, length = _call(eqn), eqn.params["length"] if eqn.primitive is primitives.scan_p else 1
+        count += sum(map(_count_others, _bodies(eqn))) * length if call is None else not call.prefix
+    return count
 
 
 def _evaluate(

@@ -99,7 +99,7 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
         base: the shapes of the base's parameters, or the keymap of its family.
         source: the base, for messages.
     """
-    if config.peft_type in key_names.PROMPT_METHODS:
+    if key_names.has_no_modules(config.peft_type):
         return []
     modules = _modules(shapes, config)
     if isinstance(base, KeyMap):

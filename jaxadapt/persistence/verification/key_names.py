@@ -7,20 +7,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt.adapters import state_dict_keys
+from jaxadapt.configs import tensor_names
+from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
-# The prefix of each method's tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING).
-_PREFIXES: Mapping[str, str] = {
-    **{name: f"{name.lower()}_" for name in (
-        "ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOKR"
-        " MISS OFT SHIRA OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA"
-        " VBLORA VERA WAVEFT").split()},
-    "ADAPTION_PROMPT": "adaption_",
-    "LORA": "lora_", "ADALORA": "lora_", "LOHA": "hada_", "XLORA": "internal_xlora_classifier",
-}  # fmt: skip
-PROMPT_METHODS = frozenset("PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE".split())
-"""Methods whose file holds a prompt and no tensor of a module."""
-_PROMPT_TENSORS = frozenset(("prompt_embeddings", "prefix_task_cols", "prefix_task_rows"))
+# The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
+_OTHER_PREFIXES: Mapping[str, str] = {
+    **{name: f"{name.lower()}_" for name in ("ADAMSS", "FROD", "GLORA", "LILY", "POLY", "PSOFT", "SHADOW")},
+    "XLORA": "internal_xlora_classifier",
+}
 
 _SHARED_PREFIX = "base_model."
 # {segment that a wrapper of modules adds to a key: the wrapper}.
@@ -38,9 +33,9 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
     >>> split_key("base_model.model.q.lora_A.weight", "LORA"), split_key("prompt_embeddings", "PROMPT_TUNING")
     (('q', 'lora_A.weight'), ('', 'prompt_embeddings'))
     """
-    if peft_type in PROMPT_METHODS:
-        return ("", key) if key in _PROMPT_TENSORS else None
-    prefix = _PREFIXES.get(peft_type)
+    if has_no_modules(peft_type):
+        return ("", key) if key in tensor_names.file_tensors() else None
+    prefix = _prefix(peft_type)
     if prefix is None:
         return None
     names = (prefix, "token_adapter") if peft_type == "LORA" else (prefix,)
@@ -51,15 +46,28 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
     return None
 
 
+def _prefix(peft_type: str) -> str | None:
+    cls = class_of(peft_type)
+    return _OTHER_PREFIXES.get(peft_type) if cls is None else tensor_names.prefix_of(cls)
+
+
+def has_no_modules(peft_type: str) -> bool:
+    """Return True for a method whose file has no tensor of a module, such as a prompt."""
+    cls = class_of(peft_type)
+    return cls is not None and bool(cls.file_tensors)
+
+
 def is_known_method(peft_type: str) -> bool:
     """Return True if the tensor names of this method are known."""
-    return peft_type in _PREFIXES or peft_type in PROMPT_METHODS
+    return class_of(peft_type) is not None or peft_type in _OTHER_PREFIXES
 
 
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
-    prefixes = (*tuple({*_PREFIXES.values()} - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
-    return any(key in _PROMPT_TENSORS or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
+    known = {*tensor_names.tensor_prefixes(), *_OTHER_PREFIXES.values()}
+    prefixes = (*tuple(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
+    whole = tensor_names.file_tensors()
+    return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
 def wrappers_in(keys: Iterable[str]) -> list[str]:
@@ -144,7 +152,7 @@ def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, 
 
 
 def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str]]) -> str:
-    if peft_type in PROMPT_METHODS or not is_known_method(peft_type):
+    if has_no_modules(peft_type) or not is_known_method(peft_type):
         return name
     if not name.startswith(_SHARED_PREFIX):
         faults.setdefault("no-prefix", []).append(key)

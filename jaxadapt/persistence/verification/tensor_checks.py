@@ -17,14 +17,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 Modules = Mapping[str, Mapping[str, tuple[int, ...]]]
 """{module: {the tensor's name in it: shape}}."""
 
-# Pairs of tensors that exist only together, by method.
-_PAIRS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "LORA": (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")),
-    "ADALORA": (("lora_A", "lora_B"), ("lora_A", "lora_E")),
-    "LOHA": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("hada_w1_a", "hada_w2_a")),
-    "VERA": (("vera_lambda_b", "vera_lambda_d"),),
-    "HIRA": (("hira_A", "hira_B"),),
-}
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "embeddings")
 _MAX_DIGITS = 6  # of a layer's number
 _SAVE_AGAIN = "save the adapter again where it was trained; the missing values cannot be restored from the file"
@@ -93,9 +85,7 @@ def check_empty(shapes: Shapes) -> list[Finding]:
 def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
     missing: list[str] = []
     for module, tensors in modules.items():
-        wanted = [
-            other for pair in _PAIRS.get(config.peft_type, ()) for name, other in (pair, pair[::-1]) if name in tensors
-        ]
+        wanted = [other for pair in config.tensor_pairs for name, other in (pair, pair[::-1]) if name in tensors]
         if config.peft_type == "LORA" and tensors.keys() & {"lora_A.weight", "lora_embedding_A"}:
             if config.get("use_dora") and not any(t.startswith("lora_magnitude_vector") for t in tensors):
                 wanted.append("lora_magnitude_vector")
@@ -135,7 +125,7 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
     other: list[str] = []
     example = ""
     for module, tensors in modules.items():
-        for a_name, b_name in _PAIRS["LORA"]:
+        for a_name, b_name in config.tensor_pairs:
             a, b = tensors.get(a_name), tensors.get(b_name)
             if not a or not b or 0 in a or 0 in b:
                 continue
@@ -167,9 +157,9 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
 
 def _check_targets(modules: Modules, config: Config) -> list[Finding]:
     targets = config.get("target_modules")
-    if targets is None or matching.is_all_linear(config) or config.peft_type in key_names.PROMPT_METHODS:
+    if targets is None or matching.is_all_linear(config) or key_names.has_no_modules(config.peft_type):
         return []
-    if config.peft_type == "ADAPTION_PROMPT":  # whose target_modules is the end of a name, not an expression
+    if not config.target_is_expression:
         return []
     names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
     adapted = [name for name in names if name and name != "base_model"]
@@ -262,7 +252,7 @@ def _is_expected(key: str, module: str, config: Config) -> bool:
         return True
     stem = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     return stem.rpartition(".")[2] in _EMBEDDINGS or (
-        config.peft_type in key_names.PROMPT_METHODS and key.startswith("base_model.")
+        key_names.has_no_modules(config.peft_type) and key.startswith("base_model.")
     )
 
 

@@ -15,20 +15,11 @@ from jaxadapt.persistence.verification.finding import Finding
 if TYPE_CHECKING:
     import numpy as np
 
+_WORDS = {0.0: "zero", 1.0: "one"}
 _HUGE_RMS = 1.0
 """Root mean square of ΔW above which a change is suspicious: weights of trained models have about 0.02."""
 _HUGE_RATIO = 100.0
 """Ratio of a module's rms to the median of all modules above which it is suspicious."""
-
-# Tensors that are zero in a fresh adapter, and with which a module changes nothing.
-_ZERO_AT_START = {
-    "LORA": ("lora_B.weight", "lora_embedding_A"), "ADALORA": ("lora_E",), "LOHA": ("hada_w2_b",),
-    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_b"), "VERA": ("vera_lambda_b",), "PVERA": ("pvera_lambda_b",),
-    "DELORA": ("delora_B",), "HIRA": ("hira_B", "hira_embedding_A"), "MISS": ("miss_block",),
-    "SHIRA": ("shira_weight",), "BEFT": ("beft_bias",), "RANDLORA": ("randlora_lambda",), "OFT": ("oft_R.weight",),
-    "WAVEFT": ("waveft_spectrum",), "FOURIERFT": ("fourierft_spectrum",), "PEANUT": ("peanut_B.weight",),
-    "C3A": ("c3a_kernel",), "ADAPTION_PROMPT": ("adaption_gate",),
-}  # fmt: skip
 
 
 def check_values(
@@ -47,8 +38,7 @@ def check_values(
     modules = {} if config is None else tensor_checks.split_modules(shapes, config)[0]
     settings = {} if config is None else tensor_checks.module_settings(modules, config)
     not_finite: list[str] = []
-    zero: list[str] = []
-    ones: list[str] = []
+    unchanged: dict[float, list[str]] = {}
     grams: dict[str, dict[str, np.ndarray]] = {}
     for name, key in keys.items():
         try:
@@ -66,10 +56,9 @@ def check_values(
         if config is None or split is None or not values.size:
             continue
         module, tensor = split
-        if tensor in _ZERO_AT_START.get(config.peft_type, ()) and not values.any():
-            zero.append(name)
-        if tensor == "ia3_l" and (values == 1).all():
-            ones.append(name)
+        new = config.new_values.get(tensor)
+        if new is not None and (values == new).all():
+            unchanged.setdefault(new, []).append(name)
         if module in settings and (gram := _gram(tensor, values)) is not None:
             grams.setdefault(module, {})[tensor.partition(".")[0][-1]] = gram
     findings: list[Finding] = []
@@ -85,7 +74,8 @@ def check_values(
         )
     if config is None:
         return findings
-    findings += _check_untrained(zero, ones, modules, config)
+    for value, names in unchanged.items():
+        findings.append(_untrained(value, names, modules, config))
     if not config.get("use_qalora") and not config.get("use_bdlora") and not config.get("kasa_config"):
         findings += _check_sizes(grams, modules, settings)
     return findings
@@ -102,24 +92,19 @@ def _gram(tensor: str, values: np.ndarray) -> np.ndarray | None:
     return matrix @ matrix.T if kind.endswith("A") else matrix.T @ matrix
 
 
-def _check_untrained(zero: list[str], ones: list[str], modules: Mapping[str, Any], config: Config) -> list[Finding]:
-    if not zero and not ones:
-        return []
-    same = zero or ones
-    value = "zero" if zero else "one"
+def _untrained(value: float, names: list[str], modules: Mapping[str, Any], config: Config) -> Finding:
     total = len({module for module in modules if module})
-    is_all = len(same) >= total
-    tensor = (key_names.split_key(same[0], config.peft_type) or ("", same[0]))[1]
-    text = f"{f'all {len(same)}' if is_all else f'{len(same)} of {total}'} tensors {tensor} are {value}"
-    return [
-        finding.warning(
-            "untrained",
-            same,
-            f"{text}, so {'the adapter changes' if is_all else 'these modules change'} nothing",
-            "values that training has changed",
-            "check that these parameters were given to the optimizer, and that this file was written after training",
-        )
-    ]
+    is_all = len(names) >= total
+    tensor = (key_names.split_key(names[0], config.peft_type) or ("", names[0]))[1]
+    count = f"all {len(names)}" if is_all else f"{len(names)} of {total}"
+    text = f"{count} tensors {tensor} are {_WORDS.get(value, value)}"
+    return finding.warning(
+        "untrained",
+        names,
+        f"{text}, so {'the adapter changes' if is_all else 'these modules change'} nothing",
+        "values that training has changed",
+        "check that these parameters were given to the optimizer, and that this file was written after training",
+    )
 
 
 def _check_sizes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,25 @@ def test_a_prefix_for_other_heads_or_layers(tmp_path: Path) -> None:
     deep = write(tmp_path / "deep", PREFIX.replace(num_layers=3), prompt_embeddings=(3, 24))
     with pytest.raises(jaxadapt.AttachError, match=r"3 attention layers \(num_layers\), and this call.* computes 2"):
         call(deep)
+
+
+def test_a_cross_attention_that_takes_a_prefix_too() -> None:
+    """It is not taken for a layer of a decoder with fewer layers than the encoder."""
+
+    class Pair(nnx.Module):
+        def __init__(self, marked: bool) -> None:
+            self.embed, self.marked = nnx.Embed(16, 8, rngs=nnx.Rngs(0)), marked
+
+        def __call__(self, tokens: Any, decoder_tokens: Any, decoder_positions: Any = None) -> Any:
+            x, y = (self.embed(each)[:, :, None] for each in (tokens, decoder_tokens))
+            y = y + jaxadapt.attention(y, y, y, is_causal=True)
+            return y + jaxadapt.attention(y, x, x, prefix=not self.marked)
+
+    config = PREFIX.replace(task_type="SEQ_2_SEQ_LM", token_dim=8, num_layers=4)
+    for marked, text in ((False, "computes 2 with a prefix, and 0 without one"), (True, None)):
+        net = jaxadapt.adapt(Pair(marked), config, rngs=nnx.Rngs(1))
+        with contextlib.nullcontext() if text is None else pytest.raises(jaxadapt.AttachError, match=text):
+            net(TOKENS, TOKENS)
 
 
 def test_tensors_that_are_missing_unknown_or_of_another_shape(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.core.errors import AttachError
+from jaxadapt.models import RelativeBias
 
 V, D, H, N, LENGTH = 9, 8, 2, 3, 12
 TOKENS = jnp.array([[3, 1, 4, 1, 5], [8, 0, 2, 6, 7]])
@@ -22,6 +23,8 @@ TOKENS = jnp.array([[3, 1, 4, 1, 5], [8, 0, 2, 6, 7]])
 
 class Net(nnx.Module):
     """One layer of causal attention, with a cache that each call extends."""
+
+    relative = False
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(V, D, rngs=rngs)
@@ -35,22 +38,35 @@ class Net(nnx.Module):
         used, time = self.used[...], x.shape[1]
         if positions is None:
             positions = jnp.broadcast_to(used + jnp.arange(time)[None], x.shape[:2])
-        x = x + self.places[...][positions]
+        x = x if self.relative else x + self.places[...][positions]
         q, k, v = (part.reshape(*x.shape[:2], H, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
         for cache, new in ((self.keys, k), (self.values, v)):
             cache[...] = jax.lax.dynamic_update_slice(cache[...], new, (0, used, 0, 0))
         self.used[...] = used + time
         seen = jnp.arange(LENGTH)[None] <= (used + jnp.arange(time))[:, None]
-        y = jaxadapt.attention(q, self.keys[...], self.values[...], mask=seen[None, None])
+        bias = RelativeBias(distances, jnp.array([0.5, 2.0]), used + jnp.arange(time), jnp.arange(LENGTH))
+        bias = bias if self.relative else None
+        y = jaxadapt.attention(q, self.keys[...], self.values[...], bias=bias, mask=seen[None, None])
         return self.head(y.reshape(x.shape))
+
+
+class RelativeNet(Net):
+    """The same with a bias of distances in place of positions."""
+
+    relative = True
+
+
+def distances(slopes: Any, queries: Any, keys: Any) -> Any:
+    return -slopes[:, None, None] * (queries[:, None] - keys[None])[None]
 
 
 CONFIGS = [jaxadapt.PrefixTuningConfig(num_virtual_tokens=N), jaxadapt.PromptTuningConfig(num_virtual_tokens=N)]
 
 
+@pytest.mark.parametrize("net", [Net, RelativeNet])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.peft_type)
-def test_decoding_with_a_cache(config: Any) -> None:
-    model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), example=[TOKENS])
+def test_decoding_with_a_cache(config: Any, net: Any) -> None:
+    model = jaxadapt.adapt(net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), example=[TOKENS])
     want = nnx.clone(model)(TOKENS)
     model(TOKENS[:, :3])
     for i in (3, 4):

@@ -46,9 +46,9 @@ class Node(nnx.Module):
 
 def kind_of(module: str, shapes: Shapes) -> str:
     """Return which layer a module of the state dict is."""
-    if any(name in module for name in ("embedding", "attention_bias")) and len(shapes["weight"]) == 2:
+    if any(name in module for name in ("embed", "attention_bias")) and len(shapes["weight"]) == 2:
         return "embed"
-    if module in ("shared", "wte", "transformer.wte", "transformer.wpe", "model.embed_tokens"):
+    if module in ("shared", "model.shared", "wte", "transformer.wte", "transformer.wpe", "model.embed_tokens"):
         return "embed"
     if len(shapes["weight"]) == 2:
         return "conv1d" if module.rpartition(".")[2].startswith("c_") else "dense"

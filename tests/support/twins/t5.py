@@ -47,7 +47,7 @@ def stack(model: Any, name: str, x: Any, mask: Any, other: Any = None, other_mas
     table = model.table(f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias")
     places = jnp.arange(x.shape[1])
     bias = jaxadapt.models.RelativeBias(DECODER if decoder else ENCODER, table, places, places)
-    for i in range(model.layers):
+    for i in range(model.decoder_layers if decoder else model.layers):
         at = f"{name}.block.{i}.layer"
 
         def attend(part: str, x: Any, source: Any, at: str = at, **options: Any) -> Any:
@@ -77,9 +77,9 @@ def forward(model: Any, tokens: Any, decoder_tokens: Any, mask: Any, decoder_mas
 
 
 class T5(once.OnceNnx):
-    def __init__(self, modules: Any, layers: int) -> None:
+    def __init__(self, modules: Any, layers: int, decoder_layers: int) -> None:
         super().__init__(modules, 1e-6)
-        self.layers = layers
+        self.layers, self.decoder_layers = layers, decoder_layers
 
     def table(self, name: str) -> Any:
         return self.layer(name).embedding[...]
@@ -93,6 +93,7 @@ class T5(once.OnceNnx):
 
 class LinenT5(once.OnceLinen):
     layers: int
+    decoder_layers: int
 
     def table(self, name: str) -> Any:
         return self.layer(name)(jnp.arange(BUCKETS))
@@ -104,7 +105,7 @@ class LinenT5(once.OnceLinen):
         return forward(self, tokens, decoder_tokens, mask, decoder_mask, embeddings, decoder_embeddings)
 
 
-def torch_t5(layers: int = 3) -> Any:
+def torch_t5(layers: int = 3, decoder_layers: int | None = None) -> Any:
     """A random transformers T5 in eval mode."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -112,9 +113,9 @@ def torch_t5(layers: int = 3) -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=32, d_model=HEADS * SIZE, d_kv=SIZE, d_ff=24, num_layers=layers, num_heads=HEADS,
-        relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=FARTHEST, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1, initializer_factor=1.0,
+        vocab_size=32, d_model=HEADS * SIZE, d_kv=SIZE, d_ff=24, num_layers=layers, num_decoder_layers=decoder_layers,
+        num_heads=HEADS, relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=FARTHEST,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, initializer_factor=1.0,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -127,5 +128,6 @@ def torch_t5(layers: int = 3) -> Any:
 def twin_of(model: Any, api: str) -> Any:
     """The NNX model, or (module, variables) for "linen"."""
     tied = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
-    modules, layers = once.modules_of(model.state_dict(), tied), model.config.num_layers
-    return LinenT5.of(modules, 1e-6, layers=layers) if api == "linen" else T5(modules, layers)
+    modules = once.modules_of(model.state_dict(), tied)
+    depths = {"layers": model.config.num_layers, "decoder_layers": model.config.num_decoder_layers}
+    return LinenT5.of(modules, 1e-6, **depths) if api == "linen" else T5(modules, **depths)
