@@ -73,19 +73,14 @@ class Config:
 
     # The names of the method's file tensors begin with this; None for the type in lower case and "_".
     tensor_prefix: ClassVar[str | None] = None
-
     # The keys of the file's tensors if they belong to the whole adapter and no module has any.
     file_tensors: ClassVar[tuple[str, ...]] = ()
-
     # {tensor of a module in a file: its value in a new adapter that changes nothing}; training changes it.
     new_values: ClassVar[Mapping[str, float]] = {}
-
     # Tensors of a module that a file has only together, in pairs.
     tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
-
     # False if a string in target_modules is the end of a name and no expression.
     target_is_expression: ClassVar[bool] = True
-
     # Names of file tensors that consist of parts: the name is followed by the part's, not by an adapter's.
     tensor_parts: ClassVar[tuple[str, ...]] = ()
 

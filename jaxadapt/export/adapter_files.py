@@ -14,7 +14,7 @@ from typing import Any
 from jaxadapt import configs
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, IA3Config, lora_variants, matching
+from jaxadapt.configs import Config, lora_variants, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core import paths
@@ -215,7 +215,7 @@ def _renamed_config(
             name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in values
         }
         values["target_modules"] = sorted(targets.values())
-    if isinstance(config, IA3Config) and config.feedforward_modules is not None:
+    if config.get("feedforward_modules") is not None:
         inputs = {to for name, to in targets.items() if is_feedforward(config, name)}
         if is_narrower or inputs != {to for to in targets.values() if is_feedforward(renamed, to)}:
             values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
