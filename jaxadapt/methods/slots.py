@@ -88,14 +88,14 @@ class AppliedMask(AppliedRows):
         letters = self._letters(use, x)
         if self._pair is None or self.axes.parts is not None or use.transposed:
             return self._choose(use.y, y, lambda one: one.output(use, x, y, w), use)
-        scale, a, b = self._pair
+        (scale, a, b), is_right = self._finite_pair()
         slot = next(c for c in reversed(LETTERS) if c not in use.x + use.w + use.y)
         batch, inputs, out = use.letters("batch"), use.letters("in"), use.letters("out")
         mid = "".join(c for c in use.y if c not in out) + "".join(c for c in batch if c not in use.y) + slot + RANK
         h = einsum(f"{use.x},{slot}{batch}{RANK}{inputs}->{mid}", x.astype(a.dtype), a)
         numbers = jnp.arange(len(scale)).reshape(*[1] * self._ids.ndim, -1)
         chosen = (self._ids[..., None] == numbers).astype(h.dtype)
-        chosen = jnp.where(self._valid[..., None], chosen, jnp.nan)
+        chosen = jnp.where(is_right[..., None], chosen, jnp.nan)
         h = h * expand_to_letters(scale.astype(h.dtype), slot + batch, mid)
         h = h * expand_to_letters(chosen, letters + slot, mid)
         return (y + einsum(f"{mid},{slot}{batch}{out}{RANK}->{use.y}", h, b)).astype(y.dtype)
@@ -115,6 +115,17 @@ class AppliedMask(AppliedRows):
     @property
     def _pair(self) -> tuple[Array, Array, Array] | None:
         return self.method.row_pair(self.hparams, self.tensors)
+
+    def _finite_pair(self) -> tuple[tuple[Array, Array, Array], Array]:
+        """Return the pair with zeros in slots that are not finite, and True for each token of an existing finite slot.
+
+        A product over all slots would carry NaN and infinities, as 0 · NaN, to the tokens of other slots.
+        """
+        pair = self._pair
+        assert pair is not None
+        finite = jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in pair]).all(0)
+        scale, a, b = (jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in pair)
+        return (scale, a, b), self._valid & jnp.take(finite, self._ids, mode="clip")
 
     def _letters(self, use: Use, x: Array) -> str:
         """Return the letters of the axes of `IDS`; raise `AttachError` if the input does not begin with these axes."""
@@ -156,7 +167,7 @@ class AppliedSegments(AppliedMask):
                 "sorted segments are for low-rank pairs of one matrix, without fused parts. Use implementation='gather'"
                 " or 'mask'"
             )
-        scale, a, b = self._pair
+        (scale, a, b), is_right = self._finite_pair()
         letters, inputs, out = self._letters(use, x), use.letters("in"), use.letters("out")
         rest = "".join(c for c in use.x if c not in letters + inputs)
         sizes = dict(zip(use.x, x.shape, strict=True)) | dict(zip(use.y, y.shape, strict=True))
@@ -170,5 +181,4 @@ class AppliedSegments(AppliedMask):
         front = letters + rest + out
         change = jnp.take(change.reshape(count, -1), self.params[INVERSE], 0).reshape([sizes[c] for c in front])
         change = change.transpose([front.index(c) for c in use.y])
-        valid = expand_to_letters(self._valid, letters, use.y)
-        return jnp.where(valid, y + change, jnp.nan).astype(y.dtype)
+        return jnp.where(expand_to_letters(is_right, letters, use.y), y + change, jnp.nan).astype(y.dtype)

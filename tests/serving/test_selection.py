@@ -60,6 +60,30 @@ def test_tokens_of_one_row_have_adapters_of_several_kinds(api, scanned):
         served.bank.select(ROW_IDS, implementation=jax.lax.ragged_dot)
 
 
+@pytest.mark.parametrize("implementation", ["mask", jax.lax.ragged_dot])
+def test_an_adapter_that_is_not_finite_changes_its_own_tokens_only(implementation):
+    base = nnx.Dict(q=nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
+    bank = serving.create(base, config, slots=4)
+    for slot in (1, 2, 3):
+        bank = serving.put(bank, slot, jaxadapt.init(config, base, key=jax.random.key(slot)))
+    serving.attach(base, bank)
+
+    def run(bank, ids):
+        with serving.route(base, bank.select(np.array(ids), implementation=implementation)):
+            return np.asarray(base.q(jnp.ones((2, 2, 4))))
+
+    ids = [[1, 0], [2, 1]]
+    wanted = run(bank, ids)
+    for value in (jnp.nan, jnp.inf):
+        broken = jax.tree.map(lambda x, value=value: x * value, jaxadapt.init(config, base, key=jax.random.key(3)))
+        changed = serving.put(jax.tree.map(jnp.copy, bank), 3, broken)  # put donates
+        np.testing.assert_array_equal(run(changed, ids), wanted)
+        found = run(changed, [[1, 0], [3, 1]])
+        assert np.isnan(found[1, 0]).all()
+        np.testing.assert_array_equal(np.delete(found.reshape(4, 6), 2, 0), np.delete(wanted.reshape(4, 6), 2, 0))
+
+
 def test_a_packed_row_is_as_its_sequences_alone():
     """Sequences of one row in a model without attention: every token is as in a row of its adapter."""
     served = make("nnx", False, mixed=False)
