@@ -141,7 +141,10 @@ class AppliedMethod:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AppliedMethods:
-    """Several active adapters on one weight: `input` of each in order, then `output` of each in order."""
+    """Several active adapters on one weight, each of which changes what the one before it gives.
+
+    The weight W becomes W·H₁·H₂, so the input goes through H₂ first. Outputs change in order.
+    """
 
     hooks: tuple[AppliedMethod, ...]
 
@@ -156,8 +159,13 @@ class AppliedMethods:
     def by_weight(self) -> bool:
         return all(hook.by_weight for hook in self.hooks)
 
+    @property
+    def _weight_order(self) -> tuple[AppliedMethod, ...]:
+        """The adapters in the order in which they change the weight."""
+        return self.hooks[::-1] if all(hook.effects.order == "input" for hook in self.hooks) else self.hooks
+
     def input(self, use: Use, x: Array) -> Array:
-        for hook in self.hooks:
+        for hook in reversed(self._weight_order):
             x = hook.input(_with_axes(use, hook.axes), x)
         return x
 
@@ -185,7 +193,7 @@ class AppliedMethods:
 
     def weight(self, w: Array) -> Array:
         base = w
-        for hook in self.hooks:
+        for hook in self._weight_order:
             w = w + (hook.weight(base) - base) if hook.adds_to_base else hook.weight(w)
         return w
 

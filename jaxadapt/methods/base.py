@@ -44,6 +44,8 @@ class Effects:
             which `output` adds; None if the bias stays.
         reads: True if the change of the weight depends on the weight.
         sees: "layer" if `output` accepts the layer's output with its bias, "product" if it needs it without.
+        order: "weight" if several active adapters change the weight one after another, and the input passes the last
+            one first; "input" if the input passes the first one first.
     """
 
     weight: Literal["adds", "changes", "replaces"] = "adds"
@@ -51,6 +53,7 @@ class Effects:
     bias: Literal["scales", "adds"] | None = None
     reads: bool = False
     sees: Literal["layer", "product"] = "layer"
+    order: Literal["weight", "input"] = "weight"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

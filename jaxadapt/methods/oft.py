@@ -9,6 +9,8 @@ after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `t
 - A block size that does not divide the inputs becomes the nearest one that does; here with a warning.
 - PEFT adds overlapping patches of a convolution's input, so a window over several pixels multiplies the input, even
   with R = I. Here, as in PEFT's merge, R turns the kernel.
+- PEFT's layer rotates the input by the first of several active adapters first, its merge by the last. Here it is the
+  first, and several active adapters cannot be merged.
 - PEFT gives `oft_R` of a convolution the square of the window's first size, so only square windows are accepted.
 """
 
@@ -81,7 +83,7 @@ class Oft(MatrixMethod):
         return OftHparams(terms, config.eps if config.coft else 0.0, target.kind == "embedding")
 
     def effect(self, own: OftHparams) -> Effects:
-        return Effects("changes", form="use", reads=True)
+        return Effects("changes", form="use", reads=True, order="weight" if own.embedding else "input")
 
     def init(self, config: OFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.module_dropout:

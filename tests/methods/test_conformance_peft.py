@@ -225,6 +225,52 @@ def redundant(sites_of_it: Any) -> list[tuple[Any, Any]]:
     return [(tensor, entry) for tensor, entry in pairs if tensor.optional and tensor.in_file]
 
 
+# The methods of which PEFT cannot apply several adapters to a layer at once, and why.
+ALONE = {
+    "ADALORA": "supports only 1 trainable adapter",
+    "C3A": "is invalid for input of size",  # its layer gives the second adapter the output of the first
+    "LN_TUNING": "does not allow inference with more than one adapter",
+    "TRAINABLE_TOKENS": "Token indices of adapter other are already defined",
+}
+FIRST_ONLY = {"OSF"}  # PEFT silently applies the first one; here each changes what the one before it gives
+
+
+@pytest.mark.parametrize(("peft_type", "i"), cases())
+def test_several_active_adapters_give_pefts_logits(peft_type: str, i: int, tmp_path: Any):
+    model = copy.deepcopy(peft_model(peft_type, i))
+    trained = {n.replace(".default", ".other") for n, p in model.named_parameters() if p.requires_grad}
+
+    def both() -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(5)
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+            model.add_adapter("other", kind(task_type="CAUSAL_LM", **copy.deepcopy(fields_of(peft_type, i))))
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in trained and parameter.is_floating_point():
+                        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            model.base_model.set_adapter(["default", "other"])
+            logits = model(torch.from_numpy(IDS)).logits.detach().numpy()
+            model.save_pretrained(str(tmp_path))
+        return logits
+
+    if peft_type in ALONE:
+        with pytest.raises((RuntimeError, ValueError), match=ALONE[peft_type]):
+            both()
+        return
+    want = both()
+    if peft_type in FIRST_ONLY:
+        np.testing.assert_array_equal(want, peft_results(peft_type, i)[0])
+        return
+    ours = jaxadapt.load(tmp_path, nnx_model())
+    jaxadapt.load(tmp_path / "other", ours, name="other")
+    jaxadapt.activate(ours, ("default", "other"))
+    assert_close(ours(jnp.asarray(IDS)), want)
+    assert not np.allclose(want, peft_results(peft_type, i)[0], atol=1e-4)
+
+
 def cases_with_redundant_tensors() -> list[Any]:
     shapes = {"q.kernel": (8, 16), "up.kernel": (16, 8)}
     return [
