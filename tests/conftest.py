@@ -99,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if matrices.is_long(item.nodeid):
             item.add_marker("full")
         if matrices.is_of_another_method(item.nodeid):
-            item.add_marker("slow")
+            item.add_marker("another_method")
     named = any("::" in argument for argument in config.args)
     if not named and "full" not in (config.option.markexpr or ""):
         long = [item for item in items if item.get_closest_marker("full")]
