@@ -141,9 +141,9 @@ class AppliedMethod:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AppliedMethods:
-    """Several active adapters on one weight, each of which changes what the one before it gives.
+    """Several active adapters on one weight.
 
-    The weight W becomes W·H₁·H₂, so the input goes through H₂ first. Outputs change in order.
+    Each changes the result of the one before it. The weight W becomes W·H₁·H₂, so the input goes through H₂ first. Outputs change in order.
     """
 
     hooks: tuple[AppliedMethod, ...]
