@@ -143,7 +143,8 @@ class AppliedMethod:
 class AppliedMethods:
     """Several active adapters on one weight.
 
-    Each changes the result of the one before it. The weight W becomes W·H₁·H₂, so the input goes through H₂ first. Outputs change in order.
+    Each changes the result of the one before it. The weight W becomes W·H₁·H₂, so the input goes through H₂ first.
+    Outputs change in order.
     """
 
     hooks: tuple[AppliedMethod, ...]
