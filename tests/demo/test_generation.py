@@ -18,6 +18,7 @@ from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.demo.generation import Decoder, Sampling, choose, linen_forward, nnx_forward, restrict
 from jaxadapt.demo.llama import KVCache, LlamaConfig
+from tests.support.compiling import without_optimizations
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -35,10 +36,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled() -> Iterator[None]:
     """Compile without optimisation: these tests ask what is computed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with without_optimizations():
+        yield
 
 
 def make(api: str, scan: bool = False, **options: Any) -> Decoder:

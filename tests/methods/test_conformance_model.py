@@ -28,6 +28,7 @@ from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.initializers import start
 from jaxadapt.methods import METHODS
+from tests.support.compiling import without_optimizations
 
 SIZES = llama.LlamaConfig(
     vocab_size=32, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
@@ -52,10 +53,8 @@ CASES = [
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled() -> Iterator[None]:
     """Compile without optimisation: these tests ask what is computed, and where."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with without_optimizations():
+        yield
 
 
 def cut(path: str, x: Any) -> NamedSharding:
