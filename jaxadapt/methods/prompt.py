@@ -48,7 +48,7 @@ Tokens = Sequence[int] | Callable[[str], Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class StartData:
-    """What the initial values of a prompt may be computed from, beyond the configuration.
+    """The data, beyond the configuration, from which a prompt computes its initial values.
 
     Attributes:
         key: a JAX random key.

@@ -116,7 +116,7 @@ def fetch_config(address: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an adapter_config.json of mlx-lm says about the tensors beside it."""
+    """The settings of mlx-lm's adapter_config.json that its tensors need."""
 
     rank: int
     scale: float

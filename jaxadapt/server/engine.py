@@ -269,6 +269,6 @@ def _result(loaded: concurrent.futures.Future[Any], name: str) -> None:
         loaded.result()
     except AdapterError:
         raise
-    except Exception as error:
+    except Exception as error:  # an error of any other class must not end the engine
         LOGGER.exception("the adapter %r cannot be loaded", name)
         raise AdapterError(repr(error)) from error

@@ -1,4 +1,4 @@
-"""What a server's bank needs to hold the adapters of its folder."""
+"""Choose the configurations for which a server's bank has room, from the adapters of its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Room = jaxadapt.Config | jaxadapt.Adapter
 
 
 def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str]) -> list[Room]:
-    """Return what a bank needs to hold the adapters of a server: plain LoRAs, and the other kinds that are there.
+    """Return what to give `serving.create`: room for plain LoRAs, and for each other kind of adapter in the folders.
 
     Args:
         model: the base.
