@@ -41,13 +41,19 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
-    """8 steps in one go, against 3 steps, SIGKILL, a new process, and 5 more."""
-    whole = train_small.APIS[api]()
-    expected = [whole.step() for _ in range(8)]
-    command = [sys.executable, "-m", "tests.support.train_small", api, str(tmp_path / "run"), "3"]
+    """8 steps in a process of their own, against 3 steps, SIGKILL, a new process, and 5 more."""
     env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.support.train_small", api, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+    log = tmp_path / "losses"
+    whole = run(str(tmp_path / "whole"), "8", str(log))
+    assert whole.returncode == 0, whole.stderr
+    expected = [float.fromhex(line.split()[1]) for line in log.read_text().splitlines()]
+    killed = run(str(tmp_path / "run"), "3")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = train_small.APIS[api]()
     manager = jaxadapt.CheckpointManager(tmp_path / "run")
     assert manager.steps == [1, 2, 3]
