@@ -57,6 +57,24 @@ BUDGETS = {
 }  # fmt: skip
 
 
+class PrintFailures:
+    """Print each failure when it happens, with the end of its traceback: a run that is cut short still names it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\nFAILED at {report.when}: {report.nodeid}")
+            terminal.write_line("\n".join(report.longreprtext.splitlines()[-30:]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("JAXADAPT_BUDGETS") and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(PrintFailures(config))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what each folder's tests took beside its budget, where the variable JAXADAPT_BUDGETS is set."""
     if not os.environ.get("JAXADAPT_BUDGETS"):

@@ -78,7 +78,7 @@ def test_nothing_hangs():
             "    jaxadapt.LoraConfig(target_modules=pattern)",
         ]
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, "")
 
 

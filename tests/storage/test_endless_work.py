@@ -27,7 +27,7 @@ except FormatError as error:
 
 
 def refused(path: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", CODE, path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CODE, path], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-2000:]
     return done.stdout
 

@@ -346,7 +346,7 @@ def test_an_error_of_the_store_in_the_background_is_raised(s3: str, gs: str):
 
 def leaving(how: str, address: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.support.leave", how, address]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_leaving_without_waiting_lands_the_checkpoint_in_a_store(s3: str):

@@ -111,7 +111,7 @@ def test_adapters_that_come_and_go_leave_no_pages_behind(way: str, tmp_path: Pat
 
     def run(way: str) -> str:
         command = [sys.executable, "-c", SWAPS, str(tmp_path / "a"), way]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
 
     run("save")
     assert int(run(way)) < 150

@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def refused(kind: str, fault: str, folder: Path) -> None:
     (folder / "run").mkdir()
     command = [sys.executable, "-m", "tests.support.full_disk", kind, fault, str(folder / "run")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     name = {"adapter": "adapter_model.safetensors", "orbax": "1", "manager": "step-000000001.safetensors"}[kind]
     assert run.stdout.startswith(f"{folder}/run/{name}: cannot write: {SAID[fault]}"), run.stdout

@@ -38,7 +38,7 @@ def told() -> Iterator[list[tuple[str, str, str, str, str]]]:
         try:
             run = subprocess.run(
                 [sys.executable, "-m", "tests.support.no_rights", made],
-                cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+                cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
             )  # fmt: skip
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
             lines = [line for line in run.stdout.splitlines() if line.startswith("told ")]

@@ -33,7 +33,7 @@ def test_work_that_needs_an_executor_after_the_main_thread(early: bool, before: 
     """The private hook of `threading` is needed: without it the same work fails; and with it nothing is lost."""
     program = PROGRAM.format(before=before, early=early)
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     if early:
         assert (run.returncode, run.stdout) == (0, "found\n"), run.stderr
     else:

@@ -46,7 +46,7 @@ def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tests.support.train_small", api, *arguments]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
 
     log = tmp_path / "losses"
     whole = run(str(tmp_path / "whole"), "8", str(log))
@@ -540,7 +540,7 @@ def test_a_step_that_is_no_number_is_named(tmp_path: Path):
 
 def left(how: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.support.leave", how, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.parametrize(("how", "status"), [("end", 0), ("exception", 1), ("sys.exit", 3), ("thread", 0)])
@@ -598,7 +598,7 @@ def test_sigterm_saves_and_leaves(how: str, status: int, said: str, tmp_path: Pa
     assert child.stdout is not None
     first = child.stdout.readline()
     child.send_signal(signal.SIGTERM)
-    rest, errors = child.communicate(timeout=120)
+    rest, errors = child.communicate(timeout=900)
     assert (child.returncode, first + rest) == (status, said), errors
     manager = jaxadapt.CheckpointManager(tmp_path)
     back = manager.restore(leave.adapter(0))

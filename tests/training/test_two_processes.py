@@ -49,7 +49,7 @@ def test_two_processes_train_die_resume_and_stop(tmp_path: Path) -> None:
 def train_die_resume_and_stop(tmp_path: Path, count: int) -> None:
     manager = jaxadapt.CheckpointManager(tmp_path / "run")
 
-    ends = finish(start(tmp_path, "train", count), 120)
+    ends = finish(start(tmp_path, "train", count), 900)
     assert [end[0] for end in ends] == [0] * count, ends
     assert all("leaves" in end[1] for end in ends)
     wrote = [int(end[1].split("wrote ")[1].split()[0]) for end in ends]  # as each was told
@@ -61,12 +61,12 @@ def train_die_resume_and_stop(tmp_path: Path, count: int) -> None:
     assert exported["base_model.model.q_proj.lora_A.weight"][0, :2].tolist() == [3.0, 4.0]
     assert manager.adapter(4).flat()["q_proj.kernel.lora_B"][0, 0] == 4.0
 
-    ends = finish(start(tmp_path, "die", count), 120)
+    ends = finish(start(tmp_path, "die", count), 900)
     assert ends[1][0] == -signal.SIGKILL, ends
     assert all(end[0] != 0 for end in ends), "the survivors must not end as if all were well"
     assert manager.steps == [3, 4]
 
-    ends = finish(start(tmp_path, "resume", count), 120)
+    ends = finish(start(tmp_path, "resume", count), 900)
     assert [end[0] for end in ends] == [0] * count, ends
     assert manager.steps == [3, 5]
     left = sorted(p.name for p in (tmp_path / "run").iterdir())
@@ -78,6 +78,6 @@ def train_die_resume_and_stop(tmp_path: Path, count: int) -> None:
         while process.stdout.readline() != "training\n":
             assert process.poll() is None
     both[1].send_signal(signal.SIGTERM)
-    ends = finish(both, 120)
+    ends = finish(both, 900)
     assert [end[0] for end in ends] == [143] * count, ends
     assert [end[1].splitlines()[-1] for end in ends] == [f"stopped at {manager.latest}"] * count

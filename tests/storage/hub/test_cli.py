@@ -68,7 +68,7 @@ def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path
         env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(root), **more}
         command = [sys.executable, "-m", "jaxadapt", *map(str, words)]
-        return subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+        return subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=900)
 
     root = Path(jaxadapt.__file__).parents[1]
     with hub_server.serving() as hub:

@@ -159,7 +159,7 @@ def test_a_servers_words_are_shown_as_text(hub, held, tmp_path, monkeypatch):
 
     def shown(*args: str) -> str:
         command = [sys.executable, "-m", "jaxadapt", *args]
-        done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=120)
+        done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=900)
         text = (done.stdout + done.stderr).decode()
         assert "owned" in text
         assert all(c.isprintable() or c == "\n" for c in text), ascii(text)
