@@ -295,6 +295,11 @@ def extract_files(
 
 def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
     names = key_names.normalize_keys(stored.specs, config.peft_type)
+    if names.models:
+        raise MismatchError(
+            f"{stored.source}: expected the state dict of one PEFT model, found those of {', '.join(names.models)};"
+            " keep the keys of one of them in the file"
+        )
     if names.adapters and name not in names.adapters:
         raise MismatchError(
             f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"

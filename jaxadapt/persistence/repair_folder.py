@@ -173,7 +173,7 @@ def _plan(stored: StoredAdapter) -> _Plan | None:
     if foreign_files.foreign_library(specs, True) or foreign_files.not_an_adapter(specs, stored.source):
         return None
     names = key_names.normalize_keys(specs, config.peft_type)
-    if len(names.adapters) > 1 or any(not verify_folder.are_equal(keys, stored) for keys in names.duplicates.values()):
+    if names.has_several or any(not verify_folder.are_equal(keys, stored) for keys in names.duplicates.values()):
         return None
     keys = verify_folder.readable_keys(names)
     if key_names.normalize_keys(keys, config.peft_type).faults:

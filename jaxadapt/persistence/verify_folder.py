@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence.verification import (
     base_checks,
     base_identity,
@@ -99,7 +99,7 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Rep
     if config is None:
         findings.append(_describe_tensors(kind, shapes))
         return [*findings, *tensor_checks.check_empty(shapes), *value_checks.check_values(keys, shapes, get, None)]
-    if len(names.adapters) < 2:
+    if not names.has_several:
         findings += tensor_checks.check_tensors(without_base(shapes, names, config), config)
         if base is not None:
             findings += base_checks.check_base(shapes, config, base, base_name)
@@ -166,6 +166,11 @@ _FAULTS: Mapping[str, tuple[str, str, str]] = {
 
 def _check_names(names: key_names.Names, stored: StoredAdapter, *, has_config: bool) -> list[Finding]:
     """Return the findings about the keys."""
+    if names.models:
+        several = ", ".join(f"{name}.{PEFT_PREFIX}".lstrip(".") for name in names.models)
+        text = f"the keys are those of several PEFT models: {several}"
+        remedy = "keep the keys of one of them in the file"
+        return [finding.error("several-adapters", names.models, text, "one adapter in a file", remedy)]
     findings: list[Finding] = []
     mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
     for fault, (found, expected, code) in _FAULTS.items():
@@ -197,7 +202,7 @@ def _check_names(names: key_names.Names, stored: StoredAdapter, *, has_config: b
                 repairable=has_config,
             )
         )
-    if len(names.adapters) < 2 and names.duplicates:
+    if names.duplicates and not names.has_several:
         equal = has_config and all(are_equal(keys, stored) for keys in names.duplicates.values())
         name, keys = next(iter(names.duplicates.items()))
         findings.append(

@@ -23,6 +23,7 @@ _WRAPPERS: Mapping[str, str] = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
     "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
 }
 _MATRICES = frozenset(("lora_A", "lora_B"))
 
@@ -71,10 +72,18 @@ def has_adapter_tensors(keys: Iterable[str]) -> bool:
 
 
 def wrappers_in(keys: Iterable[str]) -> list[str]:
-    """Return the wrappers' names that occur in keys, with the programs that add them."""
+    """Return the wrappers' names that occur in keys, with the programs that add them where they are known."""
+    keys = list(keys)
     segments = {part for key in keys for part in key.split(".")}
     found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments]
+    found += sorted(_outer_names(keys) - {"", "module", *_WRAPPERS})
     return found or ["module, of DataParallel"]
+
+
+def _outer_names(names: Iterable[str]) -> set[str]:
+    """Return the paths of the PEFT models in the modules that hold them: what precedes base_model.model. in names."""
+    parts = (f".{name}".partition(f".{PEFT_PREFIX}") for name in names)
+    return {before[1:] for before, found, _ in parts if found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,28 +95,38 @@ class Names:
         faults: {kind of fault: the keys that have it}.
         adapters: the names of adapters in the keys, as in the state dict of a complete PEFT model.
         duplicates: {PEFT's name: the keys that have it}, for names of several keys.
+        models: the paths of several PEFT models in the module that held them, such as an actor and a critic; empty for
+            one.
     """
 
     normal: Mapping[str, str | None]
     faults: Mapping[str, tuple[str, ...]]
     adapters: tuple[str, ...]
     duplicates: Mapping[str, tuple[str, ...]]
+    models: tuple[str, ...] = ()
+
+    @property
+    def has_several(self) -> bool:
+        """True if the keys are those of several adapters."""
+        return len(self.adapters) > 1 or bool(self.models)
 
 
 def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
     """Return PEFT's name for each key.
 
-    The kinds of faults: "wrappers" (names of modules that wrap others), "no-prefix", "double-prefix", "adapter-name",
-    and "no-weight" (lora_A for lora_A.weight).
+    The kinds of faults: "wrappers" (names of modules that wrap others, also of the one that holds the PEFT model),
+    "no-prefix", "double-prefix", "adapter-name", and "no-weight" (lora_A for lora_A.weight).
 
     >>> normalize_keys(["_orig_mod.base_model.model.q.lora_A.default.weight"], "LORA").normal
     {'_orig_mod.base_model.model.q.lora_A.default.weight': 'base_model.model.q.lora_A.weight'}
     """
     faults: dict[str, list[str]] = {}
-    is_parallel = bool(keys) and all(key.startswith("module.") for key in keys)
     bare = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in keys}
-    if is_parallel:
+    while bare and all(name.startswith("module.") for name in bare.values()):
         bare = {key: name.removeprefix("module.") for key, name in bare.items()}
+    models = _outer_names(bare.values())
+    if len(models) == 1 and (outer := next(iter(models))):
+        bare = {key: name.removeprefix(f"{outer}.") for key, name in bare.items()}
     splits = {key: state_dict_keys.split_adapter_name(name) for key, name in bare.items()}
     # With bias="all" PEFT itself keeps the adapter's name in keys of fully trained modules, and only there.
     has_names = any(split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items())
@@ -131,7 +150,7 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
         name: tuple(key for key, new in normal.items() if new == name) for name, count in counts.items() if count > 1
     }
     found = {kind: tuple(members) for kind, members in faults.items()}
-    return Names(normal, found, tuple(sorted(adapters)), duplicates)
+    return Names(normal, found, tuple(sorted(adapters)), duplicates, tuple(sorted(models)) if len(models) > 1 else ())
 
 
 def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, str]:
