@@ -30,6 +30,7 @@ def merge(
     params: Any,
     adapter: Adapter | None = None,
     *,
+    in_place: bool = False,
     safe: bool = False,
     donate: bool = False,
     dequantize: bool = False,
@@ -41,12 +42,15 @@ def merge(
     Args:
         params: nested mappings of base parameters, for which a new tree is returned (FrozenDicts, boxes such as
             `nn.Partitioned` and numpy arrays keep their types); or Linen variables, likewise, returned without the
-            adapter; or an NNX model, changed in place and returned. An adapter attached to the model is removed.
+            adapter; or an NNX model, for which a new model is returned, without the merged adapters. It shares all
+            arrays that do not change with the given model, which keeps its adapters.
         adapter: by default the model's active adapters, or the only one in the variables.
+        in_place: change the given NNX model and return it, so that the weights before the merge are not kept.
         safe: raise before any change if a sum is too large for the weight's dtype: a NaN or an infinity.
         donate: reuse the memory of the weights, one by one (on devices; numpy arrays are kept), so that at most one
             weight is held beside the model. Afterwards the arrays in `params` cannot be used any more, not even
-            through other references. After an interruption, some are deleted and the rest are not merged.
+            through other references. After an interruption, some are deleted and the rest are not merged. An NNX model
+            is then changed in place.
         dequantize: make all quantised weights of the base dense first, as `jaxadapt.models.dequantize` does. Without it
             merging into them is refused, since quantising the sum again would change the trained result.
         allow_nan: merge even if the adapter, or a weight that it changes, holds a NaN or an infinity, which is refused
@@ -76,9 +80,11 @@ def merge(
         dequantize,
         allow_nan,
     )
+    given = carrier(params)
+    if isinstance(given, Module):
+        raise given.unsupported("base parameters, Linen variables or an NNX model")
+    params = given.to_change(in_place, donate)
     held = carrier(params)
-    if isinstance(held, Module):
-        raise held.unsupported("base parameters, Linen variables or an NNX model")
     if held.in_place:
         active = held.active()
         active_adapters = {name: held.extract(name) for name in active}
@@ -157,7 +163,13 @@ def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:
 
 
 def unmerge(
-    params: Any, adapter: Adapter, *, donate: bool = False, allow_nan: bool = False, progress: Progress = None
+    params: Any,
+    adapter: Adapter,
+    *,
+    in_place: bool = False,
+    donate: bool = False,
+    allow_nan: bool = False,
+    progress: Progress = None,
 ) -> Any:
     """Undo `merge`, up to the rounding of the weight's dtype.
 
@@ -172,7 +184,7 @@ def unmerge(
     True
     """
     return _apply_changes(
-        params,
+        carrier(params).to_change(in_place, donate),
         (adapter,),
         (AppliedMethod.unweight, _unmerge_bias),
         ("unmerge", progress),

@@ -176,7 +176,7 @@ def test_a_model_is_untouched_where_the_function_stops_it(here):
 
     for call in (
         lambda model: jaxadapt.load("peft", model, progress=stop),
-        lambda model: jaxadapt.merge(model, small.adapter(), progress=stop),
+        lambda model: jaxadapt.merge(model, small.adapter(), in_place=True, progress=stop),
         lambda model: jaxadapt.export.import_base("base", model, keymap=TABLE, progress=stop),
     ):
         model = small.net(3)

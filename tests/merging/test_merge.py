@@ -53,11 +53,11 @@ def test_a_model_merges_what_it_carries(config, said):
     """As PEFT's merge_and_unload does."""
     model = small.trained(config)
     out = model(X)
-    assert jaxadapt.merge(*([model, jaxadapt.extract(model)] if said else [model])) is model
-    np.testing.assert_allclose(model(X), out, **CLOSE)
-    assert nnx.graphdef(model) == nnx.graphdef(small.net())
+    merged = jaxadapt.merge(*([model, jaxadapt.extract(model)] if said else [model]))
+    np.testing.assert_allclose(merged(X), out, **CLOSE)
+    assert nnx.graphdef(merged) == nnx.graphdef(small.net())
     with pytest.raises(AttachError, match="no active adapter; it carries none"):
-        jaxadapt.merge(model)
+        jaxadapt.merge(merged)
 
     variables = small.variables(config)
     given = [variables, jaxadapt.extract(variables)] if said else [variables]
@@ -72,10 +72,10 @@ def test_several_adapters_of_a_model():
     small.trained(LORA, 3, "c", model)
     jaxadapt.activate(model, ["a", "b"])
     out, rest = model(X), jaxadapt.extract(model, "c")
-    jaxadapt.merge(model)
-    np.testing.assert_allclose(model(X), out, **CLOSE)
-    assert small.same(jaxadapt.extract(model, "c"), rest)  # it was not active, and is as it was
-    np.testing.assert_allclose(jaxadapt.activate(model)(X), out, **CLOSE)
+    merged = jaxadapt.merge(model)
+    np.testing.assert_allclose(merged(X), out, **CLOSE)
+    assert small.same(jaxadapt.extract(merged, "c"), rest)  # it was not active, and is as it was
+    np.testing.assert_allclose(jaxadapt.activate(merged)(X), out, **CLOSE)
 
     model = small.trained(IA3, 1, "a")
     small.trained(LORA, 2, "b", model)
@@ -102,6 +102,30 @@ def test_what_carries_no_adapter_says_so():
             jaxadapt.merge(given)
 
 
+def test_merging_a_model_leaves_it_adapted_and_shares_what_does_not_change(tmp_path):
+    model = small.trained(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]))
+    out, before = model(X), nnx.to_flat_state(nnx.state(model))
+    kept = {path: var.get_value() for path, var in before}
+    merged = jaxadapt.merge(model)
+    np.testing.assert_allclose(merged(X), out, **CLOSE)
+    np.testing.assert_array_equal(model(X), out)
+    assert all(var.get_value() is kept[path] for path, var in nnx.to_flat_state(nnx.state(model)))
+    changed = [path for path, var in nnx.to_flat_state(nnx.state(merged)) if var.get_value() is not kept[path]]
+    assert changed == [("q_proj", "kernel")]
+    back = jaxadapt.unmerge(merged, jaxadapt.extract(model))
+    np.testing.assert_allclose(merged(X), out, **CLOSE)
+    np.testing.assert_allclose(back(X), small.net()(X), rtol=1e-4, atol=1e-5)
+    jaxadapt.save(model, tmp_path)
+    with pytest.raises(AttachError, match="in_place=True: expected an NNX model, found dict"):
+        jaxadapt.merge(small.variables(), in_place=True)
+
+
+@pytest.mark.parametrize("merged", [lambda: jaxadapt.merge(small.trained()), lambda: jaxadapt.merge(small.variables())])
+def test_saving_a_merged_model_says_that_the_adapter_was_merged(merged, tmp_path):
+    with pytest.raises(AttachError, match=r"[Ss]ave (it|a merged adapter) from the (model|variables) before the merge"):
+        jaxadapt.save(merged(), tmp_path)
+
+
 def test_a_copy_and_a_sum_of_one_weight():
     """What modules_to_save replaces comes first, whichever adapter has it; and a merge that fails changes nothing."""
     for order in (["a", "b"], ["b", "a"]):
@@ -119,7 +143,7 @@ def test_a_copy_and_a_sum_of_one_weight():
     jaxadapt.activate(model, ["a", "b"])
     before = np.asarray(model.q_proj.kernel[...])
     with pytest.raises(AttachError, match="are not finite"):
-        jaxadapt.merge(model, safe=True)
+        jaxadapt.merge(model, safe=True, in_place=True)
     np.testing.assert_array_equal(model.q_proj.kernel[...], before)
     assert model.q_proj.active_adapters == ("a", "b")
 
@@ -139,7 +163,7 @@ def test_a_merge_that_fails_leaves_the_model_adapted():
     model.q_proj.kernel[...] = jnp.full((6, 8), jnp.inf)
     out = model(X)
     with pytest.raises(AttachError, match="are not finite"):
-        jaxadapt.merge(model, safe=True, allow_nan=True)
+        jaxadapt.merge(model, safe=True, allow_nan=True, in_place=True)
     np.testing.assert_array_equal(model(X), out)
 
 
@@ -164,12 +188,15 @@ def test_models_merge_in_place(config):
         jaxadapt.merge(model, jax.tree.map(jnp.copy, adapter))
     jaxadapt.detach(model)
     kernel = model.q_proj.kernel
-    assert jaxadapt.merge(model, adapter) is model
+    assert jaxadapt.merge(model, adapter, in_place=True) is model
     assert model.q_proj.kernel is kernel
     assert nnx.graphdef(model) == nnx.graphdef(small.net())
     np.testing.assert_allclose(model(X), out, **CLOSE)
-    jaxadapt.unmerge(model, adapter)
+    assert jaxadapt.unmerge(model, adapter, in_place=True) is model
     np.testing.assert_allclose(model(X), small.net()(X), rtol=1e-4, atol=1e-5)
+    adapted = small.trained(config)
+    assert jaxadapt.merge(adapted, in_place=True) is adapted
+    np.testing.assert_allclose(adapted(X), out, **CLOSE)
 
 
 def test_the_merged_weight_is_the_formula():

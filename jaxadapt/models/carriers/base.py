@@ -59,6 +59,15 @@ class Carrier:
         """The base parameters in the tree."""
         return self.tree
 
+    def to_change(self, in_place: bool, donate: bool) -> Any:
+        """Return the tree whose base an operation may change: of an NNX model a copy, unless its memory is given up."""
+        if in_place:
+            raise AttachError(
+                f"in_place=True: expected an NNX model, found {type(self.tree).__name__}, for which a new tree is"
+                " returned. donate=True reuses the memory of its weights"
+            )
+        return self.tree
+
     def walk(self) -> graph.ModelWalk | None:
         """Return the modules and parameters of an NNX model, from one traversal; None for trees without modules."""
         return None

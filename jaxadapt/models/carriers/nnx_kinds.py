@@ -119,6 +119,9 @@ class Model(_Variables, Object):
 
     has_base = in_place = True
 
+    def to_change(self, in_place: bool, donate: bool) -> Any:
+        return self.tree if in_place or donate else nnx.clone(self.tree)  # which shares the arrays
+
     def walk(self) -> graph.ModelWalk:
         return self._contents
 

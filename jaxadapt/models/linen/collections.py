@@ -248,8 +248,9 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
     """
     if config is None:
         raise AttachError(
-            "this tree carries no adapter configuration (it has none, or to_pure_dict or a restore without a target"
-            " dropped it). Pass config=, and keymap= if the model was adapted with one"
+            "this tree carries no adapter configuration (it has no adapter, as after merge, or to_pure_dict or a"
+            " restore without a target dropped it). Save a merged adapter from the variables before the merge; else"
+            " pass config=, and keymap= if the model was adapted with one"
         )
     collection = collection_name(config)
     values: dict[str, Any] = {}

@@ -332,7 +332,13 @@ def extract(tree: Tree, name: str) -> Adapter:
     """
     adapters = adapter_variables(tree)
     if name not in adapters:
-        raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
+        merged = (
+            ". If merge merged it, it is in the weights: save it from the model before the merge, or write the merged"
+            " weights with jaxadapt.export.export_base"
+        )
+        raise AttachError(
+            f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}{'' if adapters else merged}"
+        )
     variables = adapters[name]
     recipe = _recipe_of(variables, name)
     values = graph.values_of(variables)
