@@ -7,7 +7,6 @@ of Hugging Face's Llama checkpoints: ``model.layers.0.self_attn.q_proj.weight``,
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxadapt.core.compare import Spec, compare, shapes_of
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.serving.generation import KVCache
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -175,60 +175,6 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """The keys and values of the tokens that each row of a batch has read, in arrays of fixed size.
-
-    Attributes:
-        keys: (layers, B, S, K, h), rotated.
-        values: (layers, B, S, K, h).
-        lengths: int32 (B), the tokens that each row holds. A call writes its tokens behind them. A caller may lower
-            a length: later tokens are then not read.
-        layer: int32, the layer that writes next.
-
-    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
-    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
-    >>> KVCache.create(config, rows=3, length=8).keys.shape
-    (2, 3, 8, 2, 4)
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    lengths: jax.Array
-    layer: jax.Array
-
-    @classmethod
-    def create(cls, config: LlamaConfig, rows: int, length: int) -> KVCache:
-        """Return an empty cache for `length` tokens a row."""
-        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-        keys, values = jnp.zeros(shape, config.param_dtype), jnp.zeros(shape, config.param_dtype)
-        return cls(keys, values, jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))
-
-    def mask(self, count: int) -> jax.Array:
-        """Return the mask (B, 1, T, S) of `count` new tokens: each sees its row's earlier tokens, and itself."""
-        places = jnp.arange(self.keys.shape[2])[None, None, None]
-        return places <= self._new_places(count)[:, None, :, None]
-
-    def append(self, keys: jax.Array, values: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
-        """Write one layer's new keys and values (B, T, K, h); return the cache and all of the layer's, (B, S, K, h).
-
-        Tokens that the cache has no room for are not written.
-        """
-        at = (self.layer, jnp.arange(len(keys))[:, None], self._new_places(keys.shape[1]))
-        all_keys = self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop")
-        all_values = self.values.at[at].set(values.astype(self.values.dtype), mode="drop")
-        cache = KVCache(all_keys, all_values, self.lengths, self.layer + 1)
-        return cache, cache.keys[self.layer], cache.values[self.layer]
-
-    def advance(self, count: int) -> KVCache:
-        """Return the cache after all layers wrote `count` tokens: they belong to it, and layer 0 is next."""
-        return dataclasses.replace(self, lengths=self.lengths + count, layer=jnp.zeros((), jnp.int32))
-
-    def _new_places(self, count: int) -> jax.Array:
-        return self.lengths[:, None] + jnp.arange(count)[None]
 
 
 def mask_of(padding: jax.Array | None) -> jax.Array | None:

@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxadapt.core.errors import AdapterError, FileError, FormatError
-from jaxadapt.demo.llama import LlamaConfig, Tensor
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.storage import hf_model
 
@@ -41,6 +42,13 @@ class Base:
     text_tokenizer: Any
     stop: tuple[int, ...]
     system: str = ""
+    targets: ClassVar[tuple[str, ...]] = PROJECTIONS  # the modules that adapters may change
+
+    def build(self) -> tuple[LlamaConfig, Any]:
+        """Build the model in NNX; return its hyperparameters and the model."""
+        # Stacked layers: a program compiles in a third of the time, and a step takes a fifth longer.
+        config = dataclasses.replace(self.config, scan=True)
+        return config, to_nnx(config, self.weights)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, to which nothing is added."""

@@ -13,11 +13,10 @@ from typing import Any
 
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.core.progress import LOGGER
-from jaxadapt.demo.generation import Decoder, Sampling
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.protocol import RequestError
 from jaxadapt.server.text import TextStream
-from jaxadapt.serving import AdapterPool
+from jaxadapt.serving import AdapterPool, Decoder, Sampling
 
 
 @dataclasses.dataclass(frozen=True)

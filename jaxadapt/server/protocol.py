@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError, ConfigError
-from jaxadapt.demo.generation import Sampling
+from jaxadapt.serving import Sampling
 
 MAX_PROMPTS, MAX_STOPS = 64, 4
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxadapt import serving
 from jaxadapt.core.errors import ConfigError, FileError, warn
-from jaxadapt.demo.generation import Decoder, nnx_forward
-from jaxadapt.demo.llama import PROJECTIONS
-from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.server import names
 from jaxadapt.server.base import Base
 from jaxadapt.server.engine import Engine
@@ -32,7 +28,6 @@ def make_server(
     slots: int | None = None,
     length: int = 512,
     rank: int = 16,
-    targets: Sequence[str] = PROJECTIONS,
     queue: int = 64,
 ) -> Any:
     """Build a server: the model with a bank, the pool of adapters, the running batch. It is compiled here.
@@ -44,7 +39,6 @@ def make_server(
         slots: the adapters on the device, with the base; None for twice the rows, and one.
         length: the tokens of a prompt and its answer together.
         rank: the least rank to have room for; a larger one in the folder makes room for itself.
-        targets: the modules that adapters may change.
         queue: the requests that may wait.
 
     Returns:
@@ -66,13 +60,11 @@ def make_server(
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
     for problem in problems:
         warn(problem)
-    # Stacked layers: a program compiles in a third of the time, and a step takes a fifth longer.
-    config = dataclasses.replace(base.config, scan=True)
-    model = to_nnx(config, base.weights)
-    bank = serving.create(model, make_room(model, folders.values(), rank, targets), slots=slots)
+    config, model = base.build()
+    bank = serving.create(model, make_room(model, folders.values(), rank, base.targets), slots=slots)
     pool = serving.AdapterPool(bank, model, folders)
     serving.attach(model, bank)
-    decoder = Decoder(config, *nnx_forward(model), rows=rows, length=length, select=pool.select)
+    decoder = serving.Decoder(config, *serving.nnx_forward(model), rows=rows, length=length, select=pool.select)
     for size in decoder.buckets:
         decoder.start(0, [0] * min(size, length - 1))
     decoder.step()

@@ -1,4 +1,4 @@
-"""Many adapters on one base: a bank of adapters on the devices, a route for a batch's rows, and a pool of folders."""
+"""Many adapters on one base: a bank on the devices, a route for a batch's rows, a pool of folders, and generation."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from jaxadapt.serving.bank import get as get
     from jaxadapt.serving.bank import prepare as prepare
     from jaxadapt.serving.bank import put as put
+    from jaxadapt.serving.generation import Decoder as Decoder
+    from jaxadapt.serving.generation import KVCache as KVCache
+    from jaxadapt.serving.generation import linen_forward as linen_forward
+    from jaxadapt.serving.generation import nnx_forward as nnx_forward
     from jaxadapt.serving.pool import AdapterPool as AdapterPool
     from jaxadapt.serving.pool import Lease as Lease
     from jaxadapt.serving.routing import attach as attach
     from jaxadapt.serving.routing import detach as detach
     from jaxadapt.serving.routing import route as route
+    from jaxadapt.serving.sampling import Sampling as Sampling
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

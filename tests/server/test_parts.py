@@ -15,7 +15,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
-from jaxadapt.demo.generation import GREEDY
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.server import names, run
@@ -24,6 +23,7 @@ from jaxadapt.server.engine import Engine, Job, Piece
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.protocol import RequestError
 from jaxadapt.server.text import TextStream
+from jaxadapt.serving.sampling import GREEDY
 from tests.server.conftest import CONFIG, write_base
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,8 +151,13 @@ class Model(_Variables, Object):
         return survey.base_values(owners)
 
     def abstract(self) -> Any:
+        rebuild, state = self.split()
+        return rebuild(jax.eval_shape(lambda: state))
+
+    def split(self) -> tuple[Callable[[Any], Any], Any]:
+        """Return the function that builds the model from its state, and the state."""
         graphdef, state = nnx.split(self.tree)
-        return nnx.merge(graphdef, jax.eval_shape(lambda: state))
+        return functools.partial(nnx.merge, graphdef), state
 
     def statistics(self) -> list[str]:
         return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]

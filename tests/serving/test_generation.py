@@ -16,8 +16,9 @@ import jaxadapt
 from jaxadapt import serving
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.demo import llama, llama_linen, llama_nnx
-from jaxadapt.demo.generation import Decoder, Sampling, choose, linen_forward, nnx_forward, restrict
-from jaxadapt.demo.llama import KVCache, LlamaConfig
+from jaxadapt.demo.llama import LlamaConfig
+from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward
+from jaxadapt.serving.sampling import choose, restrict
 from tests.support.compiling import without_optimizations
 
 TINY = LlamaConfig(

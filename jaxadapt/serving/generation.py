@@ -1,4 +1,4 @@
-"""Generation with a key/value cache: a batch of fixed size with changing rows, for both demo models.
+"""Generation with a key/value cache: a batch of fixed size with changing rows.
 
 Two functions are compiled: one reads the prompt of one row (once for each bucket of lengths), the other decodes a
 token in every row. Rows, adapters and settings of sampling are arguments, so no request compiles anything again.
@@ -9,77 +9,111 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.typing import DTypeLike
 
-from jaxadapt import models, serving
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.demo.llama import KVCache, LlamaConfig
-
-Forward = Callable[..., tuple[jax.Array, KVCache]]
-"""`forward(state, route, tokens, positions, cache, first)` -> (logits (B, T, V), cache)."""
+from jaxadapt.models.carriers import Model
+from jaxadapt.models.invocation import invoke
+from jaxadapt.serving import routing
+from jaxadapt.serving.sampling import DTYPES, GREEDY, Sampling, choose
 
 SMALLEST_BUCKET = 16
 
 
+class Sizes(Protocol):
+    """The hyperparameters of a model that a cache and a batch need; a `LlamaConfig` of the demo has them."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def param_dtype(self) -> DTypeLike: ...
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """The settings that choose the next token of a row.
+class KVCache:
+    """The keys and values of the tokens that each row of a batch has read, in arrays of fixed size.
 
-    Args:
-        temperature: what the logits are divided by; 0 takes the token with the largest one.
-        top_k: the number of tokens to choose from; 0 for all.
-        top_p: choose from the fewest most probable tokens whose probabilities sum to at least this.
-        seed: of the row's random numbers. A row's draws depend on its seed and its position only, so they do not depend
-            on the batch.
+    Attributes:
+        keys: (layers, B, S, K, h), rotated.
+        values: (layers, B, S, K, h).
+        lengths: int32 (B), the tokens that each row holds. A call writes its tokens behind them. A caller may lower
+            a length: later tokens are then not read.
+        layer: int32, the layer that writes next.
 
-    Raises:
-        ConfigError: a value is out of its range.
-
-    >>> Sampling(temperature=0.7, top_p=0.9).top_k
-    0
+    >>> from jaxadapt.demo.llama import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> KVCache.create(config, rows=3, length=8).keys.shape
+    (2, 3, 8, 2, 4)
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    layer: jax.Array
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be {expected}, found {getattr(self, name)}"
-            for name, expected, right in (
-                ("temperature", "a finite number of at least 0", 0 <= self.temperature < float("inf")),
-                ("top_k", "at least 0 and below 2**31", 0 <= self.top_k < 2**31),
-                ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
-                ("seed", "at least 0 and below 2**32", 0 <= self.seed < 2**32),
-            )
-            if not right
-        ]
-        if problems:
-            raise ConfigError("Sampling: " + "; ".join(problems))
+    @classmethod
+    def create(cls, config: Sizes, rows: int, length: int) -> KVCache:
+        """Return an empty cache for `length` tokens a row."""
+        shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
+        keys, values = jnp.zeros(shape, config.param_dtype), jnp.zeros(shape, config.param_dtype)
+        return cls(keys, values, jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def mask(self, count: int) -> jax.Array:
+        """Return the mask (B, 1, T, S) of `count` new tokens: each sees its row's earlier tokens, and itself."""
+        places = jnp.arange(self.keys.shape[2])[None, None, None]
+        return places <= self._new_places(count)[:, None, :, None]
+
+    def append(self, keys: jax.Array, values: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Write one layer's new keys and values (B, T, K, h); return the cache and all of the layer's, (B, S, K, h).
+
+        Tokens that the cache has no room for are not written.
+        """
+        at = (self.layer, jnp.arange(len(keys))[:, None], self._new_places(keys.shape[1]))
+        all_keys = self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop")
+        all_values = self.values.at[at].set(values.astype(self.values.dtype), mode="drop")
+        cache = KVCache(all_keys, all_values, self.lengths, self.layer + 1)
+        return cache, cache.keys[self.layer], cache.values[self.layer]
+
+    def advance(self, count: int) -> KVCache:
+        """Return the cache after all layers wrote `count` tokens: they belong to it, and layer 0 is next."""
+        return dataclasses.replace(self, lengths=self.lengths + count, layer=jnp.zeros((), jnp.int32))
+
+    def _new_places(self, count: int) -> jax.Array:
+        return self.lengths[:, None] + jnp.arange(count)[None]
 
 
-GREEDY = Sampling()
+Forward = Callable[..., tuple[jax.Array, KVCache]]
+"""`forward(state, route, tokens, positions, cache, first)` -> (logits (B, T, V), cache)."""
 
 
 def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, Any]:
     """Return the forward function of an NNX model and its state.
 
     Args:
-        model: a `llama_nnx.Llama`, also with adapters or a bank.
+        model: an NNX model with the interface of the demo's Llama (see docs/serving.md), also with adapters or a bank.
         embedded_prompt: True if the active adapter is a prompt of embeddings (PROMPT_TUNING, P_TUNING, …): its virtual
             tokens then stay in the cache after the first call.
     """
-    graphdef, state = nnx.split(model)
+    rebuild, state = Model(model).split()
 
     def forward(state: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
-        with _called(nnx.merge(graphdef, state), route, embedded_prompt and not first) as called:
+        with _called(rebuild(state), route, embedded_prompt and not first) as called:
             return called(tokens, positions=positions, cache=cache)
 
     return forward, state
@@ -99,53 +133,8 @@ def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
 def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
     with contextlib.ExitStack() as stack:
         if prefilled:
-            model = stack.enter_context(models.invoke(model, prefilled=True))
-        yield model if route is None else stack.enter_context(serving.route(model, route))
-
-
-def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return logits (B, V) with -inf in place of the tokens that top_k and top_p (B) leave out, top_k first.
-
-    The most probable token always stays, and so do tokens that are as probable as the last one that stays.
-    """
-    ordered = -jnp.sort(-logits, axis=-1)
-    size = logits.shape[-1]
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    ordered = jnp.where(jnp.arange(size)[None] < count[:, None], ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    first = jnp.arange(size)[None] == 0  # also if top_p is 0 in float32
-    kept = ((before < top_p[:, None]) | first) & (ordered > -jnp.inf)
-    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def choose(logits: jax.Array, positions: jax.Array, settings: Mapping[str, jax.Array]) -> jax.Array:
-    """Choose a token in each row.
-
-    Args:
-        logits: float32 (B, V).
-        positions: int32 (B), the places of the new tokens, which make draws differ.
-        settings: the fields of `Sampling`, each (B).
-
-    Returns:
-        int32 (B).
-    """
-    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
-    sampled = temperature >= jnp.finfo(jnp.float32).tiny  # devices may take a smaller number for 0
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw(logits: jax.Array) -> jax.Array:
-        # The largest becomes 0, so that a tiny temperature leaves it finite and makes the others -inf.
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(sampled, temperature, 1.0)[:, None]
-        limited = sampled & ((top_k > 0) | (top_p < 1))
-        # Sorting a large vocabulary takes long, so rows that do not ask for it do not wait for it.
-        scaled = jax.lax.cond(jnp.any(limited), lambda x: restrict(x, top_k, top_p), lambda x: x, scaled)
-        keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))
-        drawn = jax.vmap(jax.random.categorical)(keys(settings["seed"], positions), scaled)
-        return jnp.where(sampled, drawn.astype(jnp.int32), greedy)
-
-    return jax.lax.cond(jnp.any(sampled), draw, lambda _: greedy, logits)
+            model = stack.enter_context(invoke(model, prefilled=True))
+        yield model if route is None else stack.enter_context(routing.route(model, route))
 
 
 class Decoder:
@@ -163,7 +152,9 @@ class Decoder:
     Raises:
         ConfigError: the sizes are not positive, or `length` exceeds the model's positions.
 
+    >>> from flax import nnx
     >>> from jaxadapt.demo.llama_nnx import Llama
+    >>> from jaxadapt.demo.llama import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
     >>> decoder = Decoder(config, *nnx_forward(Llama(config, rngs=nnx.Rngs(0))), rows=2, length=32)
@@ -173,7 +164,7 @@ class Decoder:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: Sizes,
         forward: Forward,
         state: Any,
         *,
@@ -193,7 +184,7 @@ class Decoder:
         self._tokens = np.zeros(rows, np.int32)
         self._counts = np.zeros(rows, np.int32)
         self._slots = np.zeros(rows, np.int32)
-        self._settings = {f.name: np.full(rows, f.default, _DTYPES[f.name]) for f in dataclasses.fields(Sampling)}
+        self._settings = {f.name: np.full(rows, f.default, DTYPES[f.name]) for f in dataclasses.fields(Sampling)}
         self._route: Any = None
         self._stale = True
         self._traced, forward = 0, functools.partial(self._count, forward)
@@ -318,9 +309,6 @@ class Decoder:
     def _count(self, forward: Forward, *args: Any) -> Any:
         self._traced += 1  # Python runs this only while JAX traces
         return forward(*args)
-
-
-_DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
 
 
 def _read(
