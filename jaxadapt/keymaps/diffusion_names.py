@@ -31,8 +31,8 @@ _UNET = (
     "up_blocks.{0-3}.upsamplers.0.conv",
 )
 _CLIP = (
-    "text_model.encoder.layers.{0-31}.self_attn.{q,k,v,out}_proj",
-    "text_model.encoder.layers.{0-31}.mlp.fc{1,2}",
+    *(f"{prefix}encoder.layers.{{0-31}}.self_attn.{{q,k,v,out}}_proj" for prefix in ("text_model.", "")),
+    *(f"{prefix}encoder.layers.{{0-31}}.mlp.fc{{1,2}}" for prefix in ("text_model.", "")),  # "": transformers 5
     "text_projection",
 )
 MODULES: Mapping[str, tuple[str, ...]] = {"unet": _UNET, "text_encoder": _CLIP, "text_encoder_2": _CLIP}
