@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import collections
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxadapt import configs
-from jaxadapt.configs import Config
-from jaxadapt.core.errors import FormatError
+from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.core.errors import FormatError, raise_listed
 from jaxadapt.persistence import image_names
-from jaxadapt.persistence.image_names import Layout
+from jaxadapt.persistence.image_names import DIFFUSERS, Layout
 from jaxadapt.storage.source import TensorSource, View
+
+METADATA = "lora_adapter_metadata"
+"""diffusers' key of a header: {"<model>.<field>": value} of the LoraConfig of each model of the pipeline, as JSON."""
 
 _RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Tensors whose first axis is the rank, the first of them in a module."""
 
 
-def infer_config(tensors: View, layout: Layout, file: TensorSource) -> tuple[Config, str]:
-    """Return the configuration that the tensors and alphas show, and its method."""
+def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> tuple[Config, str]:
+    """Return the configuration that the tensors, the alphas and diffusers' metadata show, and its method."""
     opaque = configs.Config.from_dict({"peft_type": "LYCORIS", "peft_version": None, "inference_mode": True})
     if layout.method == "LYCORIS":
         return opaque, "LYCORIS"
@@ -32,7 +36,8 @@ def infer_config(tensors: View, layout: Layout, file: TensorSource) -> tuple[Con
         return opaque, "LYCORIS"
     ranks = {module: _rank(shapes) for module, shapes in modules.items()}
     values = {module: _alpha(file, key) for module, key in layout.alphas.items()}
-    alphas = {module: values.get(module, float(rank)) for module, rank in ranks.items()}
+    stated = _stated_alphas(layout, ranks, values, file.source, metadata)
+    alphas = {module: values.get(module, stated.get(module, float(rank))) for module, rank in ranks.items()}
     for module, shapes in modules.items():
         if {"lokr_w1", "lokr_w2"} <= shapes.keys():
             alphas[module] = float(ranks[module])  # LyCORIS does not scale a product of two full matrices
@@ -44,6 +49,68 @@ def infer_config(tensors: View, layout: Layout, file: TensorSource) -> tuple[Con
         "alpha_pattern": alpha_pattern, "target_modules": sorted(modules), "inference_mode": True, **fields,
     }  # fmt: skip
     return Config.from_dict(values_by_field, file.source), layout.method
+
+
+def _stated_alphas(
+    layout: Layout, ranks: Mapping[str, int], alphas: Mapping[str, float], source: str, metadata: Mapping[str, str]
+) -> dict[str, float]:
+    """Return the alpha of each module of a model that diffusers' metadata configures; with rsLoRA times √rank.
+
+    Raises `FormatError` for metadata that is no JSON object or contradicts the tensors, `ConfigError` for its values.
+    """
+    if METADATA not in metadata or (layout.style, layout.method) != (DIFFUSERS, "LORA"):
+        return {}
+    place = f"{source}: {METADATA} of the header"
+    try:
+        fields = dict(json.loads(metadata[METADATA]).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{place}: expected a JSON object: {error}; save the file again with diffusers") from error
+    by_model: dict[str, LoraConfig] = {}
+    for model in layout.models:
+        own = {key.removeprefix(f"{model}."): x for key, x in fields.items() if key.startswith(f"{model}.")}
+        if own:  # diffusers takes a model without fields as one without metadata, if its rank is 8
+            by_model[model] = LoraConfig.from_dict(own, f"{place}: {model}")
+    stated: dict[str, float] = {}
+    wrong: list[str] = []
+    for module, rank in ranks.items():
+        model, _, name = module.partition(".")
+        if model not in by_model:
+            continue
+        config = by_model[model]
+        alpha = config.alpha_of(name) * (math.sqrt(rank) if config.use_rslora else 1)
+        if config.rank_of(name) != rank:
+            wrong.append(f"{module}: rank {config.rank_of(name)} in the header, {rank} in its tensors")
+        elif alphas.get(module, alpha) != alpha:
+            wrong.append(f"{module}: alpha {alpha:g} in the header, {alphas[module]:g} in its tensor")
+        stated[module] = float(alpha)
+    raise_listed(FormatError, f"{place} contradicts the tensors; correct one of them:", wrong)
+    return stated
+
+
+def diffusers_metadata(settings: Mapping[str, tuple[int, float]], use_dora: bool) -> str:
+    """Return the text of diffusers' metadata, from {module: (rank, alpha)}: the fields that it needs for every file."""
+    models: dict[str, dict[str, tuple[int, float]]] = {}
+    for module, values in settings.items():
+        model, _, name = module.partition(".")
+        # transformers 5 has no "text_model" in CLIP; without it, the name is the end of that of every version.
+        models.setdefault(model, {})[name.removeprefix("text_model.")] = values
+    fields: dict[str, Any] = {}
+    for model, own in models.items():
+        for number, (field, pattern) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
+            common, others = split_common({name: values[number] for name, values in own.items()})
+            fields |= {f"{model}.{field}": common, f"{model}.{pattern}": anchored(others, own)}
+        fields |= {f"{model}.target_modules": sorted(own), f"{model}.use_dora": use_dora}
+    return json.dumps(fields, indent=2, sort_keys=True)
+
+
+def anchored(values: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+    """Return {pattern: value} that matches only the given names, where others of the modules end with one of them.
+
+    >>> anchored({"proj_out": 4, "conv": 2}, ["proj_out", "blocks.0.proj_out", "conv"])
+    {'^proj_out': 4, 'conv': 2}
+    """
+    ends = {name[i + 1 :] for name in modules for i, letter in enumerate(name) if letter == "."}
+    return {f"^{name}" if name in ends else name: value for name, value in values.items()}
 
 
 Modules = Mapping[str, Mapping[str, tuple[int, ...]]]

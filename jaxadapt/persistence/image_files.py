@@ -73,13 +73,13 @@ def open_file(path: str | os.PathLike[str]) -> Generator[ImageFile]:
 def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]) -> ImageFile:
     """Return the content of an open file; its tensors are read on demand.
 
-    Raises `FormatError` for an alpha that is no number.
+    Raises `FormatError` for an alpha that is no number, and for metadata of diffusers that contradicts the tensors.
     """
     scales = [name for name, key in layout.keys.items() if key.endswith(".dora_scale") and layout.method == "LORA"]
     if not all(_outputs(file, layout, name) for name in scales):  # one magnitude for each input, or a damaged one
         layout = dataclasses.replace(layout, method="LYCORIS", keys={key: key for key in file}, alphas={})
     tensors = _rename(file, layout)
-    config, method = image_configs.infer_config(tensors, layout, file)
+    config, method = image_configs.infer_config(tensors, layout, file, metadata)
     if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
         layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
         tensors = rename(file, layout.keys)
@@ -126,14 +126,24 @@ def write_file(
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
-    specs, get = file_tensors(tensors, style, layout)
-    safetensors.write(path, specs, get, metadata or {"format": "pt"}, progress=progress)
+    specs, get, alphas = file_tensors(tensors, style, layout)
+    header = dict(metadata or {"format": "pt"})
+    stated = header.pop(image_configs.METADATA, None) if tensors.config.peft_type == "LORA" else None
+    if alphas and (stated is not None or any(rank != alpha for rank, alpha in alphas.values())):
+        header[image_configs.METADATA] = image_configs.diffusers_metadata(alphas, bool(tensors.config.get("use_dora")))
+    safetensors.write(path, specs, get, header, progress=progress)
     return len(specs)
 
 
-def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tuple[Specs, Callable[[str], Any]]:
-    """Return `{the file's key: (dtype, shape)}`, and a function that returns one tensor; as in `write_file`."""
-    names, alphas = _file_keys(tensors, style, layout)
+def file_tensors(
+    tensors: PeftTensors, style: str, layout: Layout | None
+) -> tuple[Specs, Callable[[str], Any], dict[str, tuple[int, float]]]:
+    """Return `{the file's key: (dtype, shape)}`, a function that returns one tensor, and what the header must state.
+
+    The header of diffusers' file states the rank and alpha of each module. It has no tensors of alphas, which its
+    loader refuses for most pipelines, unless the file that the adapter came from has them.
+    """
+    names, alphas, stated = _file_keys(tensors, style, layout)
     source = as_source(tensors.tensors)
     specs: Specs = {}
     origins: dict[str, str] = {}
@@ -156,7 +166,7 @@ def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tup
             return np.asarray(values[name], specs[name][0])
         return np.asarray(source[origins[name]]).reshape(specs[name][1])
 
-    return specs, get
+    return specs, get, stated
 
 
 def _exact_dtype(number: float, dtype: Any) -> Any:
@@ -170,11 +180,11 @@ def _exact_dtype(number: float, dtype: Any) -> Any:
 
 def _file_keys(
     tensors: PeftTensors, style: str, layout: Layout | None
-) -> tuple[dict[str, str], dict[str, tuple[str, float]]]:
-    """Return {PEFT's key: the file's key}, and {module: (the key of its alpha, alpha)}."""
+) -> tuple[dict[str, str], dict[str, tuple[str, float]], dict[str, tuple[int, float]]]:
+    """Return {PEFT's key: the file's key}, {module: (the key of its alpha, alpha)}, and what the header states."""
     config = tensors.config
     if config.peft_type not in ("LORA", "LOHA", "LOKR"):
-        return {key: key for key in tensors.tensors}, {}
+        return {key: key for key in tensors.tensors}, {}, {}
     modules = {key: image_names.split_key(key) for key in tensors.tensors}
     others = [key for key, (_, name) in modules.items() if not name]
     unscaled = config.get("use_rslora") or config.get("bias", "none") != "none"
@@ -199,8 +209,9 @@ def _file_keys(
             names[key] = key.removeprefix(PEFT_PREFIX)
         else:
             others.append(key)
-    for module in dict.fromkeys(module for module, _ in modules.values()):
-        rank, alpha = image_configs.find_settings(config, module)
+    settings = {module: image_configs.find_settings(config, module) for module, _ in modules.values()}
+    in_header = style == DIFFUSERS and not (layout is not None and layout.alphas)
+    for module, (rank, alpha) in {} if in_header else settings.items():
         stored = None if layout is None else layout.alphas.get(module)
         if stored is not None or rank != alpha or (style == KOHYA and layout is None):
             end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
@@ -208,7 +219,13 @@ def _file_keys(
     if others or unscaled:
         reason = "use_rslora or bias is set" if unscaled else f"no name of {style} for:\n{paths.bullets(others)}"
         raise MismatchError(f"{tensors.source}: cannot write one file of {style}: {reason}")
-    return names, alphas
+    if layout is None and image_names.find_layout(names.values()) is None:
+        raise MismatchError(
+            f"{tensors.source}: cannot write one file of {style}: {next(iter(settings))} is no module of a pipeline's"
+            " model (unet, text_encoder, transformer …). Name a PEFT folder as its model, and convert the folder above"
+            " it. The flattened names of an unknown model have only kohya-ss' form"
+        )
+    return names, alphas, settings if in_header else {}
 
 
 # ---------------------------------------------------------------- one folder for each model
@@ -248,11 +265,12 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
 def _config_of(config: Config, model: str) -> Config:
     """Return the settings of the modules of one model, under the model's own names."""
     values = config.to_dict()
+    targets = [name.partition(".")[2] for name in values["target_modules"] if name.partition(".")[0] == model]
     for field in ("rank_pattern", "alpha_pattern"):
         items = (values.get(field) or {}).items()
-        values[field] = {name.partition(".")[2]: value for name, value in items if name.partition(".")[0] == model}
-    targets = values["target_modules"]
-    values["target_modules"] = [name.partition(".")[2] for name in targets if name.partition(".")[0] == model]
+        own = {name.partition(".")[2]: value for name, value in items if name.partition(".")[0] == model}
+        values[field] = image_configs.anchored(own, targets)
+    values["target_modules"] = targets
     return Config.from_dict(values)
 
 

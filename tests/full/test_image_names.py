@@ -1,4 +1,4 @@
-"""The names of image adapters against diffusers: its UNet classes' modules, and its conversion of kohya-ss' files.
+"""Image adapters against diffusers: its UNet classes' modules, its conversion of kohya-ss' files, and its own files.
 
 `pip install diffusers` brings it; without it these tests are skipped.
 """
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jaxadapt
+from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps import diffusion_names
 from jaxadapt.persistence import image_files, image_names
 
@@ -70,3 +72,76 @@ def test_every_module_is_what_diffusers_takes_it_for(version: str, tmp_path: Pat
     again = load_file(tmp_path / "b.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], x) for key, x in tensors.items())
+
+
+def small_pipeline() -> dict[str, Any]:
+    """Return {model of a pipeline: a small one of diffusers and transformers}."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = UNet2DConditionModel(
+        **{**SHARED, "layers_per_block": 1}, block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=16, max_position_embeddings=8, projection_dim=8, **sizes)
+    return {"unet": unet, "text_encoder": CLIPTextModel(text)}
+
+
+def save_pipeline(folder: Path) -> dict[str, float]:
+    """Save adapters with PEFT's settings in diffusers' file, and return the scale of each adapted module.
+
+    The first call in a process wrote tests/persistence/recorded_diffusers.safetensors.
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    models, attention = small_pipeline(), "mid_block.attentions.0.transformer_blocks.0"
+    models["unet"].add_adapter(LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights=False, rank_pattern={"attn2.to_k": 3}, alpha_pattern={"attn2.to_k": 5},
+        target_modules=[f"{attention}.attn1.to_k", f"{attention}.attn2.to_k"],
+    ))  # fmt: skip
+    models["text_encoder"].add_adapter(LoraConfig(
+        r=2, lora_alpha=6, init_lora_weights=False, use_rslora=True, lora_dropout=0.1, target_modules=["q_proj"]
+    ))  # fmt: skip
+    layers = {m: convert_state_dict_to_diffusers(get_peft_model_state_dict(model)) for m, model in models.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"],
+        **_collate_lora_metadata(models),
+    )  # fmt: skip
+    return _scales(models, "default")
+
+
+def _scales(models: dict[str, Any], name: str) -> dict[str, float]:
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        f"{model}.{module}": layer.scaling[name]
+        for model, root in models.items() for module, layer in root.named_modules() if isinstance(layer, LoraLayer)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["kohya-ss", "folders", None])
+def test_diffusers_scales_a_written_file_as_the_one_that_it_saved(through: str | None, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    expected = save_pipeline(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    if through is not None:
+        other = tmp_path / ("peft" if through == "folders" else "k.safetensors")
+        convert(path, other, format=None if through == "folders" else through)
+        path = tmp_path / "again.safetensors"
+        convert(other, path, format="diffusers")
+    config = jaxadapt.read_config(path)
+    assert {module: config.scale_of(module) for module in expected} == pytest.approx(expected, rel=1e-15)
+    models = small_pipeline()
+    tensors, alphas, stated = StableDiffusionPipeline.lora_state_dict(str(path), return_lora_metadata=True)
+    given = {"network_alphas": alphas, "metadata": stated, "adapter_name": "a"}
+    StableDiffusionPipeline.load_lora_into_unet(tensors, unet=models["unet"], **given)
+    StableDiffusionPipeline.load_lora_into_text_encoder(tensors, text_encoder=models["text_encoder"], **given)
+    assert _scales(models, "a") == pytest.approx(expected, rel=1e-15)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
@@ -34,6 +35,7 @@ KNOWN = (
     ("lora_te_text_model_encoder_layers_11_self_attn_q_proj",
      "text_encoder.text_model.encoder.layers.11.self_attn.q_proj"),
     ("lora_te_text_model_encoder_layers_0_mlp_fc2", "text_encoder.text_model.encoder.layers.0.mlp.fc2"),
+    ("lora_te_encoder_layers_0_mlp_fc2", "text_encoder.encoder.layers.0.mlp.fc2"),  # with transformers 5
 )  # fmt: skip
 KNOWN_XL = (
     ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k",
@@ -94,8 +96,6 @@ def test_a_file_of_kohya_becomes_pefts_folders_and_again_the_file(names: Any, tm
     assert equal(tmp_path / "back.safetensors", tensors)
     assert run("convert", file, tmp_path / "same.safetensors").exit_code == 0
     assert equal(tmp_path / "same.safetensors", tensors)
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "same.safetensors", "np") as same:
         assert same.metadata() == {"ss_network_dim": "2"}
 
@@ -148,6 +148,117 @@ def test_a_file_of_diffusers_keeps_its_names(tmp_path: Path):
     }  # fmt: skip
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
     assert equal(tmp_path / "b.safetensors", tensors)
+
+
+RECORDED = Path(__file__).parent / "recorded_diffusers.safetensors"
+"""Written by diffusers 0.42.1 with PEFT 0.21.2: `save_pipeline` of tests/full/test_image_names.py."""
+SCALES = {  # of PEFT's layers in the pipeline that was saved
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k": 8 / 4,
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 5 / 3,  # rank_pattern and alpha_pattern
+    "text_encoder.encoder.layers.0.self_attn.q_proj": 6 / 2**0.5,  # rsLoRA
+}
+
+
+def header(path: Path) -> Any:
+    with safe_open(path, "np") as file:
+        return json.loads((file.metadata() or {}).get("lora_adapter_metadata", "null"))
+
+
+def test_the_ranks_and_alphas_in_the_header_of_diffusers_are_read(tmp_path: Path):
+    config = jaxadapt.read_config(RECORDED)
+    assert {m: config.scale_of(m) for m in SCALES} == pytest.approx(SCALES, rel=1e-15)
+    assert {f.severity for f in jaxadapt.verify(RECORDED)} == {"note"}
+    assert run("convert", RECORDED, tmp_path / "k.safetensors", "--format", "kohya-ss").exit_code == 0
+    kohya_file = load_file(tmp_path / "k.safetensors")
+    names = image_names.kohya_keys(SCALES)
+    found = {m: kohya_file[f"{n}.alpha"] / len(kohya_file[f"{n}.lora_down.weight"]) for m, n in names.items()}
+    assert found == pytest.approx(SCALES, rel=1e-15)
+
+
+@pytest.mark.peft
+def test_an_alpha_unlike_the_rank_is_written_into_the_header_of_diffusers(tmp_path: Path):
+    """PEFT gets the header's fields from diffusers: `LoraConfig(**fields)`."""
+    import peft
+
+    names = (KNOWN[0], KNOWN[1], KNOWN[4])
+    save_file(kohya(names), tmp_path / "k.safetensors")
+    result = run("convert", tmp_path / "k.safetensors", tmp_path / "d.safetensors", "--format", "diffusers")
+    assert result.exit_code == 0, result.output
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in load_file(tmp_path / "d.safetensors"))
+    scales = {module: (1.5 + number % 2) / (2, 3)[number % 2] for number, (_, module) in enumerate(names)}
+    for model in ("unet", "text_encoder"):
+        own = {name.removeprefix(f"{model}."): s for name, s in scales.items() if name.startswith(f"{model}.")}
+        fields = {
+            key.removeprefix(f"{model}."): value
+            for key, value in header(tmp_path / "d.safetensors").items() if key.startswith(f"{model}.")
+        }  # fmt: skip
+        tree = _module_tree([*own])
+        peft.inject_adapter_in_model(peft.LoraConfig(**fields), tree)
+        assert {name: tree.get_submodule(name).scaling["default"] for name in own} == own
+
+
+def _module_tree(names: list[str]) -> Any:
+    import torch
+
+    tree = torch.nn.Module()
+    for name in names:
+        module = tree
+        *parents, last = name.split(".")
+        for parent in parents:
+            if parent not in module._modules:
+                module.add_module(parent, torch.nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(last, torch.nn.Linear(8, 8))
+    return tree
+
+
+def test_a_new_rank_is_also_one_in_the_header_of_diffusers(tmp_path: Path):
+    assert run("resize", RECORDED, "--rank", 1, "--out", tmp_path / "1.safetensors").exit_code == 0
+    found = header(tmp_path / "1.safetensors")
+    assert (found["unet.r"], found["unet.rank_pattern"], found["text_encoder.r"]) == (1, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ("[", "expected a JSON object"),
+        ("[1]", "expected a JSON object"),
+        ('{"unet.r": 3}', r"conv_in: rank 3 in the header, 2 in its tensors"),
+        ('{"unet.r": 2, "unet.lora_alpha": 4}', r"conv_in: alpha 4 in the header, 3 in its tensor"),
+        ('{"unet.r": -2}', "unet: LoraConfig: r: expected"),
+    ],
+)
+def test_a_header_of_diffusers_that_contradicts_the_tensors_is_refused(fields: str, what: str, tmp_path: Path):
+    tensors: Arrays = {
+        "unet.conv_in.lora_A.weight": np.ones((2, 4), "f4"), "unet.conv_in.lora_B.weight": np.ones((8, 2), "f4"),
+        "unet.conv_in.alpha": np.asarray(3, "f4"),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": fields})
+    with pytest.raises(jaxadapt.AdapterError, match=what):
+        jaxadapt.read(tmp_path / "a.safetensors")
+
+
+def test_a_setting_of_one_module_is_not_that_of_modules_whose_names_end_alike(tmp_path: Path):
+    """PEFT tries a pattern at the end of each name; "^" binds it to the whole one."""
+    tensors = {
+        f"transformer.{name}.lora_{side}.weight": np.ones((2, 2), "f4")
+        for name in ("proj_out", "blocks.0.proj_out", "blocks.1.proj_out") for side in "AB"
+    } | {"transformer.proj_out.alpha": np.asarray(1, "f4")}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "peft").exit_code == 0
+    config = jaxadapt.read_config(tmp_path / "peft" / "transformer")
+    assert [config.scale_of(name) for name in ("proj_out", "blocks.0.proj_out")] == [0.5, 1]
+
+
+def test_a_folder_that_is_no_model_of_a_pipeline_is_not_written_as_one_file(tmp_path: Path):
+    """Neither program would find a name in it."""
+    tensors = {f"{P}model.layers.0.q_proj.lora_{side}.weight": np.ones((2, 2), "f4") for side in "AB"}
+    folder = tmp_path / "transformer"
+    jaxadapt.write(jaxadapt.PeftTensors(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), tensors), folder)
+    refused = run("convert", folder, tmp_path / "a.safetensors", "--format", "diffusers")
+    assert "convert the folder above it" in " ".join(refused.output.split())
+    assert run("convert", tmp_path, tmp_path / "a.safetensors", "--format", "diffusers").exit_code == 0
+    assert jaxadapt.read_config(tmp_path / "a.safetensors").scale_of("transformer.model.layers.0.q_proj") == 4
 
 
 def lycoris() -> dict[str, Arrays]:
@@ -243,7 +354,7 @@ def test_every_command_takes_them(tmp_path: Path):
     save_file({k: x if k.endswith("alpha") else 2 * x for k, x in tensors.items()}, other)
     info = json.loads(run("inspect", file, "--json").output)
     assert info["config"]["r"] == 2
-    assert len(info["tensors"]) == 10
+    assert len(info["tensors"]) == 2 * len(KNOWN)
     verified = run("verify", file, "--json")
     assert verified.exit_code == 0, verified.output
     assert json.loads(verified.output)["error"] == 0

@@ -74,7 +74,7 @@ def check(arrays: Arrays) -> str:
         return "no image adapter"
     try:
         read = image_files.read_tensors(as_source(arrays), layout, {})
-        specs, get = image_files.file_tensors(read.tensors, read.layout.style, read.layout)
+        specs, get, _ = image_files.file_tensors(read.tensors, read.layout.style, read.layout)
     except AdapterError:
         return "refused"
     extra = {key for key in specs if key not in arrays}
