@@ -12,7 +12,7 @@ QUERY_AND_VALUE: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"target_modules": ("c_attn",)},
     "bert|roberta": {"target_modules": ("query", "value")},
     "t5": {"target_modules": ("q", "v")},
-    "gpt_neo|gptj": {"target_modules": ("q_proj", "v_proj")},
+    "gpt_neo(?!x)|gptj": {"target_modules": ("q_proj", "v_proj")},
     r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": {"target_modules": ("q_proj", "v_proj")},
 }
 """The projections of queries and values."""

@@ -70,7 +70,7 @@ class IA3Config(Config):
             "target_modules": ("key", "value", "output.dense"),
             "feedforward_modules": ("output.dense",),
         },
-        "gpt_neo": {"target_modules": ("q_proj", "v_proj", "c_proj"), "feedforward_modules": ("c_proj",)},
+        "gpt_neo(?!x)": {"target_modules": ("q_proj", "v_proj", "c_proj"), "feedforward_modules": ("c_proj",)},
         "gptj": {"target_modules": ("q_proj", "v_proj", "fc_out"), "feedforward_modules": ("fc_out",)},
         # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
         r"llama[123]|mistral": {

@@ -64,13 +64,14 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     with reporter(progress) as report, open_stored(path, report) as stored:
         findings = list(stored.findings)
         if stored.is_adapter:
-            findings += _check_content(stored, known_base, os.fspath(name), report)
+            family = base_checks.base_family(base, known_base)
+            findings += _check_content(stored, known_base, os.fspath(name), family, report)
         if isinstance(base, str | os.PathLike) and stored.base and not isinstance(known_base, KeyMap):
             findings += base_identity.check_identity(stored.base, known_base or {}, base)
     return sorted(findings, key=lambda found: SEVERITIES.index(found.severity))
 
 
-def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Report) -> list[Finding]:
+def _check_content(stored: StoredAdapter, base: Any, base_name: str, family: str, report: Report) -> list[Finding]:
     checked = config_checks.check_config(stored)
     config = checked.config
     if stored.specs is None:
@@ -100,9 +101,10 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Rep
         findings.append(_describe_tensors(kind, shapes))
         return [*findings, *tensor_checks.check_empty(shapes), *value_checks.check_values(keys, shapes, get, None)]
     if not names.has_several:
-        findings += tensor_checks.check_tensors(without_base(shapes, names, config), config)
+        findings += tensor_checks.check_tensors(without_base(shapes, names, config), config, family)
         if base is not None:
             findings += base_checks.check_base(shapes, config, base, base_name)
+    findings += tensor_checks.check_dtypes({name: stored.specs[key][0] for name, key in keys.items()}, config)
     findings += value_checks.check_values(keys, shapes, get, config)
     return [*findings, _describe_method(config, shapes), *_describe_scales(shapes, config)]
 

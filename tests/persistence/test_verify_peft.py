@@ -21,42 +21,45 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 X = np.random.default_rng(7).standard_normal((2, 6)).astype("float32")
 
 
-def net() -> Any:
+def net(stack: str = "model") -> Any:
+    """A model whose layers are in a module of this name."""
     import torch
 
     torch.manual_seed(0)
     layers = [("q_proj", torch.nn.Linear(6, 8)), ("act", torch.nn.Tanh()), ("up_proj", torch.nn.Linear(8, 6))]
     model = torch.nn.Module()
-    model.model = torch.nn.Sequential()
+    inner = torch.nn.Sequential()
     for name, layer in layers:
-        model.model.add_module(name, layer)
-    model.forward = model.model.forward
+        inner.add_module(name, layer)
+    model.add_module(stack, inner)
+    model.forward = inner.forward
     return model
 
 
-def trained(folder: Path, seed: int = 1, **fields: Any) -> Any:
+def trained(folder: Path, base: Any = None, **fields: Any) -> Any:
     """A PEFT model with random adapter values, also saved to `folder`."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(net(), LoraConfig(**{"r": 2, "target_modules": ["q_proj", "up_proj"], **fields}))
-    torch.manual_seed(seed)
+    model = get_peft_model(base or net(), LoraConfig(**{"r": 2, "target_modules": ["q_proj", "up_proj"], **fields}))
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.2)
     model.save_pretrained(folder)
     return model
 
 
-def outputs(folder: Any = None) -> np.ndarray:
+def outputs(folder: Any = None, base: Any = None) -> np.ndarray:
     """The outputs of PEFT's model with the adapter in `folder`; without one, those of the base."""
     import torch
     from peft import PeftModel
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = net() if folder is None else PeftModel.from_pretrained(net(), folder)
+        model = net() if base is None else base
+        model = model if folder is None else PeftModel.from_pretrained(model, folder)
         return model(torch.from_numpy(X)).numpy()
 
 
@@ -121,3 +124,107 @@ def test_an_actor_and_a_critic_in_one_file_are_not_repaired(tmp_path: Path):
     with pytest.raises(jaxadapt.MismatchError, match="expected the state dict of one PEFT model, found"):
         extract_files(found / WEIGHTS, tmp_path / "repaired")
     assert not (tmp_path / "repaired").exists()
+
+
+# ---------------------------------------------------------------- files that PEFT loads without effect, or otherwise
+
+
+NAMES_OF_OTHERS = (
+    ("model", "model", "error"),
+    ("model", "language_model", "error"),
+    ("encoder", "text_model", "warning"),
+)
+
+
+@pytest.mark.parametrize(("stack", "outer", "severity"), NAMES_OF_OTHERS)
+def test_names_that_peft_loads_without_effect_are_found(stack: str, outer: str, severity: str, tmp_path: Path):
+    """The adapter of `model.model.…`, `language_model.model.…` or `text_model.encoder.…` on a base without these."""
+    holder = held(net(stack), outer)
+    trained(tmp_path, holder)
+    assert np.array_equal(outputs(tmp_path, net(stack)), outputs(None, net(stack)))
+    base = {key: value.shape for key, value in net(stack).state_dict().items()}
+    found = {f.code: f for f in jaxadapt.verify(tmp_path, base) if f.severity != "note"}
+    assert {code: f.severity for code, f in found.items()} == {"prefix": severity}
+    assert "PEFT loads an adapter without effect" in found["prefix"].expected
+
+
+def tiny(kind: str) -> Any:
+    import torch
+    import transformers as t
+
+    torch.manual_seed(0)
+    if kind == "GPT2Model":
+        return t.GPT2Model(t.GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=8, n_positions=4))
+    sizes = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=8, **sizes))
+
+
+def logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[1, 2, 3]])).logits.numpy()
+
+
+def test_a_base_without_its_head_leaves_out_the_prefix(tmp_path: Path):
+    """transformers writes GPT2Model without "transformer.", and adds it for GPT2LMHeadModel."""
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel
+
+    tiny("GPT2Model").save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    model = trained(tmp_path / "adapter", base, target_modules=["c_attn"], fan_in_fan_out=True)
+    again = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert np.array_equal(logits(model), logits(again))
+    assert codes(tmp_path / "adapter", tmp_path / "base") == []
+
+
+def test_null_targets_are_pefts_default_of_the_model_type(tmp_path: Path):
+    from peft import PeftModel
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tiny("Llama").save_pretrained(tmp_path / "base")
+    trained(tmp_path / "sound", tiny("Llama"), target_modules=names)
+    tensors = load_file(tmp_path / "sound" / WEIGHTS)
+    found = beside(tmp_path / "sound", tensors, target_modules=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ignoring = PeftModel.from_pretrained(tiny("Llama"), found)
+    assert len(load_file(found / WEIGHTS)) == 14
+    assert sum("lora_" in name for name, _ in ignoring.named_parameters()) == 4
+    (error,) = (f for f in jaxadapt.verify(found, tmp_path / "base") if f.severity == "error")
+    assert (error.severity, error.code, len(error.subjects)) == ("error", "untargeted", 5)
+    assert "PEFT takes q_proj, v_proj and ignores 5 modules" in error.found
+    assert [f.severity for f in jaxadapt.verify(found) if f.code == "untargeted"] == ["warning"]
+    read = {key: value for key, value in tensors.items() if "q_proj" in key or "v_proj" in key}
+    assert codes(beside(tmp_path / "sound", read, target_modules=None), tmp_path / "base") == []
+
+
+def test_an_alpha_that_is_missing_or_zero_is_found(tmp_path: Path):
+    trained(tmp_path / "sound", lora_alpha=16)
+    tensors, right, plain = load_file(tmp_path / "sound" / WEIGHTS), outputs(tmp_path / "sound"), outputs()
+    assert codes(tmp_path / "sound") == []
+    found = beside(tmp_path / "sound", tensors, lora_alpha=0)
+    assert np.array_equal(outputs(found), plain)
+    assert codes(found) == ["alpha"]
+    eight = outputs(beside(tmp_path / "sound", tensors, lora_alpha=8))
+    values = json.loads((tmp_path / "sound" / CONFIG).read_text())
+    del values["lora_alpha"]
+    (found / CONFIG).write_text(json.dumps(values))
+    assert np.array_equal(outputs(found), eight)
+    assert not np.allclose(eight, right)
+    (warning,) = (f for f in jaxadapt.verify(found) if f.severity != "note")
+    assert (warning.code, warning.found) == ("alpha", "lora_alpha is missing: PEFT takes 8")
+
+
+def test_integers_are_read_by_peft_as_the_values_themselves(tmp_path: Path):
+    trained(tmp_path / "sound")
+    tensors = load_file(tmp_path / "sound" / WEIGHTS)
+    integers = {key: np.round(value / np.abs(value).max() * 127).astype("int8") for key, value in tensors.items()}
+    found = beside(tmp_path / "sound", integers)
+    values = beside(tmp_path / "sound", {key: value.astype("float32") for key, value in integers.items()})
+    as_floats = outputs(values)
+    assert np.abs(as_floats - outputs(tmp_path / "sound")).max() > 100
+    found = beside(tmp_path / "sound", integers)
+    assert np.array_equal(outputs(found), as_floats)
+    assert codes(found) == ["dtype"]

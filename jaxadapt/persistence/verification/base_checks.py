@@ -15,7 +15,7 @@ from jaxadapt.core import suggest
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.persistence.verification import finding, key_names
+from jaxadapt.persistence.verification import finding, key_names, stored_adapter
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.persistence.verification.tensor_checks import Shapes
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
@@ -30,6 +30,11 @@ _RENAMES = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("visual.", "model.visual."),
 )
+# The first parts of names that transformers leaves out in the files of models without their heads (base_model_prefix).
+_LEFT_OUT = frozenset(
+    ("model transformer backbone bert roberta distilbert electra albert deberta mpnet esm gpt_neox vit deit beit dinov2"
+     " swin clip siglip wav2vec2 hubert wavlm").split()
+)  # fmt: skip
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
 
@@ -56,6 +61,25 @@ def base_shapes(base: Any) -> Shapes | KeyMap:
                 raise FileError(f"{base}: no such folder or file, and {error}") from error
         raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
     return _folder_shapes(place) if location.is_dir(place) else _file_shapes(place)
+
+
+def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
+    """Return the model type that a base's config.json states, or the name of its family; "" if neither is known.
+
+    Args:
+        base: as in `base_shapes`.
+        known: its result.
+    """
+    if isinstance(known, KeyMap):
+        return known.name
+    if not isinstance(base, str | os.PathLike):
+        return ""
+    place = location.to_location(cast("str | os.PathLike[str]", base))
+    path = (place if location.is_dir(place) else place.parent) / "config.json"
+    if not location.exists(path):
+        return ""
+    values = stored_adapter.parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
+    return str(values.get("model_type", ""))
 
 
 def _file_shapes(path: Location) -> Shapes:
@@ -147,19 +171,7 @@ def _explain_missing(
         )  # fmt: skip
     names = _prefixed_modules(modules, base)
     if names is not None:
-        text = f"the names have another prefix in {source}: {missing[0]} is {names[missing[0]]} there"
-        first = missing[0]
-        if len(names[first]) < len(first):  # transformers writes the files of a model without its head like this
-            return (
-                finding.note("other-prefix", missing, f"{text}, as in files of a model without its head"),
-                names,
-            )
-        return (
-            finding.error("prefix", missing, text, "PEFT's names of the whole model, with its head",
-                          f"put {names[first].removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: "
-                          "jaxadapt rename --base"),
-            names,
-        )  # fmt: skip
+        return _explain_prefix(missing[0], names, missing, source), names
     experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
     if len(experts) == len(missing):
         return (
@@ -179,6 +191,24 @@ def _explain_missing(
             f" {missing[0]}{hint}", "modules of this base", "check that the adapter belongs to this base model",
         ),
         {m: m for m in modules},
+    )  # fmt: skip
+
+
+def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str], source: str) -> Finding:
+    """Return the finding for modules whose names begin otherwise in the base."""
+    there = names[first]
+    text = f"the names have another prefix in {source}: {first} is {there} there"
+    if len(there) > len(first):
+        remedy = f"put {there.removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: jaxadapt rename --base"
+        return finding.error("prefix", missing, text, "PEFT's names of the whole model, with its head", remedy)
+    prefix = first.removesuffix(there).rstrip(".")
+    is_whole = {name.partition(".")[0] for name in names.values()} <= {"model", "transformer"}
+    if prefix in _LEFT_OUT and not is_whole:  # transformers writes the files of a model without its head like this
+        return finding.note("other-prefix", missing, f"{text}, as in files of a model without its head")
+    found = finding.error if is_whole else finding.warning  # a class that is not known here may leave out its prefix
+    return found(
+        "prefix", missing, text, "the names of the base's modules. With others, PEFT loads an adapter without effect",
+        f"take {prefix + '.'!r} off the names: jaxadapt rename --base",
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
         if is_lost:
             repairs = ["adapter_config.json written again from the copy in the weights' header"]
             config = stored.header
+            values = None
         if config is None:
             return CheckedConfig(None, tuple(findings))
     else:
@@ -79,8 +80,23 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
                     "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)",
                 )
             )
-    findings += _versions(config)
+    findings += [*([] if values is None else _check_alpha(config, values)), *_versions(config)]
     return CheckedConfig(config, tuple(findings), tuple(repairs))
+
+
+def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
+    """Find an alpha that the file does not state, or that makes the adapter change nothing."""
+    name = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), None)
+    if name is None or isinstance(config, GenericConfig):
+        return []
+    alpha, expected = config.get(name), "the alpha of the training, on which the scale depends"
+    if name not in values:
+        text = f"{name} is missing: PEFT takes {alpha}"
+        return [finding.warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
+    if alpha == 0:
+        text = f"{name} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
+        return [finding.warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
+    return []
 
 
 def _without_file(stored: StoredAdapter) -> CheckedConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxadapt.analysis.norms import named_parameter
 from jaxadapt.configs import Config, matching
@@ -35,12 +35,13 @@ def split_modules(shapes: Shapes, config: Config) -> tuple[dict[str, dict[str, t
     return modules, others
 
 
-def check_tensors(shapes: Shapes, config: Config) -> list[Finding]:
+def check_tensors(shapes: Shapes, config: Config, family: str = "") -> list[Finding]:
     """Return findings about missing, empty and unexpected tensors, and about ranks.
 
     Args:
         shapes: by PEFT's names.
         config: the configuration.
+        family: the type of the base model, for PEFT's default targets; "" if it is not known.
     """
     if not key_names.is_known_method(config.peft_type):
         return check_empty(shapes)
@@ -59,7 +60,7 @@ def check_tensors(shapes: Shapes, config: Config) -> list[Finding]:
         return findings
     findings += _check_pairs(modules, config)
     findings += _check_ranks(modules, config)
-    findings += _check_targets(modules, config)
+    findings += _check_targets(modules, config, family)
     findings += _check_saved(shapes, modules, others, config)
     findings += _check_layers(modules, config)
     return findings
@@ -155,14 +156,65 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
     return findings
 
 
-def _check_targets(modules: Modules, config: Config) -> list[Finding]:
+def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
+    """Find trained tensors that are no floating-point numbers, as a quantizer of whole files writes them.
+
+    Args:
+        dtypes: safetensors' names of dtypes by PEFT's names of tensors.
+        config: the configuration.
+    """
+    trained = {*config.new_values, *(name for pair in config.tensor_pairs for name in pair)}
+    splits = {key: key_names.split_key(key, config.peft_type) for key in dtypes}
+    wrong = [
+        key
+        for key, split in splits.items()
+        if split and split[1] in trained and not dtypes[key].startswith(("F", "BF"))
+    ]
+    if not wrong:
+        return []
+    return [
+        finding.error(
+            "dtype", wrong, f"{dtypes[wrong[0]]} in {finding.count(wrong, 'tensor')}, such as {wrong[0]}",
+            "floating-point numbers: PEFT takes integers as the values themselves, without a scale",
+            "save the adapter again where it was trained, or multiply the integers by their scales",
+        )
+    ]  # fmt: skip
+
+
+def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> list[Finding]:
+    """Check the modules of a configuration without targets, for which PEFT takes a default by the base's type."""
+    if not config.default_targets or config.get("target_parameters") or not adapted:
+        return []
+    resolved = matching.with_default_targets(config, family)
+    targets = resolved.names("target_modules")
+    remedy = "name the adapted modules in target_modules"
+    if not targets:
+        text = "target_modules is null: PEFT takes its default for the type of the base model, or refuses the adapter"
+        return [
+            finding.warning("untargeted", adapted, text, "target_modules that selects every adapted module", remedy)
+        ]
+    ignored, taken = [name for name in adapted if not _is_targeted(resolved, name)], ", ".join(sorted(targets))
+    if not ignored:
+        return []
+    return [
+        finding.error(
+            "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {taken}"
+            f" and ignores {finding.count(ignored, 'module')}, such as {ignored[0]}",
+            "target_modules that selects every adapted module", remedy,
+        )
+    ]  # fmt: skip
+
+
+def _check_targets(modules: Modules, config: Config, family: str) -> list[Finding]:
     targets = config.get("target_modules")
-    if targets is None or matching.is_all_linear(config) or key_names.has_no_modules(config.peft_type):
+    if matching.is_all_linear(config) or key_names.has_no_modules(config.peft_type):
         return []
     if not config.target_is_expression:
         return []
     names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
     adapted = [name for name in names if name and name != "base_model"]
+    if targets is None:
+        return _check_default_targets(adapted, config, family)
     by_other_names = bool(config.get("layer_replication") or config.get("target_parameters"))
     untargeted = [] if by_other_names else [name for name in adapted if not _is_targeted(config, name)]
     findings: list[Finding] = []
