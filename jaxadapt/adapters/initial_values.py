@@ -220,6 +220,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         site.fan_in,
         hparams=site.hparams.own if in_torch else site.hparams,
         module=_module(each, i),
+        has_bias=site.target.has_bias,
         **common,
     )
 

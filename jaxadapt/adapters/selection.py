@@ -22,6 +22,7 @@ from jaxadapt.adapters.sites import (
     targeted_entries,
 )
 from jaxadapt.configs import Config, matching
+from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
@@ -207,7 +208,8 @@ def _select_sites(
             continue
         indices = [index for index, name in module_names.items() if name in selected_names]
         match, modules = targeted_entries(match, sizes, module_names, indices)
-        sites.append(bind_site(config, method, keymap, match, sizes, modules, found.of(modules)))
+        has_bias = paths.join(match.leaf.rpartition(".")[0], "bias") in shapes
+        sites.append(bind_site(config, method, keymap, match, sizes, modules, found.of(modules), has_bias))
     raise_listed(
         TargetError,
         "target_modules and target_parameters both select these weights; name each in one of them:",

@@ -199,14 +199,16 @@ def bind_site(
     sizes: Mapping[str, int],
     modules: Modules,
     found: Mapping[str, Shape] | None = None,
+    has_bias: bool | None = None,
 ) -> Site:
     """Return the site of one leaf under a configuration.
 
     Args:
         sizes: the sizes of the leaf's axes, by name.
         found: the shapes of the tensors of an existing adapter, as in `Target`.
+        has_bias: as in `Target`.
     """
-    target = methods.Target(match, modules, sizes, found or {})
+    target = methods.Target(match, modules, sizes, found or {}, has_bias)
     keymap = _with_prefix(keymap, methods.METHODS[config.peft_type].key_prefix)
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)

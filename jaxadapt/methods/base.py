@@ -68,6 +68,7 @@ class Start:
         hparams: the hyperparameters of the site, None for a shared tensor.
         params: the tensors of the site that precede this one, and the shared tensors.
         module: the PyTorch module; "" for a shared tensor.
+        has_bias: whether the base has a bias beside the weight, as in `Target`; None for a shared tensor.
         shared: `{name: shape}` of the adapter's shared tensors.
         modules: the PyTorch modules of all sites of the adapter, in the order of the base.
         make_key: returns `key`.
@@ -81,6 +82,7 @@ class Start:
     hparams: Any = None
     params: Params = dataclasses.field(default_factory=dict[str, Any])
     module: str = ""
+    has_bias: bool | None = None
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None

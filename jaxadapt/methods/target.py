@@ -28,12 +28,14 @@ class Target:
         found: `{tensor name: shape of one entry}` of an existing adapter; empty for a new one. A file's tensor has the
             name of its key's end, with dots as underscores and without ".weight". The shape has the file's axes, or the
             model's if the adapter is already in a model; use it for axes of the method's own.
+        has_bias: whether the base has a bias beside the leaf; None if only the adapter is known and not its base.
     """
 
     match: Match
     modules: Modules = dataclasses.field(default_factory=Modules)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     found: Mapping[str, Shape] = dataclasses.field(default_factory=dict[str, Shape])
+    has_bias: bool | None = None
 
     @property
     def leaf(self) -> str:

@@ -53,6 +53,34 @@ class Net(nnx.Module):
         return self.up(jnp.tanh(self.q(x)))
 
 
+def test_a_method_is_told_whether_each_layer_has_a_bias():
+    """Targets and initial values of a model in which one layer has a bias and the other none."""
+
+    class Mixed(nnx.Module):
+        def __init__(self) -> None:
+            self.q = nnx.Linear(8, 16, use_bias=False, rngs=nnx.Rngs(0))
+            self.up = nnx.Linear(16, 8, rngs=nnx.Rngs(1))
+
+    method, seen, told = make_shared(), {}, {}
+
+    class Asks(type(method)):  # type: ignore[misc]
+        def own(self, config: Any, target: Any) -> None:
+            seen[target.leaf] = target.has_bias
+
+        def init(self, config: Any, tensor: MethodTensor, start: Any) -> Draw:
+            told[start.module] = start.has_bias
+            return super().init(config, tensor, start)
+
+    with registered(Asks()):
+        config = method.config(target_modules=["q", "up"])  # type: ignore[attr-defined]
+        adapter = jaxadapt.init(config, nnx.state(Mixed()), key=jax.random.key(0))
+        assert seen == {"q.kernel": False, "up.kernel": True}
+        assert told == {"q": False, "up": True, "": None}  # "" for the shared tensor
+        seen.clear()
+        jaxadapt.to_peft(jaxadapt.Adapter(config, adapter.params))  # no base in sight
+        assert seen == {"q.kernel": None, "up.kernel": None}
+
+
 # ---- a method with a shared tensor -------------------------------------------------------------------------------
 
 
