@@ -199,7 +199,8 @@ def _select_sites(
     raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
     raise_listed(
         KeyMapError,
-        f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:",
+        "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"
+        f" keymap {keymap.name!r} does not define their layout):",
         [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
         generic.layout_advice("leave them out of target_modules"),
     )

@@ -132,6 +132,8 @@ def main(verbose: bool) -> None:
     With --json, a command prints its result as JSON to standard output and nothing else. The exit status is 0 on
     success, 1 for an error (explained on standard error), 2 for wrong usage, and 130 after Ctrl-C.
     """
+    # The Hub's client logs each of its attempts; the error at the end says what failed.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.INFO if verbose else logging.ERROR)
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("jaxadapt").setLevel(logging.INFO)

@@ -93,8 +93,8 @@ def _run_keymap_file(text: str) -> KeyMap:
     try:
         variables = runpy.run_path(path)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        position = f"{frame.filename}, line {frame.lineno}: " if not isinstance(error, SyntaxError) else ""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        position = f"line {frames[-1].lineno}: " if frames else ""  # a SyntaxError names its line itself
         raise KeyMapError(f"{path}: cannot be run: {position}{type(error).__name__}: {error}") from error
     if not isinstance(variables.get(name), KeyMap):
         keymaps = [key for key, value in variables.items() if isinstance(value, KeyMap)]

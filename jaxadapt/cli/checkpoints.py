@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from jaxadapt.cli import output
-from jaxadapt.core.errors import AdapterError, ConfigError
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 
 _MODES = {"minimize": "smallest", "maximize": "largest"}
 
@@ -32,11 +32,14 @@ def command(
       jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
     from jaxadapt.persistence.run_folder import RunFolder
+    from jaxadapt.storage import location
 
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
     steps = run.steps
+    if not steps and not location.exists(run.folder):
+        raise FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
     if not steps:
         raise AdapterError(
             f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"

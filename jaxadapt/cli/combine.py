@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import click
@@ -42,6 +44,7 @@ def command(
       jaxadapt combine french/ code/ --weights 0.7,0.5 --out both/
       jaxadapt combine a/ hf://org/b --weights 1,-1 --method cat --rank 16 --out both/
     """
+    _refuse_split_weights(adapters, weights)
     try:
         numbers = [float(w) for w in weights.split(",")]
     except ValueError:
@@ -69,3 +72,11 @@ def command(
         {"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")},
         [("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(combined.tensors)))],
     )
+
+
+def _refuse_split_weights(adapters: tuple[str, ...], weights: str) -> None:
+    """Raise `click.BadParameter` if numbers stand among the adapters, as in `--weights 0.7 0.3`."""
+    numbers = [text for text in adapters if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) and not Path(text).exists()]
+    if numbers:
+        wanted = ",".join([weights, *numbers])
+        raise click.BadParameter(f"separate the factors by commas: --weights {wanted}", param_hint="--weights")

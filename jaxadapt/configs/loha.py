@@ -23,7 +23,8 @@ class LoHaConfig(RanksConfig):
         alpha: the change is multiplied by alpha / r.
         rank_dropout, module_dropout: dropout of rows and of modules in training, which jaxadapt lacks: a new adapter
             needs 0.
-        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only.
+        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only. PEFT trains such an
+            adapter with wrong gradients of `hada_w1_a` and `hada_w2_a`; jaxadapt's are those of the function.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,
             alpha_pattern: as in `LoraConfig`.
         init_weights: true starts without a change of the weight, false with a random one.

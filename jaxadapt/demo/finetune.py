@@ -82,7 +82,8 @@ def run(
         steps: training steps of 4 × 64 tokens.
         seed: the seed of the adapter's initial values, the order of the text and the sampled passages.
         api: "nnx" or "linen". method: a method in lower case, such as "lora".
-        console: the console to print to. Default: the terminal. The progress bar is drawn on terminals only.
+        console: the console to print to. Default: the terminal. A terminal gets a progress bar, a file or a pipe a line
+            every few steps.
 
     Raises:
         ConfigError: `api` or `method` is unknown, or `steps` is below one.
@@ -228,9 +229,12 @@ def _tune(
         progress.update(task, description="compiling the step")
         losses: list[float] = []
         source = batches(training, BATCH, seed)
-        for _ in range(steps):
+        every = max(1, steps // 10)
+        for step in range(1, steps + 1):
             losses.append(tuner.step(next(source)))
             progress.update(task, advance=1, description=f"{method}, {api}: loss {losses[-1]:.3f}")
+            if progress.disable and step % every == 0:
+                console.print(f"step {step} of {steps}: loss {losses[-1]:.3f}")
         after = _mean_loss(tuner, held_out), passage()
     return tuner, losses, (before[0], after[0]), (before[1], after[1]), held_out[:1]
 

@@ -162,7 +162,7 @@ LINEN_EXAMPLE = (
 def layout_advice(leave_out: str) -> str:
     """Return the end of an error message about unknown layouts: the ways to define a layout."""
     return (
-        "\nPass keymap=<family>, or a KeyMap with an entry for each; or derive the layouts from the model's"
-        f" computation; or {leave_out}. To derive them in NNX, pass example=[inputs]; in Linen, create the collection"
-        f" with the adapted module,{LINEN_EXAMPLE}"
+        "\nIn NNX, pass example=[inputs of one call]: the model's computation shows the layouts. Or pass"
+        f" keymap=<family>, or a KeyMap with an entry for each; or {leave_out}. In Linen, create the collection with"
+        f" the adapted module, whose call shows them:{LINEN_EXAMPLE}"
     )

@@ -17,7 +17,7 @@ def activate(model: Any, *names: Any) -> Any:
         names: names, or one list of names. The updates of several adapters add up; without a name, only the base is
             left.
 
-    Raises `AttachError` for a name that the model does not have.
+    Raises `AttachError` for a name that the model does not have, and for a model without adapters.
 
     >>> import flax.linen, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
@@ -31,7 +31,13 @@ def activate(model: Any, *names: Any) -> Any:
         raise AttachError(
             f"expected names, as in activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}"
         )
-    return carrier(model).activate(tuple(dict.fromkeys(names)))
+    held = carrier(model)
+    if names and not held.has_adapters():
+        raise AttachError(
+            f"cannot activate {', '.join(map(repr, names))}: the model has no adapter; attach one with"
+            " jaxadapt.adapt(model, config) or jaxadapt.load(path, model)"
+        )
+    return held.activate(tuple(dict.fromkeys(names)))
 
 
 @contextlib.contextmanager

@@ -314,7 +314,7 @@ def _code(remedy: str) -> str:
 
 def _reason(reason: str) -> str:
     name, _, effect = reason.partition(": ")
-    return f"`{name}` {effect}" if "=" in name or name.isidentifier() else reason
+    return f"`{name}`: {effect}" if "=" in name or name.isidentifier() else reason
 
 
 def _plain_number(name: str, value: Any) -> Any:

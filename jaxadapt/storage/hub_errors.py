@@ -47,7 +47,11 @@ def translate_errors(place: Address, token: Token, action: str = "read") -> Gene
         cause = error.__cause__
         if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
             raise _http_failure(place, action, cause, token) from error  # the server was reached and answered
-        if (offline := _offline_variable()) is not None:
+        if action == "push to":
+            offline = _offline_variable()
+            why = "the Hub cannot be reached" if offline is None else f"{offline}=1 forbids access to the Hub"
+            remedy = "check the network and try again" if offline is None else "unset it"
+        elif (offline := _offline_variable()) is not None:
             why, remedy = (
                 f"it is not in the cache, and {offline}=1 forbids fetching it",
                 "unset it, or pull the adapter while online",

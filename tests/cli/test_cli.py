@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pty
 import re
@@ -391,6 +392,24 @@ def run_folder(tmp_path):
     return tmp_path / "run"
 
 
+def test_factors_separated_by_blanks_are_asked_for_with_commas():
+    result = run("combine", "a", "b", "--weights", "0.7", "0.3", "--out", "new")
+    assert result.exit_code == 2
+    assert "separate the factors by commas: --weights 0.7,0.3" in result.output
+
+
+def test_the_hub_clients_own_attempts_are_shown_only_on_request():
+    client = logging.getLogger("huggingface_hub.utils._http")
+    before = client.level
+    try:
+        assert run("families").exit_code == 0
+        assert not client.isEnabledFor(logging.WARNING)
+        assert run("--verbose", "families").exit_code == 0
+        assert client.isEnabledFor(logging.WARNING)
+    finally:
+        client.setLevel(before)
+
+
 def test_checkpoints_are_listed(run_folder):
     rows = run("checkpoints", run_folder, "--minimize", "loss").output.splitlines()
     assert rows[0].split() == ["step", "loss", "seen"]
@@ -406,7 +425,9 @@ def test_checkpoints_are_listed(run_folder):
     assert strict["steps"][3]["metrics"] == {"loss": None}
     empty = run("checkpoints", run_folder / "no")
     assert empty.exit_code == 1
-    assert "no checkpoint found" in empty.output
+    assert "no such folder" in empty.output
+    (run_folder / "none").mkdir()
+    assert "no checkpoint found" in run("checkpoints", run_folder / "none").output
     misspelt = run("checkpoints", run_folder, "--minimize", "los")
     assert misspelt.exit_code == 1
     assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output

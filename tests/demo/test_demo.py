@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert report["plot"] is not None
         assert Path(report["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in done.stderr  # no progress bar where there is no terminal
+    assert re.findall(r"^step (\d) of 4: loss \d", done.stderr, re.M) == list("1234")
     for part in ("sampled passage, before", "held-out loss", "2,442,240", "equal, bit for bit"):
         assert part in done.stderr
     assert jaxadapt.read_config(report["out"]).base_model_name_or_path == smollm2.MODEL_NAME

@@ -238,10 +238,12 @@ def test_a_python_file_without_that_table_says_so(tmp_path, checkpoint):
     (tmp_path / "wrong.py").write_text("import jaxadapt\nT = jaxadapt.KeyMap('t', ())\n")
     (tmp_path / "fails.py").write_text("TABLE = 3\nimport nothing_here")
     (tmp_path / "half.py").write_text("TABLE = (")
+    (tmp_path / "refused.py").write_text("import jaxadapt\n\nTABLE = jaxadapt.Weight('a', 'b', 'x y')\n")
     folder = checkpoint(THEIRS)
     for text, says in ((f"{tmp_path / 'mine.py'}:TABLE", "expected a jaxadapt.KeyMap called 'TABLE', found int"),
                            (f"{tmp_path / 'wrong.py'}:TABLE", "called 'TABLE', found T"),
-                           (f"{tmp_path / 'fails.py'}:TABLE", "fails.py, line 2: ModuleNotFoundError: No module named"),
+                           (f"{tmp_path / 'fails.py'}:TABLE", "fails.py: cannot be run: line 2: ModuleNotFoundError"),
+                           (f"{tmp_path / 'refused.py'}:TABLE", "refused.py: cannot be run: line 3: KeyMapError"),
                            (f"{tmp_path / 'half.py'}:TABLE", "half.py: cannot be run: SyntaxError"),
                        (f"{tmp_path / 'none.py'}:TABLE", "none.py")):  # fmt: skip
         result = run(text, "--checkpoint", folder)

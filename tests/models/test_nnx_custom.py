@@ -43,7 +43,10 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def test_a_custom_weight_needs_an_example_or_a_table():
-    with pytest.raises(KeyMapError, match=r"(?s)layer.w \(8, 3, 4\).*example"):
+    """The message begins its advice with the argument that helps."""
+    with pytest.raises(
+        KeyMapError, match=r"(?s)which axes .* is not known.*layer.w \(8, 3, 4\)\nIn NNX, pass example="
+    ):
         adapt(CASE["own_einsum"].make(), lora("layer"))
 
 

@@ -191,7 +191,7 @@ def test_inspect_and_the_card_show_them(tmp_path):
     jaxadapt.save(small.adapter(small.LORA.replace(use_rslora=True)), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "As it is: PEFT, transformers load_adapter, vLLM, TGI and LoRAX, TensorRT-LLM." in card
-    row = "| {} | silently computes something else | `use_rslora` ignored | `{}` |"
+    row = "| {} | silently computes something else | `use_rslora`: ignored | `{}` |"
     assert row.format("llama.cpp, Ollama", GGUF) in card
     assert row.format("SGLang", PLAIN) in card
     assert "llama.cpp (the converter of llama-cpp-python 0.3.36, measured)" in card

@@ -199,6 +199,8 @@ def test_the_cache_serves_offline(hub, saved, monkeypatch):
     assert hub.requests == []
     with pytest.raises(jaxadapt.FileError, match=r"org/other.*HF_HUB_OFFLINE=1 forbids"):
         jaxadapt.pull("org/other")
+    with pytest.raises(jaxadapt.FileError, match=r"cannot push to it: HF_HUB_OFFLINE=1 forbids access.*; unset it$"):
+        jaxadapt.push(saved, "org/other")
     # Whether there is a "de" nobody has looked: its absence is not made up.
     with pytest.raises(jaxadapt.FileError, match=r"tuned/de.*HF_HUB_OFFLINE=1"):
         jaxadapt.load(f"hf://{REPO}", small.net(), name="de")
