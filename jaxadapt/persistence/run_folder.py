@@ -10,10 +10,10 @@ import math
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxadapt.core.errors import ConfigError, FileError, FormatError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, warn
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -29,10 +29,12 @@ class StepRecord(NamedTuple):
     Args:
         metrics: as given to `save`.
         objective: `{"minimize": metric}` or `{"maximize": metric}`, as given to its manager; empty if none was given.
+        best: the number and the metric of the best step when this one was saved; None without an objective.
     """
 
     metrics: dict[str, float]
     objective: dict[str, str]
+    best: tuple[int, float] | None
 
 
 class RunFolder:
@@ -78,12 +80,22 @@ class RunFolder:
     def best(self) -> int | None:
         """The step with the best metric by `objective` (the later of equals); None if no step has the metric.
 
-        Raises `ConfigError` if neither `minimize` nor `maximize` was given, now or when the steps were saved.
+        Warns if a better step was saved and is deleted. Raises `ConfigError` if neither `minimize` nor `maximize` was
+        given, now or when the steps were saved.
         """
         paths = self._list_steps()
-        if not self._find_objective(paths):
+        if not (objective := self._find_objective(paths)):
             raise ConfigError("best: no objective is known; pass minimize= or maximize=, the name of a metric")
-        return next(iter(self._rank_steps(paths)), None)
+        ranked = self._rank_steps(paths)
+        best = next((step for step in ranked if step in paths), None)
+        first = next(iter(ranked), None)
+        if first is not None and first != best:
+            (metric,) = objective.values()
+            warn(
+                f"{self.folder}: the best step that was saved, {first} ({metric} {ranked[first]:g}), is deleted; the"
+                f" best of those left is {best}. With keep=, keep_best=1 keeps the best step"
+            )
+        return best
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the metrics saved with a step. Raises `FileError` if there is no such step."""
@@ -115,7 +127,10 @@ class RunFolder:
             raise file_error("read", str(path), error) from error
         if key not in self._said:
             document = read_document(path, safetensors.read_header(path))
-            self._said[key] = StepRecord(document["metrics"], document.get("objective", {}))
+            best = document.get("best")
+            self._said[key] = StepRecord(
+                document["metrics"], document.get("objective", {}), None if best is None else (best[0], best[1])
+            )
         return self._said[key]
 
     def _read_record_if_present(self, step: int, path: Location) -> StepRecord | None:
@@ -127,17 +142,18 @@ class RunFolder:
                 raise
             return None
 
-    def _rank_steps(self, paths: Mapping[int, Location]) -> list[int]:
-        """Return the given steps that have the metric, best first."""
-        ((mode, name),) = self._find_objective(paths).items()
-        sign = 1 if mode == "minimize" else -1
+    def _rank_steps(self, paths: Mapping[int, Location]) -> dict[int, float]:
+        """Return `{step: metric}`, best first, of the given steps and of the best ones that they record."""
+        objective = self._find_objective(paths)
+        ((mode, name),) = objective.items()
         values: dict[int, float] = {}
+        recorded: dict[int, float] = {}
         for step, path in paths.items():
-            record = self._read_record_if_present(step, path)
-            value = math.nan if record is None else record.metrics.get(name, math.nan)
-            if not math.isnan(value):
-                values[step] = sign * value
-        return sorted(values, key=lambda step: (values[step], -step))
+            if (record := self._read_record_if_present(step, path)) is not None:
+                values[step] = record.metrics.get(name, math.nan)
+                if record.best is not None and record.objective == objective:
+                    recorded |= dict([record.best])
+        return _rank_values(recorded | values, mode)
 
     def _path(self, step: int) -> Location:
         paths = self._list_steps()
@@ -147,6 +163,32 @@ class RunFolder:
         if location.exists(step_path(self.folder, step)):
             return step_path(self.folder, step)
         raise FileError(f"{self.folder}: there is no step {step}; found {list(paths) or 'none'}")
+
+
+def make_record(
+    step: int, metrics: Mapping[str, Any], objective: dict[str, str], best: Sequence[Any] | None
+) -> StepRecord:
+    """Return the record of a new step; `best` is the number and the metric of the best step before it.
+
+    Raises `ConfigError` for a metric that is no number.
+    """
+    floats: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            floats[str(name)] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
+    values = {} if best is None else {int(best[0]): float(best[1])}
+    for mode, metric in objective.items():
+        values = _rank_values({**values, step: floats.get(metric, math.nan)}, mode)
+    return StepRecord(floats, objective, next(iter(values.items()), None))
+
+
+def _rank_values(values: Mapping[int, float], mode: str) -> dict[int, float]:
+    """Return the values of steps without NaNs, the best first and the later of equals first."""
+    sign = 1 if mode == "minimize" else -1
+    known = {step: value for step, value in values.items() if not math.isnan(value)}
+    return dict(sorted(known.items(), key=lambda item: (sign * item[1], -item[0])))
 
 
 def step_number(step: Any) -> int:
@@ -198,6 +240,11 @@ def read_document(path: Location, header: safetensors.Header) -> dict[str, Any]:
         )
     objective = document.get("objective", {})  # older versions did not store it
     known = objective == {} or (isinstance(objective, dict) and list(objective) in (["minimize"], ["maximize"]))
+    match document.get("best"):  # nor this
+        case None | [int(), int() | float()]:
+            pass
+        case _:
+            known = False
     if not isinstance(document.get("metrics"), dict) or not isinstance(document.get("odd"), dict) or not known:
         raise FormatError(f"{path}: the metadata {META!r} of its header is damaged")
     return document

@@ -87,6 +87,39 @@ def test_a_step_counts_as_soon_as_save_has_returned_as_in_orbax(tmp_path: Path, 
             assert (manager.steps, manager.latest, manager.best) == want
 
 
+def test_the_best_step_is_kept_where_a_metric_is_named_as_in_orbax(tmp_path: Path) -> None:
+    losses = {1: 2.0, 2: 0.5, 3: 3.0, 4: 1.0, 5: 4.0, 6: 5.0}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, best_fn=lambda m: m["loss"], best_mode="min")
+    ours = jaxadapt.CheckpointManager(tmp_path / "ours", keep=2, minimize="loss")
+    with ocp.CheckpointManager(tmp_path / "orbax", options=options) as theirs, ours:
+        for step, loss in losses.items():
+            theirs.save(step, args=ocp.args.JsonSave({}), metrics={"loss": loss})
+            ours.save(step, small.host_adapter(fill=step), metrics={"loss": loss})
+        assert ours.best == theirs.best_step() == 2
+    assert on_disk(tmp_path / "ours") == [2, 5, 6]
+    with jaxadapt.CheckpointManager(tmp_path / "loss only as a record", keep=2) as unnamed:
+        for step, loss in losses.items():
+            unnamed.save(step, small.host_adapter(), metrics={"loss": loss})
+    assert unnamed.steps == [5, 6]
+
+
+def test_best_says_so_if_the_best_step_is_deleted(tmp_path: Path) -> None:
+    for steps in ({1: 2.0, 2: 0.5, 3: 3.0}, {4: 1.0, 5: 4.0}):  # the second manager resumes the run
+        with jaxadapt.CheckpointManager(tmp_path, keep=2, keep_best=0, minimize="loss") as manager:
+            for step, loss in steps.items():
+                manager.save(step, small.host_adapter(fill=step), metrics={"loss": loss})
+    for run in (manager, jaxadapt.CheckpointManager(tmp_path)):
+        with pytest.warns(UserWarning, match=r"best step that was saved, 2 \(loss 0\.5\), is deleted; .* left is 4"):
+            assert run.best == 4
+    assert jaxadapt.CheckpointManager(tmp_path, maximize="loss").best == 5  # it is known of the run's objective only
+    again = jaxadapt.CheckpointManager(tmp_path / "again", minimize="loss")
+    for step, loss in {1: 2.0, 2: 0.5, 3: 3.0}.items():
+        again.save(step, small.host_adapter(fill=step), metrics={"loss": loss})
+    again.rollback(1)
+    again.save(5, small.host_adapter(), metrics={"loss": 9.0})
+    assert again.best == 1  # what a rollback deletes does not count
+
+
 def test_the_best_is_exported_right_after_it_was_saved(tmp_path: Path) -> None:
     with jaxadapt.CheckpointManager(tmp_path / "run", minimize="loss") as manager:
         for step, loss in LOSSES.items():
@@ -100,7 +133,8 @@ def test_the_best_is_exported_right_after_it_was_saved(tmp_path: Path) -> None:
     ("policy", "steps", "kept", "best"),
     [
         ({}, {1: 1.0, 2: 2.0, 3: 3.0}, [1, 2, 3], 1),
-        ({"keep": 2}, {1: 1.0, 2: 2.0, 3: 3.0}, [2, 3], 2),
+        ({"keep": 2}, {1: 2.0, 2: 1.0, 3: 3.0}, [2, 3], 2),
+        ({"keep": 2}, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}, [1, 3, 4], 1),
         ({"keep": 1, "keep_best": 1}, {1: 1.0, 2: 2.0, 3: 3.0}, [1, 3], 1),
         ({"keep": 1, "keep_best": 1}, {1: 3.0, 2: 2.0, 3: 1.0}, [3], 3),
         ({"keep": 1, "keep_every": 2}, {2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0}, [2, 4, 5], 2),

@@ -55,7 +55,7 @@ class CheckpointManager(RunFolder):
     Args:
         folder: a folder or an address, created at the first save. Only one job at a time may write to it.
         keep: the number of latest steps to keep. None keeps all.
-        keep_best: the number of best steps to keep in addition.
+        keep_best: the number of best steps to keep in addition. Default: 1 with `minimize` or `maximize`, else 0.
         keep_every: keep in addition the steps that are multiples of this number.
         minimize, maximize: the metric that decides which step is best; give one of the two. It is recorded in the steps
             for later readers.
@@ -86,7 +86,7 @@ class CheckpointManager(RunFolder):
         folder: str | os.PathLike[str],
         *,
         keep: int | None = None,
-        keep_best: int = 0,
+        keep_best: int | None = None,
         keep_every: int | None = None,
         minimize: str | None = None,
         maximize: str | None = None,
@@ -101,7 +101,7 @@ class CheckpointManager(RunFolder):
                 raise ConfigError(f"{name}={count!r}: expected an integer")
         if keep is not None and keep < 1:
             problems.append(f"keep={keep}: expected at least 1, or None for all")
-        if keep_best < 0 or (keep_every is not None and keep_every < 1):
+        if (keep_best or 0) < 0 or (keep_every is not None and keep_every < 1):
             problems.append(f"keep_best={keep_best}, keep_every={keep_every}: expected positive numbers")
         if keep_best and minimize is None and maximize is None:
             problems.append("keep_best= needs minimize= or maximize=, the metric that decides which step is best")
@@ -110,10 +110,10 @@ class CheckpointManager(RunFolder):
         if problems:
             raise ConfigError("\n".join(problems))
         super().__init__(folder, minimize=minimize, maximize=maximize)
-        self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
+        self.keep, self.keep_every = keep, keep_every
+        self.keep_best = len(self._own_objective) if keep_best is None else keep_best
         self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
-        self._last: int | None = None  # the last saved step; None: the folder has not been checked yet
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
@@ -149,21 +149,24 @@ class CheckpointManager(RunFolder):
             AdapterError: the previous save failed.
         """
         self.wait()
-        number, record = run_folder.step_number(step), StepRecord(_to_floats(metrics), self._own_objective)
+        number = run_folder.step_number(step)
         taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         is_shared = step_files.is_multi_process(taken)
-        if self._last is None or number < self._last:
-            self._run_on_leader("save", functools.partial(self._check_folder, number))
+        last: _LastSave | None = self._saving.subject  # None also after a failed save and after a rollback
+        if last is None or number <= last.step:
+            best = self._run_on_leader("save", functools.partial(self._check_folder, number))
+        else:
+            best = last.record.best
+        record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         flush.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_shared)
-        self._last = number
-        uploads, last = isinstance(self.folder, location.Address), _LastSave(number, record)
-        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=last)
+        uploads, subject = isinstance(self.folder, location.Address), _LastSave(number, record)
+        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=subject)
         if not self.asynchronous:
             self.wait()
 
-    def _check_folder(self, step: int) -> None:
-        """Raise `FileError` if the folder contains later steps; remove leftovers of killed saves."""
+    def _check_folder(self, step: int) -> tuple[int, float] | None:
+        """Raise `FileError` if the folder has later steps; remove leftovers. Return the best step before `step`."""
         later = [s for s in self.steps if s > step]
         if later:
             raise FileError(
@@ -172,6 +175,8 @@ class CheckpointManager(RunFolder):
                 f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
             )
         step_files.remove_leftovers(self.folder)
+        earlier = {s: path for s, path in run_folder.list_steps(self.folder).items() if s < step}
+        return next(iter(self._rank_steps(earlier).items()), None) if self._own_objective else None
 
     def _begin_save(self, step: int, taken: Snapshot, record: StepRecord, is_shared: bool) -> Callable[[], None]:
         """Copy the values off the device, and return a function that does the rest of the save."""
@@ -205,7 +210,8 @@ class CheckpointManager(RunFolder):
         """Return the steps that are kept after the save."""
         if self.keep is None:
             return dict(steps)
-        best = self._rank_steps(steps)[: self.keep_best] if self.keep_best else []
+        ranked = [step for step in self._rank_steps(steps) if step in steps] if self.keep_best else []
+        best = ranked[: self.keep_best]
         kept = {*list(steps)[-self.keep :], *best, *(s for s in steps if self.keep_every and s % self.keep_every == 0)}
         return {step: path for step, path in steps.items() if step in kept}
 
@@ -387,13 +393,3 @@ class CheckpointManager(RunFolder):
             ConfigError: the caller is not in the main thread, the only one that receives signals.
         """
         return preemption.catch_sigterm(self.wait)
-
-
-def _to_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    floats: dict[str, float] = {}
-    for name, value in (metrics or {}).items():
-        try:
-            floats[str(name)] = float(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
-    return floats
