@@ -146,16 +146,20 @@ def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
     return sites.shared if isinstance(sites, Sites) else ()
 
 
+def tensor_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
+    """Return the tensors of an adapter's sites and the shared ones, with their entries."""
+    pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]
+    return pairs + [(each.tensor, each.entry) for each in shared_tensors(sites)]
+
+
 def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
     """Return the tensors of an adapter's sites, and the shared ones."""
-    return [tensor for site in sites for tensor in site.tensors] + [each.tensor for each in shared_tensors(sites)]
+    return [tensor for tensor, _ in tensor_entries(sites)]
 
 
 def file_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
     """Return the tensors that a file holds, with their entries."""
-    pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]
-    pairs += [(each.tensor, each.entry) for each in shared_tensors(sites)]
-    return [(tensor, entry) for tensor, entry in pairs if tensor.in_file]
+    return [(tensor, entry) for tensor, entry in tensor_entries(sites) if tensor.in_file]
 
 
 SHARED_PREFIX = "base_model"

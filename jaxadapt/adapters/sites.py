@@ -31,6 +31,7 @@ from jaxadapt.adapters.site import (
     method_tensors,
     repeated_keys,
     shared_tensors,
+    tensor_entries,
     torch_layout,
 )
 from jaxadapt.configs import Config, matching
@@ -41,7 +42,8 @@ from jaxadapt.keymaps.tensor_spec import Modules
 
 __all__ = [
     "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
-    "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors", "torch_layout",
+    "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors",
+    "tensor_entries", "torch_layout",
 ]  # fmt: skip
 
 Index = tuple[int, ...]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -201,21 +202,21 @@ def adapter_from_tensors(
     for key, original in repeats.items():
         if original in shapes and key not in shapes:
             shapes[key], dtypes[key] = shapes[original], dtypes[original]
-    if optional := _missing_optional(adapter_sites, shapes):
-        added = _created_tensors(tensors, plan, optional, recipe.config, adapter_sites, base)
-        tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
-        dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
-        shapes |= {key: tuple(x.shape) for key, x in added.items()}
+    missing = _missing_optional(adapter_sites, shapes)
     if strict or not plan.keys.keys() & shapes.keys():
+        assumed = {key: plan.shapes[key] for key in missing}
         try:
-            plan.check(shapes, tensors.source, unusable, recipe.keymap.name if strict else "")
+            plan.check({**shapes, **assumed}, tensors.source, unusable, recipe.keymap.name if strict else "")
         except MismatchError as error:
             raise MismatchError(f"{error}{_attention_hint(shapes.keys() - plan.keys.keys())}") from error
     else:
         plan.check({**plan.shapes, **{k: s for k, s in shapes.items() if k in plan.keys}}, tensors.source, unusable)
-        added = _init_missing(tensors, plan, shapes, recipe.config, adapter_sites, base)
-        if added:
-            tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
+        _warn_of_missing(tensors.source, plan, {*shapes, *missing}, shapes)
+        missing = [key for key in plan.keys if key not in shapes]
+    _require_bounded(missing, plan, adapter_sites, base.shapes, tensors.source)
+    if missing:
+        added = _created_tensors(tensors, plan, missing, recipe.config, adapter_sites, base)
+        tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
         dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
@@ -269,16 +270,9 @@ def _planned_tensors(tensors: Mapping[str, Any], plan: plans.Plan) -> dict[str, 
     return {key: tensors[key] for key in plan.keys if key in tensors}
 
 
-def _init_missing(
-    tensors: PeftTensors,
-    plan: plans.Plan,
-    shapes: Mapping[str, Sequence[int]],
-    config: Config,
-    adapter_sites: sites.Sites,
-    base: BaseParams,
-) -> dict[str, Any]:
-    """Initialize the tensors that a file lacks as in a fresh adapter; warn of them and of unexpected tensors."""
-    missing, unexpected = [k for k in plan.keys if k not in shapes], [k for k in shapes if k not in plan.keys]
+def _warn_of_missing(source: str, plan: plans.Plan, present: Collection[str], found: Iterable[str]) -> None:
+    """Warn of the tensors that a file lacks, which start as in a fresh adapter, and of unexpected tensors."""
+    missing, unexpected = [k for k in plan.keys if k not in present], [k for k in found if k not in plan.keys]
     notes = [
         f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}"
         for effect, keys in (
@@ -288,10 +282,32 @@ def _init_missing(
         if keys
     ]
     if notes:
-        warn(
-            f"{tensors.source}: strict=False loads the tensors that fit. Of the adapter's tensors\n" + "\n".join(notes)
+        warn(f"{source}: strict=False loads the tensors that fit. Of the adapter's tensors\n" + "\n".join(notes))
+
+
+_CREATED = 2**24
+"""The number of values that may be created for a file that lacks them, if its base is small."""
+
+
+def _require_bounded(
+    missing: Iterable[str],
+    plan: plans.Plan,
+    adapter_sites: sites.Sites,
+    base: Mapping[str, Sequence[int]],
+    source: str,
+) -> None:
+    """Raise `MismatchError` if the tensors that the file lacks would be much larger than the adapted weights.
+
+    Only the configuration states their sizes, so that a rank of 10^8 would take all memory.
+    """
+    created = sum(math.prod(plan.shapes[key]) for key in missing)
+    created += sum(math.prod(e.shape) for tensor, e in sites.tensor_entries(adapter_sites) if not tensor.in_file)
+    weights = sum(math.prod(base[leaf]) for leaf in {site.leaf for site in adapter_sites})
+    if created > max(_CREATED, 4 * weights):
+        raise MismatchError(
+            f"{source}: the configuration asks for {created} values that the file lacks, and the adapted weights have"
+            f" {weights}: expected at most four times as many. Correct the configuration's sizes, such as r"
         )
-    return _created_tensors(tensors, plan, missing, config, adapter_sites, base) if missing else {}
 
 
 def _created_tensors(
