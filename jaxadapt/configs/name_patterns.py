@@ -63,11 +63,10 @@ class PatternIndex:
 
     def _match_plain(self, name: str) -> set[int]:
         """Return the positions of the plain names that match a name."""
-        if "\n" in name:  # "." and "$" treat newlines differently
-            return {order for key, order in self._order.items() if match(self._field, key, name)}
+        name, _, more_lines = name.partition("\n")  # "." matches no newline, and "$" also before the last one
         ends = [i for i, letter in enumerate(name) if letter == "."]
         starts = [0, *(i + 1 for i in ends)]
-        stops = [*ends, len(name)] if self._anywhere else [len(name)]
+        stops = [*(ends if self._anywhere else ()), *(() if more_lines else (len(name),))]
         positions: set[int] = set()
         for stop in stops:
             for start in starts:

@@ -48,7 +48,11 @@ def match(field: str, pattern: str, name: str) -> re.Match[str] | None:
     return expression.fullmatch(name) if field in _FULL_MATCH else expression.match(name)
 
 
-@functools.lru_cache(maxsize=4096)
+MAX_EXPRESSIONS = 2048
+"""The largest number of expressions in one configuration. Plain names are looked up, expressions tried one by one."""
+
+
+@functools.lru_cache(maxsize=2 * MAX_EXPRESSIONS)  # a check and a `PatternIndex` may embed one pattern differently
 def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
     """Compile the expression in which PEFT embeds `pattern`, an entry of `field` (a key of `TEMPLATES`).
 
@@ -113,6 +117,7 @@ class Problems:
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
+        self._expressions = 0
 
     def add(self, field: str, expected: str, found: object, way_out: str = "") -> None:
         """Report a problem of `field`. The first problem of a field wins, since later ones usually follow from it."""
@@ -149,8 +154,16 @@ class Problems:
 
     def pattern(self, field: str, value: str) -> None:
         """Check that a pattern is a valid regular expression where PEFT uses it."""
-        if re.fullmatch(r"[\w.]*", value):
+        if re.fullmatch(r"[\w.]*", value) and field != "layers_pattern":
             return  # a plain name is always valid, and compiling hundreds of them takes time
+        self._expressions += 1
+        if self._expressions > MAX_EXPRESSIONS:
+            self.note(
+                field,
+                f"{field}: expected at most {MAX_EXPRESSIONS} regular expressions in one configuration, found more;"
+                " write plain names, which are looked up",
+            )
+            return
         try:
             compile_pattern(field, value)
         except ConfigError as error:

@@ -14,7 +14,7 @@ from jaxadapt import ConfigError, LoraConfig, configs
 from jaxadapt.configs import matching, regex_cost
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.name_patterns import PatternIndex
-from jaxadapt.configs.validation import compile_pattern
+from jaxadapt.configs.validation import MAX_EXPRESSIONS, compile_pattern
 
 USUAL = [
     r"(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(custom_text_proj).*$)",
@@ -90,6 +90,25 @@ def test_a_name_too_long_for_an_expression_is_refused():
     assert matching.is_target(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
 
 
+@pytest.mark.parametrize("field", ["alpha_pattern", "modules_to_save", "layers_pattern"])
+def test_the_expressions_of_a_configuration_are_compiled_once(field):
+    """As many as the cache holds, tried on many names; one more is an error before all are compiled."""
+    plain = field == "layers_pattern"  # which embeds plain names in expressions as well
+    patterns = [f"x{n}" if plain else f"x{n}+" for n in range(MAX_EXPRESSIONS + 1)]
+
+    def held(count):
+        value = dict.fromkeys(patterns[:count], 2) if field == "alpha_pattern" else patterns[:count]
+        return LoraConfig(target_modules=["q"], layers_to_transform=[1], **{field: value})
+
+    compile_pattern.cache_clear()
+    with pytest.raises(ConfigError, match=f"{field}: expected at most 2048 regular expressions .* found more"):
+        held(MAX_EXPRESSIONS + 1)
+    config = held(MAX_EXPRESSIONS)
+    for n in range(3):
+        config.alpha_of(f"layers.{n}.q"), matching.is_target(config, f"layers.{n}.q")
+    assert compile_pattern.cache_info().misses <= 2 * MAX_EXPRESSIONS
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "modules_to_save"])
 def test_names_are_looked_up_as_re_matches_them(field):
     """A dot matches any letter, also in plain names; compared with PEFT's expressions."""
@@ -97,7 +116,7 @@ def test_names_are_looked_up_as_re_matches_them(field):
     for _ in range(2000):
         keys = ["".join(rng.choices("ab..", k=rng.randint(1, 5))) for _ in range(5)] + ["a+", "b.*a", "a|b"]
         keys = list(dict.fromkeys(keys))
-        name = "".join(rng.choices("ab..", k=rng.randint(1, 9))) + rng.choice(["", "", "\n"])
+        name = "".join(rng.choices("ab..", k=rng.randint(1, 9))) + rng.choice(["", "", "\n", "\n\n", ".a\nb"])
         wanted = [n for n, key in enumerate(keys) if re.match(compile_pattern(field, key).pattern, name)]
         index = PatternIndex(field, keys)
         assert index.matching(name) == wanted
