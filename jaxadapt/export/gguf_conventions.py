@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxadapt.configs.validation import is_int
 from jaxadapt.core.errors import ConfigError, FormatError
 from jaxadapt.export import gguf_files, untying
 from jaxadapt.storage import location
@@ -98,9 +99,9 @@ def read_base(path: Any) -> Base:
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
 
     def number(*names: str, default: int | None = None) -> int:
-        value = next((inner[name] for name in names if isinstance(inner.get(name), int)), default)
-        if value is None:
-            raise FormatError(f"{place}: expected the field {' or '.join(names)}, found none")
+        value: Any = next((inner[name] for name in names if inner.get(name) is not None), default)
+        if not is_int(value) or value < 1:
+            raise FormatError(f"{place}: expected a positive integer in {' or '.join(names)}, found {value!r}")
         return value
 
     heads = number("num_attention_heads", "n_head")
@@ -125,9 +126,11 @@ def gguf_base(file: gguf_files.File) -> Base:
     layers, heads = (file.value(f"{name}.{field}") for field in ("block_count", "attention.head_count"))
     kv_heads = file.value(f"{name}.attention.head_count_kv", heads)
     numbers = {"block_count": layers, "attention.head_count": heads, "attention.head_count_kv": kv_heads}
-    is_number = {field: isinstance(value, int) and value > 0 for field, value in numbers.items()}
+    is_number = {field: is_int(value) and value > 0 for field, value in numbers.items()}
     if wrong := [f"{name}.{field}={value!r}" for field, value in numbers.items() if not is_number[field]]:
         raise FormatError(f"{file.path}: expected one positive integer for each field, found {', '.join(wrong)}")
+    if layers > (count := len(file.names)):  # each has tensors
+        raise FormatError(f"{file.path}: expected the tensors of {layers} layers ({name}.block_count), found {count}")
     return Base(str(file.path), architecture, layers, heads, kv_heads, "output.weight" not in file.names)
 
 

@@ -11,9 +11,10 @@ import importlib
 import math
 import mmap
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +40,9 @@ class Field(NamedTuple):
     item: str | None = None
 
 
-def _gguf(module: str = "gguf") -> Any:
+def _gguf() -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
         raise FileError(f"GGUF files need the package gguf, which is not installed; run: {INSTALL}") from error
 
@@ -54,13 +55,22 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], tuple[str, s
     """
     gguf = _gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[architecture], layers)
+    table = gguf.get_tensor_name_map(kinds[architecture], 1)  # as large as its number of layers, which a file may state
 
     def name_of(key: str) -> tuple[str, str] | None:
-        found = table.get_type_and_name(key, try_suffixes=(".weight", ".bias"))
-        return None if found is None else (found[0].name, found[1])
+        number = _LAYER.search(key)
+        if number is not None and int(number[0]) >= layers:
+            return None
+        found = table.get_type_and_name(_LAYER.sub("0", key, 1), try_suffixes=(".weight", ".bias"))
+        if found is None:
+            return None
+        return found[0].name, found[1] if number is None else found[1].replace("blk.0.", f"blk.{number[0]}.", 1)
 
     return name_of
+
+
+_LAYER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,17})(?=\.)")
+"""The number of a layer in a key."""
 
 
 def write(
@@ -167,50 +177,93 @@ def pack(values: np.ndarray, kind: str) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(values, "float32"), gguf.GGMLQuantizationType[kind])
 
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""{number of a type of a GGUF field: bytes of a value}; 8 is a string and 9 an array."""
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""{number of a type of a field: letter of `struct`}; 8 is a string and 9 an array."""
+_MAX_AXES = 4
 
 
-def _check_counts(path: Path) -> None:
-    """Raise `ValueError` if a count or a length in a header exceeds the file. The package gguf would not return."""
-    with path.open("rb") as file, contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
-        order, place = "<", 24
-        if len(data) >= place and struct.unpack_from("<I", data, 4)[0] % 65536 == 0:
-            order = ">"
+class _Tensor(NamedTuple):
+    """A tensor in a file: its type, its shape (rows first), the place of its bytes and their number."""
 
-        def number(form: str) -> int:
-            nonlocal place
-            (value,) = struct.unpack_from(order + form, data, place)
-            place += struct.calcsize(form)
-            return value
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
 
-        def skip(count: int, size: int = 1) -> None:
-            nonlocal place
-            if count * size > len(data) - place:
-                raise ValueError(f"{count} × {size} bytes at byte {place} of {len(data)}")
-            place += count * size
 
-        def value(kind: int) -> None:
-            if kind == 8:
-                skip(number("Q"))
-            elif kind == 9:
-                item, count = number("I"), number("Q")
-                if item in _SIZES:
-                    skip(count, _SIZES[item])
-                    return
-                for _ in range(count):  # each takes bytes, so that a count that is too large ends at the file's end
-                    value(item)
-            else:
-                skip(1, _SIZES[kind])
+class _Header:
+    """The fields and tensors of a file, read with each count and length checked against the file's size.
 
-        tensors, fields = struct.unpack_from(f"{order}QQ", data, 8)
-        for _ in range(fields):
-            skip(number("Q"))
-            value(number("I"))
-        for _ in range(tensors):
-            skip(number("Q"))
-            skip(number("I"), 8)
-            skip(1, 12)
+    The package's own reader checks none, and needs 1,400 bytes for each string of an array.
+    """
+
+    def __init__(self, gguf: Any, data: mmap.mmap) -> None:
+        """Read a header. Raises `ValueError` if it is damaged."""
+        self._data, self._place, self._types = data, 0, gguf.GGUFValueType
+        if self._take(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        (version,) = self._numbers(4)
+        if version not in (2, 3):
+            is_swapped = version % 65536 == 0
+            raise ValueError("big-endian; convert it to little-endian" if is_swapped else f"version {version}")
+        tensors, fields = self._numbers(10, 2)
+        self.fields = dict(self._unique(fields, self._field))
+        alignment = self.fields.get("general.alignment", Field(32, "UINT32"))
+        if alignment.type != "UINT32" or alignment.value.bit_count() != 1:
+            raise ValueError(f"general.alignment: {alignment.value!r}")
+        found = dict(self._unique(tensors, lambda: self._tensor(gguf)))
+        begin = self._place + -self._place % alignment.value
+        self.tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
+        for name, tensor in self.tensors.items():
+            if tensor.start + tensor.nbytes > len(data):
+                raise ValueError(f"{name}: {tensor.nbytes} bytes at byte {tensor.start} of {len(data)}")
+
+    def _take(self, count: int) -> bytes:
+        begin = self._place
+        if count > len(self._data) - begin:
+            raise ValueError(f"{count} bytes at byte {begin} of {len(self._data)}")
+        self._place += count
+        return self._data[begin : self._place]
+
+    def _numbers(self, kind: int, count: int = 1) -> tuple[Any, ...]:
+        raw = self._take(count * struct.calcsize(f"<{_FORMS[kind]}"))
+        return struct.unpack(f"<{count}{_FORMS[kind]}", raw)
+
+    def _text(self) -> str:
+        return self._take(*self._numbers(10)).decode()
+
+    def _unique(self, count: int, read: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
+        """Yield names with what follows each; a count that is too large ends at the file's end."""
+        names = set[str]()
+        for _ in range(count):
+            name = self._text()
+            if name in names:
+                raise ValueError(f"twice {name!r}")
+            names.add(name)
+            yield name, read()
+
+    def _field(self) -> Field:
+        (kind,) = self._numbers(4)
+        if kind != 9:
+            return Field(self._text() if kind == 8 else self._numbers(kind)[0], self._types(kind).name)
+        (item,), (count,) = self._numbers(4), self._numbers(10)
+        if item == 9:
+            raise ValueError("an array of arrays")
+        values = [self._text() for _ in range(count)] if item == 8 else list(self._numbers(item, count))
+        return Field(values, "ARRAY", self._types(item).name if count else None)
+
+    def _tensor(self, gguf: Any) -> _Tensor:
+        (axes,) = self._numbers(4)
+        if not 1 <= axes <= _MAX_AXES:
+            raise ValueError(f"a tensor of {axes} axes")
+        shape = self._numbers(10, axes)[::-1]
+        if 0 in shape:
+            raise ValueError(f"a tensor of the shape {list(shape)}")
+        kind = gguf.GGMLQuantizationType(*self._numbers(4))
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(f"a row of {shape[-1]} values in blocks of {block}")
+        return _Tensor(kind.name, shape, *self._numbers(10), math.prod(shape) // block * size)
 
 
 class File:
@@ -228,28 +281,23 @@ class File:
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
         try:
-            _check_counts(self.path)
-            self._reader: Any = gguf.GGUFReader(self.path)
+            with self.path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header = _Header(gguf, self._data)
         except OSError as error:
             raise local_files.file_error("read", str(self.path), error) from error
-        except (ValueError, IndexError, KeyError, struct.error, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             raise FormatError(f"{self.path}: expected a GGUF file, found other bytes ({error})") from error
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._fields, self._tensors = header.fields, header.tensors
 
     def fields(self) -> dict[str, Field]:
         """Return the fields, without those of the file's structure."""
-        found: dict[str, Field] = {}
-        for name, field in self._reader.fields.items():
-            if name.startswith("GGUF."):
-                continue
-            types = [kind.name for kind in field.types]
-            found[name] = Field(field.contents(), types[0], types[-1] if len(types) > 1 else None)
-        return found
+        return dict(self._fields)
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return the value of a field, or the default."""
-        field = self._reader.get_field(name)
-        return default if field is None else field.contents()
+        field = self._fields.get(name)
+        return default if field is None else field.value
 
     @property
     def names(self) -> list[str]:
@@ -258,20 +306,18 @@ class File:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape, rows first."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def kind(self, name: str) -> str:
         """Return the type of a tensor, such as "Q4_1"."""
-        kind: str = self._tensors[name].tensor_type.name
-        return kind
-
-    def raw(self, name: str) -> np.ndarray:
-        """Return a tensor as it is stored."""
-        values: np.ndarray = self._tensors[name].data
-        return values
+        return self._tensors[name].kind
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor in float32."""
-        tensor = self._tensors[name]
-        values: np.ndarray = _gguf("gguf.quants").dequantize(tensor.data, tensor.tensor_type)
-        return values.reshape(self.shape(name))
+        """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
+        gguf, tensor = _gguf(), self._tensors[name]
+        rows = np.frombuffer(self._data, "uint8", tensor.nbytes, tensor.start).reshape(*tensor.shape[:-1], -1)
+        try:
+            values: np.ndarray = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
+        except NotImplementedError as error:
+            raise FormatError(f"{self.path}: {name}: cannot read the type {tensor.kind}") from error
+        return values.reshape(tensor.shape)

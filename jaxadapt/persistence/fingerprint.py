@@ -179,7 +179,7 @@ def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
         x, y = (_values(column) for column in (zip(*pairs, strict=True) if pairs else ((), ())))
         unequal = x != y
         with np.errstate(invalid="ignore", over="ignore"):  # infinities
-            near = np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y))
+            near = np.isfinite(x - y) & (np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y)))
         rounded, total = rounded + int((unequal & near).sum()), total + x.size
         if not (near | ~unequal | (np.isnan(x) & np.isnan(y))).all():
             different.append(f"{key}: other values")

@@ -175,6 +175,7 @@ def test_fields_that_contradict_the_tensors_are_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
     writer.add_block_count(1)
     writer.add_head_count(4)
+    writer.add_tensor("output_norm.weight", np.zeros(2, "float32"))
     for part in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{part}_to_file")()
     writer.close()
