@@ -27,7 +27,7 @@ from jaxadapt.export import (
 from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.persistence import consumers, folder, image_files, peft
-from jaxadapt.storage import location
+from jaxadapt.storage import leftovers, location
 
 Path = str | os.PathLike[str]
 
@@ -57,6 +57,7 @@ class Exported:
         return dataclasses.asdict(self)
 
 
+@leftovers.cleans("path")
 def export_adapter(
     source: Any,
     path: Path,

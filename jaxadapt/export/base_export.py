@@ -26,13 +26,14 @@ from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph
 from jaxadapt.persistence.encode import require_values
-from jaxadapt.storage import flush, hf_model, location
+from jaxadapt.storage import flush, hf_model, leftovers, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.location import Location
 
 SHARD = 5_000_000_000
 
 
+@leftovers.cleans("path")
 def export_base(
     params: Any,
     path: str | os.PathLike[str],

@@ -26,7 +26,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import hub, location, orbax
+from jaxadapt.storage import hub, leftovers, location, orbax
 from jaxadapt.storage.dtypes import numpy_dtype
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, TensorSpec, as_source
@@ -71,6 +71,7 @@ class Source:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
+@leftovers.cleans("target")
 def convert_format(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -25,7 +25,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import fingerprint, folder, peft
-from jaxadapt.storage import atomic, flush, hf_model, location
+from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -37,6 +37,7 @@ _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
 
 
+@leftovers.cleans("out")
 def merge_folder(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],

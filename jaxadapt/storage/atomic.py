@@ -27,11 +27,11 @@ from pathlib import Path
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
 from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_folder_fd, write_error
+from jaxadapt.storage.leftovers import lock, remove_leftovers
 from jaxadapt.storage.local_files import file_error
 
 __all__ = [
-    "Writer", "lock_directory", "open_replacement", "remove_leftovers", "replacing_all",
-    "staging_folder", "write_bytes",
+    "Writer", "lock_directory", "open_replacement", "replacing_all", "staging_folder", "write_bytes",
 ]  # fmt: skip
 
 
@@ -79,40 +79,6 @@ class Writer:
             os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def _lock(fd: int, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked by its writer; or a file system without locks, where leftovers are never removed
-        return False
-    return True
-
-
-def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
-    """Remove the leftovers of killed writers, as far as possible.
-
-    Args:
-        directory: the directory of the targets.
-        names: a regular expression that the targets' names match.
-        folders: also remove leftover folders of `staging_folder`.
-    """
-    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
-    with contextlib.suppress(OSError):
-        for stale in Path(directory).iterdir():
-            if not pattern.fullmatch(stale.name):
-                continue
-            with contextlib.suppress(OSError):
-                folder = stat.S_ISDIR(stale.lstat().st_mode)
-                if folder and not folders:
-                    continue
-                # A folder opens only for reading, which is enough to lock it.
-                fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and _lock(fd, wait=False):
-                        shutil.rmtree(stale) if folder else stale.unlink()
-                finally:
-                    os.close(fd)
-
-
 @contextlib.contextmanager
 def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
     """Hold an exclusive lock on a directory, for writers that replace several files that belong together.
@@ -125,7 +91,7 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if fd is not None:
-            _lock(fd, wait=True)
+            lock(fd, wait=True)
         yield
     finally:
         if fd is not None:
@@ -143,7 +109,7 @@ def _create_temporary(directory: str, name: str) -> tuple[Path, int]:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             # Before we lock it, another writer may lock the file and remove it as a leftover.
-            _lock(fd, wait=True)
+            lock(fd, wait=True)
             if os.fstat(fd).st_nlink:
                 return temporary, fd
         except OSError:
@@ -363,7 +329,7 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
             holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
             holder.mkdir()
             fd = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
-            _lock(fd, wait=True)
+            lock(fd, wait=True)
             if os.path.lexists(holder):  # not removed as a leftover between our mkdir and our lock
                 break
             close_fd(fd)

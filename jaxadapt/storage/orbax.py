@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core import compare
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.storage import atomic, flush, location
+from jaxadapt.storage import atomic, flush, leftovers, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
 from jaxadapt.storage.safetensors_header import MAX_HEADER
@@ -197,7 +197,7 @@ def save(
     _check_names(place, trees)
     if isinstance(place, Path):
         flush.make_folder(place.parent)
-        atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
+        leftovers.remove_leftovers(place.parent, re.escape(place.name), folders=True)
         if single_process:  # for several processes, Orbax removes leftovers itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)

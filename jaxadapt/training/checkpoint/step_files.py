@@ -19,7 +19,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, StepRecord
-from jaxadapt.storage import atomic, safetensors, sharded_write
+from jaxadapt.storage import atomic, leftovers, safetensors, sharded_write
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
@@ -196,7 +196,7 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
 def remove_leftovers(folder: Location) -> None:
     """Remove the leftovers of killed writers."""
     if not isinstance(folder, Address):  # an upload is one step and leaves nothing
-        atomic.remove_leftovers(folder, NAME.pattern)
+        leftovers.remove_leftovers(folder, NAME.pattern)
 
 
 def remove_step(path: Location) -> None:

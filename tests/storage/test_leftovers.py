@@ -1,0 +1,98 @@
+"""What a killed writer left, its temporary files and empty folders, is removed by the next run, also a refused one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.storage import atomic, leftovers
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    pair = {"lora_A": np.ones((2, 4), "f4"), "lora_B": np.ones((4, 2), "f4")}
+    tensors = {f"base_model.model.{MODULE}.{name}.weight": x for name, x in pair.items()}
+    jaxadapt.write(jaxadapt.PeftTensors(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), tensors), tmp_path / "in")
+    (tmp_path / "base").mkdir()
+    save_file({f"{MODULE}.weight": np.ones((4, 4), "f4")}, tmp_path / "base" / "model.safetensors")
+    return tmp_path
+
+
+def left(folder: Path, name: str, is_folder: bool = False) -> None:
+    """Leave what a writer of this name leaves that is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, fd = atomic._create_temporary(str(folder), name)
+    os.close(fd)  # the kernel unlocks the files of a process that ends
+    if is_folder:
+        path.unlink()
+        (path / "inside").mkdir(parents=True)
+
+
+RUNS = {
+    "merge": (["merge", "base", "{}", "--out", "new/out"], ["new/out", "model-00001-of-00002.safetensors"]),
+    "mlx": (["export", "{}", "--for", "mlx", "--out", "new/out"], ["new/out", "adapters.safetensors"]),
+    "orbax": (["convert", "{}", "new/out", "--format", "orbax"], ["new", "out"]),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("adapter", ["in", "nowhere"])
+def test_the_next_run_removes_what_a_killed_run_left(adapter, run, here, monkeypatch):
+    monkeypatch.chdir(here)
+    command, (folder, name) = RUNS[run]
+    left(here / folder, name, is_folder=run == "orbax")
+    done = CliRunner().invoke(main, [each.format(adapter) for each in command])
+    assert done.exit_code == (adapter == "nowhere"), done.output
+    assert not list(here.rglob(".*")), list(here.rglob("*"))
+    assert (here / folder).exists() == (adapter == "in")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_refused_run_removes_the_empty_folder_of_a_killed_run_and_nothing_else(run, here, monkeypatch):
+    monkeypatch.chdir(here)
+    command, _ = RUNS[run]
+    for content in ([], ["notes.txt"]):
+        (here / "new/out").mkdir(parents=True, exist_ok=True)
+        for each in content:
+            (here / "new/out" / each).touch()
+        assert CliRunner().invoke(main, [each.format("nowhere") for each in command]).exit_code == 1
+        assert (here / "new/out").exists() == bool(content)
+        assert (here / "new").exists()
+
+
+def test_a_run_in_progress_keeps_its_files(here):
+    path, fd = atomic._create_temporary(str(here / "base"), "model.safetensors")
+    try:
+        with pytest.raises(ZeroDivisionError), leftovers.clean_target(here / "base"):
+            raise ZeroDivisionError
+        assert path.exists()
+    finally:
+        os.close(fd)
+
+
+def test_an_export_that_fails_leaves_no_folder(here, monkeypatch):
+    """As on a full disk."""
+
+    def fail(writer: atomic.Writer, _: memoryview) -> None:
+        raise jaxadapt.FileError(f"{writer.path}: cannot write: No space left on device")
+
+    monkeypatch.setattr(atomic.Writer, "write", fail)
+    for call in (
+        lambda: jaxadapt.export.export_adapter(here / "in", here / "new/out", "mlx"),
+        lambda: jaxadapt.export.export_base({"q": {"kernel": np.ones((4, 4), "f4")}}, here / "new/out", keymap=TABLE),
+    ):
+        with pytest.raises(jaxadapt.FileError, match="No space left"):
+            call()
+        assert not (here / "new").exists()
+
+
+TABLE = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),))
