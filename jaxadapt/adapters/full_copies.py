@@ -197,7 +197,7 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
         KeyMapError,
         f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:",
         problems,
-        generic.layout_advice("leave them out of modules_to_save"),
+        generic.layout_advice(config, "leave them out of modules_to_save"),
     )
 
 

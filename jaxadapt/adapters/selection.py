@@ -101,7 +101,7 @@ def resolve_config(
                 if (leaf in unsure or len(shapes[leaf]) > 2)
                 and all(matching.is_target(all_modules, name) for name in possible_names)
             ],
-            generic.layout_advice("name them in exclude_modules"),
+            generic.layout_advice(config, "name them in exclude_modules"),
         )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
     selected = [
@@ -202,7 +202,7 @@ def _select_sites(
         "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"
         f" keymap {keymap.name!r} does not define their layout):",
         [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
-        generic.layout_advice("leave them out of target_modules"),
+        generic.layout_advice(config, "leave them out of target_modules"),
     )
     for match, sizes, module_names in mapped.values():
         if not selected_names & set(module_names.values()):
@@ -274,7 +274,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
             if (mapped_match := keymap.match(site.leaf)) is not None
             and len(mapped_match.weight.left) != len(shapes[site.leaf])
         ],
-        generic.layout_advice("leave them out"),
+        generic.layout_advice(config, "leave them out"),
     )
     raise_listed(
         TargetError,

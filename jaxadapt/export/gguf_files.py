@@ -263,7 +263,8 @@ class _Header:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
             raise ValueError(f"a row of {shape[-1]} values in blocks of {block}")
-        return _Tensor(kind.name, shape, *self._numbers(10), math.prod(shape) // block * size)
+        (offset,) = self._numbers(10)
+        return _Tensor(kind.name, shape, offset, math.prod(shape) // block * size)
 
 
 class File:

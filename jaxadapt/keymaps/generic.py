@@ -153,16 +153,19 @@ def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
     return Weight(leaf, key, f"{axes} -> {axes}", kind="vector" if len(shape) == 1 else "other")
 
 
-LINEN_EXAMPLE = (
-    '\n  adapter = jaxadapt.adapt(module, config).init(key, x)["lora"]  # or its shapes only: jax.eval_shape\n'
-    '  jaxadapt.load(path, {"params": params, "lora": adapter})'
-)
+def linen_example(config: Config) -> str:
+    """Return the lines that create an adapter's collection with the adapted Linen module."""
+    name = config.peft_type.lower()
+    return (
+        f'\n  adapter = jaxadapt.adapt(module, config).init(key, x)["{name}"]  # or its shapes only: jax.eval_shape\n'
+        f'  jaxadapt.load(path, {{"params": params, "{name}": adapter}})'
+    )
 
 
-def layout_advice(leave_out: str) -> str:
+def layout_advice(config: Config, leave_out: str) -> str:
     """Return the end of an error message about unknown layouts: the ways to define a layout."""
     return (
         "\nIn NNX, pass example=[inputs of one call]: the model's computation shows the layouts. Or pass"
         f" keymap=<family>, or a KeyMap with an entry for each; or {leave_out}. In Linen, create the collection with"
-        f" the adapted module, whose call shows them:{LINEN_EXAMPLE}"
+        f" the adapted module, whose call shows them:{linen_example(config)}"
     )

@@ -48,7 +48,7 @@ def plan_adapter(
     return make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)
 
 
-def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
+def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> None:
     """Raise `AttachError` if a keymap takes the outputs of a kernel for its inputs.
 
     Parameters without a model have no layers that define the layout, so every kernel is assumed to be one of Flax's,
@@ -73,7 +73,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
         "these weights cannot carry the adapter if they belong to Flax's own layers:",
         reverse,
         "\nFor custom layers, create the collection with the adapted module, which records their layout:"
-        + generic.LINEN_EXAMPLE,
+        + generic.linen_example(config),
     )
 
 

@@ -264,7 +264,7 @@ def _from_orbax(
     keymap = planning.target_keymap(base, keymap, keys)
     shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
     recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example, shared)
-    planning.check_kernels(base, target_sites)
+    planning.check_kernels(recipe.config, base, target_sites)
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for site in (*each, *each.shared) for entry in _entries(site)}
         for each in (target_sites, stored_sites)

@@ -154,7 +154,7 @@ def adapter_from_tensors(
             tensors = experts.fuse_experts(tensors, keymap, on_shared)
         found = as_source(tensors.tensors).shapes
         recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
-        planning.check_kernels(base, adapter_sites)
+        planning.check_kernels(recipe.config, base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
     except AdapterError as error:
         hint = _attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""

@@ -16,7 +16,8 @@ from typing import ParamSpec, TypeVar
 
 from jaxadapt.storage import location
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def lock(fd: int, *, wait: bool) -> bool:

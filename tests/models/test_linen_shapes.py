@@ -236,3 +236,11 @@ def test_a_kernel_that_is_turned_in_a_layer_of_its_own_is_loaded_by_the_collecti
     made = jax.eval_shape(model.init, KEY, X)["lora"]
     loaded = jaxadapt.load(tmp_path, {"params": variables["params"], "lora": made})
     np.testing.assert_array_equal(model.apply(loaded, X), model.apply(variables, X))
+
+
+def test_the_advice_for_an_unknown_layout_names_the_collection_of_the_method():
+    base = {"q": {"kernel": jnp.ones((2, 4, 3))}}
+    for config in (jaxadapt.IA3Config(target_modules=["q"]), jaxadapt.LoraConfig(target_modules=["q"])):
+        name = config.peft_type.lower()
+        with pytest.raises(jaxadapt.KeyMapError, match=rf'init\(key, x\)\["{name}"\].*\n.*params, "{name}": adapter'):
+            jaxadapt.init(config, base)

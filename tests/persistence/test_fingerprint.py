@@ -22,6 +22,7 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.export import export_base
+from jaxadapt.persistence import fingerprint
 
 CONFIG = llama.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
@@ -111,6 +112,14 @@ def test_a_load_onto_another_base_warns(tmp_path: Path):
     jaxadapt.write(dataclasses.replace(jaxadapt.read(tmp_path), base=None), tmp_path / "none")
     with pytest.raises(jaxadapt.MismatchError, match="has no fingerprint of its base"):
         jaxadapt.load(tmp_path / "none", nnx_model(), strict_base=True)
+
+
+@pytest.mark.parametrize("values", [("7f80", "3f80"), ("3f80", "ff80"), ("7f80", "ff80"), ("7f80", "7fc0")])
+def test_an_infinite_value_is_near_no_other(values: tuple[str, str]):
+    stored, found = ({"q.weight": {"shape": [4, 4], "bf16": each + "3f80" * 7}} for each in values)
+    with pytest.raises(jaxadapt.MismatchError, match=r"trained on another base.*q\.weight: other values"):
+        fingerprint.check(stored, found, "here", strict=True)
+    fingerprint.check(stored, stored, "here", strict=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
