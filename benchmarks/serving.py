@@ -7,16 +7,19 @@ projections, in float32. A decode step has one token a row, a prefill 16; there 
 the model. "JAX alone" is the least that such a call costs: the bare call, and the adapters' own products, from the same
 gathered arrays, in a program of their own. The limit of decoding is the bare call and the time to read the used
 adapters' bytes once, at the rate of a sum over as many bytes. `put` is compared with the same copies as one jitted,
-donated call of JAX alone, and with PEFT's `hotswap_adapter` and `set_adapter`. Every ratio is the median over
-interleaved rounds, of the clock's seconds; with `--busy`, of the processor's, for a machine that other work uses.
+donated call of JAX alone, and with PEFT's `hotswap_adapter` and `set_adapter`. Beside a process that saves an adapter
+in a loop, no lease of this adapter may fail. Every ratio is the median over interleaved rounds, of the clock's seconds;
+with `--busy`, of the processor's, for a machine that other work uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,36 @@ class Ours:
             "select": Way(lambda _: jax.block_until_ready(held["put"].select(select))),
         }
 
+    def beside_saves(self, folder: Path) -> list[str]:
+        """Lease an adapter while a process saves it in a loop; print what it took, and return the errors."""
+        errors: list[str] = []
+        versions: set[int] = set()
+        seconds: list[float] = []
+        bank = jax.tree.map(jnp.copy, self.bank)
+        pool = serving.AdapterPool(bank, self.base, {"a": folder}, host_bytes=0)
+        saver = multiprocessing.get_context("spawn").Process(target=save_forever, args=(self.adapters, str(folder)))
+        saver.start()
+        pauses = np.random.default_rng(0).uniform(0, 0.05, self.given.leases)
+        with pool.lease(["a"]) as ids:
+            first = ids.versions[0]
+        while pool.add("a", folder).id == first and saver.is_alive():  # until it saves
+            time.sleep(0.01)
+        for pause in pauses:
+            time.sleep(pause)
+            start = time.perf_counter()
+            try:
+                with pool.lease(["a"]) as ids:
+                    versions.add(ids.versions[0])
+            except jaxadapt.AdapterError as error:
+                errors.append(str(error))
+            seconds.append(time.perf_counter() - start)
+        saver.kill()
+        saver.join()
+        median, last = (1e3 * np.percentile(seconds, p) for p in (50, 99))
+        print(f"\n{len(pauses)} leases beside a loop of saves: {len(errors)} failed, {len(versions)} versions,"
+              f" median {median:.0f} ms, p99 {last:.0f} ms")  # fmt: skip
+        return errors
+
     def known(self, folder: Path, tokens: int = 1) -> dict[str, Way]:
         """Leasing 8 adapters among many known ones, selecting their rows, and a decode step."""
         ids = np.random.default_rng(0).integers(0, 64, (self.given.rows, tokens))
@@ -167,6 +200,12 @@ class Ours:
 
             ways[f"{number} known adapters"] = Way(run)
         return ways
+
+
+def save_forever(adapters: Sequence[jaxadapt.Adapter], folder: str) -> None:
+    while True:
+        for adapter in adapters:
+            jaxadapt.save(adapter, folder)
 
 
 class Peft:
@@ -266,9 +305,10 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--prefill", type=int, nargs="+", default=[16], help="tokens a row")
     options.add_argument("--known", type=int, nargs="+", default=[10, 1000, 5000])
+    options.add_argument("--leases", type=int, default=1000, help="beside a loop of saves")
     options.add_argument("--with-peft", action="store_true")
     options.add_argument("--busy", action="store_true", help="judge the processor's seconds, not the clock's")
-    given = parsed(options, layers=1, rows=4, rounds=1, known=[5, 10])
+    given = parsed(options, layers=1, rows=4, rounds=1, known=[5, 10], leases=5)
     print(environment("jax", "flax", "peft", "torch", "transformers"))
     missed: list[str] = []
     ours, peft = Ours(given), Peft(given) if given.with_peft and installed("peft") else None
@@ -294,6 +334,8 @@ def main() -> None:
         times, first = interleave(ways, 3 * given.rounds), next(iter(ways))
         ratios = show("lease, select and decode, 8 adapters", times, dict.fromkeys(ways, first), given)
         missed += [f"{name}: flat within 10 %: {x:.2f}" for name, x in ratios.items() if abs(x - 1) > 0.1]
+        if errors := ours.beside_saves(folder):
+            missed.append(f"leases beside a loop of saves: {len(errors)} failed, such as: {errors[0]}")
     judge(missed, given)
 
 

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.suggest import close_matches
+from jaxadapt.storage import hub, orbax
 
-Files = tuple[tuple[str, int, int], ...]  # (file, bytes, time of change in ns) of each
+_NAMES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS, *orbax.MARKERS)  # other files are not the adapter's
+
+
+class File(NamedTuple):
+    """One file of an adapter at one time, as the file system describes it; all times are in ns.
+
+    A file that replaces another one may have its name, size and time of writing, but not all of `changed`, which no
+    program can set, `device` and `inode`.
+    """
+
+    name: str
+    nbytes: int
+    written: int
+    changed: int
+    device: int
+    inode: int
+
+
+Files = tuple[File, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Version:
         id: a number that no other version of the pool has or will have, such as for the keys of prefix caches.
         name: the adapter's name.
         path: the folder.
-        files: `(file, bytes, time of change in ns)` of the folder's files.
+        files: the adapter's files.
     """
 
     id: int
@@ -35,8 +55,8 @@ class Version:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the folder's files."""
-        return sum(size for _, size, _ in self.files)
+        """The bytes of the adapter's files."""
+        return sum(file.nbytes for file in self.files)
 
     @functools.cached_property
     def config(self) -> Any:
@@ -95,13 +115,23 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def list_files(path: str | os.PathLike[str]) -> Files:
-    """Return a folder's files with their sizes and times of change; raise `FileError` if it cannot be read."""
+    """Return the adapter's files in a folder; raise `FileError` if the folder cannot be read.
+
+    A file that cannot be described counts as missing: reading the adapter says why.
+    """
+    found: list[File] = []
     try:
-        with os.scandir(path) as entries:
-            found = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
-    except OSError as error:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FileError(f"cannot read the adapter folder {os.fspath(path)}: {error}") from error
-    return tuple(sorted(found))
+    try:
+        for name in _NAMES:
+            with contextlib.suppress(OSError):
+                at = os.stat(name, dir_fd=folder)
+                found.append(File(name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino))
+    finally:
+        os.close(folder)
+    return tuple(found)
 
 
 Key = TypeVar("Key", bound=Hashable)

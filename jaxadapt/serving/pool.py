@@ -7,8 +7,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank
 from jaxadapt.serving.index import Folders, Recent, Version, find_folders, list_files
 from jaxadapt.serving.layout import Tensors
+from jaxadapt.storage import atomic
 
 _Prepared = tuple[Tensors, ...]
+_Loaded = TypeVar("_Loaded")
 _NO_SLOT = -1  # its rows are NaN
 _BASE = "__base__"  # PEFT's name of the base in `adapter_names`
 
@@ -143,8 +145,8 @@ class AdapterPool:
         A lease gets all of its slots at once, and holds none while it waits. Leases get slots in the order in which
         they ask for them: none overtakes one that waits. So do not wait for a lease inside another one.
 
-        Each lease compares the sizes and the times of change of the folders' files. If they differ, it gets a new
-        version of the adapter, also where the old one is in a slot. An adapter whose folder is gone cannot be leased.
+        If an adapter's own files changed, a lease gets a new version of it, also where the old one is in a slot. If
+        they change while they are read, they are read once more. An adapter whose folder is gone cannot be leased.
 
         Args:
             names: the adapter of each row; None, or PEFT's "__base__", for the base.
@@ -191,9 +193,7 @@ class AdapterPool:
         return {name: self._threads.submit(self._prefetch, name) for name in names}
 
     def _prefetch(self, name: str) -> Version:
-        version = self._refresh(name)
-        self._load(version)
-        return version
+        return self._settle(self._refresh(name), self._load)[0]
 
     def _load_missing(
         self, wanted: dict[str, Version], prepared: dict[int, _Prepared], errors: dict[str, AdapterError]
@@ -203,7 +203,8 @@ class AdapterPool:
             missing = {n: v for n, v in wanted.items() if v.id not in self._slots and v.id not in prepared}
         for name, version in missing.items():
             try:
-                prepared[version.id] = self._load(version)
+                wanted[name], found = self._settle(version, self._load)
+                prepared[wanted[name].id] = found
             except AdapterError as error:
                 errors[name] = error
                 del wanted[name]
@@ -309,7 +310,7 @@ class AdapterPool:
 
         If all requests of a server name one adapter, a merged copy of the base has no cost in a call.
         """
-        return self._read_adapter(self._refresh(name))
+        return self._settle(self._refresh(name), self._read_adapter)[1]
 
     def close(self) -> None:
         """Stop the threads that prefetch."""
@@ -326,6 +327,20 @@ class AdapterPool:
             with self._changed:
                 if self._folders.newest.get(name) is known:  # so no one saw later files meanwhile
                     return self._folders.record(name, known.path, files)
+
+    def _settle(self, version: Version, load: Callable[[Version], _Loaded]) -> tuple[Version, _Loaded]:
+        """Load a version of an adapter; if its files change meanwhile, load the newest one, once.
+
+        The second reading takes its turn among the writers of jaxadapt, which lock the folder, so none disturbs it.
+        """
+        try:
+            return version, load(version)
+        except AdapterError:
+            if self._refresh(version.name) == version:
+                raise
+        with atomic.lock_directory(version.path):
+            version = self._refresh(version.name)
+            return version, load(version)
 
     def _load(self, version: Version) -> _Prepared:
         """Return an adapter's padded tensors, from host memory or from its folder, which one thread reads."""

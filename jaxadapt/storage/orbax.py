@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-__all__ = ["Pending", "is_checkpoint", "leaf_specs", "load", "read_json", "save", "start_save"]
+__all__ = ["MARKERS", "Pending", "is_checkpoint", "leaf_specs", "load", "read_json", "save", "start_save"]
 
-# The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts.
-_MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
+MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
+"""The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts."""
 _ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder
 _JSON = "data.json"
 COMMITTED = "commit_success.txt"
@@ -67,14 +67,14 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return True if a path holds a complete Orbax checkpoint."""
     place = location.to_location(path)
     if isinstance(place, Path):
-        return any(location.exists(place / marker, shown=place) for marker in _MARKERS)
+        return any(location.exists(place / marker, shown=place) for marker in MARKERS)
     if place.scheme == "hf":  # adapters of the Hub are recognised in its cache
         return False
     try:
         names = {entry.name for entry in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return bool(names & set(_MARKERS)) and COMMITTED in names
+    return bool(names & set(MARKERS)) and COMMITTED in names
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
@@ -232,7 +232,7 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
 
     place = _resolve_location(path)
     if not is_checkpoint(place):
-        raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(_MARKERS)}")
+        raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(MARKERS)}")
     items = [item for item in _items(place) if not location.exists(place / item / _JSON)]
     with _translate_errors(place), _context():
         if location.exists(place / "_METADATA"):
