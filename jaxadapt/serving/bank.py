@@ -106,7 +106,7 @@ class Bank:
         >>> bank.select([[1, 2], [0, 1]], weights=[[0.5, 0.5], [1, 2]]).arrays[0]["lora_A"].shape
         (2, 2, 2, 4)
         """
-        return selection.select(self, jnp.asarray(ids), weights, implementation)
+        return selection.select(self, ids, weights, implementation)
 
 
 def create(

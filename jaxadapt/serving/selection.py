@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -24,6 +25,7 @@ _NAMES = ("gather", "layer", "mask", "sorted")
 
 def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Rows:
     """Return the result of `Bank.select`."""
+    ids = _as_int32(ids, bank.slots)
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise AttachError(
             "ids: expected integers of shape (rows) or (rows, time), or (rows, adapters) with weights, found"
@@ -56,6 +58,16 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | 
         for place, tensors in zip(layout.places, bank.arrays, strict=True)
     ]
     return Rows(tuple(arrays), layout.rows, implementation, bank.shared)
+
+
+def _as_int32(ids: Any, slots: int) -> Any:
+    """Return ids as an array of JAX, which would cut the upper bits of an integer of 64 bits: those are no slot."""
+    if any(isinstance(each, jax.Array) for each in jax.tree.leaves(ids)):
+        return jnp.asarray(ids)
+    found = np.asarray(ids)
+    if not np.issubdtype(found.dtype, np.integer):
+        return found
+    return jnp.asarray(np.where((found < 0) | (found >= slots), slots, found.astype(np.int64)).astype(np.int32))
 
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:

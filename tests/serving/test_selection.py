@@ -127,6 +127,18 @@ def test_a_row_mixes_adapters_with_weights(api):
     assert np.isnan(y[4]).all()
 
 
+@pytest.mark.parametrize("implementation", ["gather", "layer", "mask"])
+def test_an_id_beyond_32_bits_is_no_slot(implementation):
+    """Their lower bits are those of slot 1."""
+    bank = serving.create(small.base(), small.LORA, slots=2)
+    net, ids = serving.attach(small.net(), bank), [1, 2**32 + 1, 1 - 2**32]
+    for given in (np.array(ids), ids, np.array([1, 2**32 + 1, 2**63 + 1], np.uint64)):
+        with serving.route(net, bank.select(given, implementation=implementation)):
+            np.testing.assert_array_equal(np.isnan(net(small.X)).all(1), [False, True, True])
+    mixed = bank.select(np.array(ids)[:, None], weights=np.ones((3, 1)))
+    np.testing.assert_array_equal(np.isnan(mixed.arrays[0]["scale"][:, 0]), [False, True, True])
+
+
 def test_what_cannot_be_selected():
     bank = serving.create(small.base(), [small.LORA, small.IA3], slots=3)
     lora = serving.create(small.base(), small.LORA, slots=3)
