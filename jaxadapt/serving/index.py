@@ -12,10 +12,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.core.errors import AttachError, FileError, warn
 from jaxadapt.core.suggest import close_matches
 from jaxadapt.storage import hub, orbax
 
+BASE = "__base__"  # PEFT's name of the base in `adapter_names`
 _NAMES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS, *orbax.MARKERS)  # other files are not the adapter's
 
 
@@ -67,29 +68,47 @@ class Version:
 
 
 class Folders:
-    """The newest version of each name. It is not thread-safe."""
+    """The newest version of each name. It is not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        root: the folder of the adapters' folders; None to know only those that are added.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
         self.newest: dict[str, Version] = {}
+        self._root = root
+        self._removed: set[str] = set()
         self._numbers = itertools.count(1)
 
     def add(self, name: str, path: str | os.PathLike[str]) -> Version:
         """Record a folder under a name; return its version, a new one if the folder or a file in it changed.
 
-        Raises `FileError` if the folder cannot be read.
+        Raises `FileError` if the folder cannot be read, and `AttachError` for the name of the base.
         """
         return self.record(name, path, list_files(path))
 
     def record(self, name: str, path: str | os.PathLike[str], files: Files) -> Version:
         """Record a folder under a name by the files that `list_files` found; return its version as `add` does."""
+        if name == BASE:
+            raise AttachError(f"{os.fspath(path)}: {BASE!r} is the name of the base; choose another name")
+        self._removed.discard(name)
         known = self.newest.get(name)
         if known is None or (known.path, known.files) != (Path(path), files):
             known = self.newest[name] = Version(next(self._numbers), name, Path(path), files)
         return known
 
     def remove(self, name: str) -> None:
-        """Forget a name; raise `AttachError` for an unknown one."""
+        """Forget a name until it is added again; raise `AttachError` for an unknown one."""
         del self.newest[self.get(name).name]
+        self._removed.add(name)
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a name, which may be new in the root; raise `AttachError` for an unknown name."""
+        if name not in self.newest and name not in self._removed and self._root is not None:
+            found = Path(self._root, name)
+            if name == found.name and name not in ("", "..") and _is_adapter(found):  # the others lead elsewhere
+                return found
+        return self.get(name).path
 
     def get(self, name: str) -> Version:
         """Return the newest version of a name; raise `AttachError` for an unknown name."""
@@ -104,14 +123,21 @@ class Folders:
 def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     """Return `{name: folder}` of the adapter folders directly in a folder, sorted by name.
 
-    Raises `FileError` if the folder cannot be read.
+    A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read.
     """
     try:
-        with os.scandir(root) as entries:
-            folders = {entry.name: Path(entry.path) for entry in entries if entry.is_dir()}
+        folders = {path.name: path for path in sorted(Path(root).iterdir())}
     except OSError as error:
         raise FileError(f"cannot list the adapters in {os.fspath(root)}: {error}") from error
-    return {name: path for name, path in sorted(folders.items()) if (path / "adapter_config.json").is_file()}
+    found = {name: path for name, path in folders.items() if _is_adapter(path)}
+    if BASE in found:
+        warn(f"{found.pop(BASE)}: {BASE!r} is the name of the base, so the adapter cannot be leased; rename the folder")
+    return found
+
+
+def _is_adapter(path: Path) -> bool:
+    """Return True for a folder with a configuration; False also for a circular link."""
+    return os.path.isfile(path / hub.CONFIG)  # noqa: PTH113 (`Path.is_file` raises errors)
 
 
 def list_files(path: str | os.PathLike[str]) -> Files:

@@ -23,14 +23,13 @@ from jaxadapt.persistence.folder import read
 from jaxadapt.persistence.peft import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank
-from jaxadapt.serving.index import Folders, Recent, Version, find_folders, list_files
+from jaxadapt.serving.index import BASE, Folders, Recent, Version, find_folders, list_files
 from jaxadapt.serving.layout import Tensors
 from jaxadapt.storage import atomic
 
 _Prepared = tuple[Tensors, ...]
 _Loaded = TypeVar("_Loaded")
 _NO_SLOT = -1  # its rows are NaN
-_BASE = "__base__"  # PEFT's name of the base in `adapter_names`
 
 
 class Lease(Sequence[int]):
@@ -64,7 +63,8 @@ class AdapterPool:
     Args:
         bank: the bank. The pool owns it from now on, because `put` donates its arrays.
         base: the NNX model, Linen variables or base parameters that the bank was created for.
-        folders: a folder of adapter folders, whose names they get, or `{name: folder}`.
+        folders: a folder of adapter folders, whose names they get, or `{name: folder}`. A folder that is added to the
+            former later is found when a lease names it.
         host_bytes: the budget for prepared adapters in host memory, each of `bank.layout.slot_bytes`.
         keymap: as in `jaxadapt.load`.
 
@@ -93,7 +93,7 @@ class AdapterPool:
         self._bank = bank
         self._weights = banks.weights_read(bank, base)
         self._shapes, self._keymap = carrier(base).abstract(), keymap
-        self._folders = Folders()
+        self._folders = Folders(None if isinstance(folders, Mapping) else folders)
         self._host: Recent[int, _Prepared] = Recent(host_bytes)
         self._slots: Recent[int, int] = Recent(bank.slots - 1)
         self._free = list(range(bank.slots - 1, 0, -1))
@@ -115,12 +115,12 @@ class AdapterPool:
             return self._folders.add(name, path)
 
     def remove(self, name: str) -> None:
-        """Forget a name; raise `AttachError` for an unknown one. Leases keep its version until they end."""
+        """Forget a name until `add`; raise `AttachError` for an unknown one. Leases keep its version until they end."""
         with self._changed:
             self._folders.remove(name)
 
     def names(self) -> list[str]:
-        """Return the names."""
+        """Return the names that the pool knows, which include those of a folder that leases have found."""
         with self._changed:
             return list(self._folders.newest)
 
@@ -163,7 +163,7 @@ class AdapterPool:
         pinned: list[int] = []
         slots: dict[str, int] | None = None
         ticket = object()
-        names = [None if name == _BASE else name for name in names]
+        names = [None if name == BASE else name for name in names]
         different = list(dict.fromkeys(name for name in names if name is not None))
         try:
             for name in different:
@@ -322,11 +322,11 @@ class AdapterPool:
         """Return the newest version of a name, a new one if files of its folder changed; list them without the lock."""
         while True:
             with self._changed:
-                known = self._folders.get(name)
-            files = list_files(known.path)
+                known, path = self._folders.newest.get(name), self._folders.path(name)
+            files = list_files(path)
             with self._changed:
                 if self._folders.newest.get(name) is known:  # so no one saw later files meanwhile
-                    return self._folders.record(name, known.path, files)
+                    return self._folders.record(name, path, files)
 
     def _settle(self, version: Version, load: Callable[[Version], _Loaded]) -> tuple[Version, _Loaded]:
         """Load a version of an adapter; if its files change meanwhile, load the newest one, once.

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from jaxadapt.core.errors import FileError
+from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.serving import pool as pools
 from tests.serving.test_pool import make, marks, value, write
 from tests.support.small import WEIGHTS
@@ -112,3 +112,52 @@ def test_no_lease_fails_beside_a_saving_loop(tmp_path):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_folder_added_beside_a_running_pool_is_found_by_the_next_lease(tmp_path):
+    root = tmp_path / "adapters"
+    write(root, "a", 0)
+    write(tmp_path, "outside", 1)
+    shutil.copytree(root / "a", tmp_path, dirs_exist_ok=True)  # so that ".." and "" would lead to an adapter
+    pool = make(root)
+    write(root, "b", 2)
+    with pool.lease(["b", None, "a"]) as ids:
+        assert marks(pool, ids) == [value(2), 0, value(0)]
+    assert pool.names() == ["a", "b"]
+    pool.remove("b")
+    for name in ("b", "c", "..", ".", "", "../outside", str(tmp_path / "outside"), "b/", "a\0"):
+        with pytest.raises(AttachError, match="the pool has no adapter"), pool.lease([name]):
+            pass
+    pool.add("b", root / "b")
+    with pool.lease(["b"]) as ids:
+        assert marks(pool, ids) == [value(2)]
+    closed = make({"a": root / "a"})
+    with pytest.raises(AttachError, match="the pool has no adapter 'b'"), closed.lease(["b"]):
+        pass
+
+
+def test_a_folder_with_a_circular_link_does_not_stop_the_pool(tmp_path):
+    for number, name in enumerate("ab"):
+        write(tmp_path, name, number)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "a" / WEIGHTS).unlink()
+    (tmp_path / "a" / WEIGHTS).symlink_to(WEIGHTS)
+    pool = make(tmp_path)
+    failed = {}
+    with pool.lease(["b", "a", "loop"], failed=failed) as ids:
+        assert marks(pool, ids)[0] == value(1)
+    assert failed.keys() == {"a", "loop"}
+    assert WEIGHTS in str(failed["a"])
+
+
+def test_a_folder_with_the_name_of_the_base_is_not_listed(tmp_path):
+    for number, name in enumerate(["a", "__base__"]):
+        write(tmp_path, name, number)
+    with pytest.warns(UserWarning, match="'__base__' is the name of the base.*rename the folder"):
+        pool = make(tmp_path)
+    assert pool.names() == ["a"]
+    with pool.lease(["__base__"]) as ids:
+        assert marks(pool, ids) == [0]
+    for wrong in (lambda: pool.add("__base__", tmp_path / "a"), lambda: make({"__base__": tmp_path / "a"})):
+        with pytest.raises(AttachError, match="is the name of the base; choose another name"):
+            wrong()
