@@ -165,8 +165,7 @@ class Ours:
         saver = multiprocessing.get_context("spawn").Process(target=save_forever, args=(self.adapters, str(folder)))
         saver.start()
         pauses = np.random.default_rng(0).uniform(0, 0.05, self.given.leases)
-        with pool.lease(["a"]) as ids:
-            first = ids.versions[0]
+        first = pool.version("a").id
         while pool.add("a", folder).id == first and saver.is_alive():  # until it saves
             time.sleep(0.01)
         for pause in pauses:

@@ -184,11 +184,14 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     chosen: dict[int, Tensors] = {}
     problems: list[Refusal] = []
     for site in sites:
+        number = None
         try:
             number = _find_place(layout, site, shared)
             chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
         except AttachError as error:
-            problems.append(Refusal(str(error), refusals.FIT))
+            other_kind = number is None and site.leaf in layout.by_leaf
+            way_out = refusals.add_kind(adapter.config, layout.slots) if other_kind else refusals.FIT
+            problems.append(Refusal(str(error), way_out))
     refusals.raise_listed(problems, _CANNOT_PUT)
     return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
 
@@ -240,8 +243,28 @@ def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
     for number, place in at_leaf:
         if (place.row.method, place.row.hparams, place.row.shared) == (site.method, hparams, shared):
             return number
-    found = ", ".join(f"{place.row.method.peft_type} {place.row.hparams}" for _, place in at_leaf)
-    raise AttachError(f"{site.leaf}: the adapter is {site.method.peft_type} {hparams}; the bank has {found}")
+    own = _fields(hparams, shared)
+    found: list[str] = []
+    differ: dict[str, Any] = {}
+    for _, place in at_leaf:
+        same = place.row.method == site.method
+        others = _fields(place.row.hparams, place.row.shared).items() if same else ()
+        others = {name: x for name, x in others if x != own[name]}
+        differ |= {name: own[name] for name in others}
+        found.append(_kind(place.row.method.peft_type, others))
+    adapter = _kind(site.method.peft_type, differ)
+    raise AttachError(f"{site.leaf}: the adapter is {adapter}; the bank has {', '.join(found)}")
+
+
+def _fields(hparams: Any, shared: int | None) -> dict[str, Any]:
+    """Return by name what adapters of one method must have in common to use the same place."""
+    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
+        return {"shared": shared}
+    return dataclasses.asdict(hparams) | {"shared": shared}
+
+
+def _kind(peft_type: str, fields: Mapping[str, Any]) -> str:
+    return peft_type + (f" ({', '.join(f'{name}={x}' for name, x in fields.items())})" if fields else "")
 
 
 def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:

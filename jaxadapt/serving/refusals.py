@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxadapt.adapters.sites import Site
+from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 
@@ -19,6 +20,15 @@ FIT = (
     "Create the bank with configurations that cover the adapter, convert the adapter to a plain LoRA that fits"
     " (jaxadapt.merging.to_lora), or merge it into a base of its own (jaxadapt.merge)"
 )
+
+
+def add_kind(config: Config, slots: int) -> str:
+    """Return the way out for an adapter of a kind that a bank of as many slots has no room for."""
+    return (
+        "Create the bank with room for this kind, too: pass its configuration beside the present ones"
+        f" (jaxadapt.serving.create(base, [..., {config!r}], slots={slots})). Or merge the adapter into a base of its"
+        " own (jaxadapt.merge)"
+    )
 
 
 class Refusal(NamedTuple):

@@ -128,10 +128,10 @@ def test_an_active_adapter_acts_in_every_row_beside_the_bank():
     [
         (jaxadapt.LoraConfig(r=9, target_modules=["q_proj"]), "lora_A: r is 9, the bank has 4"),
         (jaxadapt.LoraConfig(r=2, target_modules=["up_proj"]), "up_proj.kernel: the bank has no place"),
-        (jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora=True.*the bank has LORA"),
+        (jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora=True.*the bank has LORA .dora=F"),
         (jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]), "copy of the weight"),
         (jaxadapt.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1]), "aLoRA"),
-        (jaxadapt.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"]), "is OFT .*the bank has LORA"),
+        (jaxadapt.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"]), "is OFT; the bank has LORA"),
         (jaxadapt.LoHaConfig(r=3, target_modules=["q_proj"]), "lora_A: r is 9, the bank has 4"),
         (jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), "HIRA has no form"),
     ],
@@ -139,10 +139,21 @@ def test_an_active_adapter_acts_in_every_row_beside_the_bank():
 def test_an_adapter_that_does_not_fit_is_refused(config, message):
     bank = serving.create(small.base(), jaxadapt.LoraConfig(r=4, target_modules=["q_proj"]), slots=2)
     adapter = jaxadapt.init(config, small.base()["params"], key=jax.random.key(0))
-    way_out = {"copy of the weight": "jaxadapt.merge", "aLoRA": "jaxadapt.load"}.get(message, "to_lora.*merge")
+    ways_out = {"copy of": "jaxadapt.merge", "aLoRA": "jaxadapt.load", "the bank has LORA": r"create\(base, \[\.\.\., "}
+    way_out = next((out for part, out in ways_out.items() if part in message), "to_lora.*merge")
     with pytest.raises(AttachError, match=rf"(?s){message}.*{way_out}"):
         serving.put(bank, 1, adapter, small.base())
     assert not any(x.is_deleted() for x in jax.tree.leaves(bank))
+
+
+def test_a_plain_lora_in_a_bank_of_doras_is_told_what_to_pass_to_create():
+    dora = small.LORA.replace(use_dora=True)
+    adapter = small.adapter(small.LORA)
+    with pytest.raises(AttachError, match=r"is LORA \(dora=False\); the bank has LORA \(dora=True\)\n") as refused:
+        serving.put(serving.create(small.base(), dora, slots=2), 1, adapter, small.base())
+    assert f"serving.create(base, [..., {adapter.config!r}], slots=2)" in str(refused.value)
+    bank = serving.create(small.base(), [dora, adapter.config], slots=2)
+    serving.put(bank, 1, adapter, small.base())
 
 
 @pytest.mark.parametrize("slot", [0, 2, -1])
