@@ -312,8 +312,12 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
     keys = {new: key for new, key in keys.items() if new in kept}
     wrong = [found.found for found in tensor_checks.check_tensors(kept, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
-    if not keys:
-        raise MismatchError(f"{stored.source}: expected tensors of {config.peft_type}, found none")
+    known = key_names.is_known_method(config.peft_type)
+    if not keys or (known and not any(key_names.split_key(key, config.peft_type) for key in keys)):
+        raise MismatchError(
+            f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
+            " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
+        )
     return PeftTensors(config, repair_folder.StoredTensors(keys, stored.get), stored.source)
 
 

@@ -22,6 +22,8 @@ from jaxadapt.storage.source import TensorSource, TensorSpec
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 """llama.cpp's numbers of these types in general.file_type."""
+_FLOATS = {"F32", "F16", "BF16"}
+"""The types whose values are those of the model; the others are quantized."""
 
 _FLAT = ("embed_tokens", "norm")
 _LAYER = (
@@ -144,6 +146,8 @@ def merge_gguf(
         peft_tensors = folder.read(adapter, progress=report)
         if not allow_nan:
             merge_files.refuse_nan([peft_tensors], "merge")
+        if {file.kind(name) for name in file.names} <= _FLOATS:
+            merge_files.warn_of_another_base(tensors, peft_tensors)
         plan = merge_files.plan_merge(tensors, source, peft_tensors, tensors.base.tied)
         keys = {name: key for key, name in tensors.names.items()}
         specs = {name: (_kind(name, file.shape(name), kind), file.shape(name)) for name in file.names}

@@ -25,6 +25,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import fingerprint, folder, peft
+from jaxadapt.persistence.verification import base_identity
 from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
@@ -49,6 +50,8 @@ def merge_folder(
     progress: Progress = None,
 ) -> int:
     """Merge an adapter into the model of a Hugging Face folder and write the result to another folder.
+
+    Warns if the adapter was trained on another base, as far as the fingerprint in its file tells.
 
     One tensor is in memory at a time, besides the base weights that the adapter's file contains. If the output head
     and the token embedding are tied (`tie_word_embeddings`) and the adapter changes only one of them, the head gets a
@@ -90,6 +93,7 @@ def merge_folder(
         tensors = folder.read(adapter, progress=report)
         if not allow_nan:
             refuse_nan([tensors], "merge")
+        warn_of_another_base(base_tensors, tensors)
         plan = plan_merge(base_tensors, base_folder / "config.json", tensors)
         base_tensors, specs = plan.base_tensors, plan.specs
         file_dtype = None if dtype is None else np.dtype(dtype)
@@ -276,6 +280,17 @@ def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerpr
             return None
         common |= other.base or {}
     return common if all(adapter.base for adapter in adapters) else None
+
+
+def warn_of_another_base(base: TensorSource, tensors: PeftTensors) -> None:
+    """Warn if an adapter was trained on another base, as far as the fingerprint in its file tells. Reads 8 weights."""
+    stored = tensors.base or {}
+    names = base_identity.weight_names(stored, base.shapes) or {}
+    parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
+    if parts and None not in parts:
+        fingerprint.check(
+            stored, {k: x for part in parts for k, x in (part or {}).items()}, tensors.source, strict=False
+        )
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import Config
+from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.persistence import folder, image_files, mlx_files, reconcile
+from jaxadapt.persistence.verification import foreign_files, key_names
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.source import as_source
@@ -73,7 +75,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     Accepts an Orbax checkpoint too, mlx-lm's folder, and the one file of an image adapter (kohya-ss, LyCORIS,
     diffusers), and lists their tensors under the names that PEFT's file would have.
     An adapter on the Hub is fetched, with `progress` as in `pull`.
-    Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
+    Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` if it holds no adapter.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -105,7 +107,11 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
         size = location.total_size(weights)
     new_keys = state_dict_keys.keys_without_names(tensors, str(path))
     tensors = {new: tensors[key] for key, new in new_keys.items() if new is not None} or tensors
-    return Info(str(path), reconcile.resolve_config(config, header, weights), tensors, nbytes, size)
+    settings = reconcile.resolve_config(config, header, weights)
+    found = foreign_files.not_an_adapter(tensors, str(path)) if key_names.is_known_method(settings.peft_type) else None
+    if found is not None:
+        raise MismatchError(f"{path}: {found.found}; {found.remedy}")
+    return Info(str(path), settings, tensors, nbytes, size)
 
 
 def _inspect_opened(path: str | os.PathLike[str], weights: location.Location, form: str) -> Info:

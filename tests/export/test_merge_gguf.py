@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import gguf_model, merge_files
+from jaxadapt.persistence import fingerprint
+from jaxadapt.storage.source import as_source
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -80,6 +83,25 @@ def write_base(family: str, model, path, change=lambda writer: None) -> None:
 
 def read(path) -> dict[str, np.ndarray]:
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merge_into_another_base_warns(family, tmp_path):
+    model, other = model_of(family), model_of(family)
+    weights = {key: x.numpy() for key, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    adapted(model_of(family), FAMILIES[family][1], fan_in_fan_out=family == "gpt2").save_pretrained(tmp_path / "plain")
+    tensors = jaxadapt.read(tmp_path / "plain")
+    modules = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors.tensors}
+    base = fingerprint.of_file(as_source(weights), {f"{module}.weight": f"{module}.weight" for module in modules})
+    jaxadapt.write(dataclasses.replace(tensors, base=base), tmp_path / "in")
+    for name, each in (("right", model), ("wrong", other)):
+        write_base(family, each, tmp_path / f"{name}.gguf")
+    gguf_model.merge_gguf(tmp_path / "right.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
+    with pytest.warns(UserWarning, match="was trained on another base"):
+        gguf_model.merge_gguf(tmp_path / "wrong.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -22,6 +22,7 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.export import export_base
+from jaxadapt.export.merge_files import merge_folder
 from jaxadapt.persistence import fingerprint
 
 CONFIG = llama.LlamaConfig(
@@ -137,6 +138,15 @@ def test_verify_compares_the_folder_of_the_base(dtype: str, tmp_path: Path):
     (found,) = [f for f in json.loads(wrong.output)["findings"] if f["severity"] == "error"]
     assert found["code"] == "other-base"
     assert len(found["subjects"]) == 6
+
+
+def test_a_merge_into_another_base_warns(tmp_path: Path):
+    saved(adapted(nnx_model()), tmp_path / "adapter")
+    for name, seed in (("right", 0), ("wrong", 1)):
+        export_base(nnx_model(seed=seed), tmp_path / name)
+    merge_folder(tmp_path / "right", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.warns(UserWarning, match="was trained on another base: 6 of 6 compared weights differ"):
+        merge_folder(tmp_path / "wrong", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_it_stays_when_the_file_is_written_again(tmp_path: Path):

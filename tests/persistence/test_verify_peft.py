@@ -228,3 +228,23 @@ def test_integers_are_read_by_peft_as_the_values_themselves(tmp_path: Path):
     found = beside(tmp_path / "sound", integers)
     assert np.array_equal(outputs(found), as_floats)
     assert codes(found) == ["dtype"]
+
+
+def test_a_dora_file_whose_configuration_denies_it_is_found(tmp_path: Path):
+    trained(tmp_path / "sound", use_dora=True)
+    found = beside(tmp_path / "sound", load_file(tmp_path / "sound" / WEIGHTS), use_dora=False)
+    assert np.abs(outputs(found) - outputs(tmp_path / "sound")).max() > 0.01
+    (error,) = (f for f in jaxadapt.verify(found) if f.severity == "error")
+    assert (error.code, len(error.subjects)) == ("variant", 2)
+    assert codes(tmp_path / "sound") == []
+
+
+def test_a_whole_model_is_no_adapter_for_extract_and_inspect(tmp_path: Path):
+    trained(tmp_path / "adapter", tiny("Llama"))
+    tiny("Llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(jaxadapt.MismatchError, match="expected tensors of LORA, found none among 12 tensors"):
+        extract_files(tmp_path / "base" / "model.safetensors", tmp_path / "out", config=tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()
+    named = beside(tmp_path / "adapter", load_file(tmp_path / "base" / "model.safetensors"))
+    with pytest.raises(jaxadapt.MismatchError, match="none of the 12 tensors belongs to an adapter"):
+        jaxadapt.inspect(named)

@@ -12,6 +12,12 @@ from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hf_model, location
 
 
+def weight_names(stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
+    """Return {weight of a fingerprint: its name in a base}; None if the base lacks one."""
+    names = base_checks.names_in_base([key.removesuffix(".weight") for key in stored], shapes)
+    return None if names is None else {f"{module}.weight": f"{name}.weight" for module, name in names.items()}
+
+
 def check_identity(
     stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]], base: str | os.PathLike[str]
 ) -> list[Finding]:
@@ -25,23 +31,21 @@ def check_identity(
     place = location.to_location(base)
     if place.suffix == ".json":
         return []
-    modules = [key.removesuffix(".weight") for key in stored]
-    names = base_checks.names_in_base(modules, shapes)
+    keys = weight_names(stored, shapes)
     found = None
-    if names is not None:
+    if keys is not None:
         try:
             with hf_model.open_model(place) as tensors:
-                keys = {f"{module}.weight": f"{names[module]}.weight" for module in modules}
                 hf_model.refuse_packed(tensors)
                 found = fingerprint.of_file(tensors, keys)
         except (FileError, FormatError):  # the other checks have reported it, or the base is quantized
             found = None
     if found is None:
-        return [finding.note("base-not-compared", modules, f"the values of {base} were not compared: it is quantized or"
+        return [finding.note("base-not-compared", stored, f"the values of {base} were not compared: it is quantized or"
                              " lacks modules of the adapter")]  # fmt: skip
     different = fingerprint.differences(stored, found)
     if not different:
-        return [finding.note("base", modules, f"{base} is the base of the training, by {len(stored)} of its weights")]
+        return [finding.note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")]
     return [
         finding.error(
             "other-base", different, f"the adapter was trained on another base than {base}: {len(different)} of"

@@ -59,6 +59,7 @@ def check_tensors(shapes: Shapes, config: Config, family: str = "") -> list[Find
         )
         return findings
     findings += _check_pairs(modules, config)
+    findings += _check_variants(modules, config)
     findings += _check_ranks(modules, config)
     findings += _check_targets(modules, config, family)
     findings += _check_saved(shapes, modules, others, config)
@@ -99,6 +100,24 @@ def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
         finding.error("missing", missing, f"missing: {finding.count(missing, 'tensor')}, such as {missing[0]}",
                       "all tensors of each adapted module", _SAVE_AGAIN)
     ]  # fmt: skip
+
+
+def _check_variants(modules: Modules, config: Config) -> list[Finding]:
+    """Find tensors of variants of LoRA that the configuration denies: PEFT does not read them."""
+    findings: list[Finding] = []
+    for start, field in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):
+        names = [
+            f"{PEFT_PREFIX}{m}.{name}" for m, tensors in modules.items() for name in tensors if name.startswith(start)
+        ]
+        if config.peft_type == "LORA" and names and not config.get(field):
+            findings.append(
+                finding.error(
+                    "variant", names, f"{field} is false, but the file has {finding.count(names, 'tensor')} of it, such"
+                    f" as {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
+                    f"set {field} to true, or take adapter_config.json from where the adapter was trained",
+                )
+            )  # fmt: skip
+    return findings
 
 
 def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, float]]:
