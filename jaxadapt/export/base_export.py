@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, name_donated_arrays
 from jaxadapt.arrays import finite
-from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
+from jaxadapt.core.errors import AttachError, FileError, FormatError, KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
@@ -25,12 +27,18 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph
+from jaxadapt.persistence import folder
 from jaxadapt.persistence.encode import require_values
-from jaxadapt.storage import flush, hf_model, leftovers, location
+from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 
 SHARD = 5_000_000_000
+CONFIG = "config.json"
+
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+"""Suffixes of a model's other files: configuration, tokenizer, chat template."""
 
 
 @leftovers.cleans("path")
@@ -39,6 +47,7 @@ def export_base(
     path: str | os.PathLike[str],
     adapter: Adapter | None = None,
     *,
+    like: str | os.PathLike[str] | None = None,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     max_shard_size: int = SHARD,
@@ -48,14 +57,17 @@ def export_base(
     """Write the weights of a whole model to a Hugging Face folder, with PyTorch's names and layouts.
 
     The weights are `model.safetensors` or, above `max_shard_size` bytes, several files and their index. Other files in
-    the folder (config.json, a tokenizer) are kept. Existing weights are replaced by one rename and then removed. One
-    tensor is in memory at a time, and a merge computes a few outputs at a time. Tied embeddings are written once if the
-    model stores them once.
+    the folder (config.json, a tokenizer) are kept, or copied from `like`. For a model of a known family, a warning says
+    if there is no config.json, since transformers would then build a model of its default sizes. Existing weights are
+    replaced by one rename and then removed. One tensor is in memory at a time, and a merge computes a few outputs at a
+    time. Tied embeddings are written once if the model stores them once.
 
     Args:
-        params: an NNX model (without the adapters attached to it), Linen variables or base parameters.
+        params: an NNX model, Linen variables or base parameters. With active adapters it needs `adapter`.
         path: the folder, or an address of an object store.
         adapter: an adapter to merge into the weights: W + s·B·A, in float32, rounded once.
+        like: the folder of the same model, whose configuration and tokenizer are copied. In config.json the dtype is
+            set to the dtype written, and a head that differs from the embedding is untied.
         keymap: the model's family; None recognizes it.
         dtype: the dtype of the file's tensors. Default: as in memory.
         max_shard_size: the largest size of one file, in bytes.
@@ -65,6 +77,7 @@ def export_base(
 
     Raises:
         KeyMapError: weights have no entry in the keymap; the message lists all of them.
+        AttachError: the model has active adapters and `adapter` is missing.
         MismatchError: the adapter does not fit.
         FileError: the folder cannot be written. After any error, the existing weights are unchanged.
 
@@ -76,6 +89,7 @@ def export_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=keymap)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
+    _refuse_active(params, adapter)
     leaves, resolved = collect_base_leaves(params, keymap)
     _refuse_statistics(params, leaves)
     require_values(leaves, traced=False)
@@ -87,7 +101,14 @@ def export_base(
     warn_unproved(resolved)
     file_dtype = None if dtype is None else np.dtype(dtype)
     target = location.to_location(path)
-    _check_ties(target, resolved, base_plan, leaves, changed)
+    source = target if like is None else location.to_location(like)
+    different = _different_ties(source / CONFIG, resolved, base_plan, leaves, changed)
+    raise_listed(
+        MismatchError,
+        f"{source / CONFIG}: tie_word_embeddings is true (or missing, and true by default), so transformers would"
+        " ignore weights of this model; set it to false, or export to another folder:",
+        different if like is None else [],
+    )
     specs: Specs = {}
     part_keys = parts.group_by_file_key(base_plan.keys)
     for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
@@ -96,6 +117,7 @@ def export_base(
         specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
+    other_files = {} if like is None else _read_like(source, specs, bool(different))
     flush.make_folder(target)
     encode = _make_encoder(base_plan, leaves, changed, file_dtype)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
@@ -123,6 +145,13 @@ def export_base(
         read = finite.check_while_reading(get, len(specs), not_finite_error) if strict else get
         with name_donated_arrays(leaves):
             hf_model.write_model(target, specs, read, max_shard_size)
+    for name, data in other_files.items():
+        atomic.write_bytes(target / name, data)
+    if not isinstance(keymap, KeyMap) and not location.exists(target / CONFIG):  # else the names may be of any program
+        warn(
+            f"{target}: has no {CONFIG}, so transformers' from_pretrained would build a model of its default sizes."
+            " Copy it and the tokenizer's files from the folder of the base, as export_base(…, like=folder) does"
+        )
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
@@ -210,27 +239,84 @@ def _merge_tensor(
     return out
 
 
-def _check_ties(
-    target: Location,
+def _refuse_active(params: Any, adapter: Adapter | None) -> None:
+    """Raise `AttachError` for a model with active adapters if none is to be merged."""
+    held = carrier(params)
+    if adapter is None and (active := held.active()):
+        base = "within `with jaxadapt.disable(model):`" if held.in_place else 'variables["params"]'
+        raise AttachError(
+            f"cannot export: the model has the active adapter {', '.join(map(repr, active))}, and its weights do not"
+            " contain it. Pass adapter=jaxadapt.extract(model, name), or export the merged model,"
+            f" jaxadapt.merge(model). For the base alone, export {base}"
+        )
+
+
+def _different_ties(
+    path: Location,
     keymap: KeyMap,
     base_plan: plan.Plan,
     leaves: Mapping[str, Any],
     changed: Mapping[str, base_merge.ChangedLeaf],
-) -> None:
-    """Raise `MismatchError` if config.json ties weights that differ: transformers would ignore one of them."""
-    path = target / "config.json"
+) -> list[str]:
+    """Return the weights that a config.json ties and that differ: transformers would ignore one of them."""
     config = untying.read_model_config(path)
     if config is None or True not in (config.get(untying.FIELD), untying.is_tied(config)):
-        return
+        return []
     encode = _make_encoder(base_plan, leaves, changed, None)
-    different = [
+    return [
         f"{key} differs from {same}"
         for key, same in keymap.tied
         if key in base_plan.keys and same in base_plan.keys and not np.array_equal(encode(key), encode(same))
     ]
-    raise_listed(
-        MismatchError,
-        f"{path}: tie_word_embeddings is true (or missing, and true by default), so transformers would ignore"
-        " weights of this model; set it to false, or export to another folder:",
-        different,
-    )
+
+
+def _read_like(source: Location, specs: Specs, untie: bool) -> dict[str, bytes]:
+    """Return the other files of a model's folder, for these weights. Raise `FileError` if config.json is missing."""
+    if not location.exists(source / CONFIG):
+        raise FileError(f"like={source}: expected the folder of a model, but it has no {CONFIG}; check the path")
+    names = {dtype.name for name, _ in specs.values() if jnp.issubdtype(dtype := numpy_dtype(name), jnp.floating)}
+    return read_other_files(source, names.pop() if len(names) == 1 else None, untie)
+
+
+def _read_bytes(path: Location) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise file_error("read", str(path), error) from error
+
+
+def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
+    """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
+    files: dict[str, bytes] = {}
+    is_folder = location.is_dir(source)
+    try:
+        members = sorted(source.iterdir(), key=str) if is_folder else []
+    except OSError as error:
+        raise file_error("read", str(source), error) from error
+    for path in members:
+        name = path.name
+        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != folder.CONFIG
+        if is_copied and location.is_file(path):
+            files[name] = _read_bytes(path)
+    path = (source if is_folder else source.parent) / CONFIG
+    if untie and untying.read_model_config(path) is not None:
+        files[path.name] = _read_bytes(path)  # also if the base is a single file
+    if path.name in files and dtype is not None:
+        files[path.name] = _set_dtype(path, files[path.name], dtype)
+    if path.name in files and untie:
+        files[path.name] = json.dumps(untying.untie_config(json.loads(files[path.name])), indent=2).encode() + b"\n"
+    return files
+
+
+def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
+    """Set the dtype in a config.json, because transformers loads a model in this dtype."""
+
+    def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+        return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
+
+    try:
+        return json.dumps(json.loads(config, object_hook=replace_dtype), indent=2).encode() + b"\n"
+    except ValueError as error:
+        raise FormatError(
+            f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
+        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_export, file_formats, untying
 from jaxadapt.keymaps import pytorch
@@ -28,12 +27,8 @@ from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.persistence.verification import base_identity
 from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
-from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
-
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-"""Suffixes of a model's other files: configuration, tokenizer, chat template."""
 
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
 
@@ -118,7 +113,8 @@ def merge_folder(
             )
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
-        other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
+        config_dtype = None if file_dtype is None else file_dtype.name
+        other_files = base_export.read_other_files(source, config_dtype, plan.is_untied)
         flush.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
@@ -320,47 +316,3 @@ def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) 
 def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> Adapter:
     lora_variants.require_original_base(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
-
-
-def _read_bytes(path: Location) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise file_error("read", str(path), error) from error
-
-
-def _read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
-    """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
-    files: dict[str, bytes] = {}
-    is_folder = location.is_dir(source)
-    try:
-        members = sorted(source.iterdir(), key=str) if is_folder else []
-    except OSError as error:
-        raise file_error("read", str(source), error) from error
-    for path in members:
-        name = path.name
-        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != folder.CONFIG
-        if is_copied and location.is_file(path):
-            files[name] = _read_bytes(path)
-    path = (source if is_folder else source.parent) / "config.json"
-    if untie and untying.read_model_config(path) is not None:
-        files[path.name] = _read_bytes(path)  # also if the base is a single file
-    if path.name in files and dtype is not None:
-        files[path.name] = _set_dtype(path, files[path.name], dtype)
-    if path.name in files and untie:
-        files[path.name] = json.dumps(untying.untie_config(json.loads(files[path.name])), indent=2).encode() + b"\n"
-    return files
-
-
-def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
-    """Set the dtype in a config.json, because transformers loads a model in this dtype."""
-
-    def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-        return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
-
-    try:
-        return json.dumps(json.loads(config, object_hook=replace_dtype), indent=2).encode() + b"\n"
-    except ValueError as error:
-        raise FormatError(
-            f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
-        ) from error

@@ -269,7 +269,8 @@ def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
     )
     model = small.trained()
     out, adapter = model(small.X), jaxadapt.extract(model)
-    jaxadapt.export.export_base(model, tmp_path / "base", keymap=table)
+    with jaxadapt.disable(model):
+        jaxadapt.export.export_base(model, tmp_path / "base", keymap=table)
     jaxadapt.export.export_base(model, tmp_path / "merged", adapter, keymap=table)
     other = small.net(seed=9)
     kernel = other.q_proj.kernel
@@ -289,6 +290,19 @@ def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
     before = jaxadapt.extract(adapted).flat()
     jaxadapt.export.import_base(tmp_path / "base", adapted, keymap=table)
     equal(jaxadapt.extract(adapted).flat(), before)
+
+
+def test_the_base_of_an_adapted_model_is_not_exported_without_a_word(tmp_path):
+    table = KeyMap("net", tuple(Weight(f"{m}.{p}", f"{m}.{p}", a) for m in ("q_proj", "up_proj")
+                                for p, a in (("kernel", "i o -> o i"), ("bias", "o -> o"))))  # fmt: skip
+    model, variables = small.trained(), small.variables()
+    for given, base in ((model, r"disable\(model\)"), (variables, r"variables\[.params.\]")):
+        with pytest.raises(jaxadapt.AttachError, match=rf"active adapter 'default', .*(?s:.)adapter=.*merge.*{base}"):
+            jaxadapt.export.export_base(given, tmp_path / "out", keymap=table)
+    assert not (tmp_path / "out").exists()
+    jaxadapt.export.export_base(model, tmp_path / "passed", jaxadapt.extract(model), keymap=table)
+    jaxadapt.export.export_base(jaxadapt.merge(model), tmp_path / "merged", keymap=table)
+    assert small.files(tmp_path / "passed") == small.files(tmp_path / "merged")
 
 
 def test_a_weight_that_is_no_parameter_there(tmp_path):
@@ -481,6 +495,9 @@ def test_a_proved_family_by_itself(tmp_path):
     """No keymap=: recognised, exported, read back in another layout of the same model."""
     specimen = BY_NAME["maxtext-qwen3"]
     leaves = specimen_arrays.base_leaves(specimen, recorded(specimen.name)["leaves"])
+    with pytest.warns(UserWarning, match=r"has no config\.json, so transformers' .* default sizes.*like=folder"):
+        jaxadapt.export.export_base(trees.nest(leaves), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     jaxadapt.export.export_base(trees.nest(leaves), tmp_path)
     other = recorded("maxtext-qwen3-scan1")["leaves"]
     target = trees.nest({path: np.zeros(shape, "float32") for path, shape in other.items()})

@@ -267,9 +267,8 @@ def test_in_memory_a_model_with_a_head_of_its_own_computes_the_same(case, tmp_pa
     base = jaxadapt.export.import_base(tmp_path / "base", tree(own_head=True))
     adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
     out = tmp_path / "out"
-    jaxadapt.export.export_base(jaxadapt.merge(base, adapter), out)
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    (out / "config.json").write_text(json.dumps(untying.untie_config(config)))
+    jaxadapt.export.export_base(jaxadapt.merge(base, adapter), out, like=tmp_path / "base")
+    assert tie(tmp_path) is False
     with torch.no_grad():
         close(transformers.AutoModelForCausalLM.from_pretrained(out)(IDS).logits, want)
 
@@ -283,6 +282,23 @@ def test_in_memory_a_model_without_one_is_refused(case, tmp_path):
         jaxadapt.merge(base, adapter)
     with pytest.raises(jaxadapt.AttachError, match=r"separate head"):
         jaxadapt.export.export_base(base, tmp_path / "out", adapter)
+
+
+def test_an_exported_model_has_the_configuration_and_the_tokenizer_of_the_folder_it_is_like(tmp_path):
+    want = saved(tmp_path, target_modules=["q_proj"])
+    base = jaxadapt.export.import_base(tmp_path / "base", tree(own_head=False))
+    adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))  # the weights are float32
+    jaxadapt.export.export_base(base, tmp_path / "out", adapter, like=tmp_path / "base")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {**config, "dtype": "float32"}
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    with torch.no_grad():
+        close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, want)
+    with pytest.raises(jaxadapt.FileError, match=r"like=.*adapter: expected the folder of a model, .* no config\.json"):
+        jaxadapt.export.export_base(base, tmp_path / "other", adapter, like=tmp_path / "adapter")
+    assert not (tmp_path / "other").exists()
 
 
 def test_export_minds_what_a_model_type_means_without_the_field(tmp_path):

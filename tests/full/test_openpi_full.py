@@ -173,6 +173,7 @@ def run(model: Any, expert: int, x: np.ndarray) -> np.ndarray:
         return gemma_model(inputs_embeds=torch.from_numpy(x)).last_hidden_state.numpy()
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 def test_two_experts_with_lora(gemma: Any, tmp_path: Path) -> None:
     model, flat = built(gemma)
     tree = {f"PaliGemma.llm.{path}": x for path, x in flat.items()}

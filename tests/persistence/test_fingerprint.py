@@ -123,6 +123,7 @@ def test_an_infinite_value_is_near_no_other(values: tuple[str, str]):
     fingerprint.check(stored, stored, "here", strict=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_verify_compares_the_folder_of_the_base(dtype: str, tmp_path: Path):
     saved(adapted(nnx_model()), tmp_path / "adapter")

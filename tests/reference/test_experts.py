@@ -339,6 +339,7 @@ def test_where_the_parts_are_what_a_reads_the_b_is_shared():
     np.testing.assert_allclose(delta, np.concatenate([merged["wi_0"], merged["wi_1"]], 2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_folders_of_models_have_their_experts_apart(kind, tmp_path):
     """transformers saves a tensor for each expert, under the names of its version 4: we read that, and write it."""
@@ -358,6 +359,7 @@ def test_folders_of_models_have_their_experts_apart(kind, tmp_path):
         np.testing.assert_array_equal(ours[key], x, err_msg=key)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 def test_a_folder_that_lacks_an_expert_says_which(tmp_path):
     jaxadapt.export.export_base(base("mixtral"), tmp_path, keymap="mixtral/per-expert")
     file = tmp_path / "model.safetensors"
@@ -368,6 +370,7 @@ def test_a_folder_that_lacks_an_expert_says_which(tmp_path):
         jaxadapt.export.import_base(tmp_path, base("mixtral"), keymap="mixtral")
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 def test_experts_apart_into_leaves_apart(tmp_path):
     """Gate and up are leaves of their own in MaxText, whose scaled queries round once more."""
     name = next(name for name in APART if "mixtral" in name)
@@ -379,6 +382,7 @@ def test_experts_apart_into_leaves_apart(tmp_path):
         np.testing.assert_allclose(found[path], x, rtol=2e-7 if "query" in path else 0, err_msg=path)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no config.json")
 @pytest.mark.parametrize("spelling", ["", "/per-expert"])
 def test_experts_are_not_all_in_memory_at_once(spelling, tmp_path):
     """Into leaves that are parts of the file's tensors, only what is being read is there besides the model."""
