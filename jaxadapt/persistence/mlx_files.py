@@ -201,9 +201,7 @@ def alpha_of(scale: float, rank: int) -> float:
     >>> alpha_of(20.0, 8), alpha_of(2.3, 3), alpha_of(2.3, 3) / 3
     (160, 6.8999999999999995, 2.3)
     """
-    product = scale * rank
-    near = (product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf))
-    alpha = next((x for x in near if x / rank == scale), product)
+    alpha = float(scale * rank)
     return int(alpha) if alpha.is_integer() else alpha
 
 

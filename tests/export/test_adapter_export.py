@@ -462,3 +462,44 @@ def test_the_command(tmp_path):
     assert run.exit_code == 1
     (option,) = (each for each in main.get_command(None, "export").params if each.name == "program")
     assert list(option.type.choices) == list(PROGRAMS)
+
+
+def head_adapter(folder) -> None:
+    """A LoRA of the token embedding's head, for a Llama of 24 tokens."""
+    config = jaxadapt.LoraConfig(r=2, target_modules=["lm_head"])
+    module = "base_model.model.lm_head.lora_"
+    tensors = {f"{module}A.weight": np.ones((2, 16), "f4"), f"{module}B.weight": np.ones((24, 2), "f4")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
+
+
+@pytest.mark.parametrize(("inner", "refused"), [(False, False), (None, True), (True, True)])
+def test_a_head_is_exported_for_llama_cpp_only_if_the_base_surely_has_one(inner, refused, tmp_path):
+    """transformers 4 and 5 read the two fields of a contradicting config.json differently, so it counts as tied."""
+    head_adapter(tmp_path / "in")
+    fields = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **SIZES,
+        "tie_word_embeddings": inner is True,
+    }
+    if inner is None:
+        fields["text_config"] = {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = {"base": tmp_path / "config.json"}
+    if refused:
+        with pytest.raises(jaxadapt.AdapterError, match="tied to"):
+            export_adapter(tmp_path / "in", tmp_path / "out.gguf", "gguf", **options)
+        assert not (tmp_path / "out.gguf").exists()
+    else:
+        assert export_adapter(tmp_path / "in", tmp_path / "out.gguf", "gguf", **options).rank == 2
+
+
+def test_the_initial_adapter_is_not_overwritten(tmp_path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    tensors = {f"base_model.model.q.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (2, 4)), ("B", (6, 2)))}
+    for name, start in (("in", "pissa"), ("first", "pissa")):
+        jaxadapt.write(jaxadapt.PeftTensors(config.replace(init_lora_weights=start), tensors), tmp_path / name)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    with pytest.raises(jaxadapt.AdapterError, match="first"):
+        export_adapter(tmp_path / "in", tmp_path / "first", first=tmp_path / "first")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()} == before

@@ -66,3 +66,19 @@ def test_a_gralora_file_of_another_model_is_refused():
     other = jaxadapt.init(config, {"q": {"kernel": jnp.ones((4, 8))}}, key=jax.random.key(0))
     with pytest.raises(jaxadapt.MismatchError, match=r"shape \(8, 4\), but the weight has \(6, 4\)"):
         jaxadapt.from_peft(jaxadapt.to_peft(other), BASE)
+
+
+@pytest.mark.peft
+def test_a_new_gralora_has_the_bounds_of_pefts():
+    """Each tensor's largest value beside PEFT's: both draw uniformly, hundreds of values a tensor."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    fields = {"r": 8, "gralora_k": 4, "hybrid_r": 4, "target_modules": ["q"], "init_weights": False}
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    net.add_module("q", torch.nn.Linear(256, 64))
+    state = peft.get_peft_model_state_dict(peft.get_peft_model(net, peft.GraloraConfig(**fields)))
+    adapter = jaxadapt.init(GraloraConfig(**fields), {"q": {"kernel": jnp.ones((256, 64))}}, key=jax.random.key(0))
+    tensors = jaxadapt.to_peft(adapter).tensors
+    assert tensors.keys() == state.keys()
+    for key, want in state.items():
+        assert np.abs(tensors[key]).max() == pytest.approx(want.abs().max().item(), rel=0.05), key

@@ -103,3 +103,21 @@ def test_a_file_decides_which_matrices_are_decomposed():
     adapter = jaxadapt.from_peft(file, {"a": {"q": {"kernel": jnp.ones((8, 16))}}})
     again = jaxadapt.to_peft(adapter).tensors
     assert {key: x.shape for key, x in again.items()} == {key: x.shape for key, x in tensors.items()}
+
+
+@pytest.mark.peft
+def test_the_scale_divides_by_the_rank_of_the_module_as_in_peft():
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    fields = {"r": 2, "alpha": 6, "rank_pattern": {"b": 3}, "target_modules": ["a", "b"], "init_weights": False}
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    for name in "ab":
+        net.add_module(name, torch.nn.Linear(16, 16))
+    base = {name: {"kernel": np.array(getattr(net, name).weight.detach().numpy().T)} for name in "ab"}
+    model = peft.get_peft_model(net, peft.LoKrConfig(**fields))
+    state = {key: x.numpy().copy() for key, x in peft.get_peft_model_state_dict(model).items()}
+    ours = jaxadapt.merge(base, jaxadapt.from_peft(jaxadapt.PeftTensors(LoKrConfig(**fields), state), base))
+    model.merge_adapter()
+    for name in "ab":
+        want = getattr(net, name).base_layer.weight.detach().numpy().T
+        np.testing.assert_allclose(ours[name]["kernel"], want, rtol=1e-5, atol=1e-5)  # float32 in another order

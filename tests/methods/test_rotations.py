@@ -189,3 +189,29 @@ def test_a_file_of_one_factor_is_read_whatever_the_configuration_says():
     assert site.shapes["boft_R"] == (1, 2, 4, 4)
     with pytest.raises(ConfigError, match="several butterfly factors"):
         selection.select_sites(config, table, {"w": (8, 6)}, found={key: (2, 2, 4, 4)})
+
+
+@pytest.mark.peft
+def test_the_projection_of_constrained_oft_hides_nothing_from_the_gradient():
+    """PEFT projects the parameters themselves before it computes, so its gradient is that at the projected values."""
+    import torch
+    from peft import OFTConfig, get_peft_model
+
+    fields = {"oft_block_size": 6, "coft": True, "eps": 0.05}
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    net.add_module("q", torch.nn.Linear(6, 8, bias=False))
+    kernel = net.q.weight.detach().numpy().copy().T
+    model = get_peft_model(net, OFTConfig(target_modules=["q"], **fields))
+    site = site_of("OFT", fields, LINEAR, (6, 8))
+    r, x, c = numbers(*site.shapes["oft_R"], seed=1), numbers(4, 6), numbers(4, 8, seed=2)
+    (parameter,) = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(r))
+    (model(torch.from_numpy(x)) * torch.from_numpy(c)).sum().backward()
+
+    def loss(oft_R):
+        return jnp.sum((x @ hook_of(site, oft_R=oft_R).weight(jnp.asarray(kernel))) * c)
+
+    assert np.abs(parameter.detach().numpy() - r).max() > 0.1  # it was projected
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(r)), parameter.grad.numpy(), rtol=1e-4, atol=1e-5)

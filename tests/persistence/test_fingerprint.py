@@ -170,3 +170,22 @@ def test_a_damaged_fingerprint_is_none(base: Any, tmp_path: Path):
     from jaxadapt.persistence import fingerprint
 
     assert fingerprint.parse(base) is None
+
+
+def one_weight(values: Any) -> dict[str, Any]:
+    digits = "".join(f"{int(x):04x}" for x in np.asarray(values, ml_dtypes.bfloat16).view("uint16"))
+    return {"q.weight": {"shape": [len(values)], "bf16": digits}}
+
+
+def test_a_base_whose_values_are_all_one_unit_off_is_another_one():
+    """A quarter of the values may be, as a keymap's factor rounds them."""
+    stored = np.linspace(1, 1.9, 8).astype(ml_dtypes.bfloat16)
+    above = (stored.view("uint16") + 1).view(ml_dtypes.bfloat16)
+    few = np.where(np.arange(8) < 2, above, stored)
+    assert fingerprint.differences(one_weight(stored), one_weight(few)) == []
+    off = fingerprint.differences(one_weight(stored), one_weight(above))
+    assert off == ["all weights: values that differ in the last place"]
+
+
+def test_processes_have_no_common_fingerprint_if_one_of_them_has_none():
+    assert fingerprint.merge([one_weight([1.0]), None]) is None

@@ -284,3 +284,10 @@ def test_damaged_files_are_refused(tmp_path: Path):
 def test_random_adapters_are_read_or_refused():
     found = fuzz_mlx_files.main(3_000)
     assert min(found[kind] for kind in ("refused", "LoRA", "DoRA")) > 200
+
+
+def test_a_file_with_linear_layers_beside_gpt2s_is_not_of_conv1d_alone(tmp_path: Path):
+    """PEFT's fan_in_fan_out is one setting for all modules: true only if each is a Conv1D."""
+    gpt2 = pair("transformer.h.0.attn.c_attn")
+    assert jaxadapt.read(write(tmp_path / "all", gpt2)).config.fan_in_fan_out is True
+    assert jaxadapt.read(write(tmp_path / "mixed", gpt2 | pair("lm_head"))).config.fan_in_fan_out is False

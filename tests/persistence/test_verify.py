@@ -128,6 +128,29 @@ def test_scales_by_module(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_a_scale_divides_by_the_rank_of_its_module(tmp_path: Path):
+    config = SETTINGS.replace(r=16, lora_alpha=16, rank_pattern={"q_proj": 4, "up_proj": 4})
+    jaxadapt.write(jaxadapt.PeftTensors(config, sound()), tmp_path)
+    (note,) = [f.found for f in jaxadapt.verify(tmp_path) if f.code == "scale"]
+    assert note.startswith("rank 4 and scale 4 in 12 modules")
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_one_matrix_of_a_pair_alone_names_the_missing_one(half: str, folder: Path):
+    key = f"{P}model.layers.3.mlp.up_proj.{half}.weight"
+    found = jaxadapt.verify(damaged(folder, {k: x for k, x in sound().items() if k != key}))
+    assert [f.subjects for f in found if f.code == "missing"] == [(key,)]
+
+
+def test_an_embedding_for_fewer_tokens_than_the_base_has_is_another_vocabulary(tmp_path: Path):
+    """Its A has one column for each token: (r, 20), where the base has 30 rows."""
+    config = jaxadapt.LoraConfig(r=4, target_modules=["embed_tokens"])
+    module = f"{P}model.embed_tokens.lora_embedding_"
+    tensors = {f"{module}A": np.full((4, 20), 0.1, "f4"), f"{module}B": np.full((6, 4), 0.1, "f4")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path)
+    assert codes(tmp_path, BASE, "error") == ["vocabulary"]
+
+
 @pytest.mark.parametrize("config", [small.LORA, small.IA3])
 def test_adapters_of_this_library(config: jaxadapt.Config, tmp_path: Path):
     jaxadapt.save(jaxadapt.init(config, small.base()["params"], key=jax.random.key(0)), tmp_path / "fresh")
@@ -240,6 +263,15 @@ def test_repair_never_writes_over_another_adapter(folder: Path):
     with pytest.raises(jaxadapt.FileError, match="the folder contains an adapter"):
         jaxadapt.repair(found, folder)
     assert codes(folder) == []
+
+
+def test_repair_never_writes_beside_the_bin_file_of_another_adapter(folder: Path, tmp_path: Path):
+    found = damaged(folder, renamed(lambda k: k.removeprefix(P))(sound()))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_model.bin").write_bytes(b"somebody's")
+    with pytest.raises(jaxadapt.FileError, match="the folder contains an adapter"):
+        jaxadapt.repair(found, tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["adapter_model.bin"]
 
 
 def test_load_repairs_on_request(tmp_path: Path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxadapt.training.checkpoint.background import Background
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Work that looks up a host's name on an executor, as the stores' packages do when they connect, when the main thread
@@ -40,3 +42,15 @@ def test_work_that_needs_an_executor_after_the_main_thread(early: bool, before: 
         assert run.returncode == 1
         assert "a checkpoint was not saved" in run.stderr
         assert "after shutdown" in run.stderr or "after interpreter shutdown" in run.stderr
+
+
+def test_an_exit_in_the_background_is_raised_by_wait() -> None:
+    """SystemExit is no Exception, and a thread would end with it in silence."""
+
+    def leave() -> None:
+        raise SystemExit(3)
+
+    task = Background()
+    task.start("save", leave, needs_executors=False)
+    with pytest.raises(SystemExit):
+        task.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,3 +325,18 @@ def test_a_damaged_objective_names_the_file(objective: str, tmp_path: Path) -> N
     save_file(load_file(file), file, metadata)
     with pytest.raises(jaxadapt.FormatError, match="step-000000001.*damaged"):
         _ = jaxadapt.CheckpointManager(tmp_path).best
+
+
+def test_the_parents_of_a_new_run_folder_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a crash could lose the folder with all its steps."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def spy(fd: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    with jaxadapt.CheckpointManager(tmp_path / "new" / "run") as manager:
+        manager.save(1, small.adapter())
+    assert {str(tmp_path), str(tmp_path / "new")} <= set(flushed)
