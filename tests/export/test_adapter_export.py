@@ -483,7 +483,7 @@ def test_a_head_is_exported_for_llama_cpp_only_if_the_base_surely_has_one(inner,
         "tie_word_embeddings": inner is True,
     }
     if inner is None:
-        fields["text_config"] = {"tie_word_embeddings": True}
+        fields["text_config"] = {**SIZES, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     options = {"base": tmp_path / "config.json"}
     if refused:
