@@ -59,7 +59,7 @@ def command(
     Paths:
       /v1/completions, /v1/chat/completions    answers, whole or as a stream ("stream": true)
       /v1/models                               the base and the adapters
-      /v1/load_lora_adapter                    {"lora_name": "fr"}: load adapters/fr, or its new files
+      /v1/load_lora_adapter                    {"lora_name": "fr", "lora_path": "adapters/fr"}, as in vLLM
       /v1/unload_lora_adapter                  {"lora_name": "fr"}: unload it
       /metrics, /health                        for Prometheus, and for load balancers
 

@@ -9,27 +9,30 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from jaxadapt.core.errors import AdapterError, FileError
+from jaxadapt.core.progress import LOGGER
 from jaxadapt.server import names, protocol
 from jaxadapt.server.base import END, START, Base
 from jaxadapt.server.engine import Engine, Job, Piece
 from jaxadapt.server.metrics import Metrics
-from jaxadapt.server.protocol import Answer, Request, RequestError
+from jaxadapt.server.protocol import LEFT, Answer, Request, RequestError
+from jaxadapt.server.session import EventStream, Session
 from jaxadapt.serving import AdapterPool
 
 MAX_BODY = 1 << 20
-LEFT = 499  # the status of a request whose client left
+CLOSE = {"connection": "close"}  # the rest of the body is not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Server:
         engine: the running batch.
         length: the tokens of a prompt and its answer together.
         metrics: the counters.
+        upload_seconds: the time in which a request's body must arrive.
     """
 
     base: Base
@@ -51,29 +55,35 @@ class Server:
     engine: Engine
     length: int
     metrics: Metrics
+    upload_seconds: float = 10.0
     begun: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     # ------------------------------------------------------------ requests
 
     async def complete(self, http: HttpRequest, *, chat: bool) -> Response:
         """Answer a completion or a chat, whole or as a stream."""
-        body = await read_json(http)
+        body = await self.read_json(http)
         request = protocol.parse_request(body, chat=chat, seed=int.from_bytes(os.urandom(4), "big"))
         adapter = self.adapter_of(request.model)
         session = Session(self.engine, http)
-        jobs = [
-            Job(prompt, adapter, self._own(request, i), self._room(request, prompt), request.stop, session.emit(i))
-            for i, prompt in enumerate(self._encode(request, chat))
-        ]
-        kind = "chatcmpl" if chat else "cmpl"
-        answer = Answer(f"{kind}-{uuid.uuid4().hex}", chat, int(time.time()), request.model, "")
-        session.submit(jobs)
         try:
-            first = await session.next()  # an error before the first token has an HTTP status, also in a stream
-            named = dataclasses.replace(answer, fingerprint=f"{request.model}-{first[1].version}")
+            # Tokenizing a long prompt takes seconds, in which the server must answer others.
+            prompts = await asyncio.to_thread(self._encode, request, chat)
+            session.submit(self._jobs(request, adapter, prompts, session))
+            first = await session.next()
+            if first[1].error is not None:  # it then has an HTTP status, also in a stream
+                raise first[1].error
+            answer = Answer(
+                f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                chat,
+                int(time.time()),
+                request.model,
+                f"{request.model}-{first[1].version}",
+                self.base.spell if request.sampling.scores else None,
+            )
             if request.stream:
-                return EventStream(self._events(session, first, named, request.usage), session)
-            whole = await self._whole(session, first, named)
+                return EventStream(self._events(session, first, answer, request), session)
+            whole = await self._whole(session, first, answer, request)
         except BaseException:
             session.close()
             raise
@@ -81,66 +91,130 @@ class Server:
         return JSONResponse(whole)
 
     def adapter_of(self, model: str) -> str | None:
-        """Return the adapter of a model's name, None for the base; raise `RequestError` 404 if there is none."""
-        if model == self.base.name:
+        """Return the adapter of a model's name, None for the base; raise `RequestError` 404 if there is none.
+
+        The name is that of the base or of an adapter, or "base:adapter", as in SGLang.
+        """
+        if model in (self.base.name, f"{self.base.name}:"):
             return None
+        name = model.removeprefix(f"{self.base.name}:")
         try:
-            self.pool.version(model)
-            names.find(self.root, model)
+            if not names.is_plain(name):
+                raise FileError("no adapter can have this name")
+            if not names.is_there(self.root, self.pool.version(name).path):
+                raise FileError("its files are gone, or are links to files outside the adapters' folder")
         except AdapterError as error:
-            raise RequestError(
-                404, f"no model {model[:80]!r}: {error}", code="model_not_found", param="model"
-            ) from error
-        return model
+            message = f"no model {model[:80]!r}: {error}"
+            raise RequestError(404, message, code="model_not_found", param="model") from error
+        return name
+
+    def _jobs(
+        self, request: Request, adapter: str | None, prompts: Sequence[tuple[str, list[int]]], session: Session
+    ) -> list[Job]:
+        """Return the jobs of a request, `request.choices` for each (text, token ids) of its prompts."""
+        jobs: list[Job] = []
+        for text, ids in prompts:
+            room = self._room(request, ids)
+            for index in range(len(jobs), len(jobs) + request.choices):
+                own = self._own(request, index)
+                echo = text if request.echo else None
+                jobs.append(Job(ids, adapter, own, room, request.stop, session.emit(index), request.top, echo))
+        return jobs
 
     def _own(self, request: Request, index: int) -> Any:
         return dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32)
 
-    def _encode(self, request: Request, chat: bool) -> list[list[int]]:
+    def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:
+        """Return (text, token ids) of the prompts; a chat has no text."""
         if chat and not self.base.chats:
             raise RequestError(400, f"{self.base.name} has no ChatML tokens ({START}, {END}); use /v1/completions")
         if chat:
-            return [self.base.encode_chat(request.messages)]
-        return [self.base.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+            return [("", self.base.encode_chat(request.messages))]
+        prompts = [(each, self.base.encode(each)) if isinstance(each, str) else ("", each) for each in request.prompts]
+        self._check_ids(ids for _, ids in prompts)
+        if request.echo:
+            prompts = [(text or self.base.decode(ids, special=True), ids) for text, ids in prompts]
+        return prompts
+
+    def _check_ids(self, prompts: Iterable[Sequence[int]]) -> None:
+        size = self.base.config.vocab_size
+        if any(not ids or not all(0 <= token < size for token in ids) for ids in prompts):
+            raise RequestError(400, f"expected at least one token, and ids below {size}", param="prompt")
 
     def _room(self, request: Request, prompt: Sequence[int]) -> int:
         """Return the most tokens of an answer."""
         room = self.length - len(prompt)
         wanted = room if request.max_tokens is None else request.max_tokens
-        if not prompt or any(not 0 <= token < self.base.config.vocab_size for token in prompt):
-            message = f"expected at least one token, and ids below {self.base.config.vocab_size}"
-            raise RequestError(400, message, param="prompt")
         if room < 1 or wanted > room:
             message = f"{len(prompt)} tokens of the prompt and {wanted} of the answer exceed {self.length}"
             raise RequestError(400, message, code="context_length_exceeded", param="prompt")
         return wanted
 
-    async def _whole(self, session: Session, first: tuple[int, Piece], answer: Answer) -> dict[str, Any]:
-        texts, reasons, counts = [""] * len(session.jobs), [""] * len(session.jobs), [0] * len(session.jobs)
+    async def _whole(
+        self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request
+    ) -> dict[str, Any]:
+        found: list[list[Piece]] = [[] for _ in session.jobs]
         async for index, piece in session.pieces(first):
             if piece.error is not None:
                 raise piece.error
-            texts[index] += piece.text
-            reasons[index], counts[index] = piece.reason or "", piece.tokens
-        usage = protocol.usage_of(sum(len(job.prompt) for job in session.jobs), sum(counts))
-        return answer.whole(list(zip(texts, reasons, strict=True)), usage)
+            found[index].append(piece)
+        made = [
+            ("".join(p.text for p in pieces), pieces[-1].reason, [score for p in pieces for score in p.scores])
+            for pieces in found
+        ]
+        return answer.whole(made, self._usage(session, request, [pieces[-1].tokens for pieces in found]))
 
     async def _events(
-        self, session: Session, first: tuple[int, Piece], answer: Answer, usage: bool
+        self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request
     ) -> AsyncGenerator[str]:
         counts = [0] * len(session.jobs)
-        seen: set[int] = set()
+        sent: dict[int, int] = {}
         async for index, piece in session.pieces(first):
             if piece.error is not None:
-                yield f"data: {json.dumps(piece.error.body())}\n\n"
-                return
+                yield f"data: {json.dumps(self.body_of(piece.error))}\n\n"
+                break
             counts[index] = piece.tokens
-            yield f"data: {json.dumps(answer.piece(index, piece.text, piece.reason, first=index not in seen))}\n\n"
-            seen.add(index)
-        if usage:
-            of = protocol.usage_of(sum(len(job.prompt) for job in session.jobs), sum(counts))
-            yield f"data: {json.dumps(answer.last(of))}\n\n"
+            new = piece.text, piece.reason, piece.scores
+            event = answer.piece(index, new, first=index not in sent, offset=sent.get(index, 0))
+            yield f"data: {json.dumps(event)}\n\n"
+            sent[index] = sent.get(index, 0) + len(piece.text)
+        else:
+            if request.usage:
+                yield f"data: {json.dumps(answer.last(self._usage(session, request, counts)))}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _usage(self, session: Session, request: Request, counts: Sequence[int]) -> dict[str, int]:
+        return protocol.usage_of(sum(len(job.prompt) for job in session.jobs[:: request.choices]), sum(counts))
+
+    async def read_json(self, http: HttpRequest) -> Any:
+        """Return the JSON of a request; raise `RequestError` if it is none, too large, or does not arrive in time."""
+        # A web page cannot send this type to another site without asking first.
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError(415, "expected the content type application/json")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.upload_seconds):
+                async for chunk in http.stream():
+                    body += chunk
+                    if len(body) > MAX_BODY:
+                        raise RequestError(413, f"expected at most {MAX_BODY} bytes")
+        except TimeoutError as error:
+            raise RequestError(408, f"expected the whole request within {self.upload_seconds:g} seconds") from error
+        except ClientDisconnect as error:
+            raise RequestError(LEFT, "the client left before the end of its request") from error
+        try:
+            value = json.loads(body)
+            # JSON can express half of a surrogate pair, which is no text.
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise RequestError(400, f"expected JSON: {error}") from error
+        return value
+
+    def body_of(self, error: RequestError) -> dict[str, Any]:
+        """Return the JSON of an error, without the server's paths."""
+        body = error.body()
+        body["error"]["message"] = body["error"]["message"].replace(f"{self.root}{os.sep}", "")
+        return body
 
     # ------------------------------------------------------------ models
 
@@ -151,142 +225,48 @@ class Server:
         return [{"id": self.base.name, **entry, "parent": None}, *adapters]
 
     async def load(self, http: HttpRequest) -> Response:
-        """Load an adapter of the folder: a new one, or a new version of one whose files changed."""
-        name = adapter_name(await read_json(http), path=True)
+        """Load an adapter inside the folder under a name, with vLLM's request and answers."""
+        name, path, in_place = protocol.parse_adapter(await self.read_json(http))
+        if name == self.base.name or not names.is_plain(name):
+            raise protocol.lora_error(400, f"{name[:80]!r} is the base's name, or cannot be a folder's name")
+        known = self.pool.version(name) if name in self.pool.names() else None
+        if known is not None and not in_place:
+            raise protocol.lora_error(
+                400,
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set"
+                " 'load_inplace' to True.",
+            )
         try:
-            if name == self.base.name:
-                raise FileError(f"{name!r} is the base's name; rename the adapter's folder")
-            known = name in self.pool.names()
-            self.pool.add(name, names.find(self.root, name))
-            try:
-                version = await asyncio.wrap_future(self.pool.prefetch([name])[name])
-            except AdapterError:
-                if not known:
-                    self.pool.remove(name)
-                raise
+            folder = await asyncio.to_thread(names.find, self.root, name, path)
         except AdapterError as error:
-            raise RequestError(400, f"cannot load {name[:80]!r}: {error}", code="adapter_error") from error
-        return JSONResponse({"id": name, "object": "model", "version": version.id})
+            message = f"Loading lora {name} failed: No adapter found for {(path or name)[:80]}: {error}"
+            raise protocol.lora_error(404, message) from error
+        try:
+            self.pool.add(name, folder)
+            await asyncio.wrap_future(self.pool.prefetch([name])[name])
+        except Exception as error:
+            if known is None:
+                self.pool.remove(name)
+            else:
+                self.pool.add(name, known.path)
+            if not isinstance(error, AdapterError):
+                raise
+            raise protocol.lora_error(400, f"Loading lora {name} failed: {error}") from error
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, http: HttpRequest) -> Response:
         """Forget an adapter. Requests that have a row keep it; those that wait for one fail."""
-        name = adapter_name(await read_json(http), path=False)
+        name, _, _ = protocol.parse_adapter(await self.read_json(http))
         try:
             self.pool.remove(name)
         except AdapterError as error:
-            raise RequestError(404, str(error), code="model_not_found") from error
-        return JSONResponse({"id": name, "object": "model", "deleted": True})
+            raise protocol.lora_error(404, f"The lora adapter '{name[:80]}' cannot be found.") from error
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     def text(self) -> str:
         """Return the metrics."""
         known = {"adapters": len(self.pool.names()), "adapters_resident": len(self.pool.resident())}
         return self.metrics.text(self.engine.gauges() | known)
-
-
-class Session:
-    """The jobs of one request: their pieces in the order of time, until all have ended or the client leaves."""
-
-    def __init__(self, engine: Engine, http: HttpRequest) -> None:
-        self._engine, self._loop = engine, asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
-        self._watch = asyncio.ensure_future(self._wait_for_leaving(http))
-        self._left = 0
-        self.jobs: Sequence[Job] = ()
-
-    def emit(self, index: int) -> Callable[[Piece], None]:
-        """Return the function that the engine's thread calls with the pieces of one job."""
-
-        def emit(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
-
-        return emit
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs; raise `RequestError` if there is no room."""
-        self.jobs, self._left = jobs, len(jobs)
-        try:
-            self._engine.submit(jobs)
-        except RequestError:
-            self.close()
-            raise
-
-    async def next(self) -> tuple[int, Piece]:
-        """Return the next piece and its job's number; raise the error of a job, or 499 if the client left."""
-        found = await self._pieces.get()
-        if found is None:
-            raise RequestError(LEFT, "the client left")
-        self._left -= found[1].final
-        return found
-
-    async def pieces(self, first: tuple[int, Piece]) -> AsyncGenerator[tuple[int, Piece]]:
-        """Yield the first piece, which `next` returned, and all others until every job has ended."""
-        yield first
-        while self._left:
-            yield await self.next()
-
-    def close(self) -> None:
-        """Cancel the jobs that have not ended."""
-        self._watch.cancel()
-        for job in self.jobs:
-            self._engine.cancel(job)
-
-    async def _wait_for_leaving(self, http: HttpRequest) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        self._pieces.put_nowait(None)
-
-
-class EventStream(Response):
-    """Server-sent events; the session is closed when they end, for whatever reason."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str], session: Session) -> None:
-        super().__init__(headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._events, self._session = events, session
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send the events."""
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        except (RequestError, OSError):  # the client left
-            return
-        finally:
-            self._session.close()
-
-
-async def read_json(http: HttpRequest) -> Any:
-    """Return the JSON of a request; raise `RequestError` if it is none, or too large."""
-    # A web page cannot send this type to another site without asking first.
-    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestError(415, "expected the content type application/json")
-    body = b""
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise RequestError(413, f"expected at most {MAX_BODY} bytes")
-    try:
-        value = json.loads(body)
-        json.dumps(value, ensure_ascii=False).encode()  # JSON can express half of a surrogate pair, which is no text
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"expected JSON: {error}") from error
-    return value
-
-
-def adapter_name(body: Any, *, path: bool) -> str:
-    """Return lora_name of a request in vLLM's form. lora_path, if given, must be the same name."""
-    fields: dict[str, Any] = body if isinstance(body, dict) else {}
-    name = fields.get("lora_name")
-    if not isinstance(name, str):
-        raise RequestError(400, "expected an object with lora_name, a string", param="lora_name")
-    if path and fields.get("lora_path", name) != name:
-        raise RequestError(400, "lora_path must be the name of the folder, as lora_name", param="lora_path")
-    return name
 
 
 def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable[[], None] = lambda: None) -> Starlette:
@@ -304,8 +284,12 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
             try:
                 response = await run(http)
             except RequestError as error:
-                headers = {"retry-after": "1"} if error.status == 429 else None
-                response = JSONResponse(error.body(), error.status, headers)
+                headers = {429: {"retry-after": "1"}, 408: CLOSE, 413: CLOSE, 415: CLOSE}.get(error.status)
+                response = JSONResponse(server.body_of(error), error.status, headers)
+            except Exception:
+                LOGGER.exception("a request failed")
+                failed = RequestError(500, "the request failed; the server's log says why", code="internal_error")
+                response = JSONResponse(failed.body(), failed.status)
             server.metrics.count("requests_total", labels=f'status="{response.status_code}"')
             return response
 
@@ -321,8 +305,7 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         return JSONResponse({"object": "list", "data": server.models()})
 
     async def model(http: HttpRequest) -> Response:
-        name = http.path_params["name"]
-        server.adapter_of(name)
+        name = server.adapter_of(http.path_params["name"]) or server.base.name
         return JSONResponse(next(entry for entry in server.models() if entry["id"] == name))
 
     async def metrics(_: HttpRequest) -> Response:

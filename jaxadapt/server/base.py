@@ -13,6 +13,7 @@ from jaxadapt.core.errors import AdapterError, FileError, FormatError
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
+from jaxadapt.server.text import INCOMPLETE
 from jaxadapt.storage import hf_model
 
 SMOLLM2 = "smollm2"
@@ -52,13 +53,21 @@ class Base:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, to which nothing is added."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self.tokenizer, text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of token ids, without special tokens, or with them."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
+
+    def spell(self, token: int) -> tuple[str, bool]:
+        """Return the text of one token, also of a special one, and True.
+
+        A token whose bytes are no whole text has the name that the vocabulary gives it, and False.
+        """
+        text = self.decode([token], special=True)
+        name: str | None = self.tokenizer.id_to_token(token)
+        return (text, True) if name is None or INCOMPLETE not in text else (name, False)
 
     @property
     def chats(self) -> bool:
@@ -75,12 +84,16 @@ class Base:
             messages = [("system", self.system), *messages]
         ids: list[int] = []
         for role, text in messages:
-            ids += [start, *self._encode_text(f"{role}\n{text}"), end, *self._encode_text("\n")]
-        return [*ids, start, *self._encode_text("assistant\n")]
+            ids += [start, *_encode(self.text_tokenizer, f"{role}\n{text}"), end]
+            ids += _encode(self.text_tokenizer, "\n")
+        return [*ids, start, *_encode(self.text_tokenizer, "assistant\n")]
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self.text_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # Other threads run meanwhile; while `encode` runs, they do not.
+    (encoded,) = tokenizer.encode_batch([text], add_special_tokens=False)
+    ids: list[int] = encoded.ids
+    return ids
 
 
 def open_base(base: str | os.PathLike[str]) -> Base:

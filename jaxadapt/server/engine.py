@@ -6,17 +6,20 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.core.progress import LOGGER
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.protocol import RequestError
+from jaxadapt.server.scores import TokenScore, token_scores
 from jaxadapt.server.text import TextStream
 from jaxadapt.serving import AdapterPool, Decoder, Sampling
+from jaxadapt.serving.sampling import Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Piece:
         version: the id of the adapter's version; 0 for the base.
         reason: None while the answer goes on; "stop" or "length" at its end.
         error: why the request failed, at its end.
+        scores: of the tokens that are new, and of the prompt's if the job asks for them.
     """
 
     text: str = ""
@@ -36,6 +40,7 @@ class Piece:
     version: int = 0
     reason: str | None = None
     error: RequestError | None = None
+    scores: Sequence[TokenScore] = ()
 
     @property
     def final(self) -> bool:
@@ -51,9 +56,11 @@ class Job:
         prompt: token ids.
         adapter: the adapter's name, None for the base.
         sampling: how tokens are chosen.
-        max_tokens: the most tokens.
+        max_tokens: the most tokens; 0 to read the prompt only.
         stop: strings that end the answer.
         emit: called in the engine's thread with each piece; it must not block or raise.
+        top: with `sampling.scores`, the number of most probable tokens beside each token.
+        echo: the prompt's text, to put it and its scores before the answer; None for the answer alone.
     """
 
     prompt: Sequence[int]
@@ -62,13 +69,23 @@ class Job:
     max_tokens: int
     stop: Sequence[str]
     emit: Callable[[Piece], None]
+    top: int = 0
+    echo: str | None = None
     begun: float = dataclasses.field(default_factory=time.monotonic)
     loaded: concurrent.futures.Future[Any] | None = None
     cancelled: bool = False
     count: int = 0
     version: int = 0
     text: TextStream | None = None
+    unsent: str = ""
+    scores: list[TokenScore] = dataclasses.field(default_factory=list[TokenScore])
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+    def piece(self, text: str, reason: str | None) -> Piece:
+        """Return the next piece, with all text and scores that were not sent."""
+        text, self.unsent = self.unsent + text, ""
+        scores, self.scores = self.scores, []
+        return Piece(text, self.count, self.version, reason, scores=scores)
 
 
 class Engine:
@@ -99,6 +116,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._active: dict[int, Job] = {}
         self._closed: RequestError | None = None
+        self._deadline = math.inf
         self._thread = threading.Thread(target=self._run, name="jaxadapt-engine", daemon=True)
         self._thread.start()
 
@@ -113,7 +131,8 @@ class Engine:
         """
         most = self._queue + self._decoder.rows
         if len(jobs) > most:
-            raise RequestError(400, f"prompt: expected at most {most} prompts, found {len(jobs)}", param="prompt")
+            message = f"prompt and n: expected at most {most} answers in all, found {len(jobs)}"
+            raise RequestError(400, message, param="prompt")
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -151,14 +170,19 @@ class Engine:
         with self._changed:
             return self._closed is None
 
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, fail those that wait, and after some seconds also those that have a row."""
+        self._shut(RequestError(503, "the server is shutting down", code="shutting_down"), seconds)
+
     def close(self) -> None:
         """Take no more requests, fail those that are there, and end the thread."""
-        self._shut(RequestError(503, "the server is shutting down", code="shutting_down"))
+        self.drain(0)
         self._thread.join()
 
-    def _shut(self, error: RequestError) -> None:
+    def _shut(self, error: RequestError, seconds: float) -> None:
         with self._changed:
             self._closed = self._closed or error
+            self._deadline = min(self._deadline, time.monotonic() + seconds)
             self._changed.notify_all()
 
     def _wake(self, _: Any) -> None:
@@ -169,23 +193,38 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._closed is None:
+            while self._closed is None or (self._active and time.monotonic() < self._deadline):
                 for row, job in self._admit():
-                    self._start(row, job)
+                    with self._alone(row):
+                        self._start(row, job)
                 if self._active:
                     self._advance()
         except Exception:
             LOGGER.exception("the engine stops: a step of the batch failed")
-            self._shut(RequestError(500, "a step of the batch failed; the server's log says why", code="engine_failed"))
+            failed = RequestError(500, "a step of the batch failed; the server's log says why", code="engine_failed")
+            self._shut(failed, 0)
         closed = self._closed
         assert closed is not None
-        with self._changed:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for job in waiting:
-            self._end(job, Piece(error=closed))
+        self._admit()
         for row in list(self._active):
             self._leave(row, Piece(error=closed))
+
+    @contextlib.contextmanager
+    def _alone(self, row: int) -> Generator[None]:
+        """Let an error of any class end the request in a row, and no other, unless the whole batch is lost."""
+        try:
+            yield
+        except AdapterError as error:
+            name = self._active[row].adapter
+            what = "the request failed" if name is None else f"the adapter {name!r} cannot be loaded"
+            failed = RequestError(400, f"{what}: {error}", code="adapter_error", param="model")
+            self._leave(row, Piece(error=failed))
+        except Exception:
+            if not self._decoder.usable:
+                raise
+            LOGGER.exception("a request for %s failed", self._active[row].adapter or "the base")
+            failed = RequestError(500, "the request failed; the server's log says why", code="internal_error")
+            self._leave(row, Piece(error=failed))
 
     def _admit(self) -> list[tuple[int, Job]]:
         """Wait until there is something to do; return the jobs whose turn it is, with free rows."""
@@ -193,8 +232,9 @@ class Engine:
             while True:
                 for row in [row for row, job in self._active.items() if job.cancelled]:
                     self._leave(row, None)
-                for job in [job for job in self._waiting if job.cancelled]:
+                for job in [job for job in self._waiting if job.cancelled or self._closed is not None]:
                     self._waiting.remove(job)
+                    self._end(job, None if job.cancelled else Piece(error=self._closed))
                 ready = [job for job in self._waiting if job.loaded is None or job.loaded.done()]
                 rows = [row for row in range(self._decoder.rows) if row not in self._active]
                 turn = list(zip(rows, ready, strict=False))
@@ -207,47 +247,52 @@ class Engine:
 
     def _start(self, row: int, job: Job) -> None:
         slot = 0
-        try:
-            if job.loaded is not None and job.adapter is not None:
-                _result(job.loaded, job.adapter)
-                lease = job.held.enter_context(self._pool.lease([job.adapter]))
-                slot, job.version = lease.slots[0], lease.versions[0]
-        except AdapterError as error:
-            message = f"the adapter {job.adapter!r} cannot be loaded: {error}"
-            self._leave(row, Piece(error=RequestError(400, message, code="adapter_error", param="model")))
-            return
+        if job.loaded is not None and job.adapter is not None:
+            job.loaded.result()
+            lease = job.held.enter_context(self._pool.lease([job.adapter]))
+            slot, job.version = lease.slots[0], lease.versions[0]
         job.text = TextStream(self._decode, job.stop)
-        token, finite = self._decoder.start(row, job.prompt, job.sampling, slot)
+        token, finite, scores = self._decoder.start(row, job.prompt, job.sampling, slot)
         self._metrics.count("prompt_tokens_total", len(job.prompt))
         self._metrics.observe("first_token_seconds", time.monotonic() - job.begun)
-        self._take(row, token, finite)
+        if job.echo is not None:
+            job.unsent = job.echo
+            if scores is not None:
+                job.scores += [TokenScore(job.prompt[0]), *token_scores(job.prompt[1:], scores, job.top)]
+        self._take(row, token, finite, scores, len(job.prompt) - 1)
 
     def _advance(self) -> None:
-        tokens, finite = self._decoder.step()
+        tokens, finite, scores = self._decoder.step()
         self._metrics.count("steps_total")
         for row in list(self._active):
-            self._take(row, int(tokens[row]), bool(finite[row]))
+            with self._alone(row):
+                self._take(row, int(tokens[row]), bool(finite[row]), scores, row)
 
-    def _take(self, row: int, token: int, finite: bool) -> None:
+    def _take(self, row: int, token: int, finite: bool, scores: Scores | None, place: int) -> None:
+        """Add a token to the answer in a row; its scores are at `place`."""
         job = self._active[row]
         assert job.text is not None
         if not finite:
             message = f"the logits of {job.adapter or 'the base'} are not finite; check the adapter's values"
             self._leave(row, Piece(error=RequestError(400, message, code="adapter_error", param="model")))
             return
+        if not job.max_tokens:
+            self._leave(row, job.piece("", "length"))
+            return
         self._metrics.count("generated_tokens_total")
         job.count += 1
+        if scores is not None and job.sampling.scores:
+            job.scores += token_scores([token], scores, job.top, place)
         ended = token in self._stop
         text = "" if ended else job.text.push(token)
         reason = "stop" if ended or job.text.stopped else "length" if job.count >= job.max_tokens else None
         if reason is not None and not job.text.stopped:
             text += job.text.finish()
             reason = "stop" if job.text.stopped else reason
-        piece = Piece(text, job.count, job.version, reason)
         if reason is not None:
-            self._leave(row, piece)
+            self._leave(row, job.piece(text, reason))
         elif text:
-            job.emit(piece)
+            job.emit(job.piece(text, None))
 
     def _leave(self, row: int, last: Piece | None) -> None:
         with self._changed:
@@ -260,14 +305,3 @@ class Engine:
         if last is not None:
             self._metrics.observe("request_seconds", time.monotonic() - job.begun)
             job.emit(last)
-
-
-def _result(loaded: concurrent.futures.Future[Any], name: str) -> None:
-    """Raise `AdapterError` for an adapter that was not loaded, whatever the reason: it ends its own requests only."""
-    try:
-        loaded.result()
-    except AdapterError:
-        raise
-    except Exception as error:  # an error of any other class must not end the engine
-        LOGGER.exception("the adapter %r cannot be loaded", name)
-        raise AdapterError(repr(error)) from error

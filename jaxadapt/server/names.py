@@ -1,4 +1,4 @@
-"""Names of adapters that come from clients: each is a folder directly inside one root, and nothing else."""
+"""Names and paths of adapters that come from clients: each is a folder inside one root, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import os
 from pathlib import Path
 
 from jaxadapt.core.errors import FileError
+from jaxadapt.storage import hub
 
 MAX_BYTES = 255
-CONFIG = "adapter_config.json"
+CONFIG = hub.CONFIG
+FILES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS)
 BASE = "__base__"  # PEFT's name of the base, which the pool knows
 
 
-def find(root: Path, name: str) -> Path:
-    """Return the adapter folder of a name.
+def find(root: Path, name: str, given: str | None = None) -> Path:
+    """Return the adapter folder of a name, or the one at a path that a client gave.
 
     Args:
         root: the folder of the adapters.
-        name: the name of a folder directly inside it.
+        name: the name of the adapter.
+        given: a path inside the root, absolute, or from the root or the working folder. None for the folder directly in
+            the root that has the name.
 
     Raises:
-        FileError: the name is no plain folder name, there is no adapter of this name, or the folder or a file in it
-            is a link that leaves the root.
+        FileError: the name is no plain folder name, there is no adapter at the path, or the path, the folder or a file
+            in it is a link that leaves the root.
 
     >>> find(Path("/adapters"), "../etc")
     Traceback (most recent call last):
@@ -29,21 +33,41 @@ def find(root: Path, name: str) -> Path:
     jaxadapt.core.errors.FileError: '../etc' is not the name of an adapter: expected a folder's name without separators,
     control characters or a dot at the start
     """
-    plain = name != BASE and name.isprintable() and not {"/", "\\", os.sep} & {*name} and not name.startswith(".")
-    if not name or not plain or len(os.fsencode(name)) > MAX_BYTES:
+    if not is_plain(name):
         raise FileError(
             f"{name[:80]!r} is not the name of an adapter: expected a folder's name without separators, control"
             " characters or a dot at the start"
         )
-    path, inside = root / name, Path(os.path.realpath(root))
-    if not (path / CONFIG).is_file():
-        raise FileError(f"there is no adapter {name!r}: expected a folder of this name with {CONFIG}")
-    leaves = [each for each in (path, *path.rglob("*")) if inside not in Path(os.path.realpath(each)).parents]
-    if leaves:
+    places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
+    inside = [path for path in places if given is None or _is_inside(root, path)]
+    path = next((path for path in inside if os.path.isfile(path / CONFIG)), None)  # noqa: PTH113 (`is_file` may raise)
+    if path is None:
+        raise FileError(
+            f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with {CONFIG}"
+        )
+    if not all(_is_inside(root, each) for each in (path, *path.rglob("*"))):
         raise FileError(
             f"the adapter {name!r} contains links to files outside the adapters' folder; copy the files into it"
         )
     return path
+
+
+def is_plain(name: str) -> bool:
+    """Return True for a name that an adapter may have."""
+    plain = name not in ("", BASE) and name.isprintable() and not {"/", "\\", os.sep} & {*name}
+    return plain and not name.startswith(".") and len(os.fsencode(name)) <= MAX_BYTES
+
+
+def is_there(root: Path, path: Path) -> bool:
+    """Return True if a folder that `find` returned is still there, and its adapter's files inside the root.
+
+    It looks at these files only: it is called at each request.
+    """
+    return os.path.isfile(path / CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
 def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -55,7 +79,7 @@ def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
     problems: list[str] = []
     try:
-        entries = sorted(path.name for path in root.iterdir() if (path / CONFIG).is_file())
+        entries = sorted(path.name for path in root.iterdir() if os.path.isfile(path / CONFIG))  # noqa: PTH113
     except OSError as error:
         raise FileError(f"cannot list the adapters in {root}: {error}") from error
     for name in entries:

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError, ConfigError
+from jaxadapt.server.scores import Spell, TokenScore, chat_logprobs, completion_logprobs
 from jaxadapt.serving import Sampling
+from jaxadapt.serving.sampling import TOP
 
-MAX_PROMPTS, MAX_STOPS = 64, 4
+MAX_PROMPTS, MAX_STOPS, MAX_CHOICES = 64, 4, 128
+LEFT = 499  # the status of a request whose client left
 
 
 class RequestError(AdapterError):
@@ -17,19 +20,28 @@ class RequestError(AdapterError):
 
     Attributes:
         status: the HTTP status.
-        code: OpenAI's name of the error, or None.
+        code: OpenAI's name of the error, or None; the status, as a number, in answers in vLLM's form.
         param: the field of the request at fault, or None.
+        kind: the type of the error; None for OpenAI's type of the status.
     """
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | int | None = None,
+        param: str | None = None,
+        kind: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+        usual = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+        self.kind = kind or usual
 
     def body(self) -> dict[str, Any]:
         """Return the JSON of the answer."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +53,10 @@ class Request:
         prompts: texts or token ids; empty for a chat.
         messages: (role, text) of a chat.
         max_tokens: the most tokens of an answer; None for all that fit.
-        sampling: how tokens are chosen; None as the seed means one of the server's choice.
+        sampling: how tokens are chosen, and whether their log-probabilities are returned.
+        top: the number of most probable tokens to return beside each token.
+        choices: the answers to each prompt.
+        echo: True to put the prompt before its answer.
         stop: strings that end an answer.
         stream: True for server-sent events.
         usage: True if the stream ends with the numbers of tokens.
@@ -52,6 +67,9 @@ class Request:
     messages: tuple[tuple[str, str], ...]
     max_tokens: int | None
     sampling: Sampling
+    top: int
+    choices: int
+    echo: bool
     stop: tuple[str, ...]
     stream: bool
     usage: bool
@@ -59,7 +77,7 @@ class Request:
 
 # Fields that have no effect here, with the values at which they have none in OpenAI's interface either.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,), "top_logprobs": (),
+    "best_of": (1,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "store": (False,),
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",),
 }  # fmt: skip
@@ -85,7 +103,7 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     fields: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
     texts = "messages" if chat else "prompt"
     known = {"model", texts, "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
-    known |= {"max_completion_tokens"} if chat else set()
+    known |= {"n", "logprobs"} | ({"max_completion_tokens", "top_logprobs"} if chat else {"echo"})
     for name, value in fields.items():
         if name not in known | _NEUTRAL.keys() | _IGNORED:
             raise RequestError(400, f"{name} is not a field that this server knows", param=name)
@@ -94,14 +112,20 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     model = _take(fields, "model", str, None)
     count = _take(fields, "max_tokens", int, None if chat else 16, required=False)
     count = _take(fields, "max_completion_tokens", int, count, required=False)
-    if count is not None and count < 1:
-        raise _wrong("max_tokens", "at least 1", count)
+    echo = _take(fields, "echo", bool, False)
+    if count is not None and count < (0 if echo else 1):
+        raise _wrong("max_tokens", "at least 1, or 0 with echo", count)
+    choices = _take(fields, "n", int, 1)
+    if not 1 <= choices <= MAX_CHOICES:
+        raise _wrong("n", f"1 to {MAX_CHOICES}", choices)
+    top = _top(fields, chat)
     try:
         sampling = Sampling(
             temperature=_number(fields, "temperature", 1.0),
             top_k=max(0, _take(fields, "top_k", int, 0)),  # others write -1 for all tokens
             top_p=_number(fields, "top_p", 1.0),
             seed=_take(fields, "seed", int, seed) % 2**32,
+            scores=top is not None,
         )
     except ConfigError as error:
         raise RequestError(400, str(error)) from error
@@ -118,7 +142,45 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     messages = _messages(fields.get(texts)) if chat else ()
     prompts = () if chat else _prompts(fields.get(texts))
     usage = bool(options.get("include_usage"))
-    return Request(model, prompts, messages, count, sampling, tuple(stop), stream, usage)
+    return Request(
+        model, prompts, messages, count, sampling, top or 0, choices, echo, tuple(stop), stream, usage
+    )  # fmt: skip
+
+
+def _top(fields: Mapping[str, Any], chat: bool) -> int | None:
+    """Return the number of most probable tokens to return beside each token; None for no log-probabilities.
+
+    A completion states the number as `logprobs`, a chat as `top_logprobs`, beside `logprobs`, which is true.
+    """
+    name = "top_logprobs" if chat else "logprobs"
+    wanted = _take(fields, "logprobs", bool, False) if chat else name in fields
+    top = _take(fields, name, int, 0)
+    if not 0 <= top <= TOP or (top and not wanted):
+        raise _wrong(name, f"0 to {TOP}" + (", and logprobs true" if chat else ""), top)
+    return top if wanted else None
+
+
+def parse_adapter(body: Any) -> tuple[str, str | None, bool]:
+    """Return lora_name, lora_path and load_inplace of a request in vLLM's form; without lora_path, None.
+
+    Raises:
+        RequestError: a field has the wrong type, or a name or path is empty.
+
+    >>> parse_adapter({"lora_name": "fr", "lora_path": "/adapters/fr"})
+    ('fr', '/adapters/fr', False)
+    """
+    fields: dict[str, Any] = body if isinstance(body, dict) else {}
+    name, path, in_place = fields.get("lora_name"), fields.get("lora_path"), fields.get("load_inplace", False)
+    if not isinstance(name, str) or not isinstance(path, str | None) or not isinstance(in_place, bool):
+        raise lora_error(400, "expected lora_name and lora_path, strings, and load_inplace, true or false")
+    if not name or path == "":
+        raise lora_error(400, "Both 'lora_name' and 'lora_path' must be provided.")
+    return name, path, in_place
+
+
+def lora_error(status: int, message: str) -> RequestError:
+    """Return an error in vLLM's form, for the requests that load and unload adapters."""
+    return RequestError(status, message, code=status, kind="NotFoundError" if status == 404 else "InvalidUserInput")
 
 
 def _wrong(name: str | None, expected: str, found: Any) -> RequestError:
@@ -171,28 +233,38 @@ def _messages(messages: Any) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+Made = tuple[str, str | None, Sequence[TokenScore]]
+"""Text, reason of the end and scores, of an answer or of a piece of one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The fields common to all parts of one answer: id, kind, time, model and version of the adapter."""
+    """What all parts of one answer have in common: id, kind, time, model and version of the adapter.
+
+    Attributes:
+        spell: the text of a token if the request asks for log-probabilities, else None.
+    """
 
     id: str
     chat: bool
     created: int
     model: str
     fingerprint: str
+    spell: Spell | None = None
 
-    def whole(self, choices: Sequence[tuple[str, str]], usage: Mapping[str, int]) -> dict[str, Any]:
-        """Return the JSON of (text, reason of the end) of each prompt."""
+    def whole(self, choices: Sequence[Made], usage: Mapping[str, int]) -> dict[str, Any]:
+        """Return the JSON of all choices."""
         made = [
-            {"index": i, "finish_reason": reason, "logprobs": None}
+            {"index": i, "finish_reason": reason, "logprobs": self._logprobs(scores, 0)}
             | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})
-            for i, (text, reason) in enumerate(choices)
+            for i, (text, reason, scores) in enumerate(choices)
         ]
         return self._frame("chat.completion" if self.chat else "text_completion", made) | {"usage": dict(usage)}
 
-    def piece(self, index: int, text: str, reason: str | None, *, first: bool) -> dict[str, Any]:
-        """Return the JSON of a piece of a stream."""
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+    def piece(self, index: int, made: Made, *, first: bool, offset: int) -> dict[str, Any]:
+        """Return the JSON of a piece of a stream, whose text begins at `offset` in the choice's text."""
+        text, reason, scores = made
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": self._logprobs(scores, offset)}
         role = {"role": "assistant"} if first else {}
         choice |= {"delta": role | ({"content": text} if text or first else {})} if self.chat else {"text": text}
         return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
@@ -200,6 +272,11 @@ class Answer:
     def last(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the JSON of the last piece of a stream, which has the numbers of tokens."""
         return self._frame("chat.completion.chunk" if self.chat else "text_completion", []) | {"usage": dict(usage)}
+
+    def _logprobs(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
+        if self.spell is None:
+            return None
+        return chat_logprobs(scores, self.spell) if self.chat else completion_logprobs(scores, self.spell, offset)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from jaxadapt.server.engine import Engine
 from jaxadapt.server.metrics import Metrics
 from jaxadapt.server.room import make_room
 
+GRACE_SECONDS = 10
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -55,7 +56,8 @@ def make_server(
             f" base; found {slots}. queue: expected at least 0, found {queue}"
         )
     app = load_app()
-    folders, problems = names.scan(Path(root))
+    root = Path(os.path.realpath(root))
+    folders, problems = names.scan(root)
     if base.name in folders:
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
     for problem in problems:
@@ -70,7 +72,7 @@ def make_server(
     decoder.step()
     metrics = Metrics()
     engine = Engine(decoder, pool, base.decode, stop=base.stop, queue=queue, metrics=metrics)
-    return app.Server(base, Path(root), pool, engine, length, metrics)
+    return app.Server(base, root, pool, engine, length, metrics)
 
 
 def load_app() -> Any:
@@ -116,7 +118,10 @@ def _in_url(host: str) -> str:
 
 
 def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Callable[[str], None]) -> None:
-    """Answer requests until SIGINT or SIGTERM. Answers that have begun get ten seconds to end.
+    """Answer requests until SIGINT or SIGTERM.
+
+    Requests that wait then fail with the status 503. Answers that have begun get ten seconds to end; a stream that is
+    not at its end then gets an event with the error, and "[DONE]".
 
     Args:
         server: the result of `make_server`.
@@ -132,9 +137,16 @@ def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Call
     listener = _listen(host, port)
     url = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
     app = load_app().make_app(server, hosts=allowed_hosts(host), started=lambda: started(url))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            server.engine.drain(GRACE_SECONDS)
+            await super().shutdown(sockets)
+
+    # Twice the time, for a last step, and for a request that is still arriving.
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * GRACE_SECONDS)
     with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        Ending(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

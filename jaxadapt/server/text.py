@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
 
 
 class TextStream:
@@ -35,7 +35,7 @@ class TextStream:
         self._ids.append(token)
         before = self._decode(self._ids[self._begin : self._read])
         now = self._decode(self._ids[self._begin :])
-        if now.endswith(_INCOMPLETE) or len(now) <= len(before):
+        if now.endswith(INCOMPLETE) or len(now) <= len(before):
             return ""
         self._begin, self._read = self._read, len(self._ids)
         return self._release(now[len(before) :], final=False)

@@ -21,7 +21,7 @@ from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.models.carriers import Model
 from jaxadapt.models.invocation import invoke
 from jaxadapt.serving import routing
-from jaxadapt.serving.sampling import DTYPES, GREEDY, Sampling, choose
+from jaxadapt.serving.sampling import DTYPES, GREEDY, Sampling, Scores, choose, score
 
 SMALLEST_BUCKET = 16
 
@@ -199,8 +199,13 @@ class Decoder:
             sizes.append(2 * sizes[-1])
         return [size for size in sizes if size < self.length] + [self.length]
 
-    def start(self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY, slot: int = 0) -> tuple[int, bool]:
-        """Read a prompt into a row; return its first token, and False if the logits were not finite.
+    def start(
+        self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY, slot: int = 0
+    ) -> tuple[int, bool, Scores | None]:
+        """Read a prompt into a row; return its first token, False if the logits were not finite, and scores.
+
+        The scores are those of the prompt's tokens from the second on, and of the first new token; None without
+        `sampling.scores`.
 
         Args:
             row: the row. What it held is forgotten.
@@ -218,11 +223,13 @@ class Decoder:
             values[row] = getattr(sampling, name)
         route = None if self.select is None else self.select(np.asarray([slot], np.int32))
         count, settings = np.int32(len(prompt)), {name: x[row : row + 1] for name, x in self._settings.items()}
-        self.cache, token, finite = self._read(self.state, self.cache, route, tokens, count, np.int32(row), settings)
+        given = tokens, count, np.int32(row), settings
+        self.cache, token, finite, scores = self._read(self.state, self.cache, route, *given)
         self._tokens[row], self._counts[row] = int(token), len(prompt)
         self._stale |= self._slots[row] != slot
         self._slots[row] = slot
-        return int(token), bool(finite)
+        found = Scores(*(np.asarray(x)[: len(prompt)] for x in scores)) if sampling.scores else None
+        return int(token), bool(finite), found
 
     def check(self, prompt: Sequence[int]) -> None:
         """Raise `MismatchError` for a prompt that `start` would refuse."""
@@ -232,26 +239,32 @@ class Decoder:
         if wrong:
             raise MismatchError(f"expected token ids below {self.config.vocab_size}, found {wrong[:5]}")
 
-    def step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decode one token in every row; return them, int32 (rows), and where the logits were finite, bool (rows).
+    def step(self) -> tuple[np.ndarray, np.ndarray, Scores | None]:
+        """Decode one token in every row; return int32 (rows), where the logits were finite, bool (rows), and scores.
 
-        Rows that hold no request are computed too, and mean nothing.
+        The scores are None if no row asks for them. Rows that hold no request are computed too, and mean nothing.
         """
         if self._stale and self.select is not None:
             self._route = self.select(self._slots.copy())
         self._stale = False
         settings = {name: x.copy() for name, x in self._settings.items()}
         given = self._tokens.copy(), self._counts.copy(), settings
-        self.cache, tokens, finite = self._step(self.state, self.cache, self._route, *given)
+        self.cache, tokens, finite, scores = self._step(self.state, self.cache, self._route, *given)
         self._tokens = np.array(tokens)
         self._counts += 1
-        return self._tokens.copy(), np.asarray(finite)
+        found = Scores(*map(np.asarray, scores)) if settings["scores"].any() else None
+        return self._tokens.copy(), np.asarray(finite), found
+
+    @property
+    def usable(self) -> bool:
+        """False if a program failed after it took the cache's memory: then all rows are lost."""
+        return not self.cache.keys.is_deleted()
 
     def free(self, row: int) -> None:
         """Make a row that ended the base's, so that its adapter's slot may be given away."""
         self._stale |= self._slots[row] != 0
         self._slots[row] = 0
-        self._settings["temperature"][row] = 0
+        self._settings["temperature"][row] = self._settings["scores"][row] = 0
 
     def generate(
         self,
@@ -280,7 +293,7 @@ class Decoder:
         waiting = list(range(len(prompts)))[::-1]
         held: dict[int, int] = {}
 
-        def take(row: int, token: int, finite: bool) -> None:
+        def take(row: int, token: int, finite: bool, _: Scores | None = None) -> None:
             number = held[row]
             if not finite:
                 raise MismatchError(f"prompt {number}: the logits are not finite; check the adapter's values")
@@ -297,7 +310,7 @@ class Decoder:
                     own = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
                     take(row, *self.start(row, prompts[number], own, 0 if slots is None else slots[number]))
             if held:
-                tokens, finite = self.step()
+                tokens, finite, _ = self.step()
                 for row in list(held):
                     take(row, int(tokens[row]), bool(finite[row]))
         return answers
@@ -321,7 +334,7 @@ def _read(
     count: Any,
     row: Any,
     settings: Any,
-) -> tuple[KVCache, jax.Array, jax.Array]:
+) -> tuple[KVCache, jax.Array, jax.Array, Scores]:
     """Read a padded prompt (1, T) with `count` tokens into a row, and choose the first token."""
 
     def empty(x: jax.Array) -> jax.Array:  # an earlier answer's NaN would pass through the mask
@@ -343,12 +356,17 @@ def _read(
     )
     cache = KVCache(keys, values, cache.lengths.at[row].set(length), cache.layer)
     last = jax.lax.dynamic_slice_in_dim(logits, length - 1, 1, 1)[:, 0]
-    return cache, choose(last, count[None], settings)[0], jnp.isfinite(last).all()
+    token = choose(last, count[None], settings)[0]
+    following = jnp.concatenate([tokens[0, 1:], tokens[0, :1]]).at[count - 1].set(token)
+    scores = score(logits[0, virtual_tokens:], following, settings["scores"][0])
+    return cache, token, jnp.isfinite(last).all(), scores
 
 
 def _step(
     forward: Forward, state: Any, cache: KVCache, route: Any, tokens: Any, counts: Any, settings: Any
-) -> tuple[KVCache, jax.Array, jax.Array]:
+) -> tuple[KVCache, jax.Array, jax.Array, Scores]:
     """Read the last token of each row, and choose the next."""
     logits, cache = forward(state, route, tokens[:, None], counts[:, None], cache, False)
-    return cache, choose(logits[:, 0], counts + 1, settings), jnp.isfinite(logits[:, 0]).all(-1)
+    chosen = choose(logits[:, 0], counts + 1, settings)
+    scores = score(logits[:, 0], chosen, jnp.any(settings["scores"]))
+    return cache, chosen, jnp.isfinite(logits[:, 0]).all(-1), scores

@@ -1,16 +1,21 @@
-"""How the next token of a row is chosen from its logits."""
+"""How the next token of a row is chosen from its logits, and how probable tokens are."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn import softmax
+from jax.nn import log_softmax, softmax
 
 from jaxadapt.core.errors import ConfigError
+
+LARGEST = float(np.finfo(np.float32).max)
+TOP = 20
+"""The number of most probable tokens in `Scores`; OpenAI's interface allows as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Sampling:
         top_p: choose from the fewest most probable tokens whose probabilities sum to at least this.
         seed: of the row's random numbers. A row's draws depend on its seed and its position only, so they do not depend
             on the batch.
+        scores: True to compute the log-probabilities of the row's tokens, `Scores`; they change no choice.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -35,12 +41,13 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    scores: bool = False
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} must be {expected}, found {getattr(self, name)}"
             for name, expected, right in (
-                ("temperature", "a finite number of at least 0", 0 <= self.temperature < float("inf")),
+                ("temperature", f"at least 0 and at most {LARGEST:.4g} (float32)", 0 <= self.temperature <= LARGEST),
                 ("top_k", "at least 0 and below 2**31", 0 <= self.top_k < 2**31),
                 ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
                 ("seed", "at least 0 and below 2**32", 0 <= self.seed < 2**32),
@@ -53,7 +60,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32}
+DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32, "scores": np.bool_}
 """The dtype of each field in a batch."""
 
 
@@ -100,3 +107,34 @@ def choose(logits: jax.Array, positions: jax.Array, settings: Mapping[str, jax.A
         return jnp.where(sampled, drawn.astype(jnp.int32), greedy)
 
     return jax.lax.cond(jnp.any(sampled), draw, lambda _: greedy, logits)
+
+
+class Scores(NamedTuple):
+    """Log-probabilities at several places, of the model alone: temperature, top_k and top_p do not change them.
+
+    Attributes:
+        logprobs: float32 (N), of the token at each place.
+        top: float32 (N, TOP), the largest ones, in descending order.
+        ids: int32 (N, TOP), their tokens.
+    """
+
+    logprobs: jax.Array | np.ndarray
+    top: jax.Array | np.ndarray
+    ids: jax.Array | np.ndarray
+
+
+def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
+    """Return the scores of tokens (N) by their logits (N, V); zeros, which cost nothing, if `wanted` () is False."""
+    places, size = logits.shape
+    count = min(TOP, size)
+
+    def compute(logits: jax.Array) -> Scores:
+        logs = log_softmax(logits.astype(jnp.float32), axis=-1)
+        top, ids = jax.lax.top_k(logs, count)
+        return Scores(jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0], top, ids.astype(jnp.int32))
+
+    def skip(_: jax.Array) -> Scores:
+        top = jnp.zeros((places, count), jnp.float32)
+        return Scores(jnp.zeros((places,), jnp.float32), top, jnp.zeros((places, count), jnp.int32))
+
+    return jax.lax.cond(wanted, compute, skip, logits)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,18 +25,50 @@ pytestmark = pytest.mark.network
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its URL; at the end Ctrl-C must end it in order."""
+    """The process and its URL. At the end SIGTERM must end it in order, also among requests; see `end`."""
     folder = write_base(tmp_path_factory.mktemp("live") / "tiny")
     words = ["serve", "--base", folder, "--adapters", root, "--port", "0", "--rows", "2", "--length", "64", "--json"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxadapt", *map(str, words)], env=env, text=True, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    said = "".join(line for line in iter(process.stdout.readline, "}\n")) + "}"
-    yield process, json.loads(said)["url"]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (0, 130)
+    with (folder / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxadapt", *map(str, words)], env=env, text=True, stdout=subprocess.PIPE, stderr=log
+        )
+        assert process.stdout is not None
+        said = "".join(line for line in iter(process.stdout.readline, "}\n")) + "}"
+        url = json.loads(said)["url"]
+        yield process, url
+        try:
+            end(process, url)
+        finally:
+            process.kill()
+        log.seek(0)
+        assert "Traceback" not in log.read()
+
+
+def end(process: subprocess.Popen[str], url: str) -> None:
+    """Send SIGTERM while two requests have a row and others wait: the former end, the latter are refused."""
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as upload:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        upload.sendall(f"{head}content-length: 900\r\n\r\n{{".encode())  # and it leaves
+    clients = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(40)]
+    for client in clients:
+        client.request("GET", "/health")
+        assert client.getresponse().read() == b'{"status":"ok"}'
+    body = json.dumps({"model": "fr", "prompt": "x", "max_tokens": 60, "temperature": 0, "stream": True})
+    for client in clients:
+        client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    while b"jaxadapt_rows_active 2\n" not in urllib.request.urlopen(url + "/metrics").read():
+        pass
+    process.send_signal(signal.SIGTERM)
+    replies = [(reply.status, reply.read().decode()) for reply in (client.getresponse() for client in clients)]
+    ended, refused = ([text for code, text in replies if (code == 200) == right] for right in (True, False))
+    assert ended
+    assert refused
+    assert all(text.endswith("data: [DONE]\n\n") for text in ended)
+    assert {code for code, _ in replies} == {200, 503}
+    assert all(json.loads(text)["error"]["code"] == "shutting_down" for text in refused)
+    assert process.wait(60) == -signal.SIGTERM
 
 
 @pytest.fixture
@@ -59,6 +93,12 @@ def test_the_client_of_openai(client, base, root):
         assert answer.usage.completion_tokens == 8
         stream = client.completions.create(model=name, stream=True, **options)
         assert "".join(piece.choices[0].text for piece in stream) == answer.choices[0].text
+    several = client.completions.create(model="fr", n=2, logprobs=2, echo=True, **options)
+    for choice in several.choices:
+        assert choice.text == "Hello" + client.completions.create(model="fr", **options).choices[0].text
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert len(choice.logprobs.token_logprobs) == 13
     messages: Any = [{"role": "user", "content": "Hi"}]
     chat = client.chat.completions.create(model="it", messages=messages, max_completion_tokens=4, temperature=0)
     stream = client.chat.completions.create(

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,20 +61,20 @@ def test_a_long_stop_string_takes_no_time():
 class Broken:
     """A batch whose third step fails."""
 
-    rows = 2
+    rows, usable = 2, True
 
     def __init__(self) -> None:
         self.steps, self.go = 0, threading.Event()
 
-    def start(self, *_: Any) -> tuple[int, bool]:
-        return 65, True
+    def start(self, *_: Any) -> tuple[int, bool, None]:
+        return 65, True, None
 
-    def step(self) -> tuple[np.ndarray, np.ndarray]:
+    def step(self) -> tuple[np.ndarray, np.ndarray, None]:
         self.go.wait(30)
         self.steps += 1
         if self.steps == 3:
             raise RuntimeError("device lost")
-        return np.array([66, 66]), np.array([True, True])
+        return np.array([66, 66]), np.array([True, True]), None
 
     def free(self, row: int) -> None: ...
 
@@ -100,15 +100,12 @@ def submit(
     return made
 
 
-def make(decoder: Any, pool: Any = None) -> Engine:
-    return Engine(
-        decoder,
-        pool,
-        lambda ids: "".join(map(chr, ids)),
-        stop=[0],
-        queue=4,
-        metrics=Metrics(),
-    )
+def text_of(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def make(decoder: Any, pool: Any = None, decode: Callable[[Sequence[int]], str] = text_of) -> Engine:
+    return Engine(decoder, pool, decode, stop=[0], queue=4, metrics=Metrics())
 
 
 def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
@@ -139,7 +136,7 @@ def test_an_adapter_that_cannot_be_loaded_for_whatever_reason_ends_its_own_reque
     ((bad, ended),) = submit(engine, names=["fr"])
     assert ended.wait(30)
     assert bad[-1].error is not None
-    assert (bad[-1].error.status, "in a file" in str(bad[-1].error)) == (400, True)
+    assert (bad[-1].error.status, "in a file" in str(bad[-1].error)) == (500, False)
     assert "in a file" in caplog.text
     assert engine.healthy
     decoder.go.set()
@@ -147,6 +144,75 @@ def test_an_adapter_that_cannot_be_loaded_for_whatever_reason_ends_its_own_reque
     assert ended.wait(30)
     assert good[-1].reason == "length"
     engine.close()
+
+
+class Failing(Broken):
+    """A batch in which a prompt that begins with 7 fails."""
+
+    def start(self, row: int, prompt: Sequence[int], *_: Any) -> tuple[int, bool, None]:
+        if prompt[0] == 7:
+            raise RuntimeError("of another library")
+        return super().start()
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_an_error_of_another_library_fails_its_request_and_not_the_engine(usable, caplog):
+    """If the failed program has taken the cache, all rows are lost."""
+    decoder = Failing()
+    decoder.usable = usable
+    engine = make(decoder)
+    ((bad, ended),) = submit(engine, prompt=[7])
+    assert ended.wait(30)
+    assert bad[-1].error is not None
+    assert bad[-1].error.status == 500
+    assert "of another library" in caplog.text
+    assert "of another library" not in str(bad[-1].error)
+    if not usable:
+        engine._thread.join(30)
+        assert not engine.healthy
+        return
+    decoder.go.set()
+    ((good, ended),) = submit(engine, count=2)
+    assert ended.wait(30)
+    assert good[-1].reason == "length"
+    engine.close()
+
+
+def test_a_text_that_cannot_be_decoded_fails_its_request_alone(caplog):
+    def decode(ids: Sequence[int]) -> str:
+        if 66 in ids:
+            raise UnicodeError("no text")
+        return "A" * len(ids)
+
+    decoder = Broken()
+    engine = make(decoder, decode=decode)
+    decoder.go.set()
+    (bad, ended), *_ = submit(engine)
+    assert ended.wait(30)
+    assert bad[-1].error is not None
+    assert bad[-1].error.code == "internal_error"
+    ((good, ended),) = submit(engine, count=1)
+    assert ended.wait(30)
+    assert good[-1].text == "A"
+    engine.close()
+
+
+def test_draining_fails_those_that_wait_and_lets_those_with_a_row_end():
+    decoder = Broken()
+    decoder.rows = 1
+    engine = make(decoder)
+    active = submit(engine, count=2)
+    while not engine.gauges()["rows_active"]:
+        time.sleep(0.001)
+    waiting = submit(engine, names=[None] * 2, count=2)
+    engine.drain(3600)
+    assert not engine.healthy
+    with pytest.raises(RequestError, match="shutting down"):
+        submit(engine)
+    decoder.go.set()
+    engine._thread.join(30)
+    assert [pieces[-1].reason for pieces, _ in active] == ["length"]
+    assert [pieces[-1].error.status for pieces, _ in waiting] == [503] * 2
 
 
 def test_closing_ends_requests(base):

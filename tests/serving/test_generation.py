@@ -147,6 +147,34 @@ def test_settings_near_zero_take_the_most_probable_token(tiny: dict[str, float])
     assert set(choose(logits, jnp.arange(4), settings).tolist()) == {int(logits[0].argmax())}
 
 
+def test_scores_are_those_of_the_logits_and_change_no_token() -> None:
+    decoder = make("nnx", rows=2, length=32)
+    settings = Sampling(temperature=0.9, seed=3)
+    token, _, nothing = decoder.start(0, PROMPTS[1], settings)
+    assert nothing is None
+    assert decoder.step()[2] is None
+    same, _, scores = decoder.start(0, PROMPTS[1], dataclasses.replace(settings, scores=True))
+    _, _, next_scores = decoder.step()
+    assert same == token
+    assert scores is not None
+    assert next_scores is not None
+    logits = np.asarray(llama_nnx.to_nnx(TINY, WEIGHTS)(jnp.asarray([PROMPTS[1]])))[0].astype("f8")
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    following = [*PROMPTS[1][1:], token]
+    np.testing.assert_allclose(scores.logprobs, want[np.arange(17), following], atol=1e-5, rtol=0)  # float32
+    np.testing.assert_allclose(scores.top, -np.sort(-want)[:, :20], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.take_along_axis(want, np.asarray(scores.ids), 1), scores.top, atol=1e-5, rtol=0)
+    assert scores.logprobs.shape == (17,)
+    assert next_scores.top.shape == (2, 20)
+
+
+@pytest.mark.parametrize("temperature", [1e39, 4e38])
+def test_a_temperature_beyond_float32_is_refused(temperature: float) -> None:
+    with pytest.raises(ConfigError, match=r"at most 3\.403e\+38 \(float32\)"):
+        Sampling(temperature=temperature)
+    assert Sampling(temperature=3.4e38).temperature == 3.4e38
+
+
 def test_a_row_draws_the_same_alone_and_in_company() -> None:
     decoder = make("nnx", rows=3, length=32)
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7)
@@ -214,7 +242,7 @@ def test_what_is_refused() -> None:
             decoder.generate([prompt], max_tokens=1)
     with pytest.raises(ConfigError, match="a length of 2 to 64 tokens"):
         make("nnx", rows=1, length=65)
-    with pytest.raises(ConfigError, match="temperature must be a finite number.*found nan; top_p must be above 0"):
+    with pytest.raises(ConfigError, match="temperature must be at least 0.*found nan; top_p must be above 0"):
         Sampling(temperature=float("nan"), top_p=0)
     with pytest.raises(MismatchError, match="takes no mask"):
         llama_nnx.to_nnx(TINY, WEIGHTS)(jnp.ones((1, 1), int), mask=jnp.ones((1, 1)), cache=decoder.cache)
