@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from jaxadapt.core.errors import FileError
+from jaxadapt.serving.index import BASE
 from jaxadapt.storage import hub
 
 MAX_BYTES = 255
 CONFIG = hub.CONFIG
 FILES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS)
-BASE = "__base__"  # PEFT's name of the base, which the pool knows
 
 
 def find(root: Path, name: str, given: str | None = None) -> Path:
