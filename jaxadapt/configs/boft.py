@@ -25,7 +25,7 @@ class BOFTConfig(LayersConfig):
             computes one.
         target_modules, exclude_modules, fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as
             in `LoraConfig`.
-        boft_dropout: the dropout of blocks in training, which jaxadapt lacks: a new adapter needs 0.
+        boft_dropout: the share of blocks, rounded down, that are the identity in each call in training.
         init_weights: true starts without a change, false with random rotations and scales.
 
     Raises:

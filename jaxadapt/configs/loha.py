@@ -21,8 +21,8 @@ class LoHaConfig(RanksConfig):
     Attributes:
         r: the rank of both matrices.
         alpha: the change is multiplied by alpha / r.
-        rank_dropout, module_dropout: dropout of rows and of modules in training, which jaxadapt lacks: a new adapter
-            needs 0.
+        rank_dropout, module_dropout: the probability, in each call in training, of a row of the change to be 0, and of
+            the whole change of a module.
         use_effective_conv2d: true decomposes the kernels of convolutions over their channels only. PEFT trains such an
             adapter with wrong gradients of `hada_w1_a` and `hada_w2_a`; jaxadapt's are those of the function.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,

@@ -21,8 +21,8 @@ class LoKrConfig(RanksConfig):
     Attributes:
         r: the rank of each factor that is itself a product of two matrices.
         alpha: the change is multiplied by alpha / r.
-        rank_dropout, module_dropout: dropout of rows and of modules in training, which jaxadapt lacks: a new adapter
-            needs 0.
+        rank_dropout, module_dropout: the probability, in each call in training, of a row of the change to be 0, and of
+            the whole change of a module.
         use_effective_conv2d: true decomposes the kernels of convolutions over their channels only.
         decompose_both: true also decomposes the first factor, if r is less than half of its larger size.
         decompose_factor: the size of the first factor, or its upper bound if it does not divide a weight's size; -1

@@ -21,7 +21,7 @@ class OFTConfig(LayersConfig):
     Attributes:
         r: the number of blocks; 0 if `oft_block_size` is given.
         oft_block_size: the size of a block; 0 if `r` is given.
-        module_dropout: the dropout of blocks in training, which jaxadapt lacks: a new adapter needs 0.
+        module_dropout: the dropout of blocks in training, which PEFT does not apply, and neither does jaxadapt.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, fan_in_fan_out, bias: as
             in `LoraConfig`.
         init_weights: true starts with the identity, false with random rotations.

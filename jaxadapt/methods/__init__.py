@@ -7,6 +7,7 @@ from jaxadapt.configs.listing import MethodInfo, describe_methods, passing_types
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
 from jaxadapt.methods.base import (
     Change,
+    Drop,
     Effects,
     Method,
     Start,
@@ -30,6 +31,7 @@ __all__ = [
     "AppliedMethods",
     "AppliedRows",
     "Change",
+    "Drop",
     "Effects",
     "Implementation",
     "MatrixMethod",

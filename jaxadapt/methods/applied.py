@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, as_computable
+from jaxadapt.methods.base import CALL_KEY, Array, Drop, Effects, Method, Params, as_computable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +26,13 @@ class AppliedMethod:
     params: Params
     axes: Axes
     drop: Drop | None = None
+
+    @classmethod
+    def in_call(cls, method: Method, hparams: Any, params: Params, axes: Axes, drop: Drop | None) -> AppliedMethod:
+        """Return a method for one call of a layer, with a key among its tensors if it drops parts of its change."""
+        if drop is not None and method.drops == "change":
+            params, drop = {**params, CALL_KEY: drop.make_key()}, None
+        return cls(method, hparams, params, axes, drop)
 
     @functools.cached_property
     def effects(self) -> Effects:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
@@ -28,7 +29,26 @@ from jaxadapt.methods.target import shared_value as shared_value
 
 Array = Any
 Params = Mapping[str, Array]
-Drop = Callable[[Array], Array]
+
+CALL_KEY = "call_key"
+"""The random key of one call among the parameters of a site whose method drops parts of its change."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drop:
+    """The dropout of one call of a layer.
+
+    Attributes:
+        rate: the probability of each entry of an input to become 0; the other entries are divided by 1 - rate.
+        make_key: returns a random key.
+    """
+
+    rate: float
+    make_key: Callable[[], Array]
+
+    def __call__(self, x: Array) -> Array:
+        kept = jax.random.bernoulli(self.make_key(), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +152,8 @@ class Method(abc.ABC):
         row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
             them are faster so.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
+        drops: what dropout drops: entries of the input, which `output` gets as `drop`, or parts of the change. The
+            method then draws these from the key `CALL_KEY`, which its `params` have in calls with dropout.
     """
 
     peft_type: str
@@ -152,6 +174,7 @@ class Method(abc.ABC):
     row_padded: frozenset[str] = frozenset()
     row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
+    drops: ClassVar[Literal["input", "change"]] = "input"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

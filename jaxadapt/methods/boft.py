@@ -8,6 +8,8 @@ its faults:
 - Without a compiled CUDA extension PEFT uses one factor whatever `boft_n_butterfly_factor` is, so a configuration does
   not tell the number of factors. Here the shape of `boft_R` does. Files with several factors can be read and written;
   they are not computed, because PEFT can only compute them with the extension.
+- In training, `boft_dropout` replaces this share of the blocks of Q by the identity, rounded down: other blocks in each
+  call, the same for all rows of a batch.
 - PEFT gives `boft_R` of a convolution the square of the window's first size, so only square windows are accepted.
 """
 
@@ -19,20 +21,21 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.boft import BOFTConfig
-from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
 
 class Boft(MatrixMethod):
     """A rotation of blocks of the inputs, and a scale of the outputs."""
 
     peft_type = "BOFT"
+    drops = "change"
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"boft_R": "other", "boft_s": "vector"})
 
@@ -55,39 +58,44 @@ class Boft(MatrixMethod):
         scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
         return own_tensor("boft_R", found), scale
 
-    def effect(self, own: None) -> Effects:
+    def own(self, config: BOFTConfig, target: Target) -> DropoutHparams:
+        return DropoutHparams(config.boft_dropout)
+
+    def effect(self, own: DropoutHparams) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")
 
     def init(self, config: BOFTConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
-        if config.boft_dropout:
-            raise ConfigError("cannot train BOFT with boft_dropout: jaxadapt does not drop blocks; set it to 0.0")
         mean = 1.0 if tensor.name == "boft_s" else 0.0
         if config.init_weights:
             return Draw("constant", mean)
         return mean + 0.1 * jax.random.normal(start.key, start.shape)
 
-    def before(self, own: None, params: Params, x: Array) -> Array:
-        return orthogonal.turn(x, _rotation(params))
+    def before(self, own: DropoutHparams, params: Params, x: Array) -> Array:
+        return orthogonal.turn(x, _rotation(own, params))
 
-    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         return y * params["boft_s"].reshape(-1)
 
-    def matrix(self, own: None, params: Params, w: Array) -> Array:
-        flat = orthogonal.turn(w.reshape(len(w), -1), _rotation(params).swapaxes(1, 2))
+    def matrix(self, own: DropoutHparams, params: Params, w: Array) -> Array:
+        flat = orthogonal.turn(w.reshape(len(w), -1), _rotation(own, params).swapaxes(1, 2))
         return (flat * params["boft_s"].reshape(-1, 1)).reshape(w.shape)
 
-    def unmatrix(self, own: None, params: Params, w: Array) -> Array:
+    def unmatrix(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
-        return orthogonal.turn(flat, _rotation(params)).reshape(w.shape)
+        return orthogonal.turn(flat, _rotation(own, params)).reshape(w.shape)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
 
 
-def _rotation(params: Params) -> Array:
+def _rotation(own: DropoutHparams, params: Params) -> Array:
     """Return the blocks of Q, (blocks, b, b)."""
     r = at_least_float32(params["boft_R"][0])
-    return orthogonal.cayley((r - r.swapaxes(1, 2)) / 2)
+    blocks = orthogonal.cayley((r - r.swapaxes(1, 2)) / 2)
+    if CALL_KEY not in params:
+        return blocks
+    dropped = jax.random.permutation(params[CALL_KEY], len(r)) < int(own.dropout * len(r))
+    return jnp.where(dropped[:, None, None], jnp.eye(r.shape[-1], dtype=blocks.dtype), blocks)
 
 
 METHOD = Boft()

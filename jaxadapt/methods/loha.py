@@ -3,7 +3,9 @@
 A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d` its window has tensors of its
 own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`, but the
 gradients of W1a and W2a with T1 and T2 are those of the function: PEFT computes each with the other's tensors.
-PEFT's dropout of rows and modules is for training only and is refused for a new adapter.
+In training, `rank_dropout` drops rows of the change and `module_dropout` the whole change of a module, for all rows of
+a batch. The rows that are kept are divided by their share. If no row is kept, PEFT's outputs are NaN; here the module is
+not changed.
 """
 
 from __future__ import annotations
@@ -14,23 +16,54 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
-from jaxadapt.configs.lokr import LoKrConfig
-from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value
+from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, shared_value
 from jaxadapt.methods.factored import FactoredMethod
-from jaxadapt.methods.matrix import ScaleHparams
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        scale: the scale s, a number or a `PerEntry`.
+        rank_dropout: the probability of a row of the change to be 0.
+        module_dropout: the probability of the whole change to be 0.
+        unscaled_dropout: True if the rows that are kept are not divided by their share.
+    """
+
+    scale: Any
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    unscaled_dropout: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """The larger rate, 0 if nothing is dropped."""
+        return max(self.rank_dropout, self.module_dropout)
+
+
+def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
+    """Return the factor of each row of the change in this call (rows); 1 without dropout."""
+    if CALL_KEY not in params:
+        return 1.0
+    row_key, module_key = jax.random.split(params[CALL_KEY])
+    kept = jax.random.bernoulli(row_key, 1 - own.rank_dropout, (rows,)).astype("float32")
+    kept = kept if own.unscaled_dropout else kept / jnp.maximum(kept.mean(), 1 / rows)
+    return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
 
 
 class Loha(FactoredMethod):
     """The elementwise product of two low-rank matrices."""
 
     peft_type = "LOHA"
+    drops = "change"
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"hada_w1_a"})
     roles = MappingProxyType(
@@ -64,31 +97,30 @@ class Loha(FactoredMethod):
             made += [a, b]
         return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], config.rank_of)
 
-    def own(self, config: LoHaConfig, target: Target) -> ScaleHparams:
+    def own(self, config: LoHaConfig, target: Target) -> DroppedHparams:
         def scale(module: str) -> float:
             return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        return ScaleHparams(target.value(scale))
+        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout)
 
     def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
-        refuse_dropout(config)
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
         return Draw.kaiming(math.prod(start.shape[1:]))
 
-    def effect(self, own: ScaleHparams) -> Effects:
+    def effect(self, own: DroppedHparams) -> Effects:
         return Effects("adds", form="weight")
 
     def plain_rank(self, config: LoHaConfig) -> int:
         return max([config.r, *(config.rank_pattern or {}).values()]) ** 2
 
-    def factors(self, own: ScaleHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+    def factors(self, own: DroppedHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         # The rows of A are the products of each row of W1b with each row of W2b, and so are the columns of B.
         a = params["hada_w1_b"][:, None] * params["hada_w2_b"][None]
         b = params["hada_w1_a"][:, :, None] * params["hada_w2_a"][:, None]
         return a.reshape(-1, shape[1]), own.scale * b.reshape(shape[0], -1)
 
-    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DroppedHparams, params: Params, w: Array) -> Array:
         if "hada_t1" in params:
             sides = [
                 jnp.einsum("rj...,jp,ri->ip...", params[f"hada_t{i}"], params[f"hada_w{i}_b"], params[f"hada_w{i}_a"])
@@ -96,21 +128,13 @@ class Loha(FactoredMethod):
             ]
         else:
             sides = [params[f"hada_w{i}_a"] @ params[f"hada_w{i}_b"] for i in "12"]
-        return own.scale * (sides[0] * sides[1]).reshape(w.shape)
+        delta = own.scale * (sides[0] * sides[1]).reshape(len(w), -1)
+        return (delta.T * kept_rows(own, params, len(w))).T.reshape(w.shape)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return (
             {"r": 2, "alpha": 3},
             {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
-        )
-
-
-def refuse_dropout(config: LoHaConfig | LoKrConfig) -> None:
-    """Raise `ConfigError` if a new adapter is to be trained with a dropout of rows or modules."""
-    if config.rank_dropout or config.module_dropout:
-        raise ConfigError(
-            f"cannot train {config.peft_type} with rank_dropout or module_dropout: jaxadapt does not drop rows or"
-            " modules; set both to 0.0"
         )
 
 

@@ -4,7 +4,7 @@ w1 is (l, m) and w2 (k, n), with l·k outputs and m·n inputs. Each of them may 
 convolution's window belongs to w2; with `use_effective_conv2d` it has a tensor of its own, T2 (r, r, window), and w2_a
 is (r, k). The arithmetic follows PEFT's `tuners/lokr/layer.py`, with its fault: for a 1-D convolution with a full w2,
 PEFT multiplies w1 with the last two axes of w2, so the change of the kernel is not that of its channels.
-PEFT's dropout of rows and modules is for training only and is refused for a new adapter.
+Dropout is as in `methods/loha.py`, but only `rank_dropout_scale` divides the rows that are kept by their share.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxadapt.configs.lokr import LoKrConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.loha import refuse_dropout
-from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
+from jaxadapt.methods.loha import DroppedHparams, kept_rows
+from jaxadapt.methods.matrix import MatrixMethod
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Lokr(MatrixMethod):
     """The Kronecker product of two matrices."""
 
     peft_type = "LOKR"
+    drops = "change"
     row_numbers = frozenset({"scale"})
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
@@ -63,29 +64,30 @@ class Lokr(MatrixMethod):
             tensors.append(MethodTensor(name, f".{name}", axes, tuple((n,) for n in sizes), tuple(sizes.items())))
         return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], config.rank_of)
 
-    def own(self, config: LoKrConfig, target: Target) -> ScaleHparams:
+    def own(self, config: LoKrConfig, target: Target) -> DroppedHparams:
         def scale(module: str) -> float:
             return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        return ScaleHparams(target.value(scale))
+        rates = config.rank_dropout, config.module_dropout
+        return DroppedHparams(target.value(scale), *rates, unscaled_dropout=not config.rank_dropout_scale)
 
     def init(self, config: LoKrConfig, tensor: MethodTensor, start: Start) -> Draw:
-        refuse_dropout(config)
         zeros = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
         if config.init_weights and tensor.name in zeros:
             return Draw("constant", 0.0)
         return Draw.kaiming(math.prod(start.shape[1:]))
 
-    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: DroppedHparams, params: Params, w: Array) -> Array:
         w1 = params["lokr_w1"] if "lokr_w1" in params else params["lokr_w1_a"] @ params["lokr_w1_b"]
         if "lokr_t2" in params:
             w2 = jnp.einsum("ij...,ik,jn->kn...", params["lokr_t2"], params["lokr_w2_a"], params["lokr_w2_b"])
         else:
             w2 = params["lokr_w2"] if "lokr_w2" in params else params["lokr_w2_a"] @ params["lokr_w2_b"]
         # Of a w2 with three axes, the last two are multiplied, as in PEFT.
-        return own.scale * jnp.kron(w1[:, :, None, None] if w2.ndim == 4 else w1, w2).reshape(w.shape)
+        delta = own.scale * jnp.kron(w1[:, :, None, None] if w2.ndim == 4 else w1, w2).reshape(len(w), -1)
+        return (delta.T * kept_rows(own, params, len(w))).T.reshape(w.shape)
 
-    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: DroppedHparams, params: Params, x: Array, y: Array) -> Array:
         first = [params[n] for n in ("lokr_w1", "lokr_w1_b", "lokr_w1_a") if n in params]
         second = [params[n] for n in ("lokr_w2", "lokr_w2_b", "lokr_w2_a") if n in params]
         h = x.reshape(*x.shape[:-1], first[0].shape[1], second[0].shape[1]).astype(first[0].dtype)
@@ -93,7 +95,7 @@ class Lokr(MatrixMethod):
             h = jnp.einsum("...mn,kn->...mk", h, factor)
         for factor in first:
             h = jnp.einsum("...mk,lm->...lk", h, factor)
-        return y + own.scale * h.reshape(y.shape)
+        return y + own.scale * h.reshape(y.shape) * kept_rows(own, params, y.shape[-1])
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return (

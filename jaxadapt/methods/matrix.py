@@ -20,7 +20,7 @@ from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.base import Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
+from jaxadapt.methods.base import CALL_KEY, Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
 from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries
 
@@ -189,7 +189,7 @@ class MatrixMethod(Method):
         if not dataclasses.is_dataclass(own) or isinstance(own, type):
             return MatrixHparams(own, rows=True)
         changes: dict[str, Any] = dict.fromkeys(self.row_numbers)
-        changes |= {field.name: 0.0 for field in dataclasses.fields(own) if field.name == "dropout"}
+        changes |= {field.name: 0.0 for field in dataclasses.fields(own) if field.name.endswith("dropout")}
         return MatrixHparams(dataclasses.replace(own, **changes), rows=True)
 
     def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
@@ -235,7 +235,7 @@ class MatrixMethod(Method):
         def change(own: Any, p: Params, used: Any, m: Array) -> Array:
             return _choose(used, function(own, p, m), m)
 
-        params = {name: x if name == LAYER else at_least_float32(x) for name, x in params.items()}
+        params = {name: x if name in (LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
         matrices = layout.weight_to_torch(at_least_float32(w))
         changed = self._map(hparams, params, layout, change, (matrices, True))
         return layout.weight_from_torch(w.shape, changed).astype(w.dtype)
@@ -248,10 +248,14 @@ class MatrixMethod(Method):
         Args:
             arrays: the arrays, each with True if it has the batch axes.
         """
-        by_entry = {*self.row_numbers, USED} if hparams.rows else {LAYER}
+        by_entry = {*self.row_numbers, USED} if hparams.rows else {LAYER, CALL_KEY}
         tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name not in by_entry}
         tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
         batched = {name for name in tensors if layout.has_batch(name)}
+        if CALL_KEY in params:  # another key for each module
+            sizes = {x.shape[: len(layout.batch)] for name, x in tensors.items() if name in batched}
+            tensors[CALL_KEY] = jax.random.split(params[CALL_KEY], sizes.pop()) if sizes else params[CALL_KEY]
+            batched.add(CALL_KEY)
         numbers = {
             field.name: value.layer_values(params)
             for field in (dataclasses.fields(hparams.own) if dataclasses.is_dataclass(hparams.own) else ())

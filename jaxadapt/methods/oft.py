@@ -11,6 +11,7 @@ after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `t
   with R = I. Here, as in PEFT's merge, R turns the kernel.
 - PEFT's layer rotates the input by the first of several active adapters first, its merge by the last. Here it is the
   first, and several active adapters cannot be merged.
+- PEFT never applies `module_dropout`. Here it has no effect either, and a new adapter warns.
 - PEFT gives `oft_R` of a convolution the square of the window's first size, so only square windows are accepted.
 """
 
@@ -87,7 +88,9 @@ class Oft(MatrixMethod):
 
     def init(self, config: OFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.module_dropout:
-            raise ConfigError("cannot train OFT with module_dropout: jaxadapt does not drop blocks; set it to 0.0")
+            warn(
+                "OFT: module_dropout has no effect, because PEFT does not apply it; set it to 0.0 to avoid this warning"
+            )
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
     def follows(self, hparams: MatrixHparams, primitive: str) -> bool:

@@ -124,7 +124,7 @@ def _plan_on_model(
             " to adapt:\n" + paths.bullets([leaf for leaf in traced if leaf in missed])
         )
     if example is not None:
-        dropped = [site.leaf for site in sites if site.method.dropout(site.hparams)]
+        dropped = [x.leaf for x in sites if x.method.drops == "input" and x.method.dropout(x.hparams)]
         hooks = {site.leaf: methods.AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
         forward = [leaf for leaf, hook in hooks.items() if hook.forward]
         abstract_call.check_calls(model, hooks, dropped, forward, example)

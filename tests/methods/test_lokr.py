@@ -68,10 +68,6 @@ def test_what_does_not_fit_is_refused():
     volume = Weight("w", "a.q.weight", "x y z i o -> o i x y z", kind="conv")
     with pytest.raises(ConfigError, match="1-D and 2-D convolutions only"):
         sites_of(LoKrConfig(target_modules=["q"]), volume, (3, 3, 3, 4, 4))
-    for fields in ({"rank_dropout": 0.1}, {"module_dropout": 0.1}):
-        dropping = LoKrConfig(target_modules=["q"], **fields)
-        with pytest.raises(ConfigError, match="cannot train LOKR with rank_dropout or module_dropout"):
-            initial_values.init_values(dropping, sites_of(dropping), jax.random.key(0))
     with pytest.raises(ConfigError, match='init_weights: expected true, false or "lycoris"'):
         LoKrConfig(init_weights="pissa")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
@@ -167,7 +166,7 @@ class LeafAdapter:
         """The dropout rate."""
         return self.method.dropout(self.hparams)
 
-    def make_hook(self, scope: Any, dropout: Callable[[Any], Any] | None) -> AppliedMethod:
+    def make_hook(self, scope: Any, drop: methods.Drop | None) -> AppliedMethod:
         """Return the method with the tensors that `scope` holds."""
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
         if self.whole and any("jit(" in part for part in scope.debug_path):
@@ -181,7 +180,7 @@ class LeafAdapter:
             return methods.apply_rows(
                 self.rows, self.method, self.hparams, tensors, self.axes, {**shared, **self.whole}
             )
-        return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
+        return AppliedMethod.in_call(self.method, self.hparams, {**tensors, **self.whole}, self.axes, drop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,8 +316,8 @@ class Interceptor:
             hooks[leaf] = applied[0] if len(applied) == 1 else AppliedMethods(applied)
         return hooks
 
-    def _make_dropout(self, rate: float, scope: Scope) -> Callable[[Any], Any] | None:
-        """Return a dropout function with a key from the scope's stream, or None if dropout is off."""
+    def _make_dropout(self, rate: float, scope: Scope) -> methods.Drop | None:
+        """Return a dropout with a key from the scope's stream, or None if dropout is off."""
         if not rate or not self.dropout:
             return None
         if not scope.has_rng(DROPOUT):
@@ -329,11 +328,7 @@ class Interceptor:
                 " or turn the adapters' dropout off with model.clone(deterministic=True)"
             )
         key = scope.make_rng(DROPOUT)
-
-        def dropout(x: Any) -> Any:
-            return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-        return dropout
+        return methods.Drop(rate, lambda: key)
 
     def _layers_without_stream(self, scope: Scope) -> list[str]:
         """Return the layers with dropout in the scope's lifted transform, which all see the same random streams."""

@@ -115,7 +115,8 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
                         " Load it with load(…, rngs=nnx.Rngs(seed)) to train it, or call model.eval() to use it"
                     )
                 assert attached.axes is not None, "only a shared tensor has no axes"
-                hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, dropout)
+                drop = None if dropout is None else methods.Drop(dropout.rate, dropout.rngs)
+                hook = AppliedMethod.in_call(attached.method, attached.hparams, params, attached.axes, drop)
                 hooks.setdefault(leaf, []).append(hook)
     for leaf, sites in attributes.get(ROWS, {}).items():
         if not sites:
@@ -211,10 +212,10 @@ def _call_hooked(
 
 def _draw_key(hook: AppliedMethod) -> AppliedMethod:
     """Draw the dropout key of one call now, because a stream cannot be advanced inside `jax.checkpoint`."""
-    if not isinstance(hook.drop, nnx.Dropout):
+    if hook.drop is None:
         return hook
-    stream: Any = hook.drop.rngs
-    return dataclasses.replace(hook, drop=functools.partial(hook.drop, rngs=stream()))
+    key = hook.drop.make_key()
+    return dataclasses.replace(hook, drop=dataclasses.replace(hook.drop, make_key=lambda: key))
 
 
 def _call_known(
