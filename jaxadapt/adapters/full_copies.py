@@ -59,14 +59,14 @@ def trained_rows(config: Config, module: str, inputs: str | None = None) -> tupl
 
 
 def copy_method(
-    config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None, kind: str = ""
+    config: Config, module: str, parameter: str, adapted: Mapping[str, int], inputs: str | None = None, kind: str = ""
 ) -> CopyMethod | None:
     """Return how one parameter is copied, None if it is not.
 
     PEFT wraps an adapted module, so the name of its bias contains "base_layer".
 
     Args:
-        adapted: the modules that carry an adapter.
+        adapted: `{module: number of PEFT's wrappers around it}` of the modules that carry an adapter.
     """
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
@@ -77,12 +77,12 @@ def copy_method(
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None
-    wrapped = module in adapted
-    return FullCopy("bias", ".base_layer" if wrapped else "") if wrapped or mode == "all" else None
+    wrappers = adapted.get(module, 0)
+    return FullCopy("bias", ".base_layer" * wrappers) if wrappers or mode == "all" else None
 
 
 def copied_entries(
-    config: Config, match: Match, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
+    config: Config, match: Match, sizes: Mapping[str, int], adapted: Mapping[str, int], inputs: str | None = None
 ) -> dict[Index, CopyMethod]:
     """Return the copied entries of one leaf, by index over its stacked axes and fused axis.
 
@@ -154,7 +154,7 @@ def _match_for_lookup(match: Match) -> Match:
 
 
 def select_copies(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Mapping[str, int]
 ) -> list[tuple[Match, dict[str, int], dict[Index, CopyMethod]]]:
     """Return `(match, sizes, copied entries)` for every leaf that is copied, in the order of `shapes`."""
     if not has_copies(config):

@@ -20,6 +20,7 @@ from jaxadapt.adapters.sites import (
     bind_site,
     single_entry_sizes,
     targeted_entries,
+    wrapper_counts,
 )
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
@@ -257,9 +258,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
     """Return the sites of full and partial copies."""
     adapted_leaves = {site.leaf for site in adapted}
     sites: list[Site] = []
-    for match, sizes, copied_entries in full_copies.select_copies(
-        config, keymap, shapes, {module for site in adapted for module in site.modules}
-    ):
+    for match, sizes, copied_entries in full_copies.select_copies(config, keymap, shapes, wrapper_counts(adapted)):
         names = target_parameters.parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         method = next(iter(copied_entries.values()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
@@ -69,6 +70,13 @@ def targeted_entries(
     return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
 
 
+def wrapper_counts(sites: Iterable[Site]) -> Counter[str]:
+    """Return the number of PEFT's wrappers around each adapted module: one, or one for each adapted parameter."""
+    modules = {name for site in sites if not site.method.on_parameters for name in site.modules}
+    parameters = {name for site in sites if site.method.on_parameters for name in site.modules}
+    return Counter(modules) | Counter(name.rpartition(".")[0] for name in parameters)
+
+
 def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
     """Return the keymap with entries for copies that it lacks, so that an adapter can be saved without its model."""
     return keymap.with_entries(
@@ -125,7 +133,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         depth = depths.get(match.leaf)
         site_method = method if depth is None else method.for_parameter(depth)
         sites.append(_recover_site(config, site_method, keymap, match, shapes))
-    adapted = {module for site in sites for module in site.modules}
+    adapted = wrapper_counts(sites)
     for match, shapes in copied:
         # A bare list of tokens is for the leaf that holds their rows.
         inputs = match.module({}) if "copy" not in shapes and not match.braced else None

@@ -46,8 +46,8 @@ class FullCopy(Method):
 
         Args:
             because: the field of the configuration that requests the copy.
-            wrapper: what PEFT's key has between the names of the module and the parameter: ".base_layer" if another
-                adapter wraps the same module.
+            wrapper: what PEFT's key has between the names of the module and the parameter: ".base_layer" for each
+                adapter around the same module.
             lookup: the weight is a token embedding that is also the head; the copy replaces it only in the lookup.
         """
         self._because, self._wrapper = because, wrapper

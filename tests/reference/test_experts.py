@@ -49,6 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # A pattern is held against the parameter's own name; what is doubled here is what transformers doubles.
     "patterns": fields(*BOTH, rank_pattern={r".*\.gate_up_proj": 4}, alpha_pattern={"down_proj": 7, "experts": 9}),
     "linear": fields("q_proj.weight", "kv_b_proj.weight", "router.weight", "mlp.gate.weight", "layers.1.mlp.w"),
+    "all biases": fields(*BOTH, "router.weight", "k_proj.weight", target_modules=["o_proj"], bias="all"),
+    "adapted biases": fields(*BOTH, "router.weight", "k_proj.weight", target_modules=["o_proj"], bias="lora_only"),
     "one layer": fields("model.layers.2.mlp.experts.down_proj", "model.layers.2.feed_forward.experts.down_proj"),
 }
 
@@ -123,7 +125,6 @@ def test_where_target_modules_is_null_peft_chooses_for_some_models():
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 cannot be combined with target_parameters"),
         ({"use_dora": True}, "use_dora=True cannot be combined with target_parameters"),
         ({"lora_bias": True}, "lora_bias=True cannot be combined with target_parameters"),
-        ({"bias": "all"}, "bias='all' cannot be combined"),
         ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "both select these weights"),
         ({"target_parameters": ["embed_tokens.weight"]}, "kind 'embedding'"),
         ({"target_parameters": ["input_layernorm.weight"]}, "kind 'vector'"),

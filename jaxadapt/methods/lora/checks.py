@@ -46,7 +46,7 @@ def check_parameter(config: LoraConfig, match: Match) -> None:
     """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
     unsupported = fields_set(config, "tensor", "token")
     unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
-    problems = [f"{name}={value!r}" for name, value in unsupported.items()]
+    problems = [f"{name}={value!r}" for name, value in unsupported.items() if name != "bias"]
     if problems:
         raise ConfigError(
             f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"
