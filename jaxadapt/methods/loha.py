@@ -4,8 +4,8 @@ A convolution's kernel is one matrix (out, channels·window). With `use_effectiv
 own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`, but the
 gradients of W1a and W2a with T1 and T2 are those of the function: PEFT computes each with the other's tensors.
 In training, `rank_dropout` drops rows of the change and `module_dropout` the whole change of a module, for all rows of
-a batch. The rows that are kept are divided by their share. If no row is kept, PEFT's outputs are NaN; here the module is
-not changed.
+a batch. The rows that are kept are divided by their share. If no row is kept, PEFT's outputs are NaN; here the module
+is not changed.
 """
 
 from __future__ import annotations
