@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
@@ -70,7 +70,9 @@ def load(
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
             adapter the wider of the two, so that training continues in float32 from a 16-bit file. "autocast" converts
             tensors of fewer than 32 bits to float32, as PEFT's `autocast_adapter_dtype` does by default.
-        replace: replace an attached adapter of that name whose configuration differs.
+        replace: replace an attached adapter of that name whose configuration differs. Without it, an adapter that
+            differs only in its dropout or in how it began (`init_lora_weights`) gets the attached adapter's values of
+            these fields.
         rngs: NNX: for dropout in further training; without it dropout is off.
         stack_axes, example: as in `adapt`.
         shardings: the parameters' shardings: one `Sharding` for all, or a tree of them like the adapter's (an
@@ -164,6 +166,8 @@ def load(
         source = tensors.source
         _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
+    if present is not None and not replace:
+        adapter, adapter_sites = _trained_as(present.config, adapter, adapter_sites)
     if present is not None and present.config != adapter.config and not replace:
         raise ConfigError(
             f"{source}: the configuration differs from that of the attached adapter {name!r} in"
@@ -182,6 +186,27 @@ def load(
             adapter = _promote(adapter, present)
     changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
+
+
+def _trained_as(
+    attached: Config, adapter: Adapter, adapter_sites: Sequence[sites.Site]
+) -> tuple[Adapter, Sequence[sites.Site]]:
+    """Return a file's adapter, and its sites, with the attached adapter's dropout and way to begin.
+
+    The adapter stays as it is if the configurations differ in more, if a start changes more than the initial values (a
+    variant of the method), or if a start changes the base.
+    """
+    own = adapter.config
+    if type(own) is not type(attached) or own == attached or lora_variants.changes_base(own):
+        return adapter, adapter_sites
+    fields = [field.name for field in dataclasses.fields(own)]
+    dropping = own.replace(**{name: attached.get(name) for name in fields if "dropout" in name})
+    config = dropping.replace(**{name: attached.get(name) for name in fields if name.startswith("init_")})
+    if config != attached or lora_variants.changes_base(config):
+        return adapter, adapter_sites
+    before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
+    same = sites.sites_of(before) == sites.sites_of(after)
+    return (after, sites.sites_of(after)) if same else (adapter, adapter_sites)
 
 
 def _check_base(

@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs
+from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs, serving
 from jaxadapt.persistence import folder, reconcile
 from jaxadapt.storage import safetensors, torch_bin
 from jaxadapt.storage.safetensors_header import parse
@@ -545,6 +545,56 @@ def test_another_configuration_needs_replace(tmp_path):
         assert same(jaxadapt.extract(target), before)
         loaded = jaxadapt.load(tmp_path, target, replace=True)
         assert jaxadapt.extract(loaded).config.r == 3
+
+
+BEGUN = LORA.replace(init_lora_weights="gaussian", lora_dropout=0.5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"init_lora_weights": False}, {"lora_dropout": 0.1}], ids=str)
+def test_an_adapter_that_began_otherwise_loads_without_a_compilation(fields, tmp_path):
+    jaxadapt.save(small.trained(LORA.replace(**fields), seed=2), tmp_path)
+    want = small.trained(LORA, seed=2)(X)
+    model, traced = small.trained(BEGUN), []
+    model.eval()
+
+    @nnx.jit
+    def run(model, x):
+        traced.append(1)
+        return model(x)
+
+    run(model, X)
+    jaxadapt.load(tmp_path, model)
+    np.testing.assert_allclose(run(model, X), want, rtol=1e-6)
+    variables = small.variables(BEGUN)
+    structure = jax.tree.structure(variables)  # jit compiles once for each structure
+    variables = jaxadapt.load(tmp_path, variables)
+    assert jax.tree.structure(variables) == structure
+    assert len(traced) == 1
+    assert jaxadapt.extract(model).config == BEGUN == jaxadapt.extract(variables).config
+    assert same(jaxadapt.extract(model).params, small.adapter(seed=2).params)
+    model = jaxadapt.load(tmp_path, model, rngs=nnx.Rngs(0))
+    assert not np.array_equal(model(X), model(X))  # the attached dropout, with the new random stream
+
+
+def test_a_bank_takes_adapters_that_began_otherwise():
+    bank = serving.create(small.base(), LORA, slots=3)
+    for slot, config in enumerate((BEGUN, LORA.replace(init_lora_weights=False)), 1):
+        adapter = small.adapter(config, seed=slot)
+        bank = serving.put(bank, slot, adapter)
+        assert same(serving.get(bank, slot, adapter), adapter)
+
+
+@pytest.mark.parametrize(("attached", "began"), [(True, "mica"), ("mica", False), ("pissa", True)])
+def test_a_start_that_changes_what_is_computed_needs_replace(attached, began, tmp_path):
+    """MiCA's A is not trained, and PiSSA changes the base."""
+    file, held = (
+        dataclasses.replace(small.adapter(), config=LORA.replace(init_lora_weights=start))
+        for start in (began, attached)
+    )
+    jaxadapt.save(file, tmp_path)
+    variables = {**small.base(), **held.named("default")}
+    with pytest.raises(ConfigError, match="init_lora_weights .*replace=True"):
+        jaxadapt.load(tmp_path, variables)
 
 
 def test_another_method_of_the_same_name_gives_way_too(tmp_path):
