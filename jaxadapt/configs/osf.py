@@ -22,7 +22,8 @@ class OSFConfig(TargetsConfig):
     Attributes:
         effective_rank: the number of singular directions to keep, or a fraction of the smaller size of the weight.
             None keeps half of them.
-        target_modules, modules_to_save: as in `LoraConfig`.
+        target_modules, modules_to_save: as in `LoraConfig`, but None means "all-linear" for the families without a
+            default of PEFT.
         rank_pattern: other values of `effective_rank`, by a regular expression that is searched in the module's path;
             the first one that matches is used.
         init_weights: false starts with random directions instead of the weight's own.
@@ -46,6 +47,7 @@ class OSFConfig(TargetsConfig):
         "gpt2": {"target_modules": ("c_attn", "c_proj")},
         "gptj": {"target_modules": ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out")},
         r"llama|mi[sx]tral|qwen[23](?!_moe)|gemma": {"target_modules": _LLAMA},
+        ".*": {"target_modules": "all-linear"},
     }
 
     peft_type: str = "OSF"
