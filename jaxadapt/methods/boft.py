@@ -6,8 +6,8 @@ channels·window). A use of a linear weight rotates its input. The arithmetic fo
 its faults:
 
 - Without a compiled CUDA extension PEFT uses one factor whatever `boft_n_butterfly_factor` is, so a configuration does
-  not tell the number of factors. Here the shape of `boft_R` does. Files with several factors can be read and written;
-  they are not computed, because PEFT can only compute them with the extension.
+  not tell the number of factors. Here the shape of `boft_R` does, and a new adapter has one, with a warning. Files with
+  several factors can be read and written; they are not computed, because PEFT can only compute them with the extension.
 - In training, `boft_dropout` replaces this share of the blocks of Q by the identity, rounded down: other blocks in each
   call, the same for all rows of a batch.
 - PEFT gives `boft_R` of a convolution the square of the window's first size, so only square windows are accepted.
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.boft import BOFTConfig
+from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32
@@ -42,12 +43,17 @@ class Boft(MatrixMethod):
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")
         orthogonal.check_window(target, "BOFT")
-        if (config.boft_n_butterfly_factor if found is None else found[0]) != 1:
+        if found is not None and found[0] != 1:
             raise target.refuse(
                 "BOFT with several butterfly factors is not computed, because PEFT computes it only with a compiled"
-                " CUDA extension; its files can be read and written. Set boft_n_butterfly_factor=1"
+                " CUDA extension; its files can be read and written"
             )
         if found is None:
+            if config.boft_n_butterfly_factor != 1:
+                warn(
+                    f"BOFT: a new adapter has one butterfly factor and not {config.boft_n_butterfly_factor}, as in PEFT"
+                    " without its CUDA extension; set boft_n_butterfly_factor=1"
+                )
             size = target.in_size * math.prod(window)
             given = config.boft_block_size or config.boft_block_num
             if size % given:

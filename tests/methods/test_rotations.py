@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxadapt
 from jaxadapt import ConfigError
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays.axes import Operation, Use
@@ -155,7 +157,7 @@ def test_weights_that_peft_cannot_rotate_are_refused():
             site_of(peft_type, {}, flat, (2, 3, 4, 6))
         with pytest.raises(ConfigError, match="2 groups"):
             site_of(peft_type, {}, grouped, (2, 2, 2, 6))
-    with pytest.raises(ConfigError, match="several butterfly factors is not computed"):
+    with pytest.warns(UserWarning, match="one butterfly factor and not 2, as in PEFT without its CUDA extension"):
         site_of("BOFT", {"boft_n_butterfly_factor": 2})
     with pytest.raises(ConfigError, match="blocks that divide the size 8 of its inputs; found 3"):
         site_of("BOFT", {"boft_block_size": 3})
@@ -170,6 +172,36 @@ def test_a_start_that_would_differ_from_peft_is_refused():
     config = load_class("HRA")(target_modules=["q"], **fields)
     with pytest.raises(ConfigError, match="Gram-Schmidt cannot make orthogonal"):
         initial_values.init_values(config, [site_of("HRA", fields)], jax.random.key(0))
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")  # of PEFT's missing extension, and of the one factor
+def test_linen_reads_pefts_boft_file_of_a_convolution_as_nnx_does(tmp_path):
+    """PEFT trains one factor and states two; Linen's collection is made before the file is read."""
+    import torch
+    from peft import BOFTConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential()
+    base.add_module("q", torch.nn.Conv2d(3, 5, 2))
+    kernel, bias = (p.detach().numpy().copy() for p in base.parameters())
+    config = BOFTConfig(target_modules=["q"], boft_block_size=2, boft_n_butterfly_factor=2, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path)
+    x = numbers(2, 4, 4, 3)
+    with torch.no_grad():
+        want = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy().transpose(0, 2, 3, 1)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(5, (2, 2), padding="VALID", name="q")(x)
+
+    adapted = jaxadapt.adapt(Net(), jaxadapt.read(tmp_path).config)
+    collection = jax.eval_shape(adapted.init, jax.random.key(0), x)["boft"]
+    params = {"q": {"kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0)), "bias": jnp.asarray(bias)}}
+    variables = jaxadapt.load(tmp_path, {"params": params, "boft": collection})
+    np.testing.assert_allclose(adapted.apply(variables, x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_one_factor_is_read_whatever_the_configuration_says():
