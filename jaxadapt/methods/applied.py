@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -220,17 +221,21 @@ def _with_axes(use: _AnyUse, axes: Axes) -> _AnyUse:
 
 
 def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
-    """Raise `AttachError` if several active adapters each replace the same leaf.
+    """Raise `AttachError` if several active adapters each replace the same leaf, or the same rows of it.
 
     Args:
         leaves: `{leaf: {adapter: method}}` of the active adapters.
     """
-    rivals = {leaf: [name for name, m in methods.items() if m.copies] for leaf, methods in leaves.items()}
-    conflicts = [f"{leaf}: {', '.join(adapters)}" for leaf, adapters in rivals.items() if len(adapters) > 1]
+    conflicts: list[str] = []
+    for leaf, methods in leaves.items():
+        copies = {name: method for name, method in methods.items() if method.copies}
+        pairs = itertools.combinations([m.replaced_rows for m in copies.values()], 2)
+        if any(one is None or other is None or not one.isdisjoint(other) for one, other in pairs):
+            conflicts.append(f"{leaf}: {', '.join(copies)}")
     raise_listed(
         AttachError,
-        "cannot activate these adapters together: several hold a full copy of the same weight, and only one copy"
-        " can replace it. Activate one of them:",
+        "cannot activate these adapters together: several hold a copy of the same weight, or of the same rows of it,"
+        " and only one copy can replace it. Activate one of them:",
         conflicts,
     )
 

@@ -137,6 +137,7 @@ class Method(abc.ABC):
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
         copies: True if the tensors accompany another method's: a full or partial copy of the weight.
+        replaced_rows: the rows that a copy replaces (the numbers of tokens); None if it replaces the whole weight.
         on_parameters: True if it adapts a parameter in `target_parameters`, by the parameter's own name.
         neutral: `{tensor: value}` of the tensors that have no effect where they have this value, for tokens that a
             file lacks.
@@ -163,6 +164,7 @@ class Method(abc.ABC):
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
     copies: bool = False
+    replaced_rows: frozenset[int] | None = None
     on_parameters: bool = False
     sums: ClassVar[bool] = False
     neutral: Mapping[str, float] = MappingProxyType({})

@@ -65,6 +65,7 @@ class TrainableTokens(Method):
             random: the rows start with random values.
         """
         self._tokens, self._because, self._wrapper, self._random = tokens, because, wrapper, random
+        self.replaced_rows = frozenset(tokens)
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
         if target.match.weight.kind not in ("embedding", "linear") or target.match.roles["batch"] or target.match.stack:

@@ -149,6 +149,13 @@ def test_two_copies_of_one_weight_are_rivals():
         refuse_rivals({"a": {"one": copy, "two": tokens}, "b": {"two": copy}})
 
 
+def test_copies_of_other_rows_of_one_weight_are_no_rivals():
+    one, two, three = (TrainableTokens(rows) for rows in ((1, 5), (3,), (7, 3)))
+    refuse_rivals({"a": {"one": one, "two": two}})
+    with pytest.raises(AttachError, match=r"of the same rows of it(.|\n)*a: one, two, three"):
+        refuse_rivals({"a": {"one": one, "two": two, "three": three}})
+
+
 def test_a_parameter_of_the_outputs_size_may_be_a_bias():
     both, _, _ = two()
     check_biases(both.hooks, {"gain": jnp.ones(5)})

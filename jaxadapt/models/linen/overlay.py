@@ -104,7 +104,7 @@ def build_overlay(
             *path, leaf = keys
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
-                old = quantized.to_dense(survey.lookup(params, keys))
+                old = quantized.to_dense(leaves[keys] if keys in leaves else survey.lookup(params, keys))
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
                 leaves[keys] = meta.replace_boxed(old, new)
                 continue
