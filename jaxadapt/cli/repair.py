@@ -22,7 +22,8 @@ def command(path: str, out: str | None, in_place: bool, as_json: bool) -> None:
     The command
       - renames keys to PEFT's: removes _orig_mod., module. and .default., and writes base_model.model. once;
       - keeps one of two tensors with equal values under one name;
-      - corrects a value of the configuration that PEFT refuses, if the value has only one meaning;
+      - corrects what PEFT refuses in the configuration (a value, a trailing comma, a byte order mark), if it has only
+        one meaning;
       - writes a lost adapter_config.json from the copy in the weights' header.
 
     The values of tensors never change. The files in PATH do not change either, unless --in-place is given.

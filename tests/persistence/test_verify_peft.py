@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def tiny(kind: str) -> Any:
     if kind == "GPT2Model":
         return t.GPT2Model(t.GPT2Config(n_embd=4, n_layer=1, n_head=1, vocab_size=8, n_positions=4))
     sizes = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=8, **sizes))
+    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))
 
 
 def logits(model: Any) -> np.ndarray:
@@ -242,9 +243,74 @@ def test_a_dora_file_whose_configuration_denies_it_is_found(tmp_path: Path):
 def test_a_whole_model_is_no_adapter_for_extract_and_inspect(tmp_path: Path):
     trained(tmp_path / "adapter", tiny("Llama"))
     tiny("Llama").save_pretrained(tmp_path / "base")
-    with pytest.raises(jaxadapt.MismatchError, match="expected tensors of LORA, found none among 12 tensors"):
+    with pytest.raises(jaxadapt.MismatchError, match="expected tensors of LORA, found none among 11 tensors"):
         extract_files(tmp_path / "base" / "model.safetensors", tmp_path / "out", config=tmp_path / "adapter")
     assert not (tmp_path / "out").exists()
     named = beside(tmp_path / "adapter", load_file(tmp_path / "base" / "model.safetensors"))
-    with pytest.raises(jaxadapt.MismatchError, match="none of the 12 tensors belongs to an adapter"):
+    with pytest.raises(jaxadapt.MismatchError, match="none of the 11 tensors belongs to an adapter"):
         jaxadapt.inspect(named)
+
+
+# ---------------------------------------------------------------- no false alarms
+
+
+SOUND: dict[str, dict[str, Any]] = {
+    "a tied embedding": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "a tied head": {"target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True},
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    "excluded by a longer name": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["self_attn.v_proj"]},
+    "excluded by an expression": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*mlp\..*"},
+    "saved in full": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_an_adapter_that_peft_saved_has_no_problem(case: str, tmp_path: Path):
+    base = tiny("Llama")
+    base.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained(tmp_path / "sound", base, **SOUND[case])
+    assert codes(tmp_path / "sound") == codes(tmp_path / "sound", tmp_path / "base") == []
+
+
+# ---------------------------------------------------------------- configurations that PEFT refuses, with one meaning
+
+
+def replaced(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: text.replace(old, new)
+
+
+RANKS = "rank_pattern: ranks became integers"
+TEXTS = {
+    "a byte order mark": (lambda text: "\ufeff" + text, "the byte order mark at the beginning removed"),
+    "a trailing comma": (replaced("\n}", ",\n}"), "1 trailing comma removed"),
+    "a trailing comma in a list": (replaced("\n  ]", ",\n  ]"), "1 trailing comma removed"),
+    "a rank as a text": (replaced('"r": 2,', '"r": "2",'), "r: '2' became 2"),
+    "an alpha as a text": (replaced('alpha": 16,', 'alpha": "16",'), "lora_alpha: '16' became 16"),
+    "ranks as texts": (replaced('"q_proj": 3', '"q_proj": "3"'), RANKS),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_configuration_that_peft_refuses_and_that_has_one_meaning_is_repaired(case: str, tmp_path: Path):
+    change, done = TEXTS[case]
+    trained(tmp_path / "sound", lora_alpha=16, rank_pattern={"q_proj": 3})
+    found = beside(tmp_path / "sound", load_file(tmp_path / "sound" / WEIGHTS))
+    text = (tmp_path / "sound" / CONFIG).read_text()
+    (found / CONFIG).write_text(change(text))
+    assert (found / CONFIG).read_text() != text
+    with pytest.raises((ValueError, TypeError)):
+        outputs(found)
+    assert codes(found) == ["configuration"]
+    result = jaxadapt.repair(found)
+    assert (result.done, result.remaining) == ((done,), ())
+    assert np.array_equal(outputs(result.path), outputs(tmp_path / "sound"))
+
+
+def test_a_key_that_is_there_twice_has_no_one_meaning(tmp_path: Path):
+    trained(tmp_path / "sound")
+    found = beside(tmp_path / "sound", load_file(tmp_path / "sound" / WEIGHTS))
+    (found / CONFIG).write_text("\ufeff" + (tmp_path / "sound" / CONFIG).read_text().replace("{", '{"r": 4,', 1))
+    with pytest.raises(jaxadapt.MismatchError, match="cannot be repaired"):
+        jaxadapt.repair(found)

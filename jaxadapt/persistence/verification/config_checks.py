@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from jaxadapt import configs
 from jaxadapt.configs import PEFT_VERSION, Config
-from jaxadapt.configs.base import GenericConfig
+from jaxadapt.configs.base import GenericConfig, class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import folder
 from jaxadapt.persistence.verification import finding, foreign_files, key_names, stored_adapter
@@ -19,6 +19,7 @@ from jaxadapt.persistence.verification.stored_adapter import StoredAdapter
 
 # Fields of PEFT up to 0.2, with the value that changes nothing.
 _OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
+_MAX_COMMAS = 16  # each costs a reading of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
     """Parse and check the configuration of stored adapter files."""
     if stored.text is None:
         return _without_file(stored)
-    values = stored_adapter.parse_json(stored.text)
+    values, text_repairs = mend_text(stored.text)
     if values is not None and (foreign := foreign_files.foreign_config(values)) is not None:
         return CheckedConfig(None, (foreign,))
     findings: list[Finding] = []
@@ -49,6 +50,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
         config = configs.loads(stored.text, folder.CONFIG)
     except ConfigError as error:
         mended, repairs = mend_values(values or {}, stored.specs or {})
+        repairs = [*text_repairs, *repairs]
         config = _parse_mended(mended) if repairs else None
         is_lost = config is None and stored.header is not None
         findings.append(
@@ -126,11 +128,37 @@ def _without_file(stored: StoredAdapter) -> CheckedConfig:
     )
 
 
+def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the JSON object of a text without a byte order mark and trailing commas, and a sentence for each repair.
+
+    Returns None for any other text, also for one with a key twice.
+
+    >>> mend_text('{"r": 4, "target_modules": ["q",],}')
+    ({'r': 4, 'target_modules': ['q']}, ['2 trailing commas removed'])
+    """
+    plain = text.removeprefix("\ufeff")
+    done = [] if plain == text else ["the byte order mark at the beginning removed"]
+    for count in range(_MAX_COMMAS):
+        try:
+            json.loads(plain)
+        except json.JSONDecodeError as error:
+            place = error.pos if plain[error.pos : error.pos + 1] == "," else len(plain[: error.pos].rstrip()) - 1
+            if plain[place : place + 1] == "," and plain[place + 1 :].lstrip()[:1] in ("}", "]"):
+                plain = plain[:place] + plain[place + 1 :]
+                continue
+        except (ValueError, RecursionError):  # `parse_json` returns None for it
+            pass
+        if count:
+            done.append(f"{finding.count(count, 'trailing comma')} removed")
+        break
+    return stored_adapter.parse_json(plain), done
+
+
 def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values with every certain repair, and a sentence for each repair.
 
-    >>> mend_values({"peft_type": "lora", "r": 4.0}, [])[0]
-    {'peft_type': 'LORA', 'r': 4}
+    >>> mend_values({"peft_type": "lora", "r": 4.0, "lora_alpha": "16"}, [])[0]
+    {'peft_type': 'LORA', 'r': 4, 'lora_alpha': 16}
     """
     mended, done = dict(values), list[str]()
     kind: object = mended.get("peft_type")
@@ -142,24 +170,33 @@ def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[
     elif kind is None and {"r", "lora_alpha"} <= mended.keys() and any(".lora_A." in key for key in keys):
         mended["peft_type"] = "LORA"
         done.append("peft_type: 'LORA' added")
+    cls = class_of(str(mended.get("peft_type")))
+    numbers = () if cls is None else (f.name for f in dataclasses.fields(cls) if type(f.default) in (int, float))
+    for field in numbers:
+        value = _number(mended.get(field), field == "r")
+        if type(value) is not type(mended.get(field)):
+            done.append(f"{field}: {mended[field]!r} became {value}")
+            mended[field] = value
     for field in ("rank_pattern", "alpha_pattern"):
         if field in mended and mended[field] is None:
             mended[field] = {}
             done.append(f"{field}: null became {{}}")
-    rank: Any = mended.get("r")
-    if _is_integral(rank):
-        mended["r"] = int(rank)
-        done.append(f"r: {rank} became {int(rank)}")
-    ranks = mended.get("rank_pattern")
-    if isinstance(ranks, dict) and any(map(_is_integral, cast("dict[str, Any]", ranks).values())):
-        items = cast("dict[str, Any]", ranks).items()
-        mended["rank_pattern"] = {name: int(value) if _is_integral(value) else value for name, value in items}
-        done.append("rank_pattern: ranks became integers")
+        elif isinstance(mended.get(field), dict):
+            items = cast("dict[str, Any]", mended[field]).items()
+            found = {name: _number(value, field == "rank_pattern") for name, value in items}
+            if any(type(found[name]) is not type(value) for name, value in items):
+                mended[field] = found
+                done.append(
+                    f"{field}: {'ranks became integers' if field == 'rank_pattern' else 'texts became numbers'}"
+                )
     return mended, done
 
 
-def _is_integral(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
+def _number(value: Any, is_rank: bool) -> Any:
+    """Return the number that a text states, and an integer for a whole rank; any other value as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value, re.ASCII):
+        value = float(value) if "." in value else int(value)
+    return int(value) if is_rank and isinstance(value, float) and value.is_integer() else value
 
 
 def _parse_mended(values: Mapping[str, Any]) -> Config | None:

@@ -263,9 +263,16 @@ def _header_config(header: safetensors.Header, weights: Location, findings: list
 
 
 def parse_json(text: str) -> dict[str, Any] | None:
-    """Return the JSON object of a text, leniently; None if it is no object. Duplicate keys keep the last value."""
+    """Return the JSON object of a text; None if it is no object or has a key twice."""
     try:
-        values: object = json.loads(text.removeprefix("\ufeff"))
+        values: object = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         return None
     return cast("dict[str, Any]", values) if isinstance(values, dict) else None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key twice")
+    return values

@@ -236,6 +236,8 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
         return _check_default_targets(adapted, config, family)
     by_other_names = bool(config.get("layer_replication") or config.get("target_parameters"))
     untargeted = [] if by_other_names else [name for name in adapted if not _is_targeted(config, name)]
+    if config.get("ensure_weight_tying"):  # then PEFT also adapts the head of an adapted embedding
+        untargeted = [name for name in untargeted if not _is_head(modules[name], modules)]
     findings: list[Finding] = []
     if untargeted:
         findings.append(
@@ -249,6 +251,7 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
         )
     if not isinstance(targets, str) and not config.get("target_parameters"):
         unused = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in adapted)]
+        unused = [t for t in unused if not _may_be_excluded(config, t)]
         if unused and not untargeted:
             findings.append(
                 finding.warning(
@@ -266,6 +269,20 @@ def _is_targeted(config: Config, module: str) -> bool:
     """Return True if a target selects a module of the file, also inside a module that PEFT wraps (out_proj)."""
     names = (module, module.partition(".base_layer")[0])
     return any(matching.is_target(config, name) for name in names)
+
+
+def _is_head(tensors: Mapping[str, tuple[int, ...]], modules: Modules) -> bool:
+    """Return True for the tensors of a head that has the vocabulary of an adapted embedding."""
+    rows = {embedding["lora_embedding_A"][-1] for embedding in modules.values() if embedding.get("lora_embedding_A")}
+    return bool(tensors.get("lora_B.weight")) and tensors["lora_B.weight"][0] in rows
+
+
+def _may_be_excluded(config: Config, target: str) -> bool:
+    """Return True if the configuration excludes the modules that a target names, as far as their names tell."""
+    excluded: str | Sequence[str] = config.get("exclude_modules") or ()
+    if isinstance(excluded, str):
+        return bool(excluded)  # an expression of the whole names, and the names in the base are not known
+    return not matching.is_target(config, target) or any(name.endswith(f".{target}") for name in excluded)
 
 
 def _check_saved(shapes: Shapes, modules: Modules, others: Iterable[str], config: Config) -> list[Finding]:
