@@ -280,6 +280,10 @@ def extract_files(
         with open_stored(checkpoint, report) as stored:
             if stored.specs is None:
                 raise FileError("; ".join(found.found for found in stored.findings))
+            if any(found.code == "image-file" for found in stored.findings):
+                raise FileError(
+                    f"{os.fspath(checkpoint)}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
+                )
             if settings is None and stored.text is not None:
                 settings = configs.loads(stored.text, os.fspath(checkpoint))
             settings = settings or stored.header

@@ -24,16 +24,16 @@ _RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> tuple[Config, str]:
     """Return the configuration that the tensors, the alphas and diffusers' metadata show, and its method."""
-    opaque = configs.Config.from_dict({"peft_type": "LYCORIS", "peft_version": None, "inference_mode": True})
-    if layout.method == "LYCORIS":
-        return opaque, "LYCORIS"
+    opaque = configs.Config.from_dict({"peft_type": image_names.LYCORIS, "peft_version": None, "inference_mode": True})
+    if layout.method == image_names.LYCORIS:
+        return opaque, image_names.LYCORIS
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, spec in tensors.specs.items():
         module, name = image_names.split_key(key)
         modules.setdefault(module, {})[name] = tuple(spec.shape)
     fields = _FIELDS[layout.method](modules)
     if fields is None:
-        return opaque, "LYCORIS"
+        return opaque, image_names.LYCORIS
     ranks = {module: _rank(shapes) for module, shapes in modules.items()}
     values = {module: _alpha(file, key) for module, key in layout.alphas.items()}
     stated = _stated_alphas(layout, ranks, values, file.source, metadata)
@@ -145,7 +145,7 @@ def _lokr_fields(modules: Modules) -> dict[str, Any] | None:
     from jaxadapt.methods.lokr import split_size
 
     wanted: list[tuple[int, int]] = []  # (size of the module, its first factor)
-    full: set[bool] = set()
+    both = any("lokr_w1_a" in shapes for shapes in modules.values())
     for shapes in modules.values():
         first = shapes.get("lokr_w1") or _product(shapes.get("lokr_w1_a"), shapes.get("lokr_w1_b"))
         turned = "lokr_t2" in shapes  # (r, k) and (r, n) around the middle tensor
@@ -153,15 +153,16 @@ def _lokr_fields(modules: Modules) -> dict[str, Any] | None:
         second = shapes.get("lokr_w2") or _product(a[::-1] if a and turned else a, b)
         if not first or not second or len(first) < 2 or len(second) < 2 or 0 in (*first, *second):
             return None
-        full.add("lokr_w1" in shapes)
+        if ("lokr_w1" in shapes) != (not both or _rank(shapes) >= max(first[:2]) / 2):  # as PEFT builds the module
+            return None
         wanted += [(first[0] * second[0], first[0]), (first[1] * second[1], first[1])]
     candidates = [-1, *sorted({factor for _, factor in wanted})]
     factor = next((f for f in candidates if all(split_size(size, f)[0] == one for size, one in wanted)), None)
-    if factor is None or len(full) > 1:
+    if factor is None:
         return None
     return {
         "decompose_factor": factor,
-        "decompose_both": full == {False},
+        "decompose_both": both,
         "use_effective_conv2d": any("lokr_t2" in shapes for shapes in modules.values()),
     }
 
@@ -178,7 +179,7 @@ def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
     for name in _RANK:
         if shapes.get(name):
             return shapes[name][0]
-    return max(shapes["lokr_w2"][:2])
+    return max(*shapes["lokr_w1"][:2], *shapes["lokr_w2"][:2])
 
 
 def _alpha(file: TensorSource, key: str) -> float:

@@ -77,7 +77,7 @@ def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]
     """
     scales = [name for name, key in layout.keys.items() if key.endswith(".dora_scale") and layout.method == "LORA"]
     if not all(_outputs(file, layout, name) for name in scales):  # one magnitude for each input, or a damaged one
-        layout = dataclasses.replace(layout, method="LYCORIS", keys={key: key for key in file}, alphas={})
+        layout = dataclasses.replace(layout, method=image_names.LYCORIS, keys={key: key for key in file}, alphas={})
     tensors = _rename(file, layout)
     config, method = image_configs.infer_config(tensors, layout, file, metadata)
     if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
@@ -237,10 +237,10 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
     Raises `MismatchError` for modules whose names stay flattened, because no list has them, and for tensors of a method
     that PEFT does not have.
     """
-    if tensors.config.peft_type == "LYCORIS":
+    if tensors.config.peft_type == image_names.LYCORIS:
         raise MismatchError(
-            f"{tensors.source}: PEFT has no method for these tensors (LyCORIS' LoCon with a middle tensor, or another"
-            " of its types), so that they only pass through; write one file (.safetensors) instead"
+            f"{tensors.source}: PEFT has no method for these tensors ({image_names.lycoris_types(tensors.tensors)}), so"
+            " that they only pass through; write one file (.safetensors) instead"
         )
     by_model: dict[str, dict[str, str]] = {}
     flat: list[str] = []

@@ -18,6 +18,8 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 KOHYA, DIFFUSERS = "kohya-ss", "diffusers"
 ALPHA = "alpha"
+LYCORIS = "LYCORIS"
+"""The type of tensors that PEFT has no method for."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,6 +31,12 @@ _TENSORS: Mapping[str, tuple[str, str]] = {
     **{name: ("LOHA", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: ("LOKR", name) for name in (
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+}  # fmt: skip
+# {beginning of a tensor's name: the type of LyCORIS that has it}, for tensors that pass through.
+_LYCORIS_TYPES: Mapping[str, str] = {
+    "oft_blocks": "OFT or BOFT, in another form than PEFT's", "a1.": "GLoRA", "diff": "full", "on_input": "IA3",
+    "lora_mid": "LoCon with a middle tensor", "hada_": "LoHa", "lokr_": "LoKr in sizes that PEFT lacks",
+    "w_norm": "Norms", "lora_": "LoRA",
 }  # fmt: skip
 _KOHYA_ENDINGS = {(method, name): key for key, (method, name) in _TENSORS.items()}
 
@@ -55,7 +63,7 @@ class Layout:
 
     Attributes:
         style: "kohya-ss" or "diffusers".
-        method: PEFT's type; "LYCORIS" for tensors of another method, which only pass through.
+        method: PEFT's type; `LYCORIS` for tensors of another method, which only pass through.
         keys: {PEFT's key: the file's key}.
         alphas: {module: the file's key of its alpha}.
         unknown: modules that no list has; their names stay flattened.
@@ -94,8 +102,20 @@ def _layout(style: str, parsed: Mapping[str, tuple[str, str, bool]]) -> Layout:
     unknown = tuple(dict.fromkeys(module for module, _, is_known in parsed.values() if not is_known))
     modules = {module for module, name, _ in parsed.values() if name != ALPHA}
     if not method or len(renamed) + len(alphas) < len(parsed) or not alphas.keys() <= modules:
-        return Layout(style, "LYCORIS", {key: key for key in parsed}, {}, unknown)
+        return Layout(style, LYCORIS, {key: key for key in parsed}, {}, unknown)
     return Layout(style, method, renamed, alphas, unknown)
+
+
+def lycoris_types(keys: Iterable[str]) -> str:
+    """Return the types of LyCORIS whose tensors are among the keys.
+
+    >>> lycoris_types(["lora_unet_conv_in.oft_blocks", "lora_unet_conv_out.diff"])
+    "LyCORIS' OFT or BOFT, in another form than PEFT's; full"
+    """
+    endings = {key.partition(".")[2] for key in keys}
+    found = {next((t for name, t in _LYCORIS_TYPES.items() if end.startswith(name)), "") for end in endings - {ALPHA}}
+    known = [text for text in _LYCORIS_TYPES.values() if text in found]
+    return f"LyCORIS' {'; '.join(known)}" if known else "a type that jaxadapt does not know"
 
 
 def _method_of(style: str, name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.persistence.image_names import LYCORIS
 from jaxadapt.persistence.verification import (
     base_checks,
     base_identity,
@@ -76,7 +77,8 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, family: str
     config = checked.config
     if stored.specs is None:
         return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
-    foreign = foreign_files.foreign_library(stored.specs, config is not None)
+    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
+    foreign = None if passes else foreign_files.foreign_library(stored.specs, config is not None)
     if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
         foreign = foreign_files.not_an_adapter(stored.specs, stored.source)
     if foreign is not None:

@@ -197,7 +197,7 @@ def test_an_alpha_unlike_the_rank_is_written_into_the_header_of_diffusers(tmp_pa
         assert {name: tree.get_submodule(name).scaling["default"] for name in own} == own
 
 
-def _module_tree(names: list[str]) -> Any:
+def _module_tree(names: list[str], size: int = 8) -> Any:
     import torch
 
     tree = torch.nn.Module()
@@ -208,7 +208,7 @@ def _module_tree(names: list[str]) -> Any:
             if parent not in module._modules:
                 module.add_module(parent, torch.nn.Module())
             module = module.get_submodule(parent)
-        module.add_module(last, torch.nn.Linear(8, 8))
+        module.add_module(last, torch.nn.Linear(size, size))
     return tree
 
 
@@ -272,7 +272,14 @@ def lycoris() -> dict[str, Arrays]:
     return {
         "LOHA": draw(hada_w1_a=(8, 2), hada_w1_b=(2, 12), hada_w2_a=(8, 2), hada_w2_b=(2, 12)) | alpha,
         "LOKR": draw(lokr_w1=(2, 3), lokr_w2_a=(4, 1), lokr_w2_b=(1, 4)) | alpha,
-        "LYCORIS": draw(**{"lora_down.weight": (2, 8), "lora_mid.weight": (2, 2, 3, 3), "lora_up.weight": (8, 2)}),
+        "LoKr in sizes": draw(lokr_w1=(4, 3), lokr_w2_a=(2, 1), lokr_w2_b=(1, 4)) | alpha,
+        "OFT or BOFT": draw(oft_blocks=(4, 2, 2)) | alpha,
+        "GLoRA": draw(**{"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (8, 2), "b2.weight": (2, 8)}) | alpha,
+        "full": draw(diff=(8, 8), diff_b=(8,)),
+        "IA3": draw(weight=(8,)) | {f"{name}.on_input": np.asarray(1)},
+        "LoCon with a middle tensor": draw(
+            **{"lora_down.weight": (2, 8), "lora_mid.weight": (2, 2, 3, 3), "lora_up.weight": (8, 2)}
+        ),
     }
 
 
@@ -314,15 +321,49 @@ def test_dora(tmp_path: Path):
     assert equal(tmp_path / "b.safetensors", tensors)
 
 
-def test_what_peft_has_no_method_for_passes_through(tmp_path: Path):
-    tensors = lycoris()["LYCORIS"]
+@pytest.mark.peft
+def test_lokr_that_decomposes_both_where_a_matrix_is_large_is_pefts(tmp_path: Path):
+    """With `decompose_both`, LyCORIS and PEFT keep w1 whole where the rank is at least half of its size."""
+    import peft
+    import torch
+
+    tensors: Arrays = {}
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    sizes = {"q": {"lokr_w1": (2, 2), "lokr_w2": (2, 2)}, "k": {
+        "lokr_w1_a": (4, 1), "lokr_w1_b": (1, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)}}  # fmt: skip
+    for name, shapes in sizes.items():
+        flat = f"lora_unet_{layer.replace('.', '_')}_to_{name}"
+        tensors |= {f"{flat}.{end}": np.ones(shape, "float32") for end, shape in shapes.items()}
+        tensors[f"{flat}.alpha"] = np.asarray(2, "float32")
     save_file(tensors, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "peft").exit_code == 0
+    ours = jaxadapt.read(tmp_path / "peft" / "unet")
+    tree = _module_tree([f"{layer}.to_q"], 4)
+    tree.get_submodule(layer).add_module("to_k", torch.nn.Linear(16, 16))
+    model = peft.get_peft_model(tree, peft.PeftConfig.from_pretrained(str(tmp_path / "peft" / "unet")))
+    theirs = peft.get_peft_model_state_dict(model)
+    assert {key: x.shape for key, x in ours.tensors.items()} == {key: tuple(x.shape) for key, x in theirs.items()}
+
+
+PASSING = [name for name in lycoris() if name not in ("LOHA", "LOKR")]
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_what_peft_has_no_method_for_passes_through(kind: str, tmp_path: Path):
+    tensors = lycoris()[kind]
+    save_file(tensors, tmp_path / "a.safetensors")
+    verified = run("verify", tmp_path / "a.safetensors")
+    assert verified.exit_code == 0, verified.output
+    assert f"(LyCORIS' {kind}" in " ".join(verified.output.split())
+    extracted = run("extract", tmp_path / "a.safetensors", "--out", tmp_path / "peft")
+    assert "the file is one image adapter" in " ".join(extracted.output.split())
     assert jaxadapt.read_config(tmp_path / "a.safetensors").peft_type == "LYCORIS"
     assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
     assert equal(tmp_path / "b.safetensors", tensors)
     refused = run("convert", tmp_path / "a.safetensors", tmp_path / "peft")
     assert refused.exit_code == 1
-    assert "only pass through; write one file" in refused.output
+    assert f"(LyCORIS' {kind}" in " ".join(refused.output.split())
+    assert "only pass through; write one file" in " ".join(refused.output.split())
     assert run("inspect", tmp_path / "a.safetensors").exit_code == 0
 
 

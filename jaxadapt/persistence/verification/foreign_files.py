@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxadapt.configs.peft_type import mlx_keys
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.persistence import run_folder
+from jaxadapt.persistence import image_names, run_folder
 from jaxadapt.persistence.image_names import Layout
 from jaxadapt.persistence.verification import finding, key_names
 from jaxadapt.persistence.verification.finding import Finding
@@ -74,8 +74,9 @@ def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
 def image_file(layout: Layout) -> Finding:
     """Return the finding for the one file of an image adapter, which is sound."""
     models = ", ".join(layout.models)
-    if layout.method == "LYCORIS":
-        text = f"a file of {layout.style} whose method PEFT does not have; it passes through as it is"
+    if layout.method == image_names.LYCORIS:
+        types = image_names.lycoris_types(layout.keys)
+        text = f"a file of {layout.style} whose method PEFT does not have ({types}); it passes through as it is"
     elif layout.unknown:
         text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
     else:

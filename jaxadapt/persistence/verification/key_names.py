@@ -10,6 +10,7 @@ from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import tensor_names
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence.image_names import LYCORIS
 
 # The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
 _OTHER_PREFIXES: Mapping[str, str] = {
@@ -129,7 +130,9 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
         bare = {key: name.removeprefix(f"{outer}.") for key, name in bare.items()}
     splits = {key: state_dict_keys.split_adapter_name(name) for key, name in bare.items()}
     # With bias="all" PEFT itself keeps the adapter's name in keys of fully trained modules, and only there.
-    has_names = any(split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items())
+    has_names = peft_type != LYCORIS and any(
+        split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items()
+    )
     normal: dict[str, str | None] = {}
     adapters: set[str] = set()
     for key, name in bare.items():
