@@ -1,11 +1,13 @@
 """Conversion of any tree to `{dotted path: array}` and back: NNX models and states, Linen variables, other pytrees.
 
-Boxes are opened, and restored on the way back. The nodes of lorax are recognised by their type.
+Boxes are opened, and restored on the way back. The nodes of lorax are recognised by their type. A slash in a key
+separates names, as in keras' `variable.path`. A "value" at the end of every path, as in an NNX state that was stored as
+plain dicts, is no name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
         return True
     inner = tree.get("params")
     flat = paths.flatten(inner if isinstance(inner, Mapping) else tree)
-    return any(map(wanted, flat)) or not all(is_array(x) or isinstance(x, nnx.Variable) for x in flat.values())
+    return any(map(wanted, _names(flat))) or not all(is_array(x) or isinstance(x, nnx.Variable) for x in flat.values())
 
 
 def open_tree(tree: Any) -> tuple[Leaves, Put]:
@@ -95,6 +97,18 @@ def _node_path(keys: Sequence[Any]) -> str:
     return ".".join(map(_key_name, named))
 
 
+def _names(given: Collection[str]) -> list[str]:
+    """Return the paths of leaves with dots for slashes, and without a "value" that ends all of them.
+
+    >>> _names(["dense/kernel", "dense/bias"]), _names(["q.w.value", "q.b.value"])
+    (['dense.kernel', 'dense.bias'], ['q.w', 'q.b'])
+    """
+    dotted = [path.replace("/", paths.SEPARATOR) for path in given]
+    if not all(path.endswith(".value") for path in dotted):
+        return dotted
+    return [path.removesuffix(".value") for path in dotted]
+
+
 def _find_lorax(tree: Any) -> dict[str, Any]:
     """Return `{path: lorax.LoraWeight}`, nodes of a weight and its LoRA whose three arrays have ambiguous paths."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
@@ -127,7 +141,7 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
 
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     lorax = _find_lorax(tree) if lorax_nodes else {}
-    names = [_node_path(keys) for keys, _ in flat]
+    names = _names([_node_path(keys) for keys, _ in flat])
     for number, (keys, _) in enumerate(flat if lorax else ()):
         if _node_path(keys[:-1]) in lorax:
             names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", _key_name(keys[-1])])

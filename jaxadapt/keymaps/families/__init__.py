@@ -100,8 +100,10 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     for bound, family, stacked in sorted(candidates, key=lambda p: -p[0]):
         if bound < best:
             break
-        counts |= {t: coverage(t, samples) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
-        best = max(best, *counts.values())
+        forms = map(family.scanned, _SCAN_AXES) if stacked else [family]
+        other = (t for t in forms if not stacked or t.weights != family.weights)  # not of a family that is stacked
+        counts |= {t: coverage(t, samples) for t in other}
+        best = max([best, *counts.values()])
     fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
         return GENERIC

@@ -2,7 +2,8 @@
 
 The names in PyTorch are those of openpi's own PyTorch model, with which LeRobot's agree. Leaves of the second expert
 end in "_1". All models of openpi have fewer key heads than query heads, so that no leaf holds queries, keys and values
-together. The vision tower, which openpi trains without LoRA, has no entries.
+together. The vision tower, which openpi trains without LoRA, has no entries. π0-FAST is the first expert alone, under
+the same names in LeRobot's PyTorch model.
 
 `tests/full/test_openpi_full.py` compares it with openpi's own conversion and with PEFT. It is not marked as proved:
 there is no specimen of openpi's PyTorch model, which needs a changed transformers.

@@ -60,7 +60,7 @@ class _Variables(Carrier):
     def extract(
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
-        refuse_alpha(lora_alpha)
+        refuse_alpha(lora_alpha, self.tree)
         if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
@@ -248,6 +248,9 @@ def is_same(present: Adapter, adapter: Adapter) -> bool:
     return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
 
 
-def refuse_alpha(lora_alpha: float | None) -> None:
-    """Raise `AttachError` for a `lora_alpha` that no tree of another library takes."""
-    refuse({"lora_alpha": lora_alpha}, "applies only to trees of other libraries; jaxadapt's adapters store their own")
+def refuse_alpha(lora_alpha: float | None, tree: Any) -> None:
+    """Raise `AttachError` for a `lora_alpha`, because the tree is none of another library; name the nearest leaves."""
+    if lora_alpha is not None:
+        near = foreign.describe_unknown(tree)
+        why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
+        refuse({"lora_alpha": lora_alpha}, why)

@@ -94,7 +94,7 @@ class Params(Carrier):
     def extract(
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
-        refuse_alpha(lora_alpha)
+        refuse_alpha(lora_alpha, self.tree)
         present = collections.adapter_tree(self.tree, name)
         if present is not None and (config is None or (keymap is None and collections.has_config(present))):
             adapter = collections.read_adapter(present, name)
@@ -203,7 +203,7 @@ class Value(Carrier):
     def extract(
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
-        refuse_alpha(lora_alpha)
+        refuse_alpha(lora_alpha, {})
         return self.tree
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:

@@ -74,8 +74,8 @@ def require_one_a(dialect: Dialect, unequal: Sequence[str], on_shared: str | Non
         raise MismatchError(
             "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
             f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
-            ' on_shared="concat" to save or to_peft: it concatenates the ranks of the heads, which is exact, and'
-            " multiplies the rank by their number"
+            ' on_shared="concat" to save or to_peft (extract has no such argument): it concatenates the ranks of the'
+            " heads, which is exact, and multiplies the rank by their number"
         )
 
 

@@ -6,6 +6,7 @@ The paths and layouts are in `dialects/`, the sites in `survey.py`, access to th
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -34,6 +35,9 @@ from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
 from jaxadapt.storage.source import as_source
+
+_NEARLY = re.compile(r"(?<![a-z])lora", re.IGNORECASE)
+"""Paths that may be LoRA leaves, also under names that no dialect has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +131,7 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
 
 def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
-    like = [path for path in trees.open_tree(tree)[0] if is_like(path)]
+    like = [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]
     if not like:
         return ""
     known = ", ".join(dialects.DIALECTS)

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
+from jaxadapt.core import paths
 from jaxadapt.export.conversion import convert
 from jaxadapt.models.foreign import dialects
 
@@ -150,8 +151,55 @@ def test_a_file_of_pefts_fills_a_tree(tmp_path: Path):
         np.testing.assert_array_equal(back.tensors[key], x)
 
 
+def whole() -> Arrays:
+    """The LoRA leaves among those of the base: both experts, norms and embedding."""
+    sizes = {}
+    for end, d in (("", D), ("_1", D + 1)):
+        sizes |= {
+            f"layers.attn.q_einsum{end}.w": (L, N, d, H), f"layers.attn.kv_einsum{end}.w": (L, 2, K, d, H),
+            f"layers.attn.attn_vec_einsum{end}.w": (L, N, H, d), f"layers.mlp{end}.gating_einsum": (L, 2, d, F),
+            f"layers.mlp{end}.linear": (L, F, d), f"layers.pre_attention_norm{end}.scale": (L, d),
+            f"layers.pre_ffw_norm{end}.scale": (L, d), f"final_norm{end}.scale": (d,),
+        }  # fmt: skip
+    base = {f"PaliGemma.llm.{path}": np.zeros(shape, "float32") for path, shape in sizes.items()}
+    return base | {"PaliGemma.llm.embedder.input_embedding": np.zeros((9, D), "float32")} | leaves()
+
+
+def test_without_a_keymap_the_one_choice_is_named():
+    with pytest.raises(jaxadapt.KeyMapError, match="pass keymap='openpi:pi0' to use it"):
+        jaxadapt.to_peft(whole(), lora_alpha=ALPHA, on_shared="concat")
+
+
+@pytest.mark.filterwarnings("ignore:.*not been verified")
+def test_the_paths_of_openpis_checkpoints_end_in_value(tmp_path: Path):
+    options: Any = {"keymap": "openpi:pi0", "lora_alpha": ALPHA, "on_shared": "concat"}
+    stored = {f"{path}.value": x for path, x in whole().items()}
+    wanted = jaxadapt.to_peft(whole(), **options).tensors
+    for tree in (stored, paths.unflatten(stored)):
+        found = jaxadapt.to_peft(tree, **options).tensors
+        assert found.keys() == wanted.keys()
+        for key, x in wanted.items():
+            np.testing.assert_array_equal(found[key], x)
+    jaxadapt.save(stored, tmp_path, **options)
+    back = jaxadapt.load(tmp_path, {path: np.zeros_like(x) for path, x in stored.items()}, **options)
+    np.testing.assert_array_equal(back[f"{ROOT}mlp.linear_lora_a.value"], stored[f"{ROOT}mlp.linear_lora_a.value"])
+
+
+@pytest.mark.filterwarnings("ignore:.*not been verified")
+def test_pi0_fast_has_the_names_of_the_one_expert():
+    """As LeRobot's PI0FastPytorch: paligemma_with_expert.paligemma, without gemma_expert."""
+    tree = {path: x for path, x in whole().items() if "_1." not in path}
+    tensors = jaxadapt.to_peft(tree, keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat").tensors
+    assert {key.partition(".layers.")[0] for key in tensors} == {P.removesuffix(".layers.")}
+
+
+def test_extract_refers_to_functions_that_take_on_shared():
+    with pytest.raises(jaxadapt.MismatchError, match=r"to save or to_peft \(extract has no such argument\)"):
+        jaxadapt.extract(whole(), keymap="openpi:pi0", lora_alpha=ALPHA)
+
+
 def test_it_is_recognised_before_dialects_with_any_module():
-    for paths in (leaves(), [p for p in leaves() if "attn" in p], [p for p in leaves() if "mlp" in p]):
-        found = dialects.recognize_dialect(list(paths))
+    for names in (leaves(), [p for p in leaves() if "attn" in p], [p for p in leaves() if "mlp" in p]):
+        found = dialects.recognize_dialect(list(names))
         assert found is not None
         assert found.name == "openpi"

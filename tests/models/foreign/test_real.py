@@ -235,3 +235,22 @@ def test_its_adapter_of_ours_computes_the_same(name: str):
     module = jaxadapt.adapt(side.module, adapter.config)
     found = side.run(module, {"params": base, **adapter.collection})
     np.testing.assert_allclose(found, made.logits(made.tree), **CLOSE)
+
+
+def test_the_tree_of_keras_paths_with_slashes_is_read():
+    """`{v.path: v.value for v in backbone.variables}`, as docs/libraries.md shows it."""
+    shapes = specimens.recorded("keras-llama")["leaves"] | real.recorded("keras-llama")["lora"]
+    dotted = {path: specimens.values(path, shape) for path, shape in shapes.items()}
+    wanted = jaxadapt.to_peft(dotted, lora_alpha=6, on_shared="concat").tensors
+    tree = {path.replace(".", "/"): x for path, x in dotted.items()}
+    found = jaxadapt.to_peft(tree, lora_alpha=6, on_shared="concat").tensors
+    assert found.keys() == wanted.keys()
+    for key, x in wanted.items():
+        np.testing.assert_array_equal(found[key], x)
+
+
+@pytest.mark.parametrize("names", [("kernel_lora_a", "kernel_lora_bb"), ("loraA", "loraB")])
+def test_a_tree_that_is_nearly_a_dialects_is_named(names: tuple[str, str], tmp_path):
+    tree = {"q": {"kernel": np.ones((4, 4)), names[0]: np.ones((4, 2)), names[1]: np.ones((2, 4))}}
+    with pytest.raises(jaxadapt.AttachError, match=rf"(?s)match no known dialect.*q\.{names[0]}.*q\.{names[1]}"):
+        jaxadapt.save(tree, tmp_path, lora_alpha=2)
