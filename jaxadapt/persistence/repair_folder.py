@@ -70,7 +70,8 @@ def repair(
     Repairs the findings of `verify` that are `repairable`: keys with the names of wrappers (_orig_mod., module.), of
     the adapter (.default.), or without PEFT's prefix; tensors stored twice with equal values; values of the
     configuration with one possible meaning (peft_type "lora", r 4.0 or "4"), trailing commas and a byte order mark; a
-    configuration that is lost but for the copy in the weights' header. The values of tensors never change. One tensor is in memory at a time (all of a `.bin` file).
+    configuration that is lost but for the copy in the weights' header. The values of tensors never change. One tensor
+    is in memory at a time (all of a `.bin` file).
 
     Args:
         path: the adapter's folder or file of weights, or an address.

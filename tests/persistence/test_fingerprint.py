@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
@@ -144,7 +144,8 @@ def test_verify_compares_the_folder_of_the_base(dtype: str, tmp_path: Path):
 def test_a_merge_into_another_base_warns(tmp_path: Path):
     saved(adapted(nnx_model()), tmp_path / "adapter")
     for name, seed in (("right", 0), ("wrong", 1)):
-        export_base(nnx_model(seed=seed), tmp_path / name)
+        (tmp_path / name).mkdir()
+        save_file(weights(seed), tmp_path / name / "model.safetensors")
     merge_folder(tmp_path / "right", tmp_path / "adapter", tmp_path / "merged")
     with pytest.warns(UserWarning, match="was trained on another base: 6 of 6 compared weights differ"):
         merge_folder(tmp_path / "wrong", tmp_path / "adapter", tmp_path / "merged")
