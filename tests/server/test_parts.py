@@ -215,6 +215,14 @@ def test_draining_fails_those_that_wait_and_lets_those_with_a_row_end():
     assert [pieces[-1].error.status for pieces, _ in waiting] == [503] * 2
 
 
+def test_a_time_at_the_upper_end_of_a_bucket_counts_in_it():
+    """`le` means "less or equal" in Prometheus' format."""
+    metrics = Metrics()
+    metrics.observe("request_seconds", 0.1)
+    lines = metrics.text({}).splitlines()
+    assert {'jaxadapt_request_seconds_bucket{le="0.05"} 0', 'jaxadapt_request_seconds_bucket{le="0.1"} 1'} <= {*lines}
+
+
 def test_closing_ends_requests(base):
     decoder = Broken()
     engine = make(decoder)

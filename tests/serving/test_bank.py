@@ -156,6 +156,26 @@ def test_a_plain_lora_in_a_bank_of_doras_is_told_what_to_pass_to_create():
     serving.put(bank, 1, adapter, small.base())
 
 
+def test_an_adapter_of_a_narrower_base_is_refused():
+    """Only ranks are filled up: an input of 3 is no input of 4 whose last column is zero."""
+    wide, narrow = ({"q": {"kernel": np.ones((size, 6), "f4")}} for size in (4, 3))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    bank = serving.create(wide, config, slots=2)
+    with pytest.raises(AttachError, match=r"q\.kernel\.lora_A: i is 3, the bank has 4"):
+        serving.put(bank, 1, jaxadapt.init(config, narrow, key=jax.random.key(0)))
+
+
+def test_an_adapter_of_one_fused_part_goes_to_this_part_of_every_stacked_layer():
+    line = jaxadapt.Weight("h.qv", "h.{l}.{p}.weight", "{l} {p} i o -> o i", p=("q", "v"))
+    base = {"h": {"qv": np.random.default_rng(0).standard_normal((3, 2, 4, 5)).astype("f4")}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+    bank = serving.create(base, config, slots=2, keymap=(keymap := jaxadapt.KeyMap("stacked", (line,))))
+    adapter = jaxadapt.init(config.replace(target_modules=["v"]), base, key=jax.random.key(0), keymap=keymap)
+    (slot,) = serving.prepare(bank, adapter)
+    change = np.einsum("lpor,lpri,lp->lpio", slot["lora_B"], slot["lora_A"], slot["scale"])
+    np.testing.assert_allclose(change, jaxadapt.merge(base, adapter)["h"]["qv"] - base["h"]["qv"], atol=1e-5)
+
+
 @pytest.mark.parametrize("slot", [0, 2, -1])
 def test_only_slots_of_the_bank_are_written(slot):
     bank = serving.create(small.base(), small.LORA, slots=2)

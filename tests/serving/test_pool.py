@@ -17,6 +17,8 @@ import pytest
 import jaxadapt
 from jaxadapt import serving
 from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.serving import bank as banks
+from jaxadapt.serving import pool as pools
 from jaxadapt.serving.index import Recent
 from tests.support import small
 
@@ -83,8 +85,11 @@ def test_the_least_recently_used_adapter_without_a_lease_leaves(folders):
         assert sorted(pool.resident()) == ["a1", "a2"]
 
 
-def test_a_lease_waits_for_another_to_end(folders):
-    pool = make(folders, slots=2)
+def test_a_lease_waits_for_another_to_end(folders, monkeypatch):
+    """The end of the other lease wakes it, not the end of its own time."""
+    pool, woken = make(folders, slots=2), []
+    original = pool._changed.wait
+    monkeypatch.setattr(pool._changed, "wait", lambda left: woken.append(original(left)))
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -99,6 +104,8 @@ def test_a_lease_waits_for_another_to_end(folders):
     with pool.lease(["a1"], wait=10) as ids:
         assert marks(pool, ids) == [value(1)]
     thread.join()
+    assert woken
+    assert all(woken)
 
 
 def test_two_leases_that_hold_a_part_of_their_slots_cannot_block_each_other(folders, monkeypatch):
@@ -184,6 +191,23 @@ def test_an_error_belongs_to_its_own_adapter(folders):
     with pytest.raises(AttachError, match=r"(?s)broken:.*nobody:"), pool.lease(["broken", "nobody"]):
         pass
     assert not pool._slots.pinned()
+
+
+@pytest.mark.parametrize(("module", "function"), [(pools, "read"), (banks, "write_slot")])
+def test_a_lease_that_failed_once_is_followed_by_others(folders, monkeypatch, module, function):
+    pool, original, errors = make(folders, slots=2), getattr(module, function), [FileError("once")]
+
+    def fail_once(*args):
+        if errors:
+            raise errors.pop()
+        return original(*args)
+
+    monkeypatch.setattr(module, function, fail_once)
+    with pytest.raises(FileError, match="once"), pool.lease(["a0"]):
+        pass
+    for number in (0, 1, 0):
+        with pool.lease([f"a{number}"]) as ids:
+            assert marks(pool, ids) == [value(number)]
 
 
 def test_a_name_gets_a_new_version_while_the_old_one_is_leased(tmp_path):
