@@ -6,6 +6,10 @@ The base is the demo's Llama with the widths of SmolLM2-135M and random weights,
 all seven projections. As many clients as `--clients` send one request after another, each for an adapter of its own,
 and read the answers as streams. The server is a process of its own with `--rows` rows, and twice as many slots for
 adapters: most requests for one of 200 adapters bring it in.
+
+Three ratios follow, with `--known` adapters in the server's folder: the tokens a second for four times as many adapters
+as slots beside those for as many as slots (no cliff: at least 0.5), those for even traffic over all known adapters
+beside Zipf's (at least 0.7), and the 95th percentile of even traffic's answers beside the median (at most 2).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import tokenizers
 from safetensors.numpy import save_file
 
 import jaxadapt
-from benchmarks.measure import environment, parsed, table
+from benchmarks.measure import environment, judge, parsed, ratio, table
 from benchmarks.serving import RANK, lora, sizes
 from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
@@ -70,9 +74,11 @@ def write_adapters(root: Path, config: LlamaConfig, weights: Any, count: int) ->
         jaxadapt.save(jax.tree.map(lambda x, n=number: np.asarray(x) * (1 + n / 1000), one), root / f"t{number}")
 
 
-async def load(url: str, models: Sequence[str], given: argparse.Namespace) -> tuple[list[Answered], float]:
+async def load(
+    url: str, models: Sequence[str], given: argparse.Namespace, seed: int = 1
+) -> tuple[list[Answered], float]:
     """Send all requests, and return what they took, and the seconds of all together."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     waiting = [
         (models[int(rng.integers(len(models)))], rng.integers(0, 64, given.prompt)) for _ in range(given.requests)
     ]
@@ -98,6 +104,53 @@ async def load(url: str, models: Sequence[str], given: argparse.Namespace) -> tu
         begun = time.perf_counter()
         await asyncio.gather(*(work(client) for _ in range(given.clients)))
         return done, time.perf_counter() - begun
+
+
+def link_adapters(root: Path, given: argparse.Namespace) -> None:
+    """Fill the folder up to the known adapters, with links to the files that are there."""
+    for number in range(given.adapters, given.known):
+        folder = root / f"t{number}"
+        folder.mkdir()
+        for file in (root / f"t{number % given.adapters}").iterdir():
+            (folder / file.name).hardlink_to(file)
+
+
+def traffic(given: argparse.Namespace) -> dict[str, list[str]]:
+    """The names among which each load's requests choose, each with the same chance."""
+    names, slots = [f"t{i}" for i in range(given.known)], 2 * given.rows
+    shares = 1 / np.arange(1, given.known + 1)
+    zipf = np.random.default_rng(0).choice(names, 1 << 16, p=shares / shares.sum())
+    return {
+        f"{slots} adapters, as slots": names[:slots],
+        f"{4 * slots} adapters": names[: 4 * slots],
+        f"{given.known} adapters, even": names,
+        f"{given.known} adapters, Zipf": zipf.tolist(),
+    }
+
+
+def judge_traffic(url: str, given: argparse.Namespace) -> list[str]:
+    """Send each load in each round, print the medians and the three ratios, and return the missed targets."""
+    loads = traffic(given)
+    rates: dict[str, list[float]] = {name: [] for name in loads}
+    answers: dict[str, list[Answered]] = {name: [] for name in loads}
+    for number in range(given.rounds + 1):  # the first one warms up
+        for name in list(loads)[:: 1 if number % 2 else -1]:
+            found, seconds = asyncio.run(load(url, loads[name], given, seed=2 + number))
+            if number:
+                rates[name].append(sum(each.tokens for each in found) / seconds)
+                answers[name] += found
+    percentiles = {name: np.percentile([1e3 * each.whole for each in of], (50, 95, 99)) for name, of in answers.items()}
+    rows = [[name, f"{np.median(rates[name]):.0f}", *(f"{x:.0f}" for x in percentiles[name])] for name in loads]
+    print(table("### working sets", ["requests for", "tokens/s", "answer, median ms", "p95 ms", "p99 ms"], rows))
+    fits, large, even, zipf = rates.values()
+    median, late, _ = percentiles[f"{given.known} adapters, even"]
+    targets = [
+        ("a working set of four times the slots ÷ one of as many as slots", ratio(large, fits), 0.5),
+        ("even ÷ Zipf traffic", ratio(even, zipf), 0.7),
+        ("the median ÷ p95 of the answers to even traffic", median / late, 0.5),
+    ]
+    print("\n" + "\n".join(f"- {name}: {found:.2f}" for name, found, _ in targets))
+    return [f"{name}: at least {least}, found {found:.2f}" for name, found, least in targets if found < least]
 
 
 def processor_seconds(pid: int) -> float:
@@ -135,15 +188,23 @@ def main() -> None:
     options.add_argument("--requests", type=int, default=200, help="in each of the three loads")
     options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     options.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
+    options.add_argument("--known", type=int, default=1024, help="adapters in the folder")
+    options.add_argument("--rounds", type=int, default=3, help="of the loads for the ratios")
     options.add_argument("--plot", type=Path, help="where to write the plot")
-    given = parsed(options, layers=1, adapters=3, rows=2, clients=3, requests=6, tokens=3)
+    given = parsed(options, layers=1, adapters=3, rows=2, clients=3, requests=6, tokens=3, known=16, rounds=1)
     widths = sizes(given)
     config = LlamaConfig(num_layers=given.layers, head_dim=widths["hidden_size"] // widths["num_heads"], **widths)
+    print(environment("jax", "flax", "starlette", "uvicorn"))
+    print(
+        f"{given.clients} clients, {given.requests} requests a load of {given.prompt} + {given.tokens} tokens,"
+        f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(llama.PROJECTIONS)} projections"
+    )
     results: dict[str, tuple[list[Answered], float]] = {}
     busy: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="jaxadapt-load-") as made:
         base, root = Path(made, "base"), Path(made, "adapters")
         write_adapters(root, config, write_base(base, config), given.adapters)
+        link_adapters(root, given)
         words = f"serve --base {base} --adapters {root} --port 0 --rows {given.rows} --length 64 --json".split()
         server = subprocess.Popen([sys.executable, "-m", "jaxadapt", *words], stdout=subprocess.PIPE, text=True)
         try:
@@ -157,6 +218,7 @@ def main() -> None:
                 began = processor_seconds(server.pid)
                 results[title] = asyncio.run(load(url, models, given))
                 busy[title] = processor_seconds(server.pid) - began
+            missed = judge_traffic(url, given)
             lines = httpx.get(f"{url}/metrics").text.splitlines()
         finally:
             server.terminate()
@@ -170,11 +232,6 @@ def main() -> None:
         ]
         for title, (answers, seconds) in results.items()
     ]  # fmt: skip
-    print(environment("jax", "flax", "starlette", "uvicorn"))
-    print(
-        f"{given.clients} clients, {given.requests} requests a load of {given.prompt} + {given.tokens} tokens,"
-        f" {given.rows} rows, {given.layers} layers, rank {RANK} on {len(llama.PROJECTIONS)} projections"
-    )
     head = [
         "requests for",
         "tokens/s",
@@ -188,6 +245,7 @@ def main() -> None:
     print(next(line for line in lines if line.startswith("jaxadapt_compiled_programs")))
     if given.plot:
         draw(results, given.plot)
+    judge(missed, given)
 
 
 if __name__ == "__main__":
