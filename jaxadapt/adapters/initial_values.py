@@ -24,6 +24,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods import Method, Start
+from jaxadapt.storage.dtypes import float_dtype
 
 BASE = "base"
 """In place of a dtype: each parameter has the dtype of the weight it adapts, as with `autocast_adapter_dtype=False`."""
@@ -87,7 +88,7 @@ def init_values(
     """
     given, base = given or {}, base or {}
     shardings = sharding.adapter_shardings(sites, base_shardings or {})
-    use_base_dtype, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
+    use_base_dtype, dtype = dtype == BASE, new_dtype(dtype)
     wanted = [each for each in _list_tensors(sites) if each.entry.path not in given]
     without_values = {
         each.site.leaf: None
@@ -152,6 +153,11 @@ def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
 
 
 # ---------------------------------------------------------------- without the base
+
+
+def new_dtype(dtype: Any) -> Any:
+    """Return the dtype of new tensors: float32 for None and `BASE`. Raises `ConfigError` if it has no fractions."""
+    return float_dtype("float32" if dtype is None or (isinstance(dtype, str) and dtype == BASE) else dtype)
 
 
 def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, context: _Context) -> dict[str, Any]:

@@ -45,6 +45,15 @@ def tensors_with_parts() -> frozenset[str]:
     return _names_of(tuple(Config.classes))[1]
 
 
+def has_fractions(key: str) -> bool:
+    """Return True for a tensor of floating-point numbers: each tensor of a method but its indices.
+
+    >>> has_fractions("base_model.model.q.shira_weight"), has_fractions("base_model.model.q.shira_indices")
+    (True, False)
+    """
+    return any(part.startswith(tensor_prefixes()) and "indices" not in part for part in key.split("."))
+
+
 @cache
 def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
     """Return the three results, for the types of the table and the loaded ones."""

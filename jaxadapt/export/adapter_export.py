@@ -28,6 +28,7 @@ from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.persistence import consumers, folder, image_files, peft
 from jaxadapt.storage import leftovers, location
+from jaxadapt.storage.dtypes import float_dtype
 
 Path = str | os.PathLike[str]
 
@@ -111,6 +112,7 @@ def export_adapter(
     for place in (source, first):
         if isinstance(place, str | os.PathLike):
             file_formats.refuse_same(place, path)
+    dtype = None if dtype is None else float_dtype(dtype).name
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
     if chosen.form == "gguf" and base is None:
@@ -185,7 +187,8 @@ def _plain(
             f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
             " products. Leave dtype= (`--dtype`) out, and reduce the rank before rounding (`jaxadapt resize`)"
         )
-    return plain_form(tensors, start, keep=keeps, dtype=dtype)
+    plain = plain_form(tensors, start, keep=keeps)
+    return file_formats.with_dtype(plain, dtype)
 
 
 def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> None:

@@ -30,9 +30,10 @@ from jaxadapt.models.nnx import graph
 from jaxadapt.persistence import folder
 from jaxadapt.persistence.encode import require_values
 from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
-from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.dtypes import dtype_name, float_dtype, is_float, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import cast
 
 SHARD = 5_000_000_000
 CONFIG = "config.json"
@@ -99,7 +100,7 @@ def export_base(
     if adapter is not None and strict:
         base_merge.refuse_nan(leaves, adapter, changed)
     warn_unproved(resolved)
-    file_dtype = None if dtype is None else np.dtype(dtype)
+    file_dtype = None if dtype is None else float_dtype(dtype)
     target = location.to_location(path)
     source = target if like is None else location.to_location(like)
     different = _different_ties(source / CONFIG, resolved, base_plan, leaves, changed)
@@ -113,7 +114,8 @@ def export_base(
     part_keys = parts.group_by_file_key(base_plan.keys)
     for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
         entry, _ = base_plan.keys[group[0]]
-        name = dtype_name(file_dtype or leaves[entry.path].dtype)
+        own = leaves[entry.path].dtype
+        name = dtype_name(own if file_dtype is None or not is_float(own) else file_dtype)
         specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
@@ -197,7 +199,7 @@ def _make_encoder(
         if entry.path in changed:
             return _merge_tensor(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
         tensor = entry.form.single_layout.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
-        return tensor if dtype is None else tensor.astype(dtype, copy=False)
+        return tensor if dtype is None else cast({key: tensor}, dtype)[key]
 
     return encode
 

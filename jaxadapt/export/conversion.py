@@ -167,7 +167,7 @@ def _read(
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
-    tensors, _ = foreign.tree_to_peft(tree, None, keymap, lora_alpha, None, on_shared)
+    tensors, _ = foreign.tree_to_peft(tree, None, keymap, lora_alpha, on_shared)
     return dataclasses.replace(tensors, source=str(path))
 
 

@@ -27,18 +27,13 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import hub, leftovers, location, orbax
-from jaxadapt.storage.dtypes import numpy_dtype
+from jaxadapt.storage.dtypes import float_dtype
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, TensorSpec, as_source
+from jaxadapt.storage.source import as_source, cast
 
 FOLDERS, FILES = ("safetensors", "bin", "orbax"), (KOHYA, DIFFUSERS)
 FORMATS = (*FOLDERS, *FILES)
 """The formats of a target: folders, and single files."""
-
-_DTYPES = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
-DTYPES = tuple(_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +85,8 @@ def convert_format(
         target: the folder to write, or a file whose name ends in .safetensors.
         format: "safetensors", "bin" or "orbax" for a folder; "kohya-ss" or "diffusers" for a file. Default:
             "safetensors" for a folder, and for a file the names of the source.
-        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or "float8_e5m2" for the floating-point tensors.
-            Default: their own. Values are rounded to the nearest; 8 bits keep 2 to 3 digits in base 2.
+        dtype: the dtype of the floating-point tensors, such as "bfloat16" or "float8_e4m3fn". Default: their own.
+            Values are rounded to the nearest; 8 bits keep 2 to 3 digits in base 2.
         progress: as in `jaxadapt.write`.
 
     Raises:
@@ -114,8 +109,6 @@ def convert_format(
             f"--format {format}: expected {', '.join(FOLDERS)} with a folder as the target, or {' or '.join(FILES)}"
             " with a file whose name ends in .safetensors"
         )
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     refuse_same(source, target)
     with reporter(progress) as report, open_source(source, report) as opened:
         parts = {name: with_dtype(tensors, dtype) for name, tensors in opened.parts.items()}
@@ -170,42 +163,11 @@ def _subfolders(place: Location) -> list[str]:
 # ---------------------------------------------------------------- dtype
 
 
-class _Cast(TensorSource):
-    """Tensors whose floating-point values are cast when they are read."""
-
-    def __init__(self, tensors: TensorSource, dtype: Any) -> None:
-        self._tensors, self._dtype, self.source = tensors, np.dtype(dtype), tensors.source
-
-    @functools.cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {
-            key: TensorSpec(spec.shape, self._dtype if _is_float(spec.dtype) else spec.dtype)
-            for key, spec in self._tensors.specs.items()
-        }
-
-    def read(self, key: str) -> np.ndarray:
-        value = np.asarray(self._tensors.read(key))
-        with np.errstate(over="ignore"):
-            cast = value.astype(self.specs[key].dtype, copy=False)
-        if cast.dtype == value.dtype or np.isfinite(cast.astype("float32")).all():
-            return cast
-        if np.isfinite(value.astype("float32")).all():
-            raise MismatchError(
-                f"{self.source}: {key}: a value of {float(abs(value).max()):.3g} overflows {cast.dtype.name}; use"
-                " bfloat16, or keep the dtype"
-            )
-        return cast
-
-
-def _is_float(dtype: Any) -> bool:
-    return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
-
-
 def with_dtype(tensors: PeftTensors, dtype: str | None) -> PeftTensors:
     """Return the tensors in another dtype, cast when they are read."""
     if dtype is None:
         return tensors
-    return dataclasses.replace(tensors, tensors=_Cast(as_source(tensors.tensors), numpy_dtype(_DTYPES[dtype])))
+    return dataclasses.replace(tensors, tensors=cast(tensors.tensors, float_dtype(dtype)))
 
 
 # ---------------------------------------------------------------- writing

@@ -26,7 +26,7 @@ from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.persistence.verification import base_identity
 from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
-from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.dtypes import dtype_name, float_dtype, numpy_dtype
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
 
@@ -91,7 +91,7 @@ def merge_folder(
         warn_of_another_base(base_tensors, tensors)
         plan = plan_merge(base_tensors, base_folder / "config.json", tensors)
         base_tensors, specs = plan.base_tensors, plan.specs
-        file_dtype = None if dtype is None else np.dtype(dtype)
+        file_dtype = None if dtype is None else float_dtype(dtype)
         file_specs = {
             key: (dtype_name(file_dtype if file_dtype is not None and _is_float(spec) else spec.dtype), spec.shape)
             for key, spec in specs.items()

@@ -144,9 +144,9 @@ class Initialization:
             padded = [low_rank.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), rank) for f in factors[b.leaf]]
             a_matrices, b_matrices = (jnp.stack(side) for side in zip(*padded, strict=True))
             new |= low_rank.matrices_to_leaves(b, a_matrices, b_matrices)[1]
-        new_dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         values |= placement.put_on_devices(
-            {p: x.astype(new_dtype) for p, x in new.items()}, sharding.adapter_shardings(computed, dict(shardings))
+            {path: x.astype(values[path].dtype) for path, x in new.items()},
+            sharding.adapter_shardings(computed, dict(shardings)),
         )
         base: dict[str, Any] = {}
         if self.kind.base is not None:

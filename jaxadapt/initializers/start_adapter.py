@@ -145,7 +145,7 @@ def start(
         )
         shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
         computed = method.start_values(recipe.config, shapes, data)
-        own = jnp.dtype(jnp.float32 if dtype in (None, initial_values.BASE) else dtype)
+        own = initial_values.new_dtype(dtype)
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
         where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
         started = {path: placement.move_to(x, where[path]) if path in where else x for path, x in started.items()}

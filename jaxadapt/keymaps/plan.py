@@ -167,15 +167,14 @@ class Plan:
         unusable = f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"
         return [*problems, unusable] if other_problems else problems
 
-    def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
+    def encode(self, leaves: Mapping[str, Array], host: bool = False) -> Encoded:
         """Return a lazy `{key: array}` from `{path: leaf}`; each look-up computes its array.
 
         Args:
             leaves: the leaves by path.
-            dtype: the dtype of the tensors; by default that of their leaf.
             host: return NumPy arrays, also from JAX leaves.
         """
-        return Encoded(self, leaves, None if dtype is None else np.dtype(dtype), host)
+        return Encoded(self, leaves, host)
 
     def decode(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Return `{path: leaf}` from `{key: array}`."""
@@ -188,7 +187,6 @@ class Encoded(TensorSource):
 
     plan: Plan
     leaves: Mapping[str, Array]
-    dtype: np.dtype[Any] | None = None
     host: bool = False
 
     @functools.cached_property
@@ -197,7 +195,7 @@ class Encoded(TensorSource):
         return {
             key: TensorSpec(e.form.shape_of(i), dtype)
             for e in self.plan.entries
-            for dtype in (self._dtype_of(e.path),)
+            for dtype in (np.dtype(self.leaves[e.path].dtype),)
             for i, key in enumerate(e.keys)
         }
 
@@ -206,14 +204,7 @@ class Encoded(TensorSource):
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
-        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, entry.tensor_number(i))
-        dtype = self._dtype_of(entry.path)
-        return tensor if tensor.dtype == dtype else tensor.astype(dtype)
-
-    def _dtype_of(self, path: str) -> np.dtype[Any]:
-        """Return the dtype of a leaf's tensors; integers keep theirs."""
-        own = np.dtype(self.leaves[path].dtype)
-        return own if self.dtype is None or own.kind in "iub" else self.dtype
+        return entry.form.encode(np.asarray(leaf) if self.host else leaf, entry.tensor_number(i))
 
 
 def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:

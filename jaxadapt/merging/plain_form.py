@@ -19,7 +19,6 @@ from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain import plain_lora
-from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
@@ -41,14 +40,13 @@ _BLOCK = 1 << 17  # elements
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 
 
-def plain_form(
-    tensors: PeftTensors, first: PeftTensors | None = None, *, keep: Collection[str] = (), dtype: Any = None
-) -> PeftTensors:
+def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: Collection[str] = ()) -> PeftTensors:
     """Return a LoRA file in its plain form, which computes the same.
 
     A and B are padded with zeros to the largest rank r; `lora_alpha` is r, so that the scale is 1, and B is multiplied
-    by the old scale. B in bfloat16 or float16 becomes float32 unless the product is exact. `target_modules` lists the
-    modules of the file if the configuration chooses them by an expression, by layers or by exclusion.
+    by the old scale. B in bfloat16 or float16 becomes float32 unless the product is exact, and so does a tensor of
+    another dtype than in `first`. `target_modules` lists the modules of the file if the configuration chooses them by
+    an expression, by layers or by exclusion.
 
     Args:
         tensors: the adapter; its tensors are read later, one at a time.
@@ -56,8 +54,6 @@ def plain_form(
             result is for the original base and has twice the rank: s·(B·A − B₀·A₀) = [sB, −sB₀]·[A; A₀].
         keep: fields of the configuration whose tensors stay although a plain LoRA has none: "use_dora",
             "modules_to_save".
-        dtype: the dtype of all tensors. Default: theirs, with the exception above, and float32 if that of `first`
-            differs.
 
     Raises:
         ConfigError: the configuration is more than a LoRA; the message lists the fields and what helps.
@@ -90,10 +86,7 @@ def plain_form(
         scale = scale if config.target_parameters else config.scale_of(module)
         rank = ranks.get(module, 0)
         specs = {side: _common_spec(key, arrays, start) for side, key in keys.items()}
-        parts |= {key: _make_part(side, scale, specs[side], rank, r, dtype) for side, key in keys.items()}
-    if dtype is not None:
-        others = {key: spec for key, spec in arrays.specs.items() if key not in parts}
-        parts |= {key: _make_part("", 1.0, TensorSpec(*spec), 0, r, dtype) for key, spec in others.items()}
+        parts |= {key: _make_part(side, scale, specs[side], rank, r) for side, key in keys.items()}
     plain = config.with_scale_one(r).with_default_init()
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         plain = plain.replace(
@@ -221,19 +214,18 @@ def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
 
 
 class _Part(NamedTuple):
-    """The conversion of one tensor: its rank is on `axis`, if it has one, and `scale` multiplies it."""
+    """The conversion of one tensor: its rank is on `axis`, and `scale` multiplies it."""
 
-    axis: int | None
+    axis: int
     scale: float
     spec: TensorSpec
 
 
-def _make_part(side: str, scale: float, spec: TensorSpec, rank: int, r: int, dtype: Any) -> _Part:
-    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays, or with side "" has none."""
-    axis = {"A": 0, "B": 1}.get(side)
+def _make_part(side: str, scale: float, spec: TensorSpec, rank: int, r: int) -> _Part:
+    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays."""
+    axis = "AB".index(side)
     shape = tuple(r if rank and i == axis else n for i, n in enumerate(spec.shape))
-    dtype = _product_dtype(spec.dtype, side, scale) if dtype is None else numpy_dtype(dtype_name(dtype))
-    return _Part(axis, scale if side == "B" else 1.0, TensorSpec(shape, dtype))
+    return _Part(axis, scale if side == "B" else 1.0, TensorSpec(shape, _product_dtype(spec.dtype, side, scale)))
 
 
 def _common_spec(key: str, arrays: TensorSource, start: TensorSource | None) -> TensorSpec:
@@ -274,15 +266,6 @@ def _multiply(values: np.ndarray, scale: float, dtype: Any) -> np.ndarray:
     return out.reshape(values.shape)
 
 
-def _require_finite(values: np.ndarray, before: np.ndarray, name: str) -> None:
-    """Raise `MismatchError` if values became infinite in float16; the other dtypes have room for them."""
-    import numpy as np
-
-    if values.dtype != np.float16 or np.isfinite(values).all() or not np.isfinite(before.astype("float32")).all():
-        return
-    raise MismatchError(f"{name}: values above 65504 do not fit float16; use bfloat16, or keep the dtype")
-
-
 class PlainTensors(TensorSource):
     """The tensors of a plain form, computed when they are read."""
 
@@ -306,14 +289,9 @@ class PlainTensors(TensorSource):
         part = self._parts.get(key)
         if part is None or (part.scale == 1 and part.spec == (x.shape, x.dtype)):
             return x
-        values = x if self._start is None or part.axis is None else self._with_start(key, x, part.axis)
-        with np.errstate(over="ignore"):  # `_require_finite` names the tensor
-            if part.scale == 1:
-                values = values.astype(part.spec.dtype, copy=False)
-            else:
-                values = _multiply(values, part.scale, part.spec.dtype)
-        _require_finite(values, x, f"{self.source}: {key}")
-        missing = 0 if part.axis is None else part.spec.shape[part.axis] - values.shape[part.axis]
+        values = x if self._start is None else self._with_start(key, x, part.axis)
+        values = values if part.scale == 1 else _multiply(values, part.scale, part.spec.dtype)
+        missing = part.spec.shape[part.axis] - values.shape[part.axis]
         if not missing:
             return values
         return np.pad(values, [(0, missing if i == part.axis else 0) for i in range(values.ndim)])

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import sites_of
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
@@ -25,6 +26,7 @@ from jaxadapt.merging.joint import joint_matrices
 from jaxadapt.merging.low_rank_form import low_rank_form, plain_sites
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
+from jaxadapt.storage.dtypes import float_dtype
 
 Array = Any
 
@@ -120,6 +122,7 @@ def to_lora(
     >>> bool(error["q"] < 1e-6), jaxadapt.merge(base, adapter)["q"]["kernel"][2].round(3).tolist()
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
+    dtype = None if dtype is None else float_dtype(dtype)
     if isinstance(source, Adapter) and params is not None and lora_variants.reasons_not_a_product(source.config):
         source = low_rank_form(source, base_params(params).shapes) or source
     if isinstance(source, Adapter) and not lora_variants.reasons_not_a_product(source.config):
@@ -127,7 +130,7 @@ def to_lora(
         reduced = resize_rank(
             source, max(leaf_factors.rank for leaf_factors in factors_by_leaf.values()) if r is None else r
         )
-        return reduced if dtype is None else Reduced(_cast(reduced.adapter, dtype), reduced.error)
+        return reduced if dtype is None else _cast(reduced, dtype)
     if isinstance(source, Adapter) and params is None:
         raise AttachError(
             f"to_lora: the weight change of {source.config.peft_type} depends on the base weights here, or at least on"
@@ -153,7 +156,11 @@ def to_lora(
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
         recipe, sites = planning.plan_adapter(base_params(paths.unflatten(base)), config, keymap)
         config, source_keymap = recipe.config, recipe.keymap
-    return _from_change(base, tuned, config, source_keymap, sites, r, jnp.float32 if dtype is None else dtype)
+    return _cast(_from_change(base, tuned, config, source_keymap, sites, r), dtype or float_dtype("float32"))
+
+
+def _cast(reduced: Reduced, dtype: Any) -> Reduced:
+    return Reduced(finite.cast_tree(reduced.adapter, dtype, "to_lora"), reduced.error)
 
 
 def _check_rank(r: Any) -> None:
@@ -172,10 +179,6 @@ def _error_by_module(stems: Any, keymap: KeyMap, values: Array) -> dict[str, Any
     """Return `{module: value}`, with Python floats unless traced."""
     errors = values if isinstance(values, Tracer) else [float(v) for v in values]
     return {stem.removeprefix(keymap.prefix): value for stem, value in zip(stems, errors, strict=True)}
-
-
-def _cast(adapter: Adapter, dtype: Any) -> Adapter:
-    return jax.tree.map(lambda x: x.astype(dtype), adapter)
 
 
 def _flat_params(params: Any) -> dict[str, Any]:
@@ -224,7 +227,6 @@ def _from_change(
     keymap: KeyMap,
     sites: Any,
     r: int,
-    dtype: Any,
 ) -> Reduced:
     """Return the adapter and its errors, from the difference of two flat trees."""
     params: dict[str, Any] = {}
@@ -234,7 +236,7 @@ def _from_change(
             change = factors.weight_matrices(keymap, site, tuned[site.leaf] - base[site.leaf])
             a, b, site_error = _approximate(change, r)
             modules, leaves = factors.matrices_to_leaves(site, a, b)
-            params |= {path: x.astype(dtype) for path, x in leaves.items()}
+            params |= leaves
             error |= _error_by_module(modules, keymap, site_error)
     covered = {site.leaf for site in sites}
     error |= {path: 1.0 for path in base if path not in covered and not _is_equal(tuned[path], base[path])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt.arrays import placement, regions
+from jaxadapt.arrays import finite, placement, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps.plan import Plan, PlanEntry
@@ -37,6 +37,8 @@ def load_arrays(
     shardings: Mapping[str, Sharding] | None = None,
     report: Report = no_report,
     stage: str = "load",
+    name: str = "the file",
+    check: bool = False,
 ) -> dict[str, Any]:
     """Return {path: array} from {key: tensor}.
 
@@ -44,19 +46,22 @@ def load_arrays(
         plan: the leaves and their tensors.
         tensors: a `TensorSource`, or arrays in memory (traced ones inside jit). They are copied, never shared.
         dtypes: the tensors' dtypes, by key.
-        dtype: the arrays' dtype, one or `{path: dtype}`; by default that of each leaf's tensors.
+        dtype: the arrays' dtype, one or, for a `TensorSource`, `{path: dtype}`; by default that of each leaf's tensors.
         shardings: the arrays' shardings, by path; arrays without one go to the default device. Reads from a file only
             the bytes that devices of this process need (those of replicas once), and gaps between them.
         report: called with (stage, bytes done, bytes in all) as arrays are created.
         stage: the first argument of `report`.
+        name: the origin of the tensors, for messages.
+        check: warn of tensors that hold NaN or infinity.
+
+    Raises `MismatchError` if finite values are NaN or infinite in the dtype of their array. Traced arrays have no
+    values to check.
     """
     shardings = {path: placement.concrete_sharding(place) for path, place in (shardings or {}).items()}
     requested = dtype if isinstance(dtype, Mapping) else dict.fromkeys((e.path for e in plan.entries), dtype)
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-        leaves = {
-            path: leaf if requested[path] is None else leaf.astype(requested[path]) for path, leaf in leaves.items()
-        }
+        leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
         return {path: placement.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
     source = as_source(tensors)
     new_dtypes = {
@@ -72,11 +77,22 @@ def load_arrays(
     count = byte_counter(report, stage, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
     jobs = threads.split_by_size(order, lambda e: sizes[e.path], _JOB)
-    ready = threads.run_in_order((_make_job(job, source, shardings, new_dtypes) for job in jobs), len(jobs))
+    checked = {
+        e.path
+        for e in order
+        if check or any(source.specs[key].dtype != new_dtypes[e.path] for key in e.keys[: e.form.count])
+    }
+    suspects: dict[str, int] = {}
+    made = (_make_job(job, source, shardings, new_dtypes, checked, suspects) for job in jobs)
+    ready = threads.run_in_order(made, len(jobs))
     with contextlib.closing(ready):
         for job, arrays in zip(jobs, ready, strict=True):
             out |= _transfer(job, arrays, shardings, new_dtypes)
             count(sum(sizes[e.path] for e in job))
+    found = [(e.keys[: e.form.count], new_dtypes[e.path], suspects[e.path]) for e in order if e.path in suspects]
+    counts = finite.explain_not_finite(found, lambda key: source.read_into(key, None), name)
+    if check:
+        finite.warn_not_finite(counts, name)
     return out
 
 
@@ -89,8 +105,10 @@ def _make_job(
     source: TensorSource,
     shardings: Mapping[str, Sharding],
     dtypes: Mapping[str, np.dtype],
+    checked: Collection[str],
+    suspects: dict[str, int],
 ) -> Callable[[], _Arrays]:
-    """Return a task that reads the regions of each leaf."""
+    """Return a task that reads the regions of each leaf, and counts NaN and infinity of those in `checked`."""
     arrays: dict[str, dict[Region, np.ndarray]] = {}
     for entry in job:
         place, dtype = shardings.get(entry.path), dtypes[entry.path]
@@ -102,8 +120,13 @@ def _make_job(
         arrays[entry.path] = {box: _allocate(entry, regions.region_shape(box), dtype) for box in boxes}
 
     def read() -> _Arrays:
-        for entry in job:
-            _read_leaf(entry, source, arrays[entry.path])
+        with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
+            for entry in job:
+                own = arrays[entry.path]
+                _read_leaf(entry, source, own)
+                # Now, while the processor has them in its cache.
+                if entry.path in checked and not all(map(finite.is_finite, own.values())):
+                    suspects[entry.path] = sum(map(finite.count_not_finite, own.values()))
         return arrays
 
     return read

@@ -77,7 +77,6 @@ def encode_tree(
     on_shared: str | None,
     *,
     in_memory: bool,
-    dtype: Any = None,
     save_embedding_layers: bool | str = False,
     timeout: float = 300,
 ) -> PeftTensors:
@@ -96,7 +95,7 @@ def encode_tree(
     held = lora_carrier(tree)
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
-        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, dtype, on_shared)
+        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, on_shared)
         embeddings.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
@@ -107,7 +106,7 @@ def encode_tree(
     if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
         params = {**source.adapter.params, SHARED_NODE: stored}
         source = Source(held, dataclasses.replace(source.adapter, params=params))
-    encoded = _with_embeddings(source, _encode(source, dtype), save_embedding_layers)
+    encoded = _with_embeddings(source, _encode(source), save_embedding_layers)
     config, keymap = source.adapter.config, source.adapter.keymap
     leaves = held.leaves() if held.has_base else None
     encoded = _repeat_for_heads(config, encoded, keymap, leaves)
@@ -152,7 +151,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
     raise_listed(AttachError, "these parameters have no values to save:", problems)
 
 
-def _encode(source: Source, dtype: Any) -> Encoded:
+def _encode(source: Source) -> Encoded:
     adapter, leaves = source.adapter, source.leaves
     warn_unproved(adapter.keymap)
     adapter_sites = source.sites
@@ -165,7 +164,7 @@ def _encode(source: Source, dtype: Any) -> Encoded:
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:
         _require_zeros(adapter_sites, leaves)
-    return sites.make_file_plan(adapter_sites).encode(leaves, dtype, host)
+    return sites.make_file_plan(adapter_sites).encode(leaves, host)
 
 
 def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any]) -> None:

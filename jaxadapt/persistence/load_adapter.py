@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
@@ -69,7 +71,8 @@ def load(
         keymap: the model's family, a `KeyMap`, or None to recognise it.
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
             adapter the wider of the two, so that training continues in float32 from a 16-bit file. "autocast" converts
-            tensors of fewer than 32 bits to float32, as PEFT's `autocast_adapter_dtype` does by default.
+            tensors of fewer than 32 bits to float32, as PEFT's `autocast_adapter_dtype` does by default. A dtype in
+            which finite values become infinite or NaN is an error; a file that holds such values is a warning.
         replace: replace an attached adapter of that name whose configuration differs. Without it, an adapter that
             differs only in its dropout or in how it began (`init_lora_weights`) gets the attached adapter's values of
             these fields.
@@ -115,6 +118,7 @@ def load(
     >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].shape
     (6, 2)
     """
+    dtype = peft.requested_dtype(dtype)
     if isinstance(path, str) and hub.is_address(path):
         with reporter(progress) as report:
             path = hub.fetch_folder(path, None if name == DEFAULT else name, report)
@@ -162,7 +166,9 @@ def load(
     else:
         open_folder = repair_folder.open_repaired if repair else folder.open_adapter
         with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
-            adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
+            adapter, adapter_sites = peft.adapter_from_tensors(
+                tensors, parameters, *options, report, on_shared, strict, check=True
+            )
         source = tensors.source
         _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
@@ -296,14 +302,21 @@ def _from_orbax(
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
         return peft.adapter_from_tensors(
-            orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path), base, *options, strict=strict
+            orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path),
+            base,
+            *options,
+            strict=strict,
+            check=True,
         )
     placement = peft.adapter_placement(shardings, base, target_sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and shardings is None:
         like |= {p: x for p, x in attached.flat().items() if p in wanted}
-    flat = orbax_folder.read(path, stored, like).flat()
-    flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in flat.items()}
+    own = orbax_folder.read(path, stored, like).flat()
+    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
+        flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in own.items()}
+    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
+    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, os.fspath(path)), os.fspath(path))
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
 
 

@@ -7,6 +7,7 @@ writes them.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from jaxadapt.persistence import folder
 from jaxadapt.storage import location, sharded_write
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.sharded_write import TensorPart
+from jaxadapt.storage.source import cast
 
 
 def is_distributed(leaves: Iterable[Any]) -> bool:
@@ -36,12 +38,18 @@ def is_distributed(leaves: Iterable[Any]) -> bool:
 
 
 def write_shared(
-    tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | None, timeout: float, report: Report = no_report
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    dtype: Any,
+    shared: bool | None,
+    timeout: float,
+    report: Report = no_report,
 ) -> None:
     """Write an adapter folder as `folder.write` does; all processes call this.
 
     Args:
         tensors: an adapter whose tensors are `Encoded`.
+        dtype: the dtype of the floating-point tensors; None: their own.
         shared: True if all processes see the folder; None: detect it. If not, process 0 writes everything.
         timeout: in seconds, for each answer of another process.
         report: called with ("save", bytes, bytes in all) for the bytes that this process writes.
@@ -52,22 +60,24 @@ def write_shared(
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = location.to_location(path)
     group = sharded_write.start(target, timeout)
+    stored = encoded if dtype is None else cast(encoded, dtype)
+    tensors = dataclasses.replace(tensors, tensors=stored)
+    specs = {key: (spec.dtype, spec.shape) for key, spec in stored.specs.items()}
 
     def size(values: Iterable[Any]) -> int:
-        return sum(x.size * (encoded.dtype or x.dtype).itemsize for x in values)
+        return sum(x.size * (dtype or x.dtype).itemsize for x in values)
 
     def parts(file_is_shared: bool) -> tuple[int, Iterator[TensorPart]]:
         if file_is_shared:
             owned = owned_regions(encoded.leaves, group.index)
-            return size(x for each in owned.values() for x in each.values()), _owned_parts(encoded, owned)
+            return size(x for each in owned.values() for x in each.values()), _owned_parts(encoded, owned, dtype)
         total = size(encoded.leaves.values()) if group.index == 0 else 0
-        return total, _gathered_parts(encoded, group.index)
+        return total, _gathered_parts(encoded, group.index, dtype)
 
     def commit(put: sharded_write.Put) -> None:
         folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
 
     alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
-    specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
     sharded_write.write(target / folder.WEIGHTS, specs, parts, group, commit, shared=shared, alike=alike, report=report)
 
 
@@ -201,30 +211,32 @@ def gather_array(leaf: Any) -> np.ndarray:
     return np.asarray(leaf if complete else multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def _owned_parts(encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]]) -> Iterator[TensorPart]:
+def _owned_parts(
+    encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
+) -> Iterator[TensorPart]:
     """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
     left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         left[entry.path] -= 1
         regions = owned.get(entry.path, {}) if left[entry.path] else owned.pop(entry.path, {})
         for box, values in join_regions(regions, entry.form):
-            yield from _parts(encoded, entry, box, values)
+            yield from _parts(entry, box, values, dtype)
 
 
-def _gathered_parts(encoded: Encoded, process: int) -> Iterator[TensorPart]:
+def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterator[TensorPart]:
     """Yield all parts in process 0, one leaf after the other; yield nothing in the others, which only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         with name_donated_arrays(encoded.leaves):
             value = gather_array(encoded.leaves[entry.path])
         if process == 0:
-            yield from _parts(encoded, entry, array_regions.full_region(entry.shape), value)
+            yield from _parts(entry, array_regions.full_region(entry.shape), value, dtype)
 
 
-def _parts(encoded: Encoded, entry: PlanEntry, box: Region, values: np.ndarray) -> Iterator[TensorPart]:
+def _parts(entry: PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[TensorPart]:
     """Yield the file parts of one region of a leaf."""
     for piece in array_regions.file_regions(entry.form, box):
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
-        if encoded.dtype is not None:
-            tile = tile.astype(encoded.dtype, copy=False)
-        for key in entry.keys_of(piece.number):
+        keys = entry.keys_of(piece.number)
+        tile = tile if dtype is None else cast({keys[0]: tile}, dtype)[keys[0]]
+        for key in keys:
             yield TensorPart(key, piece.shape, piece.tensor_region, tile)

@@ -166,7 +166,7 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
     """Return the adapter, abstract or not, under PEFT's names."""
     host = all(isinstance(leaf, np.ndarray) for leaf in adapter.flat().values())
     return PeftTensors(
-        adapter.config, sites.make_file_plan(sites.sites_of(adapter)).encode(adapter.flat(), None, host), str(source)
+        adapter.config, sites.make_file_plan(sites.sites_of(adapter)).encode(adapter.flat(), host), str(source)
     )
 
 

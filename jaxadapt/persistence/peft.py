@@ -38,6 +38,7 @@ from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.persistence import device_arrays, encode
+from jaxadapt.storage.dtypes import float_dtype, is_float
 from jaxadapt.storage.source import as_source
 
 
@@ -115,6 +116,7 @@ def from_peft(
         )
     if base is None:
         lora_variants.require_original_base(tensors.config, tensors.source)
+    dtype = requested_dtype(dtype)
     parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(
         state_dict_keys.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
@@ -140,8 +142,11 @@ def adapter_from_tensors(
     report: Report = no_report,
     on_shared: str | None = None,
     strict: bool = True,
+    check: bool = False,
 ) -> tuple[Adapter, sites.Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
+
+    With `check`, NaN and infinity in the tensors are a warning.
 
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
     the base.
@@ -225,7 +230,9 @@ def adapter_from_tensors(
     memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
     new_dtypes = {key: d if key in copied else memory_dtypes[d] for key, d in dtypes.items()}
     new_dtypes |= {key: np.dtype(name) for key, name in integers.items()}
-    leaves = device_arrays.load_arrays(plan, tensors.tensors, new_dtypes, dtype, placement, report)
+    leaves = device_arrays.load_arrays(
+        plan, tensors.tensors, new_dtypes, dtype, placement, report, name=tensors.source, check=check
+    )
     if dtype is None and new_dtypes != dtypes:  # arrays in memory keep their own dtypes
         for entry in plan.entries:
             if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
@@ -344,11 +351,18 @@ AUTOCAST = "autocast"
 """In place of a dtype: float32 for tensors of fewer bits, as PEFT's `autocast_adapter_dtype`."""
 
 
+def requested_dtype(dtype: Any) -> Any:
+    """Return a caller's dtype in memory: None, `AUTOCAST` or a NumPy dtype. Raises `ConfigError` for any other."""
+    return dtype if dtype is None or (isinstance(dtype, str) and dtype == AUTOCAST) else float_dtype(dtype)
+
+
 def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     """Return the dtype in memory of a tensor stored as `stored`: float32 for 8-bit floats, which have no arithmetic."""
+    if not is_float(stored):
+        return np.dtype(stored)
     if requested not in (None, AUTOCAST):
         return np.dtype(requested)
-    narrow = jnp.issubdtype(stored, jnp.floating) and np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2)
+    narrow = np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2)
     return np.dtype("float32" if narrow else stored)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxadapt.adapters.adapter import PeftTensors, name_donated_arrays
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
@@ -20,6 +21,8 @@ from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.models.carriers import DEFAULT, lora_carrier
 from jaxadapt.persistence import encode, folder, multihost, orbax_folder
+from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage.source import cast
 
 
 def save(
@@ -54,7 +57,8 @@ def save(
         keymap: names the tensors by another keymap than the one the model was adapted with.
         lora_alpha: the alpha of another library's tree that stores none; instead of `config`.
         base_model: written as `base_model_name_or_path`; never looked up.
-        dtype: the tensors' dtype in the file; by default their dtype in memory.
+        dtype: the floating-point dtype of the tensors in the file, such as "bfloat16" or "bf16"; by default their dtype
+            in memory. A dtype in which finite values become infinite or NaN is an error.
         save_embedding_layers: also write the base's token embedding and head, as PEFT does. "auto" writes them if they
             are adapted under the names "embed_tokens" or "lm_head" and the tree has their values; True always (for a
             resized vocabulary); False never.
@@ -97,6 +101,7 @@ def save(
         )
     if plain and format == "orbax":
         raise FileError(f"{path}: plain=True: expected a PEFT folder; other programs read no Orbax checkpoint")
+    dtype = None if dtype is None else float_dtype(dtype)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
@@ -108,14 +113,14 @@ def save(
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
-                adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
+                adapter = finite.cast_tree(adapter, dtype, "this adapter")
         with reporter(progress) as report:
             orbax_folder.write(adapter, target, alone=jax.process_count() == 1)
             orbax_folder.report_total(report, "save", adapter)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode.encode_tree(
-        tree, name, config, keymap, lora_alpha, on_shared, in_memory=False, dtype=None if plain else dtype,
+        tree, name, config, keymap, lora_alpha, on_shared, in_memory=False,
         save_embedding_layers=save_embedding_layers, timeout=timeout,
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
@@ -124,9 +129,10 @@ def save(
         option, command = ("plain=True", "export") if plain else ("format 'bin'", "convert")
         raise FileError(f"{path}: {option}: several processes cannot write it; {command} the folder afterwards")
     if plain:
-        tensors = plain_form(tensors, dtype=dtype)  # which multiplies before it rounds
+        tensors = plain_form(tensors)
     if is_spread:
         with reporter(progress) as report:
-            multihost.write_shared(tensors, target, shared, timeout, report)
+            multihost.write_shared(tensors, target, dtype, shared, timeout, report)
     else:
+        tensors = tensors if dtype is None else dataclasses.replace(tensors, tensors=cast(tensors.tensors, dtype))
         folder.write(tensors, target, format=format, progress=progress)

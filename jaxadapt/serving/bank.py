@@ -38,6 +38,7 @@ from jaxadapt.serving.layout import (
 )
 from jaxadapt.serving.refusals import Refusal
 from jaxadapt.serving.shared import Shared, compare_shared, draw_shared, shared_of
+from jaxadapt.storage.dtypes import float_dtype
 
 
 @jax.tree_util.register_pytree_node_class
@@ -144,7 +145,7 @@ def create(
     """
     if operator.index(slots) < 2:
         raise AttachError(f"slots: expected at least 2, one for the base and one for an adapter, found {slots}")
-    held = carrier(base).base()
+    held, dtype = carrier(base).base(), float_dtype(dtype)
     places: list[Place] = []
     problems: list[Refusal] = []
     shared: list[tuple[str, Shared]] = []
@@ -159,7 +160,7 @@ def create(
             own = shared_of(given, sites) if isinstance(given, Adapter) else draw_shared(config, sites)
             number = _number_shared(shared, config.peft_type, own) if own else None
             shardings, leaves = held.shardings, held.leaves
-            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype), number) for s in sites]
+            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), dtype, number) for s in sites]
     kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams, place.row.shared) for place in places]
     twice = [kind for number, kind in enumerate(kinds) if kind in kinds[:number]]
     problems += [
@@ -171,8 +172,7 @@ def create(
     meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     on_devices = [
-        {name: jax.device_put(jnp.asarray(x, jnp.dtype(dtype)), everywhere) for name, x in of.items()}
-        for _, of in shared
+        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in of.items()} for _, of in shared
     ]
     return Bank(tuple(_empty(place, slots) for place in places), layout, tuple(on_devices))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.core.errors import ConfigError, FileError, FormatError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,9 @@ _ML_DTYPES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 NAMES = {name: code for names in (_NUMPY, _ML_DTYPES) for code, name in names.items()}
+_FLOATS = tuple(name for name in NAMES if name.startswith(("float", "bfloat")) and name != "float8_e8m0fnu")
+_SPELLINGS = {NAMES[name].lower(): name for name in _FLOATS} | {f"fp{bits}": f"float{bits}" for bits in (16, 32, 64)}
+"""{spelling: name}: safetensors' names in lower case, and PyTorch's and transformers' short ones."""
 
 
 @functools.cache
@@ -59,6 +62,36 @@ def dtype_name(dtype: npt.DTypeLike) -> str:
     if name not in NAMES:
         raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(NAMES)}")
     return NAMES[name]
+
+
+def float_dtype(dtype: Any, option: str = "dtype") -> np.dtype:
+    """Return the floating-point dtype that a caller names; "bf16", "fp16" and safetensors' names are accepted too.
+
+    Raises:
+        ConfigError: it is no dtype, or one of integers or booleans; `option` names the argument in the message.
+
+    >>> float_dtype("bf16"), float_dtype("float16")
+    (dtype(bfloat16), dtype('float16'))
+    """
+    import numpy as np
+
+    name = dtype.lower() if isinstance(dtype, str) else None
+    name = _SPELLINGS.get(name or "", name)
+    if name not in _FLOATS:
+        try:
+            name = np.dtype(dtype).name
+        except (TypeError, ValueError):
+            name = None
+    if name not in _FLOATS:
+        raise ConfigError(f"{option}={dtype!r}: expected a floating-point dtype: {', '.join(_FLOATS)}")
+    return numpy_dtype(NAMES[name])
+
+
+def is_float(dtype: npt.DTypeLike) -> bool:
+    """Return True for a dtype of floating-point numbers, also of the 8- and 16-bit ones that numpy lacks."""
+    import numpy as np
+
+    return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
 
 
 def can_hold(dtype: npt.DTypeLike) -> bool:

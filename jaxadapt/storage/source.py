@@ -1,4 +1,4 @@
-"""Tensor sources in memory, and views over other sources: renamed, transposed, cut and stacked tensors."""
+"""Tensor sources in memory, and views over other sources: renamed, transposed, cut, stacked and cast tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.storage import local_files
+from jaxadapt.storage.dtypes import is_float
 from jaxadapt.storage.safetensors_header import problems_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "combine", "cut", "rename", "stack", "transpose"]
+__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "cast", "combine", "cut", "rename", "stack", "transpose"]
 
 
 def as_source(tensors: Mapping[str, Any]) -> TensorSource:
@@ -94,6 +95,14 @@ def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], na
     """
     stacked = {key for rows_of_one in rows.values() for row in rows_of_one for key in row}
     return _replace(tensors, stacked | set(names.values()), _Stacks(tensors, rows), names)
+
+
+def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
+    """Return tensors with those of floats in another dtype; each is cast when it is read.
+
+    Reading raises `MismatchError` if finite values are NaN or infinite in that dtype.
+    """
+    return _Cast(as_source(tensors), dtype)
 
 
 def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
@@ -192,3 +201,41 @@ class _Stacks(TensorSource):
                     values[start:stop] = self._tensors.read_slice(name, (overlap,))
                 offset += length
         return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
+
+
+class _Cast(TensorSource):
+    """Tensors that are cast when they are read; integers keep their dtype."""
+
+    def __init__(self, tensors: TensorSource, dtype: Any) -> None:
+        self._tensors, self._dtype, self.source = tensors, dtype, tensors.source
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {
+            key: TensorSpec(spec.shape, self._dtype if is_float(spec.dtype) else spec.dtype)
+            for key, spec in self._tensors.specs.items()
+        }
+
+    def read(self, key: str) -> np.ndarray:
+        return self._cast(key, self._tensors.read(key))
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        return self._cast(key, self._tensors.read_slice(key, slices, shape))
+
+    def _cast(self, key: str, values: Any) -> np.ndarray:
+        import numpy as np
+
+        from jaxadapt.arrays import finite  # imports JAX, which only a cast needs
+
+        values = np.asarray(values)
+        if values.dtype == self.specs[key].dtype:
+            return values
+        with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
+            new = values.astype(self._dtype)
+            if finite.is_finite(new) or not finite.count_lost(values, new):
+                return new
+            lost = dict[str, int]()
+            for name in (key for key, spec in self._tensors.specs.items() if is_float(spec.dtype)):
+                values = np.asarray(self._tensors.read(name))
+                lost[name] = finite.count_lost(values, values.astype(self._dtype))
+        raise finite.overflow_error(lost, self._dtype, self.source)

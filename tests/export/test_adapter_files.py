@@ -332,7 +332,7 @@ def test_a_value_too_large_for_float16_is_refused(tmp_path: Path):
     jaxadapt.write(jaxadapt.PeftTensors(CONFIG, large), tmp_path / "a")
     result = CliRunner().invoke(main, ["convert", f"{tmp_path}/a", f"{tmp_path}/b", "--dtype", "float16"])
     assert result.exit_code == 1
-    assert "overflows float16; use bfloat16" in result.output
+    assert "finite values overflow float16, whose largest is 65504; use bfloat16" in result.output
     assert not (tmp_path / "b").exists()
 
 

@@ -19,6 +19,7 @@ from jaxadapt.keymaps import plan, recognition
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.storage.source import cast
 
 FAST = settings(max_examples=150, deadline=None)
 NAMES = ["i", "o", "h", "r", "in", "out", "batch", "d2", "n_heads", "l", "lora_A"]
@@ -307,10 +308,8 @@ def test_encoding_is_lazy_and_views_where_it_can_be():
 
 
 def test_encoding_converts_one_tensor_at_a_time():
-    encoded = stacked_plan().encode(
-        {"h.q.w.lora_A": np.full((3, 2, 4), 1 / 3), "h.q.w.lora_B": np.zeros((3, 5, 2), "float16")},
-        "bfloat16",
-    )
+    leaves = {"h.q.w.lora_A": np.full((3, 2, 4), 1 / 3), "h.q.w.lora_B": np.zeros((3, 5, 2), "float16")}
+    encoded = cast(stacked_plan().encode(leaves), np.dtype("bfloat16"))
     assert {s.dtype for s in encoded.specs.values()} == {np.dtype("bfloat16")}
     assert {v.dtype for v in encoded.values()} == {np.dtype("bfloat16")}
 

@@ -38,7 +38,7 @@ def choose_dtypes(
         own = np.dtype(leaves[path].dtype)
         out[path] = own if dtype is None else np.dtype(dtype)
         file_dtypes = {np.dtype(tensor.dtype) for tensor, _, _ in contents.values()}
-        lossy += [f"{path}: {own.name}, in the file {d.name}" for d in file_dtypes if jnp.promote_types(d, own) != own]
+        lossy += [f"{path}: {own.name}, in the file {d.name}" for d in file_dtypes if not _is_exact(d, own)]
     if lossy and dtype is None:
         raise MismatchError(
             f"{source}: the dtypes of the target's LoRA leaves cannot represent these tensors exactly. Pass"
@@ -46,6 +46,11 @@ def choose_dtypes(
             f" one, with rounding if necessary:\n{paths.bullets(lossy)}"
         )
     return out
+
+
+def _is_exact(stored: np.dtype, own: np.dtype) -> bool:
+    """Return True if a dtype represents the numbers of a file's dtype exactly; JAX promotes no 8-bit floats."""
+    return own == stored or (own.itemsize > 1 and (stored.itemsize == 1 or jnp.promote_types(stored, own) == own))
 
 
 def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:

@@ -18,6 +18,7 @@ from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import make_file_plan
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
@@ -198,7 +199,6 @@ def tree_to_peft(
     config: Config | None,
     keymap: KeyMap | str | None,
     lora_alpha: float | None,
-    dtype: Any = None,
     on_shared: str | None = None,
     parts: bool = False,
 ) -> tuple[PeftTensors, ForeignSites]:
@@ -223,7 +223,7 @@ def tree_to_peft(
     warn_unproved(sites.keymap)
     config = foreign_config.infer_config(sites, config, lora_alpha)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
-    tensors = sites.plan.encode(foreign_tree.leaves, dtype, host)
+    tensors = sites.plan.encode(foreign_tree.leaves, host)
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
@@ -311,10 +311,16 @@ def fill_tree(
             " power of two: B is"
             " multiplied by it and rounded once",
         )
-    new = {
-        path: build_array(half, contents, foreign_tree.leaves[path], path in kept, dtypes[path], traced)
-        for path, (half, contents) in placed.items()
-    }
+    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
+        new = {
+            path: build_array(half, contents, foreign_tree.leaves[path], path in kept, dtypes[path], traced)
+            for path, (half, contents) in placed.items()
+        }
+    bad = finite.names_not_finite(new)
+    keys = [[key for key in placed[path][0].keys if key in values] for path in bad]
+    numbers = [0 if path in kept else finite.count_not_finite(new[path]) for path in bad]
+    found = zip(keys, (dtypes[path] for path in bad), numbers, strict=True)
+    finite.warn_not_finite(finite.explain_not_finite(found, lambda key: np.asarray(values[key]), source), source)
     if per_head_sites:
         new |= _head_functions(foreign_tree.dialect).narrow_leaves(
             foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat"
