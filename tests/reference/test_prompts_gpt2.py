@@ -59,3 +59,28 @@ def test_pefts_adapter_gives_pefts_logits(case: Case, api: str, tmp_path: Path) 
             want = model(**{name: torch.tensor(x) for name, x in given.items()}).logits.numpy()
         found = jax.jit(lambda *a: run(a[0], mask=a[1], positions=a[2]))(*map(jnp.asarray, given.values()))
         close(found, want)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_given_positions_follow_those_of_a_prompts_tokens_where_peft_ignores_them(tmp_path: Path) -> None:
+    """As docs/prompts.md says; transformers computes the same from these embeddings and positions."""
+    torch.manual_seed(3)
+    base = torch_base()
+    model = peft.get_peft_model(copy.deepcopy(base), PROMPT.peft()).eval()
+    model.save_pretrained(tmp_path)
+    places = np.maximum(MASKS["left"].cumsum(1) - 1, 0)
+    ids, mask, positions = (torch.tensor(x) for x in (IDS, MASKS["left"], places))
+    with torch.no_grad():
+        ignored = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits.numpy()
+        np.testing.assert_array_equal(ignored, model(input_ids=ids, attention_mask=mask).logits.numpy())
+        virtual = model.get_prompt(len(ids))
+        n = virtual.shape[1]
+        first = torch.arange(n).expand(len(ids), n)
+        want = base(
+            inputs_embeds=torch.cat([virtual, base.get_input_embeddings()(ids)], 1),
+            attention_mask=torch.cat([torch.ones_like(first), mask], 1),
+            position_ids=torch.cat([first, n + positions], 1),
+        ).logits.numpy()
+    run: Any = jaxadapt.load(tmp_path, gpt2_positions.twin_of(base, "nnx"))
+    close(run(jnp.asarray(IDS), mask=jnp.asarray(MASKS["left"]), positions=jnp.asarray(places)), want)
+    assert abs(ignored - want).max() > 1e-2 * abs(want).max()
