@@ -44,6 +44,9 @@ def activate(model: Any, *names: Any) -> Any:
 def disable(model: Any) -> Generator[Any]:
     """Deactivate all adapters within a context: `with disable(model) as base: base(x)`.
 
+    The model then computes what the base does, also without the biases that the adapter trained (`bias="all"`,
+    "lora_only"). PEFT's `disable_adapter` keeps these biases, with a warning.
+
     NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
     without an active adapter. Raises `AttachError` for any other object.
 

@@ -102,3 +102,26 @@ def test_the_biases_of_adapted_modules_are_trained_and_saved_as_peft_does(peft_t
     new = jaxadapt.adapt(Net(TorchNet()), class_of(peft_type)(**fields_of(peft_type)), rngs=nnx.Rngs(0))
     keys = {key for key in jaxadapt.to_peft(jaxadapt.extract(new)).tensors if key.endswith("bias")}
     assert keys == {name for name in trained if name.endswith("bias")} == {"base_model.model.q.base_layer.bias"}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_disable_gives_the_base_also_where_peft_keeps_trained_biases(bias: str, tmp_path: Any):
+    """As docs/adapters.md and the docstring say; PEFT itself warns that its output is not the base's."""
+    torch.manual_seed(0)
+    base = TorchNet()
+    ours, want = Net(base), base(torch.from_numpy(X)).detach().numpy()
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q"], "bias": bias}
+    theirs = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING["LORA"](**fields)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    theirs.save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="does not produce the same output"), theirs.disable_adapter():
+        kept = theirs(torch.from_numpy(X)).detach().numpy()
+    assert abs(kept - want).max() > 0.1
+    jaxadapt.load(tmp_path, ours)
+    assert abs(ours(X) - want).max() > 0.1
+    with jaxadapt.disable(ours):
+        np.testing.assert_allclose(ours(X), want, rtol=1e-5, atol=1e-6)
+    assert "keeps these biases" in (jaxadapt.disable.__doc__ or "")
