@@ -218,6 +218,7 @@ def _select_sites(
         {site.leaf for site in sites} & {site.leaf for site in parameter_sites},
     )
     sites += parameter_sites
+    warnings += method.warnings({site.leaf: site.hparams for site in sites})
     shared = bind_shared(config, method, sites, found.shared)
     copies = _bind_copies(config, keymap, shapes, sites)
     return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)

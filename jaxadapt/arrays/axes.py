@@ -90,12 +90,16 @@ class Operation:
         out: the position of the output axis in the result.
         axes: the roles of the weight's axes.
         transposed: True if a ragged product sums over the output axis instead of the input axis.
+        slide: `slide(x, w)` is a convolution with stride 1 and without padding. Its result is (batch, out,
+            positions...), with the positions in the order of the weight's axes. None for other uses and for dilated
+            convolutions.
     """
 
     run: Callable[[Any, Any], Any]
     out: int
     axes: Axes
     transposed: bool = False
+    slide: Callable[[Any, Any], Any] | None = None
 
 
 def contradiction_message(keymap_axes: Axes, layer_axes: Axes) -> str:

@@ -55,6 +55,9 @@ class AppliedMethod:
     def input(self, use: Use, x: Array) -> Array:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.hparams, self.params, use, x), use)
 
+    def operand(self, use: Operation, x: Array, w: Array) -> Array:
+        return self.method.operand(self.hparams, self.params, use, x, w)
+
     def follows(self, primitive: str) -> bool:
         return self.axes.parts is None and self.method.follows(self.hparams, primitive)
 
@@ -176,6 +179,11 @@ class AppliedMethods:
     def input(self, use: Use, x: Array) -> Array:
         for hook in reversed(self._weight_order):
             x = hook.input(_with_axes(use, hook.axes), x)
+        return x
+
+    def operand(self, use: Operation, x: Array, w: Array) -> Array:
+        for hook in reversed(self._weight_order):
+            x = hook.operand(_with_axes(use, hook.axes), x, w)
         return x
 
     def follows(self, primitive: str) -> bool:

@@ -244,6 +244,14 @@ class Method(abc.ABC):
         """Return the input that the contraction should get in place of `x`."""
         return x
 
+    def operand(self, hparams: Any, params: Params, use: Operation, x: Array, w: Array) -> Array:
+        """Return the input that an operation of a primitive in `follows` should get in place of `x`."""
+        return x
+
+    def warnings(self, sites: Mapping[str, Any]) -> list[str]:
+        """Return what a user should know about the sites of an adapter, `{leaf: hyperparameters}`."""
+        return []
+
     def follows(self, hparams: Any, primitive: str) -> bool:
         """Return True if `output` handles this primitive, which is not a matrix product; else `weight` is used."""
         return False

@@ -143,12 +143,12 @@ class MatrixMethod(Method):
     def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
         if type(self).before is MatrixMethod.before:
             return x
-        layout = _layout(use.axes)
+        layout = layout_of(use.axes)
         letters = dict(zip(layout.left, use.w, strict=True))
         rows, _ = layout.rows_to_torch("in", letters, x, use.x)
 
         def change(own: Any, p: Params, used: Any, rows: Array) -> Array:
-            return _choose(used, self.before(own, p, rows), rows)
+            return choose(used, self.before(own, p, rows), rows)
 
         has_batch = bool(set(use.letters("batch")) & set(use.x))
         changed = self._map(hparams, params, layout, change, (rows, has_batch))
@@ -170,14 +170,14 @@ class MatrixMethod(Method):
         if type(self).after is MatrixMethod.after:
             return y
         assert isinstance(use, Use)
-        layout = _layout(use.axes)
+        layout = layout_of(use.axes)
         letters, factor = dict(zip(layout.left, use.w, strict=True)), layout.factor(w.shape)
         x_rows, _ = layout.rows_to_torch("in", letters, x if drop is None else drop(x), use.x)
         y_rows, _ = layout.rows_to_torch("out", letters, y, use.y)
         y_rows = y_rows if factor == 1 else y_rows / factor
 
         def change(own: Any, p: Params, used: Any, x_rows: Array, y_rows: Array) -> Array:
-            return _choose(used, self.after(own, p, x_rows, y_rows), y_rows)
+            return choose(used, self.after(own, p, x_rows, y_rows), y_rows)
 
         batch = set(use.letters("batch"))
         changed = self._map(hparams, params, layout, change, (x_rows, bool(batch & set(use.x))), (y_rows, True))
@@ -205,7 +205,7 @@ class MatrixMethod(Method):
     def bias(self, hparams: MatrixHparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
         if self.effect(hparams.own).bias is None:
             return bias
-        layout = _layout(axes)
+        layout = layout_of(axes)
         if self.effect(hparams.own).bias == "adds" and layout.scale is not None:
             raise AttachError(
                 f"cannot change the layer's bias with {self.peft_type}: the model stores the layer's weight times a"
@@ -221,7 +221,7 @@ class MatrixMethod(Method):
         rows, _ = layout.rows_to_torch("out", letters, bias, over)
 
         def change(own: Any, p: Params, used: Any, b: Array) -> Array:
-            return _choose(used, self.shift(own, p, b, undo), b)
+            return choose(used, self.shift(own, p, b, undo), b)
 
         try:
             changed = self._map(hparams, params, layout, change, (rows, True))
@@ -230,10 +230,10 @@ class MatrixMethod(Method):
         return layout.rows_from_torch("out", letters, bias, over, changed).astype(bias.dtype)
 
     def _on_weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array, function: Any) -> Array:
-        layout = _layout(axes)
+        layout = layout_of(axes)
 
         def change(own: Any, p: Params, used: Any, m: Array) -> Array:
-            return _choose(used, function(own, p, m), m)
+            return choose(used, function(own, p, m), m)
 
         params = {name: x if name in (LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
         matrices = layout.weight_to_torch(at_least_float32(w))
@@ -278,7 +278,8 @@ class MatrixMethod(Method):
         return mapped(numbers, used, tensors, *(x for x, _ in arrays))
 
 
-def _layout(axes: Axes) -> TorchLayout:
+def layout_of(axes: Axes) -> TorchLayout:
+    """Return PyTorch's layout of a weight."""
     if axes.torch is None:  # made by hand, without a keymap: the order of the axes is PyTorch's
         letters = LETTERS[: axes.rank]
         inputs, outputs, batch = (
@@ -288,7 +289,8 @@ def _layout(axes: Axes) -> TorchLayout:
     return axes.torch
 
 
-def _choose(used: Any, new: Array, old: Array) -> Array:
+def choose(used: Any, new: Array, old: Array) -> Array:
+    """Return the changed values, or the old ones in a layer that the adapter leaves out."""
     return (
         new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
     )  # NaN, where an id is no slot, stays

@@ -7,8 +7,11 @@ after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `t
 - The series approximates (I + K)·(I − K)⁻¹, so the two settings of `use_cayley_neumann` turn in opposite directions.
 - The last term of the series has the factor 1, not 2. A series of three terms has the power K³, as that of four terms.
 - A block size that does not divide the inputs becomes the nearest one that does; here with a warning.
-- PEFT adds overlapping patches of a convolution's input, so a window over several pixels multiplies the input, even
-  with R = I. Here, as in PEFT's merge, R turns the kernel.
+- PEFT's layer rotates the patches of a convolution's input and adds them up to a new input, in the wrong places: it
+  reads (channels, positions, pixels) as (channels, pixels, positions). With a window over several pixels this changes
+  the input even with R = I, and no kernel computes it. PEFT's merge turns the kernel instead, whose outputs differ.
+  Here the layer is PEFT's, and a merge is refused. The patches are those of the input before the convolution pads it; a
+  layer that pads it in a mode of its own (circular, reflect) does so before, and PEFT after.
 - PEFT's layer rotates the input by the first of several active adapters first, its merge by the last. Here it is the
   first, and several active adapters cannot be merged.
 - PEFT never applies `module_dropout`. Here it has no effect either, and a new adapter warns.
@@ -31,11 +34,12 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.oft import OFTConfig
-from jaxadapt.core.errors import ConfigError, warn
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
-from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
+from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, choose, layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +50,15 @@ class OftHparams:
         terms: the terms of the series, 0 for the exact rotation.
         eps: the radius, 0 for none.
         embedding: True if the rows of an embedding are rotated.
+        conv: True if patches of an image are rotated.
+        window: the pixels of a patch, 0 if the base is not known.
     """
 
     terms: int
     eps: float
     embedding: bool = False
+    conv: bool = False
+    window: int = dataclasses.field(default=0, compare=False)
 
 
 class Oft(MatrixMethod):
@@ -81,7 +89,17 @@ class Oft(MatrixMethod):
 
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-        return OftHparams(terms, config.eps if config.coft else 0.0, target.kind == "embedding")
+        eps, kind = config.eps if config.coft else 0.0, target.kind
+        return OftHparams(terms, eps, kind == "embedding", kind == "conv", math.prod(target.window))
+
+    def warnings(self, sites: Mapping[str, MatrixHparams]) -> list[str]:
+        leaves = [leaf for leaf, hparams in sites.items() if hparams.own.conv and hparams.own.window > 1]
+        warning = (
+            "OFT on convolutions with a window of several pixels computes what PEFT's layer does, which adds up the"
+            " patches of the input in other places: even a new adapter changes the output. No kernel does this, so a"
+            f" merge is refused, and PEFT's own merge gives other outputs:\n{paths.bullets(leaves)}"
+        )
+        return [warning] if leaves else []
 
     def effect(self, own: OftHparams) -> Effects:
         return Effects("changes", form="use", reads=True, order="weight" if own.embedding else "input")
@@ -94,7 +112,8 @@ class Oft(MatrixMethod):
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
     def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
-        return hparams.own.embedding and primitive == "gather"
+        own = hparams.own
+        return (own.embedding and primitive == "gather") or (own.conv and primitive == "conv_general_dilated")
 
     def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
         return hparams.own.embedding or super().follows_use(hparams, use)
@@ -102,10 +121,41 @@ class Oft(MatrixMethod):
     def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
         return x if hparams.own.embedding else super().input(hparams, params, use, x)
 
+    def operand(self, hparams: MatrixHparams, params: Params, use: Operation, x: Array, w: Array) -> Array:
+        """Return the sum of an image's rotated patches as PEFT places them; the ids of a lookup as they are."""
+        if not hparams.own.conv:
+            return x
+        slide, layout = use.slide, layout_of(use.axes)
+        window = [layout.left.index(name) for group in layout.right[2:] for name in group]
+        if slide is None or window != sorted(window):
+            raise AttachError(
+                "OFT adapts no convolution with a dilation, as in PEFT, or with a transposed window. Remove the module"
+                " from target_modules"
+            )
+        inputs = layout.weight_to_torch(w).shape[1:]
+        size = math.prod(inputs)
+        one_hot = dataclasses.replace(layout, scale=None, shift=0.0).weight_from_torch(
+            tuple(size if axis in use.axes.out_axes else n for axis, n in enumerate(w.shape)),
+            jnp.eye(size, dtype=jnp.promote_types(x.dtype, jnp.float32)).reshape(size, *inputs),
+        )
+
+        def change(own: OftHparams, p: Params, used: Any, x: Array) -> Array:
+            wide = x.astype(one_hot.dtype)
+            patches = slide(wide, one_hot)
+            turned = orthogonal.turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
+            turned = jnp.moveaxis(turned.reshape(*turned.shape[:-1], inputs[0], -1), -2, 1)  # positions before pixels
+            placed = turned.reshape(patches.shape).astype(wide.dtype)  # read as pixels before positions
+            (summed,) = jax.linear_transpose(lambda x: slide(x, one_hot), wide)(placed)
+            return choose(used, summed, x)
+
+        return self._map(hparams, params, layout, change, (x, False)).astype(x.dtype)
+
     def output(
         self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None,
         w: Array,
     ) -> Array:  # fmt: skip
+        if hparams.own.conv:
+            return y
         if not hparams.own.embedding:
             return super().output(hparams, params, use, x, y, drop, w)
         if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
@@ -119,6 +169,11 @@ class Oft(MatrixMethod):
         return orthogonal.turn(x, self._blocks(own, params, x.shape[-1]))
 
     def matrix(self, own: OftHparams, params: Params, w: Array) -> Array:
+        if math.prod(w.shape[2:]) > 1:
+            raise AttachError(
+                "OFT on a convolution with a window has no effective kernel: its layer changes the whole input, as"
+                " PEFT's does, whose own merge gives other outputs. Keep the adapter beside the model"
+            )
         flat = w.reshape(len(w), -1)
         blocks = self._blocks(own, params, flat.shape[1])
         return orthogonal.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError
+from jaxadapt import AttachError, ConfigError
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.configs.registry import load_class
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
+from jaxadapt.methods.applied import AppliedMethods
+from jaxadapt.models.tracing.rewrite import rewrite
 
 CONV = Weight("w", "q.weight", "x y i o -> o i x y", kind="conv")
 TABLE = Weight("w", "q.weight", "v d -> v d", kind="embedding")
@@ -48,52 +50,90 @@ def hook_of(site, **params):
     return AppliedMethod(site.method, site.hparams, {k: jnp.asarray(v) for k, v in params.items()}, site.axes)
 
 
-@pytest.mark.peft
-@pytest.mark.parametrize("name", CASES)
-def test_a_convolution_has_pefts_merged_kernel(name):
+def peft_convolution(peft_type, fields, adapters=("default",), **options):
+    """A convolution in PEFT with trained adapters, its kernel in JAX's layout, and the tensors of each file."""
     import torch
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    peft_type, fields = CASES[name]
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q = torch.nn.Conv2d(3, 5, 2)
-
-        def forward(self, x):
-            return self.q(x)
-
     torch.manual_seed(0)
-    base = Net()
-    kernel = base.q.weight.detach().numpy().copy()
+    net = torch.nn.Sequential()
+    net.add_module("q", torch.nn.Conv2d(3, 5, 2, bias=False, **options))
+    kernel = net.q.weight.detach().numpy().transpose(2, 3, 1, 0).copy()
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=["q"], **fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base, PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=["q"], **fields)).eval()
+        model = get_peft_model(net, config).eval()
+        for name in adapters[1:]:
+            model.add_adapter(name, config)
+        model.base_model.set_adapter(list(adapters))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
-        state = {key: value.numpy().copy() for key, value in get_peft_model_state_dict(model).items()}
+    states = [get_peft_model_state_dict(model, adapter_name=name) for name in adapters]
+    return model, kernel, [{key: value.numpy().copy() for key, value in state.items()} for state in states]
+
+
+def hook_from(site, state):
+    """The method with the tensors of a file."""
+    plan = sites.make_file_plan([site])
+    assert set(plan.keys) == set(state)
+    return hook_of(site, **{path.rpartition(".")[2]: value for path, value in plan.decode(state).items()})
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", [name for name in CASES if "OFT" not in name or "BOFT" in name])
+def test_a_convolution_has_pefts_merged_kernel(name):
+    import torch
+
+    peft_type, fields = CASES[name]
+    model, kernel, (state,) = peft_convolution(peft_type, fields)
+    with torch.no_grad():
         x = torch.from_numpy(numbers(2, 3, 4, 4))
         y = model(x).numpy()
         model.merge_adapter()
         (merged,) = [p.detach().numpy() for n, p in model.named_parameters() if n.endswith("base_layer.weight")]
         merged_y = model(x).numpy()
-
-    site = site_of(peft_type, fields, CONV, (2, 2, 3, 5))
-    plan = sites.make_file_plan([site])
-    assert set(plan.keys) == set(state)
-    values = plan.decode(state)
-    hook = hook_of(site, **{path.rpartition(".")[2]: value for path, value in values.items()})
-    w = jnp.asarray(kernel.transpose(2, 3, 1, 0))
+    hook = hook_from(site_of(peft_type, fields, CONV, (2, 2, 3, 5)), state)
+    w = jnp.asarray(kernel)
     ours = hook.weight(w)
     np.testing.assert_allclose(np.transpose(ours, (3, 2, 0, 1)), merged, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(hook.unweight(ours), w, rtol=1e-4, atol=1e-5)  # some invert a matrix
-    # PEFT's own forward agrees with its merge, except for OFT, which adds the overlapping patches of the input.
-    assert np.allclose(y, merged_y, atol=1e-4) is (peft_type != "OFT")
+    assert np.allclose(y, merged_y, atol=1e-4)  # PEFT's own forward agrees with its merge
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}], ids=["plain", "stride and padding"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("OFT")])
+def test_oft_on_a_convolution_with_a_window_computes_pefts_layer(name, options):
+    """It warns, because PEFT's own merge computes something else, and cannot be merged."""
+    import torch
+
+    peft_type, fields = CASES[name]
+    adapters = ("default", "other") if name == "OFT series" else ("default",)
+    model, kernel, states = peft_convolution(peft_type, fields, adapters, **options)
+    x = numbers(2, 3, 5, 4)
+    with torch.no_grad():
+        want = model(torch.from_numpy(x)).numpy()
+        model.merge_adapter()
+        assert abs(model(torch.from_numpy(x)).numpy() - want).max() > 0.1 * abs(want).max()
+    with pytest.warns(UserWarning, match="PEFT's own merge gives other outputs:\n  w$"):
+        site = site_of(peft_type, fields, CONV, (2, 2, 3, 5))
+    hooks = tuple(hook_from(site, state) for state in states)
+    hook = hooks[0] if len(hooks) == 1 else AppliedMethods(hooks)
+    strides, padding = (options.get("stride", 1),) * 2, [(options.get("padding", 0),) * 2] * 2
+    numbers_of = ("NHWC", "HWIO", "NHWC")
+
+    def run(weights, x):
+        return jax.lax.conv_general_dilated(x, weights["w"], strides, padding, dimension_numbers=numbers_of)
+
+    w = jnp.asarray(kernel)
+    y = rewrite(run, {"w": w}, {"w": hook}, jnp.asarray(np.moveaxis(x, 1, 3)))
+    np.testing.assert_allclose(np.moveaxis(y, 3, 1), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AttachError, match="no effective kernel"):
+        hook.weight(w)
 
 
 @pytest.mark.peft

@@ -21,6 +21,10 @@ class Hook(Protocol):
         """Return the `x` that the contraction receives, in x's shape and dtype."""
         ...
 
+    def operand(self, use: Operation, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Return the `x` that an operation receives, in x's shape and dtype."""
+        ...
+
     def follows_use(self, use: Use) -> bool:
         """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
         ...

@@ -49,7 +49,15 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
             options["preferred_element_type"] = x.dtype
         return jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, feature_group_count=groups, **options)
 
-    return Operation(run, numbers.out_spec[1], axes)
+    def slide(x: Any, w: Any) -> Any:
+        once, precision = (1,) * (x.ndim - 2), jax.lax.Precision.HIGHEST
+        return jax.lax.conv_general_dilated(x, w, once, "VALID", dimension_numbers=sliding, precision=precision)
+
+    window = sorted(range(2, len(numbers.rhs_spec)), key=lambda axis: numbers.rhs_spec[axis])
+    lhs, rhs = ((*spec[:2], *(spec[axis] for axis in window)) for spec in (numbers.lhs_spec, numbers.rhs_spec))
+    sliding = jax.lax.ConvDimensionNumbers(lhs, rhs, tuple(range(len(lhs))))
+    is_dilated = {*eqn_params["lhs_dilation"], *eqn_params["rhs_dilation"]} != {1}
+    return Operation(run, numbers.out_spec[1], axes, slide=None if is_dilated else slide)
 
 
 def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:

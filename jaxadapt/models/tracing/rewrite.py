@@ -69,6 +69,7 @@ def rewrite(
     >>> class Double:
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
     ...     def input(self, use, x): return x
+    ...     def operand(self, use, x, w): return x
     ...     def follows(self, primitive): return False
     ...     def follows_use(self, use): return True
     ...     def output(self, use, x, y, w): return 2 * y
@@ -372,6 +373,9 @@ def _evaluate_operation(
     if operation is None:
         return None
     side, use = operation
-    (y,) = evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
-    new = scope.hooks[name].output(use, operands[1 - side], y, scope.weights[name])
+    x = operands[1 - side]
+    hooked_x = _check_like("input", scope.hooks[name].operand(use, x, scope.weights[name]), x)
+    changed = [hooked_x if i == 1 - side else v.array if isinstance(v, _View) else v for i, v in enumerate(operands)]
+    (y,) = evaluate_unchanged(eqn, changed)
+    new = scope.hooks[name].output(use, hooked_x, y, scope.weights[name])
     return [_check_like("output", new, y)]
