@@ -147,17 +147,15 @@ def list_files(path: str | os.PathLike[str]) -> Files:
     """
     found: list[File] = []
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        with os.scandir(path) as entries:
+            own = [entry for entry in entries if entry.name in _NAMES]
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FileError(f"cannot read the adapter folder {os.fspath(path)}: {error}") from error
-    try:
-        for name in _NAMES:
-            with contextlib.suppress(OSError):
-                at = os.stat(name, dir_fd=folder)
-                found.append(File(name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino))
-    finally:
-        os.close(folder)
-    return tuple(found)
+    for entry in own:
+        with contextlib.suppress(OSError):
+            at = entry.stat()
+            found.append(File(entry.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino))
+    return tuple(sorted(found))
 
 
 Key = TypeVar("Key", bound=Hashable)
