@@ -104,6 +104,36 @@ def call(server: Any, messages: Sequence[dict[str, Any]], **headers: str) -> lis
     return asyncio.run(run())
 
 
+def test_a_client_that_does_not_read_its_stream_leaves_no_error_at_the_end(server, caplog):
+    """Uvicorn cancels what has not ended in time, and would log a traceback."""
+
+    async def run() -> None:
+        messages = [{"type": "http.request", "body": json.dumps({"model": "fr", **GREEDY, "stream": True}).encode()}]
+        waiting = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(_: Any) -> None:
+            waiting.set()
+            await asyncio.Event().wait()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        }  # fmt: skip
+        task = asyncio.ensure_future(make_app(server)(scope, receive, send))
+        await asyncio.wait_for(waiting.wait(), 60)
+        task.cancel()
+        await task
+
+    asyncio.run(run())
+    assert not caplog.text
+
+
 PART = {"type": "http.request", "body": b'{"model": "fr", ', "more_body": True}
 
 
