@@ -127,6 +127,8 @@ def embedding_keys(
     entries = [*tied.repeat_for_heads(config, entries, keymap), *entries]
     embeddings = {key: entry for entry in entries for key in entry.keys if key in shapes and key not in known}
     problems: list[str] = []
+    heads: list[str] = []
+    saved = {str(name).rpartition(".")[2] for name in config.get("modules_to_save") or ()}
     for key, entry in embeddings.items():
         leaf = base[entry.path.rpartition(".")[0]]
         if tuple(shapes[key]) != entry.form.file_shape:
@@ -139,7 +141,16 @@ def embedding_keys(
         else:
             expected = np.asarray(entry.form.encode(np.asarray(leaf), 0))
             if not np.array_equal(np.asarray(tensors[key]).astype(expected.dtype), expected):
-                problems.append(f"{key}: its values differ from the base's")
+                is_copy = key.removeprefix(keymap.prefix).removesuffix(".weight").rpartition(".")[2] in saved
+                (heads if is_copy else problems).append(f"{key}: its values differ from the base's")
+    raise_listed(
+        MismatchError,
+        f"{source} holds a trained copy of a head that this model ties to its token embedding, so that the model has no"
+        " leaf for the copy:",
+        heads,
+        "\nMerge the files (`jaxadapt merge BASE ADAPTER --out FOLDER`), which gives the head a tensor of its own, or"
+        " load the adapter into a model with a separate head",
+    )
     raise_listed(
         MismatchError,
         f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:",

@@ -20,6 +20,8 @@ class MethodFacts:
         rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
             prepare the adapter for it; "no" if they cannot.
         merges: False if no weight has the method's effect.
+        merges_files: False if only a model in memory can be merged: the change depends on the order of the modules, or
+            starts from values of the base.
         learning_rate: AdamW's peak learning rate in `jaxadapt demo`.
         demo: the fields of the configuration there, besides the targets.
         accuracy: the share of right answers in PEFT's benchmark; None if it has no figure. LoRA's is 0.478.
@@ -29,6 +31,7 @@ class MethodFacts:
     trains: str = ""
     rows: Literal["call", "put", "no"] = "no"
     merges: bool = True
+    merges_files: bool = True
     learning_rate: float = 1e-3
     demo: Mapping[str, Any] = FrozenDict()
     accuracy: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 
 Effect = Literal["base", "copy", "layout", "model", "tensor", "token", "training"]
@@ -87,3 +88,27 @@ def reasons_not_a_product(config: Config) -> list[str]:
     if not isinstance(config, LoraConfig):
         return [f"peft_type is {config.peft_type}"]
     return [f"{name}={value!r}" for name, value in fields_set(config).items()]
+
+
+def merge_advice(config: Config) -> str:
+    """Return how a program gets the effect of an adapter that it has no file for; for messages.
+
+    >>> merge_advice(LoraConfig(bias="all"))
+    'merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)'
+    """
+    cls = class_of(config.peft_type)
+    if cls is None:
+        return "only PEFT runs this method"
+    if not cls.facts.merges:
+        return "it changes no weight, so that no merged model has its effect either; PEFT and jaxadapt.load run it"
+    if config.get("alora_invocation_tokens") is not None:
+        return "it changes some tokens only, so that no merged model has its effect; PEFT and jaxadapt.load run it"
+    if config.get("target_parameters") or config.get("layer_replication") or not cls.facts.merges_files:
+        return "merge it into its model in memory (jaxadapt.export.export_base(model, folder, adapter))"
+    if config.get("kasa_config") is not None:
+        return 'merge it into its base in memory (jaxadapt.load(…, base="original"), jaxadapt.merge)'
+    merge = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
+    if config.get("lora_bias"):
+        return f"{merge} if the adapted modules of the base have biases; else only PEFT and jaxadapt.load run it"
+    nearest = ", or approximate it by a plain LoRA (`jaxadapt export … --rank R --base BASE`)"
+    return f"{merge}{nearest if config.get('use_dora') else ''}"

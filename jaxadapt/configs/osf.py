@@ -37,6 +37,7 @@ class OSFConfig(TargetsConfig):
 
     facts: ClassVar[MethodFacts] = MethodFacts(
         trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low",
+        merges_files=False,
         learning_rate=1e-4,
         accuracy=0.427,
         time=2.82,

@@ -40,7 +40,7 @@ class TinyLoraConfig(LayersConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="tinylora_v", rows="put", learning_rate=1e-3, accuracy=0.012, time=1.1
+        trains="tinylora_v", rows="put", merges_files=False, learning_rate=1e-3, accuracy=0.012, time=1.1
     )
     tensor_parts: ClassVar[tuple[str, ...]] = ("tinylora_v",)
     checks: ClassVar[Mapping[str, Any]] = {

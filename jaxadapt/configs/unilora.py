@@ -37,7 +37,7 @@ class UniLoraConfig(LayersConfig):
     """
 
     facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="unilora_theta_d", rows="put", learning_rate=1.0, accuracy=0.002, time=1.14
+        trains="unilora_theta_d", rows="put", merges_files=False, learning_rate=1.0, accuracy=0.002, time=1.14
     )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",

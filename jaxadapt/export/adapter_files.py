@@ -130,7 +130,12 @@ def rename_files(
             names = {name: new + name.removeprefix(old or "") for name in begins}
         changed = {name: to for name, to in names.items() if name != to}
         if not changed:
-            raise MismatchError(f"{tensors.source}: no module name begins with {old!r}; nothing to rename")
+            why = (
+                f"no other module name begins with {old!r}"
+                if base is None
+                else f"the names are those of {base} already"
+            )
+            raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
         result = _renamed(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
         file_formats.write_like(result, out, adapter, None, report)
         return changed

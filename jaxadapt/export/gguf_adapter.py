@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.configs import lora_variants
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.export import gguf_files
 from jaxadapt.export.gguf_conventions import LINEAR, Base, interleave_rows
 from jaxadapt.merging.plain_form import lora_pairs
 from jaxadapt.storage.source import TensorSource, as_source
-
-_MERGE = "merge the adapter instead (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,8 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, _
         else:
             plan[f"{name}.lora_a"] = _Tensor(keys["A"], turned=is_table)
             plan[f"{name}.lora_b"] = _Tensor(keys["B"], heads)
-    raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {_MERGE}:", problems)
+    advice = lora_variants.merge_advice(tensors.config)
+    raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {advice}:", problems)
     return plan
 
 

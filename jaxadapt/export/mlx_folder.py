@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.configs import lora_variants
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -25,7 +26,6 @@ from jaxadapt.persistence import mlx_files
 from jaxadapt.storage import atomic, flush, location, safetensors
 from jaxadapt.storage.source import TensorSource, as_source
 
-_MERGE = "merge the adapter instead (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
 _TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
 
 
@@ -84,14 +84,17 @@ def _refuse_modules(
     problems: list[str] = []
     for module, keys in modules.items():
         a, b = (arrays.specs[keys[side]].shape for side in "AB")
-        if len(a) != 2 or a[0] != b[1]:
+        if tensors.config.get("target_parameters"):
+            problems.append(f"{module}: mlx-lm adapts modules, and this is a parameter (target_parameters)")
+        elif len(a) != 2 or a[0] != b[1]:
             problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
         elif _TABLES.search(module) and tied is not False:
             why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
             problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
         elif dora and "lora_embedding" in keys["A"]:
             problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
-    raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {_MERGE}:", problems)
+    advice = lora_variants.merge_advice(tensors.config)
+    raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {advice}:", problems)
 
 
 def _spec(arrays: TensorSource, key: str, turned: bool) -> tuple[Any, tuple[int, ...]]:

@@ -28,13 +28,6 @@ MAGNITUDE = ".lora_magnitude_vector"
 """The end of the key of DoRA's magnitudes."""
 
 _PAIR = re.compile(r"(?P<module>.+)\.(?:lora|lora_embedding)_(?P<side>[AB])(?:\.weight)?")
-_MERGE = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
-_WAYS_OUT = {
-    "use_dora": f"{_MERGE}, or approximate it by a plain LoRA (`jaxadapt export … --rank R --base BASE`)",
-    "alora_invocation_tokens": "it changes some tokens only, so that no file for all tokens is equal to it",
-    "kasa_config": "merge it into the base that it was trained on",
-    "layer_replication": "export_base(model, folder, adapter) writes the merged model",
-}
 _SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _BLOCK = 1 << 17  # elements
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
@@ -68,7 +61,8 @@ def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     """
     config = tensors.config
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {_MERGE}")
+        advice = lora_variants.merge_advice(config)
+        raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {advice}")
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
         tensors = plain_lora(tensors)
@@ -112,9 +106,8 @@ def lora_pairs(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collection[str]) -> None:
     """Raise `ConfigError` for the fields that make the adapter more than W + s·B·A, with what helps for each."""
     fields = lora_variants.fields_set(config, "base", "tensor", "copy", "token", "model")
-    problems = [
-        f"{name}={value!r}: {_WAYS_OUT.get(name, _MERGE)}" for name, value in fields.items() if name not in keep
-    ]
+    advice = lora_variants.merge_advice(config)
+    problems = [f"{name}={value!r}: {advice}" for name, value in fields.items() if name not in keep]
     if lora_variants.changes_base(config) and not converts and config.kasa_config is None:
         problems.append(
             f"{lora_variants.init_field(config)}: this initialization changed the base of the adapter; pass the"
@@ -172,7 +165,7 @@ def _find_ranks(
     raise_listed(
         MismatchError,
         f"{source}: one rank for all modules is impossible, because these are grouped convolutions, whose ranks belong"
-        f" to their groups; {_MERGE}:",
+        f" to their groups; {lora_variants.merge_advice(config)}:",
         uneven,
     )
     return ranks

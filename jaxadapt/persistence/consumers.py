@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxadapt.configs import Config, lora_variants
+from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.verification import key_names
 
@@ -23,6 +24,7 @@ WORDS = {WRONG: "silently computes something else", REFUSED: "refuses it", UNKNO
 
 # The ways out, by name. A program without a form for an adapter reads the merged model.
 _MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
+_MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
 _EXPORTS = {
     "llama.cpp": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
     "Ollama": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
@@ -229,9 +231,13 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     if _is_exported(name, properties):
         return f"{export}{start}"
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
-    if {"alora", "kasa"} & properties.keys():
+    cls = class_of(properties.get("method") or properties.get("type", "LORA"))
+    if {"alora", "kasa", "init"} & properties.keys() or cls is None or not cls.facts.merges:
         return ""
-    return _MERGE if "init" not in properties else ""
+    variant = properties.get("variant", "")
+    if "parameters" in properties or "layer_replication" in variant or not cls.facts.merges_files:
+        return _MERGE_IN_MEMORY
+    return _MERGE
 
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:

@@ -144,6 +144,7 @@ GGUF = "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf"
 MLX = "jaxadapt export ADAPTER --for mlx --out FOLDER"
 PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"
 MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
+MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,8 @@ MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
         ({"init_lora_weights": "pissa"}, "llama.cpp", f"{GGUF} --first START"),
         ({"init_lora_weights": "pissa"}, "vLLM", f"{PLAIN} --first START"),
         ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
-        ({"layer_replication": [[0, 1]]}, "vLLM", MERGE),
+        ({"layer_replication": [[0, 1]]}, "vLLM", MERGE_IN_MEMORY),
+        ({"target_parameters": ["w"]}, "MLX", MERGE_IN_MEMORY),
         ({"use_dora": True}, "llama.cpp", MERGE),
         ({"use_dora": True, "use_rslora": True}, "transformers load_adapter", MERGE),
         ({"use_dora": True, "use_rslora": True}, "MLX", MLX),
