@@ -250,6 +250,30 @@ def test_errors_on_the_command_line_name_the_way_out(words, way_out, tmp_path, m
     assert re.search(way_out, result.output.strip()), result.output
 
 
+@pytest.mark.filterwarnings("ignore:.*rounded once")
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        ("tree.safetensors new --from maxtext:qwen3/scan0", "--lora-alpha 16"),
+        ("peft x.safetensors --to gemma:gemma3 --like like.safetensors", "--on-shared concat"),
+        ("heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors", "--on-shared concat"),
+    ],
+)
+def test_what_a_refusal_of_the_command_line_advises_works(words, advised, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peft_folder("gemma-gemma3", tmp_path / "peft")
+    save_file(recorded_tree("maxtext-qwen3-scan0"), "tree.safetensors")
+    save_file(recorded_tree("keras-gemma3"), "heads.safetensors")
+    leaves = {**specimens.recorded("gemma-gemma3")["leaves"], **specimens.recorded("keras-gemma3")["leaves"]}
+    save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, "like.safetensors")
+    refused = CliRunner().invoke(main, ["convert", *words.split()])
+    option, value = advised.removeprefix("--").split()
+    assert refused.exit_code == 1
+    assert re.search(rf'(?i){option.replace("-", "_")}="?{value}', refused.output), refused.output
+    done = CliRunner().invoke(main, ["convert", *words.split(), *advised.split()])
+    assert done.exit_code == 0, done.output
+
+
 def test_two_leaves_of_one_path_are_refused(tmp_path):
     """Where one would have taken the other's place."""
     tree = recorded_tree("maxtext-qwen3-scan0")
