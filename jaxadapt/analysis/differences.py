@@ -250,12 +250,18 @@ def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
         used = {name: key for name, key in keys.items() if name.startswith(_COMPARED)}
         if used:
             names.setdefault(named_parameter(tensors.config, module), {}).update(used)
-    return {module: keys for module, keys in names.items() if _is_complete(keys)}
+    shapes = as_source(tensors.tensors).shapes
+    return {module: keys for module, keys in names.items() if _has_change(keys, shapes)}
 
 
-def _is_complete(keys: Mapping[str, str]) -> bool:
-    pairs = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}, {"ia3_l"})
-    return any(pair <= keys.keys() for pair in pairs)
+def _has_change(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return True for IA3's vector, and for two factors with a product; a convolution with groups has none."""
+    for kind in ("lora", "lora_embedding"):
+        if {f"{kind}_A", f"{kind}_B"} <= keys.keys():
+            a, b = (shapes[keys[f"{kind}_{side}"]] for side in "AB")
+            diagonal = shapes[keys["lora_diag"]] if "lora_diag" in keys else a[:1]
+            return len(a) > 1 < len(b) and 0 not in a + b and a[:1] == diagonal == (math.prod(b[1:]),)
+    return "ia3_l" in keys
 
 
 def _compare(module: str, config: Config, other: Config, x: _Arrays, y: _Arrays) -> ModuleDifference | str:

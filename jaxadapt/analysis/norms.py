@@ -86,7 +86,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     for module, keys in module_keys.items():
         arrays = {name: as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
-        change = measure(module, arrays)
+        change = measure(module, arrays) if all(x.ndim and x.size for x in arrays.values()) else None
         if change is None:
             left_out.append(module)
         else:

@@ -139,7 +139,7 @@ class Config:
                 problems.note(name, f"{name}: {error}")
             except RecursionError:
                 problems.note(name, f"{name}: the value is nested too deeply; expected a few levels")
-                object.__setattr__(self, name, None)
+                problems.raise_if_any(type(self).__name__)
         self._check(problems)
         problems.raise_if_any(type(self).__name__)
 

@@ -30,6 +30,8 @@ def measure(config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Chang
     if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.use_qalora or config.use_bdlora:
         return None
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
+    if min(a.ndim, b.ndim) < 2:
+        return None
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     if "lora_diag" in arrays:
         a = arrays["lora_diag"][:, None] * a  # KaSA

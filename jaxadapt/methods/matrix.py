@@ -7,6 +7,7 @@ paper or PEFT writes it, and works for every keymap: split heads, fused parts, s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
 from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries
@@ -119,7 +121,10 @@ class MatrixMethod(Method):
         needed = {tensor.name for tensor in tensors if tensor.in_file and not tensor.optional}
         shape = file_sizes(config, module, found)
         complete = needed <= arrays.keys() <= {tensor.name for tensor in tensors}
-        if self.effect(own).reads or None in shape or not complete:
+        if self.effect(own).reads or not complete or not all(shape):
+            return None
+        sizes = {"out": shape[0] or 0, "in": shape[1] or 0}
+        if any(found[each.name] != _file_shape(each, sizes) for each in tensors if each.name in found):
             return None
         delta = self.delta(own, {name: jnp.asarray(x) for name, x in arrays.items()}, jnp.zeros(shape))
         return change_of_matrix(np.asarray(delta).astype(np.float64), config.get("r"))
@@ -294,3 +299,9 @@ def choose(used: Any, new: Array, old: Array) -> Array:
     return (
         new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
     )  # NaN, where an id is no slot, stays
+
+
+def _file_shape(tensor: MethodTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a tensor in a file, from the sizes of the weight's axes."""
+    sizes = {**sizes, **dict(tensor.own)}
+    return tuple(math.prod(sizes.get(name, 0) for name in group) for group in tensor.torch)

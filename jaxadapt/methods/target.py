@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
-from jaxadapt.core.errors import ConfigError, warn
+from jaxadapt.core.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.per_entry import per_entry
@@ -81,9 +81,17 @@ class Target:
         return math.prod(sizes[name] for name in names)
 
     def own_size(self, tensor: str, axis: int, new: Callable[[], int]) -> int:
-        """Return the size of an axis of the method's own: that of the existing tensor, or `new()` for a new adapter."""
+        """Return the size of an axis of the method's own: that of the existing tensor, or `new()` for a new adapter.
+
+        Raises `MismatchError` if the existing tensor has no such axis.
+        """
         shape = self.found.get(tensor)
-        return new() if shape is None else shape[axis]
+        if shape is None:
+            return new()
+        if axis >= len(shape):
+            module = next(iter(self.modules), self.leaf)
+            raise MismatchError(f"{module}: {tensor}: expected at least {axis + 1} axes, found the shape {list(shape)}")
+        return shape[axis]
 
     def value(self, field: Callable[[str], float]) -> float | PerEntry:
         """Return `field(module)`: one number if all modules agree, else a number for each."""

@@ -157,7 +157,7 @@ def adapter_from_tensors(
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, on_shared)
-        found = as_source(tensors.tensors).shapes
+        found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}
         recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
         planning.check_kernels(recipe.config, base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt import MismatchError
+from jaxadapt import MismatchError, configs
+from jaxadapt.analysis import differences, norms
 from jaxadapt.cli import main
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
@@ -161,3 +165,55 @@ def test_the_layers_that_a_configuration_states_are_not_gone_through(tmp_path, m
     assert [tensor.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors] == [
         "blk.11.attn_q.weight.lora_a", "blk.11.attn_q.weight.lora_b",
     ]  # fmt: skip
+
+
+# ---- shapes that do not fit each other ------------------------------------------------------------------------
+
+
+def misshapen(tensors: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    for key, x in tensors.items():
+        for changed in (np.zeros((), x.dtype), x[:0], x[1:], x.T.copy(), x.ravel()):
+            yield {**tensors, key: changed}
+    yield {key: x[..., :0] for key, x in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["LORA", "LOHA", "LOKR", "VERA", "C3A", "OFT"])
+def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
+    """`inspect --norms`, `diff` and `load`."""
+    method = jaxadapt.methods.METHODS[name]
+    config = type(configs.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples()[0])
+    base = {"q_proj": {"kernel": np.ones((6, 8), "f4")}}
+    good = jaxadapt.to_peft(jaxadapt.init(config, base, key=jax.random.key(0)))
+    for tensors in misshapen({key: np.asarray(x) for key, x in good.tensors.items()}):
+        bad = jaxadapt.PeftTensors(config, tensors, "x")
+        for look in (
+            lambda bad=bad: norms.measure_norms(bad),
+            lambda bad=bad: differences.diff(bad, bad),
+            lambda bad=bad: differences.diff(good, bad),
+            lambda bad=bad: jaxadapt.from_peft(bad, base),
+        ):
+            with contextlib.suppress(jaxadapt.AdapterError):
+                look()
+
+
+def test_a_grouped_convolution_is_compared_by_its_tensors():
+    """A has all ranks, and B those of one group: PEFT's shapes."""
+    config = jaxadapt.LoraConfig(r=4, target_modules=["conv"])
+    prefix = "base_model.model.conv.lora_"
+    first, second = (
+        jaxadapt.PeftTensors(config, {f"{prefix}A.weight": a, f"{prefix}B.weight": np.ones((6, 2, 1, 1), "f4")})
+        for a in (np.ones((4, 2, 3, 3), "f4"), np.zeros((4, 2, 3, 3), "f4"))
+    )
+    found = differences.diff(first, second)
+    assert {module.module: module.distance for module in found.modules} == {
+        "conv.lora_A.weight": 72**0.5,
+        "conv.lora_B.weight": 0,
+    }
+
+
+@pytest.mark.parametrize("method", ["P_TUNING", "LN_TUNING", "PREFIX_TUNING", "LORA"])
+def test_a_configuration_that_is_nested_deeply_is_an_error(method):
+    deep = "[" * 500 + "]" * 500
+    for field in ("unknown", "target_modules", "encoder_hidden_size", "auto_mapping"):
+        with pytest.raises(jaxadapt.ConfigError, match="nested too deeply"):
+            configs.loads(f'{{"peft_type": "{method}", "{field}": {deep}}}')
