@@ -17,6 +17,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import module_order, plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
@@ -173,6 +174,11 @@ def bind_shared(
     targets = [site.target for site in sites if not site.method.copies]
     shared: list[SharedTensor] = []
     for tensor in method.shared(config, targets, found):
+        if tensor.from_base:
+            raise AttachError(
+                f"{method.peft_type}: {tensor.name} is a tensor of the whole adapter and cannot be from_base, because"
+                " it belongs to no one weight; return it from `tensors`, or draw it in `init` without start.w"
+            )
         own = dict(tensor.own)
         names = [name for name in tensor.axes if name != "batch"]
         right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)

@@ -35,10 +35,12 @@ GROUPS = {
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
 INTERRUPTED = 130
+_ERROR_STATUS = {"diff": 2}
+"""{command: exit status after an error}, 1 by default. `diff` exits with 1 if the adapters differ."""
 
 
 class _Commands(click.Group):
-    """The command group: an `AdapterError` is printed as one message with exit status 1; Ctrl-C exits with 130."""
+    """The command group: an `AdapterError` is printed as one message, with exit status 1 or 2; Ctrl-C exits with 130."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -80,7 +82,7 @@ class _Commands(click.Group):
         except AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
             click.echo(escape_text(str(error), keep="\n"), err=True)
-            sys.exit(1)
+            sys.exit(_ERROR_STATUS.get(ctx.invoked_subcommand or "", 1))
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -130,7 +132,7 @@ def main(verbose: bool) -> None:
     of an object store (s3://…, gs://…). `jaxadapt COMMAND --help` explains a command and gives an example.
 
     With --json, a command prints its result as JSON to standard output and nothing else. The exit status is 0 on
-    success, 1 for an error (explained on standard error), 2 for wrong usage, and 130 after Ctrl-C.
+    success, 1 for an error (explained on standard error; `jaxadapt diff` has 2), 2 for wrong usage, and 130 after Ctrl-C.
     """
     # The Hub's client logs each of its attempts; the error at the end says what failed.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.INFO if verbose else logging.ERROR)

@@ -42,7 +42,7 @@ def command(first: str, second: str, as_json: bool, modules: bool, plot: str | N
       cosine     1 for the same direction, 0 for unrelated changes, −1 for opposite ones
       angles     between the spaces of outputs (of B) and of inputs (of A): smallest and largest, in degrees
 
-    The exit status is 0 if the adapters are equal, and 1 if they differ.
+    The exit status is 0 if the adapters are equal, 1 if they differ, and 2 after an error.
 
     \b
     Example:

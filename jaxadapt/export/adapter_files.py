@@ -14,6 +14,7 @@ from typing import Any
 from jaxadapt import configs
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora_variants, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.ia3 import is_feedforward
@@ -69,9 +70,17 @@ def resize_files(
                 f" {', '.join(reasons)}. If it changes weights only, `jaxadapt export ADAPTER --rank R --base BASE`"
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
+        _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
         reduced, error = rank_reduction.resize_rank(file_formats.with_pytorch_names(tensors), r)
-        file_formats.write_like(_kept(peft.to_peft(reduced), tensors), out, adapter, dtype, report)
+        result = _kept(peft.to_peft(reduced), tensors)
+        _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
+        file_formats.write_like(result, out, adapter, dtype, report)
         return error
+
+
+def _refuse_not_finite(tensors: PeftTensors, way_out: str) -> None:
+    if names := finite.names_not_finite(tensors.tensors):
+        raise MismatchError(f"{tensors.source}: {finite.not_finite_message(names, way_out)}")
 
 
 def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> PeftTensors:

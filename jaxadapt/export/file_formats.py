@@ -284,7 +284,7 @@ def convert_several(
     """
     place = location.to_location(target)
     names = list(map(_last_name, sources))
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = paths.repeated(names)
     if twice:
         raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
     single = options.get("format") in FILES

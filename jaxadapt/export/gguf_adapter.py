@@ -79,7 +79,7 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, _
             problems.append(f"{module}: llama.cpp adds no LoRA to {name}")
         elif kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False:
             problems.append(f"{module}: the head is tied to the token embedding, which llama.cpp cannot adapt")
-        elif len(a) != 2 or a[0] != b[1] or (is_table != (kind == "TOKEN_EMBD")):
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1] or (is_table != (kind == "TOKEN_EMBD")):
             problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
         elif heads is not None and b[0] % (2 * heads):
             problems.append(f"{module}: expected rows for {heads} heads ({base.source}), found {b[0]}")

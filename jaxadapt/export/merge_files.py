@@ -207,6 +207,8 @@ def combine_folders(
         if not allow_nan:
             refuse_nan(tensors, "combine")
         combined = _replace_base(_combine_tensors(tensors, weights, resize, options), tensors)
+        if not allow_nan:
+            refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
         file_formats.write_like(combined, out, adapters[0], dtype, report)
         return combined
 

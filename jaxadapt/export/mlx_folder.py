@@ -86,7 +86,7 @@ def _refuse_modules(
         a, b = (arrays.specs[keys[side]].shape for side in "AB")
         if tensors.config.get("target_parameters"):
             problems.append(f"{module}: mlx-lm adapts modules, and this is a parameter (target_parameters)")
-        elif len(a) != 2 or a[0] != b[1]:
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
         elif _TABLES.search(module) and tied is not False:
             why = "the head is tied to it" if tied else "the head may be tied to it; pass base="

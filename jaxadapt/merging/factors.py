@@ -319,6 +319,13 @@ def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
 # ---------------------------------------------------------------- the SVD of a product
 
 
+def svd(w: Array) -> tuple[Array, Array, Array]:
+    """Return U, S, Vh of matrices; S is NaN where a matrix has a NaN or an infinity, on which LAPACK may not end."""
+    is_finite = jnp.isfinite(w).all((-2, -1), keepdims=True)
+    u, s, vh = jnp.linalg.svd(jnp.where(is_finite, w, 0), full_matrices=False)
+    return u, jnp.where(is_finite[..., 0], s, jnp.nan), vh
+
+
 def product_svd(b: Array, a: Array) -> tuple[Array, Array, Array]:
     """Return U, S, Vh of b @ a for b (..., out, k) and a (..., k, in), without forming the product.
 
@@ -326,7 +333,7 @@ def product_svd(b: Array, a: Array) -> tuple[Array, Array, Array]:
     """
     qb, rb = jnp.linalg.qr(b)
     qa, ra = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
-    u, s, vh = jnp.linalg.svd(rb @ jnp.swapaxes(ra, -1, -2), full_matrices=False)
+    u, s, vh = svd(rb @ jnp.swapaxes(ra, -1, -2))
     return qb @ u, s, vh @ jnp.swapaxes(qa, -1, -2)
 
 

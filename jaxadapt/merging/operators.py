@@ -85,7 +85,7 @@ def _combine_modules(
             mixed = _combine_tensors(
                 combination, deltas, weights, None if masks is None else jnp.stack([m for (m,) in masks])
             )
-            u, s, vh = jnp.linalg.svd(mixed, full_matrices=False)
+            u, s, vh = factors.svd(mixed)
             return factors.truncate_svd(u, s, vh, combination.r)
 
         return jax.lax.map(combine_module, (a, b, masks))  # one by one: a change is as large as its weight

@@ -247,7 +247,7 @@ def _approximate(change: Array, r: int) -> tuple[Array, Array, Array]:
     """Return A, B and the errors of the best approximations of rank r."""
 
     def approximate_matrix(w: Array) -> tuple[Array, Array, Array]:
-        u, s, vh = jnp.linalg.svd(w, full_matrices=False)
+        u, s, vh = factors.svd(w)
         return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
 
     return jax.lax.map(approximate_matrix, change)  # layer by layer: an SVD needs the memory of several weights

@@ -22,6 +22,7 @@ from typing import Any, cast
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import LoraConfig
 from jaxadapt.configs.peft_type import mlx_keys
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import reconcile
@@ -244,7 +245,7 @@ def read_tensors(file: TensorSource, settings: Settings, source: str) -> PeftTen
         problem = _problem(names[module], shapes, settings, untied)
         if problem:
             problems.append(f"{module}: {problem}")
-    twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    twice = paths.repeated(names.values())
     problems += [f"{name}: two modules of the file have this name in PyTorch" for name in twice]
     if not modules:
         problems.append("no module with lora_a and lora_b")

@@ -62,7 +62,7 @@ def is_address(path: object) -> bool:
 
 
 def to_location(path: str | os.PathLike[str]) -> Location:
-    """Return the `Path` or the `Address` that a path or a text names. Raises `FileError` for an empty text.
+    """Return the `Path` or the `Address` that a path or a text names. Raises `FileError` for no path or no text.
 
     >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
     (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
@@ -71,6 +71,9 @@ def to_location(path: str | os.PathLike[str]) -> Location:
         return path
     if is_address(path):
         return Address(str(path))
+    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = type(path).__name__
+        raise FileError(f"expected a path, found {found}; the order is save(model, path) and load(path, model)")
     text = os.fspath(path)
     if not text:  # often a variable of a shell that is not set
         raise FileError('expected a path, found an empty text; for the working directory write "."')

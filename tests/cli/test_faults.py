@@ -1,0 +1,126 @@
+"""Faults in arguments and values that once ended in a traceback, in no end, or in a file that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.core import paths
+from jaxadapt.merging import factors
+from jaxadapt.methods.vera import Vera
+from jaxadapt.persistence import mlx_files
+from tests.support import small
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def lora(folder: Path, a: Any, b: Any, **fields: Any) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]} | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def full(value: float, rank: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((rank, 4), value, "f4"), np.full((4, rank), value, "f4")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(np.nan, "an earlier step"), (np.inf, "an earlier step"), (3e38, "overflow")]
+)
+def test_resize_writes_no_adapter_that_is_not_finite(value, says, tmp_path):
+    done = run("resize", lora(tmp_path / "in", *full(value)), "--rank", 1, "--out", tmp_path / "out")
+    assert (done.exit_code, says in done.stderr) == (1, True), done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_product_that_overflows_is_combined_into_an_error(tmp_path):
+    """LAPACK's SVD does not end on an infinity."""
+    u, s, vh = factors.svd(np.array([[[1, np.inf], [0, 1]], [[2, 0], [0, 1]]], "f4"))
+    assert np.isnan(s[0]).all()
+    np.testing.assert_allclose(u[1] @ np.diag(s[1]) @ vh[1], [[2, 0], [0, 1]], atol=1e-6)
+    adapters = [lora(tmp_path / str(value), *full(value)) for value in (3e38, 1)]
+    done = run("combine", *adapters, "--weights", "1,1", "--out", tmp_path / "out")
+    assert (done.exit_code, "the result" in done.stderr) == (1, True), done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_diff_has_a_status_for_differences_and_another_for_errors(tmp_path):
+    one, other = lora(tmp_path / "one", *full(1)), lora(tmp_path / "other", *full(2))
+    status = [run("diff", one, second).exit_code for second in (one, other, tmp_path / "nowhere")]
+    assert status == [0, 1, 2]
+    assert run("inspect", tmp_path / "nowhere").exit_code == 1
+
+
+def test_exchanged_arguments_are_an_error(tmp_path):
+    model = small.trained()
+    for call in (
+        lambda: jaxadapt.save(tmp_path / "out", model),
+        lambda: jaxadapt.load(model, tmp_path / "out"),
+        lambda: jaxadapt.load(small.variables(), tmp_path / "out"),
+        lambda: jaxadapt.read(model),
+    ):
+        with pytest.raises(jaxadapt.FileError, match=r"expected a path, found .*; the order is save\(model, path\)"):
+            call()
+
+
+@pytest.mark.parametrize("program", ["mlx", "gguf"])
+def test_factors_of_four_axes_are_refused(program, tmp_path):
+    a, b = full(1)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "num_attention_heads": 2, "num_hidden_layers": 1}')
+    out = tmp_path / f"out{'.gguf' if program == 'gguf' else ''}"
+    adapter = lora(tmp_path / "in", a, b.reshape(4, 2, 1, 1))
+    done = run("export", adapter, "--for", program, "--base", tmp_path, "--out", out)
+    assert (done.exit_code, "expected matrices" in done.stderr) == (1, True), done.output
+    assert not out.exists()
+
+
+def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
+    shared = Vera.shared
+    monkeypatch.setattr(
+        Vera, "shared", lambda *args: tuple(dataclasses.replace(t, from_base=True) for t in shared(*args))
+    )
+    config = jaxadapt.configs.VeraConfig(r=5, target_modules=["q_proj"])
+    with pytest.raises(
+        jaxadapt.AttachError, match=r"VERA: vera_A is a tensor of the whole adapter and cannot be from_b"
+    ):
+        jaxadapt.init(config, small.base()["params"], key=jax.random.key(0))
+
+
+class Counted(str):
+    """A text that counts its comparisons."""
+
+    __slots__ = ()
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_the_modules_of_mlx_are_compared_a_few_times_each(tmp_path, monkeypatch):
+    name = mlx_files.torch_name
+    monkeypatch.setattr(mlx_files, "torch_name", lambda module: Counted(name(module)))
+    weights = {f"model.layers.{i}.q.{part}": np.ones((2, 2), "f4") for i in range(200) for part in ("lora_a", "lora_b")}
+    save_file(weights, tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert len(jaxadapt.read(tmp_path).tensors) == 400
+    assert Counted.compared < 20 * 200
+    assert paths.repeated(["b", "a", "b", "a", "c"]) == ["a", "b"]
