@@ -40,7 +40,7 @@ _ERROR_STATUS = {"diff": 2}
 
 
 class _Commands(click.Group):
-    """The command group: an `AdapterError` is printed as one message, with exit status 1 or 2; Ctrl-C exits with 130."""
+    """The command group: an `AdapterError` is printed as one message, with its exit status; Ctrl-C exits with 130."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -132,7 +132,8 @@ def main(verbose: bool) -> None:
     of an object store (s3://…, gs://…). `jaxadapt COMMAND --help` explains a command and gives an example.
 
     With --json, a command prints its result as JSON to standard output and nothing else. The exit status is 0 on
-    success, 1 for an error (explained on standard error; `jaxadapt diff` has 2), 2 for wrong usage, and 130 after Ctrl-C.
+    success, 1 for an error (2 of `jaxadapt diff`), which standard error explains, 2 for wrong usage, and 130 after
+    Ctrl-C.
     """
     # The Hub's client logs each of its attempts; the error at the end says what failed.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.INFO if verbose else logging.ERROR)
