@@ -225,3 +225,77 @@ def test_kasa_is_merged_into_the_base_that_it_changes(tmp_path: Path):
     loaded = jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP, base="original")
     wanted = jaxadapt.merge(started.base, started.adapter)
     np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted["q"]["kernel"], atol=1e-5)
+
+
+def test_the_ways_out_of_merge_work(tmp_path: Path):
+    adapter = adapted(jaxadapt.LoraConfig(r=2, target_modules=["q"]), parameters(), tmp_path / "adapter")
+    values = {path: x * jnp.nan for path, x in adapter.flat().items()}
+    damaged = dataclasses.replace(adapter, params=paths.unflatten(values))
+    with pytest.raises(AdapterError, match="allow_nan=True merges them nevertheless"):
+        jaxadapt.merge(parameters(), damaged)
+    assert jnp.isnan(jaxadapt.merge(parameters(), damaged, allow_nan=True)["q"]["kernel"]).all()
+    export_base(parameters(), tmp_path / "base", keymap=KEYMAP)
+    merge = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "--out"]
+    refused = CliRunner().invoke(main, [*merge, str(tmp_path / "x.gguf")])
+    assert "merge into a folder" in " ".join(refused.output.split())
+    run(*merge, tmp_path / "x")
+
+
+def test_an_adapter_of_a_tied_lookup_is_merged_with_a_separate_head():
+    own = (
+        jaxadapt.Weight("emb.embedding", "emb.weight", "v d -> v d", kind="embedding"),
+        jaxadapt.Weight("lm_head.kernel", "lm_head.weight", "i o -> o i"),
+    )
+    ties = (("lm_head.weight", "emb.weight"),)
+    tied = jaxadapt.KeyMap("tied", (*own, *KEYMAP.weights), output="lm_head", tied=ties, order=KEYMAP.order)
+    config = jaxadapt.LoraConfig(r=2, target_modules=["emb"], init_lora_weights=False)
+    adapter = jaxadapt.init(config, parameters(), key=jax.random.key(0), keymap=tied)
+    with pytest.raises(AdapterError, match="Build the model with a separate head"):
+        jaxadapt.merge(parameters(), adapter)
+    separate = {**parameters(), "lm_head": {"kernel": parameters()["emb"]["embedding"].T}}
+    merged = jaxadapt.merge(separate, adapter)
+    assert (merged["lm_head"]["kernel"] == separate["lm_head"]["kernel"]).all()
+    assert not (merged["emb"]["embedding"] == separate["emb"]["embedding"]).all()
+
+
+def test_the_ways_out_of_load_for_an_adapter_of_a_changed_base_work(tmp_path: Path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa")
+    started = jaxadapt.initializers.start(config, parameters(), key=jax.random.key(0), keymap=KEYMAP)
+    jaxadapt.save(started.adapter, tmp_path / "first")
+    trained = dataclasses.replace(started.adapter, params=jax.tree.map(lambda x: 2 * x, started.adapter.params))
+    jaxadapt.save(trained, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"(?s)base='original'.*base='changed'.*for_original_base"):
+        jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP)
+    wanted = jaxadapt.merge(started.base, trained)["q"]["kernel"]
+    run("start", tmp_path / "adapter", "--undo", tmp_path / "first", "--out", tmp_path / "plain")
+    for folder, base, options in (
+        ("adapter", parameters(), {"base": "original"}), ("adapter", started.base, {"base": "changed"}),
+        ("plain", parameters(), {}),
+    ):  # fmt: skip
+        loaded = jaxadapt.load(tmp_path / folder, {"params": base}, keymap=KEYMAP, **options)
+        np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted, atol=1e-4)
+
+
+def test_an_adapter_with_other_base_weights_is_loaded_after_they_are_replaced(tmp_path: Path):
+    adapter = adapted(jaxadapt.LoraConfig(r=2, target_modules=["q"]), parameters(), tmp_path / "adapter")
+    tensors = jaxadapt.to_peft(adapter)
+    weight = np.ones((16, 8), "float32")
+    own = {**tensors.tensors, "base_model.model.q.base_layer.weight": weight}
+    jaxadapt.write(jaxadapt.PeftTensors(tensors.config, own), tmp_path / "own")
+    with pytest.raises(AdapterError, match="Replace the base parameters yourself"):
+        jaxadapt.load(tmp_path / "own", {"params": parameters()}, keymap=KEYMAP)
+    replaced = parameters()
+    replaced["q"]["kernel"] = jnp.asarray(jaxadapt.read(tmp_path / "own").tensors[[*own][-1]]).T
+    assert jaxadapt.extract(jaxadapt.load(tmp_path / "own", {"params": replaced}, keymap=KEYMAP)).config.r == 2
+
+
+def test_the_ways_out_of_load_beside_an_attached_adapter_work(tmp_path: Path):
+    adapted(jaxadapt.LoraConfig(r=2, target_modules=["q"]), parameters(), tmp_path / "adapter")
+    other = adapted(jaxadapt.LoraConfig(r=3, target_modules=["up"]), parameters(), tmp_path / "other")
+    variables = {"params": parameters(), **other.collection}
+    with pytest.raises(AdapterError, match=r"load\(…, replace=True\) replaces .* load\(…, name=…\) keeps both"):
+        jaxadapt.load(tmp_path / "adapter", variables, keymap=KEYMAP)
+    replaced = jaxadapt.load(tmp_path / "adapter", variables, keymap=KEYMAP, replace=True)
+    assert jaxadapt.extract(replaced).config.r == 2
+    both = jaxadapt.load(tmp_path / "adapter", variables, name="second", keymap=KEYMAP)
+    assert [jaxadapt.extract(both, name).config.r for name in ("default", "second")] == [3, 2]
