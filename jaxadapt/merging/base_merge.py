@@ -19,7 +19,7 @@ from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
+from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, refuse_dependent, spec_of
 from jaxadapt.methods import AppliedMethod, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
@@ -139,12 +139,7 @@ def _are_same(first: Adapter, other: Any) -> bool:
 
 def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any) -> Any:
     """Merge a model's active adapters and remove them; on failure the model stays unchanged."""
-    not_additive = [name for name, x in adapters.items() if x.config.peft_type != "LORA" or x.config.get("use_dora")]
-    if len(adapters) > 1 and not_additive:
-        raise AttachError(
-            f"cannot merge several active adapters, {', '.join(map(repr, adapters))}: the effect of {not_additive[0]!r}"
-            " on a weight depends on the others. Activate one of them, and merge it"
-        )
+    refuse_dependent(adapters)
     walked = graph.walk_if_model(model)
     attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
     attach.activate(walked, ())
@@ -214,10 +209,9 @@ def _apply_changes(
     changes: dict[str, ChangedLeaf] = {}
     for adapter in adapters:
         for path, leaf_change in plan_changes({**base, **values}, adapter, *change).items():
-            # A replacement comes before an addition.
-            inner, outer = (
-                (leaf_change, changes.get(path)) if leaf_change.site.method.copies else (changes.get(path), leaf_change)
-            )
+            # A replacement comes before an addition, and of adapters that turn the input the last one comes first.
+            first = leaf_change.site.method.copies or leaf_change.site.effects.order == "input"
+            inner, outer = (leaf_change, changes.get(path)) if first else (changes.get(path), leaf_change)
             changes[path] = outer.with_base(inner) if outer and inner else leaf_change
     if not allow_nan:
         for adapter in adapters:

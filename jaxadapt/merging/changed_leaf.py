@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.sites import Site, map_layers
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.sites import Site, map_layers, sites_of
 from jaxadapt.arrays import placement
 from jaxadapt.arrays.axes import Axes
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods import LAYER, AppliedMethod, Method, as_computable, at_least_float32
 
 Change = Callable[[AppliedMethod, Any], Any]
@@ -104,6 +106,33 @@ class ChangedLeaf:
         """The axes that can be computed slice by slice: each output has a sum of its own."""
         entry = self.site.match.weight
         return () if entry.groups > 1 else tuple(entry.left.index(name) for name in entry.roles["out"])
+
+
+def refuse_dependent(adapters: Mapping[str, Adapter]) -> None:
+    """Raise `AttachError` unless merging one adapter after the other gives the outputs of all of them active.
+
+    It does if each of them scales the outputs or adds to a weight that it does not read, or if all change the weight in
+    the same way and each changes what the one before it gives.
+    """
+    by_leaf: dict[str, dict[str, Site]] = {}
+    for name, adapter in adapters.items():
+        for site in sites_of(adapter) if len(adapters) > 1 else ():
+            if not site.method.copies:
+                by_leaf.setdefault(site.leaf, {})[name] = site
+    dependent: list[str] = []
+    for leaf, found in by_leaf.items():
+        effects = {(site.method.peft_type, site.effects) for site in found.values()}
+        from_base = any(one.weight == "adds" and one.reads for _, one in effects)
+        apart = all(one.weight == "adds" or one.bias == "scales" for _, one in effects)
+        if len(found) > 1 and (from_base or not (apart or len(effects) == 1)):
+            dependent.append(f"{leaf}: " + ", ".join(f"{name} ({x.method.peft_type})" for name, x in found.items()))
+    raise_listed(
+        AttachError,
+        "cannot merge several active adapters: on these weights an adapter's change depends on the weight, or changes"
+        " the input that another adapter gets, so merging one after the other need not give the model's outputs."
+        " Activate one of them, and merge it:",
+        dependent,
+    )
 
 
 def spec_of(x: Any) -> jax.ShapeDtypeStruct:

@@ -154,8 +154,8 @@ class AppliedMethod:
 class AppliedMethods:
     """Several active adapters on one weight.
 
-    Each changes the result of the one before it. The weight W becomes W·H₁·H₂, so the input goes through H₂ first.
-    Outputs change in order.
+    Each changes the result of the one before it; a copy of the weight comes before the others. The weight W becomes
+    W·H₁·H₂, so the input goes through H₂ first. Outputs change in order.
     """
 
     hooks: tuple[AppliedMethod, ...]
@@ -169,12 +169,14 @@ class AppliedMethods:
 
     @property
     def by_weight(self) -> bool:
-        return all(hook.by_weight for hook in self.hooks)
+        return all(hook.by_weight for hook in self.hooks) or any(_replaces(hook) for hook in self.hooks)
 
     @property
     def _weight_order(self) -> tuple[AppliedMethod, ...]:
         """The adapters in the order in which they change the weight."""
-        return self.hooks[::-1] if all(hook.effects.order == "input" for hook in self.hooks) else self.hooks
+        if all(hook.effects.order == "input" for hook in self.hooks):
+            return self.hooks[::-1]
+        return tuple(sorted(self.hooks, key=lambda hook: not _replaces(hook)))
 
     def input(self, use: Use, x: Array) -> Array:
         for hook in reversed(self._weight_order):
@@ -218,6 +220,11 @@ class AppliedMethods:
         for hook in self.hooks:
             bias = hook.bias(bias)
         return bias
+
+
+def _replaces(hook: AppliedMethod) -> bool:
+    """Return True for a copy that the layer runs with in place of its weight."""
+    return hook.method.copies and hook.by_weight
 
 
 _AnyUse = TypeVar("_AnyUse", bound=Use | Operation)

@@ -13,7 +13,7 @@ after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `t
   Here the layer is PEFT's, and a merge is refused. The patches are those of the input before the convolution pads it; a
   layer that pads it in a mode of its own (circular, reflect) does so before, and PEFT after.
 - PEFT's layer rotates the input by the first of several active adapters first, its merge by the last. Here it is the
-  first, and several active adapters cannot be merged.
+  first in both.
 - PEFT never applies `module_dropout`. Here it has no effect either, and a new adapter warns.
 - PEFT gives `oft_R` of a convolution the square of the window's first size, so only square windows are accepted.
 """

@@ -81,7 +81,7 @@ def test_several_adapters_of_a_model():
     small.trained(LORA, 2, "b", model)
     jaxadapt.activate(model, "a", "b")
     out = model(X)
-    with pytest.raises(AttachError, match="several active adapters, 'a', 'b': the effect of 'a' on a weight"):
+    with pytest.raises(AttachError, match=r"several active adapters: .*\n  up_proj.kernel: a \(IA3\), b \(LORA\)"):
         jaxadapt.merge(model)
     np.testing.assert_array_equal(model(X), out)
 
@@ -90,6 +90,31 @@ def test_several_adapters_of_a_model():
     with pytest.raises(AttachError, match=r"carry the adapters \['default', 'other'\]"):
         jaxadapt.merge(both)
     assert list(jaxadapt.merge(both, jaxadapt.extract(both, "other"))["lora"]) == ["default"]
+
+
+LOHA = jaxadapt.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)
+SCALES = jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+
+
+@pytest.mark.parametrize("configs", [(LOHA, LOHA), (LOHA, LORA), (SCALES, LORA), (LORA, SCALES)])
+def test_several_adapters_of_other_types_merge_to_what_they_give_together(configs):
+    model = small.net()
+    for seed, (name, config) in enumerate(zip("ab", configs, strict=True)):
+        small.trained(config, seed, name, model)
+    jaxadapt.activate(model, ["a", "b"])
+    np.testing.assert_allclose(jaxadapt.merge(model)(X), model(X), **CLOSE)
+
+
+@pytest.mark.parametrize("config", [LORA, LOHA, SCALES], ids=lambda config: config.peft_type)
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_an_adapter_changes_the_copy_that_another_one_has_of_its_weight(config, order):
+    model = small.trained(config, 1, "a")
+    small.trained(LORA.replace(target_modules=["up_proj"], modules_to_save=["q_proj"]), 2, "b", model)
+    copied = jaxadapt.merge(jaxadapt.activate(model, "b"))  # it keeps "a"
+    want = jaxadapt.activate(copied, "a")(X)
+    jaxadapt.activate(model, list(order))
+    np.testing.assert_allclose(model(X), want, **CLOSE)
+    np.testing.assert_allclose(jaxadapt.merge(model)(X), want, **CLOSE)
 
 
 def test_what_carries_no_adapter_says_so():

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import configs, methods
+from jaxadapt import AttachError, configs, methods
 from jaxadapt.adapters import selection, sites
 from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
@@ -232,6 +232,8 @@ ALONE = {
     "LN_TUNING": "does not allow inference with more than one adapter",
     "TRAINABLE_TOKENS": "Token indices of adapter other are already defined",
 }
+# Each adapter computes its change from the base weight, which a merge of the other one changes; BEFT needs biases.
+UNMERGED = dict.fromkeys(("HIRA", "PEANUT", "DEFT"), "cannot merge several active adapters") | {"BEFT": "have none"}
 FIRST_ONLY = {"OSF"}  # PEFT silently applies the first one; here each changes what the one before it gives
 
 
@@ -269,6 +271,11 @@ def test_several_active_adapters_give_pefts_logits(peft_type: str, i: int, tmp_p
     jaxadapt.activate(ours, ("default", "other"))
     assert_close(ours(jnp.asarray(IDS)), want)
     assert not np.allclose(want, peft_results(peft_type, i)[0], atol=1e-4)
+    if peft_type in UNMERGED:
+        with pytest.raises(AttachError, match=UNMERGED[peft_type]):
+            jaxadapt.merge(ours)
+    else:
+        assert_close(jaxadapt.merge(ours)(jnp.asarray(IDS)), want)
 
 
 def cases_with_redundant_tensors() -> list[Any]:

@@ -135,7 +135,8 @@ def test_one_of_several_decides_or_all():
     flags = {"by_weight": all, "forward": any, "apart": any}
     for name, rule in flags.items():
         for values in ((True, True), (True, False), (False, True), (False, False)):
-            hooks = tuple(SimpleNamespace(**{"by_weight": False, name: value}) for value in values)
+            method = SimpleNamespace(copies=False)
+            hooks = tuple(SimpleNamespace(**{"method": method, "by_weight": False, name: value}) for value in values)
             assert getattr(AppliedMethods(hooks), name) is rule(values)
     for values in ((True, True), (True, False), (False, False)):
         hooks = tuple(SimpleNamespace(follows=lambda _, value=value: value) for value in values)

@@ -148,6 +148,7 @@ def test_two_adapters_with_other_rows_are_active_together_as_peft_merges_them(ti
     jaxadapt.load(tmp_path, model, name="other")
     jaxadapt.activate(model, ("default", "other"))
     np.testing.assert_allclose(model(jnp.asarray(IDS)), want, **close)
+    np.testing.assert_allclose(jaxadapt.merge(model)(jnp.asarray(IDS)), want, **close)
 
     module, variables = llama.twin_of(base(tied), "linen")
     for name in ("default", "other"):

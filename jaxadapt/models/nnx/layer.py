@@ -246,9 +246,9 @@ def _changed_params(module: Any, hooks: Mapping[str, AppliedMethod | AppliedMeth
     attributes = vars(module)
     changed = {leaf: hook.weight(attributes[leaf].get_value()) for leaf, hook in hooks.items()}
     bias = attributes.get("bias")
-    if "bias" not in hooks and isinstance(bias, nnx.Param):
-        old = bias.get_value()
-        new = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), old)
+    if isinstance(bias, nnx.Param):
+        old = changed.get("bias", bias.get_value())
+        new = functools.reduce(lambda b, leaf: b if leaf == "bias" else hooks[leaf].bias(b), hooks, old)
         changed |= {} if new is old else {"bias": new}
     return changed
 
