@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -199,6 +200,19 @@ def test_null_targets_are_pefts_default_of_the_model_type(tmp_path: Path):
     assert [f.severity for f in jaxadapt.verify(found) if f.code == "untargeted"] == ["warning"]
     read = {key: value for key, value in tensors.items() if "q_proj" in key or "v_proj" in key}
     assert codes(beside(tmp_path / "sound", read, target_modules=None), tmp_path / "base") == []
+
+
+def test_null_targets_of_a_type_whose_default_is_all_linear_layers_are_sound(tmp_path: Path):
+    """OSF, on a model for which PEFT lists no names; without the type, PEFT's default is not known."""
+    base = {"layers": {"up_proj": {"kernel": np.ones((4, 6), "f4")}}}
+    config = jaxadapt.OSFConfig(effective_rank=2, target_modules=["up_proj"])
+    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), tmp_path / "sound")
+    found = beside(tmp_path / "sound", load_file(tmp_path / "sound" / WEIGHTS), target_modules=None)
+    (tmp_path / "base").mkdir()
+    save_file({"layers.up_proj.weight": np.ones((6, 4), "f4")}, tmp_path / "base" / "model.safetensors")
+    for kind, expected in (("falcon", []), (None, ["untargeted"])):
+        (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert codes(found, tmp_path / "base") == expected
 
 
 def test_an_alpha_that_is_missing_or_zero_is_found(tmp_path: Path):

@@ -79,7 +79,7 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
     if not location.exists(path):
         return ""
     values = stored_adapter.parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
-    return str(values.get("model_type", ""))
+    return str(values.get("model_type") or "")
 
 
 def _file_shapes(path: Location) -> Shapes:

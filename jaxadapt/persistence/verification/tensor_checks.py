@@ -205,6 +205,8 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
     if not config.default_targets or config.get("target_parameters") or not adapted:
         return []
     resolved = matching.with_default_targets(config, family)
+    if matching.is_all_linear(resolved):  # as of OSF, where PEFT has no other default
+        return []
     targets = resolved.names("target_modules")
     remedy = "name the adapted modules in target_modules"
     if not targets:
