@@ -83,7 +83,13 @@ def _stated_alphas(
         elif alphas.get(module, alpha) != alpha:
             wrong.append(f"{module}: alpha {alpha:g} in the header, {alphas[module]:g} in its tensor")
         stated[module] = float(alpha)
-    raise_listed(FormatError, f"{place} contradicts the tensors; correct one of them:", wrong)
+    raise_listed(
+        FormatError,
+        f"{place} contradicts the tensors:",
+        wrong,
+        "\nSave the file again with the program that trained it; or without metadata (safetensors' load_file and"
+        " save_file), so that each alpha is the rank",
+    )
     return stated
 
 

@@ -220,10 +220,14 @@ def _file_keys(
         reason = "use_rslora or bias is set" if unscaled else f"no name of {style} for:\n{paths.bullets(others)}"
         raise MismatchError(f"{tensors.source}: cannot write one file of {style}: {reason}")
     if layout is None and image_names.find_layout(names.values()) is None:
-        raise MismatchError(
-            f"{tensors.source}: cannot write one file of {style}: {next(iter(settings))} is no module of a pipeline's"
-            " model (unet, text_encoder, transformer …). Name a PEFT folder as its model, and convert the folder above"
-            " it. The flattened names of an unknown model have only kohya-ss' form"
+        strange = {modules[key][0]: None for key, name in names.items() if image_names.find_layout([name]) is None}
+        raise_listed(
+            MismatchError,
+            f"{tensors.source}: cannot write one file of {style}: these modules are in no model of a pipeline (unet,"
+            " text_encoder, transformer …):",
+            list(strange),
+            "\nName a PEFT folder as its model, and convert the folder above it. The flattened names of an unknown"
+            " model have only kohya-ss' form",
         )
     return names, alphas, settings if in_header else {}
 

@@ -7,6 +7,7 @@ tests/full/test_image_names.py. Here a few of them are written by hand.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,11 @@ def test_a_header_of_diffusers_that_contradicts_the_tensors_is_refused(fields: s
         "unet.conv_in.alpha": np.asarray(3, "f4"),
     }  # fmt: skip
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": fields})
-    with pytest.raises(jaxadapt.AdapterError, match=what):
+    with pytest.raises(jaxadapt.AdapterError, match=what) as error:
         jaxadapt.read(tmp_path / "a.safetensors")
+    if "without metadata (safetensors' load_file and save_file)" in str(error.value):
+        save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
+        assert jaxadapt.read_config(tmp_path / "a.safetensors").scale_of("unet.conv_in") == 1.5
 
 
 def test_a_setting_of_one_module_is_not_that_of_modules_whose_names_end_alike(tmp_path: Path):
@@ -258,6 +262,10 @@ def test_a_folder_that_is_no_model_of_a_pipeline_is_not_written_as_one_file(tmp_
     refused = run("convert", folder, tmp_path / "a.safetensors", "--format", "diffusers")
     assert "convert the folder above it" in " ".join(refused.output.split())
     assert run("convert", tmp_path, tmp_path / "a.safetensors", "--format", "diffusers").exit_code == 0
+    shutil.copytree(folder, tmp_path / "stranger")
+    refused = run("convert", tmp_path, tmp_path / "b.safetensors", "--format", "diffusers")
+    assert "stranger.model.layers.0.q_proj" in refused.output
+    assert "transformer.model.layers.0.q_proj" not in refused.output  # this one has a name
     assert jaxadapt.read_config(tmp_path / "a.safetensors").scale_of("transformer.model.layers.0.q_proj") == 4
 
 
