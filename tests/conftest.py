@@ -26,7 +26,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.support import matrices
+from tests.support import compiling, matrices
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # Two shapes of different rank never meet by accident; other people's models may: see `foreign_model`.
@@ -68,6 +68,11 @@ class PrintFailures:
         if report.failed and terminal is not None:
             terminal.write_line(f"\nFAILED at {report.when}: {report.nodeid}")
             terminal.write_line("\n".join(report.longreprtext.splitlines()[-30:]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    compiling.optimize(not compiling.is_quick(item.nodeid))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -145,7 +145,14 @@ def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, fol
     changed = jaxadapt.Adapter(adapter.config, paths.unflatten({**grads, **rest}), adapter.keymap)
     check_gradients(jaxadapt.to_peft({**base, **changed.collection}), want_grads, peft_type)
 
-    # The variables that an optimizer sees in NNX have the same gradients.
+
+@pytest.mark.parametrize(("peft_type", "i"), cases())
+def test_the_variables_of_an_nnx_model_have_pefts_gradients(peft_type: str, i: int, folder: Any):
+    """Those that an optimizer sees."""
+    _, want_grads = peft_results(peft_type, i)
+    model = jaxadapt.load(folder, nnx_model())
+    adapter = jaxadapt.extract(model)
+
     def nnx_loss(model: Any) -> Any:
         return (model(jnp.asarray(IDS)) ** 2).mean()
 

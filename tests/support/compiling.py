@@ -7,18 +7,37 @@ from collections.abc import Iterator
 
 import jax
 
+_FLAG = "jax_disable_most_optimizations"
+# Folders and files of tests whose programs are compiled without optimisations, in half the time. Not those that train
+# for long, read the compiled program, or compare bit for bit with another process.
+QUICK = (
+    "tests/adapters/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
+    "tests/reference/", "tests/serving/",
+)  # fmt: skip
+
+
+def is_quick(nodeid: str) -> bool:
+    """True for a test that runs without optimisations."""
+    return nodeid.startswith(QUICK)
+
+
+def optimize(on: bool) -> None:
+    """Compile with optimisations or without from now on.
+
+    JAX keeps a program after the flag is reset, and its results can differ in their last bits. So a change drops every
+    program.
+    """
+    if jax.config.read(_FLAG) == on:
+        jax.config.update(_FLAG, not on)
+        jax.clear_caches()
+
 
 @contextlib.contextmanager
 def without_optimizations() -> Iterator[None]:
-    """Compile without optimisations inside the block, in half the time.
-
-    JAX keeps a program after the flag is reset, and its results can differ in their last bits. So the block ends by
-    dropping every program.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Compile without optimisations inside the block."""
+    before = jax.config.read(_FLAG)
+    optimize(False)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-        jax.clear_caches()
+        optimize(not before)

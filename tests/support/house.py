@@ -1,0 +1,177 @@
+"""The size and shape of a package, from its source alone; and the walk of one call through its files.
+
+Statements are nodes of the syntax tree that are statements, docstrings apart. Branches are counted as McCabe's number.
+A chain is a path of imports at module level; those in functions and under `if TYPE_CHECKING:` are left out, and the
+files of a circle count as one.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+Graph = Mapping[str, set[str]]
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
+
+
+def statements(tree: ast.AST) -> list[ast.stmt]:
+    def is_docstring(node: ast.stmt) -> bool:
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not is_docstring(node)]
+
+
+def branches(function: ast.AST) -> int:
+    """McCabe's number of a function, without the functions and classes in it."""
+    count, todo = 1, list(ast.iter_child_nodes(function))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (*_FUNCTIONS, ast.ClassDef, ast.Lambda)):
+            continue
+        if isinstance(node, _BRANCHES):
+            count += 1
+        elif isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+        elif isinstance(node, ast.comprehension):
+            count += 1 + len(node.ifs)
+        todo.extend(ast.iter_child_nodes(node))
+    return count
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = function.args
+    return len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def components(graph: Graph) -> list[set[str]]:
+    """The strongly connected parts of a graph, each before those that lead to it (Tarjan)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    path: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        path.append(node)
+        for other in graph[node]:
+            if other not in number:
+                visit(other)
+            if other in path:
+                low[node] = min(low[node], low[other])
+        if low[node] == number[node]:
+            start = path.index(node)
+            found.append(set(path[start:]))
+            del path[start:]
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    """The numbers of one package.
+
+    Attributes:
+        branching: `{function: its branches}`. taking: `{function: the number of its parameters}`.
+        chain: the number of files of the longest chain of imports. circles: the sizes of circles of files.
+    """
+
+    files: int
+    median_lines: float
+    statements: int
+    imports: float
+    branching: Mapping[str, int]
+    taking: Mapping[str, int]
+    chain: int
+    circles: tuple[int, ...]
+
+
+def measure(package: Path) -> House:
+    """Read a package's files."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
+    nodes = {path: statements(tree) for path, tree in trees.items()}
+    branching: collections.Counter[str] = collections.Counter()
+    taking: collections.Counter[str] = collections.Counter()
+    for path, found in nodes.items():
+        for node in found:
+            if isinstance(node, _FUNCTIONS):
+                name = f"{path.relative_to(package)}:{node.lineno} {node.name}"
+                branching[name], taking[name] = branches(node), parameters(node)
+
+    def module(path: Path) -> str:
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    modules = {module(path): tree for path, tree in trees.items()}
+    graph = {
+        name: {other for other in _imported(tree) if other in modules and other not in (name, package.name)}
+        for name, tree in modules.items()
+    }
+    parts = components(graph)
+    part_of = {name: index for index, part in enumerate(parts) for name in part}
+    longest: list[int] = []
+    for index, part in enumerate(parts):
+        below = {part_of[other] for name in part for other in graph[name]} - {index}
+        longest.append(1 + max((longest[other] for other in below), default=0))
+    every = [node for found in nodes.values() for node in found]
+    return House(
+        files=len(trees),
+        median_lines=statistics.median(len(path.read_text().splitlines()) for path in trees),
+        statements=len(every),
+        imports=sum(isinstance(node, ast.Import | ast.ImportFrom) for node in every) / len(every),
+        branching=branching,
+        taking=taking,
+        chain=max(longest),
+        circles=tuple(sorted((len(part) for part in parts if len(part) > 1), reverse=True)),
+    )
+
+
+@dataclasses.dataclass
+class Walk:
+    """The files that a call runs through, and how often it enters a function of another file."""
+
+    files: set[str] = dataclasses.field(default_factory=set)
+    moves: int = 0
+
+
+def walk(package: Path, call: Callable[[], Any]) -> Walk:
+    """Run a call and follow it through the functions of a package; code that runs at import is left out."""
+    found, stack, root = Walk(), list[str](), f"{package}/"
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        name = frame.f_code.co_filename
+        if event not in ("call", "return") or not name.startswith(root) or frame.f_code.co_name == "<module>":
+            return
+        if event == "return":
+            stack.pop()
+            return
+        found.files.add(name)
+        found.moves += bool(stack) and stack[-1] != name
+        stack.append(name)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found

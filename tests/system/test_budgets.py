@@ -1,0 +1,112 @@
+"""Budgets of the house: its size, and the files and moves of a call. A budget only goes down.
+
+A change that exceeds a budget is mended, or makes room elsewhere. A change that leaves room lowers the budget.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flax import nnx
+
+import jaxadapt
+from tests.support import house
+
+PACKAGE = Path(jaxadapt.__file__).parent
+# Of the package's source; the next are in "Three hubs", a redraw that is under way: 200 files, 25,500 statements, 10 %
+# imports, 60 functions over 15 branches and none over 25, 1 with more than 10 parameters, a chain of 18, no circle.
+FILES, STATEMENTS, IMPORTS = 0, 0, 0.0
+OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 0, 0, 0
+CHAIN, CIRCLES = 0, ()
+# {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
+WALKS = {
+    "load": (0, 0),
+    "save": (0, 0),
+    "to_peft": (0, 0),
+    "adapt": (0, 0),
+    "inject": (0, 0),
+    "merge": (0, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def numbers() -> house.House:
+    return house.measure(PACKAGE)
+
+
+def over(counts: Any, limit: int) -> list[str]:
+    """The functions with more than `limit`, the largest first."""
+    return [f"{name}: {count}" for name, count in counts.most_common() if count > limit]
+
+
+def test_the_number_of_files_and_statements(numbers: house.House):
+    assert numbers.files <= FILES
+    assert numbers.statements <= STATEMENTS
+    assert numbers.imports <= IMPORTS
+
+
+def test_the_functions_with_many_branches_or_parameters(numbers: house.House):
+    many = over(numbers.branching, 15)
+    assert len(many) <= OVER_15_BRANCHES, many
+    most = over(numbers.branching, 25)
+    assert len(most) <= OVER_25_BRANCHES, most
+    long = over(numbers.taking, 10)
+    assert len(long) <= OVER_10_PARAMETERS, long
+
+
+def test_the_longest_chain_of_imports_and_the_circles(numbers: house.House):
+    assert numbers.chain <= CHAIN
+    assert sum(numbers.circles) <= sum(CIRCLES), numbers.circles
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q_proj, self.v_proj = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(nnx.relu(self.up(self.q_proj(x) + self.v_proj(x))))
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = nnx.List([Block(nnx.Rngs(0)) for _ in range(2)])
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def walks(folder: Path) -> dict[str, house.Walk]:
+    """The walk of each call, on one new model."""
+    config, model, other = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), Net(), Net()
+    follow = functools.partial(house.walk, PACKAGE)
+    found = {
+        "adapt": follow(lambda: jaxadapt.adapt(model, config, rngs=nnx.Rngs(1))),
+        "to_peft": follow(lambda: jaxadapt.to_peft(model)),
+        "save": follow(lambda: jaxadapt.save(model, folder)),
+        "load": follow(lambda: jaxadapt.load(folder, model)),
+    }
+    jaxadapt.load(folder, other)
+    adapter = jaxadapt.extract(model)
+    found["inject"] = follow(lambda: jaxadapt.inject(adapter, other))
+    found["merge"] = follow(lambda: jaxadapt.merge(model))
+    return found
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, house.Walk]:
+    """The walks of the third round; the first ones fill caches."""
+    return [walks(tmp_path_factory.mktemp("walk")) for _ in range(3)][-1]
+
+
+@pytest.mark.parametrize("call", WALKS)
+def test_the_files_and_moves_of_a_call(call: str, warm: dict[str, house.Walk]):
+    files, moves = WALKS[call]
+    names = sorted(str(Path(name).relative_to(PACKAGE)) for name in warm[call].files)
+    assert len(names) <= files, names
+    assert warm[call].moves <= moves
