@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,7 +27,6 @@ from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.initializers import start
 from jaxadapt.methods import METHODS
-from tests.support.compiling import without_optimizations
 
 SIZES = llama.LlamaConfig(
     vocab_size=32, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
@@ -48,13 +46,6 @@ CASES = [
     for i in range(len(METHODS[t].examples()))
     for api in ("nnx", "linen")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    """Compile without optimisation: these tests ask what is computed, and where."""
-    with without_optimizations():
-        yield
 
 
 def cut(path: str, x: Any) -> NamedSharding:

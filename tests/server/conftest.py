@@ -19,9 +19,6 @@ from jaxadapt.demo import llama, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.server import run
 from jaxadapt.server.base import Base, open_base
-from tests.models.conftest import quickly_compiled
-
-__all__ = ["quickly_compiled"]
 
 CONFIG = LlamaConfig(
     vocab_size=260, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,

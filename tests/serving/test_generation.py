@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward
 from jaxadapt.serving.sampling import choose, restrict
-from tests.support.compiling import without_optimizations
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -32,13 +30,6 @@ WEIGHTS = {
 }
 PROMPTS = [RNG.integers(0, 96, size).tolist() for size in (3, 17, 9, 1, 5)]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    """Compile without optimisation: these tests ask what is computed."""
-    with without_optimizations():
-        yield
 
 
 def make(api: str, scan: bool = False, **options: Any) -> Decoder:

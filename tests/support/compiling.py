@@ -12,7 +12,7 @@ _FLAG = "jax_disable_most_optimizations"
 # for long, read the compiled program, or compare bit for bit with another process.
 QUICK = (
     "tests/adapters/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
-    "tests/reference/", "tests/serving/",
+    "tests/reference/", "tests/server/", "tests/serving/",
 )  # fmt: skip
 
 
