@@ -66,7 +66,7 @@ def test_a_base_that_is_not_finite_says_all_its_tensors(tmp_path):
         spoil(base / "model.safetensors", key, np.nan)
     with pytest.raises(jaxadapt.MismatchError, match=r"q\.weight, of the base\n.*v\.weight, of the base"):
         merge_files.merge_folder(base, adapter, tmp_path / "out", max_shard_size=100)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     merge_files.merge_folder(base, adapter, tmp_path / "out", allow_nan=True)
     assert np.isnan(load_file(tmp_path / "out/model.safetensors")["v.weight"]).sum() == 1
 
@@ -119,7 +119,7 @@ def test_in_memory(host, tmp_path):
                                       jaxadapt.Weight("{path}.bias", "{path}.bias", "o -> o")))  # fmt: skip
     with pytest.raises(jaxadapt.MismatchError, match="adapter: "):
         jaxadapt.export.export_base(base, tmp_path, bad, keymap=keymap)
-    assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists()  # an empty folder goes, as what a killed run leaves
     jaxadapt.export.export_base(base, tmp_path, bad, keymap=keymap, allow_nan=True)
     jaxadapt.export.export_base(base, tmp_path / "base", keymap=keymap)
     with pytest.raises(jaxadapt.MismatchError, match="adapter: "):
