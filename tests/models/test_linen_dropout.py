@@ -114,18 +114,18 @@ def test_a_wrapper_without_a_stream_warns_once():
     model = wrapped(Own())
     variables = model.init(KEY, X, True)
     plain = off(model, variables, X, True)[0]
-    with pytest.warns(UserWarning, match=r"default: lora_dropout is off, .*rngs=\{\"dropout\": key\}") as caught:
+    with pytest.warns(UserWarning, match=r"default: dropout is off, .*rngs=\{\"dropout\": key\}") as caught:
         y, _ = model.apply(variables, X, True)
     assert [w.filename for w in caught] == [__file__]
     model.apply(variables, X, True)  # no further warning (warnings are errors here)
     jax.jit(lambda v, x: model.apply(v, x, True))(variables, X)
     jaxadapt.activate(model, "default").apply(variables, X, True)
     np.testing.assert_array_equal(y, plain)
-    with pytest.warns(UserWarning, match="lora_dropout is off"):  # another wrapper that compares equal
+    with pytest.warns(UserWarning, match="dropout is off"):  # another wrapper that compares equal
         wrapped(Own()).apply(variables, X, True)
-    with pytest.warns(UserWarning, match="lora_dropout is off"):
+    with pytest.warns(UserWarning, match="dropout is off"):
         wrapped(Own()).bind(variables)(X, True)
-    with pytest.warns(UserWarning, match="lora_dropout is off"):  # a key of another stream does not count
+    with pytest.warns(UserWarning, match="dropout is off"):  # a key of another stream does not count
         wrapped(Own()).apply(variables, X, True, rngs={"params": KEY})
 
 
@@ -182,7 +182,7 @@ def test_a_jit_inside_the_model_does_not_keep_an_older_choice():
     for hide in (False, True):
         model = wrapped(Inner(hide), keymap=stacked if hide else None)
         variables = model.init(KEY, X)
-        with pytest.warns(UserWarning, match="lora_dropout is off"):
+        with pytest.warns(UserWarning, match="dropout is off"):
             plain = model.apply(variables, X)
         if hide:
             with pytest.raises(jaxadapt.AttachError, match="do not get it"):
@@ -229,5 +229,5 @@ def test_two_adapters_and_the_names_of_those_that_drop():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.apply(variables, X, True)  # only "b" is active, and it has no dropout
-    with pytest.warns(UserWarning, match="^default: lora_dropout"):
+    with pytest.warns(UserWarning, match="^default: dropout"):
         jaxadapt.activate(model, "default", "b").apply(variables, X, True)

@@ -322,7 +322,7 @@ class Interceptor:
             return None
         if not scope.has_rng(DROPOUT):
             raise AttachError(
-                f'the call has rngs={{"{DROPOUT}": …}}, but these layers with lora_dropout do not get it:\n'
+                f'the call has rngs={{"{DROPOUT}": …}}, but these layers with dropout do not get it:\n'
                 + paths.bullets(self._layers_without_stream(scope))
                 + f'\nPass split_rngs={{"params": True, "{DROPOUT}": True}} to the nn.scan (or nn.vmap, …) around them,'
                 " or turn the adapters' dropout off with model.clone(deterministic=True)"

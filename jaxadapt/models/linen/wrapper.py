@@ -54,8 +54,8 @@ class Adapted:
         layout: the sites of the bank of adapters, if the module has one; `jaxadapt.serving.attach` sets it.
         rows: the adapters of the rows of the calls; `jaxadapt.serving.route` sets it.
         data: `{adapter: {name: array}}` of the calls, such as an aLoRA's tokens; `jaxadapt.models.invoke` sets it.
-        deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
-            random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
+        deterministic: True turns the adapters' dropout off. False turns it on, and a call without a random stream
+            "dropout" raises. None turns it on in calls whose `rngs` have that stream.
 
     `deterministic` is a field of the wrapper, which `clone` changes. It is not an argument of `apply`, because `apply`
     passes every argument to the module, which may have an argument `deterministic` too:
@@ -171,7 +171,7 @@ class Adapted:
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """Call the module's `apply` with the active adapters.
 
-        `lora_dropout` is on if `rngs` has a stream "dropout", unless the field `deterministic` says otherwise. With
+        The adapters' dropout is on if `rngs` has a stream "dropout", unless the field `deterministic` says otherwise. With
         `deterministic=None` a wrapper warns once if no call so far had that stream.
 
         Args:
@@ -237,7 +237,7 @@ class Adapted:
         if has_stream:
             self._seen_streams.add(DROPOUT)
         elif names and not self.deterministic:
-            problem = f'{", ".join(names)}: lora_dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
+            problem = f'{", ".join(names)}: dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
             if self.deterministic is False:
                 raise AttachError(f"{problem}, but deterministic=False asks for it. Pass that stream to the call")
             if DROPOUT not in self._seen_streams:
