@@ -171,8 +171,8 @@ class Adapted:
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """Call the module's `apply` with the active adapters.
 
-        The adapters' dropout is on if `rngs` has a stream "dropout", unless the field `deterministic` says otherwise. With
-        `deterministic=None` a wrapper warns once if no call so far had that stream.
+        The adapters' dropout is on if `rngs` has a stream "dropout", unless the field `deterministic` says otherwise.
+        With `deterministic=None` a wrapper warns once if no call so far had that stream.
 
         Args:
             variables: the variables as from `init`.
