@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -200,6 +201,28 @@ def test_both_files_are_flushed_then_renamed_then_their_folder_is_flushed(
     events.clear()
     save(NEW, target)
     assert events == both + card
+
+
+def test_between_the_two_renames_jaxadapt_reads_the_new_adapter_and_others_read_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, killed, replace = tmp_path / "run", tmp_path / "killed", Path.replace
+    jaxadapt.save(OLD, run)
+
+    def copy(self: Path, target: Any) -> Path:
+        if Path(target).name == CONFIG:
+            shutil.copytree(run, killed)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", copy)
+        jaxadapt.save(NEW, run)
+    with pytest.warns(UserWarning, match=r"interrupted after the weights(.|\n)*save again"):
+        found = jaxadapt.read(killed)
+    assert found.config.lora_alpha == NEW.config.lora_alpha
+    new = jaxadapt.to_peft(NEW).tensors
+    assert all(np.array_equal(x, new[key]) for key, x in found.tensors.items())
+    assert json.loads((killed / CONFIG).read_text())["lora_alpha"] == OLD.config.lora_alpha  # what PEFT takes
 
 
 def test_a_set_of_shards_is_put_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
