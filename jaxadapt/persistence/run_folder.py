@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from jaxadapt.storage.location import Location
 
 NAME = re.compile(r"step-(\d{9,18})\.safetensors")
 META = "jaxadapt_step"
+CRC = "jaxadapt_crc32"
+"""The CRCs in a step's header, each of 8 hexadecimal digits: of the header (`head_crc`), and of each array by name."""
 SCHEMA = 1
 
 
@@ -209,6 +212,12 @@ def step_path(folder: Location, step: int) -> Location:
     return folder / f"step-{step:0>9}.safetensors"
 
 
+def number_in(name: str) -> int | None:
+    """Return the step of a file's name; None if the file is no step."""
+    match = NAME.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def list_steps(folder: Location) -> dict[int, Location]:
     """Return {step: path} of the complete steps in a folder, ascending."""
     try:
@@ -217,12 +226,40 @@ def list_steps(folder: Location) -> dict[int, Location]:
         return {}
     except OSError as error:
         raise file_error("read", str(folder), error) from error
-    steps: dict[int, Location] = {}
-    for name in names:
-        match = NAME.fullmatch(name)
-        if match:
-            steps[int(match[1])] = folder / name
+    steps = {number: folder / name for name in names if (number := number_in(name)) is not None}
     return dict(sorted(steps.items()))
+
+
+def head_crc(document: str, layout: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    """Return the CRC-32 of a step's document and of its arrays' names, dtypes and shapes, in hexadecimal digits."""
+    lines = [f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in sorted(layout.items())]
+    return f"{zlib.crc32(chr(10).join([document, *lines]).encode()):08x}"
+
+
+def check_document(path: Location, header: safetensors.Header, document: Mapping[str, Any]) -> dict[str, int]:
+    """Return the CRC of each array of a step by name; none of a step of older versions, which stored none.
+
+    Raises `FormatError` if the header is not the one that was written, or if the step has another number.
+    """
+    stored = header.metadata.get(CRC)
+    if stored is None and "step" not in document:
+        return {}
+    layout = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+    expected = head_crc(header.metadata[META], layout)
+    if stored is None or stored[:8] != expected or not re.fullmatch(rf"([0-9a-f]{{8}}){{{len(layout) + 1}}}", stored):
+        raise FormatError(f"{path}: its header is damaged (CRC-32); restore another step")
+    if document.get("step") != number_in(path.name):
+        raise FormatError(
+            f"{path}: contains step {document.get('step')}, so the file was renamed or replaced; restore another step"
+        )
+    return array_crcs(header)
+
+
+def array_crcs(header: safetensors.Header) -> dict[str, int]:
+    """Return the CRC of each array that a step's header contains, by name."""
+    stored = header.metadata.get(CRC, "")
+    found = [int(stored[i : i + 8], 16) for i in range(8, len(stored), 8)]
+    return dict(zip(sorted(header.tensors), found, strict=False))
 
 
 def read_document(path: Location, header: safetensors.Header) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import re
 import secrets
@@ -58,9 +59,12 @@ class Writer:
         self.temporary = temporary
         self._written = 0
         self._started = 0
+        self._kept = 0  # bytes of the header, which `overwrite` may change: to start writing them would delay that
 
     def write(self, data: memoryview) -> None:
         """Append contiguous bytes. Raises `FileError` for an `OSError`."""
+        if not self._written:
+            self._started = self._kept = min(-(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE, _WRITEBACK_BYTES)
         try:
             while len(data):
                 count = os.write(self.fd, data[:_WRITEBACK_BYTES])
@@ -68,8 +72,17 @@ class Writer:
                 self._written += count
                 if self._written - self._started >= _WRITEBACK_BYTES:
                     self._start_writeback(self._started, self._written)
-                    self._start_writeback(0, self._written - _CACHED_BYTES)
+                    self._start_writeback(self._kept, self._written - _CACHED_BYTES)
                     self._started = self._written
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def overwrite(self, data: memoryview, offset: int) -> None:
+        """Replace bytes that were written. Raises `FileError` for an `OSError`."""
+        try:
+            while len(data):
+                count = os.pwrite(self.fd, data, offset)
+                data, offset = data[count:], offset + count
         except OSError as error:
             raise write_error(self.path, error) from error
 

@@ -72,6 +72,7 @@ def write(
     shared: bool | None,
     alike: Mapping[str, str],
     report: Report,
+    shares: dict[str, int] | None = None,
 ) -> None:
     """Write one file from all processes; each of them calls this.
 
@@ -86,6 +87,8 @@ def write(
         alike: by name, the `digest` of values that each process has and only process 0 writes. They must be equal in
             all processes.
         report: called with ("save", bytes, bytes in all) for the bytes that this process writes.
+        shares: shares of CRCs by key (see `checksum`), which `parts` fills. When the `Put` returns, those of process 0
+            are joined with those of all others.
 
     Raises:
         FileError: in all processes, if one of them could not write, or did not answer in time. The file is then
@@ -94,11 +97,11 @@ def write(
     """
     name, layout = os.fspath(path), safetensors.named_specs(specs)
     if group.index > 0:
-        _follow(name, layout, parts, group, shared, alike, report)
+        _follow(name, layout, parts, group, shared, alike, report, shares)
         group.receive("result")
         return
     with group.announce_failure():
-        commit(lambda writer, metadata: _lead(writer, layout, metadata, parts, group, shared, alike, report))
+        commit(lambda writer, metadata: _lead(writer, layout, metadata, parts, group, shared, alike, report, shares))
     group.send("result")
 
 
@@ -111,6 +114,7 @@ def _lead(
     shared: bool | None,
     alike: Mapping[str, str],
     report: Report,
+    shares: dict[str, int] | None,
 ) -> Header:
     path = writer.path
     first, header = encode(path, layout, metadata)
@@ -134,7 +138,9 @@ def _lead(
     if not common:
         own_parts = None  # release them before all parts are gathered
     file.write(own_parts or parts(False), report)
-    group.receive_all("written")
+    for others in group.receive_all("written").values():
+        if shares is not None:
+            shares.update({key: shares.get(key, 0) ^ value for key, value in others.items()})
     return header
 
 
@@ -146,6 +152,7 @@ def _follow(
     shared: bool | None,
     alike: Mapping[str, str],
     report: Report,
+    shares: dict[str, int] | None,
 ) -> None:
     with group.announce_failure("sees"):  # work that does not need the plan of process 0
         own_parts = None if shared is False else parts(True)
@@ -167,7 +174,7 @@ def _follow(
             file.write(own_parts or parts(False), report)
             if common:
                 file.flush()
-        group.send("written")
+        group.send("written", shares)
 
 
 def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
 from typing import TYPE_CHECKING, TypeVar
@@ -43,6 +44,26 @@ def run_in_order(tasks: Iterable[Callable[[], _T]], count: int, threads: int = _
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def start(function: Callable[[], _T]) -> Future[_T]:
+    """Run a function in a thread of its own, also while the program ends, when executors accept no work.
+
+    >>> start(lambda: 1 + 1).result()
+    2
+    """
+    from concurrent.futures import Future
+
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run).start()
+    return future
 
 
 def map_ahead(function: Callable[[_S], _T], items: Collection[_S]) -> Generator[_T]:

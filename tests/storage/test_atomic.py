@@ -304,7 +304,8 @@ def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypat
         for size in (9, 3, 8, 25):
             writer.write(memoryview(b"x" * size))
     assert (tmp_path / "f").read_bytes() == b"x" * 45
-    assert calls == [(0, 12), (12, 18), (0, 10), (30, 10), (0, 20)]  # started range by range; the oldest dropped
+    # Started range by range, and the oldest dropped; but not the page of the header, which may be overwritten.
+    assert calls == [(10, 10), (20, 10), (30, 10), (10, 10)]
 
 
 def test_a_system_that_writes_little_at_an_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
-from jaxadapt.persistence import multihost
-from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, StepRecord
-from jaxadapt.storage import atomic, leftovers, safetensors, sharded_write
+from jaxadapt.persistence import multihost, run_folder
+from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord, head_crc
+from jaxadapt.storage import atomic, checksum, leftovers, safetensors, sharded_write, threads
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
@@ -38,8 +38,11 @@ def is_leader() -> bool:
     return not is_multi_process(None) or jax.process_index() == 0
 
 
-def _make_document(taken: Snapshot, record: StepRecord, byte_dtypes: Mapping[str, str]) -> dict[str, Any]:
-    return {"schema": SCHEMA, **record._asdict(), "odd": dict(byte_dtypes), **taken.to_json()}
+def _make_document(
+    path: Location, taken: Snapshot, record: StepRecord, byte_dtypes: Mapping[str, str]
+) -> dict[str, Any]:
+    head = {"schema": SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
+    return {**head, "odd": dict(byte_dtypes), **taken.to_json()}
 
 
 # ---------------------------------------------------------------- copying to the host
@@ -103,14 +106,35 @@ def write_step(
         value = values[name]()
         return _as_bytes(value) if name in byte_dtypes else value
 
+    def compute_crcs() -> dict[str, int]:
+        return {name: checksum.checksum(safetensors.little_bits(get(name))) for name in specs}
+
+    crcs = threads.start(compute_crcs)
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    metadata = {META: json.dumps(_make_document(taken, record, byte_dtypes))}
-    safetensors.write(path, specs, get, metadata, progress=count)
+    metadata = _make_metadata(_make_document(path, taken, record, byte_dtypes), specs)
+    with atomic.open_replacement(path) as writer:
+        safetensors.write_to(writer, specs, get, metadata, progress=count)
+        _write_crcs(writer, crcs.result())
 
 
-def _file_specs(taken: Snapshot) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
+def _make_metadata(document: Mapping[str, Any], specs: _Specs) -> dict[str, str]:
+    """Return the metadata of a step's file, with zeros for the CRCs of its arrays."""
+    text = json.dumps(document)
+    return {META: text, CRC: head_crc(text, safetensors.named_specs(specs)) + "0" * 8 * len(specs)}
+
+
+def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
+    """Write the CRCs of the arrays in place of the zeros. A header begins with the metadata, sorted by key."""
+    offset = 8 + len('{"__metadata__":{"') + len(CRC) + len('":"') + 8
+    writer.overwrite(memoryview("".join(f"{crcs[name]:08x}" for name in sorted(crcs)).encode()), offset)
+
+
+_Specs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+
+def _file_specs(taken: Snapshot) -> tuple[_Specs, dict[str, str]]:
     """Return the layout of the file, and the dtypes of arrays that are stored as bytes."""
-    specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    specs: _Specs = {}
     byte_dtypes: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
         dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
@@ -147,13 +171,14 @@ def prepare_shared_write(
 
     def finish(report: Report) -> None:
         specs, byte_dtypes = _file_specs(taken)
-        document = _make_document(taken, record, byte_dtypes)
+        document = _make_document(path, taken, record, byte_dtypes)
+        shares: dict[str, int] = {}
         digests = {name: sharded_write.digest(value()) for name, value in local.items()} | _json_digests(document)
         digests["step"] = path.name
         if group.index == 0:
             owned.update({name: {regions.full_region(value().shape): value()} for name, value in local.items()})
 
-        def parts() -> Iterator[TensorPart]:
+        def pieces() -> Iterator[TensorPart]:
             for name in sorted(owned):
                 for region, values in multihost.join_regions(owned[name], tuple(taken.arrays[name].shape)):
                     if name in byte_dtypes:
@@ -161,14 +186,30 @@ def prepare_shared_write(
                         region = (*region, (0, values.shape[-1]))
                     yield TensorPart(name, specs[name][1], region, values)
 
+        def compute_shares() -> dict[str, int]:
+            computed: dict[str, int] = {}
+            for key, shape, region, values in pieces():
+                share = checksum.share(shape, safetensors.little_bits(values), region)
+                computed[key] = computed.get(key, 0) ^ share
+            return computed
+
+        computing = threads.start(compute_shares)
+
+        def parts() -> Iterator[TensorPart]:
+            yield from pieces()
+            shares.update(computing.result())
+
         def commit(put: sharded_write.Put) -> None:
             with atomic.open_replacement(path) as writer:
-                put(writer, {META: json.dumps(document)})
+                put(writer, _make_metadata(document, specs))
+                nbytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
+                _write_crcs(writer, {name: checksum.join([shares.get(name, 0)], n) for name, n in nbytes.items()})
 
         total = sum(x.nbytes for arrays in owned.values() for x in arrays.values())
         sharded_write.write(
-            path, specs, lambda _: (total, parts()), group, commit, shared=shared, alike=digests, report=report
-        )
+            path, specs, lambda _: (total, parts()), group, commit, shared=shared, alike=digests, report=report,
+            shares=shares,
+        )  # fmt: skip
 
     return finish
 

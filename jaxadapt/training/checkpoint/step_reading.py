@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.core.errors import FormatError
+from jaxadapt.arrays import regions
+from jaxadapt.core.errors import FormatError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.persistence import run_folder
-from jaxadapt.storage import safetensors
+from jaxadapt.storage import checksum, safetensors, threads
 from jaxadapt.storage.dtypes import numpy_dtype
 from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
+
+_JOB_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class StoredStep:
         snapshot: everything except the arrays.
         specs: `{name: (shape, dtype name)}` of the arrays.
         byte_dtypes: the dtypes of arrays that are stored as bytes, because safetensors has no type for them.
+        crcs: the CRC-32 of each array by name; empty for a step of older versions.
     """
 
     path: Location
@@ -37,16 +42,19 @@ class StoredStep:
     snapshot: Snapshot
     specs: dict[str, tuple[tuple[int, ...], str]]
     byte_dtypes: dict[str, str]
+    crcs: dict[str, int]
 
 
 def read_stored_step(path: Location) -> StoredStep:
-    """Read the header of a step. Raise `FileError` or `FormatError` if this fails."""
+    """Read and check the header of a step. Raise `FileError` or `FormatError` if this fails."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
     document = run_folder.read_document(path, header)
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    return StoredStep(path, document["metrics"], Snapshot.from_json(document, str(path)), specs, document["odd"])
+    crcs = run_folder.check_document(path, header, document)
+    snapshot = Snapshot.from_json(document, str(path))
+    return StoredStep(path, document["metrics"], snapshot, specs, document["odd"], crcs)
 
 
 def select_model(step: StoredStep) -> StoredStep:
@@ -74,11 +82,14 @@ def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report
 
     Raises:
         FileError: the file cannot be read.
-        FormatError: the file was replaced meanwhile.
+        FormatError: an array is not the one that was saved, or the file was replaced meanwhile. A sharded array is
+            checked if this process reads all of it.
     """
     try:
         with safetensors.open_tensors(step.path) as file:
             count = byte_counter(report, "load", sum(map(file.nbytes, wanted)))
+            if run_folder.array_crcs(file.header) != step.crcs:
+                raise KeyError(run_folder.CRC)
             return _read_file(file, step, wanted, count)
     except KeyError as error:
         raise FormatError(
@@ -97,6 +108,7 @@ def _read_file(
         name for name, like in examples.items() if _is_sharded(like) and name not in step.byte_dtypes
     )
     host: dict[str, Any] = file.read_many((name for name in examples if name not in sharded), count)
+    damaged = _find_damaged(host, step.crcs)
     for name, dtype in step.byte_dtypes.items():
         if name in host:
             shape = step.specs[name][0]
@@ -106,21 +118,45 @@ def _read_file(
     on_device = jax.device_put([host[n] for n in names], shardings) if names else []
     arrays: dict[str, Any] = {**host, **dict(zip(names, on_device, strict=True))}
     for name in sharded:
-        arrays[name] = _read_shards(examples[name], functools.partial(file.read_slice, name))
+        arrays[name], crc = _read_shards(examples[name], functools.partial(file.read_slice, name))
+        damaged += [name] if name in step.crcs and crc not in (None, step.crcs[name]) else []
         count(file.nbytes(name))
+    raise_listed(
+        FormatError,
+        f"{step.path}: these arrays are not the ones that were saved, since their CRC-32 differs. The file is damaged;"
+        " restore another step:",
+        damaged,
+    )
     for name in host.keys() & step.byte_dtypes.keys():
         if _is_sharded(examples[name]):
-            arrays[name] = _read_shards(examples[name], host[name].__getitem__)
+            arrays[name], _ = _read_shards(examples[name], host[name].__getitem__)
     return {name: arrays[name][()] if isinstance(examples[name], np.generic) else arrays[name] for name in examples}
 
 
-def _read_shards(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
-    shards: dict[str, np.ndarray] = {}  # by index, so that replicas are read once
+def _find_damaged(arrays: Mapping[str, np.ndarray], crcs: Mapping[str, int]) -> list[str]:
+    """Return the names of arrays with another CRC than the stored one. Several threads compute them."""
+
+    def find(names: list[str]) -> list[str]:
+        return [n for n in names if n in crcs and checksum.checksum(safetensors.little_bits(arrays[n])) != crcs[n]]
+
+    jobs = threads.split_by_size(arrays, lambda name: arrays[name].nbytes, _JOB_BYTES)
+    found = threads.run_in_order((functools.partial(find, job) for job in jobs), len(jobs))
+    return [name for each in found for name in each]
+
+
+def _read_shards(like: Any, get: Callable[[Any], np.ndarray]) -> tuple[jax.Array, int | None]:
+    """Return an array and its CRC; None if this process does not read all of it."""
+    shards: dict[regions.Region, np.ndarray] = {}  # by region, so that replicas are read once
+    shape = tuple(like.shape)
 
     def read_shard(index: Any) -> np.ndarray:
-        key = str(index)
-        if key not in shards:
-            shards[key] = get(index)
-        return shards[key]
+        region = regions.region_from_slices(index, shape)
+        if region not in shards:
+            shards[region] = get(index)
+        return shards[region]
 
-    return jax.make_array_from_callback(tuple(like.shape), like.sharding, read_shard)
+    array = jax.make_array_from_callback(shape, like.sharding, read_shard)
+    if sum(x.size for x in shards.values()) != math.prod(shape):
+        return array, None
+    shares = [checksum.share(shape, safetensors.little_bits(x), region) for region, x in shards.items()]
+    return array, checksum.join(shares, sum(x.nbytes for x in shards.values()))
