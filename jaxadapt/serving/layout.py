@@ -16,6 +16,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import sharding
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.sites import Site, Sites, sites_of
+from jaxadapt.arrays import finite
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -271,7 +272,12 @@ def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     rows = _row_params(place, site, params)
     padded = blank(place)
     for name, (_, index) in _indices(place, site, rows).items():
-        padded[name][index] = rows[name]
+        stored = padded[name]
+        with np.errstate(over="ignore"):
+            stored[index] = rows[name]
+        fits = stored.dtype == rows[name].dtype or finite.is_finite(stored)
+        if not fits and (lost := finite.count_lost(np.asarray(rows[name]), stored[index])):
+            raise AttachError(f"{site.leaf}: {lost} finite values of {name} overflow the bank's {stored.dtype}")
     return padded
 
 

@@ -138,6 +138,15 @@ def test_new_adapters_banks_and_models_take_only_float_dtypes(tmp_path: Path) ->
         call("bf16")
 
 
+def test_a_bank_whose_dtype_cannot_hold_an_adapter_refuses_it() -> None:
+    """NaN is held by every dtype: such an adapter changes only its own rows."""
+    made = bank.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype="float16")
+    with pytest.raises(jaxadapt.AttachError, match=r"q\.kernel: 3 finite values of lora_A overflow the bank's float16"):
+        bank.prepare(made, adapter())
+    (row, *_) = bank.prepare(made, adapter(np.nan))
+    assert np.isnan(row["lora_A"]).sum() == 3
+
+
 def test_a_base_weight_too_large_for_the_files_dtype_is_refused(tmp_path: Path) -> None:
     base = {"q": {"kernel": np.full((4, 6), 1e5, "float32")}}
     with pytest.raises(jaxadapt.MismatchError, match=r"24 finite values overflow float16, .*\n  q\.weight: 24"):
