@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.core import paths
 from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import image_configs, image_names
@@ -108,6 +108,7 @@ def _outputs(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
 
 
 Specs = dict[str, tuple[Any, Sequence[int]]]
+_NAMED = "\nkohya-ss has names for LoRA, LoHa and LoKr (--format kohya-ss); keep PEFT's folder for all else"
 
 
 def write_file(
@@ -187,7 +188,6 @@ def _file_keys(
         return {key: key for key in tensors.tensors}, {}, {}
     modules = {key: image_names.split_key(key) for key in tensors.tensors}
     others = [key for key, (_, name) in modules.items() if not name]
-    unscaled = config.get("use_rslora") or config.get("bias", "none") != "none"
     specs = as_source(tensors.tensors).specs
     wrong: list[str] = []  # the scale of a file is alpha divided by the rank of its tensors
     for key, (module, name) in modules.items():
@@ -209,16 +209,17 @@ def _file_keys(
             names[key] = key.removeprefix(PEFT_PREFIX)
         else:
             others.append(key)
-    settings = {module: image_configs.find_settings(config, module) for module, _ in modules.values()}
+    pairs = {module: image_configs.find_settings(config, module) for module, _ in modules.values()}
+    rooted = bool(config.get("use_rslora"))  # a file's scale is alpha / rank, PEFT's is then alpha / √rank
+    settings = {module: (rank, alpha * math.sqrt(rank) if rooted else alpha) for module, (rank, alpha) in pairs.items()}
     in_header = style == DIFFUSERS and not (layout is not None and layout.alphas)
     for module, (rank, alpha) in {} if in_header else settings.items():
         stored = None if layout is None else layout.alphas.get(module)
         if stored is not None or rank != alpha or (style == KOHYA and layout is None):
             end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
             alphas[module] = (stored or end, alpha)
-    if others or unscaled:
-        reason = "use_rslora or bias is set" if unscaled else f"no name of {style} for:\n{paths.bullets(others)}"
-        raise MismatchError(f"{tensors.source}: cannot write one file of {style}: {reason}")
+    problem = f"{tensors.source}: cannot write one file of {style}, which has no name for:"
+    raise_listed(MismatchError, problem, others, _NAMED)
     if layout is None and image_names.find_layout(names.values()) is None:
         strange = {modules[key][0]: None for key, name in names.items() if image_names.find_layout([name]) is None}
         raise_listed(

@@ -176,7 +176,7 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
             name = diffusion_names.sdxl_names().get(name, name)
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te"}.get(model, "lora_te2")
         is_model = model in diffusion_names.MODULES
-        flat = module if module.startswith("lycoris_") else f"lora_{module}"
+        flat = module if module.startswith("lycoris_") else f"lora_{module.replace('.', '_')}"
         names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
     return names
 

@@ -258,15 +258,18 @@ def test_a_folder_that_is_no_model_of_a_pipeline_is_not_written_as_one_file(tmp_
     """Neither program would find a name in it."""
     tensors = {f"{P}model.layers.0.q_proj.lora_{side}.weight": np.ones((2, 2), "f4") for side in "AB"}
     folder = tmp_path / "transformer"
-    jaxadapt.write(jaxadapt.PeftTensors(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), tensors), folder)
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=8, use_rslora=True, target_modules=["q_proj"])
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
     refused = run("convert", folder, tmp_path / "a.safetensors", "--format", "diffusers")
     assert "convert the folder above it" in " ".join(refused.output.split())
-    assert run("convert", tmp_path, tmp_path / "a.safetensors", "--format", "diffusers").exit_code == 0
+    for style in ("diffusers", "kohya-ss"):
+        assert run("convert", tmp_path, tmp_path / "a.safetensors", "--format", style).exit_code == 0
+        read = jaxadapt.read_config(tmp_path / "a.safetensors")
+        assert read.scale_of(read.get("target_modules")[0]) == pytest.approx(8 / 2**0.5)
     shutil.copytree(folder, tmp_path / "stranger")
     refused = run("convert", tmp_path, tmp_path / "b.safetensors", "--format", "diffusers")
     assert "stranger.model.layers.0.q_proj" in refused.output
     assert "transformer.model.layers.0.q_proj" not in refused.output  # this one has a name
-    assert jaxadapt.read_config(tmp_path / "a.safetensors").scale_of("transformer.model.layers.0.q_proj") == 4
 
 
 def lycoris() -> dict[str, Arrays]:
@@ -314,6 +317,8 @@ def test_lycoris_is_pefts_method(method: str, tmp_path: Path):
     result = run("convert", tmp_path / "peft", tmp_path / "b.safetensors", "--format", "kohya-ss")
     assert result.exit_code == 0, result.output
     assert equal(tmp_path / "b.safetensors", tensors)
+    refused = run("convert", tmp_path / "peft", tmp_path / "c.safetensors", "--format", "diffusers")
+    assert "kohya-ss has names for LoRA, LoHa and LoKr (--format kohya-ss)" in " ".join(refused.output.split())
 
 
 def test_dora(tmp_path: Path):
