@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, refuse_dependent, spec_of
-from jaxadapt.methods import AppliedMethod, require_weights
+from jaxadapt.methods import AppliedMethod, Effects, require_weights, weight_order
 from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph
@@ -206,13 +207,14 @@ def _apply_changes(
     values: dict[str, Any] = {}
     if dequantize:
         values = {path: quantized.to_dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
-    changes: dict[str, ChangedLeaf] = {}
+    by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}
     for adapter in adapters:
-        for path, leaf_change in plan_changes({**base, **values}, adapter, *change).items():
-            # A replacement comes before an addition, and of adapters that turn the input the last one comes first.
-            first = leaf_change.site.method.copies or leaf_change.site.effects.order == "input"
-            inner, outer = (leaf_change, changes.get(path)) if first else (changes.get(path), leaf_change)
-            changes[path] = outer.with_base(inner) if outer and inner else leaf_change
+        for path, leaf in plan_changes({**base, **values}, adapter, *change).items():
+            by_path.setdefault(path, []).append((leaf.site.method.copies, leaf.site.effects, leaf))
+    changes = {
+        path: functools.reduce(lambda inner, outer: outer.with_base(inner), weight_order(found))
+        for path, found in by_path.items()
+    }
     if not allow_nan:
         for adapter in adapters:
             refuse_nan({**base, **values}, adapter, changes)

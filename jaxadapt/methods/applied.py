@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -174,9 +174,7 @@ class AppliedMethods:
     @property
     def _weight_order(self) -> tuple[AppliedMethod, ...]:
         """The adapters in the order in which they change the weight."""
-        if all(hook.effects.order == "input" for hook in self.hooks):
-            return self.hooks[::-1]
-        return tuple(sorted(self.hooks, key=lambda hook: not _replaces(hook)))
+        return weight_order([(_replaces(hook), hook.effects, hook) for hook in self.hooks])
 
     def input(self, use: Use, x: Array) -> Array:
         for hook in reversed(self._weight_order):
@@ -225,6 +223,20 @@ class AppliedMethods:
 def _replaces(hook: AppliedMethod) -> bool:
     """Return True for a copy that the layer runs with in place of its weight."""
     return hook.method.copies and hook.by_weight
+
+
+_T = TypeVar("_T")
+
+
+def weight_order(changes: Sequence[tuple[bool, Effects, _T]]) -> tuple[_T, ...]:
+    """Return adapters in the order in which they change one weight, from (True for a copy of it, effects, adapter).
+
+    Copies come first. Where all others turn the input, the last of them comes next.
+    """
+    others = [(effects.order, each) for is_copy, effects, each in changes if not is_copy]
+    if all(order == "input" for order, _ in others):
+        others.reverse()
+    return (*(each for is_copy, _, each in changes if is_copy), *(each for _, each in others))
 
 
 _AnyUse = TypeVar("_AnyUse", bound=Use | Operation)

@@ -105,7 +105,10 @@ def test_several_adapters_of_other_types_merge_to_what_they_give_together(config
     np.testing.assert_allclose(jaxadapt.merge(model)(X), model(X), **CLOSE)
 
 
-@pytest.mark.parametrize("config", [LORA, LOHA, SCALES], ids=lambda config: config.peft_type)
+TURNS = jaxadapt.OFTConfig(r=0, oft_block_size=2, target_modules=["q_proj"], init_weights=False)
+
+
+@pytest.mark.parametrize("config", [LORA, LOHA, SCALES, TURNS], ids=lambda config: config.peft_type)
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_an_adapter_changes_the_copy_that_another_one_has_of_its_weight(config, order):
     model = small.trained(config, 1, "a")
@@ -114,6 +117,19 @@ def test_an_adapter_changes_the_copy_that_another_one_has_of_its_weight(config, 
     want = jaxadapt.activate(copied, "a")(X)
     jaxadapt.activate(model, list(order))
     np.testing.assert_allclose(model(X), want, **CLOSE)
+    np.testing.assert_allclose(jaxadapt.merge(model)(X), want, **CLOSE)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_copy_does_not_change_the_order_of_adapters_that_turn_the_input(place):
+    model = small.trained(TURNS, 1, "a")
+    small.trained(TURNS, 3, "c", model)
+    small.trained(LORA.replace(target_modules=["up_proj"], modules_to_save=["q_proj"]), 2, "b", model)
+    copied = jaxadapt.merge(jaxadapt.activate(model, "b"))
+    want = jaxadapt.activate(copied, ["a", "c"])(X)
+    names = ["a", "c"]
+    names.insert(place, "b")
+    np.testing.assert_allclose(jaxadapt.activate(model, names)(X), want, **CLOSE)
     np.testing.assert_allclose(jaxadapt.merge(model)(X), want, **CLOSE)
 
 
