@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, tensor_names
+from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.storage.dtypes import is_float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,3 +34,12 @@ class PeftTensors:
 
     def __repr__(self) -> str:
         return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"
+
+
+def require_floats(specs: Mapping[str, Any], target: object) -> None:
+    """Raise `MismatchError` listing the integers and complex numbers among `{key: array or spec}` to be written.
+
+    Indices are integers. `target` is the path that the message names.
+    """
+    wrong = [f"{k}: {x.dtype}" for k, x in specs.items() if tensor_names.has_fractions(k) and not is_float(x.dtype)]
+    raise_listed(MismatchError, f"{target}: cannot write these tensors: expected floating-point numbers, found:", wrong)

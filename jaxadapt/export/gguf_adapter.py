@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.adapters.peft_tensors import require_floats
 from jaxadapt.configs import lora_variants
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
@@ -48,6 +49,7 @@ def write_adapter(
         MismatchError: llama.cpp has no form for a tensor; the message lists all of them.
     """
     arrays = as_source(tensors.tensors)
+    require_floats(arrays.specs, os.fspath(path))
     plan = _plan(tensors, arrays, base)
     kind = gguf_files.TYPES[dtype or "float32"]
     specs = {name: (kind, _shape(each, arrays)) for name, each in plan.items()}

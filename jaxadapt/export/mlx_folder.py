@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.adapters.peft_tensors import require_floats
 from jaxadapt.configs import lora_variants
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
@@ -49,6 +50,7 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
         )
     arrays, config = as_source(tensors.tensors), _config(tensors)
     modules = lora_pairs(arrays)
+    require_floats(arrays.specs, folder)
     _refuse_modules(tensors, arrays, modules, tied, bool(config.use_dora))
     keys = {name: mlx_files.mlx_name(name) for name in modules}
     plan: dict[str, tuple[str, bool]] = {}  # {name in the file: (key, True to transpose)}

@@ -23,13 +23,13 @@ from typing import Any
 
 from jaxadapt import configs
 from jaxadapt.adapters import state_dict_keys
-from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, tensor_names
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, fingerprint, image_files, mlx_files, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
-from jaxadapt.storage.dtypes import dtype_name, is_float
+from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
@@ -297,8 +297,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         " a model and save that:",
         parts,
     )
-    wrong = [f"{k}: {d.name}" for k, (d, _) in specs.items() if tensor_names.has_fractions(k) and not is_float(d)]
-    raise_listed(MismatchError, f"{folder}: cannot write these tensors: expected floating-point numbers, found:", wrong)
+    require_floats(array_specs(tensors.tensors), folder)
     metadata = {"format": "pt", reconcile.META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.

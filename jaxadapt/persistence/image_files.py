@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -127,6 +127,7 @@ def write_file(
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
+    require_floats(as_source(tensors.tensors).specs, os.fspath(path))
     specs, get, alphas = file_tensors(tensors, style, layout)
     header = dict(metadata or {"format": "pt"})
     stated = header.pop(image_configs.METADATA, None) if tensors.config.peft_type == "LORA" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxadapt.merging import factors
 from jaxadapt.methods.vera import Vera
 from jaxadapt.persistence import mlx_files
 from tests.support import small
+from tests.support.small import WEIGHTS
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -87,6 +89,24 @@ def test_factors_of_four_axes_are_refused(program, tmp_path):
     adapter = lora(tmp_path / "in", a, b.reshape(4, 2, 1, 1))
     done = run("export", adapter, "--for", program, "--base", tmp_path, "--out", out)
     assert (done.exit_code, "expected matrices" in done.stderr) == (1, True), done.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+@pytest.mark.parametrize("form", ["kohya-ss", "diffusers", "mlx"])
+def test_factors_that_are_no_floats_are_written_in_no_form(dtype, form, tmp_path):
+    a, b = (x.astype(dtype) for x in full(1))
+    adapter = lora(tmp_path / "in", a, b, lora_alpha=1001)
+    out = tmp_path / ("out" if form == "mlx" else "out.safetensors")
+    if form == "mlx":
+        done = run("export", adapter, "--for", "mlx", "--out", out)
+    else:
+        tensors = jaxadapt.read(adapter).tensors
+        save_file({k.replace("model.layers", "unet.blocks"): x for k, x in tensors.items()}, adapter / WEIGHTS)
+        done = run("convert", adapter, out, "--format", form)
+    says = rf"expected floating-point numbers, found:\s+base_model.*lora_A.weight: {dtype}"
+    assert done.exit_code == 1, done.output
+    assert re.search(says, done.stderr), done.stderr
     assert not out.exists()
 
 
