@@ -240,6 +240,7 @@ def _select_for_model(
             if indices := [index for index, name in names.items() if method.reads(config, name)]:
                 match, modules = targeted_entries(match, sizes, names, indices)
                 read.append(bind_site(config, method, keymap, match, sizes, modules))
+        method.check_targets(config, [site.target for site in read], found)
     return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 

@@ -54,20 +54,16 @@ class AdaptionPrompt(PromptMethod):
             missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]
             if missing:
                 raise ConfigError(f"ADAPTION_PROMPT: {', '.join(missing)} must be set for a new adapter")
-            widths = {name.rpartition(".")[0]: t.in_size for t in targets for name in t.modules}
-            layers = sorted(widths, key=layer_number)
-            if len(layers) < config.adapter_layers:
-                raise TargetError(
-                    f"ADAPTION_PROMPT: expected at least adapter_layers={config.adapter_layers} attention modules whose"
-                    f" names end in {config.target_modules!r} and that have {KEYS}, {VALUES} and {OUTPUT}, as in Llama,"
-                    f" found {len(layers)}"
-                )
-            for module in layers[-config.adapter_layers :]:
+            widths = _attention_widths(config, targets, config.adapter_layers, "adapter_layers=")
+            for module in list(widths)[-config.adapter_layers :]:
                 own = {PROMPT: (1, config.adapter_len, widths[module]), GATE: (1,)}
                 shapes |= {f"{module}.{name}".replace(".", ":"): shape for name, shape in own.items()}
         return tuple(
             own_tensor(name, shape, PEFT_PREFIX + name.replace(":", ".")) for name, shape in sorted(shapes.items())
         )
+
+    def check_targets(self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]) -> None:
+        _attention_widths(config, targets, 1 + max(map(layer_number, found), default=-1), "")
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError("the shapes follow from the base; see `shared`")
@@ -83,6 +79,17 @@ class AdaptionPrompt(PromptMethod):
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"adapter_len": 4, "adapter_layers": 1},)
+
+
+def _attention_widths(config: Any, targets: Sequence[Target], count: int, field: str) -> dict[str, int]:
+    """Return `{attention module: its inputs}` in the order of layers; raise `TargetError` if there are too few."""
+    widths = {name.rpartition(".")[0]: t.in_size for t in targets for name in t.modules}
+    if len(widths) < count:
+        raise TargetError(
+            f"ADAPTION_PROMPT: expected at least {field}{count} attention modules whose names end in"
+            f" {config.target_modules!r} and that have {KEYS}, {VALUES} and {OUTPUT}, as in Llama, found {len(widths)}"
+        )
+    return {name: widths[name] for name in sorted(widths, key=layer_number)}
 
 
 def layer_number(name: str) -> int:

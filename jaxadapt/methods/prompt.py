@@ -135,6 +135,10 @@ class PromptMethod(Method):
         """
         return self.stored(config, params)[EMBEDDINGS]
 
+    def check_targets(self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `TargetError` if the base's modules that `reads` selects do not suffice for a file's tensors."""
+        return
+
     def reads(self, config: Any, module: str) -> bool:
         """Return True for a module of the base whose sizes the adapter's shapes depend on."""
         return False

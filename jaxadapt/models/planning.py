@@ -38,6 +38,11 @@ def plan_adapter(
 
     `found` are the shapes of the tensors of an adapter file, by key, if the sites are for a file.
     """
+    given: Any = example
+    if given is not None and not isinstance(given, list | tuple):
+        raise AttachError(
+            f"example: expected a list of the inputs of one call, as in example=[x], found {type(given).__name__}"
+        )
     keymap, method = families.resolve_keymap(keymap, base.shapes), methods.get_method(config)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else prompt.measure_base(base.target, example)
@@ -86,11 +91,6 @@ def _plan_on_model(
     example: Sequence[Any] | None,
     found: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[Recipe, Sites]:
-    given: Any = example
-    if given is not None and not isinstance(given, list | tuple):
-        raise AttachError(
-            f"example: expected a list of the inputs of one call, as in example=[x], found {type(given).__name__}"
-        )
     model, owners, shapes = base.target, walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
     if all_linear:

@@ -144,3 +144,30 @@ def test_the_modules_of_mlx_are_compared_a_few_times_each(tmp_path, monkeypatch)
     assert len(jaxadapt.read(tmp_path).tensors) == 400
     assert Counted.compared < 20 * 200
     assert paths.repeated(["b", "a", "b", "a", "c"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("example", [{"tokens": np.zeros((1, 2), int)}, np.zeros((1, 2), int)], ids=["dict", "array"])
+@pytest.mark.parametrize(
+    "config", [small.LORA, jaxadapt.PromptTuningConfig(num_virtual_tokens=2)], ids=["lora", "prompt"]
+)
+def test_an_example_that_is_no_list_is_an_error(config, example):
+    with pytest.raises(jaxadapt.AttachError, match=r"example: expected a list of the inputs of one call, .*found"):
+        jaxadapt.adapt(small.net(), config, example=example)
+
+
+def test_adaption_prompts_are_refused_by_a_base_without_their_attention():
+    """GPT-2's base, and a Llama of one layer for a file of two."""
+    prompt, gate = np.ones((1, 2, 8), "f4"), np.ones(1, "f4")
+    tensors = {
+        f"base_model.model.model.layers.1.self_attn.{name}": x
+        for name, x in (("adaption_prompt", prompt), ("adaption_gate", gate))
+    }
+    config = jaxadapt.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, target_modules="self_attn")
+    attention = {name: {"kernel": np.ones((8, 8), "f4")} for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    gpt2 = {"transformer": {"h": {"0": {"attn": {"c_attn": {"kernel": np.ones((8, 24), "f4")}}}}}}
+    llama = {"model": {"layers": {"0": {"self_attn": attention}}}}
+    for base, keymap in ((gpt2, "gpt2"), (llama, None)):
+        with pytest.raises(jaxadapt.TargetError, match="expected at least 2 attention modules .* as in Llama, found"):
+            jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), base, keymap=keymap)
+    llama["model"]["layers"]["1"] = {"self_attn": attention}
+    assert len(jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), llama).shared) == 2
