@@ -19,7 +19,7 @@ def command(adapter: str, rank: int, out: str, dtype: str | None, as_json: bool)
     A smaller rank keeps the best approximation of each change ΔW, and the command prints the largest error: the norm of
     the lost part, divided by the norm of ΔW. A larger rank changes nothing. The scale is multiplied into B, so that
     lora_alpha equals the rank, without patterns and rsLoRA. ADAPTER is a folder or an address, or the one file of an
-    image adapter, which keeps its names if --out ends in .safetensors.
+    image adapter, which keeps its names if --out ends in .safetensors. An adapter at --out is not replaced.
 
     \b
     Example:

@@ -29,6 +29,7 @@ from jaxadapt.merging.plain_form import as_start
 from jaxadapt.persistence import folder, peft, repair_folder, verify_folder
 from jaxadapt.persistence.verification import base_checks, key_names, tensor_checks
 from jaxadapt.persistence.verification.stored_adapter import open_stored
+from jaxadapt.storage import location
 from jaxadapt.storage.source import as_source, rename
 
 Path = str | os.PathLike[str]
@@ -54,8 +55,12 @@ def resize_files(
         dtype: the dtype of the file, as in `file_formats.convert_format`; by default that of the adapter.
         progress: as in `jaxadapt.read` and `jaxadapt.write`.
 
-    Raises `ConfigError` for an adapter that is not a plain LoRA.
+    Raises `ConfigError` for an adapter that is not a plain LoRA, `FileError` if `out` has an adapter already.
     """
+    file_formats.refuse_same(adapter, out)
+    place = location.to_location(out)
+    if location.is_file(place) or location.exists(place / folder.CONFIG):
+        raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
     with reporter(progress) as report:
         tensors = folder.read(adapter, progress=report)
         if tensors.config.get("target_parameters"):
@@ -281,7 +286,7 @@ def extract_files(
 
     Raises `AdapterError` if the checkpoint has no such adapter.
     """
-    from jaxadapt.storage import location, orbax
+    from jaxadapt.storage import orbax
 
     settings = None if config is None else folder.read_config(config)
     with reporter(progress) as report:

@@ -21,7 +21,7 @@ from jaxadapt.merging import factors
 from jaxadapt.methods.vera import Vera
 from jaxadapt.persistence import mlx_files
 from tests.support import small
-from tests.support.small import WEIGHTS
+from tests.support.small import WEIGHTS, files
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -49,6 +49,15 @@ def test_resize_writes_no_adapter_that_is_not_finite(value, says, tmp_path):
     done = run("resize", lora(tmp_path / "in", *full(value)), "--rank", 1, "--out", tmp_path / "out")
     assert (done.exit_code, says in done.stderr) == (1, True), done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_resize_does_not_replace_an_adapter(tmp_path):
+    adapter, other = lora(tmp_path / "in", *full(1)), lora(tmp_path / "other", *full(2))
+    before = files(other)
+    done = run("resize", adapter, "--rank", 1, "--out", other)
+    assert (done.exit_code, "has an adapter already" in done.stderr) == (1, True), done.output
+    assert files(other) == before
+    assert "the target is the source" in run("resize", adapter, "--rank", 1, "--out", adapter).stderr
 
 
 def test_a_product_that_overflows_is_combined_into_an_error(tmp_path):
