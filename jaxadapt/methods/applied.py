@@ -212,6 +212,7 @@ class AppliedMethods:
         base = w
         for hook in self._weight_order:
             w = w + (hook.weight(base) - base) if hook.adds_to_base else hook.weight(w)
+            base = w if _replaces(hook) else base
         return w
 
     def bias(self, bias: Array) -> Array:

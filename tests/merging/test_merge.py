@@ -108,7 +108,10 @@ def test_several_adapters_of_other_types_merge_to_what_they_give_together(config
 TURNS = jaxadapt.OFTConfig(r=0, oft_block_size=2, target_modules=["q_proj"], init_weights=False)
 
 
-@pytest.mark.parametrize("config", [LORA, LOHA, SCALES, TURNS], ids=lambda config: config.peft_type)
+OF_THE_BASE = jaxadapt.HiraConfig(r=2, target_modules=["q_proj"], init_weights=False)
+
+
+@pytest.mark.parametrize("config", [LORA, LOHA, SCALES, TURNS, OF_THE_BASE], ids=lambda config: config.peft_type)
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_an_adapter_changes_the_copy_that_another_one_has_of_its_weight(config, order):
     model = small.trained(config, 1, "a")
