@@ -48,6 +48,18 @@ def test_a_flipped_bit_in_a_step_is_never_restored_silently(tmp_path: Path) -> N
     assert all("step-000000003" in error for error in errors)
 
 
+def test_a_damaged_name_of_an_array_that_is_stored_as_bytes_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(3, small.host_adapter(), opt_state={"mu": jnp.ones(3, "int4")})
+    manager.wait()
+    (file,) = tmp_path.iterdir()
+    data = file.read_bytes()
+    place = data.index(b'"opt_state/mu":{"dtype"')
+    file.write_bytes(data[: place + 11] + b"x" + data[place + 12 :])
+    with pytest.raises(jaxadapt.FormatError, match="step-000000003.*its header is damaged"):
+        manager.restore(small.host_adapter(), opt_state={"mu": jnp.ones(3, "int4")})
+
+
 @pytest.mark.parametrize("restore", ["the model only", "an adapter", "an export", "on a mesh"])
 def test_only_the_arrays_that_are_read_are_checked(restore: str, tmp_path: Path) -> None:
     manager = saved(tmp_path, 3)

@@ -50,9 +50,9 @@ def read_stored_step(path: Location) -> StoredStep:
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
     document = run_folder.read_document(path, header)
+    crcs = run_folder.check_document(path, header, document)
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    crcs = run_folder.check_document(path, header, document)
     snapshot = Snapshot.from_json(document, str(path))
     return StoredStep(path, document["metrics"], snapshot, specs, document["odd"], crcs)
 
