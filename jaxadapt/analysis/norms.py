@@ -208,7 +208,7 @@ def _flow_position(label: str) -> int:
 def _split_module(module: str) -> tuple[str, int | None, str]:
     """Return the path of the layer stack of a module, its layer index, and its name in the layer."""
     parts = module.split(".")
-    position = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    position = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= 18), None)
     if position is None:
         return "", None, module
     name = re.sub(r"(?<![^.])\d+(?![^.])", "*", ".".join(parts[position + 1 :]))

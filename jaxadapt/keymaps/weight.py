@@ -211,7 +211,7 @@ class Weight:
     def has_layer(self, text: str) -> bool:
         """Return True if PyTorch's layer of this number belongs to this entry."""
         step, first = self.layers
-        return int(text) >= first and (int(text) - first) % step == 0
+        return len(text) <= 18 and int(text) >= first and (int(text) - first) % step == 0
 
     def torch_number(self, axis: str, i: int) -> str:
         """Return PyTorch's number of index i of a numbered axis or hole."""

@@ -345,7 +345,7 @@ def _layer_properties(keys: Iterable[str]) -> dict[str, str]:
     layers: dict[str, set[int]] = {}
     for key in keys:
         match = _PAIR.fullmatch(key)
-        parts = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", match[1]) if match else None
+        parts = re.fullmatch(r"(.+?)\.(\d{1,18})\.(.+)", match[1]) if match else None
         if parts:
             layers.setdefault(f"{parts[1]}.*.{parts[3]}", set()).add(int(parts[2]))
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1

@@ -180,3 +180,13 @@ def test_adaption_prompts_are_refused_by_a_base_without_their_attention():
             jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), base, keymap=keymap)
     llama["model"]["layers"]["1"] = {"self_attn": attention}
     assert len(jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), llama).shared) == 2
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("inspect", "--norms"), ("diff",), ("verify",)])
+def test_a_layer_number_of_5000_digits_is_a_name(command, tmp_path):
+    """Python converts at most 4300 digits."""
+    here = lora(tmp_path / "in", *full(1))
+    tensors = jaxadapt.read(here).tensors
+    save_file({key.replace("layers.0", f"layers.{'1' * 5000}"): x for key, x in tensors.items()}, here / WEIGHTS)
+    done = run(*command, here, *([here] if command == ("diff",) else []))
+    assert isinstance(done.exception, SystemExit | None), done.exception
