@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -217,14 +218,11 @@ def _split_module(module: str) -> tuple[str, int | None, str]:
 
 def _shorten_labels(labels: Sequence[str]) -> dict[str, str]:
     """Return the shortest distinct ending of each label."""
-    out: dict[str, str] = {}
-    for label in labels:
-        parts = label.split(".")
-        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1) if parts[-n] != "*"]
-        out[label] = next(
-            (e for e in endings if not any(o != label and (o == e or o.endswith("." + e)) for o in labels)), label
-        )
-    return out
+    counts = Counter(ending for label in labels for ending in matching.path_suffixes(label))
+    return {
+        label: next((e for e in matching.path_suffixes(label) if counts[e] == 1 and e.partition(".")[0] != "*"), label)
+        for label in labels
+    }
 
 
 def number_text(value: float | None, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 
@@ -242,3 +243,18 @@ def test_a_picture_of_any_shape_is_whole(shape, of):
         assert abs(np.flatnonzero(high.any(1)).min() - rows.min()) <= 2  # the top of the bar
         feet = low[rows.max() - 3 : rows.max() + 1].astype(int)
         assert 2 in (np.diff(feet) == 1).sum(1)  # map and bar end together
+
+
+def test_the_grid_of_many_modules_takes_time_in_proportion():
+    def calls(count: int) -> int:
+        seen = itertools.count()
+        many = [Norm(f"layers.0.{i}x.{i}y.q", 1.0) for i in range(count)]
+        sys.setprofile(lambda *_: next(seen))
+        try:
+            grid = norms_grid(many)
+        finally:
+            sys.setprofile(None)
+        assert grid.columns[:2] == ("0y.q", "1y.q")
+        return next(seen)
+
+    assert calls(200) < 3 * calls(100)
