@@ -249,7 +249,7 @@ def is_same(present: Adapter, adapter: Adapter) -> bool:
 
 
 def refuse_alpha(lora_alpha: float | None, tree: Any) -> None:
-    """Raise `AttachError` for a `lora_alpha`, because the tree is none of another library; name the nearest leaves."""
+    """Raise `AttachError` for a `lora_alpha`, which only trees of other libraries need; name leaves like theirs."""
     if lora_alpha is not None:
         near = foreign.describe_unknown(tree)
         why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
