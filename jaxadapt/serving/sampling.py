@@ -16,6 +16,7 @@ from jaxadapt.core.errors import ConfigError
 LARGEST = float(np.finfo(np.float32).max)
 TOP = 20
 """The number of most probable tokens in `Scores`; OpenAI's interface allows as many."""
+_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,13 @@ def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
     places, size = logits.shape
     count = min(TOP, size)
 
-    def compute(logits: jax.Array) -> Scores:
-        logs = log_softmax(logits.astype(jnp.float32), axis=-1)
+    def compute_one(given: tuple[jax.Array, jax.Array]) -> Scores:
+        logs = log_softmax(given[0].astype(jnp.float32))
         top, ids = jax.lax.top_k(logs, count)
-        return Scores(jnp.take_along_axis(logs, tokens[:, None], axis=-1)[:, 0], top, ids.astype(jnp.int32))
+        return Scores(logs[given[1]], top, ids.astype(jnp.int32))
+
+    def compute(logits: jax.Array) -> Scores:  # in blocks: a program has the memory for it also if it is not wanted
+        return jax.lax.map(compute_one, (logits, tokens), batch_size=_BLOCK)
 
     def skip(_: jax.Array) -> Scores:
         top = jnp.zeros((places, count), jnp.float32)

@@ -17,7 +17,7 @@ from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward
-from jaxadapt.serving.sampling import choose, restrict
+from jaxadapt.serving.sampling import choose, restrict, score
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -157,6 +157,19 @@ def test_scores_are_those_of_the_logits_and_change_no_token() -> None:
     np.testing.assert_allclose(np.take_along_axis(want, np.asarray(scores.ids), 1), scores.top, atol=1e-5, rtol=0)
     assert scores.logprobs.shape == (17,)
     assert next_scores.top.shape == (2, 20)
+
+
+def test_scores_of_many_places_take_little_memory() -> None:
+    """The program of a long prompt has room for them also if no row asks for them."""
+    rng = np.random.default_rng(0)
+    logits, tokens = rng.standard_normal((133, 4096), np.float32), rng.integers(0, 4096, 133, np.int32)
+    program = jax.jit(score).lower(logits, tokens, True).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * logits.nbytes
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    found = program(logits, tokens, True)
+    np.testing.assert_allclose(found.logprobs, want[np.arange(133), tokens], rtol=1e-5)
+    np.testing.assert_allclose(found.top, -np.sort(-want)[:, :20], rtol=1e-5)
+    np.testing.assert_array_equal(found.ids, np.argsort(-want)[:, :20])
 
 
 @pytest.mark.parametrize("temperature", [1e39, 4e38])
