@@ -16,19 +16,19 @@ import jaxadapt
 from tests.support import house
 
 PACKAGE = Path(jaxadapt.__file__).parent
-# Of the package's source; the next are in "Three hubs", a redraw that is under way: 200 files, 25,500 statements, 10 %
+# Of the package's source, as it stands. The redraw that is under way aims at 200 files, 25,500 statements, 10 %
 # imports, 60 functions over 15 branches and none over 25, 1 with more than 10 parameters, a chain of 18, no circle.
-FILES, STATEMENTS, IMPORTS = 0, 0, 0.0
-OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 0, 0, 0
-CHAIN, CIRCLES = 0, ()
+FILES, STATEMENTS, IMPORTS = 440, 32_000, 0.152
+OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 133, 24, 10
+CHAIN, CIRCLES = 33, (17, 3)
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (0, 0),
-    "save": (0, 0),
-    "to_peft": (0, 0),
-    "adapt": (0, 0),
-    "inject": (0, 0),
-    "merge": (0, 0),
+    "load": (63, 1149),
+    "save": (50, 713),
+    "to_peft": (24, 120),
+    "adapt": (35, 384),
+    "inject": (12, 42),
+    "merge": (33, 792),
 }
 
 
