@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import ml_dtypes
@@ -157,6 +158,24 @@ def test_what_a_save_deletes_counts_no_longer_unless_it_fails(
     manager.wait()
     assert manager.steps == on_disk(tmp_path) == (before if fails else kept)
     assert manager.best == min((s for s in manager.steps if steps[s] == steps[s]), key=lambda s: steps[s])
+
+
+def test_a_step_that_cannot_be_deleted_is_no_reason_to_ask_the_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the process that deletes steps has this error. The others would not join it in looking at the folder."""
+    manager = jaxadapt.CheckpointManager(tmp_path, keep=1, minimize="loss")
+    manager.save(1, small.host_adapter(), metrics={"loss": 2})
+    manager.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "no")))
+        manager.save(2, small.host_adapter(), metrics={"loss": 1})
+        with pytest.raises(jaxadapt.FileError, match="step-000000001.*cannot delete"):
+            manager.wait()
+    monkeypatch.setattr(manager, "_run_on_leader", Mock(side_effect=AssertionError))
+    manager.save(3, small.host_adapter(), metrics={"loss": 3})
+    manager.wait()
+    assert (manager.steps, manager.best) == ([2, 3], 2)
 
 
 def test_a_step_whose_write_failed_is_gone_before_the_error_is_raised(tmp_path: Path, gate: Gate) -> None:

@@ -114,6 +114,8 @@ class CheckpointManager(RunFolder):
         self.keep_best = len(self._own_objective) if keep_best is None else keep_best
         self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
+        # The last save that was not rolled back and whose write did not fail, which every process knows.
+        self._last: _LastSave | None = None
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
@@ -152,7 +154,7 @@ class CheckpointManager(RunFolder):
         number = run_folder.step_number(step)
         taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         is_shared = step_files.is_multi_process(taken)
-        last: _LastSave | None = self._saving.subject  # None also after a failed save and after a rollback
+        last = self._last
         if last is None or number <= last.step:
             best = self._run_on_leader("save", functools.partial(self._check_folder, number))
         else:
@@ -160,8 +162,9 @@ class CheckpointManager(RunFolder):
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         flush.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_shared)
-        uploads, subject = isinstance(self.folder, location.Address), _LastSave(number, record)
-        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=subject)
+        self._last = _LastSave(number, record)
+        uploads = isinstance(self.folder, location.Address)
+        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=self._last)
         if not self.asynchronous:
             self.wait()
 
@@ -189,8 +192,12 @@ class CheckpointManager(RunFolder):
             write = step_files.prepare_shared_write(path, taken, record, self.timeout)
 
         def finish() -> None:
-            with reporter(self.progress) as report:
-                write(report)
+            try:
+                with reporter(self.progress) as report:
+                    write(report)
+            except BaseException:
+                self._last = None
+                raise
             LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
             if not is_shared or step_files.is_leader():
                 self._prune()
@@ -355,7 +362,7 @@ class CheckpointManager(RunFolder):
         """Delete every step after `step`, the last first, so that training can continue from `step`."""
         self.wait()
         self._run_on_leader("rollback", functools.partial(self._rollback, step))
-        self._saving.subject = None
+        self._saving.subject = self._last = None
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))
