@@ -114,8 +114,7 @@ class CheckpointManager(RunFolder):
         self.keep_best = len(self._own_objective) if keep_best is None else keep_best
         self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
-        # The last save that was not rolled back and whose write did not fail, which every process knows.
-        self._last: _LastSave | None = None
+        self._last: _LastSave | None = None  # unless its write failed or it was rolled back; alike in all processes
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
@@ -153,7 +152,6 @@ class CheckpointManager(RunFolder):
         self.wait()
         number = run_folder.step_number(step)
         taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
-        is_shared = step_files.is_multi_process(taken)
         last = self._last
         if last is None or number <= last.step:
             best = self._run_on_leader("save", functools.partial(self._check_folder, number))
@@ -161,7 +159,7 @@ class CheckpointManager(RunFolder):
             best = last.record.best
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         flush.make_folder(self.folder)
-        finish = self._begin_save(number, taken, record, is_shared)
+        finish = self._begin_save(number, taken, record, step_files.is_multi_process(taken))
         self._last = _LastSave(number, record)
         uploads = isinstance(self.folder, location.Address)
         self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=self._last)
