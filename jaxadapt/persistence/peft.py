@@ -310,10 +310,10 @@ def _require_bounded(
     created = sum(math.prod(plan.shapes[key]) for key in missing)
     created += sum(math.prod(e.shape) for tensor, e in sites.tensor_entries(adapter_sites) if not tensor.in_file)
     weights = sum(math.prod(base[leaf]) for leaf in {site.leaf for site in adapter_sites})
-    if created > max(_CREATED, 4 * weights):
+    if created > (limit := max(_CREATED, 4 * weights)):
         raise MismatchError(
-            f"{source}: the configuration asks for {created} values that the file lacks, and the adapted weights have"
-            f" {weights}: expected at most four times as many. Correct the configuration's sizes, such as r"
+            f"{source}: the configuration asks for {created} values that the file lacks: expected at most {limit}, as"
+            f" the adapted weights have {weights}. Correct the configuration's sizes, such as r"
         )
 
 
