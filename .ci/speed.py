@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 # Seconds on the usual machine, idle: two cores of an Intel Xeon, Python 3.11, jax 0.10.
-USUAL_IMPORT, USUAL_MATMUL = 0.45, 0.05
+USUAL_IMPORT, USUAL_MATMUL = 0.45, 0.02
 
 
 def best(count: int, run: Callable[[], object]) -> float:

@@ -70,9 +70,17 @@ class PrintFailures:
             terminal.write_line("\n".join(report.longreprtext.splitlines()[-30:]))
 
 
+FOLDER = pytest.StashKey[str]()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose how the test's programs are compiled. Each folder begins without programs, which otherwise take 6 GB."""
     compiling.optimize(not compiling.is_quick(item.nodeid))
+    folder = item.nodeid.rpartition("/")[0]
+    if item.config.stash.get(FOLDER, folder) != folder:
+        jax.clear_caches()
+    item.config.stash[FOLDER] = folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt.configs import Config, tensor_names
+from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.storage.dtypes import is_float
 
@@ -36,10 +37,13 @@ class PeftTensors:
         return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"
 
 
-def require_floats(specs: Mapping[str, Any], target: object) -> None:
+def require_floats(config: Config, specs: Mapping[str, Any], target: object) -> None:
     """Raise `MismatchError` listing the integers and complex numbers among `{key: array or spec}` to be written.
 
-    Indices are integers. `target` is the path that the message names.
+    Indices are integers, and so may be tensors of a type that only passes through. `target` is the path that the message
+    names.
     """
+    if class_of(config.peft_type) is None:
+        return
     wrong = [f"{k}: {x.dtype}" for k, x in specs.items() if tensor_names.has_fractions(k) and not is_float(x.dtype)]
     raise_listed(MismatchError, f"{target}: cannot write these tensors: expected floating-point numbers, found:", wrong)

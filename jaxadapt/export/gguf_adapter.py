@@ -49,7 +49,7 @@ def write_adapter(
         MismatchError: llama.cpp has no form for a tensor; the message lists all of them.
     """
     arrays = as_source(tensors.tensors)
-    require_floats(arrays.specs, os.fspath(path))
+    require_floats(tensors.config, arrays.specs, os.fspath(path))
     plan = _plan(tensors, arrays, base)
     kind = gguf_files.TYPES[dtype or "float32"]
     specs = {name: (kind, _shape(each, arrays)) for name, each in plan.items()}

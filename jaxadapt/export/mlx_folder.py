@@ -50,7 +50,7 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
         )
     arrays, config = as_source(tensors.tensors), _config(tensors)
     modules = lora_pairs(arrays)
-    require_floats(arrays.specs, folder)
+    require_floats(tensors.config, arrays.specs, folder)
     _refuse_modules(tensors, arrays, modules, tied, bool(config.use_dora))
     keys = {name: mlx_files.mlx_name(name) for name in modules}
     plan: dict[str, tuple[str, bool]] = {}  # {name in the file: (key, True to transpose)}

@@ -297,7 +297,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         " a model and save that:",
         parts,
     )
-    require_floats(array_specs(tensors.tensors), folder)
+    require_floats(tensors.config, array_specs(tensors.tensors), folder)
     metadata = {"format": "pt", reconcile.META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.

@@ -127,7 +127,7 @@ def write_file(
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
-    require_floats(as_source(tensors.tensors).specs, os.fspath(path))
+    require_floats(tensors.config, as_source(tensors.tensors).specs, os.fspath(path))
     specs, get, alphas = file_tensors(tensors, style, layout)
     header = dict(metadata or {"format": "pt"})
     stated = header.pop(image_configs.METADATA, None) if tensors.config.peft_type == "LORA" else None

@@ -147,7 +147,8 @@ def test_a_file_of_diffusers_keeps_its_names(tmp_path: Path):
     assert {m: config.scale_of(m) for m in config.get("target_modules")} == {
         f"{module}.to_q": 1, f"{module}.to_k": 0.5
     }  # fmt: skip
-    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    converted = run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert converted.exit_code == 0, converted.output
     assert equal(tmp_path / "b.safetensors", tensors)
 
 
@@ -371,7 +372,8 @@ def test_what_peft_has_no_method_for_passes_through(kind: str, tmp_path: Path):
     extracted = run("extract", tmp_path / "a.safetensors", "--out", tmp_path / "peft")
     assert "the file is one image adapter" in " ".join(extracted.output.split())
     assert jaxadapt.read_config(tmp_path / "a.safetensors").peft_type == "LYCORIS"
-    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    converted = run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert converted.exit_code == 0, converted.output
     assert equal(tmp_path / "b.safetensors", tensors)
     refused = run("convert", tmp_path / "a.safetensors", tmp_path / "peft")
     assert refused.exit_code == 1
@@ -432,7 +434,8 @@ def test_every_command_takes_them(tmp_path: Path):
 def test_a_file_without_alphas_stays_one(tmp_path: Path):
     tensors = {key: x for key, x in kohya(KNOWN).items() if not key.endswith("alpha")}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors").exit_code == 0
+    converted = run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert converted.exit_code == 0, converted.output
     assert equal(tmp_path / "b.safetensors", tensors)
     refused = run("export", tmp_path / "a.safetensors", "--out", tmp_path / "out")
     assert (refused.exit_code, "writes PEFT's folder for each" in " ".join(refused.output.split())) == (1, True)

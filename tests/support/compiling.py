@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import jax
 
 _FLAG = "jax_disable_most_optimizations"
-# Folders and files of tests whose programs are compiled without optimisations, in half the time. Not those that train
-# for long, read the compiled program, compare bit for bit with another process, or compare closely where values are large.
+# Folders of tests whose programs are compiled without optimisations, in half the time. Not those that train for long,
+# read the compiled program, compare bit for bit with another process, or compare closely where values are large.
 QUICK = (
     "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
     "tests/reference/", "tests/server/", "tests/serving/",
