@@ -40,8 +40,8 @@ class PeftTensors:
 def require_floats(config: Config, specs: Mapping[str, Any], target: object) -> None:
     """Raise `MismatchError` listing the integers and complex numbers among `{key: array or spec}` to be written.
 
-    Indices are integers, and so may be tensors of a type that only passes through. `target` is the path that the message
-    names.
+    Indices are integers, and so may be tensors of a type that only passes through. `target` is the path that messages
+    name.
     """
     if class_of(config.peft_type) is None:
         return

@@ -205,13 +205,17 @@ def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
 def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
     """Evaluate a scan; the layers of its steps become one more of its scanned inputs."""
     p = eqn.params
-    consts, carry, xs = _split(operands, p["num_consts"], p["num_carry"])
+    if "ft_in" in p:  # jax 0.12
+        n_consts, n_carry, _ = map(len, p["ft_in"].unpack())
+    else:
+        n_consts, n_carry = p["num_consts"], p["num_carry"]
+    consts, carry, xs = _split(operands, n_consts, n_carry)
     steps = jax.tree.map(lambda x: x.reshape(p["length"], -1, *x.shape[1:]), layers)
 
     def body(carry: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         inner, step = sliced
         outs, _ = _evaluate(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*consts, *carry, *inner], change, step, 0)
-        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+        return outs[:n_carry], outs[n_carry:]
 
     carry, ys = jax.lax.scan(body, carry, (xs, steps), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     return [*carry, *ys]
