@@ -112,7 +112,7 @@ def our_base(base):
 
 
 def compare(ours, base, model, tolerance):
-    """Tolerance: of the largest number; an SVD in float32 by two libraries."""
+    """Tolerance: of the largest number; an SVD in float32 by two libraries (4e-5 on some processors)."""
     found, left = peft_products(model)
     mine, now = deltas(ours), our_base(base)
     assert mine.keys() == found.keys()
@@ -186,7 +186,7 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
         return
     left, adapter = jaxadapt.initializers.start(config, base, **given)
     # CorDA inverts a covariance of condition 1e3; LoRA-GA squares that of a gradient
-    tolerance = {"corda": 2e-3, "lora_ga": 1e-3}.get(kind, 2e-5)
+    tolerance = {"corda": 2e-3, "lora_ga": 1e-3}.get(kind, 1e-4)
     model = peft_side(family, theirs, kind)
     if kind == "lora_ga":
         compare_up_to_signs(adapter, left, model, tolerance)

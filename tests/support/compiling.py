@@ -14,12 +14,11 @@ QUICK = (
     "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
     "tests/reference/", "tests/server/", "tests/serving/",
 )  # fmt: skip
-PRECISE = ("tests/reference/test_initializers.py",)  # singular vectors beside PEFT's
 
 
 def is_quick(nodeid: str) -> bool:
     """True for a test that runs without optimisations."""
-    return nodeid.startswith(QUICK) and not nodeid.startswith(PRECISE)
+    return nodeid.startswith(QUICK)
 
 
 def optimize(on: bool) -> None:
