@@ -686,7 +686,11 @@ def test_real_adapters_are_written_as_they_were_read(real_adapters, tmp_path):
         for key, value in before.items():
             assert again.tensors[key].dtype == value.dtype
             np.testing.assert_array_equal(again.tensors[key], value)
-        jaxadapt.inspect(here).to_dict()
+        if path.name.startswith("001_"):  # a whole model under the name of an adapter
+            with pytest.raises(jaxadapt.MismatchError, match="none of the 606 tensors belongs to an adapter"):
+                jaxadapt.inspect(here)
+        else:
+            jaxadapt.inspect(here).to_dict()
         counted += 1
     assert counted >= 8
 
