@@ -135,8 +135,13 @@ def main(verbose: bool) -> None:
     success, 1 for an error (2 of `jaxadapt diff`), which standard error explains, 2 for wrong usage, and 130 after
     Ctrl-C.
     """
-    # The Hub's client logs each of its attempts; the error at the end says what failed.
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.INFO if verbose else logging.ERROR)
+    client = logging.getLogger("huggingface_hub.utils._http")
+    client.removeFilter(_is_no_retry) if verbose else client.addFilter(_is_no_retry)
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("jaxadapt").setLevel(logging.INFO)
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    """Return False for the Hub client's message about each of its attempts: the error at the end says what failed."""
+    return "Retrying in" not in record.getMessage()

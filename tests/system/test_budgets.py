@@ -24,7 +24,7 @@ CHAIN, CIRCLES = 33, (17, 3)
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
     "load": (63, 1149),
-    "save": (50, 713),
+    "save": (50, 714),
     "to_peft": (24, 120),
     "adapt": (35, 384),
     "inject": (12, 42),

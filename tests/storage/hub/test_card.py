@@ -50,8 +50,8 @@ def test_metrics_are_what_a_training_loop_has(kind):
     [
         ({"modules_to_save": ["head"]}, None),
         ({"use_rslora": True, "use_dora": True}, None),
-        ({"use_rslora": True}, "`use_rslora` ignored"),
-        ({"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 2}}, "`alpha_pattern` ignored"),
+        ({"use_rslora": True}, "`use_rslora`: ignored"),
+        ({"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 2}}, "`alpha_pattern`: ignored"),
     ],
 )
 def test_it_shows_a_way_only_where_there_is_one(fields, way):
