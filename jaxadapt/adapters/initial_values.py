@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters import sharding
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.adapters.sites import Site, Sites, map_stack, shared_tensors
-from jaxadapt.arrays import placement, quantized, random_draws
+from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
@@ -120,7 +120,7 @@ def init_values(
             for each in wanted
         }
     values: dict[str, Any] = dict(given)
-    drawn = placement.put_on_devices(
+    drawn = regions.put_on_devices(
         _draw_values(config, [each for each in wanted if not each.tensor.from_base], key, dtype, context), shardings
     )
     values |= drawn
@@ -134,7 +134,7 @@ def init_values(
         # Always copy, so that donating the adapter never donates the base's array.
         keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
         copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
-        values[path] = copy if target is None else placement.move_to(copy, target)
+        values[path] = copy if target is None else regions.move_to(copy, target)
     values |= {each.entry.path: _cast(values[each.entry.path], dtype_of(each)) for each in wanted}
     return {each.entry.path: values[each.entry.path] for each in _list_tensors(sites)}
 
@@ -177,7 +177,7 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
             if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
                 scales[path] = by_tensor
     except ConfigError as error:  # this start has no random draw; under tracing no values are needed
-        if not placement.is_tracing():
+        if not regions.is_tracing():
             raise
         return {each.entry.path: random_draws.missing_array(each.entry.shape, dtype, str(error)) for each in wanted}
     values |= random_draws.draw_arrays(key, draws, dtype)

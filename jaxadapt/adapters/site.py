@@ -13,8 +13,7 @@ import numpy as np
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.torch_layout import TorchLayout
+from jaxadapt.arrays.layout import FileLayout, TorchLayout
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError

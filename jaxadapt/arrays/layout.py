@@ -1,6 +1,11 @@
-"""The layout of file tensors in one array of a model, and the conversion between both axis orders.
+"""The layouts of one tensor: its axes in a model's leaf, in PyTorch's file, and for one layer inside a computation.
 
-The functions work on shapes, and on NumPy or JAX arrays alike.
+A pattern of a keymap's entry, such as "d {l} n h -> (n h) d", names a leaf's axes, then PyTorch's. A layout converts
+file tensors to one array of a model and back; its functions work on shapes, and on NumPy or JAX arrays alike.
+
+`TorchLayout` converts the weight and the adapter tensors of one layer to PyTorch's layout and back inside a
+computation. The leading axes of a converted array are the weight's batch axes (fused parts, experts): in PyTorch,
+each entry is a weight of its own. The other axes are those of the file.
 """
 
 from __future__ import annotations
@@ -8,12 +13,120 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.arrays import pattern
+from jaxadapt.core.errors import MismatchError
+
+# ---------------------------------------------------------------- pattern
+
+
+_TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
+
+
+class Pattern(NamedTuple):
+    """A parsed pattern.
+
+    Attributes:
+        left: the leaf's axes. Braced axes keep their braces, and a split axis its parentheses.
+        right: PyTorch's axes, each as the group of names that are flattened into it.
+        plain: the names on the left without braces.
+        braced: the names on the left in braces, without the braces.
+        problems: the errors in the pattern.
+    """
+
+    left: tuple[str, ...]
+    right: tuple[tuple[str, ...], ...]
+    plain: frozenset[str]
+    braced: frozenset[str]
+    problems: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)  # all families together have a few hundred patterns
+def parse_pattern(text: str) -> Pattern:
+    """Parse a pattern; `problems` lists its errors.
+
+    >>> parse_pattern("{p} n d h -> (n h) d")[:2]
+    (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
+    """
+    if text.count("->") != 1:
+        none = frozenset[str]()
+        problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
+        return Pattern((), (), none, none, (problem,))
+    ours, theirs = text.split("->")
+    left = tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in _TOKEN.finditer(ours))
+    right = tuple(
+        tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in _TOKEN.finditer(theirs)
+    )
+    names, flat = [n for axis in left for n in axis_parts(axis)], [n for group in right for n in group]
+    rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
+    problems = [f"{rest!r} is no axis name"] if rest else []
+    problems += [
+        f"axis {n!r} occurs twice on the {side}"
+        for side, side_names in (("left", names), ("right", flat))
+        for n in repeated_names(side_names)
+    ]
+    plain = frozenset(n for n in names if not n.startswith("{"))
+    problems += [
+        f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
+    ]
+    problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
+    braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
+    return Pattern(left, right, plain, braced, tuple(problems))
+
+
+def repeated_names(names: Sequence[str]) -> list[str]:
+    """Return the names that occur more than once, sorted.
+
+    >>> repeated_names(["n", "h", "n"])
+    ['n']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def axis_parts(axis: str) -> tuple[str, ...]:
+    """Return the names in a parenthesised axis of a leaf, or the axis itself."""
+    return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
+
+
+def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of the parts of an axis. Raises `MismatchError` if the fixed sizes do not divide its size.
+
+    >>> part_sizes("(c p)", 8, {"p": 2}), part_sizes("h", 8, {})
+    ({'c': 4, 'p': 2}, {'h': 8})
+    """
+    names = axis_parts(axis)
+    if names == (axis,):
+        return {axis: size}
+    known = math.prod(fixed[n] for n in names if n in fixed)
+    if size % known:
+        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with the sizes {dict(fixed)}")
+    return {n: fixed.get(n, size // known) for n in names}
+
+
+def split_sizes(sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of the parts of several axes, given as `(axis, size)`; see `part_sizes`."""
+    return {name: part for axis, size in sizes for name, part in part_sizes(axis, size, fixed).items()}
+
+
+def scale_factor(scale: tuple[str, float] | None, sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> float:
+    """Return the product of the sizes of the axes that `scale` names, to its power; 1 without a scale.
+
+    >>> scale_factor(("c p", -0.5), [("d", 3), ("(c p)", 4)], {"p": 2})
+    0.5
+    """
+    if scale is None:
+        return 1.0
+    parts = split_sizes(sizes, fixed)
+    return float(math.prod(parts[name] for name in scale[0].split()) ** scale[1])
+
+
+# ---------------------------------------------------------------- layout
+
 
 Array = Any
 
@@ -76,7 +189,7 @@ class FileLayout:
     def _inner(self) -> dict[str, int]:
         """{axis: size} of one tensor in the model's order; a parenthesised axis appears as its parts."""
         kept = ((self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split)
-        return pattern.split_sizes(kept, dict(self.sizes))
+        return split_sizes(kept, dict(self.sizes))
 
     @functools.cached_property
     def _flat(self) -> dict[str, int]:
@@ -184,7 +297,7 @@ class FileLayout:
         index = list(self.index(i))
         for axis, name in enumerate(self.left):
             if axis not in self.split:
-                parts = pattern.part_sizes(name, self.shape[axis], dict(self.sizes))
+                parts = part_sizes(name, self.shape[axis], dict(self.sizes))
                 number = 0
                 for part, size in parts.items():
                     number = number * size + at[part]
@@ -264,3 +377,129 @@ def to_file_scale(x: Array, factor: float, shift: float) -> Array:
     wide = x.astype(np.promote_types(x.dtype, np.float32))
     wide = wide - wide.dtype.type(shift) if shift else wide
     return (wide if factor == 1 else wide * wide.dtype.type(1 / factor)).astype(x.dtype)
+
+
+# ---------------------------------------------------------------- torch layout
+
+
+Names = tuple[str, ...]
+Groups = tuple[Names, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchLayout:
+    """The layouts of one site, without the axes of stacked layers.
+
+    Attributes:
+        left: the names of the weight's axes.
+        right: PyTorch's axes of the weight, each as the group of names that are flattened into it.
+        batch: the names of the batch axes, in the weight's order.
+        inputs: the names of PyTorch's input axis, split.
+        outputs: the names of PyTorch's output axis, split.
+        sizes: the sizes of the parts of parenthesised axes.
+        scale: as `Weight.scale`.
+        shift: as `Weight.shift`.
+        tensors: `(name, left, right)` of the site's tensors.
+    """
+
+    left: Names
+    right: Groups
+    batch: Names
+    inputs: Names
+    outputs: Names
+    sizes: tuple[tuple[str, int], ...] = ()
+    scale: tuple[str, float] | None = None
+    shift: float = 0.0
+    tensors: tuple[tuple[str, Names, Groups], ...] = ()
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, tuple[Names, Groups]]:
+        return {name: (left, right) for name, left, right in self.tensors}
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.left, self.right, self.batch, self.sizes, self.scale, self.shift, self.tensors))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def names(self) -> Names:
+        """The names of the tensors that differ between sites."""
+        return tuple(self._tensors)
+
+    def factor(self, shape: Sequence[int]) -> float:
+        """Return the factor by which a weight of this shape is PyTorch's weight."""
+        return scale_factor(self.scale, zip(self.left, shape, strict=True), dict(self.sizes))
+
+    def weight_to_torch(self, w: Array) -> Array:
+        """Return a weight in PyTorch's layout and scale, (batch..., *file axes)."""
+        return self._to_torch(self._weight_form(w.shape), w)
+
+    def weight_from_torch(self, shape: Sequence[int], matrix: Array) -> Array:
+        """Return a weight of this shape in the model's layout and scale."""
+        form = self._weight_form(shape)
+        return form.from_rows(matrix.reshape(form.count, *form.file_shape))
+
+    def to_torch(self, name: str, x: Array) -> Array:
+        """Return a tensor in the file's layout, (batch..., *file axes); a shared tensor as it is."""
+        if name not in self._tensors:
+            return x
+        left, right = self._tensors[name]
+        return self._to_torch(self._form(left, right, x.shape), x)
+
+    def has_batch(self, name: str) -> bool:
+        """Return True if a tensor has the batch axes."""
+        return name in self._tensors and bool(self.batch) and set(self.batch) <= set(self._tensors[name][0])
+
+    def _weight_form(self, shape: Sequence[int]) -> FileLayout:
+        return dataclasses.replace(
+            self._form(self.left, self.right, shape), factor=self.factor(shape), shift=self.shift
+        )
+
+    def _form(self, left: Names, right: Groups, shape: Sequence[int]) -> FileLayout:
+        split = tuple(left.index(name) for name in self.batch if name in left)
+        return FileLayout(tuple(shape), left, right, split, sizes=self.sizes)
+
+    def _to_torch(self, form: FileLayout, x: Array) -> Array:
+        rows = form.to_rows(x)
+        return rows.reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
+
+    def _axes_over(
+        self, role: str, letters: Mapping[str, str], over: str
+    ) -> tuple[Names, list[str], list[int], list[int], list[int]]:
+        """Return the names and axes of a role, and the positions in `over` of these axes, the batch and the rest."""
+        names = self.inputs if role == "in" else self.outputs
+        axes = [axis for axis in self.left if set(axis_parts(axis)) & set(names)]
+        ends = [over.index(letters[axis]) for axis in axes]
+        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
+        return names, axes, ends, batch, [i for i in range(len(over)) if i not in (*ends, *batch)]
+
+    def rows_to_torch(self, role: str, letters: Mapping[str, str], x: Array, over: str) -> tuple[Array, Names]:
+        """Return values over the weight's inputs ("in") or outputs ("out") as rows.
+
+        Args:
+            letters: the letter of each axis of the weight, by its name.
+            x: the array, whose axes are the letters `over`.
+
+        Returns the array with the axes (batch..., rest..., features), and the letters of `rest`.
+        """
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
+        x = x.transpose(*batch, *rest, *ends)
+        lead = x.shape[: len(batch) + len(rest)]
+        split = split_sizes(zip(axes, x.shape[len(lead) :], strict=True), dict(self.sizes))
+        x = x.reshape(*lead, *split.values())
+        order = [len(lead) + list(split).index(n) for n in names]
+        x = x.transpose(*range(len(lead)), *order).reshape(*lead, -1)
+        return x, tuple(over[i] for i in rest)
+
+    def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
+        """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
+        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
+        split = split_sizes(zip(axes, (like.shape[i] for i in ends), strict=True), dict(self.sizes))
+        lead = rows.shape[:-1]
+        x = rows.reshape(*lead, *(split[n] for n in names))
+        x = x.transpose(*range(len(lead)), *(len(lead) + names.index(n) for n in split))
+        front = [*batch, *rest, *ends]
+        x = x.reshape([like.shape[i] for i in front])
+        return x.transpose([front.index(i) for i in range(len(front))])

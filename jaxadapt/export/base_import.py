@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.arrays import placement
+from jaxadapt.arrays import regions
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
@@ -184,7 +184,7 @@ def _load_leaves(
     """Return new arrays with the target's dtypes and shardings; numpy arrays for the target's numpy arrays."""
     shardings = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
     shardings |= {
-        p: placement.concrete_sharding(sharding) for p, sharding in base_shardings.items() if sharding is not None
+        p: regions.concrete_sharding(sharding) for p, sharding in base_shardings.items() if sharding is not None
     }
     file_dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
     dtypes = {e.path: leaves[e.path].dtype for e in entries}

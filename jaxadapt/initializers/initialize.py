@@ -15,7 +15,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import initial_values, sharding
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
-from jaxadapt.arrays import placement, quantized
+from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
@@ -144,7 +144,7 @@ class Initialization:
             padded = [low_rank.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), rank) for f in factors[b.leaf]]
             a_matrices, b_matrices = (jnp.stack(side) for side in zip(*padded, strict=True))
             new |= low_rank.matrices_to_leaves(b, a_matrices, b_matrices)[1]
-        values |= placement.put_on_devices(
+        values |= regions.put_on_devices(
             {path: x.astype(values[path].dtype) for path, x in new.items()},
             sharding.adapter_shardings(computed, dict(shardings)),
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
-from jaxadapt.arrays import placement
+from jaxadapt.arrays import regions
 from jaxadapt.configs import Config, LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -148,7 +148,7 @@ def start(
         own = initial_values.new_dtype(dtype)
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
         where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
-        started = {path: placement.move_to(x, where[path]) if path in where else x for path, x in started.items()}
+        started = {path: regions.move_to(x, where[path]) if path in where else x for path, x in started.items()}
         values = initial_values.init_values(
             recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started
         )

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from jaxadapt.arrays.pattern import axis_parts
+from jaxadapt.arrays.layout import axis_parts
 from jaxadapt.keymaps.keymap import KeyMap
 
 

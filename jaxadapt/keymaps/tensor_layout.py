@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from jaxadapt.arrays import pattern
+from jaxadapt.arrays.layout import part_sizes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
@@ -116,7 +116,7 @@ def axis_sizes(match: Match, shape: Sequence[int]) -> dict[str, int]:
         )
     sizes = dict(zip(left, shape, strict=True))
     for axis, size in sizes.items():
-        pattern.part_sizes(axis, size, dict(match.weight.sizes))
+        part_sizes(axis, size, dict(match.weight.sizes))
     for axis in match.roles["fused"]:
         names = match.weight.index_names(axis)
         if names is not None and len(names) != sizes[axis]:
@@ -156,7 +156,7 @@ def axis_sizes_from_tensors(
                 axis = name.strip("~{}")
                 problems.append(f"{match.leaf}.{tensor.name}: axis {axis!r} has size {size}, expected {expected}")
             try:
-                pattern.part_sizes(name, size, dict(match.weight.sizes))
+                part_sizes(name, size, dict(match.weight.sizes))
             except MismatchError as error:
                 problems.append(f"{match.leaf}.{tensor.name}: {error}")
     raise_listed(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts, parse_pattern, scale_factor
+from jaxadapt.arrays.layout import axis_parts, parse_pattern, scale_factor
 from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps.templates import template_regex
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, map_layers, sites_of
-from jaxadapt.arrays import placement
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods import LAYER, AppliedMethod, Method, as_computable, at_least_float32
@@ -96,7 +96,7 @@ class ChangedLeaf:
         } | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
         params |= {name: x for name, x in self.params.items() if name not in site.shapes}
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
-        change = self.leaf_change(None if isinstance(w, Tracer) else placement.sharding_of(w), single)
+        change = self.leaf_change(None if isinstance(w, Tracer) else regions.sharding_of(w), single)
         host = isinstance(w, np.ndarray)
         changed = (_compute_in_place if donate and not host else _compute)(change, w, params)
         return np.array(changed) if host else changed  # a copy, since numpy arrays are writable

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.fourier import transform
-from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fourierft import FourierFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.waveft import WaveFTConfig

@@ -13,8 +13,7 @@ from typing import NoReturn
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, PerEntry, Use
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.tensor_spec import MethodTensor

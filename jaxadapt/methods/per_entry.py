@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.axes import PerEntry
 from jaxadapt.keymaps.tensor_spec import Modules
 
 

@@ -19,8 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.randlora import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor

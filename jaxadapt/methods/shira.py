@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.arrays.random_draws import Draw, draw_arrays
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import Draw, TorchRandom, draw_arrays
 from jaxadapt.configs.shira import ShiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor

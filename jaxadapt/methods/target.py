@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.pattern import split_sizes
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.axes import PerEntry
+from jaxadapt.arrays.layout import split_sizes
 from jaxadapt.core.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules

@@ -19,8 +19,7 @@ import numpy as np
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
-from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.tinylora import TinyLoraConfig
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target

@@ -14,8 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from jaxadapt.arrays import placement, quantized
+from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
@@ -69,7 +69,7 @@ def quantize(
             problems.append(f"{site.leaf}: already quantized")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
             problems.append(f"{site.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
-        elif (sharding := placement.sharding_of(w)) is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        elif (sharding := regions.sharding_of(w)) is not None and AxisType.Explicit in sharding.mesh.axis_types:
             problems.append(
                 f"{site.leaf}: sharded on a mesh with explicit axes, which does not allow slicing into blocks;"
                 " use Auto axes"

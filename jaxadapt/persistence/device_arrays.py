@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt.arrays import finite, placement, regions
+from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps.plan import Plan, PlanEntry
@@ -57,12 +57,12 @@ def load_arrays(
     Raises `MismatchError` if finite values are NaN or infinite in the dtype of their array. Traced arrays have no
     values to check.
     """
-    shardings = {path: placement.concrete_sharding(place) for path, place in (shardings or {}).items()}
+    shardings = {path: regions.concrete_sharding(place) for path, place in (shardings or {}).items()}
     requested = dtype if isinstance(dtype, Mapping) else dict.fromkeys((e.path for e in plan.entries), dtype)
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
         leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
-        return {path: placement.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
+        return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
     source = as_source(tensors)
     new_dtypes = {
         e.path: e.dtype(dtypes) if requested[e.path] is None else np.dtype(requested[e.path]) for e in plan.entries

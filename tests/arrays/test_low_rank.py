@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Axes, Operation, Use, transposed_axes
-from jaxadapt.arrays.per_entry import LAYER, PerEntry
+from jaxadapt.arrays.axes import LAYER, Axes, Operation, PerEntry, Use, transposed_axes
 from jaxadapt.core.errors import AttachError
 
 

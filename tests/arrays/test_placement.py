@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxadapt.arrays import placement
+from jaxadapt.arrays import regions
 
 
 @pytest.mark.parametrize(
@@ -15,9 +15,9 @@ from jaxadapt.arrays import placement
 )
 def test_an_annotation_is_placed_where_the_mesh_has_all_its_axes(spec, named):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    found = placement.sharding_from_spec(spec, mesh)
+    found = regions.sharding_from_spec(spec, mesh)
     assert (found is not None) is named
     if found is not None:
         assert found.spec == PartitionSpec(*spec)
         assert found.mesh == mesh
-    assert placement.sharding_from_spec(spec) is None  # without a mesh
+    assert regions.sharding_from_spec(spec) is None  # without a mesh

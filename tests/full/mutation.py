@@ -48,7 +48,7 @@ TARGET = 0.85
 CORE = [
     "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/methods/lora/*.py",
     "jaxadapt/arrays/axes.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/low_rank.py",
-    "jaxadapt/arrays/pattern.py", "jaxadapt/arrays/per_entry.py", "jaxadapt/arrays/regions.py",
+    "jaxadapt/arrays/layout.py", "jaxadapt/arrays/axes.py", "jaxadapt/arrays/regions.py",
     "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors_header.py", "jaxadapt/storage/strided.py",
     "jaxadapt/storage/torch_bin.py", "jaxadapt/storage/dtypes.py",
 ]  # fmt: skip

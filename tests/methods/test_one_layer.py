@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, DeftConfig, DeloraConfig, FourierFTConfig, PeanutConfig, WaveFTConfig
-from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.arrays.random_draws import TorchRandom
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods import METHODS, AppliedMethods, waveft

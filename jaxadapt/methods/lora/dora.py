@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
+from jaxadapt.arrays.axes import Axes, Operation, PerEntry, Use, mask_unadapted
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, at_least_float32

@@ -23,7 +23,7 @@ from jaxadapt.adapters.adapter import (
     integers_name,
     is_array,
 )
-from jaxadapt.arrays import placement
+from jaxadapt.arrays import regions
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -49,12 +49,12 @@ def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
     shardings: dict[str, Any] = {}
     for path, leaf in leaves.items():
         value = unbox_tree(leaf)
-        shardings[path] = placement.sharding_of(value)
-        if placement.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
+        shardings[path] = regions.sharding_of(value)
+        if regions.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
             spec: Any = leaf.get_partition_spec()
             if isinstance(leaf, nn.LogicallyPartitioned):
                 spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
-            shardings[path] = placement.sharding_from_spec(tuple(spec), leaf.mesh)
+            shardings[path] = regions.sharding_from_spec(tuple(spec), leaf.mesh)
     return shardings
 
 

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
-from jaxadapt.arrays import placement, random_draws
+from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
@@ -51,12 +51,12 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | Non
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
     shardings: dict[str, NamedSharding | None] = {}
     for leaf, value in survey.base_values(owners).items():
-        shardings[leaf] = placement.sharding_of(value)
+        shardings[leaf] = regions.sharding_of(value)
         module, attr = owners[leaf]
         var: nnx.Variable[Any] = vars(module)[attr]
-        if placement.is_unplaced(value) and var.get_metadata("out_sharding", None):
+        if regions.is_unplaced(value) and var.get_metadata("out_sharding", None):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            shardings[leaf] = placement.sharding_from_spec(spec, var.get_metadata("mesh", None))
+            shardings[leaf] = regions.sharding_from_spec(spec, var.get_metadata("mesh", None))
     return shardings
 
 
@@ -91,7 +91,7 @@ def draw_params_key(rngs: nnx.Rngs) -> Any:
     Flax compiles two programs for that call in every new process. Outside jit, this function compiles none.
     """
     stream: Any = rngs["params"]
-    if type(stream) is not nnx.RngStream or placement.is_tracing():
+    if type(stream) is not nnx.RngStream or regions.is_tracing():
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
@@ -165,7 +165,7 @@ def attach(
                 values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
             )
             for t, e in zip(site.tensors, site.entries, strict=True)
-        } | _layer_numbers(site, placement.sharding_of(vars(module)[attr].get_value()))
+        } | _layer_numbers(site, regions.sharding_of(vars(module)[attr].get_value()))
         tensors |= {} if site.method.copies else shared
         # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
         if collection not in vars(module):
@@ -192,7 +192,7 @@ def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, An
     if not site.data:
         return {}
     shardings = {} if base is None else dict.fromkeys(site.data, NamedSharding(base.mesh, PartitionSpec()))
-    return {name: LayerNumber(x) for name, x in placement.put_on_devices(site.data, shardings).items()}
+    return {name: LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
 
 
 def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
