@@ -19,10 +19,10 @@ from jaxadapt.adapters import full_copies, tied
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed, warn
-from jaxadapt.keymaps import plan, tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 
 
 def _embedding_entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, PlanEntry]:
@@ -33,7 +33,7 @@ def _embedding_entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrap
         if match is None or match.braced or len(match.weight.left) != len(shape) or not _is_embedding(keymap, match):
             continue
         tensor = MethodTensor("base", ".base_layer" if wrapped else "", (), (), is_copy=True, scale_power=1)
-        entries[match.module({})] = plan.plan_entry(keymap, match, tensor, tensor_layout.axis_sizes(match, shape))
+        entries[match.module({})] = plan.plan_entry(keymap, match, tensor, plan.axis_sizes(match, shape))
     return entries
 
 

@@ -6,9 +6,8 @@ import dataclasses
 import re
 
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.parts import part_key
-from jaxadapt.keymaps.templates import name_regex
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.plan import part_key
+from jaxadapt.keymaps.weight import Weight, name_regex
 
 
 @dataclasses.dataclass(frozen=True)

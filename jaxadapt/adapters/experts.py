@@ -26,11 +26,10 @@ from jaxadapt.adapters.expert_parameters import ExpertParameter, is_transposed, 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
-from jaxadapt.keymaps import expert_names, tensor_layout
+from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.parts import cut_parts, file_key, join_parts, parse_part_key
-from jaxadapt.keymaps.templates import name_regex
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.plan import cut_parts, file_key, join_parts, parse_part_key
+from jaxadapt.keymaps.weight import Weight, name_regex
 
 Array = Any
 _SIDES = ("A", "B")
@@ -43,7 +42,7 @@ def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> 
     return [
         name
         for match, shape in expert_matches
-        for name in target_parameters.parameter_names(match, tensor_layout.axis_sizes(match, shape)).values()
+        for name in target_parameters.parameter_names(match, plan.axis_sizes(match, shape)).values()
     ]
 
 
@@ -176,7 +175,7 @@ def _checked_ranks(
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for name, (parameter, parts) in fused.items():
-        numbers = expert_names.expert_numbers([expert for experts in parts.values() for expert in experts])
+        numbers = pytorch.expert_numbers([expert for experts in parts.values() for expert in experts])
         texts = parameter.texts(name) or {}
         modules = {
             (part, expert): template.format(**texts, e=expert)

@@ -15,7 +15,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import tied
 from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
-from jaxadapt.keymaps import generic, tensor_layout
+from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import trainable_tokens
@@ -160,7 +160,7 @@ def select_copies(
     if not has_copies(config):
         return []
     matches = [
-        (match, tensor_layout.axis_sizes(match, shape))
+        (match, plan.axis_sizes(match, shape))
         for leaf, shape in shapes.items()
         for match in [match_for_copy(keymap, leaf, shape)]
     ]

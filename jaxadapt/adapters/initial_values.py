@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.plan import PlanEntry
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods import Method, Start
 from jaxadapt.storage.dtypes import float_dtype
 

@@ -19,7 +19,7 @@ from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.keymaps.parts import Part, group_by_file_key, join_parts, parse_part_key
+from jaxadapt.keymaps.plan import Part, group_by_file_key, join_parts, parse_part_key
 
 Array = Any
 

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, raise_listed, warn
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # the names that PEFT's replicate_layers knows
@@ -60,7 +60,7 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
             continue
         has_values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
         without_values |= not has_values
-        for index, parameter in match.parameters(tensor_layout.axis_sizes(match, array.shape)).items():
+        for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
             name = paths.join(*parameter)
             layer = _LAYER.search(name)
             if layer is None or not has_values or int(layer[1]) >= len(order):

@@ -25,7 +25,7 @@ from jaxadapt.adapters.sites import (
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
-from jaxadapt.keymaps import generic, tensor_layout
+from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods.prompt import PromptMethod
@@ -52,7 +52,7 @@ def _inventory(
             is_matrix = len(shape) >= 2 and name not in (*MAIN_WEIGHT_NAMES, "bias")
             unmapped[leaf] = (leaf, parent) if is_matrix else (parent,)
         elif match.weight.adaptable:
-            sizes = tensor_layout.axis_sizes(match, shape)
+            sizes = plan.axis_sizes(match, shape)
             mapped[leaf] = (match, sizes, match.modules(sizes))
     # If a module has a mapped weight, its name selects that weight; other leaves need names of their own.
     covered = {leaf.rpartition(".")[0] for leaf in mapped}

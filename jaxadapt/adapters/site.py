@@ -17,9 +17,9 @@ from jaxadapt.arrays.layout import FileLayout, TorchLayout
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps import module_order, plan
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, sort_modules
+from jaxadapt.keymaps.weight import MethodTensor, Modules
 
 Shape = tuple[int, ...]
 
@@ -132,7 +132,7 @@ class Sites(tuple[Site, ...]):
         """
         assert self.keymap is not None
         targets = {module: site.target for site in self if not site.method.copies for module in site.modules}
-        names = module_order.sort_modules(self.keymap, targets)
+        names = sort_modules(self.keymap, targets)
         return {name: (targets[name].in_size, targets[name].out_size) for name in names}
 
     @functools.cached_property

@@ -37,9 +37,9 @@ from jaxadapt.adapters.site import (
 )
 from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_listed
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.tensor_spec import Modules
+from jaxadapt.keymaps.weight import Modules
 
 __all__ = [
     "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
@@ -151,7 +151,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         names = target_parameters.parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
-        sizes |= tensor_layout.axis_sizes_from_tensors(match, copy_tensors, shapes)
+        sizes |= plan.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     raise_listed(
         KeyMapError,
@@ -224,7 +224,7 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
         for name in probed
         for tensor in method.tensors(config, methods.Target(match, Modules((name,)), found=found))
     ]
-    return sizes | tensor_layout.stack_sizes(match, probe, shapes)
+    return sizes | plan.stack_sizes(match, probe, shapes)
 
 
 def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
@@ -252,7 +252,7 @@ def _recover_site(
     match, modules = targeted_entries(match, sizes, names, targeted)
     found = entry_shapes(match, shapes)
     tensors = method_tensors(config, method, methods.Target(match, modules, {}, found))
-    sizes |= tensor_layout.axis_sizes_from_tensors(match, tensors, shapes)
+    sizes |= plan.axis_sizes_from_tensors(match, tensors, shapes)
     return bind_site(config, method, keymap, match, sizes, modules, found)
 
 

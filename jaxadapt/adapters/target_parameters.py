@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed
-from jaxadapt.keymaps import generic, tensor_layout
+from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
 Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ def select_parameters(
         if match is None or len(match.weight.left) != len(shape):
             unmapped += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
             continue
-        sizes = tensor_layout.axis_sizes(match, shape)
+        sizes = plan.axis_sizes(match, shape)
         names = parameter_names(match, sizes)
         if not any(matching.is_parameter(config, name) for name in names.values()):
             continue

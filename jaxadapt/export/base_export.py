@@ -22,7 +22,7 @@ from jaxadapt.core.errors import AttachError, FileError, FormatError, KeyMapErro
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
-from jaxadapt.keymaps import expert_names, parts, plan
+from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
@@ -111,12 +111,12 @@ def export_base(
         different if like is None else [],
     )
     specs: Specs = {}
-    part_keys = parts.group_by_file_key(base_plan.keys)
+    part_keys = plan.group_by_file_key(base_plan.keys)
     for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
         entry, _ = base_plan.keys[group[0]]
         own = leaves[entry.path].dtype
         name = dtype_name(own if file_dtype is None or not is_float(own) else file_dtype)
-        specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
+        specs[key] = name, plan.joined_shape(group, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
     other_files = {} if like is None else _read_like(source, specs, bool(different))
@@ -130,7 +130,7 @@ def export_base(
     # The gate, up and down tensors of an expert come from the same two fused tensors.
     @functools.lru_cache(maxsize=2 if resolved.per_expert else 0)
     def join(key: str) -> Any:
-        return parts.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
+        return plan.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
 
     with reporter(progress) as report:
         count = byte_counter(report, "export", total)
@@ -163,7 +163,7 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
     """Return the specs with one tensor per expert, and for each its fused tensor and the index into it."""
-    rows, renamed = expert_names.folder_names(keymap, {key: shape for key, (_, shape) in specs.items()})
+    rows, renamed = pytorch.folder_names(keymap, {key: shape for key, (_, shape) in specs.items()})
     split: Specs = {}
     sources: dict[str, tuple[str, Any]] = {}
     for key, (dtype, shape) in specs.items():

@@ -20,7 +20,7 @@ from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes, unknown_names_error
-from jaxadapt.keymaps import check, expert_names, families, parts, plan
+from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge
@@ -83,10 +83,10 @@ def import_base(
         if keymap in (None, "auto", GENERIC.name):
             resolved = _with_path_names(resolved, target, shapes, tensors, tensors.source)
         if resolved.expert_modules:
-            tensors = stack(tensors, *expert_names.expert_rows(resolved, tensors, tensors.source))
+            tensors = stack(tensors, *pytorch.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
-        tensors = cut(tensors, parts.locate_parts(tensors.shapes, base_plan.keys))
+        tensors = cut(tensors, plan.locate_parts(tensors.shapes, base_plan.keys))
         sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())

@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods import Effects, Method
 from jaxadapt.methods.base import Array, Drop, Params
 from jaxadapt.models import gradients

@@ -10,8 +10,7 @@ from typing import Any
 
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.parts import file_key, joined_shape
-from jaxadapt.keymaps.plan import base_plan_entry
+from jaxadapt.keymaps.plan import base_plan_entry, file_key, joined_shape
 from jaxadapt.keymaps.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]

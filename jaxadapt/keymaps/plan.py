@@ -4,34 +4,350 @@
                                                                  ◄─decode──
 
 It works on shapes, and on NumPy and JAX arrays: anything with `transpose`, `reshape` and indexing.
+
+The layout of one method tensor at one matched leaf: its axes and keys, and the sizes of the base leaf's axes.
+
+`plan.py` combines these layouts into a plan. Pure: names and shapes only.
+
+Parts of file tensors: the keys of file tensors that hold several leaves of a model.
+
+PyTorch's `nn.MultiheadAttention` stores queries, keys and values in one tensor, and mixtures of experts store gate and
+up in one (concatenated; in GPT-OSS interleaved). JAX libraries use an array for each. So that a plan remains a
+bijection, its keys denote parts of such tensors: "key[0/3]" is the first third of the rows, "key[1:0/2]" the first half
+along axis 1, "key[0::2]" every second row, and "key[=0/3]" a tensor that all parts share. This module splits and joins
+the tensors when a file is read or written.
+
+    plan.encode ──► {"attn.lora_B.weight[0/3]": …, …} ──join_parts──► {"attn.lora_B.weight": …}
+    plan.decode ◄──                                   ◄──cut_parts──
+
+It works on anything with a shape and indexing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.arrays.layout import RANK, FileLayout
+from jaxadapt.arrays.layout import RANK, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.tensor_layout import (
-    axis_sizes,
-    model_shape,
-    scale_factor,
-    tensor_key,
-    tensor_layout,
-    tensor_part_key,
-)
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, Weight
+
+# ---------------------------------------------------------------- parts
+
 
 Array = Any
+
+_PART_KEY = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
+
+
+class Part(NamedTuple):
+    """Part `i` of `n` of a file tensor.
+
+    Attributes:
+        key: the file tensor.
+        axis: the axis along which it is split; None if all parts share the tensor.
+        i: the number of the part.
+        n: the number of parts.
+        turns: True if the parts are interleaved, False if they are concatenated.
+    """
+
+    key: str
+    axis: int | None
+    i: int
+    n: int
+    turns: bool
+
+
+def part_key(key: str, axis: int | None, part: str) -> str:
+    """Return the plan's key of a part ("0/3" or "0::2") along an axis; without an axis, all parts share the tensor.
+
+    >>> part_key("b.weight", 0, "1/3"), part_key("w", 2, "0::2"), part_key("a.weight", None, "1/3")
+    ('b.weight[1/3]', 'w[2:0::2]', 'a.weight[=1/3]')
+    """
+    prefix = "=" if axis is None else f"{axis}:" if axis else ""
+    return f"{key}[{prefix}{part}]"
+
+
+def parse_part_key(key: str) -> Part | None:
+    """Return the part that a plan's key denotes, or None if the key denotes a whole tensor."""
+    match = _PART_KEY.fullmatch(key) if key.endswith("]") else None
+    if match is None:
+        return None
+    axis = None if match["same"] else int(match["axis"] or 0)
+    return Part(match["key"], axis, int(match["i"]), int(match["n"]), match["how"] == "::")
+
+
+def has_parts(keys: Iterable[str]) -> bool:
+    """Return True if some of a plan's keys denote parts of file tensors."""
+    return any(key.endswith("]") for key in keys)
+
+
+def file_key(key: str) -> str:
+    """Return the key of the file tensor of a plan's key.
+
+    >>> file_key("attn.in_proj_weight[0/3]"), file_key("head.weight")
+    ('attn.in_proj_weight', 'head.weight')
+    """
+    part = parse_part_key(key)
+    return part.key if part else key
+
+
+def group_by_file_key(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return `{file key: keys of a plan that are its parts}`, the parts in order.
+
+    >>> group_by_file_key(["w[10/12]", "w[2/12]", "b"])
+    {'w': ['w[2/12]', 'w[10/12]'], 'b': ['b']}
+    """
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for key in keys:
+        part = parse_part_key(key)
+        groups.setdefault(part.key if part else key, []).append((part.i if part else 0, key))
+    return {name: [key for _, key in sorted(parts)] for name, parts in groups.items()}
+
+
+def joined_shape(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a file tensor from the keys of its parts and the shape of one part.
+
+    >>> joined_shape(["w[1:0/2]", "w[1:1/2]"], (4, 3))
+    (4, 6)
+    """
+    first = parse_part_key(parts[0])
+    if first is None or first.axis is None:
+        return tuple(shape)
+    return (*shape[: first.axis], shape[first.axis] * first.n, *shape[first.axis + 1 :])
+
+
+def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
+    """Return the tensors of a file under the keys of a plan; the parts of arrays in memory are views.
+
+    A tensor that cannot be split keeps its name, so that it is reported with the other tensors that do not fit.
+    """
+    groups = group_by_file_key(key for key in keys if key.endswith("]"))
+    out: dict[str, Any] = {}
+    for name in tensors:
+        value = tensors[name]
+        if name not in groups:  # not to be split, or a part already
+            out[name] = value
+        for key in groups.get(name, ()):
+            part = parse_part_key(key)
+            if part is None or part.axis is None:
+                out[key] = value
+            elif len(shape := value.shape) <= part.axis or shape[part.axis] % part.n:
+                out[name] = value
+            else:
+                out[key] = value[_part_index(shape, part)]
+    return out
+
+
+def locate_parts(
+    shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]
+) -> dict[str, tuple[str, tuple[slice, ...]]]:
+    """Return `{part key: (file key, index of the part)}` for the parts of tensors whose shapes can be split.
+
+    >>> locate_parts({"w": (4, 6)}, ["w[1:1/2]", "v"])
+    {'w[1:1/2]': ('w', (slice(None, None, None), slice(3, 6, None)))}
+    """
+    out: dict[str, tuple[str, tuple[slice, ...]]] = {}
+    for key in keys:
+        part = parse_part_key(key)
+        if part is not None and part.axis is not None and part.key in shapes:
+            shape = shapes[part.key]
+            if len(shape) > part.axis and shape[part.axis] % part.n == 0:
+                out[key] = part.key, _part_index(shape, part)
+    return out
+
+
+def _part_index(shape: tuple[int, ...], part: Part) -> tuple[slice, ...]:
+    assert part.axis is not None
+    size = shape[part.axis] // part.n
+    part_slice = slice(part.i, None, part.n) if part.turns else slice(part.i * size, (part.i + 1) * size)
+    return (*(slice(None) for _ in range(part.axis)), part_slice)
+
+
+def join_parts(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
+    """Return a file tensor from its parts in order; `xp` is `numpy` or `jax.numpy`."""
+    part = parse_part_key(next(iter(keys)))
+    if part is None or part.axis is None:
+        return parts[0]
+    if not part.turns:
+        return xp.concatenate(parts, axis=part.axis)
+    return xp.stack(parts, axis=part.axis + 1).reshape(joined_shape(tuple(keys), parts[0].shape))
+
+
+# ---------------------------------------------------------------- tensor layout
+
+
+Layout = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
+
+
+def tensor_layout(match: Match, tensor: MethodTensor) -> Layout:
+    """Return a tensor's axis names in the model (stacked axes at the base weight's positions) and in the file.
+
+    The method's own axes are marked "~", because a base weight may have an axis called "r" as well.
+    """
+    cache = match.weight.layout_cache  # all layers share one entry of the keymap
+    layout = cache.get(tensor)
+    if layout is None:
+        layout = cache[tensor] = _make_layout(match, tensor)
+    return layout
+
+
+def _make_layout(match: Match, tensor: MethodTensor) -> Layout:
+    if tensor.is_copy:
+        return match.weight.left, match.weight.right
+
+    def expand(names: Iterable[str], roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        return tuple(n for name in names for n in roles.get(name, (f"~{name}",)))
+
+    left = list(expand(tensor.axes, match.roles))
+    for axis in match.stack:  # ascending, so that each insertion is at the base weight's position
+        if axis > len(left):
+            raise KeyMapError(
+                f"leaf {match.leaf!r} stacks its layers on axis {axis}, but its {tensor.name} has only"
+                f" {len(left)} axes; stack the layers on an axis from 0 to {len(left)}"
+            )
+        left.insert(axis, match.weight.left[axis])
+    torch = match.weight.torch_roles
+    right: list[tuple[str, ...]] = []
+    for group in tensor.torch:
+        if match.weight.kind == "conv" and "in" in group:
+            channels, *window = match.weight.right[1:]
+            right += [expand((name for name in group if name != "in"), torch) + channels, *window]
+        else:
+            right.append(expand(group, torch))
+    return tuple(left), tuple(right)
+
+
+def torch_axes(match: Match, tensor: MethodTensor) -> tuple[tuple[str, ...], ...]:
+    """Return the axes of a tensor in the file, each a group of the base weight's axes or of "~" and a method's axis."""
+    return tensor_layout(match, tensor)[1]
+
+
+def scale_factor(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> float:
+    """Return the factor by which to multiply the file's tensor to get the model's.
+
+    Raises `KeyMapError` if the base weight is scaled and the effect on this tensor is not defined.
+    """
+    factor = 1.0
+    if match.weight.scale is not None and tensor.scale_power != 0:
+        if tensor.scale_power is None:
+            raise KeyMapError(
+                f"cannot convert {tensor.name} of leaf {match.leaf!r}: the keymap {keymap.name!r} defines the leaf as"
+                " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude"
+                " the module, or use a method such as LORA"
+            )
+        factor = match.weight.factor(sizes) ** tensor.scale_power
+    return factor
+
+
+def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping[str, str]) -> str:
+    """Return the key of one tensor in the file; the name of the root module is empty."""
+    weight = match.weight
+    if tensor.is_copy:
+        module, parameter = match.parameter(text)
+        return tensor_part_key(
+            weight, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), weight.right
+        )
+    suffix = f".base_layer.out_proj{tensor.suffix}" if weight.products == 2 else tensor.suffix
+    module = match.parameter(text)[0] if weight.kind == "experts" else match.module(text)
+    return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(match, tensor))
+
+
+def tensor_part_key(weight: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
+    """Return the key of a tensor with these axes; a part key if the file tensor holds several leaves."""
+    if not weight.part:
+        return key
+    return part_key(key, next((i for i, axis in enumerate(axes) if axis == weight.part_axis), None), weight.part)
+
+
+def model_shape(match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of one tensor in the model."""
+    all_sizes = {**sizes, **{f"~{name}": size for name, size in tensor.own}}
+    if match.parts is not None:
+        all_sizes[match.roles["fused"][0]] = len(match.parts)
+    return tuple(all_sizes[n] for n in tensor_layout(match, tensor)[0])
+
+
+def axis_sizes(match: Match, shape: Sequence[int]) -> dict[str, int]:
+    """Return the axis sizes of a base leaf by name; raise `MismatchError` if its entry contradicts the shape."""
+    left = match.weight.left
+    if len(left) != len(shape):
+        raise MismatchError(
+            f"leaf {match.leaf!r} has shape {tuple(shape)}, but the pattern of its entry, {match.weight.pattern!r},"
+            f" names {len(left)} axes"
+        )
+    sizes = dict(zip(left, shape, strict=True))
+    for axis, size in sizes.items():
+        part_sizes(axis, size, dict(match.weight.sizes))
+    for axis in match.roles["fused"]:
+        names = match.weight.index_names(axis)
+        if names is not None and len(names) != sizes[axis]:
+            raise MismatchError(
+                f"leaf {match.leaf!r} has size {sizes[axis]} on its fused axis, but its entry names {list(names)}"
+            )
+    return sizes
+
+
+def axis_sizes_from_tensors(
+    match: Match, tensors: Sequence[MethodTensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """Return the axis sizes by name from the shapes of an adapter's tensors, without the base.
+
+    Raises `MismatchError` if a tensor is missing, unknown or has the wrong number of axes, or if two tensors disagree.
+    """
+    sizes = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
+    parts = {axis: size if match.parts is None else len(match.parts) for axis, size in sizes.items()}
+    known = {t.name for t in tensors}
+    problems = [f"{match.leaf}.{name}: the method has no such tensor" for name in shapes if name not in known]
+    for tensor in tensors:
+        left, _ = tensor_layout(match, tensor)
+        shape = shapes.get(tensor.name)
+        if shape is None and not tensor.trained:
+            continue  # a tree with the trained tensors only
+        if shape is None:
+            problems.append(f"{match.leaf}.{tensor.name}: missing")
+            continue
+        if len(shape) != len(left):
+            axes = " ".join(left).replace("~", "")
+            problems.append(f"{match.leaf}.{tensor.name}: expected axes ({axes}), found shape {tuple(shape)}")
+            continue
+        fixed = {**parts, **{f"~{name}": size for name, size in tensor.own}}
+        for name, size in zip(left, shape, strict=True):
+            expected = fixed[name] if name in fixed else sizes.setdefault(name, size)
+            if expected != size:
+                axis = name.strip("~{}")
+                problems.append(f"{match.leaf}.{tensor.name}: axis {axis!r} has size {size}, expected {expected}")
+            try:
+                part_sizes(name, size, dict(match.weight.sizes))
+            except MismatchError as error:
+                problems.append(f"{match.leaf}.{tensor.name}: {error}")
+    raise_listed(
+        MismatchError,
+        "the adapter's tensors contradict each other or its configuration:",
+        problems,
+        "\nIf several adapters are stacked (for example by vmap), select one: jax.tree.map(lambda x: x[0], tree)",
+    )
+    return sizes
+
+
+def stack_sizes(match: Match, tensors: Sequence[MethodTensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return the sizes of the numbered axes, from the tensors that have the right number of axes."""
+    numbered = [axis for axis in match.braced if match.weight.index_names(axis) is None]
+    layouts = [(tensor_layout(match, t)[0], shapes[t.name]) for t in tensors if t.name in shapes]
+    fitting = [dict(zip(left, shape, strict=True)) for left, shape in layouts if len(left) == len(shape)]
+    return {axis: sizes[axis] for sizes in reversed(fitting) for axis in numbered if axis in sizes}
+
+
+# ---------------------------------------------------------------- plan
 
 
 @dataclasses.dataclass(frozen=True)

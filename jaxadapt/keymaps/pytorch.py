@@ -1,18 +1,36 @@
-"""Keymaps for PyTorch state dicts, whose leaves are PyTorch's parameters in PyTorch's layout.
+"""The names of PyTorch's modules and weights: as leaves of a keymap, of single experts, and of diffusion models.
+
+Keymaps for PyTorch state dicts, whose leaves are PyTorch's parameters in PyTorch's layout.
 
 With such a keymap, files of adapters are merged and combined by the same arithmetic as in a model, without a model.
+
+Names of experts' weights: one tensor for each expert in model folders, one tensor for all experts in keymaps.
+
+    {"…experts.3.w1.weight": (f, d), …} ──expert_rows──► {"…experts.gate_up_proj": names by expert and part}
+
+transformers 5 joins the tensors of a folder when it loads them, to (e, 2f, d), and splits them when it saves (its
+`conversion_mapping.py`). `KeyMap.expert_modules` has their names. Pure: names and shapes.
+
+The modules of Stable Diffusion 1, 2 and XL and of CLIP, as diffusers names them, for files that flatten the names.
+
+kohya-ss replaces the dots of a module's name by underscores ("down_blocks_0_…_to_q"). Only a list of the modules can
+undo that. For SDXL it also uses the names of Stability AI's own UNet ("input_blocks.4.1.…").
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from jaxadapt.configs.tensor_names import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Weight, name_regex
+
+# ---------------------------------------------------------------- pytorch
+
 
 _ROWS = ".trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -190,3 +208,201 @@ def _is_turned(shape: tuple[int, ...], sizes: tuple[int | None, int | None]) -> 
     straight = all(size in (None, have) for size, have in zip(sizes, shape, strict=True))
     crossed = all(size in (None, have) for size, have in zip(sizes[::-1], shape, strict=True))
     return None if straight and crossed else crossed
+
+
+# ---------------------------------------------------------------- expert names
+
+
+Rows = tuple[tuple[str, ...], ...]
+"""The tensors of single experts by expert and part (gate, up)."""
+
+_WEIGHT = ".weight"
+
+
+def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Return the tensors of single experts to join, `{tensor: rows}`, and the tensors to rename, `{name: key}`.
+
+    Both are empty if the folder already has the tensors of all experts.
+
+    Args:
+        keymap: the keymap, whose `expert_modules` has the names.
+        keys: the keys of the folder.
+        source: the folder, for the message.
+
+    Raises `MismatchError` listing every missing part.
+    """
+    available = dict.fromkeys(keys)
+    parts_of: dict[str, dict[tuple[int, int], str]] = {}
+    renamed: dict[str, str] = {}
+    width: dict[str, int] = {}
+    for parameter, modules in keymap.expert_modules:
+        patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
+        for key in available:
+            for part, single in enumerate(patterns):
+                texts = single.fullmatch(key)
+                if texts is None:
+                    continue
+                name = parameter.format(**texts.groupdict())
+                if name in available:
+                    break
+                if "e" in single.groupindex:
+                    parts_of.setdefault(name, {})[int(texts["e"]), part] = key
+                    width[name] = len(modules)
+                else:
+                    renamed[name] = key
+                break
+    joined: dict[str, Rows] = {}
+    missing: list[str] = []
+    for name, parts in parts_of.items():
+        rows = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in parts])]
+        missing += [f"{name}: part {p} of expert {e}" for row in rows for e, p in row if (e, p) not in parts]
+        joined[name] = tuple(tuple(parts.get(index, "") for index in row) for row in rows)
+    raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
+    return joined, renamed
+
+
+def expert_numbers(experts: Collection[int]) -> list[int]:
+    """Return the numbers from 0 to the largest expert, with at most 16 of the missing ones.
+
+    The limit is for invalid files, which may have any number.
+
+    >>> expert_numbers([1, 0, 3]), len(expert_numbers([10**12]))
+    ([0, 1, 2, 3], 17)
+    """
+    present = set(experts)
+    missing = itertools.islice((e for e in range(max(present)) if e not in present), 16)
+    return sorted(present.union(missing))
+
+
+def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Return the names of a model's tensors in a folder, `{tensor: rows}` and `{tensor: name}`.
+
+    This is the inverse of `expert_rows`.
+    """
+    split: dict[str, Rows] = {}
+    renamed: dict[str, str] = {}
+    for parameter, modules in keymap.expert_modules:
+        parameter_regex = re.compile(name_regex(parameter))
+        for name, shape in shapes.items():
+            texts = parameter_regex.fullmatch(name)
+            if texts is None:
+                continue
+            if "{e}" in modules[0]:
+                split[name] = tuple(
+                    tuple(m.format(**texts.groupdict(), e=e) + _WEIGHT for m in modules) for e in range(shape[0])
+                )
+            else:
+                renamed[name] = modules[0].format(**texts.groupdict()) + _WEIGHT
+    return split, renamed
+
+
+# ---------------------------------------------------------------- diffusion names
+
+
+# {a,b} and {0-9} stand for each of their values.
+_ATTENTION = (
+    "proj_{in,out}",
+    "transformer_blocks.{0-9}.attn{1,2}.to_{q,k,v,out.0}",
+    "transformer_blocks.{0-9}.ff.net.{0.proj,2}",
+)
+_RESNET = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+_OUTSIDE = ("conv_in", "conv_out", "time_embedding.linear_{1,2}", "add_embedding.linear_{1,2}")
+_UNET = (
+    *_OUTSIDE,
+    *(f"down_blocks.{{0-3}}.resnets.{{0,1}}.{name}" for name in _RESNET),
+    *(f"down_blocks.{{0-3}}.attentions.{{0,1}}.{name}" for name in _ATTENTION),
+    *(f"up_blocks.{{0-3}}.resnets.{{0-2}}.{name}" for name in _RESNET),
+    *(f"up_blocks.{{0-3}}.attentions.{{0-2}}.{name}" for name in _ATTENTION),
+    *(f"mid_block.resnets.{{0,1}}.{name}" for name in _RESNET),
+    *(f"mid_block.attentions.0.{name}" for name in _ATTENTION),
+    "down_blocks.{0-3}.downsamplers.0.conv",
+    "up_blocks.{0-3}.upsamplers.0.conv",
+)
+_CLIP = (
+    *(f"{prefix}encoder.layers.{{0-31}}.self_attn.{{q,k,v,out}}_proj" for prefix in ("text_model.", "")),
+    *(f"{prefix}encoder.layers.{{0-31}}.mlp.fc{{1,2}}" for prefix in ("text_model.", "")),  # "": transformers 5
+    "text_projection",
+)
+MODULES: Mapping[str, tuple[str, ...]] = {"unet": _UNET, "text_encoder": _CLIP, "text_encoder_2": _CLIP}
+"""{model of a diffusers pipeline: patterns of its modules}; the union of all versions."""
+
+# SDXL: Stability AI's names, and diffusers'. Its UNet has three blocks of two (down) and three (up) layers.
+_SDXL_RESNET = (
+    ("in_layers.2", "conv1"), ("out_layers.3", "conv2"), ("emb_layers.1", "time_emb_proj"),
+    ("skip_connection", "conv_shortcut"),
+)  # fmt: skip
+_SDXL_OUTSIDE = (
+    ("input_blocks.0.0", "conv_in"), ("out.2", "conv_out"),
+    ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
+    ("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"),
+    ("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv"),
+    ("input_blocks.6.0.op", "down_blocks.1.downsamplers.0.conv"),
+    ("output_blocks.2.2.conv", "up_blocks.0.upsamplers.0.conv"),
+    ("output_blocks.5.2.conv", "up_blocks.1.upsamplers.0.conv"),
+)  # fmt: skip
+_SDXL_LAYERS = (
+    *((f"input_blocks.{i}", f"down_blocks.{(i - 1) // 3}", (i - 1) % 3) for i in (1, 2, 4, 5, 7, 8)),
+    *((f"output_blocks.{i}", f"up_blocks.{i // 3}", i % 3) for i in range(9)),
+)
+_SDXL_ATTENTION = ("down_blocks.1", "down_blocks.2", "up_blocks.0", "up_blocks.1")
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """Yield each name that a pattern stands for.
+
+    >>> list(expand("fc{1,2}")), len(list(expand("layers.{0-31}.q")))
+    (['fc1', 'fc2'], 32)
+    """
+    pieces: list[list[str]] = []
+    for text in re.split(r"(\{[^}]*\})", pattern):
+        span = re.fullmatch(r"\{(\d+)-(\d+)\}", text)
+        if span is not None:
+            pieces.append([str(i) for i in range(int(span[1]), int(span[2]) + 1)])
+        else:
+            pieces.append(text[1:-1].split(",") if text.startswith("{") else [text])
+    return map("".join, itertools.product(*pieces))
+
+
+def _sdxl_pairs() -> Iterator[tuple[str, str]]:
+    """Yield (Stability AI's name, diffusers' name) of each module of SDXL's UNet."""
+    yield from _SDXL_OUTSIDE
+    attention = [name for pattern in _ATTENTION for name in expand(pattern)]
+    layers = [
+        *((f"{ours}.0", f"{block}.resnets.{layer}") for ours, block, layer in _SDXL_LAYERS),
+        ("middle_block.0", "mid_block.resnets.0"),
+        ("middle_block.2", "mid_block.resnets.1"),
+    ]
+    yield from ((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in layers for a, b in _SDXL_RESNET)
+    attentions = [
+        *((f"{i}.1", f"{b}.attentions.{layer}") for i, b, layer in _SDXL_LAYERS if b in _SDXL_ATTENTION),
+        ("middle_block.1", "mid_block.attentions.0"),
+    ]
+    yield from ((f"{ours}.{name}", f"{theirs}.{name}") for ours, theirs in attentions for name in attention)
+
+
+@functools.cache
+def sdxl_names() -> Mapping[str, str]:
+    """Return {diffusers' name: Stability AI's name} of the modules of SDXL's UNet."""
+    return {theirs: ours for ours, theirs in _sdxl_pairs()}
+
+
+@functools.cache
+def dotted_names(model: str) -> Mapping[str, str]:
+    """Return {flattened name: diffusers' name} of the modules of one model of a pipeline.
+
+    >>> dotted_names("unet")["input_blocks_4_1_transformer_blocks_0_attn1_to_q"]
+    'down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q'
+    """
+    names = {name.replace(".", "_"): name for pattern in MODULES.get(model, ()) for name in expand(pattern)}
+    if model == "unet":
+        names |= {ours.replace(".", "_"): theirs for theirs, ours in sdxl_names().items()}
+    return names
+
+
+def is_sdxl(modules: Iterable[str]) -> bool:
+    """Return True if a module of a UNet is one of SDXL and not of Stable Diffusion 1 or 2.
+
+    >>> is_sdxl(["mid_block.attentions.0.transformer_blocks.1.ff.net.2"])
+    True
+    """
+    return any(re.search(r"transformer_blocks\.[1-9]", name) or name.startswith("add_embedding") for name in modules)

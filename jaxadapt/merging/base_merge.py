@@ -18,7 +18,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, refuse_dependent, spec_of
 from jaxadapt.methods import AppliedMethod, Effects, require_weights, weight_order
@@ -379,5 +379,5 @@ def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> Non
 
 def _expected_specs(site: Site, shape: Sequence[int]) -> dict[str, Spec]:
     """Return the shapes of a site's tensors on a weight of this shape."""
-    sizes = tensor_layout.axis_sizes(site.match, tuple(shape))
-    return {tensor.name: Spec(tensor_layout.model_shape(site.match, tensor, sizes)) for tensor in site.tensors}
+    sizes = plan.axis_sizes(site.match, tuple(shape))
+    return {tensor.name: Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors}

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import joint_tensors
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.parts import parse_part_key
+from jaxadapt.keymaps.plan import parse_part_key
 from jaxadapt.merging.factors import FactorRows, Factors
 
 Array = Any

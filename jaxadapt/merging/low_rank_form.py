@@ -15,7 +15,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, Sites, sites_of
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
-from jaxadapt.keymaps.tensor_spec import Modules
+from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging import factors
 from jaxadapt.merging.site_entries import entry_stems, factor_entries, select_rows, tensor_name
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.adalora import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 

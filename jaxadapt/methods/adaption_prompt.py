@@ -20,7 +20,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError, TargetError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Target
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 

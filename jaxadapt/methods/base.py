@@ -23,7 +23,7 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.beft import BeftConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 

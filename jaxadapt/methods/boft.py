@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.boft import BOFTConfig
 from jaxadapt.core.errors import warn
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod

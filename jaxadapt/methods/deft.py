@@ -19,7 +19,7 @@ from jax.nn import relu
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.deft import DeftConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from jaxadapt.configs import Config
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import Modules
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Modules, Weight
 from jaxadapt.methods.registry import get_method
 from jaxadapt.methods.target import Target
 

@@ -16,7 +16,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, PerEntry, Use
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
 from jaxadapt.methods.per_entry import adapted_entries
 

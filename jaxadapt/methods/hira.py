@@ -24,7 +24,7 @@ from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.hira import HiraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
 

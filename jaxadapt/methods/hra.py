@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.hra import HRAConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod

@@ -32,7 +32,7 @@ from jaxadapt.configs import IA3Config
 from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, shared_value
 from jaxadapt.methods.per_entry import adapted_entries
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, shared_value
 from jaxadapt.methods.factored import FactoredMethod
 

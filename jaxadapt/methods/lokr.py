@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lokr import LoKrConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.loha import DroppedHparams, kept_rows
 from jaxadapt.methods.matrix import MatrixMethod

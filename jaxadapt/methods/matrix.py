@@ -20,7 +20,7 @@ from jaxadapt.arrays.axes import LAYER, LETTERS, USED, Axes, Operation, PerEntry
 from jaxadapt.arrays.layout import TorchLayout
 from jaxadapt.configs.change import change_of_matrix
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
 from jaxadapt.methods.file_sizes import file_sizes, file_target
 from jaxadapt.methods.per_entry import adapted_entries

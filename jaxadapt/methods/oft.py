@@ -36,7 +36,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.oft import OFTConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, choose, layout_of

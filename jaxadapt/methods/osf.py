@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.osf import OSFConfig
 from jaxadapt.configs.validation import compile_pattern
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value
 from jaxadapt.methods.matrix import MatrixMethod
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.peanut import PeanutConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 

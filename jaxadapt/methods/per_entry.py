@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.arrays.axes import PerEntry
-from jaxadapt.keymaps.tensor_spec import Modules
+from jaxadapt.keymaps.weight import Modules
 
 
 def per_entry(modules: Modules, value: Callable[[str], float], none: float) -> PerEntry:

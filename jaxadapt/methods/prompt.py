@@ -14,7 +14,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights
 
 EMBEDDINGS = "prompt_embeddings"

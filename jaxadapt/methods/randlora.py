@@ -22,7 +22,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.randlora import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 from jaxadapt.methods.vera import check_projections

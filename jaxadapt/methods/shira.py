@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jaxadapt.arrays.random_draws import Draw, TorchRandom, draw_arrays
 from jaxadapt.configs.shira import ShiraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod
 

@@ -11,7 +11,7 @@ from jaxadapt.arrays.axes import PerEntry
 from jaxadapt.arrays.layout import split_sizes
 from jaxadapt.core.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.keymaps.weight import MethodTensor, Modules
 from jaxadapt.methods.per_entry import per_entry
 
 Shape = tuple[int, ...]

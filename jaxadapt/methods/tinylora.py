@@ -21,7 +21,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.tinylora import TinyLoraConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target
 from jaxadapt.methods.factored import FactoredMethod
 from jaxadapt.methods.matrix import MatrixHparams

@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.configs.trainable_tokens import TrainableTokensConfig
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
 from jaxadapt.methods.copies import CopyingMethod
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.unilora import UniLoraConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.factored import FactoredMethod
 from jaxadapt.methods.matrix import DropoutHparams

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.vblora import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.factored import FactoredMethod
 

@@ -18,7 +18,7 @@ from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.factored import FactoredMethod
 from jaxadapt.methods.matrix import DropoutHparams

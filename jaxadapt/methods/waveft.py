@@ -27,7 +27,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.waveft import WaveFTConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.fourierft import count_of, positions, spectrum, used_values
 from jaxadapt.methods.matrix import MatrixMethod

@@ -14,7 +14,7 @@ from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
 from jaxadapt.models.nnx import abstract_call, attach, survey
@@ -101,7 +101,7 @@ class Summary:
         for row in self.rows:
             match = self.families[row.adapter].match(row.leaf) if row.adapter in self.families else None
             if match is not None and len(row.shape) == len(match.weight.left):
-                factor = match.weight.factor(tensor_layout.axis_sizes(match, row.shape))
+                factor = match.weight.factor(plan.axis_sizes(match, row.shape))
                 if math.frexp(factor)[0] != 0.5:
                     factors[match.weight.leaf] = factor
         return factors

@@ -18,7 +18,7 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
-from jaxadapt.keymaps import families, parts
+from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded
@@ -197,7 +197,7 @@ def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Enco
 def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> tuple[Config, Mapping[str, Any]]:
     """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
     config, keymap = source.adapter.config, source.adapter.keymap
-    has_parts = parts.has_parts(encoded.plan.keys)
+    has_parts = plan.has_parts(encoded.plan.keys)
     if not (has_parts or (keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
         return config, encoded
     if multihost.is_distributed(encoded.leaves.values()):

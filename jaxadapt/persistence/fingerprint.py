@@ -78,7 +78,7 @@ def of_base(
         sites: the adapted weights.
         keys: the weights to take, in place of the chosen ones; None is returned unless all of them are there.
     """
-    from jaxadapt.keymaps import parts, plan
+    from jaxadapt.keymaps import plan
 
     by_module = {module: site for site in sites if not site.method.copies for module in site.modules}
     modules = choose_modules(by_module) if keys is None else [key.removesuffix(".weight") for key in keys]
@@ -96,7 +96,7 @@ def of_base(
         array = arrays[leaf]
         if entry is None or not _has_values(array):
             return None
-        members = [i for i, name in enumerate(entry.keys) if parts.file_key(name) == key]
+        members = [i for i, name in enumerate(entry.keys) if plan.file_key(name) == key]
         if len(members) != 1 or entry.keys[members[0]] != key:
             continue  # an expert's parameter, or a part of PyTorch's tensor
         shape = entry.form.file_shape

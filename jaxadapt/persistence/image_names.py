@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from jaxadapt.keymaps import diffusion_names
+from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 KOHYA, DIFFUSERS = "kohya-ss", "diffusers"
@@ -131,7 +131,7 @@ def _parse_kohya(key: str) -> tuple[str, str, bool] | None:
         return None
     prefix, flat, ending = match.groups()
     model = _PREFIXES.get(prefix)
-    module = None if model is None else diffusion_names.dotted_names(model).get(flat)
+    module = None if model is None else pytorch.dotted_names(model).get(flat)
     name = ALPHA if ending == ALPHA else _TENSORS.get(ending, ("", ending))[1]
     # Without "lora_", which begins the names of LoRA's tensors.
     return (
@@ -167,15 +167,15 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
     """
     modules = list(modules)
     split = {module: module.partition(".")[::2] for module in modules}
-    is_sdxl = diffusion_names.is_sdxl(name for model, name in split.values() if model == "unet") or any(
+    is_sdxl = pytorch.is_sdxl(name for model, name in split.values() if model == "unet") or any(
         model == "text_encoder_2" for model, _ in split.values()
     )
     names: dict[str, str] = {}
     for module, (model, name) in split.items():
         if is_sdxl and model == "unet":
-            name = diffusion_names.sdxl_names().get(name, name)
+            name = pytorch.sdxl_names().get(name, name)
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te"}.get(model, "lora_te2")
-        is_model = model in diffusion_names.MODULES
+        is_model = model in pytorch.MODULES
         flat = module if module.startswith("lycoris_") else f"lora_{module.replace('.', '_')}"
         names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
     return names

@@ -29,9 +29,9 @@ from jaxadapt.configs import PEFT_VERSION, Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.keymaps import parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.keymaps.plan import cut_parts, has_parts
 from jaxadapt.methods.lora import method
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
@@ -170,8 +170,8 @@ def adapter_from_tensors(
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    if parts.has_parts(plan.keys):
-        tensors = dataclasses.replace(tensors, tensors=parts.cut_parts(tensors.tensors, plan.keys))
+    if has_parts(plan.keys):
+        tensors = dataclasses.replace(tensors, tensors=cut_parts(tensors.tensors, plan.keys))
     if on_mismatch == "skip":
         fitted = vocabulary.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
         tensors = dataclasses.replace(tensors, tensors=fitted)

@@ -14,7 +14,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt.export.conversion import convert
-from jaxadapt.keymaps import diffusion_names
+from jaxadapt.keymaps import pytorch
 from jaxadapt.persistence import image_files, image_names
 
 P = "base_model.model."
@@ -45,7 +45,7 @@ def test_every_module_is_what_diffusers_takes_it_for(version: str, tmp_path: Pat
     modules = {
         name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
-    assert modules.keys() <= set(diffusion_names.dotted_names("unet").values())
+    assert modules.keys() <= set(pytorch.dotted_names("unet").values())
     names = image_names.kohya_keys(f"unet.{name}" for name in modules)
     tensors: dict[str, torch.Tensor] = {}
     for number, (name, module) in enumerate(modules.items()):

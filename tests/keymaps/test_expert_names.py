@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxadapt import KeyMap, MismatchError
-from jaxadapt.keymaps import expert_names
+from jaxadapt.keymaps import pytorch
 
 KEYMAP = KeyMap(
     "t",
@@ -27,27 +27,27 @@ RENAMED = {f"h.{l}.router": f"h.{l}.gate.weight" for l in range(2)}
 
 
 def test_rows_of_a_folder_and_the_folder_of_a_model():
-    assert expert_names.expert_rows(KEYMAP, [*SINGLE[::-1], *GATES, "other.weight"], "it") == (ROWS, RENAMED)
+    assert pytorch.expert_rows(KEYMAP, [*SINGLE[::-1], *GATES, "other.weight"], "it") == (ROWS, RENAMED)
     shapes = dict.fromkeys([*ROWS, *RENAMED, "other"], (3, 4, 5))
-    assert expert_names.folder_names(KEYMAP, shapes) == (ROWS, RENAMED)
+    assert pytorch.folder_names(KEYMAP, shapes) == (ROWS, RENAMED)
 
 
 def test_a_folder_that_holds_all_experts_in_one_has_nothing_to_join():
     joined = [*ROWS, *RENAMED]
-    assert expert_names.expert_rows(KEYMAP, joined, "it") == ({}, {})
-    assert expert_names.expert_rows(KEYMAP, [*joined, *SINGLE, *GATES], "it") == ({}, {})
+    assert pytorch.expert_rows(KEYMAP, joined, "it") == ({}, {})
+    assert pytorch.expert_rows(KEYMAP, [*joined, *SINGLE, *GATES], "it") == ({}, {})
 
 
 def test_every_missing_part_is_listed():
     held = [name for name in SINGLE if name not in ("h.0.e.1.w3.weight", "h.1.e.0.w2.weight")]
     with pytest.raises(MismatchError) as caught:
-        expert_names.expert_rows(KEYMAP, held, "it")
+        pytorch.expert_rows(KEYMAP, held, "it")
     assert "h.0.experts.gate_up: part 1 of expert 1" in str(caught.value)
     assert "h.1.experts.down: part 0 of expert 0" in str(caught.value)
     assert str(caught.value).count("part ") == 2
 
 
 def test_at_most_16_missing_numbers_are_counted():
-    assert expert_names.expert_numbers([2, 0]) == [0, 1, 2]
-    assert expert_names.expert_numbers([100]) == [*range(16), 100]
-    assert expert_names.expert_numbers([0]) == [0]
+    assert pytorch.expert_numbers([2, 0]) == [0, 1, 2]
+    assert pytorch.expert_numbers([100]) == [*range(16), 100]
+    assert pytorch.expert_numbers([0]) == [0]

@@ -11,7 +11,7 @@ import pytest
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import families, plan, recognition
+from jaxadapt.keymaps import families, keymap, plan
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match, from_data, to_data
@@ -375,15 +375,15 @@ def test_a_table_is_not_recognised_without_what_it_needs(monkeypatch):
     assert families.resolve_keymap("auto", llama_shapes()).name == "llama"
     scanned = FAMILIES["other"].scanned(1)
     assert scanned.needs == ("model.layers.extra",)
-    assert recognition.coverage(scanned, {**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
+    assert keymap.coverage(scanned, {**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
 
 
 def test_axes_that_have_one_size_tell_a_kernel_from_its_transpose():
     norm = Weight("norm.scale", "norm.weight", "d -> d")
     ups = [Weight("up.{l}", "up.{l}.weight", f"{axes} -> f d") for axes in ("d f", "f d")]
     tables = [KeyMap("x", (norm, up), same=("d",)) for up in ups]
-    assert [recognition.coverage(t, {"norm.scale": (3,), "up.0": (3, 5)}) for t in tables] == [2, 0]
-    assert [recognition.coverage(t, {"norm.scale": (5,), "up.0": (3, 5)}) for t in tables] == [0, 2]
+    assert [keymap.coverage(t, {"norm.scale": (3,), "up.0": (3, 5)}) for t in tables] == [2, 0]
+    assert [keymap.coverage(t, {"norm.scale": (5,), "up.0": (3, 5)}) for t in tables] == [0, 2]
 
 
 @pytest.mark.parametrize("head", ["lm_head", "classifier", "pooler.dense", "proj_out", "qa_outputs", "text_projection"])

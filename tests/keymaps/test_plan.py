@@ -15,10 +15,9 @@ from jaxadapt import IA3Config, LoraConfig
 from jaxadapt.adapters import selection, sites
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import plan, recognition
+from jaxadapt.keymaps import keymap, plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.storage.source import cast
 
 FAST = settings(max_examples=150, deadline=None)
@@ -457,5 +456,5 @@ def test_what_does_not_divide_is_named():
             LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}}
         )
     table = KeyMap("t", (Weight("h.{l}.q", "h.{l}.q.weight", "d (c p) -> (p c) d", p=2),))
-    assert recognition.coverage(table, {"h.0.q": (2, 5)}) == 0
-    assert recognition.coverage(table, {"h.0.q": (2, 6)}) == 1
+    assert keymap.coverage(table, {"h.0.q": (2, 5)}) == 0
+    assert keymap.coverage(table, {"h.0.q": (2, 6)}) == 1

@@ -25,7 +25,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.facts import MethodFacts
 from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.prompt import PromptLearningConfig
-from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.keymaps import diffusion_names
+from jaxadapt.keymaps import pytorch
 from jaxadapt.persistence import image_files, image_names
 from tests.support import fuzz_image_files
 
@@ -102,12 +102,12 @@ def test_a_file_of_kohya_becomes_pefts_folders_and_again_the_file(names: Any, tm
 
 
 def test_the_flattened_names_of_all_modules_differ():
-    for model, patterns in diffusion_names.MODULES.items():
-        names = [name for pattern in patterns for name in diffusion_names.expand(pattern)]
+    for model, patterns in pytorch.MODULES.items():
+        names = [name for pattern in patterns for name in pytorch.expand(pattern)]
         flat = {name.replace(".", "_") for name in names}
         assert len(flat) == len(names), model
-    assert len(diffusion_names.sdxl_names()) == len(set(diffusion_names.sdxl_names().values()))
-    assert set(diffusion_names.sdxl_names()) <= set(diffusion_names.dotted_names("unet").values())
+    assert len(pytorch.sdxl_names()) == len(set(pytorch.sdxl_names().values()))
+    assert set(pytorch.sdxl_names()) <= set(pytorch.dotted_names("unet").values())
 
 
 OLD_DIFFUSERS = {

@@ -26,7 +26,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps import plan as pieces
 from jaxadapt.storage import safetensors
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
 from tests.keymaps.families.specimens import BY_NAME, recorded

@@ -16,8 +16,8 @@ pytest.importorskip("peft")
 import jaxadapt
 from jaxadapt.configs import matching
 from jaxadapt.core import paths
-from jaxadapt.keymaps import expert_names, plan
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps import plan, pytorch
+from jaxadapt.keymaps import plan as pieces
 from jaxadapt.keymaps.families import get_family
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
 from tests.keymaps.families.specimens import BY_NAME, recorded
@@ -189,7 +189,7 @@ def test_a_number_that_no_model_has_is_no_reason_to_count_so_far():
         jaxadapt.from_peft(far, base("mixtral"))
     names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{n}.weight" for e in (0, 10**12) for n in (1, 2, 3)]
     with pytest.raises(jaxadapt.MismatchError, match=r"gate_up_proj: part 0 of expert 1\b"):
-        expert_names.expert_rows(get_family("mixtral"), names, "a folder")
+        pytorch.expert_rows(get_family("mixtral"), names, "a folder")
 
 
 def test_two_spellings_of_one_expert_are_not_one_and_the_other_is_not_lost():

@@ -19,8 +19,7 @@ from jaxadapt.keymaps.families.t5 import T5
 from jaxadapt.keymaps.families.vit import VIT
 from jaxadapt.keymaps.families.whisper import WHISPER
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.recognition import coverage, identifies, max_coverage, misfits
+from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
 _KEYMAPS = (

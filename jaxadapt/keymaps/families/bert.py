@@ -5,9 +5,7 @@ The encoder's names start with "bert." or "roberta." in a model with a head, and
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings, norms
-from jaxadapt.keymaps.families.spellings import bare
+from jaxadapt.keymaps.families.entries import BERT_ORDER, FROM, INTO, bare, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -28,7 +26,7 @@ def _encoder(prefix: str) -> Iterator[Weight]:
 def _keymap(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
     entries = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
     position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
-    common: dict[str, object] = {"same": ("m",), "order": module_orders.BERT, "spellings": bare(prefix)}
+    common: dict[str, object] = {"same": ("m",), "order": BERT_ORDER, "spellings": bare(prefix)}
     fields: dict[str, object] = {**common, "buffers": position_ids, **options}
     return KeyMap(name, entries, **fields)  # pyright: ignore[reportArgumentType]
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import convs, dense, embeddings, norms
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import convs, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -32,6 +32,6 @@ CLIP = KeyMap(
         *dense("text_projection", "visual_projection", bias=False),
     ),
     same=("text", "vision"),
-    order=module_orders.CLIP,
+    order=entries.CLIP_ORDER,
     buffers=tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")),
 )

@@ -4,8 +4,8 @@ PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files
 keymaps have the same names. The sizes distinguish a kernel from its transpose: the axis "d" has one size (`same`).
 """
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.spellings import bare
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -32,7 +32,7 @@ def _keymap(name: str, kernels: dict[str, str]) -> KeyMap:
             Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
         ),
         output="lm_head",
-        order=module_orders.GPT,
+        order=entries.GPT_ORDER,
         needs=(f"{_LAYER}attn.c_attn.kernel",),  # the others may be square
         same=("d",),
         tied=(("lm_head.weight", "transformer.wte.weight"),),

@@ -1,8 +1,7 @@
 """GPT-Neo and GPT-J under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings, norms
-from jaxadapt.keymaps.families.spellings import bare
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import FROM, INTO, bare, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 
 _LAYER = "transformer.h.{l}."
@@ -20,7 +19,7 @@ GPT_NEO = KeyMap(
         *dense("lm_head", bias=False),
     ),
     output="lm_head",
-    order=module_orders.GPT,
+    order=entries.GPT_ORDER,
     same=("m",),
     needs=(f"{_LAYER}attn.attention.q_proj.kernel",),  # the other names of a layer are those of GPT-2 with nn.Dense
     tied=_TIED,
@@ -40,7 +39,7 @@ GPTJ = KeyMap(
         *dense("lm_head"),
     ),
     output="lm_head",
-    order=module_orders.GPT,
+    order=entries.GPT_ORDER,
     same=("m",),
     tied=_TIED,
     buffers=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),

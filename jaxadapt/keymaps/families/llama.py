@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -24,7 +24,7 @@ def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMa
         name,
         tuple(weights),
         output="lm_head",
-        order=module_orders.DECODER,
+        order=entries.DECODER_ORDER,
         tied=(("lm_head.weight", "model.embed_tokens.weight"),),
         spellings=(*VISION_LANGUAGE, *bare("model.")),
         **fields,

@@ -8,7 +8,7 @@ outputs, and the entries follow PEFT. Routers are parameters of separate classes
 
 from collections.abc import Iterable, Iterator
 
-from jaxadapt.keymaps.families.flax_entries import biases
+from jaxadapt.keymaps.families.entries import biases
 from jaxadapt.keymaps.families.llama import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight

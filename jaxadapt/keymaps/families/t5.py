@@ -1,7 +1,7 @@
 """T5, T5 v1.1 and mT5 under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import FROM, INTO, dense, embeddings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -33,7 +33,7 @@ T5 = KeyMap(
         *dense("lm_head", bias=False),
     ),
     output="lm_head",
-    order=module_orders.T5,
+    order=entries.T5_ORDER,
     same=("m",),
     relative_positions=True,
     tied=tuple((f"{m}.weight", "shared.weight") for m in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),

@@ -6,8 +6,8 @@ version that they were trained with.
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import convs, dense, norms
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import convs, dense, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -47,6 +47,6 @@ VIT = KeyMap(
     (*_encoder("vit."), *_encoder(""), *dense("pooler.dense", "vit.pooler.dense", "classifier")),
     complete=True,  # BEiT, DINOv2 and others have the same attention names, but other names in PyTorch
     same=("m",),
-    order=module_orders.VIT,
+    order=entries.VIT_ORDER,
     spellings=(("v4", (*_renames("vit."), *_renames(""))),),
 )

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families import module_orders
-from jaxadapt.keymaps.families.flax_entries import FROM, INTO, convs, dense, embeddings, norms
-from jaxadapt.keymaps.families.spellings import bare
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import FROM, INTO, bare, convs, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -29,7 +28,7 @@ WHISPER = KeyMap(
         *dense("proj_out", bias=False),
     ),
     output="proj_out",
-    order=module_orders.WHISPER,
+    order=entries.WHISPER_ORDER,
     same=("m",),
     tied=(("proj_out.weight", "model.decoder.embed_tokens.weight"),),
     spellings=bare("model."),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, PerEntry, Use, mask_unadapted
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, at_least_float32
 
 MAGNITUDE = "lora_magnitude_vector"

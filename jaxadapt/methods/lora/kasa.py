@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxadapt.configs import LoraConfig
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params
 
 DIAGONAL = "lora_diag"

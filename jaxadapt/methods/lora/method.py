@@ -33,7 +33,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jaxadapt.core.errors import KeyMapError, raise_listed
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
 from jaxadapt.models.foreign import per_head
@@ -114,11 +114,7 @@ def blank_arrays(
         choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
     totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
-    known = (
-        dict(tensor_layout.axis_sizes(adapted.match, base))
-        if base is not None
-        else _infer_sizes(adapted, totals, sizes)
-    )
+    known = dict(plan.axis_sizes(adapted.match, base)) if base is not None else _infer_sizes(adapted, totals, sizes)
     known[RANK] = rank
     # If axes are flattened in another order than in PyTorch, filling the tree needs their sizes and raises an error.
     flat_sizes = {frozenset(axes): size for axes, size in totals.items()}

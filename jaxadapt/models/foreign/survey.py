@@ -18,10 +18,10 @@ from jaxadapt import methods
 from jaxadapt.arrays.layout import FileLayout, axis_parts
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core.errors import KeyMapError, raise_listed
-from jaxadapt.keymaps import plan, tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, torch_axes
+from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
 
 Shape = tuple[int, ...]
@@ -161,7 +161,7 @@ class ForeignSites:
         for leaf, shape in self.base.items():
             match = self.keymap.match(leaf)
             if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight":
-                out |= set(match.modules(tensor_layout.axis_sizes(match, shape)).values())
+                out |= set(match.modules(axis_sizes(match, shape)).values())
         return frozenset(out)
 
 
@@ -226,7 +226,7 @@ def _bind_site(
 ) -> ForeignSite:
     sizes = {**hints, **{axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}}
     if base is not None:
-        sizes = tensor_layout.axis_sizes(match, base)
+        sizes = axis_sizes(match, base)
     tried: list[str] = []
     fits: list[ForeignSite] = []
     for path_a, path_b, number in candidates:
@@ -289,7 +289,7 @@ def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
 def _bind_array(
     keymap: KeyMap, match: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
 ) -> FactorArray:
-    right = list(tensor_layout.torch_axes(match, tensor))
+    right = list(torch_axes(match, tensor))
     left: list[str] = []
     shape: list[int] = []
     for dim, size in zip(dims, packed, strict=True):
@@ -309,9 +309,9 @@ def _bind_array(
     missing = [n for n in match.braced if n not in left]
     texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
     modules = tuple(match.module(text) for _, text in texts)
-    keys = tuple(tensor_layout.tensor_key(keymap, match, tensor, text) for _, text in texts)
+    keys = tuple(tensor_key(keymap, match, tensor, text) for _, text in texts)
     try:
-        factor = tensor_layout.scale_factor(keymap, match, tensor, sizes)
+        factor = scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
             f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not"

@@ -19,7 +19,7 @@ from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.keymaps import tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Kind, Weight
@@ -104,7 +104,7 @@ class Survey:
         for leaf, reason in ({**self.unknown, **self.refused} if guesses else self.refused).items():
             match = keymap.match(leaf)
             if match is not None and len(match.weight.left) == len(self.shapes[leaf]):
-                sizes = tensor_layout.axis_sizes(match, self.shapes[leaf])
+                sizes = plan.axis_sizes(match, self.shapes[leaf])
                 modules = match.modules(sizes).values()
                 parameters = target_parameters.parameter_names(match, sizes).values()
             else:

@@ -11,9 +11,9 @@ from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.arrays import quantized
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps import plan, tensor_layout
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.adaption_prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, layer_number
 from jaxadapt.models.prompt.attention import AttentionCall
 
@@ -73,7 +73,7 @@ def _projections(keymap: KeyMap, base: Mapping[str, Array]) -> dict[tuple[str, s
         if match is None or not any(f".{name}." in match.weight.file_key for name in (KEYS, VALUES, OUTPUT)):
             continue
         dense = quantized.to_dense(x)
-        sizes = tensor_layout.axis_sizes(match, dense.shape)
+        sizes = plan.axis_sizes(match, dense.shape)
         entry = plan.plan_entry(keymap, match, _WEIGHT, sizes)
         for i, (module, parameter) in enumerate(match.parameters(sizes).values()):
             if module.rpartition(".")[2] in (KEYS, VALUES) or parameter == "bias":

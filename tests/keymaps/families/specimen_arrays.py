@@ -12,7 +12,7 @@ import jaxadapt
 from jaxadapt.adapters import sites
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps import plan as pieces
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 from tests.keymaps.families.specimens import PEFT_PREFIX, Specimen, values

@@ -15,8 +15,8 @@ import pytest
 
 import jaxadapt
 from jaxadapt import KeyMapError
-from jaxadapt.keymaps import check, families, module_order, plan, recognition
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps import check, families, keymap, plan
+from jaxadapt.keymaps import plan as pieces
 from jaxadapt.keymaps.families import FAMILIES
 from tests.keymaps.families import jax_side, specimen_arrays
 from tests.keymaps.families.specimens import RECORDED, SPECIMENS, Specimen, recorded
@@ -63,9 +63,9 @@ def recognised(specimen: Specimen, shapes: Any) -> None:
 def test_no_table_covers_more_than_the_ends_of_its_lines_promise(specimen):
     shapes = recorded(specimen.name)["leaves"]
     for table in FAMILIES.values():
-        assert recognition.coverage(table, shapes) <= recognition.max_coverage(table, shapes, scanned=False)
-        most = recognition.max_coverage(table, shapes, scanned=True)
-        assert all(recognition.coverage(table.scanned(axis), shapes) <= most for axis in range(3))
+        assert keymap.coverage(table, shapes) <= keymap.max_coverage(table, shapes, scanned=False)
+        most = keymap.max_coverage(table, shapes, scanned=True)
+        assert all(keymap.coverage(table.scanned(axis), shapes) <= most for axis in range(3))
 
 
 @pytest.mark.parametrize("specimen", [s for s in LIVE if s in ELSEWHERE], ids=str)
@@ -109,7 +109,7 @@ def test_modules_are_sorted_as_pytorch_has_them(specimen):
     weights = [k.removesuffix(".weight") for k, x in torch_side.state(specimen).items() if k.endswith(".weight")]
     known = [m for m in weights if all(part.isdigit() or part in table.order for part in m.split("."))]
     assert len(known) > 3
-    assert list(module_order.sort_modules(table, sorted(known))) == known
+    assert list(keymap.sort_modules(table, sorted(known))) == known
 
 
 @pytest.mark.peft

@@ -15,7 +15,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps import families, plan
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps import plan as pieces
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, recorded
 

@@ -1,0 +1,124 @@
+"""Parts that several families share: entries, spellings of keys, orders of modules.
+
+Entries of Flax's built-in layers, for keymaps whose paths are PyTorch's names: kernels, norms, embeddings.
+
+Other prefixes of the same keys in PyTorch, for `KeyMap.spellings`.
+
+The order of the linear layers and embeddings in PyTorch's classes, for `KeyMap.order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxadapt.keymaps.weight import Weight
+
+# ---------------------------------------------------------------- flax entries
+
+
+FROM, INTO = "m o", "i m"
+"""Axes of kernels that read the residual stream, and of kernels that write to it; `same=("m",)` distinguishes them."""
+
+
+def dense(*modules: str, bias: bool = True, axes: str = "i o") -> tuple[Weight, ...]:
+    """Return the entries of `nn.Dense` modules; with `bias`, the model may have biases or not."""
+    inputs, out = axes.split()
+    kernels = (Weight(f"{m}.kernel", f"{m}.weight", f"{axes} -> {out} {inputs}") for m in modules)
+    return (*kernels, *biases(modules)) if bias else tuple(kernels)
+
+
+def biases(modules: Iterable[str]) -> tuple[Weight, ...]:
+    """Return the entries of the biases of these modules."""
+    return tuple(Weight(f"{m}.bias", f"{m}.bias", "o -> o") for m in modules)
+
+
+def norms(*modules: str) -> tuple[Weight, ...]:
+    """Return the entries of `nn.LayerNorm` modules."""
+    return (*(Weight(f"{m}.scale", f"{m}.weight", "d -> d") for m in modules), *biases(modules))
+
+
+def embeddings(*modules: str) -> tuple[Weight, ...]:
+    """Return the entries of `nn.Embed` modules."""
+    return tuple(Weight(f"{m}.embedding", f"{m}.weight", "v d -> v d", kind="embedding") for m in modules)
+
+
+def convs(*modules: str, window: str = "h w") -> tuple[Weight, ...]:
+    """Return the entries of `nn.Conv` modules, whose window axes are first in Flax and last in PyTorch."""
+    kernels = (Weight(f"{m}.kernel", f"{m}.weight", f"{window} i o -> o i {window}", kind="conv") for m in modules)
+    return (*kernels, *biases(modules))
+
+
+# ---------------------------------------------------------------- spellings
+
+
+VISION_LANGUAGE = (
+    ("vl", (("model.", "model.language_model."),)),  # since transformers 4.52, as in Gemma3ForConditionalGeneration
+    ("vl4", (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),  # before transformers 4.52
+)
+"""The spellings of the language model in a vision-language model."""
+
+
+def bare(prefix: str) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Return the spelling of a model without its head, for which transformers omits the prefix."""
+    return (("bare", ((prefix, ""),)),)
+
+
+# ---------------------------------------------------------------- module orders
+
+
+DECODER_ORDER = (
+    *("model", "lm_head", "embed_tokens", "layers", "self_attn", "mlp"),
+    *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
+"""Llama and the models after it."""
+
+KEYS_FIRST_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
+"""Attention layers that create the projection of the keys first."""
+
+GPT_ORDER = (
+    *("transformer", "lm_head", "wte", "wpe", "h", "attn", "mlp"),
+    *("c_attn", *KEYS_FIRST_ORDER, "c_fc", "c_proj", "fc_in", "fc_out"),
+)
+"""GPT-2, GPT-Neo and GPT-J."""
+
+BERT_ORDER = (
+    *("bert", "roberta", "cls", "lm_head", "classifier", "qa_outputs", "embeddings", "encoder", "pooler"),
+    *("layer", "word_embeddings", "attention", "self", "query", "key", "value"),
+    *("intermediate", "output", "dense", "transform", "out_proj", "decoder"),
+)
+"""BERT and RoBERTa."""
+
+T5_ORDER = (
+    *("shared", "encoder", "decoder", "lm_head", "embed_tokens", "block", "layer", "SelfAttention", "EncDecAttention"),
+    *("DenseReluDense", "q", "k", "v", "o", "relative_attention_bias", "wi", "wi_0", "wi_1", "wo"),
+)
+"""T5."""
+
+VIT_ORDER = (
+    *("vit", "classifier", "embeddings", "layers", "encoder", "layer", "pooler"),
+    *("attention", "intermediate", "output", "mlp", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value"),
+    *("dense", "fc1", "fc2"),
+)
+"""ViT."""
+
+CLIP_ORDER = (
+    *(
+        "text_model",
+        "vision_model",
+        "visual_projection",
+        "text_projection",
+        "embeddings",
+        "encoder",
+        "self_attn",
+        "mlp",
+    ),
+    *(*KEYS_FIRST_ORDER, "fc1", "fc2", "token_embedding", "patch_embedding", "position_embedding"),
+)
+"""CLIP."""
+
+WHISPER_ORDER = (
+    *("model", "proj_out", "encoder", "decoder", "conv1", "conv2", "embed_tokens", "embed_positions", "layers"),
+    *("self_attn", "encoder_attn", *KEYS_FIRST_ORDER, "fc1", "fc2"),
+)
+"""Whisper."""
