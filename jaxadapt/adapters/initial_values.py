@@ -24,7 +24,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods import Method, Start
-from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage.strided import float_dtype
 
 BASE = "base"
 """In place of a dtype: each parameter has the dtype of the weight it adapts, as with `autocast_adapter_dtype=False`."""

@@ -9,7 +9,7 @@ from typing import Any
 from jaxadapt.configs import Config, tensor_names
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.storage.dtypes import is_float
+from jaxadapt.storage.strided import is_float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.storage import threads
+from jaxadapt.storage import local_files
 from jaxadapt.storage.source import TensorSource, as_source
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     with reporter(progress) as report:
         count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
         tasks = (functools.partial(job.run, sources) for job in jobs)
-        with contextlib.closing(threads.run_in_order(tasks, len(jobs))) as results:
+        with contextlib.closing(local_files.run_in_order(tasks, len(jobs))) as results:
             for found, nbytes in results:
                 if isinstance(found, ModuleDifference):
                     modules.append(found)

@@ -151,7 +151,7 @@ def read_model_shapes(path: Path) -> Shapes:
     from jaxadapt.core import paths
     from jaxadapt.core.errors import FormatError
     from jaxadapt.storage import location, safetensors
-    from jaxadapt.storage.safetensors_header import MAX_HEADER
+    from jaxadapt.storage.safetensors import MAX_HEADER
 
     if location.is_dir(path):
         return _read_orbax_shapes(path)

@@ -46,7 +46,7 @@ def command(repo: str, out: str | None, as_json: bool) -> None:
 
 def _copy_adapter(source: Path, target: str) -> Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
-    from jaxadapt.storage import atomic, flush
+    from jaxadapt.storage import atomic
     from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
@@ -57,7 +57,7 @@ def _copy_adapter(source: Path, target: str) -> Location:
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
             "load that file instead; choose another folder"
         )
-    flush.make_folder(out)
+    atomic.make_folder(out)
     # Replace the configuration right after the weights, as `folder.write` does.
     names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
     with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:

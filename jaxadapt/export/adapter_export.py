@@ -27,8 +27,8 @@ from jaxadapt.export import (
 from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.persistence import consumers, folder, image_files, peft
-from jaxadapt.storage import leftovers, location
-from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage import atomic, location
+from jaxadapt.storage.strided import float_dtype
 
 Path = str | os.PathLike[str]
 
@@ -58,7 +58,7 @@ class Exported:
         return dataclasses.asdict(self)
 
 
-@leftovers.cleans("path")
+@atomic.cleans("path")
 def export_adapter(
     source: Any,
     path: Path,

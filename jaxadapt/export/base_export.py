@@ -29,11 +29,11 @@ from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph
 from jaxadapt.persistence import folder
 from jaxadapt.persistence.encode import require_values
-from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
-from jaxadapt.storage.dtypes import dtype_name, float_dtype, is_float, numpy_dtype
+from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import cast
+from jaxadapt.storage.strided import dtype_name, float_dtype, is_float, numpy_dtype
 
 SHARD = 5_000_000_000
 CONFIG = "config.json"
@@ -42,7 +42,7 @@ _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
 
 
-@leftovers.cleans("path")
+@atomic.cleans("path")
 def export_base(
     params: Any,
     path: str | os.PathLike[str],
@@ -120,7 +120,7 @@ def export_base(
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
     other_files = {} if like is None else _read_like(source, specs, bool(different))
-    flush.make_folder(target)
+    atomic.make_folder(target)
     encode = _make_encoder(base_plan, leaves, changed, file_dtype)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
     specs, sources = (

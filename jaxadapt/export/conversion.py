@@ -27,7 +27,7 @@ from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.persistence import folder, image_files, mlx_files, orbax_folder
-from jaxadapt.storage import leftovers, location, safetensors
+from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.location import Location
 
 NOTE = "jaxadapt_tree"
@@ -48,7 +48,7 @@ class ConvertedFile:
         return dataclasses.asdict(self)
 
 
-@leftovers.cleans("target")
+@atomic.cleans("target")
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

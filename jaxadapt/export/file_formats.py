@@ -26,10 +26,10 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.persistence import folder, image_files, orbax_folder
 from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import hub, leftovers, location, orbax
-from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage import atomic, hub, location, orbax
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import as_source, cast
+from jaxadapt.storage.strided import float_dtype
 
 FOLDERS, FILES = ("safetensors", "bin", "orbax"), (KOHYA, DIFFUSERS)
 FORMATS = (*FOLDERS, *FILES)
@@ -66,7 +66,7 @@ class Source:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
-@leftovers.cleans("target")
+@atomic.cleans("target")
 def convert_format(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.storage import atomic, local_files, location, threads
-from jaxadapt.storage.dtypes import numpy_dtype
+from jaxadapt.storage import atomic, local_files, location
+from jaxadapt.storage.strided import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -108,7 +108,7 @@ def write(
     header, sizes, alignment = _header(gguf, target, architecture, fields, specs)
     with atomic.open_replacement(target) as replacement:
         replacement.write(memoryview(header + bytes(-len(header) % alignment)))
-        with contextlib.closing(threads.map_ahead(packed, specs) if ahead else (packed(x) for x in specs)) as data:
+        with contextlib.closing(local_files.map_ahead(packed, specs) if ahead else (packed(x) for x in specs)) as data:
             for name in specs:
                 replacement.write(next(data).reshape(-1).data)
                 replacement.write(memoryview(bytes(-sizes[name] % alignment)))

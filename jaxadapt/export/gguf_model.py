@@ -17,7 +17,7 @@ from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import gguf_conventions, gguf_files, merge_files
 from jaxadapt.export.gguf_conventions import Base, deinterleave_rows, interleave_rows
 from jaxadapt.persistence import folder
-from jaxadapt.storage import leftovers, location
+from jaxadapt.storage import atomic, location
 from jaxadapt.storage.source import TensorSource, TensorSpec
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -104,7 +104,7 @@ def _candidates(base: Base, has_gate: bool) -> Iterator[str]:
         yield f"{module}.bias"
 
 
-@leftovers.cleans("out")
+@atomic.cleans("out")
 def merge_gguf(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],

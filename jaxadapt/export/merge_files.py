@@ -25,15 +25,15 @@ from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.persistence.verification import base_identity
-from jaxadapt.storage import atomic, flush, hf_model, leftovers, location
-from jaxadapt.storage.dtypes import dtype_name, float_dtype, numpy_dtype
+from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
+from jaxadapt.storage.strided import dtype_name, float_dtype, numpy_dtype
 
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
 
 
-@leftovers.cleans("out")
+@atomic.cleans("out")
 def merge_folder(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -115,7 +115,7 @@ def merge_folder(
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
         config_dtype = None if file_dtype is None else file_dtype.name
         other_files = base_export.read_other_files(source, config_dtype, plan.is_untied)
-        flush.make_folder(target)
+        atomic.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
             atomic.write_bytes(target / name, data)

@@ -24,7 +24,7 @@ from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs
 from jaxadapt.persistence import mlx_files
-from jaxadapt.storage import atomic, flush, location, safetensors
+from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.source import TensorSource, as_source
 
 _TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
@@ -68,7 +68,7 @@ def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool
     if config.base_model_name_or_path:
         document["model"] = config.base_model_name_or_path
     count = byte_counter(report, "export", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    flush.make_folder(folder)
+    atomic.make_folder(folder)
     with atomic.replacing_all([folder / mlx_files.WEIGHTS, folder / mlx_files.CONFIG]) as (weights, text):
         get = functools.partial(_value, arrays, plan)
         safetensors.write_to(weights, specs, get, {"format": "mlx"}, progress=count, ahead=True)

@@ -26,7 +26,7 @@ from jaxadapt.merging.joint import joint_matrices
 from jaxadapt.merging.low_rank_form import low_rank_form, plain_sites
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
-from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage.strided import float_dtype
 
 Array = Any
 

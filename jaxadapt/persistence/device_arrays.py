@@ -22,7 +22,7 @@ from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps.plan import Plan, PlanEntry
-from jaxadapt.storage import local_files, threads
+from jaxadapt.storage import local_files
 from jaxadapt.storage.source import TensorSource, as_source
 
 # Bytes of the leaves of one job: small enough to share the work between threads.
@@ -76,7 +76,7 @@ def load_arrays(
     }
     count = byte_counter(report, stage, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
-    jobs = threads.split_by_size(order, lambda e: sizes[e.path], _JOB)
+    jobs = local_files.split_by_size(order, lambda e: sizes[e.path], _JOB)
     checked = {
         e.path
         for e in order
@@ -84,7 +84,7 @@ def load_arrays(
     }
     suspects: dict[str, int] = {}
     made = (_make_job(job, source, shardings, new_dtypes, checked, suspects) for job in jobs)
-    ready = threads.run_in_order(made, len(jobs))
+    ready = local_files.run_in_order(made, len(jobs))
     with contextlib.closing(ready):
         for job, arrays in zip(jobs, ready, strict=True):
             out |= _transfer(job, arrays, shardings, new_dtypes)

@@ -28,11 +28,11 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, fingerprint, image_files, mlx_files, reconcile, run_folder
-from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
-from jaxadapt.storage.dtypes import dtype_name
+from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
+from jaxadapt.storage.strided import dtype_name
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -257,7 +257,7 @@ def write_with(
     folder = location.to_location(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    made = flush.make_folder(folder)
+    made = atomic.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
             _write(tensors, folder, put, report, as_bin, ahead)

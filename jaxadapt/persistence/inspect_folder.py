@@ -15,8 +15,8 @@ from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.persistence import folder, image_files, mlx_files, reconcile
 from jaxadapt.persistence.verification import foreign_files, key_names
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
-from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.source import as_source
+from jaxadapt.storage.strided import dtype_name, numpy_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,7 @@ from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.persistence import folder
 from jaxadapt.storage import location, sharded_write
-from jaxadapt.storage.coordination import Group
-from jaxadapt.storage.sharded_write import TensorPart
+from jaxadapt.storage.sharded_write import Group, TensorPart
 from jaxadapt.storage.source import cast
 
 

@@ -38,8 +38,8 @@ from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.persistence import device_arrays, encode
-from jaxadapt.storage.dtypes import float_dtype, is_float
 from jaxadapt.storage.source import as_source
+from jaxadapt.storage.strided import float_dtype, is_float
 
 
 def to_peft(

@@ -21,8 +21,8 @@ from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.models.carriers import DEFAULT, lora_carrier
 from jaxadapt.persistence import encode, folder, multihost, orbax_folder
-from jaxadapt.storage.dtypes import float_dtype
 from jaxadapt.storage.source import cast
+from jaxadapt.storage.strided import float_dtype
 
 
 def save(

@@ -26,7 +26,7 @@ from jaxadapt.persistence.verification import (
 )
 from jaxadapt.persistence.verification.finding import SEVERITIES, Finding
 from jaxadapt.persistence.verification.stored_adapter import Specs, StoredAdapter, open_stored
-from jaxadapt.storage.safetensors_header import BITS
+from jaxadapt.storage.safetensors import BITS
 
 
 def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:

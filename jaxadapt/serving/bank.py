@@ -38,7 +38,7 @@ from jaxadapt.serving.layout import (
 )
 from jaxadapt.serving.refusals import Refusal
 from jaxadapt.serving.shared import Shared, compare_shared, draw_shared, shared_of
-from jaxadapt.storage.dtypes import float_dtype
+from jaxadapt.storage.strided import float_dtype
 
 
 @jax.tree_util.register_pytree_node_class

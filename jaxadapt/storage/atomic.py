@@ -8,6 +8,10 @@ on a disk that several machines share, and the next write of the same target rem
 link is replaced, not followed: it may point into a cache.
 
 An address (see `location`) is replaced by one PUT of the store, which is also atomic and leaves no leftovers.
+
+Creating folders and flushing files to the disk, so that they survive a crash.
+
+Removal of what killed writers left: temporary files and folders that no process locks, and empty folders.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import inspect
 import mmap
 import os
 import re
@@ -22,14 +28,196 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
-from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_folder_fd, write_error
-from jaxadapt.storage.leftovers import lock, remove_leftovers
 from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.location import Address, Location
+
+# ---------------------------------------------------------------- flush
+
+
+def make_folder(folder: Location) -> list[Path]:
+    """Create a folder and its missing parents durably. Return the new folders, innermost first.
+
+    Does nothing for an address, since object stores have no folders.
+
+    Raises:
+        FileError: no permission, or a part of the path is a file. Then no new folder remains.
+    """
+    if isinstance(folder, Address):
+        return []
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            # A writable folder need not be readable, and a folder that cannot be opened cannot be flushed.
+            with contextlib.suppress(PermissionError):
+                flush_directory(path.parent)
+    except (OSError, ValueError) as error:
+        for path in new:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
+        raise file_error("create the folder", str(folder), error, "choose another path") from error
+    return new
+
+
+def flush_tree(folder: Path, display_path: Path) -> None:
+    """Flush every file and directory under a folder to the disk.
+
+    Args:
+        folder: the folder to flush.
+        display_path: the name of the folder in errors.
+
+    Raises:
+        FileError: the disk reports an error.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        for directory, _, names in os.walk(folder, onerror=fail):
+            for name in names:
+                fd = os.open(Path(directory, name), os.O_RDONLY)
+                try:
+                    flush_fd(fd)
+                finally:
+                    close_fd(fd)
+            flush_directory(Path(directory))
+    except OSError as error:
+        raise write_error(str(display_path), error) from error
+
+
+def flush_directory(directory: Path) -> None:
+    """Flush the entries of a directory to the disk. Raises `OSError`."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        flush_folder_fd(fd)
+    finally:
+        close_fd(fd)
+
+
+def flush_folder_fd(fd: int) -> None:
+    """Flush an open directory, if its file system can. Raises `OSError`."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush directories
+            raise
+
+
+def write_error(path: str, error: OSError | ValueError) -> FileError:
+    """Return the `FileError` for a failed write that left the target unchanged."""
+    return file_error("write", path, error, "the previous content of the path is untouched")
+
+
+def flush_fd(fd: int) -> None:
+    """Wait until the bytes of a file are on the disk. Raises `OSError`."""
+    if sys.platform == "darwin":
+        # On macOS, fsync() only reaches the drive's own cache.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def close_fd(fd: int) -> None:
+    """Close a descriptor to which nothing was written since its last flush, ignoring errors: the data is safe."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- leftovers
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def lock(fd: int, *, wait: bool) -> bool:
+    """Lock an open file or folder; return False if another process holds the lock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked by its writer; or a file system without locks, where leftovers are never removed
+        return False
+    return True
+
+
+def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> bool:
+    """Remove the leftovers of killed writers, as far as possible; return True if any were removed.
+
+    Args:
+        directory: the directory of the targets.
+        names: a regular expression that the targets' names match.
+        folders: also remove leftover folders of `atomic.staging_folder`.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
+    removed = False
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the path
+        for stale in Path(directory).iterdir():
+            if not pattern.fullmatch(stale.name):
+                continue
+            with contextlib.suppress(OSError):
+                folder = stat.S_ISDIR(stale.lstat().st_mode)
+                if folder and not folders:
+                    continue
+                # A folder opens only for reading, which is enough to lock it.
+                fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and lock(fd, wait=False):
+                        shutil.rmtree(stale) if folder else stale.unlink()
+                        removed = True
+                finally:
+                    os.close(fd)
+    return removed
+
+
+@contextlib.contextmanager
+def clean_target(path: str | os.PathLike[str]) -> Generator[None]:
+    """Remove the leftovers of killed writers of a file or folder, and its empty folders if the block fails.
+
+    If the block raises an exception, an empty folder at the path is removed, and so are empty parents that the block
+    made or that contained leftovers.
+    """
+    target = location.to_location(path)
+    if isinstance(target, location.Address):
+        yield
+        return
+    empty = [target, *(parent for parent in target.parents if not os.path.lexists(parent))]
+    remove_leftovers(target, ".+", folders=True)
+    if remove_leftovers(target.parent, re.escape(target.name), folders=True):
+        empty.append(target.parent)
+    try:
+        yield
+    except BaseException:
+        for folder in empty:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()
+        raise
+
+
+def cleans(argument: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator that runs a function in `clean_target` of the path in one of its arguments."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with clean_target(signature.bind(*args, **kwargs).arguments[argument]):
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+# ---------------------------------------------------------------- atomic
+
 
 __all__ = [
     "Writer", "lock_directory", "open_replacement", "replacing_all", "staging_folder", "write_bytes",

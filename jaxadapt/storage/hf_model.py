@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage import atomic, location, safetensors, threads, torch_bin
-from jaxadapt.storage.dtypes import numpy_dtype
+from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.safetensors_header import MAX_HEADER, problems_text
+from jaxadapt.storage.safetensors import MAX_HEADER, problems_text
 from jaxadapt.storage.source import TensorSource, as_source, combine
+from jaxadapt.storage.strided import numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,7 +147,7 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
         FileError, MismatchError: as in `safetensors.write`. The old weights are then still in place.
     """
     sizes = {key: math.prod(shape) * numpy_dtype(dtype).itemsize for key, (dtype, shape) in specs.items()}
-    groups = threads.split_by_size(specs, sizes.__getitem__, limit)
+    groups = local_files.split_by_size(specs, sizes.__getitem__, limit)
     names = _choose_file_names(folder, len(groups))
     replaced = _current_files(folder)
     metadata = {"format": "pt"}

@@ -5,21 +5,345 @@
 
 Only an adapter's own files are fetched, all from one commit. The client handles the cache, resumed downloads, offline
 work (`HF_HUB_OFFLINE`), the token (`HF_TOKEN`, or the one that `hf auth login` stored) and the server (`HF_ENDPOINT`).
+
+Checks of a server's answer about a file, before the client uses it.
+
+The client builds cache paths from the headers `ETag` and `X-Repo-Commit`, and sends the token to any address that the
+server names for Xet. A mirror is therefore trusted no more than a file is.
+
+Errors of the Hub's client, as this library's own errors: the repository, the reason and the remedy.
+
+Progress of the Hub's client: its bars are shown, hidden, or turned into calls of a `progress.Report`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-from collections.abc import Generator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
-from jaxadapt.storage import hub_answers, hub_progress, local_files
-from jaxadapt.storage.hub_address import SCHEME, Address, could_be_repository, is_address, parse
-from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
+from jaxadapt.storage import local_files
+from jaxadapt.storage.hub_address import EXAMPLE, SCHEME, Address, could_be_repository, is_address, parse
+from jaxadapt.storage.local_files import file_error
+
+# ---------------------------------------------------------------- hub answers
+
+
+_ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,127}")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_HUB = "https://huggingface.co"
+
+
+def fetch_commit(place: Address, name: str, token: Any, max_bytes: int | None) -> str | None:
+    """Ask the server for a file's metadata, check the answer and return the commit.
+
+    Return None if the server has no answer: the client then raises the error.
+
+    Args:
+        place: the adapter's address.
+        name: the file's name in the adapter's folder.
+        token: the token for the request.
+        max_bytes: the largest size of the file; None for any.
+
+    Raises:
+        FileError: the answer would make the client write outside its cache or send the token to another server, or the
+            file is too large.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
+    url = hf_hub_url(place.repo, place.file(name), revision=place.revision)
+    try:
+        metadata = get_hf_file_metadata(url, token=token, library_name="jaxadapt")
+    except errors.HfHubHTTPError as error:
+        response: Any = error.response
+        if response is not None:  # for a missing file, the client creates a folder named after the commit
+            _raise_problems(place, name, _header_problems(response.headers.get("X-Repo-Commit"), None))
+        return None
+    except (http, errors.OfflineModeIsEnabled):
+        return None
+    problems = _header_problems(metadata.commit_hash, metadata.etag)
+    if metadata.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET:
+        route = metadata.xet_file_data.refresh_route
+        if urlsplit(route)[:2] not in (urlsplit(url)[:2], urlsplit(_HUB)[:2]):
+            problems.append(
+                f"a Xet address on the server that was asked, found {_abbreviate(route)}, to which the token would"
+                " be sent (HF_HUB_DISABLE_XET=1 prevents that)"
+            )
+    if max_bytes is not None and metadata.size is not None and metadata.size > max_bytes:
+        problems.append(f"at most {max_bytes} bytes, found {metadata.size}")
+    _raise_problems(place, name, problems)
+    return metadata.commit_hash
+
+
+def _header_problems(commit: str | None, etag: str | None) -> list[str]:
+    problems: list[str] = []
+    if commit is not None and not _COMMIT.fullmatch(commit):
+        problems.append(f"a commit (40 hexadecimal digits) as X-Repo-Commit, found {_abbreviate(commit)}")
+    if etag is not None and not _ETAG.fullmatch(etag):
+        problems.append(f"a hash as ETag, found {_abbreviate(etag)}")
+    return problems
+
+
+def _abbreviate(text: str) -> str:
+    return ascii(text if len(text) <= 80 else f"{text[:80]}…")
+
+
+def _raise_problems(place: Address, name: str, problems: list[str]) -> None:
+    if problems:
+        raise FileError(
+            f"{place}: {place.file(name)}: the server's answer cannot be trusted: expected {'; '.join(problems)};"
+            " nothing was fetched; check HF_ENDPOINT and the network"
+        )
+
+
+def cached_commit(path: str | os.PathLike[str], file: str) -> str:
+    """Return the commit of a file of the cache, from its path <repository>/snapshots/<commit>/<file>."""
+    return Path(path).parents[len(file.split("/")) - 1].name
+
+
+def check_in_cache(path: str, place: Address, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the path of a cached file. Raises `FileError` if it is outside the cache, for example through a link."""
+    from huggingface_hub import constants
+
+    file = Path(path)
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+    repository = cache / f"models--{place.repo.replace('/', '--')}"  # may be a link that a user set up
+    target = file.resolve()
+    if not any(target.is_relative_to(folder.resolve()) for folder in (cache, repository)):
+        raise FileError(f"{place}: {file}: expected a file of the cache {cache}, found {target}; remove it")
+    return file
+
+
+# ---------------------------------------------------------------- hub errors
+
+
+Token = str | bool | None
+"""A token. None: the stored one, if any. True: the stored one, which must exist. False: no token."""
+
+
+def hub_api(token: Token) -> Any:
+    """Return the Hub's client."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="jaxadapt")
+
+
+@contextlib.contextmanager
+def translate_errors(place: Address, token: Token, action: str = "read") -> Generator[None]:
+    """Turn any error of the client into a `FileError` that names the repository, the reason and the remedy."""
+    from huggingface_hub import errors
+
+    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
+    try:
+        yield
+    except FileError:
+        raise
+    except errors.GatedRepoError as error:
+        raise _failure(place, action, "the repository is gated", "accept its conditions on its page", error) from error
+    except errors.RepositoryNotFoundError as error:
+        why = "there is no such repository, or it is private and the token gives no access to it"
+        remedy = "check the name" + ("" if isinstance(token, str) else ", or log in") + _login_hint(token)
+        raise _failure(place, action, why, remedy, error) from error
+    except errors.RevisionNotFoundError as error:
+        why = f"there is no revision {place.revision!r}{_list_revisions(place, token)}"
+        raise _failure(place, action, why, "pass a branch, a tag or a commit", error) from error
+    except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
+            raise _http_failure(place, action, cause, token) from error  # the server was reached and answered
+        if action == "push to":
+            offline = _offline_variable()
+            why = "the Hub cannot be reached" if offline is None else f"{offline}=1 forbids access to the Hub"
+            remedy = "check the network and try again" if offline is None else "unset it"
+        elif (offline := _offline_variable()) is not None:
+            why, remedy = (
+                f"it is not in the cache, and {offline}=1 forbids fetching it",
+                "unset it, or pull the adapter while online",
+            )
+        else:
+            why, remedy = "the Hub cannot be reached, and it is not in the cache", "check the network and try again"
+        raise _failure(place, action, why, remedy, error) from error
+    except errors.EntryNotFoundError as error:
+        raise _failure(
+            place, action, f"{_requested_file(error, place)} is not there", "check the address", error
+        ) from error
+    except errors.LocalTokenNotFoundError as error:
+        raise _failure(place, action, "token=True, but no token is stored", "log in: `hf auth login`", error) from error
+    except errors.HFValidationError as error:
+        raise _failure(place, action, str(error), EXAMPLE, None) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise _failure(
+            place, action, f"{_offline_variable()}=1 forbids access to the Hub", "unset it", error
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise _http_failure(place, action, error, token) from error
+    except http as error:
+        why = f"the connection failed ({type(error).__name__})"
+        raise _failure(place, action, why, "try again", error) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise file_error(
+                f"{action} {place}", error.filename or "the cache", error, "the cache is intact"
+            ) from error
+        raise _failure(place, action, str(error).split("\n")[0], "try again", None) from error
+    except (RuntimeError, ValueError) as error:  # errors of hf_xet, and of the client for odd answers
+        if error.__cause__ is not None:  # such as "Error while uploading …", whose cause has the reason
+            with translate_errors(place, token, action):
+                raise error.__cause__  # noqa: B904 (the cause is translated instead)
+        raise _failure(place, action, f"{type(error).__name__}: {error}", "try again", None) from error
+
+
+def _http_failure(place: Address, action: str, error: Any, token: Token) -> FileError:
+    status = error.response.status_code if error.response is not None else 0
+    if status == 401:
+        why = "the Hub requires a login" if action == "push to" else "the Hub does not accept the token"
+        return _failure(place, action, why, "log in" + _login_hint(token), error)
+    if status == 403:
+        why = "the token lacks the permission"
+        return _failure(place, action, why, "use a token with this permission" + _login_hint(token), error)
+    if status == 404:
+        revision = f", no revision {place.revision!r} of it" if place.revision else ""
+        missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"
+        why = f"{missing}: {_host(error)} answered 404"
+        remedy = "check the name, and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "check the name"
+        return _failure(place, action, why, remedy, error)
+    why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
+    return _failure(place, action, why, "try again" if status >= 500 or not status else "follow its message", error)
+
+
+def _requested_file(error: Any, place: Address) -> str:
+    """Return the file that a failed request asked for, from its URL."""
+    url = "" if error.response is None else str(error.response.url)
+    match = re.search(r"/resolve/[^/]+/([^?#]+)", url)
+    if match:
+        return f"file {unquote(match[1])!r}"
+    return f"folder {place.subfolder!r}" if place.subfolder else "such page"
+
+
+def _host(error: Any) -> str:
+    return urlsplit(str(error.response.url)).netloc
+
+
+def _failure(place: Address, action: str, why: str, remedy: str, error: BaseException | None) -> FileError:
+    message = "" if error is None else str(getattr(error, "server_message", None) or "").strip()
+    detail = f" ({message.splitlines()[0]})" if message and message not in why else ""
+    return FileError(f"{place}: cannot {action} it: {why}{detail}; {remedy}")
+
+
+def _login_hint(token: Token) -> str:
+    if isinstance(token, str):
+        return ", or give another token"
+    return ": `hf auth login`, HF_TOKEN or token="
+
+
+def _offline_variable() -> str | None:
+    """Return the environment variable that keeps the client offline, or None. The client follows transformers' too."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "0").upper() not in ("", "0", "NO", "OFF")), names[0])
+
+
+def _list_revisions(place: Address, token: Token) -> str:
+    with contextlib.suppress(Exception):  # it only helps the message
+        refs = hub_api(token).list_repo_refs(place.repo)
+        names = [ref.name for ref in [*refs.branches, *refs.tags]]
+        return f"; found {', '.join(names[:8])}"
+    return ""
+
+
+# ---------------------------------------------------------------- hub progress
+
+
+def progress_bar_class(name: str, report: Report) -> Any:
+    """Return a class of progress bars for the client that draw nothing and call `report`."""
+    from huggingface_hub.utils import tqdm
+
+    class Meter(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": True})
+            self.bytes_done = int(options.get("initial") or 0)
+            self.bytes_total = int(options.get("total") or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.bytes_done += int(n or 0)
+            report(name, self.bytes_done, max(self.bytes_total, self.bytes_done))
+            return None
+
+    return Meter
+
+
+def counted_operation(report: Report, total: int) -> type[Any]:
+    """Return a class of the client's add operations that reports the bytes sent.
+
+    Uploads through hf_xet are not reported, since hf_xet reads the file itself.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    lock = threading.Lock()  # several threads send files
+    sent: dict[str, int] = {}
+
+    class Counted(CommitOperationAdd):
+        @contextlib.contextmanager
+        def as_file(self, with_tqdm: bool = False) -> Generator[Any]:
+            with super().as_file() as file:
+                if not with_tqdm:  # the file is read for its digest, not sent
+                    yield file
+                    return
+
+                def report_position(position: int) -> None:
+                    with lock:
+                        sent[self.path_in_repo] = max(position, sent.get(self.path_in_repo, 0))
+                        report("upload", sum(sent.values()), total)
+
+                yield _CountedFile(file, report_position)
+
+    return Counted
+
+
+class _CountedFile(io.BufferedReader):
+    """A file that reports how far it was read. A part that is sent again counts once."""
+
+    def __init__(self, file: Any, report_position: Callable[[int], None]) -> None:
+        super().__init__(file)
+        self._report_position = report_position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self._report_position(self.tell())
+        return data
+
+
+@contextlib.contextmanager
+def client_bars(show: bool) -> Generator[None]:
+    """Show or hide the client's own bars while it uploads (it has no callback for uploads)."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    off = are_progress_bars_disabled()
+    if show or off:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+# ---------------------------------------------------------------- hub
+
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -115,7 +439,7 @@ def _pull(
     with translate_errors(place, token), _explain_missing_adapter(place, token):
         config = _fetch_file(place, CONFIG, token, cache_dir, report)
         # All other files must come from the same commit as the first.
-        pinned = place._replace(revision=hub_answers.cached_commit(config, place.file(CONFIG)))
+        pinned = place._replace(revision=cached_commit(config, place.file(CONFIG)))
         _fetch_weights(pinned, token, cache_dir, report)
         for name in optional_files:
             with contextlib.suppress(*_absence_errors()):
@@ -143,11 +467,11 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
     file = place.file(name)
     cached = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
     if isinstance(cached, str):
-        commit = hub_answers.cached_commit(cached, file)
-        if commit == place.revision or commit == hub_answers.fetch_commit(place, name, token, _MAX_BYTES.get(name)):
-            return hub_answers.check_in_cache(cached, place, name, cache_dir)
+        commit = cached_commit(cached, file)
+        if commit == place.revision or commit == fetch_commit(place, name, token, _MAX_BYTES.get(name)):
+            return check_in_cache(cached, place, name, cache_dir)
     else:
-        hub_answers.fetch_commit(place, name, token, _MAX_BYTES.get(name))
+        fetch_commit(place, name, token, _MAX_BYTES.get(name))
     downloaded = hf_hub_download(
         place.repo,
         file,
@@ -155,9 +479,9 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
         token=token,
         cache_dir=cache_dir,
         library_name="jaxadapt",
-        tqdm_class=hub_progress.progress_bar_class(name, report),
+        tqdm_class=progress_bar_class(name, report),
     )
-    return hub_answers.check_in_cache(downloaded, place, name, cache_dir)
+    return check_in_cache(downloaded, place, name, cache_dir)
 
 
 def _absence_errors() -> tuple[type[Exception], ...]:
@@ -234,7 +558,7 @@ def upload(
     total = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
     report = no_report if progress is None or isinstance(progress, bool) else progress
     report("upload", 0, total)
-    with translate_errors(place, token, "push to"), hub_progress.client_bars(progress is True and is_watched()):
+    with translate_errors(place, token, "push to"), client_bars(progress is True and is_watched()):
         # For a pull request to an existing repository, the token may lack the right to create one.
         if not (create_pr and api.repo_exists(place.repo)):
             api.create_repo(place.repo, private=private, exist_ok=True)
@@ -249,7 +573,7 @@ def upload(
         if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
             raise FileError(f"{place}: the tag {tag!r} exists already; choose another name, or delete it on the Hub")
         deleted = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
-        addition = CommitOperationAdd if report is no_report else hub_progress.counted_operation(report, total)
+        addition = CommitOperationAdd if report is no_report else counted_operation(report, total)
         operations: list[Any] = [
             addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
         ]

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core import compare
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.storage import atomic, flush, leftovers, location
+from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
-from jaxadapt.storage.safetensors_header import MAX_HEADER
+from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
     import jax
@@ -196,8 +196,8 @@ def save(
     place = _resolve_location(path)
     _check_names(place, trees)
     if isinstance(place, Path):
-        flush.make_folder(place.parent)
-        leftovers.remove_leftovers(place.parent, re.escape(place.name), folders=True)
+        atomic.make_folder(place.parent)
+        atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
         if single_process:  # for several processes, Orbax removes leftovers itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -213,7 +213,7 @@ def save(
         return
     with atomic.staging_folder(place) as staged:
         start_save(staged, trees, documents, display_path=place).result()
-        flush.flush_tree(staged, place)
+        atomic.flush_tree(staged, place)
         try:
             staged.rename(place)
         except OSError as error:

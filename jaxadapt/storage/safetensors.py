@@ -3,34 +3,364 @@
 This is an own implementation of the format; its files equal those of the safetensors library byte for byte. Reading a
 header needs only the standard library. numpy (and ml_dtypes, for bfloat16 and float8) are imported with the first
 tensor.
+
+The header of a safetensors file: parsing with full validation, and encoding. Standard library only.
+
+A file consists of 8 bytes (the header's length, little endian), the header (JSON, padded with spaces to a multiple of
+8), and the tensors' bytes without gaps. Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, local_files, location, ranged_reads, strided, threads
-from jaxadapt.storage.dtypes import NAMES, dtype_name, numpy_dtype
-from jaxadapt.storage.safetensors_header import (
-    MAX_HEADER,
-    Header,
-    TensorInfo,
-    encode,
-    length_problem,
-    parse,
-    problems_text,
-)
+from jaxadapt.storage import atomic, local_files, location, strided
+from jaxadapt.storage.strided import NAMES, dtype_name, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+# ---------------------------------------------------------------- safetensors header
+
+
+__all__ = ["BITS", "MAX_HEADER", "Header", "TensorInfo", "encode", "parse", "problems_text"]
+
+MAX_HEADER = 100_000_000
+"""Largest header in bytes that readers accept."""
+
+# Bits of an element by dtype. Tensors in a file are sorted by the reverse of this order.
+BITS: dict[str, int] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+_RANK = {name: rank for rank, name in enumerate(BITS)}
+_MAX_AXES = 64  # numpy's limit
+_MAX_BYTES = 2**63 - 1
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: dtype, shape, and byte range `[start, stop)` from `Header.data_start` on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Header(NamedTuple):
+    """The header of a safetensors file.
+
+    `tensors` is in the order of the bytes. `data_start` is the offset of the first tensor's bytes, and `size` the size
+    of the file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+
+def problems_text(problems: Sequence[str], shown: int = 10) -> str:
+    """Join the problems of one kind into one text, with a count of those not shown."""
+    text = "; ".join(problems[:shown])
+    return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
+
+
+def _show(value: object, limit: int = 80) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a very large number"
+    except RecursionError:
+        text = "a value nested too deeply"
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _is_natural(value: object) -> bool:
+    # bool is a subclass of int in Python, but `true` is not a number in JSON.
+    return type(value) is int and value >= 0
+
+
+def _parse_naturals(value: object) -> tuple[int, ...] | None:
+    if type(value) is not list:
+        return None
+    for item in cast("list[object]", value):
+        if type(item) is not int or item < 0:
+            return None
+    return tuple(cast("list[int]", value))
+
+
+class _Invalid(NamedTuple):
+    """The problem of an invalid tensor description."""
+
+    why: str
+
+
+def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Invalid:
+    """Convert an object of the header; a tensor's description immediately, to spare the gc 10^5 small objects."""
+    result = dict(pairs)
+    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
+        return _parse_info(result)  # if three tensors have these names, data_offsets is an object, not a list
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        raise ValueError(f"duplicate keys {_show(twice)}")
+    return result
+
+
+def _reject_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse_integer(text: str) -> int:
+    if text == "-0":  # an int in Python, but invalid for the safetensors library
+        raise ValueError("expected integers >= 0, found -0")
+    return int(text)
+
+
+def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
+    if len(shape) > _MAX_AXES:  # checked first: the product of many axes is slow
+        return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
+    bits = math.prod(shape) * BITS[dtype]
+    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8:
+        return None
+    # Axes of size 0 must not hide an overflow of the others: numpy multiplies axes one by one.
+    if math.prod(max(dim, 1) for dim in shape) * BITS[dtype] // 8 > _MAX_BYTES:
+        return f"shape {_show(list(shape))} overflows 63 bits"
+    if math.prod(shape) * BITS[dtype] % 8:
+        return f"shape {_show(list(shape))} of {dtype} does not fill whole bytes"
+    return None
+
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
+def _parse_info(entry: dict[str, object]) -> TensorInfo | _Invalid:
+    """Validate one tensor's description."""
+    dtype, shape, offsets = entry["dtype"], _parse_naturals(entry["shape"]), _parse_naturals(entry["data_offsets"])
+    if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
+        start, stop = offsets
+        if 0 < math.prod(shape) * BITS[dtype] == 8 * (stop - start) and stop <= _MAX_BYTES:
+            return TensorInfo(dtype, shape, start, stop)
+    problem = _problem(entry, dtype, shape, offsets)
+    if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
+        return TensorInfo(dtype, shape, *offsets)
+    return _Invalid(problem or "")
+
+
+def _problem(
+    entry: dict[str, object], dtype: object, shape: tuple[int, ...] | None, offsets: tuple[int, ...] | None
+) -> str | None:
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
+    if shape is None:
+        return f"expected a shape of integers >= 0, found {_show(entry['shape'])}"
+    if problem := _size_problem(dtype, shape):
+        return problem
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        found = _show(entry["data_offsets"])
+        return f"expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
+    if offsets[1] > _MAX_BYTES:
+        return f"data_offsets {_show(list(offsets))} overflow 63 bits"
+    expected = math.prod(shape) * BITS[dtype] // 8
+    if offsets[1] - offsets[0] != expected:
+        return (
+            f"expected {expected} bytes for {dtype} {list(shape)}, "
+            f"found {offsets[1] - offsets[0]} (data_offsets {list(offsets)})"
+        )
+    return None
+
+
+def length_problem(first: bytes, size: int) -> str | None:
+    """Return the problem of a file of `size` bytes that begins with `first` (up to 8 bytes), or None."""
+    length = int.from_bytes(first, "little")
+    # Guess the file type only if the length is impossible: a header of 640 bytes begins like a pickle.
+    if len(first) == 8 and length <= min(MAX_HEADER, size - 8):
+        return None
+    if first.startswith(b"version "):
+        return "this is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "this is a PyTorch file: read it as a .bin"
+    if size < 8:
+        return f"expected at least 8 bytes, found {size}; the file is truncated"
+    if length > MAX_HEADER:
+        return f"header length: expected at most {MAX_HEADER} bytes, found {length}"
+    return f"header length: expected at most the {size - 8} bytes left, found {length}; the file is damaged"
+
+
+def _describe(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {_show(key)}"
+
+
+def parse(path: str, raw: bytes, size: int) -> Header:
+    """Parse and validate the JSON of a header (without the 8 bytes before it).
+
+    Args:
+        path: the file's path, for messages.
+        raw: the header's bytes.
+        size: the size of the file in bytes.
+
+    Raises:
+        FormatError: the header is invalid; names every invalid tensor.
+    """
+
+    def fail(problem: str) -> FormatError:
+        return FormatError(f"{path}: not a valid safetensors file: {problem}")
+
+    if not raw.startswith(b"{"):
+        raise fail(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
+    try:
+        # A Python function for each number is slow, so it is passed only if there may be a -0.
+        integer = _parse_integer if b"-0" in raw else None
+        parsed: object = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_parse_object, parse_constant=_reject_constant, parse_int=integer
+        )
+    except UnicodeDecodeError as error:
+        raise fail(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
+    except RecursionError as error:
+        raise fail("header: JSON nested too deeply") from error
+    except ValueError as error:
+        raise fail(f"header: expected JSON, found: {error}") from error
+    if not isinstance(parsed, dict):  # the header is itself a tensor description
+        raise fail("header: expected an object of tensors, found the description of one")
+    items = cast("dict[str, object]", parsed)
+    metadata = items.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null for none, which the reference reader takes
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) for v in cast("dict[str, object]", metadata).values()
+    ):
+        raise fail(f"__metadata__: expected an object of strings, found {_show(metadata)}")
+
+    data_start = 8 + len(raw)
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for key, value in items.items():
+        if isinstance(value, dict) and cast("dict[str, object]", value).keys() == _FIELDS:
+            value = _parse_info(cast("dict[str, object]", value))
+        if type(value) is TensorInfo:
+            tensors[key] = value
+        elif isinstance(value, _Invalid):
+            problems.append(f"tensor {_show(key)}: {value.why}")
+        elif isinstance(value, dict):
+            fields = _show(list(cast("dict[str, object]", value)))
+            problems.append(f"tensor {_show(key)}: expected the fields dtype, shape, data_offsets, found {fields}")
+        else:
+            problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")
+    if problems:
+        raise fail(problems_text(problems))
+
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    position, last = 0, None
+    for key, (_, _, start, stop) in tensors.items():
+        if start != position:
+            kind = "overlaps" if start < position else "leaves a gap after"
+            before = _describe(last)
+            problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {start}")
+        position, last = stop, key
+    if position != size - data_start:
+        before = _describe(last)
+        short = "; it is truncated: fetch or save it again" if position > size - data_start else ""
+        end = data_start + position
+        problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")
+    if problems:
+        raise fail(problems_text(problems))
+    try:
+        # "\ud800" is valid JSON, but not valid text: it can be neither printed nor written.
+        "".join([*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]).encode()
+    except UnicodeEncodeError as error:
+        raise fail(f"header: a name holds a lone surrogate, {_show(error.object[error.start])}") from error
+    return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode(
+    path: str, specs: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, Header]:
+    """Return the first bytes of a file (length and header) for these tensors, and the header they encode.
+
+    The bytes equal those of the safetensors library: metadata first, sorted by key; then the tensors, wide dtypes first
+    and then by name. Processes that call it with equal arguments get equal offsets.
+
+    Args:
+        path: the file's path, for messages.
+        specs: `(dtype, shape)` by key, with a dtype of `BITS`.
+        metadata: strings by key.
+
+    Raises:
+        FileError: specs that the format cannot hold (all are named), or a header over `MAX_HEADER`.
+
+    >>> raw, header = encode("x", {"a": ("F32", (2,)), "b": ("F64", ())}, {"format": "pt"})
+    >>> header.tensors
+    {'b': TensorInfo(dtype='F64', shape=(), start=0, stop=8),
+     'a': TensorInfo(dtype='F32', shape=(2,), start=8, stop=16)}
+    >>> len(raw) % 8
+    0
+    """
+    problems: list[str] = []
+    if not all(type(k) is str and type(v) is str for k, v in metadata.items()):
+        problems.append(f"metadata: expected strings, found {_show(dict(metadata))}")
+    for key, (dtype, shape) in specs.items():
+        if key == "__metadata__":
+            problems.append("tensor '__metadata__': the name is reserved")
+        elif dtype not in BITS:
+            problems.append(f"tensor {_show(key)}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
+        elif not all(_is_natural(dim) for dim in shape):
+            problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
+        elif problem := _size_problem(dtype, tuple(shape)):
+            problems.append(f"tensor {_show(key)}: {problem}")
+    if problems:
+        raise FileError(f"{path}: cannot write: {problems_text(problems)}")
+
+    tensors: dict[str, TensorInfo] = {}
+    sorted_metadata = dict(sorted(metadata.items()))
+    # Format the text directly: an object a tensor for `json` would cost more than all the rest.
+    entries = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else []
+    position = 0
+    for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
+        dtype, shape = specs[key][0], tuple(specs[key][1])
+        stop = position + math.prod(shape) * BITS[dtype] // 8
+        tensors[key] = TensorInfo(dtype, shape, position, stop)
+        sizes = ",".join(map(str, shape))
+        entries.append(f'{_json(key)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{position},{stop}]}}')
+        position = stop
+    try:
+        text = ("{" + ",".join(entries) + "}").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FileError(
+            f"{path}: cannot write: a name is not valid text: {_show(error.object[error.start : error.end])}"
+        ) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise FileError(
+            f"{path}: cannot write: header: expected at most {MAX_HEADER} bytes, found {len(text)}; "
+            "shorten the metadata or the names, since no reader opens such a file"
+        )
+    raw = len(text).to_bytes(8, "little") + text
+    return raw, Header(tensors, sorted_metadata, len(raw), len(raw) + position)
+
+
+# ---------------------------------------------------------------- safetensors
+
 
 __all__ = [
     "MAX_HEADER", "Header", "TensorFile", "TensorInfo", "encode", "little_bits",
@@ -44,9 +374,7 @@ _JOB_BYTES = 16 << 20
 def _open(path: str | os.PathLike[str]) -> local_files.ByteSource:
     place = location.to_location(path)
     return (
-        ranged_reads.RemoteObject(place)
-        if isinstance(place, location.Address)
-        else local_files.LocalFile(os.fspath(path))
+        location.RemoteObject(place) if isinstance(place, location.Address) else local_files.LocalFile(os.fspath(path))
     )
 
 
@@ -166,14 +494,14 @@ class TensorFile(TensorSource):
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] = lambda _: None) -> dict[str, np.ndarray]:
         """Return several tensors; see `TensorSource`. Several threads read them."""
         order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
-        jobs = threads.split_by_size(order, self.nbytes, _JOB_BYTES)
+        jobs = local_files.split_by_size(order, self.nbytes, _JOB_BYTES)
         # Allocated here, in the caller's thread; see `threads.run_in_order`.
         tasks = (
             functools.partial(list, map(self.read_into, job, [local_files.aligned_empty(self.nbytes(k)) for k in job]))
             for job in jobs
         )
         out: dict[str, np.ndarray] = {}
-        with contextlib.closing(threads.run_in_order(tasks, len(jobs))) as results:
+        with contextlib.closing(local_files.run_in_order(tasks, len(jobs))) as results:
             for job, arrays in zip(jobs, results, strict=True):
                 out |= zip(job, arrays, strict=True)
                 progress(sum(map(self.nbytes, job)))
@@ -296,7 +624,7 @@ def write_to(
     first, header = encode(writer.path, named_specs(specs), metadata or {})
     writer.write(memoryview(first))
     keys = header.tensors
-    with contextlib.closing(threads.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
+    with contextlib.closing(local_files.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
         for key, info in keys.items():
             _write_array(writer, _to_file_bits(writer.path, key, next(values), info))
             if progress is not None:

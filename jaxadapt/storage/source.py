@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.storage import local_files
-from jaxadapt.storage.dtypes import is_float
-from jaxadapt.storage.safetensors_header import problems_text
+from jaxadapt.storage.safetensors import problems_text
+from jaxadapt.storage.strided import is_float
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,6 +2,12 @@
 
 This module only reads; `torch_bin_write` writes. No code in a file is executed (see `pickle_ops`), the bounds of
 storages are checked, and a file cannot cause allocations much larger than itself.
+
+A pickle reader that builds only strings, numbers, tuples, lists and dicts.
+
+Python's unpickler calls the functions that a file names. This reader accepts only a list of names, those that PyTorch's
+state dicts use, and passes the arguments of a call to its own `rebuild`. Any other name or opcode is an error.
+`pickletools` only splits the bytes into opcodes; it executes nothing.
 """
 
 from __future__ import annotations
@@ -10,19 +16,193 @@ import errno
 import io
 import math
 import os
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from jaxadapt.core.errors import FormatError
-from jaxadapt.storage import local_files, location, pickle_ops, ranged_reads
-from jaxadapt.storage.dtypes import NAMES, numpy_dtype
-from jaxadapt.storage.safetensors_header import BITS, problems_text
+from jaxadapt.storage import local_files, location
+from jaxadapt.storage.safetensors import BITS, problems_text
+from jaxadapt.storage.strided import NAMES, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# ---------------------------------------------------------------- pickle ops
+
+
+__all__ = ["Global", "Stream", "UnsupportedPickle", "load"]
+
+
+class Stream(Protocol):
+    """A source of opcodes. `read` must not allocate more bytes than the file has, whatever size is requested."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+
+class UnsupportedPickle(Exception):
+    """The bytes are not a pickle, or need more than data. The caller adds the file's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """An allowed name: data, never the object of that name."""
+
+    name: str
+
+
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
+}  # fmt: skip
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Machine:
+    """The stack and memo of one pickle."""
+
+    def __init__(
+        self,
+        allowed: Collection[str],
+        rebuild: Callable[[str, tuple[object, ...]], object],
+        persistent: Callable[[object], object],
+    ) -> None:
+        self._allowed = allowed
+        self._rebuild = rebuild
+        self._persistent = persistent
+        self._stack: list[object] = []
+        self._memo: dict[int, object] = {}
+
+    def pop(self) -> object:
+        if not self._stack or self._stack[-1] is _MARK:
+            raise UnsupportedPickle("the pickle takes a value from an empty stack")
+        return self._stack.pop()
+
+    def _pop_many(self, count: int) -> list[object]:
+        return [self.pop() for _ in range(count)][::-1]
+
+    def _pop_to_mark(self) -> list[object]:
+        items: list[object] = []
+        while self._stack and self._stack[-1] is not _MARK:
+            items.append(self._stack.pop())
+        if not self._stack:
+            raise UnsupportedPickle("the pickle closes a group that was not opened")
+        self._stack.pop()
+        return items[::-1]
+
+    def _top(self, kind: type) -> object:
+        if not self._stack or type(self._stack[-1]) is not kind:
+            raise UnsupportedPickle(f"the pickle adds items to a value that is not a {kind.__name__}")
+        return self._stack[-1]
+
+    def _set_items(self, items: list[object]) -> None:
+        target = cast("dict[str | int, object]", self._top(dict))
+        if len(items) % 2:
+            raise UnsupportedPickle("the pickle sets a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Other keys are not needed, and hashing deeply nested tuples would overflow the C stack.
+            if type(key) is not str and type(key) is not int:
+                raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
+            target[key] = value
+
+    def _global(self, module: object, name: object) -> Global:
+        full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
+        if full not in self._allowed:
+            raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
+        return Global(full)
+
+    def step(self, code: str, argument: object) -> None:
+        stack, memo = self._stack, self._memo
+        if code in _VALUES:
+            stack.append(argument)
+        elif code in ("BINPUT", "LONG_BINPUT"):
+            memo[cast("int", argument)] = stack[-1] if stack else None
+        elif code == "MEMOIZE":
+            memo[len(memo)] = stack[-1] if stack else None
+        elif code in ("BINGET", "LONG_BINGET"):
+            if argument not in memo:
+                raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
+            stack.append(memo[cast("int", argument)])
+        elif code == "MARK":
+            stack.append(_MARK)
+        elif code == "TUPLE":
+            stack.append(tuple(self._pop_to_mark()))
+        elif code in _TUPLES:
+            stack.append(tuple(self._pop_many(_TUPLES[code])))
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code])
+        elif code == "EMPTY_DICT":
+            stack.append({})
+        elif code == "EMPTY_LIST":
+            stack.append([])
+        elif code in ("APPEND", "APPENDS"):
+            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]
+            cast("list[object]", self._top(list)).extend(items)
+        elif code in ("SETITEM", "SETITEMS"):
+            self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
+        elif code == "GLOBAL":
+            stack.append(self._global(*str(argument).split(" ", 1)))
+        elif code == "STACK_GLOBAL":
+            stack.append(self._global(*self._pop_many(2)))
+        elif code == "REDUCE":
+            function, arguments = self._pop_many(2)
+            if type(function) is not Global or type(arguments) is not tuple:
+                raise UnsupportedPickle("the pickle calls a value that is not a function")
+            stack.append(self._rebuild(function.name, cast("tuple[object, ...]", arguments)))
+        elif code == "BINPERSID":
+            stack.append(self._persistent(self.pop()))
+        elif code == "BUILD":
+            self.pop()  # attributes of an OrderedDict, such as `_metadata`: no tensors
+            self._top(dict)
+        elif code not in ("PROTO", "FRAME"):
+            raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
+
+
+def load(
+    stream: Stream,
+    allowed: Collection[str],
+    rebuild: Callable[[str, tuple[object, ...]], object],
+    persistent: Callable[[object], object],
+) -> object:
+    """Read one pickle, leaving the stream at its end.
+
+    Args:
+        stream: buffered bytes.
+        allowed: the dotted names that a pickle may refer to.
+        rebuild: called with an allowed name and the arguments of its call; returns the result of the call.
+        persistent: called with a persistent id (a storage of PyTorch); returns its value.
+
+    Raises:
+        UnsupportedPickle: the pickle uses another name or opcode (which the error names), or is damaged.
+
+    >>> import io, pickle
+    >>> load(io.BytesIO(pickle.dumps({"a": (1, [2.5])}, 2)), (), lambda name, args: None, lambda id: None)
+    {'a': (1, [2.5])}
+    >>> load(io.BytesIO(pickle.dumps(print)), (), lambda name, args: None, lambda id: None)
+    Traceback (most recent call last):
+    jaxadapt.storage.torch_bin.UnsupportedPickle: it refers to 'builtins.print', which no state dict needs; ...
+    """
+    machine = _Machine(allowed, rebuild, persistent)
+    try:
+        for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):  # accepts streams too
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.step(opcode.name, argument)
+    except (ValueError, EOFError, OverflowError) as error:  # raised by genops for damaged bytes
+        raise UnsupportedPickle(f"the pickle is damaged: {error}") from error
+    raise UnsupportedPickle("the pickle has no end")
+
+
+# ---------------------------------------------------------------- torch bin
+
 
 T = TypeVar("T")
 
@@ -82,12 +262,12 @@ def _check_naturals(value: object, name: str) -> tuple[int, ...]:
     """Check a tuple of integers that fit 63 bits. It must be short, since a file can make us read it repeatedly."""
     items = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
     if len(items) > _MAX_AXES:
-        raise pickle_ops.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(items)}")
+        raise UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(items)}")
     if not all(type(item) is int and item >= 0 for item in items):
-        raise pickle_ops.UnsupportedPickle(f"expected {name} of integers >= 0, found another value")
+        raise UnsupportedPickle(f"expected {name} of integers >= 0, found another value")
     integers = cast("tuple[int, ...]", items)
     if any(item >= _INTEGER_LIMIT for item in integers):
-        raise pickle_ops.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
+        raise UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
     return integers
 
 
@@ -96,33 +276,33 @@ def _parse_storage(identity: object) -> _Storage:
     fields = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
     parts = list(fields[:7])
     if len(parts) not in (5, 6) or parts[0] != "storage":
-        raise pickle_ops.UnsupportedPickle("expected the description of a storage, found another value (a module?)")
+        raise UnsupportedPickle("expected the description of a storage, found another value (a module?)")
     kind, key = parts[1], parts[2]
     (total,) = _check_naturals((parts[4],), "a storage's size")
-    dtype = STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
-    if type(key) is not str or type(kind) is not pickle_ops.Global or (dtype is None and kind.name != UNTYPED):
-        raise pickle_ops.UnsupportedPickle("expected a storage's type and key, found other values")
+    dtype = STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
+    if type(key) is not str or type(kind) is not Global or (dtype is None and kind.name != UNTYPED):
+        raise UnsupportedPickle("expected a storage's type and key, found other values")
     view = parts[5] if len(parts) == 6 else None
     if view is None:
         return _Storage(key, dtype, total, 0, total)
     view_fields: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
     offset, count = _check_naturals(view_fields[1:] if len(view_fields) == 3 else None, "a view")
     if offset + count > total:
-        raise pickle_ops.UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
+        raise UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
     return _Storage(key, dtype, total, offset, count)
 
 
 def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
     """Return as data the value that a function of PyTorch would build."""
     if len(arguments) > _MAX_PARTS:
-        raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with {len(arguments)} arguments")
+        raise UnsupportedPickle(f"it calls {name!r} with {len(arguments)} arguments")
     if name == "collections.OrderedDict" and not arguments:
         return {}
     if name.startswith("torch._utils._rebuild_parameter") and arguments and type(arguments[0]) is _Tensor:
         return arguments[0]
     if name.startswith("torch._utils._rebuild_tensor") and len(arguments) >= 4 and type(arguments[0]) is _Storage:
         return _build_tensor(arguments[0], arguments[1:], has_dtype=name.endswith("_v3"))
-    raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with arguments that PyTorch never uses")
+    raise UnsupportedPickle(f"it calls {name!r} with arguments that PyTorch never uses")
 
 
 def _build_tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool) -> _Tensor:
@@ -133,22 +313,22 @@ def _build_tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype
     dtype = storage.dtype
     if has_dtype:
         kind, rest = (rest[0] if rest else None), rest[1:]
-        dtype = _DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
+        dtype = _DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
     if dtype is None:
-        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: expected a dtype, found none")
+        raise UnsupportedPickle(f"storage {storage.key!r}: expected a dtype, found none")
     if any(rest) and not _is_plain(rest[0]):
-        raise pickle_ops.UnsupportedPickle(
+        raise UnsupportedPickle(
             f"storage {storage.key!r}: expected a plain tensor, found a lazily conjugated or negated one"
         )
     if len(shape) != len(strides):
-        raise pickle_ops.UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
+        raise UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
     size = SIZES[dtype]
     limit = storage.count if storage.dtype is not None else storage.count // size
     if math.prod(max(dim, 1) for dim in shape) * size >= 2**63:
-        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: the shape {shape} overflows 63 bits")
+        raise UnsupportedPickle(f"storage {storage.key!r}: the shape {shape} overflows 63 bits")
     last = offset + sum((dim - 1) * stride for dim, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= limit:
-        raise pickle_ops.UnsupportedPickle(
+        raise UnsupportedPickle(
             f"storage {storage.key!r}: a tensor of shape {shape}, strides {strides}, offset {offset} "
             f"ends beyond its {limit} elements"
         )
@@ -205,7 +385,7 @@ class _Zip:
         if order not in (b"little", b"big"):
             raise FormatError(f"{path}: record byteorder: expected little or big, found {order[:20]!r}")
         self.big_endian = order == b"big"
-        self.state = pickle_ops.load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _parse_storage)
+        self.state = load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _parse_storage)
 
     def _record(self, name: str) -> bytes:
         try:
@@ -258,13 +438,13 @@ class _Legacy:
         self._offsets: dict[str, int] | None = None
 
     def _unpickle(self, stream: _Stream) -> object:
-        return pickle_ops.load(stream, _ALLOWED, _rebuild, self._parse_storage)
+        return load(stream, _ALLOWED, _rebuild, self._parse_storage)
 
     def _parse_storage(self, identity: object) -> _Storage:
         storage = _parse_storage(identity)
         known = self._storages.setdefault(storage.key, storage)
         if (known.dtype, known.total) != (storage.dtype, storage.total):
-            raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r} has two different descriptions")
+            raise UnsupportedPickle(f"storage {storage.key!r} has two different descriptions")
         return storage
 
     def _find_offsets(self) -> dict[str, int]:
@@ -302,9 +482,7 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
     """Open a file of either format and call `use` with its reader and tensors."""
     name = os.fspath(path)
     place = location.to_location(path)
-    file, size = (
-        ranged_reads.fetch_object(place) if isinstance(place, location.Address) else local_files.open_binary(name)
-    )
+    file, size = location.fetch_object(place) if isinstance(place, location.Address) else local_files.open_binary(name)
     with local_files.close_after(file):
         first = local_files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):
@@ -317,7 +495,7 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
         try:
             reader = (_Zip if first.startswith(b"PK") else _Legacy)(file, name, size)
             return use(reader, _check_state_dict(reader.state, name, size))
-        except pickle_ops.UnsupportedPickle as error:
+        except UnsupportedPickle as error:
             raise FormatError(f"{name}: not a state dict: {error}") from error
         # raised by zipfile for damaged, encrypted and unusual files
         except (zipfile.BadZipFile, struct.error, EOFError, ValueError, RuntimeError, OverflowError) as error:

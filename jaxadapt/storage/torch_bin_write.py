@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.storage import atomic, torch_bin
-from jaxadapt.storage.dtypes import NAMES, dtype_name
+from jaxadapt.storage.strided import NAMES, dtype_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -49,8 +49,8 @@ CORE = [
     "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/methods/lora/*.py",
     "jaxadapt/arrays/axes.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/low_rank.py",
     "jaxadapt/arrays/layout.py", "jaxadapt/arrays/axes.py", "jaxadapt/arrays/regions.py",
-    "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors_header.py", "jaxadapt/storage/strided.py",
-    "jaxadapt/storage/torch_bin.py", "jaxadapt/storage/dtypes.py",
+    "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/strided.py",
+    "jaxadapt/storage/torch_bin.py", "jaxadapt/storage/strided.py",
 ]  # fmt: skip
 POOL = [
     "tests/arrays/test_*.py", "tests/configs/test_*.py", "tests/keymaps/test_*.py", "tests/methods/test_*.py",

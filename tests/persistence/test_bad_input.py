@@ -21,7 +21,7 @@ import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.persistence import folder
 from jaxadapt.storage import atomic, local_files, safetensors
-from jaxadapt.storage import flush as flush_module
+from jaxadapt.storage import atomic as flush_module
 from tests.support import small
 from tests.support.small import CONFIG, IA3, LORA, WEIGHTS, files, same
 

@@ -23,7 +23,7 @@ import jaxadapt
 from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs, serving
 from jaxadapt.persistence import folder, reconcile
 from jaxadapt.storage import safetensors, torch_bin
-from jaxadapt.storage.safetensors_header import parse
+from jaxadapt.storage.safetensors import parse
 from tests.support import small
 from tests.support.small import CARD, CONFIG, IA3, LORA, WEIGHTS, X, files, same
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.storage import atomic, leftovers
+from jaxadapt.storage import atomic
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -72,7 +72,7 @@ def test_a_refused_run_removes_the_empty_folder_of_a_killed_run_and_nothing_else
 def test_a_run_in_progress_keeps_its_files(here):
     path, fd = atomic._create_temporary(str(here / "base"), "model.safetensors")
     try:
-        with pytest.raises(ZeroDivisionError), leftovers.clean_target(here / "base"):
+        with pytest.raises(ZeroDivisionError), atomic.clean_target(here / "base"):
             raise ZeroDivisionError
         assert path.exists()
     finally:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt import cli
-from jaxadapt.storage import location, ranged_reads, safetensors
+from jaxadapt.storage import location, safetensors
 from tests.persistence.test_sharded_files import numbers, original
 from tests.support import leave, meshes, processes, small, stores, train_small
 from tests.support.small import CARD, CONFIG, WEIGHTS, same
@@ -198,8 +198,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return cat(self, path, start, end, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    monkeypatch.setattr(ranged_reads, "_HEAD", 4000)
-    monkeypatch.setattr(ranged_reads, "_BLOCK", 4000)
+    monkeypatch.setattr(location, "_HEAD", 4000)
+    monkeypatch.setattr(location, "_BLOCK", 4000)
     return asked
 
 
@@ -242,7 +242,7 @@ def test_each_device_gets_its_part_and_no_byte_is_read_twice(requests: list[tupl
 
 
 def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ranged_reads, "_BLOCK", 100_000)
+    monkeypatch.setattr(location, "_BLOCK", 100_000)
     value = np.arange(24_000, dtype="f4").reshape(-1, 10)
     safetensors.write(f"memory://threads/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
     with safetensors.open_tensors(f"memory://threads/{WEIGHTS}") as held:

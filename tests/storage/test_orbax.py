@@ -22,7 +22,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_nnx
 from jaxadapt.persistence import orbax_folder
-from jaxadapt.storage import flush, orbax
+from jaxadapt.storage import atomic, orbax
 from tests.support import small
 from tests.support.small import same
 
@@ -291,7 +291,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(flush, "flush_fd", full)
+        patch.setattr(atomic, "flush_fd", full)
         with pytest.raises(jaxadapt.FileError, match="No space left"):
             jaxadapt.save(small.adapter(), tmp_path / "out", format="orbax")
     assert names(tmp_path) == []

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import safetensors as codec
-from jaxadapt.storage.dtypes import NAMES, numpy_dtype
+from jaxadapt.storage.strided import NAMES, numpy_dtype
 
 DTYPES = [numpy_dtype(code) for code in NAMES.values()]
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage import pickle_ops, torch_bin
+from jaxadapt.storage import torch_bin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = Path(os.environ.get("JAXADAPT_REAL_ADAPTERS", ROOT.parent / "shared" / "real-adapters")) / "weights"
@@ -423,10 +423,10 @@ def test_paths(tmp_path: Path, read: Callable[[object], object]) -> None:
 @pytest.mark.parametrize(("offset", "count", "fits"), [(0, 10, True), (7, 3, True), (8, 3, False), (0, 11, False)])
 def test_a_view_ends_within_its_storage(offset: int, count: int, fits: bool) -> None:
     """Also where only keys and shapes are read, so that numpy sees no bytes."""
-    kind = pickle_ops.Global("torch.FloatStorage")
+    kind = torch_bin.Global("torch.FloatStorage")
     identity = ("storage", kind, "0", "cpu", 10, ("1", offset, count))
     if fits:
         assert torch_bin._parse_storage(identity).count == count
         return
-    with pytest.raises(pickle_ops.UnsupportedPickle, match="a view ends beyond its 10 elements"):
+    with pytest.raises(torch_bin.UnsupportedPickle, match="a view ends beyond its 10 elements"):
         torch_bin._parse_storage(identity)

@@ -20,7 +20,7 @@ import numpy as np
 
 import jaxadapt
 from jaxadapt.storage import orbax
-from jaxadapt.storage.coordination import Group
+from jaxadapt.storage.sharded_write import Group
 from tests.persistence.test_sharded_files import numbers, original
 from tests.support import meshes, processes
 
@@ -207,7 +207,7 @@ def _die() -> None:
 
 def _die_at(moment: str, folder: Path) -> None:
     from jaxadapt.persistence import multihost
-    from jaxadapt.storage import atomic, coordination, sharded_write
+    from jaxadapt.storage import atomic, sharded_write
 
     if moment == "begin":
         _die()
@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = coordination.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
+    say, write, manager = sharded_write.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
     gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -229,7 +229,7 @@ def _die_at(moment: str, folder: Path) -> None:
             _die()
         say(self, name, message)
 
-    coordination.Group._publish = dying_say
+    sharded_write.Group._publish = dying_say
     if moment == "write":
         writes = itertools.count()
 

@@ -43,7 +43,7 @@ DOORS: dict[str, set[str]] = {
     "peft": {"demo.check"},
     "transformers": {"demo.check"},
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
-    "huggingface_hub": {"storage.hub", "storage.hub_errors", "storage.hub_progress", "storage.hub_answers"},
+    "huggingface_hub": {"storage.hub"},
     "orbax": {"storage.orbax"},
     "fsspec": {"storage.location"},
     "optax": {"demo", "training.optim"},

@@ -81,7 +81,7 @@ def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Gen
 def _from_orbax(source: str) -> StoredAdapter:
     """Encode an Orbax checkpoint of jaxadapt under PEFT's names."""
     with folder.open_adapter(source) as tensors:
-        from jaxadapt.storage.dtypes import dtype_name
+        from jaxadapt.storage.strided import dtype_name
 
         specs = {k: (dtype_name(v.dtype), tuple(v.shape)) for k, v in folder.array_specs(tensors.tensors).items()}
         return StoredAdapter(source, tensors.config.to_json(), None, specs, lambda key: _on_host(tensors.tensors[key]))
@@ -124,7 +124,7 @@ def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
 
 
 def _under_pefts_names(adapter: PeftTensors, source: str, found: Finding, weights: Location) -> StoredAdapter:
-    from jaxadapt.storage.dtypes import dtype_name
+    from jaxadapt.storage.strided import dtype_name
 
     tensors = as_source(adapter.tensors)
     specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}

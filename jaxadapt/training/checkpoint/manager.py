@@ -27,7 +27,7 @@ from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.persistence import multihost, run_folder
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
-from jaxadapt.storage import flush, location
+from jaxadapt.storage import atomic, location
 from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint import preemption, restore, snapshot, step_files, step_reading
 from jaxadapt.training.checkpoint.background import Background
@@ -158,7 +158,7 @@ class CheckpointManager(RunFolder):
         else:
             best = last.record.best
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
-        flush.make_folder(self.folder)
+        atomic.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, step_files.is_multi_process(taken))
         self._last = _LastSave(number, record)
         uploads = isinstance(self.folder, location.Address)

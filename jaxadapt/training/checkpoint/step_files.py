@@ -19,11 +19,11 @@ from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost, run_folder
 from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord, head_crc
-from jaxadapt.storage import atomic, checksum, leftovers, safetensors, sharded_write, threads
-from jaxadapt.storage.dtypes import can_hold
+from jaxadapt.storage import atomic, checksum, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
 from jaxadapt.storage.sharded_write import TensorPart
+from jaxadapt.storage.strided import can_hold
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
@@ -109,7 +109,7 @@ def write_step(
     def compute_crcs() -> dict[str, int]:
         return {name: checksum.checksum(safetensors.little_bits(get(name))) for name in specs}
 
-    crcs = threads.start(compute_crcs)
+    crcs = local_files.start(compute_crcs)
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
     metadata = _make_metadata(_make_document(path, taken, record, byte_dtypes), specs)
     with atomic.open_replacement(path) as writer:
@@ -193,7 +193,7 @@ def prepare_shared_write(
                 computed[key] = computed.get(key, 0) ^ share
             return computed
 
-        computing = threads.start(compute_shares)
+        computing = local_files.start(compute_shares)
 
         def parts() -> Iterator[TensorPart]:
             yield from pieces()
@@ -237,7 +237,7 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
 def remove_leftovers(folder: Location) -> None:
     """Remove the leftovers of killed writers."""
     if not isinstance(folder, Address):  # an upload is one step and leaves nothing
-        leftovers.remove_leftovers(folder, NAME.pattern)
+        atomic.remove_leftovers(folder, NAME.pattern)
 
 
 def remove_step(path: Location) -> None:

@@ -16,9 +16,9 @@ from jaxadapt.arrays import regions
 from jaxadapt.core.errors import FormatError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.persistence import run_folder
-from jaxadapt.storage import checksum, safetensors, threads
-from jaxadapt.storage.dtypes import numpy_dtype
+from jaxadapt.storage import checksum, local_files, safetensors
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.strided import numpy_dtype
 from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 _JOB_BYTES = 16 << 20
@@ -139,8 +139,8 @@ def _find_damaged(arrays: Mapping[str, np.ndarray], crcs: Mapping[str, int]) -> 
     def find(names: list[str]) -> list[str]:
         return [n for n in names if n in crcs and checksum.checksum(safetensors.little_bits(arrays[n])) != crcs[n]]
 
-    jobs = threads.split_by_size(arrays, lambda name: arrays[name].nbytes, _JOB_BYTES)
-    found = threads.run_in_order((functools.partial(find, job) for job in jobs), len(jobs))
+    jobs = local_files.split_by_size(arrays, lambda name: arrays[name].nbytes, _JOB_BYTES)
+    found = local_files.run_in_order((functools.partial(find, job) for job in jobs), len(jobs))
     return [name for each in found for name in each]
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 import jaxadapt
 from jaxadapt.persistence import card
 from jaxadapt.storage import hub as door
-from jaxadapt.storage import hub_progress
+from jaxadapt.storage.hub import client_bars
 from tests.support import hub_server, small
 from tests.support.small import CARD, CONFIG, WEIGHTS
 
@@ -533,7 +533,7 @@ def test_the_clients_bars_come_back():
     from huggingface_hub.utils import are_progress_bars_disabled
 
     assert not are_progress_bars_disabled()
-    with contextlib.suppress(KeyError), hub_progress.client_bars(False):
+    with contextlib.suppress(KeyError), client_bars(False):
         assert are_progress_bars_disabled()
         raise KeyError
     assert not are_progress_bars_disabled()
