@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.frozen import matching_patterns
-from jaxadapt.core import suggest
+from jaxadapt.core import errors
 
 _LIMIT = 8
 """The number of entries of one field that are reported one by one."""
@@ -59,7 +59,7 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
         if containers := [name for name in sorted(parents) if matching.is_target(config, name)]:
             warnings.append(
                 "target_modules also selects modules that contain modules, which PEFT refuses:"
-                f" {suggest.quote_list(containers)}"
+                f" {errors.quote_list(containers)}"
             )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
@@ -109,9 +109,9 @@ def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mappi
 def _near_misses(entry: str, names: Sequence[str]) -> str:
     """Return a suggestion of similar names, empty if there are none."""
     near_misses = [
-        name for name in suggest.close_matches((entry,), names) if name != entry and not name.endswith(f".{entry}")
+        name for name in errors.close_matches((entry,), names) if name != entry and not name.endswith(f".{entry}")
     ]
-    return f"; near misses: {suggest.quote_list(near_misses)}" if near_misses else ""
+    return f"; near misses: {errors.quote_list(near_misses)}" if near_misses else ""
 
 
 def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ import click
 
 from jaxadapt import __version__
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.core.terminal import escape_text
+from jaxadapt.core.progress import escape_text
 
 GROUPS = {
     "Look at an adapter": ("inspect", "verify", "diff"),

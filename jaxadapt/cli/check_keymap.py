@@ -134,13 +134,13 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
 
 def _describe_unused(report: KeyMapReport) -> list[str]:
     """Describe each entry that matches nothing, with similar names among the unmatched weights."""
-    from jaxadapt.core import suggest
+    from jaxadapt.core import errors
 
     texts: list[str] = []
     for entry in (w for w, count in report.counts.items() if not count):
         free = {re.sub(r"\b\d+\b", "{l}", name): name for name in report.unclaimed}
-        close = [name for name in suggest.close_matches((entry.leaf, entry.key), list(free)) if name in free]
-        texts.append(f"{entry.leaf} -> {entry.key}" + (f"; near: {suggest.quote_list(close)}" if close else ""))
+        close = [name for name in errors.close_matches((entry.leaf, entry.key), list(free)) if name in free]
+        texts.append(f"{entry.leaf} -> {entry.key}" + (f"; near: {errors.quote_list(close)}" if close else ""))
     return texts
 
 

@@ -9,7 +9,7 @@ import click
 
 from jaxadapt.cli import output
 from jaxadapt.core.errors import FileError
-from jaxadapt.core.terminal import escape_text
+from jaxadapt.core.progress import escape_text
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Location
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from jaxadapt.configs import Config
 from jaxadapt.configs.validation import match
-from jaxadapt.core import suggest
+from jaxadapt.core import errors
 from jaxadapt.core.errors import TargetError
 
 _C = TypeVar("_C", bound=Config)
@@ -202,7 +202,7 @@ def select_names(
     if targets is None:
         raise TargetError(
             "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
-            f" the modules. Available are {suggest.describe_available(names)}"
+            f" the modules. Available are {errors.describe_available(names)}"
         )
     raise TargetError(_no_match_message(resolved, names))
 
@@ -285,18 +285,18 @@ def _no_match_message(config: Config, names: Sequence[str]) -> str:
     hidden = [name for name in names if is_target(unrestricted, name)]
     if hidden:
         rules = ", ".join(
-            f"{key}={suggest.tuple_to_list(config.get(key))!r}"
+            f"{key}={errors.tuple_to_list(config.get(key))!r}"
             for key in _RESTRICTIONS
             if config.get(key)  # an empty value excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
-        lines.append(f"{len(hidden)} modules match but are excluded by {rules}: {suggest.quote_list(hidden)}")
-    close = suggest.close_matches((targets,) if isinstance(targets, str) else targets, names)
+        lines.append(f"{len(hidden)} modules match but are excluded by {rules}: {errors.quote_list(hidden)}")
+    close = errors.close_matches((targets,) if isinstance(targets, str) else targets, names)
     if close:
-        lines.append(f"near misses: {suggest.quote_list(close)}")
+        lines.append(f"near misses: {errors.quote_list(close)}")
     if isinstance(targets, str) and not hidden:
         lines.append("a string is a regular expression for the whole name; to give names, write a list")
-    lines.append(f"available are {suggest.describe_available(names)}")
+    lines.append(f"available are {errors.describe_available(names)}")
     return "\n  ".join(lines)
 
 

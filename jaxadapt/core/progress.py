@@ -1,10 +1,14 @@
-"""Progress reports (the argument `progress=` of every function that moves bytes) and the library's logger.
+"""Progress of long work, and the terminal that shows it.
+
+Progress reports (the argument `progress=` of every function that moves bytes) and the library's logger.
 
 `progress=None` reports nothing. `progress=True` draws bars on a terminal or in a notebook, for tasks of at least 1 MiB,
 and nothing elsewhere. A function is called with the task, the number of bytes done and the total number of bytes. An
 exception that it raises ends the task like any other failure: no partial result remains.
 
 The task is "save", "load", "read", "merge", "unmerge", "export", "import", "upload", or the name of a downloaded file.
+
+Safe printing of untrusted text (names of tensors and modules, values, a server's messages) on a terminal.
 """
 
 from __future__ import annotations
@@ -16,7 +20,28 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
-from jaxadapt.core.terminal import escape_text
+# ---------------------------------------------------------------- terminal
+
+
+def escape_text(text: str, keep: str = "") -> str:
+    r"""Return the text with every non-printable character written as an escape sequence.
+
+    A terminal obeys control characters: they move the cursor, change colours or rename the window. Direction marks show
+    a name backwards, and zero-width characters make two names look the same.
+
+    Args:
+        keep: characters to leave unescaped, such as "\n" in a text of several lines.
+
+    >>> print(escape_text("q\x1b[2J\u202e.weight\n"), escape_text("Gewicht ü × 重み"))
+    q\x1b[2J\u202e.weight\n Gewicht ü × 重み
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---------------------------------------------------------------- progress
+
 
 Report = Callable[[str, int, int], None]
 Progress = Report | bool | None

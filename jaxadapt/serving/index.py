@@ -12,8 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from jaxadapt.core.errors import AttachError, FileError, warn
-from jaxadapt.core.suggest import close_matches
+from jaxadapt.core.errors import AttachError, FileError, close_matches, warn
 from jaxadapt.storage import hub, orbax
 
 BASE = "__base__"  # PEFT's name of the base in `adapter_names`

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main, output
-from jaxadapt.core.terminal import escape_text
+from jaxadapt.core.progress import escape_text
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
 

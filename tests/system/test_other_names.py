@@ -16,7 +16,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, IA3Config, LoraConfig
-from jaxadapt.core.other_names import OTHER_NAMES
+from jaxadapt.core.lazy import OTHER_NAMES
 from tests.support import small
 from tests.system.test_public import PACKAGES, PUBLIC
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxadapt.core import paths, suggest
+from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, openpi, tunix
 from jaxadapt.keymaps.families.bert import BERT, ROBERTA
@@ -52,7 +52,7 @@ def get_family(name: str) -> KeyMap:
     base, *changes = name.split("/")
     keymap = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
     if keymap is None:
-        close = suggest.close_matches((base,), tuple(FAMILIES))
+        close = errors.close_matches((base,), tuple(FAMILIES))
         guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise KeyMapError(
             f"no family is called {name!r}{guess} Known families: {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, …"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import suggest
+from jaxadapt.core import errors
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -183,7 +183,7 @@ def _explain_missing(
             {m: m for m in modules},
         )  # fmt: skip
     weights = [key.removesuffix(".weight") for key in base if key.endswith(".weight")]
-    close = suggest.close_matches(missing[:3], weights)
+    close = errors.close_matches(missing[:3], weights)
     hint = f"; it has {', '.join(close[:4])}" if close else ""
     return (
         finding.error(
