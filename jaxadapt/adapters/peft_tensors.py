@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.configs import Config, tensor_names
+from jaxadapt.configs import Config, matching
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.storage.strided import is_float
@@ -45,5 +45,5 @@ def require_floats(config: Config, specs: Mapping[str, Any], target: object) -> 
     """
     if class_of(config.peft_type) is None:
         return
-    wrong = [f"{k}: {x.dtype}" for k, x in specs.items() if tensor_names.has_fractions(k) and not is_float(x.dtype)]
+    wrong = [f"{k}: {x.dtype}" for k, x in specs.items() if matching.has_fractions(k) and not is_float(x.dtype)]
     raise_listed(MismatchError, f"{target}: cannot write these tensors: expected floating-point numbers, found:", wrong)

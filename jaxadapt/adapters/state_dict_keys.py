@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs.tensor_names import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 
 _SAVED = ".modules_to_save."

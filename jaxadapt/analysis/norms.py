@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, matching
-from jaxadapt.configs.change import Change
+from jaxadapt.configs.base import Change
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX

@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from jaxadapt.configs.base import PEFT_VERSION as PEFT_VERSION
     from jaxadapt.configs.base import Config as Config
     from jaxadapt.configs.base import GenericConfig as GenericConfig
+    from jaxadapt.configs.base import dumps as dumps
+    from jaxadapt.configs.base import from_dict as from_dict
+    from jaxadapt.configs.base import loads as loads
     from jaxadapt.configs.frozen import FrozenDict as FrozenDict
     from jaxadapt.configs.frozen import freeze as freeze
     from jaxadapt.configs.frozen import thaw as thaw
     from jaxadapt.configs.registry import *  # noqa: F403 (each class of the table, named once)
-    from jaxadapt.configs.serialization import dumps as dumps
-    from jaxadapt.configs.serialization import from_dict as from_dict
-    from jaxadapt.configs.serialization import loads as loads
     from jaxadapt.configs.validation import TASK_TYPES as TASK_TYPES
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,23 +1,180 @@
-"""The base class of all configurations, and `GenericConfig` for methods without a class of their own."""
+"""The base class of all configurations, and `GenericConfig` for methods without a class of their own.
+
+Reading of `peft_type`, with errors for files that are not PEFT configurations.
+
+The size of the change that an adapter makes to a weight. NumPy is imported where it is used.
+
+Facts about a method besides its computation: for `jaxadapt methods`, the demo and servers. No JAX.
+
+Conversion between the text of `adapter_config.json` and configurations.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
 from jaxadapt.configs import registry
-from jaxadapt.configs.change import Change
-from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
-from jaxadapt.configs.name_patterns import PatternIndex
-from jaxadapt.configs.peft_type import read_peft_type
+from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# ---------------------------------------------------------------- peft type
+
+
+# Keys of mlx-lm's file of the same name. PEFT has only `num_layers` among them; it is read only without a peft_type.
+_MLX = ("lora_parameters", "fine_tune_type", "lora_layers", "adapter_path", "grad_checkpoint", "num_layers")
+
+
+def read_peft_type(values: object, source: str) -> str:
+    """Return the `peft_type` of a JSON object; raise `ConfigError` if it is not a PEFT configuration."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected a JSON object, found {json_kind(values)}")
+    values = cast("Mapping[str, Any]", values)
+    if "peft_type" not in values:
+        _refuse_untyped(values, source)
+    name: object = values["peft_type"]
+    if not isinstance(name, str):
+        raise ConfigError(f'{source}: peft_type: expected a string, found {json_kind(name)}; write for example "LORA"')
+    name = str.__str__(name)
+    if re.fullmatch("[A-Z][A-Z0-9_]*", name):
+        return name
+    # PEFT refuses "lora", "PeftType.LORA" and "prefix-tuning" too; the error names the valid spelling.
+    corrected = re.sub("[^A-Z0-9]+", "_", name.removeprefix("PeftType.").upper()).strip("_")
+    way_out = f'write "{corrected}"' if re.fullmatch("[A-Z][A-Z0-9_]*", corrected) else 'write for example "LORA"'
+    raise ConfigError(f"{source}: peft_type: expected a type in capitals, found {name!r}; {way_out}")
+
+
+def mlx_keys(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys that show a configuration of mlx-lm; none for PEFT's.
+
+    >>> mlx_keys({"num_layers": 4, "iters": 10}), mlx_keys({"num_layers": 4, "peft_type": "P_TUNING"})
+    (['num_layers'], [])
+    """
+    return [] if "peft_type" in values else [key for key in _MLX if key in values]
+
+
+def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
+    """Raise `ConfigError` for values without a `peft_type`, with a suggestion by their keys."""
+    mlx = mlx_keys(values)
+    if mlx:
+        raise ConfigError(
+            f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}), whose"
+            " tensors have other names and layouts; `jaxadapt convert FOLDER OUT` reads mlx-lm's folder (with"
+            " adapters.safetensors) and writes PEFT's"
+        )
+    keys = ", ".join(sorted(values)[:12]) or "no key at all"
+    if "lora_alpha" in values or "lora_dropout" in values:
+        way_out = 'if this is a LoRA configuration, add "peft_type": "LORA"'
+    elif "init_ia3_weights" in values or "feedforward_modules" in values:
+        way_out = 'if this is an IA3 configuration, add "peft_type": "IA3"'
+    else:
+        way_out = "this does not look like a PEFT configuration"
+    raise ConfigError(f"{source}: expected a peft_type, found none (keys: {keys}); {way_out}")
+
+
+def json_kind(value: object) -> str:
+    """Return the JSON kind of a value, with its article, for messages."""
+    if value is None:
+        return "null"
+    kinds: dict[type, str] = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    return kinds.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+
+
+# ---------------------------------------------------------------- change
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """The size of the change that an adapter makes to one weight.
+
+    Attributes:
+        norm: the norm, as `describe_change` of the configuration or of the method describes it.
+        effective_rank: exp of the entropy of the change's normalized singular values; None if it has none.
+        rank: the rank r, if the method has one.
+        scale: the scale s, if the method has one.
+    """
+
+    norm: float
+    effective_rank: float | None = None
+    rank: int | None = None
+    scale: float | None = None
+
+
+def effective_rank(s: np.ndarray[Any, Any]) -> float:
+    """Return exp of the entropy of normalized singular values (Roy and Vetterli 2007); 0 if all are 0.
+
+    >>> import numpy as np
+    >>> effective_rank(np.array([2.0, 2.0, 0.0]))
+    2.0
+    """
+    import numpy as np
+
+    p = s[s > 0] / max(s.sum(), np.finfo(s.dtype).tiny)
+    return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
+
+
+def change_of_matrix(delta: np.ndarray[Any, Any], rank: int | None = None) -> Change:
+    """Return the Frobenius norm and the effective rank of a change (out, in), in float64."""
+    import numpy as np
+
+    if not np.isfinite(delta).all():  # a diverged run, on which decompositions fail
+        return Change(math.nan, None, rank)
+    s = np.linalg.svd(delta, compute_uv=False)
+    return Change(float(np.sqrt((s**2).sum())), effective_rank(np.where(s > 1e-12 * s.max(), s, 0.0)), rank)
+
+
+# ---------------------------------------------------------------- facts
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodFacts:
+    """The facts of one method, a class variable `facts` of its configuration.
+
+    PEFT's figures are those of its benchmark `method_comparison/MetaMathQA`: Llama 3.2 3B, 5,000 steps of 4 examples.
+
+    Attributes:
+        trains: the trained tensors of the demo's configuration; "" if not stated.
+        rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
+            prepare the adapter for it; "no" if they cannot.
+        merges: False if no weight has the method's effect.
+        merges_files: False if only a model in memory can be merged: the change depends on the order of the modules, or
+            starts from values of the base.
+        learning_rate: AdamW's peak learning rate in `jaxadapt demo`.
+        demo: the fields of the configuration there, besides the targets.
+        accuracy: the share of right answers in PEFT's benchmark; None if it has no figure. LoRA's is 0.478.
+        time: the training time in PEFT's benchmark, divided by LoRA's; None if it has no figure.
+    """
+
+    trains: str = ""
+    rows: Literal["call", "put", "no"] = "no"
+    merges: bool = True
+    merges_files: bool = True
+    learning_rate: float = 1e-3
+    demo: Mapping[str, Any] = FrozenDict()
+    accuracy: float | None = None
+    time: float | None = None
+
+
+# ---------------------------------------------------------------- base
+
 
 _T = TypeVar("_T")
 
@@ -397,3 +554,76 @@ def _unordered(name: str, value: Any) -> Any:
     if name in _UNORDERED and isinstance(value, tuple):
         return frozenset(cast("tuple[Any, ...]", value))
     return value
+
+
+# ---------------------------------------------------------------- serialization
+
+
+def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
+    """Return the configuration that the text of an `adapter_config.json` describes.
+
+    The class is `LoraConfig` or `IA3Config` for their types, and `GenericConfig` for any other type. Numbers keep
+    their kind (8.0 stays a float), and `extra` keeps unknown keys.
+
+    Args:
+        text: the content of the file; bytes are UTF-8.
+        source: the file name in errors.
+
+    Raises:
+        ConfigError: the text is not a JSON object, has a key twice or NaN, belongs to another library, has no valid
+            `peft_type`, or has invalid values.
+
+    >>> loads('{"peft_type": "LORA", "r": 4, "target_modules": ["q"]}').r
+    4
+    >>> loads('{"peft_type": "lora"}', "old.json")
+    Traceback (most recent call last):
+    ...
+    jaxadapt.core.errors.ConfigError: old.json: peft_type: expected a type in capitals, found 'lora'; write "LORA"
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: expected JSON in UTF-8, found an invalid byte at {error.start}") from error
+    if text.startswith("version https://git-lfs"):
+        raise ConfigError(
+            f"{source}: expected JSON, found a Git LFS pointer; fetch the file itself with `git lfs pull`"
+        )
+    try:
+        values: object = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{source}: expected JSON, found invalid text: {place}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except RecursionError as error:
+        raise ConfigError(f"{source}: expected a configuration, found JSON nested too deeply") from error
+    except ValueError as error:  # an integer with more digits than Python converts
+        raise ConfigError(f"{source}: expected a configuration, found invalid JSON: {error}") from error
+    return from_dict(values, source)
+
+
+def dumps(config: Config) -> str:
+    """Return the text of `adapter_config.json`, exactly as PEFT formats it (no newline at the end)."""
+    return config.to_json()
+
+
+def from_dict(values: object, source: str = "configuration") -> Config:
+    """Return the configuration that a JSON value describes, as `loads` does for its text.
+
+    Raises:
+        ConfigError: the value is no object, or is invalid; see `loads`.
+    """
+    return Config.from_dict(cast("Mapping[str, Any]", values), source)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ConfigError(f"expected every key once, found twice: {', '.join(repeated)}; keep one")
+    return values
+
+
+def _constant(name: str) -> NoReturn:
+    raise ConfigError(f"expected finite numbers, found {name}, which JSON does not have")

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from jaxadapt.configs.default_targets import QUERY_AND_VALUE
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import LayersConfig
+from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig
 from jaxadapt.configs.validation import Problems
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.base import MethodFacts
+from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.configs.validation import Problems, is_int
 
 

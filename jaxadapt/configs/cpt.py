@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.configs.validation import Problems, is_ints
 
 _LISTS = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")

@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from jaxadapt.configs.base import Config
-from jaxadapt.configs.change import Change
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import Change, Config, MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.validation import Problems, match
 from jaxadapt.core.errors import TargetError

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.configs.base import Config, class_of
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import Config, MethodFacts, class_of
 from jaxadapt.configs.registry import config_classes
 
 PASSING: Mapping[str, str] = {

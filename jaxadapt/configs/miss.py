@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.default_targets import QUERY_AND_VALUE
-from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import LayersConfig
+from jaxadapt.configs.base import MethodFacts
+from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

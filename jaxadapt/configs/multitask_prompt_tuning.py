@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.prompt_tuning import PromptTuningConfig
 from jaxadapt.configs.validation import Problems, is_int
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.facts import MethodFacts
+from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.configs.validation import Problems
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from typing import Any
 
 from jaxadapt.adapters.adapter import PeftTensors
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import lora
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.export import (
@@ -179,7 +179,7 @@ def _plain(
     if program.form == "folder" and program.reader and consumers.reads_copies(program.reader, tensors.config):
         keeps = (*keeps, "modules_to_save")
     start = None if first is None else folder.read(first)
-    from_base = lora_variants.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
+    from_base = lora.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
     if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
         start = original_start.initial_adapter(tensors, base)
     if start is not None and dtype in ("float16", "bfloat16"):

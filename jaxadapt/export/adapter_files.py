@@ -15,7 +15,7 @@ from jaxadapt import configs
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, lora_variants, matching
+from jaxadapt.configs import Config, lora, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core import paths
@@ -68,8 +68,8 @@ def resize_files(
                 f"{tensors.source}: cannot resize the files of an adapter with target_parameters, because they do not"
                 " contain the layout of these parameters; load it into its model and use jaxadapt.merging.resize_rank"
             )
-        lora_variants.require_original_base(tensors.config, tensors.source)
-        if reasons := lora_variants.reasons_not_a_product(tensors.config):
+        lora.require_original_base(tensors.config, tensors.source)
+        if reasons := lora.reasons_not_a_product(tensors.config):
             raise ConfigError(
                 f"{tensors.source}: cannot change the rank of an adapter that is more than a plain LoRA:"
                 f" {', '.join(reasons)}. If it changes weights only, `jaxadapt export ADAPTER --rank R --base BASE`"
@@ -103,7 +103,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
     file_formats.refuse_same(first, out)
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
-        if not lora_variants.changes_base(new.config):
+        if not lora.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
         plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(as_start(old, new.config)))
         result = _kept(peft.to_peft(plain), new)

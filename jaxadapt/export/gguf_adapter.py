@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.adapters.peft_tensors import require_floats
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import lora
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.export import gguf_files
@@ -88,7 +88,7 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, _
         else:
             plan[f"{name}.lora_a"] = _Tensor(keys["A"], turned=is_table)
             plan[f"{name}.lora_b"] = _Tensor(keys["B"], heads)
-    advice = lora_variants.merge_advice(tensors.config)
+    advice = lora.merge_advice(tensors.config)
     raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {advice}:", problems)
     return plan
 

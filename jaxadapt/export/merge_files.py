@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
@@ -230,9 +230,7 @@ def _combine_tensors(
         summed = combination.combine(nested, weights, **options).flat()
         return dataclasses.replace(tensors[0], tensors=summed)
     reasons = [
-        f"{adapter.source}: {reason}"
-        for adapter in tensors
-        for reason in lora_variants.reasons_not_a_product(adapter.config)
+        f"{adapter.source}: {reason}" for adapter in tensors for reason in lora.reasons_not_a_product(adapter.config)
     ]
     raise_listed(ConfigError, "cannot combine these adapters: they are not plain LoRA:", reasons)
     file_shapes = [as_source(adapter.tensors).shapes for adapter in tensors]
@@ -316,5 +314,5 @@ def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) 
 
 
 def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> Adapter:
-    lora_variants.require_original_base(tensors.config, tensors.source)
+    lora.require_original_base(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)

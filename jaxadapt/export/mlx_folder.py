@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.adapters.peft_tensors import require_floats
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import lora
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -95,7 +95,7 @@ def _refuse_modules(
             problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
         elif dora and "lora_embedding" in keys["A"]:
             problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
-    advice = lora_variants.merge_advice(tensors.config)
+    advice = lora.merge_advice(tensors.config)
     raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {advice}:", problems)
 
 

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
-from jaxadapt.configs import lora_variants
+from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.export import file_formats
@@ -34,8 +34,8 @@ def nearest_lora(
         ConfigError: the change is not one of weights alone, or the base is missing.
         MismatchError: the base has other modules.
     """
-    lora_variants.require_original_base(tensors.config, tensors.source)
-    is_product = not lora_variants.reasons_not_a_product(tensors.config)
+    lora.require_original_base(tensors.config, tensors.source)
+    is_product = not lora.reasons_not_a_product(tensors.config)
     if base is None and not is_product:
         raise ConfigError(
             f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"

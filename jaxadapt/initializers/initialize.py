@@ -16,7 +16,7 @@ from jaxadapt.adapters import initial_values, sharding
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays import quantized, regions
-from jaxadapt.configs import LoraConfig, lora_variants
+from jaxadapt.configs import LoraConfig, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.initializers.decompositions import Factors
@@ -48,7 +48,7 @@ class Initialization:
         others = (b for b in self.sites if self.kind.only_matrices and b.effects.weight != "replaces")
         problems = [f"{b.leaf}: PEFT supports it for linear layers only" for b in others if not self._has_matrices(b)]
         problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
-        option = lora_variants.init_field(self.recipe.config)
+        option = lora.init_field(self.recipe.config)
         raise_listed(ConfigError, f"{option} is not supported for these weights:", problems)
 
     def _obstacles(self, b: Site) -> list[str]:
@@ -154,7 +154,7 @@ class Initialization:
                 rows = jnp.stack(self.kind.base(self.site_values(b), factors.get(b.leaf, [])))
                 leaf = self.weights[b.leaf]
                 base[b.leaf] = low_rank.with_weight_matrices(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
-        elif lora_variants.changes_base(config):
+        elif lora.changes_base(config):
             pairs = paths.unflatten({p: values[p] for p in new})
             removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays.layout import RANK, FileLayout
-from jaxadapt.configs import LoraConfig, lora_variants
+from jaxadapt.configs import LoraConfig, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.initializers.initialize import Initialization
@@ -52,7 +52,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
             " error. Keep the changed base (export_base), or load the file with base='original', which quantizes the"
             " base again"
         )
-    why = lora_variants.reasons_not_a_product(config)
+    why = lora.reasons_not_a_product(config)
     if why or not isinstance(config, LoraConfig):
         raise ConfigError(
             "cannot convert: the change since the start is not a product of two matrices: " + "; ".join(why)
@@ -107,7 +107,7 @@ def residual_base(
     kind = init_kind(config)
     if kind.from_run:
         raise ConfigError(
-            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on"
+            f"{lora.init_field(config)}: cannot repeat the change of the base, which depends on"
             f" {kind.from_run} (PEFT's load cannot either). Load onto the changed base with base='changed', or convert"
             " the adapter where it was trained, with for_original_base (in PEFT"
             " path_initial_model_for_weight_conversion)"

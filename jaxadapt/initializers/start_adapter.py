@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
 from jaxadapt.arrays import regions
-from jaxadapt.configs import Config, LoraConfig, lora_variants
+from jaxadapt.configs import Config, LoraConfig, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
@@ -163,7 +163,7 @@ def start(
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
     kind = init_kind(config)
-    _check_arguments(lora_variants.init_field(config), given, kind.needs, kind.takes)
+    _check_arguments(lora.init_field(config), given, kind.needs, kind.takes)
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)

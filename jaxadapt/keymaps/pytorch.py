@@ -24,7 +24,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from jaxadapt.configs.tensor_names import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex

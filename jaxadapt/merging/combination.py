@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
+from jaxadapt.configs import Config, LoraConfig, lora, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -213,9 +213,9 @@ def _check_arguments(
         if isinstance(adapter, Adapter):
             if is_summed:
                 continue
-            reasons = lora_variants.reasons_not_a_product(adapter.config)
-            if isinstance(adapter.config, LoraConfig) and lora_variants.changes_base(adapter.config):
-                reasons.append(f"{lora_variants.init_field(adapter.config)}: its base differs from the others'")
+            reasons = lora.reasons_not_a_product(adapter.config)
+            if isinstance(adapter.config, LoraConfig) and lora.changes_base(adapter.config):
+                reasons.append(f"{lora.init_field(adapter.config)}: its base differs from the others'")
             problems += [f"adapter {i}: {reason}" for reason in reasons]
         else:
             type_name = type(adapter).__name__

@@ -22,7 +22,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.configs import Config
-from jaxadapt.configs.lora_variants import reasons_not_a_product
+from jaxadapt.configs.lora import reasons_not_a_product
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
-from jaxadapt.configs import Config, LoraConfig, lora_variants
+from jaxadapt.configs import Config, LoraConfig, lora
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain import plain_lora
@@ -61,7 +61,7 @@ def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     """
     config = tensors.config
     if not isinstance(config, LoraConfig):
-        advice = lora_variants.merge_advice(config)
+        advice = lora.merge_advice(config)
         raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {advice}")
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
@@ -105,12 +105,12 @@ def lora_pairs(keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collection[str]) -> None:
     """Raise `ConfigError` for the fields that make the adapter more than W + s·B·A, with what helps for each."""
-    fields = lora_variants.fields_set(config, "base", "tensor", "copy", "token", "model")
-    advice = lora_variants.merge_advice(config)
+    fields = lora.fields_set(config, "base", "tensor", "copy", "token", "model")
+    advice = lora.merge_advice(config)
     problems = [f"{name}={value!r}: {advice}" for name, value in fields.items() if name not in keep]
-    if lora_variants.changes_base(config) and not converts and config.kasa_config is None:
+    if lora.changes_base(config) and not converts and config.kasa_config is None:
         problems.append(
-            f"{lora_variants.init_field(config)}: this initialization changed the base of the adapter; pass the"
+            f"{lora.init_field(config)}: this initialization changed the base of the adapter; pass the"
             " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora and"
             " pissa"
         )
@@ -165,7 +165,7 @@ def _find_ranks(
     raise_listed(
         MismatchError,
         f"{source}: one rank for all modules is impossible, because these are grouped convolutions, whose ranks belong"
-        f" to their groups; {lora_variants.merge_advice(config)}:",
+        f" to their groups; {lora.merge_advice(config)}:",
         uneven,
     )
     return ranks

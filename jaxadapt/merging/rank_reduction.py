@@ -16,7 +16,7 @@ from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, LoraConfig, lora_variants
+from jaxadapt.configs import Config, LoraConfig, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -85,7 +85,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
             error |= _error_by_module(joint.modules, adapter.keymap, matrix_error)
     config: Any = adapter.config
     config = config.with_scale_one(r)
-    config = config if lora_variants.changes_base(config) else config.with_default_init()
+    config = config if lora.changes_base(config) else config.with_default_init()
     dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
     return Reduced(factors.build_adapter(config, adapter.keymap, factors_by_leaf, rows, dtype), error)
 
@@ -123,9 +123,9 @@ def to_lora(
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
     dtype = None if dtype is None else float_dtype(dtype)
-    if isinstance(source, Adapter) and params is not None and lora_variants.reasons_not_a_product(source.config):
+    if isinstance(source, Adapter) and params is not None and lora.reasons_not_a_product(source.config):
         source = low_rank_form(source, base_params(params).shapes) or source
-    if isinstance(source, Adapter) and not lora_variants.reasons_not_a_product(source.config):
+    if isinstance(source, Adapter) and not lora.reasons_not_a_product(source.config):
         factors_by_leaf = factors.lora_factors(source)
         reduced = resize_rank(
             source, max(leaf_factors.rank for leaf_factors in factors_by_leaf.values()) if r is None else r

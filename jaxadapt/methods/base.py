@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.base import Change as Change
 from jaxadapt.configs.base import class_of
-from jaxadapt.configs.change import Change as Change
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.weight import MethodTensor

@@ -18,7 +18,7 @@ import numpy as np
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LAYER, LETTERS, USED, Axes, Operation, PerEntry, Use, entry_values
 from jaxadapt.arrays.layout import TorchLayout
-from jaxadapt.configs.change import change_of_matrix
+from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Change, Drop, Effects, Method, Params, Target, at_least_float32

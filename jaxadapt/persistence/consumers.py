@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from jaxadapt.configs import Config, lora_variants
+from jaxadapt.configs import Config, lora
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.verification import key_names
@@ -311,7 +311,7 @@ def _variant_properties(config: Config) -> dict[str, str]:
     if variants:
         found["variant"] = ", ".join(variants)
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and lora_variants.changes_base(config) and not config.get("kasa_config"):
+    if isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config"):
         found["init"] = f"init_lora_weights={init!r}"
     return found
 

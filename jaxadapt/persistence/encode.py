@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
-from jaxadapt.configs import Config, lora_variants
+from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families, plan
@@ -120,7 +120,7 @@ def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | No
     If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
     is not has no fingerprint: only one of the processes may be saving.
     """
-    if not source.held.has_base or lora_variants.changes_base(source.adapter.config):
+    if not source.held.has_base or lora.changes_base(source.adapter.config):
         return None
     found = fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
     if multihost.is_distributed(source.leaves.values()):

@@ -17,7 +17,7 @@ import numpy as np
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, lora_variants
+from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
@@ -203,12 +203,12 @@ def _trained_as(
     variant of the method), or if a start changes the base.
     """
     own = adapter.config
-    if type(own) is not type(attached) or own == attached or lora_variants.changes_base(own):
+    if type(own) is not type(attached) or own == attached or lora.changes_base(own):
         return adapter, adapter_sites
     fields = [field.name for field in dataclasses.fields(own)]
     dropping = own.replace(**{name: attached.get(name) for name in fields if "dropout" in name})
     config = dropping.replace(**{name: attached.get(name) for name in fields if name.startswith("init_")})
-    if config != attached or lora_variants.changes_base(config):
+    if config != attached or lora.changes_base(config):
         return adapter, adapter_sites
     before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
     same = sites.sites_of(before) == sites.sites_of(after)
@@ -267,12 +267,12 @@ def _changed_base(
 ) -> dict[str, Any]:
     """Return {leaf: array} of the base weights that load must change for the adapter; empty if none."""
     if which is None:
-        lora_variants.require_original_base(adapter.config, source)
+        lora.require_original_base(adapter.config, source)
     if which != "original":
         return {}
-    if not lora_variants.changes_base(adapter.config):
+    if not lora.changes_base(adapter.config):
         raise AttachError(f"{source}: base='original': this adapter does not change its base; leave base= out")
-    if present is not None and lora_variants.changes_base(present.config):
+    if present is not None and lora.changes_base(present.config):
         raise AttachError(
             f"{source}: base='original', but the attached adapter has already changed this base; pass base='changed'"
         )

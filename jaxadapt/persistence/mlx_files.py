@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import LoraConfig
-from jaxadapt.configs.peft_type import mlx_keys
+from jaxadapt.configs.base import mlx_keys
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX

@@ -25,7 +25,7 @@ from jaxadapt.adapters import (
     vocabulary,
 )
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
-from jaxadapt.configs import PEFT_VERSION, Config, lora_variants
+from jaxadapt.configs import PEFT_VERSION, Config, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
 from jaxadapt.core.progress import Report, no_report
@@ -115,7 +115,7 @@ def from_peft(
             " add an Adapter to a model with jaxadapt.inject"
         )
     if base is None:
-        lora_variants.require_original_base(tensors.config, tensors.source)
+        lora.require_original_base(tensors.config, tensors.source)
     dtype = requested_dtype(dtype)
     parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(

@@ -24,7 +24,7 @@ from jaxadapt.configs import (
     freeze,
     from_dict,
     loads,
-    lora_variants,
+    lora,
     thaw,
 )
 from jaxadapt.core.errors import ConfigError
@@ -557,13 +557,13 @@ def test_the_least_values_are_taken(fields: dict[str, Any]):
 )
 def test_initializations_that_change_the_base(fields: dict[str, Any], changes: bool, name: str):
     config = LoraConfig(target_modules=["q"], **fields)
-    assert lora_variants.changes_base(config) is changes
-    assert lora_variants.init_field(config) == name
+    assert lora.changes_base(config) is changes
+    assert lora.init_field(config) == name
     if changes:
         with pytest.raises(ConfigError, match=f"it: {name}: .*took a part out of the base"):
-            lora_variants.require_original_base(config, "it")
+            lora.require_original_base(config, "it")
     else:
-        lora_variants.require_original_base(config, "it")
+        lora.require_original_base(config, "it")
 
 
 @pytest.mark.parametrize(
@@ -574,6 +574,6 @@ def test_initializations_that_change_the_base(fields: dict[str, Any], changes: b
     ],
 )  # fmt: skip
 def test_what_is_more_than_a_product_is_named(fields: dict[str, Any], reasons: list[str]):
-    assert lora_variants.reasons_not_a_product(LoraConfig(target_modules=["q"], **fields)) == reasons
+    assert lora.reasons_not_a_product(LoraConfig(target_modules=["q"], **fields)) == reasons
     ia3 = IA3Config(target_modules=["q"], feedforward_modules=[])
-    assert lora_variants.reasons_not_a_product(ia3) == ["peft_type is IA3"]
+    assert lora.reasons_not_a_product(ia3) == ["peft_type is IA3"]

@@ -11,9 +11,8 @@ import sys
 import pytest
 
 from jaxadapt import ConfigError, LoraConfig, configs
-from jaxadapt.configs import matching, regex_cost
-from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.name_patterns import PatternIndex
+from jaxadapt.configs import matching, validation
+from jaxadapt.configs.frozen import PatternIndex, find_pattern_value
 from jaxadapt.configs.validation import MAX_EXPRESSIONS, compile_pattern
 
 USUAL = [
@@ -135,7 +134,7 @@ CLASSES = [
 def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str):
     """`re` itself says whether the class matches the letter. 20 repeats in a row then have 20 · log(ways) to match."""
     expression = f"({kind}*{re.escape(letter)}){{20}}!"
-    assert regex_cost.is_slow(expression) is bool(re.fullmatch(kind, letter))
+    assert validation.is_slow(expression) is bool(re.fullmatch(kind, letter))
 
 
 @pytest.mark.parametrize(
@@ -167,4 +166,4 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
     ],
 )
 def test_estimates(expression: str, slow: bool):
-    assert regex_cost.is_slow(expression) is slow
+    assert validation.is_slow(expression) is slow

@@ -21,10 +21,8 @@ import jaxadapt
 from jaxadapt import ConfigError, configs, methods
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import listing
-from jaxadapt.configs.base import Config
-from jaxadapt.configs.facts import MethodFacts
-from jaxadapt.configs.method_config import MethodConfig
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.base import Config, MethodFacts
+from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method
 from jaxadapt.methods.matrix import MatrixMethod

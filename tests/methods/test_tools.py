@@ -24,9 +24,9 @@ from jaxadapt.adapters import sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
-from jaxadapt.configs import listing, lora_variants
+from jaxadapt.configs import listing, lora
 from jaxadapt.configs.base import class_of
-from jaxadapt.configs.tensor_names import tensor_prefixes
+from jaxadapt.configs.matching import tensor_prefixes
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
@@ -84,7 +84,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     # Combining is PEFT's: of plain LoRA, and of vectors.
     if method.sums:
         assert jaxadapt.combine([adapter, adapter], [0.5, 0.5], method="linear").flat().keys() == adapter.flat().keys()
-    elif lora_variants.reasons_not_a_product(adapter.config):
+    elif lora.reasons_not_a_product(adapter.config):
         with pytest.raises(ConfigError, match=f"peft_type is {peft_type}"):
             jaxadapt.combine([adapter, adapter], [0.5, 0.5])
     else:

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-import jaxadapt.configs.serialization  # loaded before the process changes its user, who may not read this folder
+import jaxadapt.configs.base  # loaded before the process changes its user, who may not read this folder
 from tests.support import leave
 
 # write, pwrite64, writev, pwritev, and seccomp itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxadapt.configs import LoraConfig
-from jaxadapt.configs.lora_variants import fields_set
+from jaxadapt.configs.lora import fields_set
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.methods.lora import alora, kasa

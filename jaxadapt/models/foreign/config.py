@@ -10,7 +10,7 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.lora_variants import fields_set
+from jaxadapt.configs.lora import fields_set
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout

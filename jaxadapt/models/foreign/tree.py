@@ -19,7 +19,8 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import make_file_plan
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
+from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs.lora import require_original_base
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
@@ -274,7 +275,7 @@ def fill_tree(
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
-    lora_variants.require_original_base(config, source)
+    require_original_base(config, source)
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if (per_head_sites or _is_mixed(foreign_tree)) and lora_alpha is not None:

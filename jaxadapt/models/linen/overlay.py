@@ -17,7 +17,7 @@ from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_n
 from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import is_array
-from jaxadapt.configs.prompt import PromptLearningConfig
+from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods import get_method
 from jaxadapt.methods.prompt import PromptMethod

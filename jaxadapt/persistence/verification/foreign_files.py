@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.configs.peft_type import mlx_keys
+from jaxadapt.configs.base import mlx_keys
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.persistence import image_names, run_folder
 from jaxadapt.persistence.image_names import Layout

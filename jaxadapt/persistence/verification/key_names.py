@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt.adapters import state_dict_keys
-from jaxadapt.configs import tensor_names
+from jaxadapt.configs import matching
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.image_names import LYCORIS
@@ -36,7 +36,7 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
     (('q', 'lora_A.weight'), ('', 'prompt_embeddings'))
     """
     if has_no_modules(peft_type):
-        return ("", key) if key in tensor_names.file_tensors() else None
+        return ("", key) if key in matching.file_tensors() else None
     prefix = _prefix(peft_type)
     if prefix is None:
         return None
@@ -50,7 +50,7 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
 
 def _prefix(peft_type: str) -> str | None:
     cls = class_of(peft_type)
-    return _OTHER_PREFIXES.get(peft_type) if cls is None else tensor_names.prefix_of(cls)
+    return _OTHER_PREFIXES.get(peft_type) if cls is None else matching.prefix_of(cls)
 
 
 def has_no_modules(peft_type: str) -> bool:
@@ -66,9 +66,9 @@ def is_known_method(peft_type: str) -> bool:
 
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
-    known = {*tensor_names.tensor_prefixes(), *_OTHER_PREFIXES.values()}
+    known = {*matching.tensor_prefixes(), *_OTHER_PREFIXES.values()}
     prefixes = (*tuple(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
-    whole = tensor_names.file_tensors()
+    whole = matching.file_tensors()
     return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
