@@ -14,14 +14,12 @@ from jaxadapt.methods.base import (
     Target,
     as_computable,
     at_least_float32,
+    needs_layer_number,
     require_weights,
 )
-from jaxadapt.methods.file_sizes import file_sizes
 from jaxadapt.methods.matrix import MatrixMethod
-from jaxadapt.methods.per_entry import needs_layer_number
-from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
-from jaxadapt.methods.rows import AppliedRows, split_rows
-from jaxadapt.methods.slots import Implementation, apply_rows
+from jaxadapt.methods.registry import COLLECTIONS, METHODS, file_sizes, get_method, register
+from jaxadapt.methods.rows import AppliedRows, Implementation, apply_rows, split_rows
 
 __all__ = [
     "COLLECTIONS",

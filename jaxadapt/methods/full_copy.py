@@ -3,22 +3,25 @@
 Each site has one tensor, `copy`, with the shape of the base leaf; the file uses the name and layout of the base weight.
 The copy of an active adapter replaces the leaf wherever its module reads it, and the base leaf does not change. In PEFT
 a token embedding and the head tied to it are two modules, so a copy of one does not affect the other.
+
+The base class of methods that train copies of their targets' parameters, such as LN_TUNING.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, PerEntry, Use
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
-from jaxadapt.methods.per_entry import adapted_entries
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries
+
+# ---------------------------------------------------------------- full copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +107,17 @@ class FullCopy(Method):
             f"cannot unmerge {hparams.because}: the copy replaced the original weight entirely. Keep the parameters"
             " from before the merge"
         )
+
+
+# ---------------------------------------------------------------- copies
+
+
+class CopyingMethod(Method):
+    """A method whose sites all have the methods that `copy_of` returns, so that it has no arithmetic of its own."""
+
+    scope = "copies"
+
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
+        raise AssertionError(f"{self.peft_type} trains copies, which have methods of their own")
+
+    tensors = hparams = effects = init = output = weight = unweight = _refuse

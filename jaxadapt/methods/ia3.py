@@ -33,8 +33,7 @@ from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, shared_value
-from jaxadapt.methods.per_entry import adapted_entries
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, shared_value
 
 
 @dataclasses.dataclass(frozen=True)

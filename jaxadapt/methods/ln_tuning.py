@@ -12,8 +12,7 @@ from typing import Any
 
 from jaxadapt.configs.ln_tuning import LNTuningConfig
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.copies import CopyingMethod
-from jaxadapt.methods.full_copy import FullCopy
+from jaxadapt.methods.full_copy import CopyingMethod, FullCopy
 
 
 class LnTuning(CopyingMethod):

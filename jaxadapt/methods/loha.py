@@ -24,7 +24,7 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.loha import LoHaConfig
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, shared_value
-from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import FactoredMethod
 
 
 @dataclasses.dataclass(frozen=True)

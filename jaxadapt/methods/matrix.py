@@ -2,10 +2,13 @@
 
 `MatrixMethod` converts a site's arrays to PyTorch's layout inside the computation, so that a method is written as its
 paper or PEFT writes it, and works for every keymap: split heads, fused parts, scaled and interleaved weights.
+
+Methods whose change of a weight is a product B·A of two matrices that they compute from their tensors.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping
@@ -21,9 +24,21 @@ from jaxadapt.arrays.layout import TorchLayout
 from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import CALL_KEY, Array, Change, Drop, Effects, Method, Params, Target, at_least_float32
-from jaxadapt.methods.file_sizes import file_sizes, file_target
-from jaxadapt.methods.per_entry import adapted_entries
+from jaxadapt.methods.base import (
+    CALL_KEY,
+    Array,
+    Change,
+    Drop,
+    Effects,
+    Method,
+    Params,
+    Target,
+    adapted_entries,
+    at_least_float32,
+)
+from jaxadapt.methods.registry import file_sizes, file_target
+
+# ---------------------------------------------------------------- matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,3 +319,26 @@ def _file_shape(tensor: MethodTensor, sizes: Mapping[str, int]) -> tuple[int, ..
     """Return the shape of a tensor in a file, from the sizes of the weight's axes."""
     sizes = {**sizes, **dict(tensor.own)}
     return tuple(math.prod(sizes.get(name, 0) for name in group) for group in tensor.torch)
+
+
+# ---------------------------------------------------------------- factored
+
+
+class FactoredMethod(MatrixMethod):
+    """A method with W + B·A. A subclass defines `factors`, and `delta` or `after` only where they are cheaper."""
+
+    @abc.abstractmethod
+    def factors(self, own: Any, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        """Return A (r, in) and B (out, r), with the scale, of a linear weight of the given shape (out, in)."""
+
+    def delta(self, own: Any, params: Params, w: Array) -> Array:
+        a, b = self.factors(own, params, w.shape)
+        return b @ a
+
+    def after(self, own: Any, params: Params, x: Array, y: Array) -> Array:
+        a, b = self.factors(own, params, (y.shape[-1], x.shape[-1]))
+        return y + (x.astype(a.dtype) @ a.T) @ b.T
+
+    def plain_rank(self, config: Any) -> int:
+        rank: int = config.r
+        return rank

@@ -24,8 +24,7 @@ from jaxadapt.configs.pvera import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.factored import FactoredMethod
-from jaxadapt.methods.matrix import DropoutHparams, MatrixHparams
+from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod, MatrixHparams
 from jaxadapt.methods.vera import draw_projections, projections
 
 NOISE = "noise"

@@ -23,8 +23,7 @@ from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.tinylora import TinyLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target
-from jaxadapt.methods.factored import FactoredMethod
-from jaxadapt.methods.matrix import MatrixHparams
+from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.unilora import UniLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.factored import FactoredMethod
-from jaxadapt.methods.matrix import DropoutHparams
+from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
 THETA = "unilora_theta_d"
 

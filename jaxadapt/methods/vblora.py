@@ -22,7 +22,7 @@ from jaxadapt.configs.vblora import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import FactoredMethod
 
 BANK = "vblora_vector_bank"
 INDICES, WEIGHTS = "topk_indices", "topk_weights"

@@ -20,8 +20,7 @@ from jaxadapt.configs.vera import VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.factored import FactoredMethod
-from jaxadapt.methods.matrix import DropoutHparams
+from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
 
 class Vera(FactoredMethod):

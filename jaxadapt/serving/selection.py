@@ -12,8 +12,7 @@ import numpy as np
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import Implementation
-from jaxadapt.methods.rows import WEIGHTS
-from jaxadapt.methods.slots import IDS, sort_ids, take_slots
+from jaxadapt.methods.rows import IDS, WEIGHTS, sort_ids, take_slots
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.serving.layout import Place, Tensors
 

@@ -14,7 +14,7 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.methods import METHODS
-from jaxadapt.methods.factored import FactoredMethod
+from jaxadapt.methods.matrix import FactoredMethod
 
 # Split heads in another order than PyTorch's, a stacked axis that is not the first, fused parts, and a scaled weight.
 KEYMAP = KeyMap(

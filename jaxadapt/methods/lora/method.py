@@ -34,10 +34,9 @@ from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site
-from jaxadapt.methods.per_entry import adapted_entries
 
 SCALE = "scale"
 """The tensor that holds the scale s where every row of a batch has its own adapter."""
