@@ -23,7 +23,7 @@ from jaxadapt.initializers.decompositions import Factors
 from jaxadapt.initializers.kinds import InitKind, SiteValues
 from jaxadapt.merging import base_merge
 from jaxadapt.merging import factors as low_rank
-from jaxadapt.methods.lora import kasa
+from jaxadapt.methods.lora import DIAGONAL
 
 Array = Any
 FactorList = list[Factors]
@@ -178,7 +178,7 @@ def _pair(b: Site) -> Site:
     kept = [
         (t, e)
         for t, e in zip(b.tensors, b.entries, strict=True)
-        if not t.from_base and t.name not in (kasa.DIAGONAL, "lora_B_bias")
+        if not t.from_base and t.name not in (DIAGONAL, "lora_B_bias")
     ]
     tensors, entries = zip(*kept, strict=True) if kept else ((), ())
     return dataclasses.replace(b, tensors=tensors, entries=entries)

@@ -32,7 +32,7 @@ from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import cut_parts, has_parts
-from jaxadapt.methods.lora import method
+from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, carrier
@@ -164,7 +164,7 @@ def adapter_from_tensors(
     except AdapterError as error:
         hint = _attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
-    if method.is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
+    if is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
         warn(
             f"{tensors.source}: written by PEFT {tensors.config.peft_version}. PEFT up to {PEFT_VERSION} adds the"
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"

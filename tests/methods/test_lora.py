@@ -16,9 +16,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import LAYER, METHODS, AppliedMethod, needs_layer_number
-from jaxadapt.methods.lora import alora
-from jaxadapt.methods.lora import method as lora
+from jaxadapt.methods import LAYER, METHODS, AppliedMethod, lora, needs_layer_number
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 TABLE = Weight("w", "a.q.weight", "v d -> v d", kind="embedding")
@@ -106,18 +104,18 @@ def by_hand(sequence, row):
 @pytest.mark.parametrize("sequence", [[7], [7, 8], [7, 8, 7], [1, 2, 3, 4, 5, 6]])
 def test_alora_adapts_from_the_last_invocation_on(sequence):
     rows = [[1, 7, 8, 7, 2], [7, 8, 7, 8, 7], [1, 2, 3, 4, 5], [7, 7, 7, 8, 8]]
-    mask = alora.invocation_mask(sequence, jnp.array(rows))
+    mask = lora.invocation_mask(sequence, jnp.array(rows))
     assert mask.tolist() == [by_hand(sequence, row) for row in rows]
 
 
 def test_alora_adds_its_output_to_those_tokens_only():
     mask = jnp.array([[True, False, True]])
     delta, y = jnp.ones((1, 3, 2)), jnp.zeros((1, 3, 2))
-    np.testing.assert_array_equal(alora.mask_delta({"tokens": mask}, delta, y)[..., 0], [[1, 0, 1]])
+    np.testing.assert_array_equal(lora.mask_delta({"tokens": mask}, delta, y)[..., 0], [[1, 0, 1]])
     with pytest.raises(AttachError, match="does not see the tokens"):
-        alora.mask_delta({}, delta, y)
+        lora.mask_delta({}, delta, y)
     with pytest.raises(AttachError, match=r"shape \[1, 3\] \(batch, time\).*shape \[3, 1, 2\]"):
-        alora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
+        lora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
 
 
 def test_kasa_scales_the_rows_of_a():

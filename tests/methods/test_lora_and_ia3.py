@@ -19,7 +19,7 @@ from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod, Method
-from jaxadapt.methods.lora import checks
+from jaxadapt.methods.lora import REFUSED_FIELDS
 from tests.support import small
 
 TYPES = ["IA3", "LORA"]
@@ -362,7 +362,7 @@ ASKED = {
 
 
 def test_every_refused_field_is_tried():
-    assert set(ASKED) == set(checks.REFUSED_FIELDS) - {"enable_lora"}
+    assert set(ASKED) == set(REFUSED_FIELDS) - {"enable_lora"}
 
 
 @pytest.mark.parametrize("field", sorted(ASKED))
@@ -403,7 +403,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
         "inference_mode", "extra",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(jaxadapt.LoraConfig)}
-    assert names == honoured | idle | set(checks.REFUSED_FIELDS) - {"enable_lora"}
+    assert names == honoured | idle | set(REFUSED_FIELDS) - {"enable_lora"}
 
 
 def test_methods_without_a_class_are_refused_by_name():

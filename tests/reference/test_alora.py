@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 import jaxadapt
-from jaxadapt.methods.lora import alora
+from jaxadapt.methods import lora
 from tests.support import peft_harness as harness
 from tests.support.twins import llama
 
@@ -75,8 +75,8 @@ def test_the_tokens_are_those_that_peft_finds():
         config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=sequence)
         offsets = calculate_alora_offsets({"default": config}, "default", torch.from_numpy(ids))
         wanted = np.arange(7)[None] >= 7 - np.array([n or 0 for n in offsets])[:, None]
-        np.testing.assert_array_equal(alora.invocation_mask(sequence, jnp.asarray(ids)), wanted)
-        assert not alora.invocation_mask(sequence, jnp.zeros((2, size - 1), int)).any()
+        np.testing.assert_array_equal(lora.invocation_mask(sequence, jnp.asarray(ids)), wanted)
+        assert not lora.invocation_mask(sequence, jnp.zeros((2, size - 1), int)).any()
 
 
 @pytest.mark.parametrize(("api", "scan"), TWINS)
@@ -114,7 +114,7 @@ def test_outputs_gradients_and_files_are_pefts(api, scan, tmp_path):
     close(y[::-1][2], bare[2])  # the row without the sequence
     assert abs(np.asarray(y[::-1][0]) - bare[0]).max() > 1e-3
     # or a mask
-    close(twin.run(twin.tree, jnp.asarray(IDS), alora.invocation_mask(SEQUENCE, jnp.asarray(IDS))), y[::-1])
+    close(twin.run(twin.tree, jnp.asarray(IDS), lora.invocation_mask(SEQUENCE, jnp.asarray(IDS))), y[::-1])
     jaxadapt.save(twin.tree, tmp_path / "ours")
     assert harness.read_json(tmp_path / "ours") == harness.read_json(tmp_path / "peft")
     mine, before = (harness.read_tensors(tmp_path / who) for who in ("ours", "peft"))

@@ -14,6 +14,26 @@ Differences from PEFT, and its faults that are kept:
 - PEFT adds the product of an `nn.MultiheadAttention`'s output projection twice, from 0.15.0 (the first version that
   adapts it) to 0.21.2 (the newest). Files were trained that way, so it is added twice here as well. Later versions may
   differ (`is_newer_attention_file`). Its dropout has no effect in PEFT, and none here.
+
+Settings of a LoRA configuration that are refused, by themselves or at one site.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353) with PEFT's conventions: m/‖W + s·B·A‖ · (W + s·B·A), bias untouched.
+
+The magnitude m and the norm are per output. The norm is recomputed at each step, but the gradient treats it as a
+constant. The arithmetic follows PEFT's `tuners/lora/dora.py`; with dropout, the base product is recomputed on the
+dropped input.
+
+KaSA (Wang et al. 2024, arXiv:2412.06071) with PEFT's conventions: W₋ + s·B·diag(d)·A, d trained with A and B.
+
+W₋ is the base weight without its r smallest singular values. `start` computes it (`factors.truncate_svd`), and
+`load(…, base="original")` computes it again. It follows PEFT's `tuners/lora/variants.py`, which supports linear layers
+only. `optim.kasa_loss` has the penalties of the paper.
+
+aLoRA (arXiv:2504.12397) with PEFT's conventions: a LoRA that adapts only the tokens from its invocation sequence on.
+
+As in PEFT's `tuners/lora/variants.py`, the last occurrence of the sequence counts, and a row without the sequence is
+not adapted. The mask of the adapted tokens is data of a call: `jaxadapt.models.invoke` stores it beside A and B under
+`MASK`, so one compiled program serves all masks.
 """
 
 from __future__ import annotations
@@ -30,13 +50,228 @@ import jax.numpy as jnp
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import USED, Axes, Operation, PerEntry, Use, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
+from jaxadapt.configs.base import PEFT_VERSION, Config
+from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, as_computable
-from jaxadapt.methods.lora import alora, dora, kasa
-from jaxadapt.methods.lora.checks import REFUSED_FIELDS, check_parameter, check_site
+from jaxadapt.methods.base import (
+    Array,
+    Drop,
+    Effects,
+    Method,
+    Params,
+    Start,
+    Target,
+    adapted_entries,
+    as_computable,
+    at_least_float32,
+)
+
+# ---------------------------------------------------------------- dora
+
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def magnitude_tensor(match: Match) -> MethodTensor:
+    """Return the magnitude's tensor: (out), or (1, out, 1...) for a convolution."""
+    torch = (("out",),)
+    if match.weight.kind == "conv":
+        torch = ((), ("out",), *((),) * (len(match.weight.right) - 2))
+    return MethodTensor(MAGNITUDE, f".{MAGNITUDE}", ("batch", "out"), torch, from_base=True, scale_power=1)
+
+
+def output_norms(axes: Axes, w: Array) -> Array:
+    """Return the norm of each output's weights, (batch..., out...), in w's dtype."""
+    kept = axes.batch_axes + axes.out_axes
+    # The squares of small weights underflow in 16 bits.
+    lengths = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(w)), axis=axes.in_axes)).astype(w.dtype)
+    remaining_axes = [i for i in range(axes.rank) if i not in axes.in_axes]
+    return lengths.transpose([remaining_axes.index(i) for i in kept])
+
+
+def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
+    """Return m/‖W + s·B·A‖, (batch..., out...), with 1 in the entries that are not adapted."""
+    length = mask_unadapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
+    return mask_unadapted(used, params, params[MAGNITUDE] / length, 1.0)
+
+
+def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
+    """Return the effective weight.
+
+    Args:
+        magnitude: the result of `magnitude_factor`.
+        changed: W + s·B·A.
+    """
+    return low_rank.expand_over_weight(axes, magnitude) * changed
+
+
+def output(
+    use: Use | Operation, magnitude: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
+) -> Array:
+    """Return the layer's output without its bias.
+
+    Args:
+        magnitude: the result of `magnitude_factor`.
+        w: the base weight.
+        changed: W + s·B·A.
+        delta: s·B·A·x.
+        x: the input, after dropout.
+        y: the base layer's output without dropout.
+        dropped: True if dropout changed x.
+    """
+    if isinstance(use, Use) and use.transposed:
+        return low_rank.run_use(use, x, effective_weight(use.axes, magnitude, changed))
+    scale = low_rank.expand_over_outputs(use, magnitude, y.ndim)
+    base = low_rank.run_use(use, x.astype(w.dtype), w) if dropped else y
+    return y + (scale - 1) * base + scale * delta
+
+
+# ---------------------------------------------------------------- kasa
+
+
+DIAGONAL = "lora_diag"
+
+
+def diagonal_tensor(r: int) -> MethodTensor:
+    """Return the diagonal's tensor: (r)."""
+    return MethodTensor(DIAGONAL, f".{DIAGONAL}", ("batch", "r"), (("r",),), (("r", r),), scale_power=0)
+
+
+def scale_a(params: Params, a: Array) -> Array:
+    """Return diag(d)·A for A (batch..., r, in...) and d (batch..., r); return A if there is no d."""
+    if DIAGONAL not in params:
+        return a
+    d = params[DIAGONAL]
+    return d.reshape(d.shape + (1,) * (a.ndim - d.ndim)) * a
+
+
+def list_kasa_problems(config: LoraConfig, match: Match) -> list[str]:
+    """Return the settings and layers that PEFT does not combine with KaSA."""
+    init = config.init_lora_weights
+    unsupported = ["use_dora=True"] if config.use_dora else []
+    if isinstance(init, str) and init.lower() != "gaussian":
+        unsupported.append(f"init_lora_weights={init!r}")
+    if match.weight.kind != "linear" or match.weight.fan_in_fan_out:
+        unsupported.append("a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)")
+    return unsupported
+
+
+# ---------------------------------------------------------------- alora
+
+
+MASK = "tokens"
+
+
+def invocation_mask(sequence: Sequence[int], ids: Array) -> Array:
+    """Return the mask (batch, time) of the adapted tokens: from the last occurrence of the sequence to the end.
+
+    >>> invocation_mask([7, 8], jnp.array([[1, 7, 8, 2], [7, 8, 7, 8], [1, 2, 3, 7]])).astype(int).tolist()
+    [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    """
+    length, size = ids.shape[1], len(sequence)
+    starts = length - size + 1
+    if starts < 1:
+        return jnp.zeros(ids.shape, bool)
+    hits = jnp.stack([ids[:, i : i + starts] == token for i, token in enumerate(sequence)]).all(0)
+    last = jnp.where(hits.any(1), starts - 1 - jnp.argmax(hits[:, ::-1], 1), length)
+    return jnp.arange(length)[None] >= last[:, None]
+
+
+def mask_delta(params: Params, delta: Array, y: Array) -> Array:
+    """Return the adapter's output for the adapted tokens, and 0 for the others; raise `AttachError` without a mask."""
+    mask = params.get(MASK)
+    if mask is None:
+        raise AttachError(
+            "aLoRA adapts only the tokens from its invocation sequence on, but a layer does not see the tokens. Call"
+            " the model within jaxadapt.models.invoke(model, ids)"
+        )
+    if y.shape[: mask.ndim] != mask.shape:
+        raise AttachError(
+            f"cannot apply aLoRA: the token ids have shape {list(mask.shape)} (batch, time), but a layer's output has"
+            f" shape {list(y.shape)}; its leading axes must be the same"
+        )
+    return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), delta, 0)
+
+
+def list_alora_problems(config: LoraConfig, match: Match) -> list[str]:
+    """Return the settings and layers that PEFT does not combine with aLoRA."""
+    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name) not in (None, False)]
+    if str(config.init_lora_weights).lower() == "mica":
+        unsupported.append("init_lora_weights='mica'")
+    if not config.alora_invocation_tokens:
+        unsupported.append("an empty list of tokens")
+    if match.weight.kind != "linear":
+        unsupported.append("a layer that is not linear")
+    return unsupported
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_site(config: LoraConfig, match: Match, r: int) -> None:
+    """Raise `ConfigError` for settings that PEFT lacks for the kind of weight at a site."""
+    groups, kind = match.weight.groups, match.weight.kind
+    if r % groups:
+        raise ConfigError(f"{match.leaf}: the rank {r} must be a multiple of the convolution's {groups} groups")
+    if groups > 1 and config.use_dora:
+        raise ConfigError(
+            f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
+            " several groups; set use_dora=False, or exclude the module"
+        )
+    asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
+    if kind == "attention" and asked:
+        raise ConfigError(
+            f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
+            " (its bias there has no effect in the forward pass); remove the setting, or exclude the module"
+        )
+    conflicts = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
+    if kind == "embedding" and config.ensure_weight_tying and conflicts:
+        raise ConfigError(
+            f"{match.leaf}: {', '.join(conflicts)} cannot be combined with ensure_weight_tying: PEFT then treats the"
+            " lookup and the head differently, but they are one weight; remove one of the settings"
+        )
+    if config.kasa_config is not None and (problems := list_kasa_problems(config, match)):
+        raise ConfigError(f"{match.leaf}: kasa_config with {', '.join(problems)}: PEFT has no such adapter")
+    if config.alora_invocation_tokens is not None and (problems := list_alora_problems(config, match)):
+        raise ConfigError(f"{match.leaf}: alora_invocation_tokens with {', '.join(problems)}: PEFT has no such adapter")
+    if kind == "embedding" and config.lora_bias:
+        raise ConfigError(
+            f"{match.leaf}: lora_bias=True is not supported on an embedding, which has no output bias; set"
+            " lora_bias=False, or exclude the module"
+        )
+
+
+def check_parameter(config: LoraConfig, match: Match) -> None:
+    """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
+    unsupported = fields_set(config, "tensor", "token")
+    unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
+    problems = [f"{name}={value!r}" for name, value in unsupported.items() if name != "bias"]
+    if problems:
+        raise ConfigError(
+            f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"
+            " such a parameter; leave these fields at their defaults"
+        )
+
+
+_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) converts such a file to an equivalent plain LoRA"
+REFUSED_FIELDS: dict[str, str] = {
+    "use_qalora": f"applies only to bases quantized with GPTQ, and no JAX model is: {_PLAIN}"
+    " (with another base the file is a plain LoRA already: set use_qalora=False)",
+    "use_bdlora": f"makes A or B block-diagonal, which PEFT uses only to shard a LoRA over devices: {_PLAIN}",
+    "arrow_config": "routes each token among other adapters: load those adapters separately",
+    "velora_config": f"compresses activations for the backward pass, in training only: {_PLAIN}",
+    "monteclora_config": f"redraws its factors, in training only: {_PLAIN}",
+    "megatron_config": "is for Megatron's parallel layers: set it to null; the base's shardings determine the layout",
+    "enable_lora": "is a field of PEFT 0.2 for layers with several projections: current PEFT drops it and computes"
+    " something else",
+}
+"""Fields that change the computation and are not supported, with the reason; PEFT no longer has the last one."""
+
+
+# ---------------------------------------------------------------- method
+
 
 SCALE = "scale"
 """The tensor that holds the scale s where every row of a batch has its own adapter."""
@@ -79,7 +314,7 @@ class Lora(Method):
     peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv", "attention"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
-    row_neutral = MappingProxyType({dora.MAGNITUDE: 1.0})
+    row_neutral = MappingProxyType({MAGNITUDE: 1.0})
     row_padded = frozenset({"r"})
     row_turned = frozenset({"lora_B"})
     roles = MappingProxyType(
@@ -143,9 +378,9 @@ class Lora(Method):
         if config.lora_bias:
             tensors.append(MethodTensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), scale_power=1))
         if config.kasa_config is not None:
-            tensors.append(kasa.diagonal_tensor(r))
+            tensors.append(diagonal_tensor(r))
         if config.use_dora:
-            tensors.append(dora.magnitude_tensor(match))
+            tensors.append(magnitude_tensor(match))
         return target.with_ranks(tensors, config.rank_of)
 
     def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:
@@ -190,9 +425,9 @@ class Lora(Method):
         return config.init_lora_weights is not False
 
     def init(self, config: LoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
-        if tensor.name == dora.MAGNITUDE:
+        if tensor.name == MAGNITUDE:
             assert start.axes is not None
-            return dora.output_norms(start.axes, _changed_weight(start.hparams, start.params, start.axes, start.w))
+            return output_norms(start.axes, _changed_weight(start.hparams, start.params, start.axes, start.w))
         init = config.init_lora_weights
         if init not in (True, False, "gaussian") or config.kasa_config is not None:
             setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
@@ -231,15 +466,15 @@ class Lora(Method):
             if hparams.scale is None:  # `prepare_rows` computed the factor; only a transposed use needs the weight
                 transposed = isinstance(use, Use) and use.transposed
                 changed = _changed_weight(hparams, params, use.axes, w) if transposed else w
-                magnitude = params[dora.MAGNITUDE]
+                magnitude = params[MAGNITUDE]
             else:
                 changed = _changed_weight(hparams, params, use.axes, w)
-                magnitude = dora.magnitude_factor(use.axes, params, hparams.used, changed)
-            return dora.output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
+                magnitude = magnitude_factor(use.axes, params, hparams.used, changed)
+            return output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if hparams.bias:
             delta = delta + low_rank.expand_over_outputs(use, _bias(hparams, params), y.ndim)
         if hparams.invoked:
-            delta = alora.mask_delta(params, delta, y)
+            delta = mask_delta(params, delta, y)
         return (y + delta).astype(y.dtype)
 
     def weight(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
@@ -259,7 +494,7 @@ class Lora(Method):
         _check_single_weight(hparams)
         changed = change(hparams, params, axes, w)
         if hparams.dora:
-            changed = dora.effective_weight(axes, dora.magnitude_factor(axes, params, hparams.used, changed), changed)
+            changed = effective_weight(axes, magnitude_factor(axes, params, hparams.used, changed), changed)
         return changed.astype(w.dtype)
 
     def unweight(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
@@ -287,8 +522,8 @@ class Lora(Method):
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         scale, used = (entry_values(1.0 if x is None else x, entries) for x in (hparams.scale, hparams.used))
-        tensors = {name: x for name, x in params.items() if name != kasa.DIAGONAL}
-        tensors |= {"lora_A": kasa.scale_a(params, params["lora_A"]), SCALE: scale}
+        tensors = {name: x for name, x in params.items() if name != DIAGONAL}
+        tensors |= {"lora_A": scale_a(params, params["lora_A"]), SCALE: scale}
         if hparams.bias:
             bias = params["lora_B_bias"]
             tensors["lora_B_bias"] = bias * used.reshape(entries + (1,) * (bias.ndim - used.ndim)).astype(bias.dtype)
@@ -302,16 +537,16 @@ class Lora(Method):
     def prepare_rows(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         tensors = {name: x for name, x in params.items() if name != USED}
         if hparams.dora:
-            length = dora.output_norms(axes, _changed_weight(hparams, params, axes, as_computable(w)))
+            length = output_norms(axes, _changed_weight(hparams, params, axes, as_computable(w)))
             used = expand_leading(params[USED], length)
-            tensors[dora.MAGNITUDE] = jnp.where(used > 0, params[dora.MAGNITUDE] / length, 1.0)
+            tensors[MAGNITUDE] = jnp.where(used > 0, params[MAGNITUDE] / length, 1.0)
         return tensors
 
     def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
         tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
         if not sequence or tokens is None:
             return {}
-        return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
+        return {MASK: tokens if tokens.dtype == bool else invocation_mask(tuple(sequence), tokens)}
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
@@ -331,7 +566,7 @@ def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:
     kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
-    a, b = kasa.scale_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
+    a, b = scale_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
     return a, jax.lax.stop_gradient(b) if hparams.frozen else b
 
 
@@ -368,3 +603,6 @@ def _check_single_weight(hparams: LoraHparams) -> None:
             "aLoRA adapts only the tokens after its invocation sequence, so it has no single effective weight: it can"
             " be neither merged nor applied outside a matrix product"
         )
+
+
+METHOD = Lora()

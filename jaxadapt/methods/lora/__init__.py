@@ -1,5 +1,0 @@
-"""LoRA and its variants."""
-
-from jaxadapt.methods.lora.method import Lora
-
-METHOD = Lora()
