@@ -2,15 +2,31 @@
 
 Selection starts from a model's shapes, for attaching and loading. `sites.sites_from_shapes` finds the same sites in an
 adapter without its model.
+
+The recipe of a new adapter: its resolved configuration and its keymap, from the shapes of a base.
+
+`layer_replication`: PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
+
+Here the model comes with its layers already repeated, so the adapter fits it as any other, and fits the base in PEFT.
+This module checks that the model has as many layers, and that layers which repeat one layer of the base are equal.
+
+Warnings about a selection of modules that may be a mistake, and that PEFT accepts silently.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import full_copies, layer_replication, selection_warnings, target_parameters, tied
+from jaxadapt.adapters import full_copies
+from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.sites import (
     FileShapes,
     Shape,
@@ -18,17 +34,228 @@ from jaxadapt.adapters.sites import (
     Sites,
     bind_shared,
     bind_site,
+    parameter_names,
+    select_parameters,
     single_entry_sizes,
     targeted_entries,
+    with_copy_entries,
     wrapper_counts,
+    wrapper_depths,
 )
-from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import matching_patterns
+from jaxadapt.core import errors, paths
+from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.prompt import PromptMethod
+
+# ---------------------------------------------------------------- layer replication
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # the names that PEFT's replicate_layers knows
+
+
+def base_layers(config: Config) -> list[int]:
+    """Return for each layer of the model the layer of the base that it repeats; empty without `layer_replication`."""
+    return [layer for start, end in config.get("layer_replication") or () for layer in range(start, end)]
+
+
+def check_layers(config: Config, modules: Iterable[str]) -> None:
+    """Raise `ConfigError` if a model with these modules lacks the layers that the configuration makes."""
+    order = base_layers(config)
+    if not order:
+        return
+    layers = {int(match[1]) for name in modules if (match := _LAYER.search(name))}
+    if layers != set(range(len(order))):
+        raise ConfigError(
+            f"layer_replication: expected a model of {len(order)} layers, found {len(layers)}."
+            f" Build it with the base's layers in this order: {order}. (Layers are recognized as in PEFT, below"
+            ' "layers", "encoder.layer" or "h".)'
+        )
+
+
+def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` if layers that repeat one layer of the base differ.
+
+    Args:
+        base: a function that returns `{leaf: array or spec}` of the base parameters.
+    """
+    order = base_layers(config)
+    if not order:
+        return
+    first: dict[str, Any] = {}
+    different: list[str] = []
+    without_values = False
+    for leaf, array in base().items():
+        match = keymap.match(leaf)
+        if match is None or len(match.weight.left) != len(array.shape):
+            continue
+        has_values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
+        without_values |= not has_values
+        for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
+            name = paths.join(*parameter)
+            layer = _LAYER.search(name)
+            if layer is None or not has_values or int(layer[1]) >= len(order):
+                continue
+            slices: list[Any] = [slice(None)] * len(array.shape)
+            for axis, position in zip(match.braced, index, strict=True):
+                slices[match.weight.left.index(axis)] = position
+            layer_value = array[tuple(slices)]
+            base_name = f"{name[: layer.start(1)]}{order[int(layer[1])]}{name[layer.end(1) :]}"
+            if not np.array_equal(np.asarray(first.setdefault(base_name, layer_value)), np.asarray(layer_value)):
+                different.append(name)
+    raise_listed(
+        ConfigError,
+        f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
+        " layer they repeat. Build the model with copies of the base's layers:",
+        different,
+    )
+    if without_values:
+        warn("layer_replication: the base has only shapes here, so the repeated layers could not be compared")
+
+
+# ---------------------------------------------------------------- selection warnings
+
+
+_LIMIT = 8
+"""The number of entries of one field that are reported one by one."""
+
+
+def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> unmatched_targets(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
+    ('qq',)
+    """
+    targets: str | tuple[str, ...] | None = config.get("target_modules")
+    if targets is None or matching.is_all_linear(config):
+        return ()
+    if isinstance(targets, str):
+        return () if any(matching.is_target(config, name) for name in names) else (targets,)
+    matched: set[str] = set()
+    for name in names:
+        if not matching.is_target(config, name):
+            continue
+        matched.add(name)  # an entry may be the full name …
+        if matching.in_layers(config, name):
+            matched.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or its end
+    return tuple(entry for entry in targets if entry not in matched)
+
+
+def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """Return warnings about a selection that may be a mistake, where PEFT says nothing.
+
+    Args:
+        names: the modules that could be adapted.
+        chosen: the modules that are adapted.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> doubtful_selection(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
+    ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
+    """
+    warnings: list[str] = []
+    # "all-linear" becomes a list of all linear modules; modules_to_save and exclude_modules may name some of them.
+    rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
+    unmatched = unmatched_targets(config.replace(**rules) if rules else config, names)
+    warnings += [
+        f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
+    ]
+    warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
+    if isinstance(config.get("target_modules"), str):
+        parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
+        if containers := [name for name in sorted(parents) if matching.is_target(config, name)]:
+            warnings.append(
+                "target_modules also selects modules that contain modules, which PEFT refuses:"
+                f" {errors.quote_list(containers)}"
+            )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if field == "rank_pattern" and any(isinstance(value, tuple) for value in patterns.values()):
+            masked = {f"{name}.lora_E" for name in chosen}  # AdaLoRA's masks by the tensor's full name, not patterns
+            warnings += [f"{field}: {key!r} matches none of the targets" for key in patterns if key not in masked]
+            continue
+        warnings += _patterns(field, patterns, chosen)
+    return warnings
+
+
+def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
+    """Return a warning for each entry of `target_parameters` that names none of the parameters `names`."""
+    names = list(names)
+    entries: tuple[str, ...] = config.get("target_parameters") or ()
+    ends = {*names, *(name[i + 1 :] for name in names for i, letter in enumerate(name) if letter == ".")}
+    unmatched = [entry for entry in entries if entry not in ends]
+    return [f"target_parameters: {entry!r} matches no parameter" + _near_misses(entry, names) for entry in unmatched]
+
+
+def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
+    """Return a warning for each entry of `modules_to_save` that copies nothing, so that its module is not trained.
+
+    Args:
+        copied: the modules that are copied, with their parameters' names.
+        tied: `{head: its token embedding}` for a model without a head of its own.
+
+    The heads that PEFT adds for a task (`matching.HEADS`) are guesses: they are reported only if no entry copies a
+    module.
+    """
+    entries: tuple[str, ...] = config.get("modules_to_save") or ()
+    copied = tuple(copied)
+    copied += tuple(
+        head for head, embedding in tied.items() if any(name.startswith(f"{embedding}.") for name in copied)
+    )
+    used = set[str]().union(*(matching.saving_entries(config, name) for name in copied))
+    heads = matching.HEADS.get(config.task_type or "", ())
+    warnings = [
+        f"modules_to_save: {entry!r} matches no module" for entry in entries if entry not in used and entry not in heads
+    ]
+    if not used and not set(heads).isdisjoint(entries):
+        names = " or ".join(heads)
+        warnings.append(f"task_type: {config.task_type} trains its head, {names}, in full, and the model has none")
+    return warnings
+
+
+def _near_misses(entry: str, names: Sequence[str]) -> str:
+    """Return a suggestion of similar names, empty if there are none."""
+    near_misses = [
+        name for name in errors.close_matches((entry,), names) if name != entry and not name.endswith(f".{entry}")
+    ]
+    return f"; near misses: {errors.quote_list(near_misses)}" if near_misses else ""
+
+
+def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    """Return warnings for patterns of one field that match no target, or the same target as another pattern."""
+    names_by_pattern: dict[str, list[str]] = {key: [] for key in patterns}
+    for name in chosen:
+        for key in matching_patterns(patterns, name):
+            names_by_pattern[key].append(name)
+    unmatched = [
+        f"{field}: {key!r} matches none of the targets" for key, names in names_by_pattern.items() if not names
+    ]
+    first: dict[str, str] = {}
+    pairs: dict[tuple[str, str], str] = {}
+    for key, names in names_by_pattern.items():
+        for name in names:
+            other = first.setdefault(name, key)
+            if other != key:
+                pairs.setdefault((other, key), name)
+    ambiguous = [f"{field}: {a!r} and {b!r} both match {name}, where the first wins" for (a, b), name in pairs.items()]
+    return [
+        *(*unmatched[:_LIMIT], *_remaining(unmatched, field + ": {} more match none of the targets")),
+        *(*ambiguous[:_LIMIT], *_remaining(ambiguous, field + ": {} more pairs match one module")),
+    ]
+
+
+def _remaining(warnings: Sequence[str], template: str) -> list[str]:
+    """Return one line for the warnings beyond the limit: a tower may be named layer by layer."""
+    return [template.format(len(warnings) - _LIMIT)] if len(warnings) > _LIMIT else []
+
+
+# ---------------------------------------------------------------- selection
+
 
 Mapped = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
 """`{leaf: (match, sizes, names of its modules by index)}`."""
@@ -85,7 +312,7 @@ def resolve_config(
     """
     if methods.get_method(config).scope == "model":
         return matching.with_task_heads(config)
-    config = tied.resolve_tying(config, keymap, shapes)
+    config = full_copies.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
@@ -133,7 +360,7 @@ def select_sites(
     sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
-        warnings += tuple(selection_warnings.unmatched_modules_to_save(config, saved, tied.tied_heads(keymap, shapes)))
+        warnings += tuple(unmatched_modules_to_save(config, saved, full_copies.tied_heads(keymap, shapes)))
     for warning in warnings:
         warn(warning)
     return sites
@@ -157,20 +384,18 @@ def _select_sites(
         return _select_for_model(config, method, keymap, shapes, in_file), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
-    layer_replication.check_layers(config, names)
+    check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
     parameter_sites = _bind_parameters(config, method, keymap, shapes)
-    warnings = selection_warnings.doubtful_selection(
+    warnings = doubtful_selection(
         config, names, (*selected, *(name for site in parameter_sites for name in site.modules))
     )
     if config.get("target_parameters"):
         matches = (match for leaf in shapes if (match := keymap.match(leaf)) is not None)
         known_parameters = [
-            name
-            for match in matches
-            for name in target_parameters.parameter_names(match, single_entry_sizes(match)).values()
+            name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()
         ]
-        unmatched = selection_warnings.unmatched_parameters(
+        unmatched = unmatched_parameters(
             config, dict.fromkeys((*known_parameters, *(name for site in parameter_sites for name in site.modules)))
         )
         if unmatched and not parameter_sites and not selected:
@@ -246,8 +471,8 @@ def _select_for_model(
 
 def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
     """Return the sites that `target_parameters` names."""
-    selected = target_parameters.select_parameters(config, keymap, shapes)
-    depths = target_parameters.wrapper_depths(keymap, (match for match, _, _ in selected))
+    selected = select_parameters(config, keymap, shapes)
+    depths = wrapper_depths(keymap, (match for match, _, _ in selected))
     sites: list[Site] = []
     for match, sizes, names in selected:
         indices = [index for index, name in names.items() if matching.is_parameter(config, name)]
@@ -261,7 +486,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
     adapted_leaves = {site.leaf for site in adapted}
     sites: list[Site] = []
     for match, sizes, copied_entries in full_copies.select_copies(config, keymap, shapes, wrapper_counts(adapted)):
-        names = target_parameters.parameter_names(match, sizes)
+        names = parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         method = next(iter(copied_entries.values()))
         sites.append(bind_site(config, method, keymap, match, sizes, modules))
@@ -309,3 +534,41 @@ def unselected_matrices(
         for leaf, possible_names in others.items()
         if any(matching.is_target(config, name) for name in possible_names)
     )
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def make_recipe(
+    config: Config,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    entries: Collection[Weight] = (),
+    *,
+    unsure: frozenset[str] = NONE,
+    found: Mapping[str, Shape] | None = None,
+    check: Callable[[Config, KeyMap], None] | None = None,
+    weights: Callable[[], Mapping[str, Any]] | None = None,
+) -> tuple[Recipe, Sites]:
+    """Resolve a configuration on a base, select its sites, and return the recipe and the sites.
+
+    Args:
+        shapes: `{dotted path: shape}` of the base leaves.
+        entries: the model's own entries, which come before those of the keymap. The recipe stores those of the sites.
+        unsure: leaves for whose axes the keymap could only guess.
+        found: the shapes of the tensors of an adapter file, by key, if the sites are for a file.
+        check: called with the resolved configuration and the keymap with `entries`, before the selection.
+        weights: returns the base weights, whose values replicated layers are compared by.
+
+    Raises `TargetError`, `KeyMapError` or `ConfigError`, as `selection.resolve_config` and `select_sites` do.
+    """
+    full = keymap.with_entries(entries)
+    config = resolve_config(config, full, shapes, unsure)
+    if check is not None:
+        check(config, full)
+    sites = select_sites(config, full, shapes, unsure, found)
+    if weights is not None:
+        check_values(config, full, weights)
+    selected = {site.leaf for site in sites}
+    used = keymap.with_entries(entry for entry in entries if entry.leaf in selected)
+    return Recipe(config, with_copy_entries(used, sites), len(sites)), sites

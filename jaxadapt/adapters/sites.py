@@ -2,6 +2,12 @@
 
 `sites_from_shapes` starts from an adapter without a model (saving), `selection.select_sites` from a model (attaching,
 loading). Both return the same `Site` values, which define the parameters' specs and the plan of the file.
+
+The parameters that a configuration adapts by their own names: PEFT's `target_parameters`.
+
+PEFT wraps the module that holds such a parameter. If a module holds several, the wrappers nest: the first parameter in
+the module's own order is innermost. With two parameters, `experts.base_layer.lora_A.weight` belongs to the first and
+`experts.lora_A.weight` to the second. A keymap's entries are in that order. Nothing here reads a model.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.adapters import full_copies, target_parameters
+from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.site import (
     FileShapes,
@@ -35,19 +41,101 @@ from jaxadapt.adapters.site import (
     tensor_entries,
     torch_layout,
 )
-from jaxadapt.configs import Config, matching
-from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_listed
-from jaxadapt.keymaps import plan
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, TargetError, raise_listed
+from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Modules
+
+# ---------------------------------------------------------------- target parameters
+
+
+Index = tuple[int, ...]
+KINDS = ("linear", "parameter", "experts")
+
+
+def parameter_names(match: Match, sizes: Mapping[str, int]) -> dict[Index, str]:
+    """Return the full names of a leaf's PyTorch parameters, by index over its braced axes."""
+    return {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
+
+
+def select_parameters(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]
+) -> list[tuple[Match, dict[str, int], dict[Index, str]]]:
+    """Return `(match, sizes, names of all its parameters)` for every leaf that the configuration names by a parameter.
+
+    Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
+    `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
+    """
+    if not config.get("target_parameters"):
+        return []
+    selected: list[tuple[Match, dict[str, int], dict[Index, str]]] = []
+    unmapped: list[str] = []
+    refused: list[str] = []
+    ambiguous: list[str] = []
+    for leaf, shape in shapes.items():
+        match = keymap.match(leaf)
+        if match is None or len(match.weight.left) != len(shape):
+            unmapped += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
+            continue
+        sizes = plan.axis_sizes(match, shape)
+        names = parameter_names(match, sizes)
+        if not any(matching.is_parameter(config, name) for name in names.values()):
+            continue
+        kind = match.weight.kind
+        if kind not in KINDS:
+            refused.append(f"{leaf} {shape}: kind {kind!r}")
+        elif kind == "linear" and match.weight.fan_in_fan_out:
+            refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), and PEFT would read it as (out, in)")
+        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(match, shape):
+            ambiguous.append(f"{leaf} {shape}")
+        selected.append((match, sizes, names))
+    raise_listed(
+        KeyMapError,
+        f"target_parameters names weights without an entry in the keymap {keymap.name!r}. Name the family with"
+        " keymap=, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'e i o -> e o i',"
+        " kind='experts'):",
+        unmapped,
+    )
+    raise_listed(
+        KeyMapError,
+        "target_parameters names square weights with an ambiguous layout: PyTorch may store them (out, in), as"
+        " nn.Linear does, or (in, out), as Conv1D of transformers does, and A and B would fit either way. Name the"
+        " modules in target_modules, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'i o -> o"
+        " i'):",
+        ambiguous,
+    )
+    raise_listed(
+        TargetError,
+        "target_parameters names weights that cannot be adapted by their own names; name their modules in"
+        " target_modules if they are matrices, or leave them out:",
+        refused,
+    )
+    return selected
+
+
+def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
+    """Return `{leaf: number of PEFT's wrappers outside its own}` for the leaves that one adapter adapts by name."""
+    order = {weight.leaf: i for i, weight in enumerate(keymap.weights)}
+    positions: dict[str, dict[str, int]] = {}  # parameters of each module, in the keymap's order; leaves may share one
+    names: dict[str, tuple[str, str]] = {}
+    for match in matches:
+        owner, name = names[match.leaf] = match.parameter({axis.strip("{}"): axis for axis in match.braced})
+        positions.setdefault(owner, {})[name] = order[match.weight.leaf]
+    ranked = {owner: sorted(parameters, key=parameters.__getitem__) for owner, parameters in positions.items()}
+    return {leaf: len(ranked[owner]) - 1 - ranked[owner].index(name) for leaf, (owner, name) in names.items()}
+
+
+# ---------------------------------------------------------------- sites
+
 
 __all__ = [
     "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
     "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors",
     "tensor_entries", "torch_layout",
 ]  # fmt: skip
-
-Index = tuple[int, ...]
 
 
 def targeted_entries(
@@ -126,7 +214,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
             copied.append((match, shapes))
         else:
             adapting.append((match, shapes))
-    depths = target_parameters.wrapper_depths(
+    depths = wrapper_depths(
         keymap, (match for match, shapes in adapting if _is_adapted_by_name(config, method, match, shapes))
     )
     for match, shapes in adapting:
@@ -148,7 +236,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
                 " of modules_to_save, bias and trainable_token_indices names it"
             )
         copy_method = next(iter(copied_entries.values()))
-        names = target_parameters.parameter_names(match, sizes)
+        names = parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
         sizes |= plan.axis_sizes_from_tensors(match, copy_tensors, shapes)
@@ -231,7 +319,7 @@ def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, sh
     """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
     if not config.get("target_parameters"):
         return False
-    names = target_parameters.parameter_names(match, _stacked_sizes(config, method, match, shapes))
+    names = parameter_names(match, _stacked_sizes(config, method, match, shapes))
     return any(matching.is_parameter(config, name) for name in names.values())
 
 
@@ -247,7 +335,7 @@ def _recover_site(
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
     sizes = _stacked_sizes(config, method, match, shapes)
-    names = target_parameters.parameter_names(match, sizes) if method.on_parameters else match.modules(sizes)
+    names = parameter_names(match, sizes) if method.on_parameters else match.modules(sizes)
     targeted = [index for index, name in names.items() if _is_targeted(config, method, name)]
     match, modules = targeted_entries(match, sizes, names, targeted)
     found = entry_shapes(match, shapes)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import initial_values, sharding
+from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays import quantized, regions
@@ -146,7 +146,7 @@ class Initialization:
             new |= low_rank.matrices_to_leaves(b, a_matrices, b_matrices)[1]
         values |= regions.put_on_devices(
             {path: x.astype(values[path].dtype) for path, x in new.items()},
-            sharding.adapter_shardings(computed, dict(shardings)),
+            initial_values.adapter_shardings(computed, dict(shardings)),
         )
         base: dict[str, Any] = {}
         if self.kind.base is not None:

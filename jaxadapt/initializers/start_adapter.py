@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, sharding, sites
+from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
 from jaxadapt.arrays import regions
 from jaxadapt.configs import Config, LoraConfig, lora
@@ -147,7 +147,7 @@ def start(
         computed = method.start_values(recipe.config, shapes, data)
         own = initial_values.new_dtype(dtype)
         started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
-        where = sharding.adapter_shardings(adapter_sites, parameters.shardings)
+        where = initial_values.adapter_shardings(adapter_sites, parameters.shardings)
         started = {path: regions.move_to(x, where[path]) if path in where else x for path, x in started.items()}
         values = initial_values.init_values(
             recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.full_copies import tied_heads
 from jaxadapt.adapters.sites import Site, require_complete, sites_of
-from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import methods
-from jaxadapt.adapters import target_parameters
+from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
 from jaxadapt.arrays.layout import FileLayout
@@ -258,7 +258,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
     sizes = single_entry_sizes(match) | {
         name: size for name, size in factors.entries[0].form.axis_sizes.items() if name not in match.roles["fused"]
     }
-    names = (target_parameters.parameter_names if factors.site.method.on_parameters else Match.modules)(match, sizes)
+    names = (sites.parameter_names if factors.site.method.on_parameters else Match.modules)(match, sizes)
     modules = {module.partition("#")[0].removeprefix(keymap.prefix) for module in rows.modules}
     return len({index[-1] for index, name in names.items() if name in modules}) or len(
         match.weight.index_names(match.roles["fused"][0]) or ()

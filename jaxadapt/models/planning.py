@@ -9,7 +9,7 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.recipes import make_recipe
+from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.sites import Site, Sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes

@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
+from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, sites, state_dict_keys
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
@@ -64,7 +64,7 @@ def take_adapter(
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
-    config = renaming.rename_targets(source.adapter.config, source.sites, new)
+    config = state_dict_keys.rename_targets(source.adapter.config, source.sites, new)
     return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
 
 
@@ -96,7 +96,7 @@ def encode_tree(
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, on_shared)
-        embeddings.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        base_weights.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         return dataclasses.replace(
@@ -188,10 +188,10 @@ def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any
 def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:
     """Add the base's embedding and head if `save_embedding_layers` asks for them."""
     adapter, held = source.adapter, source.held
-    if not embeddings.may_need_embeddings(adapter.config, save):
+    if not base_weights.may_need_embeddings(adapter.config, save):
         return encoded
     base = held.leaves() if held.has_base else None
-    return embeddings.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
+    return base_weights.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
 
 
 def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> tuple[Config, Mapping[str, Any]]:
@@ -213,7 +213,7 @@ def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> t
 
 def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
-    if not tied.repeats_heads(config, keymap, leaves):
+    if not full_copies.repeats_heads(config, keymap, leaves):
         return encoded
-    more = tied.repeat_for_heads(config, encoded.plan.entries, keymap)
+    more = full_copies.repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))

@@ -12,18 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import methods
-from jaxadapt.adapters import (
-    base_weights,
-    embeddings,
-    experts,
-    full_copies,
-    initial_values,
-    sharding,
-    sites,
-    state_dict_keys,
-    tied,
-    vocabulary,
-)
+from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, sites, state_dict_keys
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import PEFT_VERSION, Config, lora
 from jaxadapt.core import paths
@@ -173,7 +162,7 @@ def adapter_from_tensors(
     if has_parts(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=cut_parts(tensors.tensors, plan.keys))
     if on_mismatch == "skip":
-        fitted = vocabulary.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
+        fitted = base_weights.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
         tensors = dataclasses.replace(tensors, tensors=fitted)
     specs = as_source(tensors.tensors).specs
     dtypes = {key: spec.dtype for key, spec in specs.items()}
@@ -186,13 +175,13 @@ def adapter_from_tensors(
         if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
     ]
     shapes = {key: spec.shape for key, spec in specs.items()}
-    if tied.repeats_heads(tensors.config, recipe.keymap, base.leaves):
-        repeated = tied.redundant_head_keys(
+    if full_copies.repeats_heads(tensors.config, recipe.keymap, base.leaves):
+        repeated = full_copies.redundant_head_keys(
             tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
         )
         shapes = {key: shape for key, shape in shapes.items() if key not in repeated}
     if shapes.keys() - plan.keys.keys():
-        redundant = embeddings.embedding_keys(
+        redundant = base_weights.embedding_keys(
             tensors.config, tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
         )
         redundant |= full_copies.redundant_keys(tensors.tensors, plan.keys, tensors.source)
@@ -370,5 +359,5 @@ def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[
     """Return {path: sharding}: the requested shardings, else those that follow from the base."""
     if shardings is not None:
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings
-        return sharding.requested_shardings(requested, adapter_sites)
-    return sharding.adapter_shardings(adapter_sites, base.shardings)
+        return initial_values.requested_shardings(requested, adapter_sites)
+    return initial_values.adapter_shardings(adapter_sites, base.shardings)

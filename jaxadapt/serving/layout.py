@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import methods
-from jaxadapt.adapters import sharding
+from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.sites import Site, Sites, sites_of
 from jaxadapt.arrays import finite
@@ -145,7 +145,7 @@ def _shardings(place: Place, base: Any) -> dict[str, NamedSharding]:
     shardings = dict.fromkeys(place.kept, NamedSharding(base.mesh, PartitionSpec()))
     for name in place.kept.keys() & entries.keys():
         form = entries[name].form
-        spec = sharding.propagate_axes(site.match, form, tuple(base.spec))
+        spec = initial_values.propagate_axes(site.match, form, tuple(base.spec))
         order = _stack_first_order(site, len(form.shape))
         spec = [spec[axis] for axis in order]
         spec.insert(place.layers, None)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt import init
-from jaxadapt.adapters.selection_warnings import doubtful_selection, unmatched_targets
+from jaxadapt.adapters.selection import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.ia3 import is_feedforward

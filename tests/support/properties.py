@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt.adapters import selection, sharding, sites
+from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.core.errors import KeyMapError
 from tests.support import entries
 
@@ -78,7 +78,7 @@ def shardings_follow(peft_type: str, data: st.DataObject) -> None:
     assume(len(set(entry.shape)) == len(entry.shape))
     spec = _draw_spec(entry.shape, data)
     base = NamedSharding(_mesh(), spec)
-    found = sharding.adapter_shardings([site], {"w": base})
+    found = initial_values.adapter_shardings([site], {"w": base})
     of_size = dict(zip(entry.shape, itertools.chain(spec, itertools.repeat(None)), strict=False))
     parts = dict(zip(entry.left, entry.shape, strict=True)).get("{z}")
     assume(parts not in {case.config.get("r"), *(case.config.get("rank_pattern") or {}).values()})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxadapt import ConfigError
-from jaxadapt.adapters import selection_warnings
+from jaxadapt.adapters import selection
 from jaxadapt.arrays import layout
 from jaxadapt.configs import LoraConfig, matching
 from jaxadapt.configs.frozen import find_pattern_value
@@ -73,7 +73,7 @@ def test_rank_patterns_of_a_name_for_each_module():
             config = LoraConfig(rank_pattern=known, target_modules=["gate_proj"])
             for name, rank in known.items():
                 assert find_pattern_value(config.rank_pattern, name, 8) == rank
-            assert not selection_warnings.doubtful_selection(config, list(known), list(known))
+            assert not selection.doubtful_selection(config, list(known), list(known))
 
         return work
 
@@ -104,7 +104,7 @@ def test_thousands_of_modules_to_save():
         def work() -> None:
             assert not any(matching.is_target(config, f"model.{name}.q") for name in every)
             assert all(matching.is_saved(config, f"model.{name}.weight") for name in every)
-            assert not selection_warnings.unmatched_modules_to_save(config, [f"model.{name}" for name in every], {})
+            assert not selection.unmatched_modules_to_save(config, [f"model.{name}" for name in every], {})
 
         return work
 
@@ -118,7 +118,7 @@ def test_thousands_of_target_parameters():
 
         def work() -> None:
             assert all(matching.is_parameter(config, f"model.{name}") for name in every)
-            assert not selection_warnings.unmatched_parameters(config, every)
+            assert not selection.unmatched_parameters(config, every)
 
         return work
 

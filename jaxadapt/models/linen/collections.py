@@ -13,7 +13,7 @@ from flax.core import meta as meta  # re-exported
 from flax.linen import spmd
 
 from jaxadapt import methods
-from jaxadapt.adapters import sharding, sites
+from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import (
     CONFIG_NODE,
     SHARED_NODE,
@@ -72,7 +72,7 @@ def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
         if site.leaf in boxes:
             box = boxes[site.leaf]
             for entry in site.entries:
-                names = sharding.propagate_axes(site.match, entry.form, tuple(box.names))
+                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
                 values[entry.path] = box.replace(value=values[entry.path], names=names)
     return dataclasses.replace(adapter, params=paths.unflatten(values))
 

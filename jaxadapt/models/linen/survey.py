@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import methods
-from jaxadapt.adapters import target_parameters
+from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
@@ -106,7 +106,7 @@ class Survey:
             if match is not None and len(match.weight.left) == len(self.shapes[leaf]):
                 sizes = plan.axis_sizes(match, self.shapes[leaf])
                 modules = match.modules(sizes).values()
-                parameters = target_parameters.parameter_names(match, sizes).values()
+                parameters = sites.parameter_names(match, sizes).values()
             else:
                 modules, parameters = [leaf.rpartition(".")[0]], [leaf]
             if any(matching.is_target(config, module) for module in modules) or any(

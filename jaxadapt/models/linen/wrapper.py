@@ -19,7 +19,7 @@ from flax.core import meta
 from jaxadapt import methods
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
-from jaxadapt.adapters.recipes import make_recipe
+from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.sites import Sites
 from jaxadapt.configs import Config
 from jaxadapt.core import paths

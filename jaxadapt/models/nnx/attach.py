@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import methods
-from jaxadapt.adapters import sharding, sites
+from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.axes import contradiction_message
@@ -70,7 +70,7 @@ def _sharding_metadata(site: sites.Site, entry: plan.PlanEntry, base: Mapping[st
     inherited = {key: base[key] for key in ("sharding_rules", "mesh", nnx.PARTITION_NAME) if key in base}
     return {
         **inherited,
-        "out_sharding": sharding.propagate_axes(site.match, entry.form, tuple(spec)),
+        "out_sharding": initial_values.propagate_axes(site.match, entry.form, tuple(spec)),
         # The values are already placed, or the surrounding trace places them.
         "eager_sharding": False,
     }
