@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from jaxadapt.models.attachment import extract as extract
     from jaxadapt.models.attachment import init as init
     from jaxadapt.models.attachment import inject as inject
-    from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
-    from jaxadapt.models.nnx.params import BaseParam as BaseParam
-    from jaxadapt.models.nnx.params import FrozenParam as FrozenParam
-    from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
-    from jaxadapt.models.nnx.params import SharedParam as SharedParam
+    from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
+    from jaxadapt.models.nnx.graph import BaseParam as BaseParam
+    from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam
+    from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
+    from jaxadapt.models.nnx.graph import SharedParam as SharedParam
     from jaxadapt.models.prompt.attention import attention as attention
     from jaxadapt.models.summary_table import summary as summary
     from jaxadapt.models.target_selection import select as select

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
-from jaxadapt.models.nnx.params import SharedParam
+from jaxadapt.models.nnx.graph import SharedParam
 from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]

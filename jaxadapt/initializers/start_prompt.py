@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays import quantized
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.prompt.embedding import input_embedding
+from jaxadapt.models.prompt.rewriting import input_embedding
 
 Array = Any
 

@@ -25,7 +25,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods import Effects, Method
 from jaxadapt.methods.base import Array, Drop, Params
-from jaxadapt.models import gradients
+from jaxadapt.models import invocation
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen import survey, wrapper
 from jaxadapt.models.linen.interceptor import SEP, LeafAdapter, intercept
@@ -242,7 +242,7 @@ def sum_outputs(out: Any) -> Array:
 
 def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     # One for each observer, because it keeps references of `forward`.
-    gradient = gradients.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
+    gradient = invocation.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         before = attach.active_names(model)

@@ -1,4 +1,9 @@
-"""Which adapters of a model are active: `activate` and `disable`."""
+"""Which adapters of a model are active, and how strongly.
+
+Which adapters of a model are active: `activate` and `disable`.
+
+Rescaling of adapters at run time: the trained values are multiplied, so that jitted functions are not recompiled.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,20 @@ import contextlib
 from collections.abc import Generator
 from typing import Any
 
-from jaxadapt.core.errors import AttachError
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.carriers import carrier
+from jaxadapt.models.carriers.base import DEFAULT, Carrier
+from jaxadapt.models.nnx import attach, graph
+
+# ---------------------------------------------------------------- activation
 
 
 def activate(model: Any, *names: Any) -> Any:
@@ -66,3 +83,113 @@ def disable(model: Any) -> Generator[Any]:
         held = carrier(model)
         present = held.names()  # the context may have deleted some
         held.activate([name for name in before if name in present])
+
+
+# ---------------------------------------------------------------- adapter scale
+
+
+Array = Any
+
+
+@contextlib.contextmanager
+def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
+    """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
+
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the variables
+    to use. The factor may be a traced array: a function jitted over the model or the variables is not retraced for
+    another factor, and a call costs no more than without `rescale`. For inference only: values trained inside the
+    context are restored at its end, and an error is raised. An adapter saved or extracted inside is the rescaled one.
+
+    Args:
+        tree: an NNX model, Linen variables, or an `Adapter`.
+        factor: a number; 0 switches the update off, a negative number subtracts it.
+        name: the adapter's name; by default the active adapters of a model, and all adapters of other trees.
+
+    LoRA's B is multiplied in float32 and rounded to B's dtype. So in 16 bits a factor that is not a power of two costs
+    one rounding. Raises `AttachError` for adapters without a scale (IA3), or if no adapter has that name.
+
+    >>> import jax.numpy as jnp, jaxadapt
+    >>> from flax import nnx as fnnx
+    >>> class Net(fnnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.q_proj = fnnx.Linear(4, 6, rngs=rngs)
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    >>> net = jaxadapt.adapt(Net(fnnx.Rngs(0)), config, rngs=fnnx.Rngs(1))
+    >>> x, base = jnp.ones((1, 4)), jaxadapt.detach(fnnx.clone(net)).q_proj
+    >>> with rescale(net, 0.5):
+    ...     half = net.q_proj(x) - base(x)
+    >>> bool(jnp.allclose(2 * half, net.q_proj(x) - base(x), atol=1e-6))
+    True
+    """
+    if np.ndim(factor):
+        raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
+    held = carrier(tree)
+    if not held.in_place:
+        yield _rescale_tree(held, factor, name)
+        return
+    variables = _find_variables(tree, name)
+    before = {path: var.get_value() for path, var in variables.items()}
+    scaled = [p for p, v in variables.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
+    scaled_values = {**before, **{path: _multiply(before[path], factor) for path in scaled}}
+    try:
+        for path in scaled:
+            variables[path].set_value(scaled_values[path])
+        yield tree
+        changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled_values[path])]
+    finally:
+        for path, var in variables.items():
+            var.set_value(before[path])
+    raise_listed(
+        AttachError,
+        "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
+        " were discarded. Train outside the context:",
+        changed,
+    )
+
+
+def _multiply(value: Array, factor: Any) -> Array:
+    return (value * jnp.asarray(factor, jnp.float32)).astype(value.dtype)
+
+
+def _values_differ(new: Array, old: Array) -> bool:
+    """Return True if two arrays differ; an array that a jitted function returned unchanged is equal, not identical."""
+    if new is old or isinstance(new, Tracer) or isinstance(old, Tracer):
+        return False
+    return not bool(jnp.array_equal(new, old, equal_nan=True))
+
+
+def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
+    """Return `{"adapter: path": variable}` of the named (or active) adapters."""
+    walked = graph.walk_if_model(model)
+    present = walked.adapters
+    chosen = attach.active_names(walked) if name is None else (name,)
+    missing = [n for n in chosen if n not in present]
+    if missing or not chosen:
+        raise AttachError(
+            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
+            f" {sorted(present) or 'none'}"
+        )
+    out: dict[str, Any] = {}
+    for n in chosen:
+        metadata = {path: var.get_metadata()["adapter"] for path, var in present[n].items()}
+        scaled = [path for path, meta in metadata.items() if path.rpartition(".")[2] in meta.method.scaled]
+        _require_scale(scaled, n, next(iter(metadata.values())).recipe.config)
+        out |= {f"{n}: {path}": var for path, var in present[n].items()}
+    return out
+
+
+def _require_scale(scaled: Any, name: str, config: Any) -> None:
+    if not scaled:
+        raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
+
+
+def _rescale_tree(held: Carrier, factor: Any, name: str | None) -> Any:
+    def scale(name: str, adapter: Adapter) -> dict[str, Any]:
+        leaves = paths.flatten(adapter.params)
+        scaled = [path for path in leaves if path.rpartition(".")[2] in methods.get_method(adapter.config).scaled]
+        _require_scale(scaled, name, adapter.config)
+        return leaves | {path: jax.tree.map(lambda x: _multiply(x, factor), leaves[path]) for path in scaled}
+
+    if name is not None or not held.has_adapters():
+        held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
+    return held.map_adapters(scale, None if name is None else (name,))

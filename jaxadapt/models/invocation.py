@@ -1,23 +1,34 @@
-"""Data of a call for adapters that need it: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA."""
+"""Data of a call that some adapters need, and gradients of a function of a model.
+
+Data of a call for adapters that need it: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
+
+Gradients of a function of an NNX model, with respect to some of its adapter parameters.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxadapt.adapters.adapter import SHARED_NODE, collection_name
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import get_method
-from jaxadapt.models.carriers import Model, Wrapper, carrier
+from jaxadapt.methods.registry import get_method
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.carriers.nnx_kinds import Model
+from jaxadapt.models.carriers.tree_kinds import Wrapper
 from jaxadapt.models.linen.overlay import repeat_on_stack
-from jaxadapt.models.nnx import params
+from jaxadapt.models.nnx import attach, graph
+
+# ---------------------------------------------------------------- invocation
+
 
 Array = Any
 
@@ -84,7 +95,7 @@ def invoke(
         if get_method(adapters[name].config).scope == "model":  # a prompt, whose tensors are the model's
             variables = vars(model)[collection][name][SHARED_NODE]
             for key, array in arrays.items():
-                variables[key] = params.CallData(array)
+                variables[key] = graph.CallData(array)
                 extended.append((variables, key))
         for site in sites:
             module, attr = owners[site.leaf]
@@ -92,7 +103,7 @@ def invoke(
                 variables = vars(module)[collection][name][attr]
                 shape = vars(module)[attr].shape
                 for key, array in arrays.items():
-                    variables[key] = params.CallData(repeat_on_stack(array, site.match.stack, shape))
+                    variables[key] = graph.CallData(repeat_on_stack(array, site.match.stack, shape))
                     extended.append((variables, key))
     try:
         yield model
@@ -118,3 +129,33 @@ _USERS = {
     "prefilled": "a prompt of embeddings",
     "noise": "a PVERA",
 }
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def adapter_gradient(
+    f: Callable[[Any, Any], Any], name: str, tensor: str
+) -> Callable[[Any, Any], dict[str, dict[str, Any]]]:
+    """Return `run(model, batch)`, which returns `{adapter: {path: gradient}}` of the scalar `f(model, batch)`.
+
+    The gradients are those of the tensor called `tensor` in the adapter called `name`. `run` compiles once.
+    """
+
+    def is_wanted(path: Any, value: Any) -> bool:
+        return isinstance(value, attach.AdapterParam) and path[-1] == tensor and name in path
+
+    def gradient(graphdef: Any, wanted: Any, rest: Any, batch: Any) -> Any:
+        def value(wanted: Any) -> Any:
+            copies = jax.tree.map(lambda x: x, rest)  # variables belong to the trace that creates them
+            return f(nnx.merge(graphdef, wanted, copies), batch)
+
+        return jax.grad(value)(wanted)
+
+    jitted = jax.jit(gradient, static_argnums=0)
+
+    def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
+        variables = attach.adapter_variables(jitted(*nnx.split(model, is_wanted, ...), batch))
+        return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
+
+    return run

@@ -1,19 +1,24 @@
-"""Planning of an adapter: binds a configuration to a model or to a tree of base parameters, for NNX and Linen."""
+"""Planning of an adapter: binds a configuration to a model or to a tree of base parameters, for NNX and Linen.
+
+The base parameters of a model or of a tree, by dotted path, traversed once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
 from jaxadapt.adapters import selection
-from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.sites import Site, Sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families, generic
@@ -21,9 +26,89 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models import layers
-from jaxadapt.models.base_params import BaseParams
-from jaxadapt.models.nnx import abstract_call, attach, graph, prompt, survey
-from jaxadapt.models.prompt.embedding import with_width
+from jaxadapt.models.linen import collections
+from jaxadapt.models.nnx import attach, graph, prompt, survey
+from jaxadapt.models.prompt.rewriting import with_width
+
+# ---------------------------------------------------------------- base params
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseParams:
+    """Base parameters from a tree, and the model or variables that hold them."""
+
+    held: Mapping[str, Any]
+    """`{path: leaf}` with boxes (`nn.Partitioned`, …); of a model `{path: (module, attribute)}`."""
+    target: Any
+    """The model or variables, which may have adapters."""
+    walked: graph.ModelWalk | None = None
+    """The result of the traversal, for a model only."""
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array or spec}`, without boxes."""
+        return {path: collections.unbox_tree(leaf) for path, leaf in self.held.items()}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
+
+    @functools.cached_property
+    def shardings(self) -> dict[str, Any]:
+        """`{path: sharding}`; None for a leaf without a sharding."""
+        return collections.base_shardings(self.held)
+
+    @functools.cached_property
+    def keymap(self) -> KeyMap | None:
+        """The keymap of an adapter that the variables have, if any."""
+        for collection in collections.adapter_collections(self.target).values():
+            for name, tree in collection.items():
+                return collections.read_adapter(tree, name).keymap
+        return None
+
+
+class ModelParams(BaseParams):
+    """Base parameters of an NNX model."""
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array or spec}`."""
+        return survey.base_values(self.held)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        return survey.base_shapes(self.held)
+
+    @functools.cached_property
+    def shardings(self) -> dict[str, Any]:
+        """`{path: sharding}`; None for a leaf without a sharding."""
+        return dict(attach.base_shardings(self.held))
+
+    @functools.cached_property
+    def keymap(self) -> KeyMap | None:
+        """The keymap of an adapter that the model has, if any."""
+        adapters = attach.adapter_variables(self.walked or self.target)
+        known = (var for by_path in adapters.values() for var in by_path.values())
+        return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
+
+
+def read_params(params: Any, target: Any = None) -> BaseParams:
+    """Return the base parameters in nested mappings. Raises `AttachError` if a leaf is not an array."""
+    base = BaseParams(paths.flatten(params), target)
+    odd = [
+        f"{path}: {type(leaf).__name__}"
+        for path, leaf in base.leaves.items()
+        if not (is_array(leaf) or quantized.is_quantized(leaf))
+    ]
+    raise_listed(
+        AttachError, 'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:', odd
+    )
+    return base
+
+
+# ---------------------------------------------------------------- planning
 
 
 def plan_adapter(
@@ -100,7 +185,7 @@ def _plan_on_model(
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(GENERIC, weights=()) if keymap == GENERIC else keymap
         wanted = survey.custom_leaves(owners, selection.uncovered_leaves(config, known.with_entries(entries), shapes))
-        traced, others = abstract_call.trace_axes(model, walked, example, wanted, required=not all_linear)
+        traced, others = survey.trace_axes(model, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
     known_leaves = {entry.leaf for entry in entries}
@@ -127,7 +212,7 @@ def _plan_on_model(
         dropped = [x.leaf for x in sites if x.method.drops == "input" and x.method.dropout(x.hparams)]
         hooks = {site.leaf: methods.AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
         forward = [leaf for leaf, hook in hooks.items() if hook.forward]
-        abstract_call.check_calls(model, hooks, dropped, forward, example)
+        survey.check_calls(model, hooks, dropped, forward, example)
     return recipe, sites
 
 

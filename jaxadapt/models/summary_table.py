@@ -17,7 +17,7 @@ from jaxadapt.core.progress import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import attach, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,4 +237,4 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    return how | abstract_call.record_uses(held.tree, used, inputs)
+    return how | survey.record_uses(held.tree, used, inputs)

@@ -25,9 +25,9 @@ from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.models import planning
-from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, multihost, orbax_folder, peft, repair_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location

@@ -23,9 +23,9 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import cut_parts, has_parts
 from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.models import planning
-from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.linen import collections
+from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import device_arrays, encode
 from jaxadapt.storage.source import as_source
 from jaxadapt.storage.strided import float_dtype, is_float

@@ -10,7 +10,7 @@ from typing import Any
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
 from jaxadapt.models.linen.wrapper import Adapted
-from jaxadapt.models.nnx import rows as nnx_rows
+from jaxadapt.models.nnx import attach as nnx_rows
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.serving.bank import Bank
 from jaxadapt.serving.pool import AdapterPool

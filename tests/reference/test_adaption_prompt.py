@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 
 import jaxadapt
 from jaxadapt.core.errors import AttachError, ConfigError, TargetError
-from jaxadapt.models.prompt import gated
+from jaxadapt.models.prompt import attention
 from tests.support import prompts
 from tests.support.prompts import IDS, RIGHT, Case, close, loaded, torch_base
 from tests.support.twins import llama
@@ -137,6 +137,6 @@ def test_bad_input() -> None:
         ".".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(twin, jaxadapt.BaseParam))
     }
     with pytest.raises(AttachError, match="has a bias, which PEFT adds once more"):
-        gated.gated_layers(adapter.recipe, adapter.shared, base | bias)
+        attention.gated_layers(adapter.recipe, adapter.shared, base | bias)
     with pytest.raises(AttachError, match="layer 7: the base has no self_attn with k_proj"):
-        gated.gated_layers(adapter.recipe, values, base)
+        attention.gated_layers(adapter.recipe, values, base)

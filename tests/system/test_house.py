@@ -278,7 +278,7 @@ NAMING = {
     "configs.listing": "the types of PEFT",
     "configs.registry": "the table of the configurations",
     "export.adapter_files": "IA3's configuration has a second list of modules, whose names change too",
-    "models.prompt.gated": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
+    "models.prompt.attention": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
     "persistence.consumers": "the methods that other programs read",
     "persistence.image_configs": "the methods of kohya-ss and LyCORIS",
     "persistence.image_files": "the methods of kohya-ss and LyCORIS",

@@ -10,7 +10,6 @@ from flax import nnx
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers.base import DEFAULT as DEFAULT
 from jaxadapt.models.carriers.base import Carrier as Carrier
 from jaxadapt.models.carriers.base import check_free as check_free
@@ -22,6 +21,7 @@ from jaxadapt.models.carriers.tree_kinds import Module as Module
 from jaxadapt.models.carriers.tree_kinds import Wrapper as Wrapper
 from jaxadapt.models.foreign.tree import ForeignTree, find_lora
 from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.planning import BaseParams
 
 _KINDS: tuple[tuple[type[Any], type[Carrier]], ...] = (  # the first that fits: an nnx.Dict is a Mapping too
     (nnx.Module, Model),

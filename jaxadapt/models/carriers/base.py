@@ -14,10 +14,10 @@ from jaxadapt.core import paths
 from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.foreign.tree import ForeignTree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
+from jaxadapt.models.planning import BaseParams
 from jaxadapt.models.trees import is_box, rebox, unbox
 
 DEFAULT = "default"

@@ -17,11 +17,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
-from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
 from jaxadapt.models.carriers.base import Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.nnx import attach, graph, survey
-from jaxadapt.models.nnx.params import LayerNumber
+from jaxadapt.models.nnx.graph import LayerNumber
+from jaxadapt.models.planning import BaseParams, ModelParams, read_params
 
 # Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
 # that follow from an adapter's configuration, and variables that exist only during one call.

@@ -15,12 +15,12 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.base_params import BaseParams, read_params
 from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.planning import BaseParams, read_params
 
 _NOT_REST = {"params", "intermediates", "cache", "perturbations"}
 

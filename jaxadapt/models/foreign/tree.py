@@ -1,42 +1,260 @@
 """Foreign trees: export of their LoRA leaves as PEFT's tensors, and import of a file's tensors.
 
 The paths and layouts are in `dialects/`, the sites in `survey.py`, access to the trees in `models/trees.py`.
+
+Arrays of a foreign tree built from a file's tensors: their dtypes, contents and devices.
+
+Placement of a file's tensors in the LoRA leaves of a foreign tree, and the checks that it is exact.
+
+Uses only shapes, and a comparison of tensors that the caller passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import make_file_plan
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, LoraConfig, matching
-from jaxadapt.configs.lora import require_original_base
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig, require_original_base
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as foreign_config
-from jaxadapt.models.foreign import dialects, fill, own_heads, per_head, slots
-from jaxadapt.models.foreign.build import bitwise_same, build_array, choose_dtypes, place_like, same_object
+from jaxadapt.models.foreign import dialects, own_heads, per_head, slots
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.models.foreign.fill import Placed
+from jaxadapt.models.foreign.per_head import require_rank
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
 from jaxadapt.storage.source import as_source
+
+# ---------------------------------------------------------------- fill
+
+
+Array = Any
+
+Placed = dict[int, tuple[Array, slice, float]]
+"""The content of an array: `{number of a key: (tensor, its rows on the rank's axis, factor)}`."""
+
+
+def place_tensors(
+    sites: ForeignSites,
+    tensors: Mapping[str, Array],
+    ratios: Mapping[str, float],
+    concat: bool,
+    same: Any,
+) -> dict[str, tuple[FactorArray, Placed]]:
+    """Return the placement of a file's tensors, `{path of an array: (the array, its content)}`.
+
+    Args:
+        tensors: `{key: array}`, with shapes that `check_tensors` accepts.
+        ratios: `{module: the file's scale / the tree's scale}` of the modules that the file adapts.
+        concat: concatenate tensors that differ but share one array of the tree along the rank's axis.
+        same: `(a, b) -> bool`, True if two tensors are bitwise equal.
+
+    Raises one `MismatchError` with every array that cannot hold the file's tensors exactly.
+    """
+    out: dict[str, tuple[FactorArray, Placed]] = {}
+    rows, differ, need = _assign_rows(sites, tensors, ratios, same)
+    if differ and not concat:
+        raise MismatchError(
+            f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file,"
+            " which differ:\n"
+            + paths.bullets(dict.fromkeys(differ))
+            + '\nTrain the modules with one A, or build the target with a larger rank and pass on_shared="concat",'
+            " which concatenates the tensors"
+        )
+    small = {half.path: half for g in sites.sites for half in (g.a, g.b) if need[half.path] > half.rank}
+    require_rank(
+        [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()],
+        max(need.values(), default=0),
+    )
+    for site in sites.sites:
+        for half, is_b in ((site.a, False), (site.b, True)):
+            out[half.path] = (
+                half,
+                {
+                    i: (tensors[key], rows[m], ratios[m] if is_b else 1.0)
+                    for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
+                    if m in rows
+                },
+            )
+    return out
+
+
+def needed_tree_rank(sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any) -> int:
+    """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
+    return max(_assign_rows(sites, tensors, ratios, same)[2].values())
+
+
+def _assign_rows(
+    sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
+) -> tuple[dict[str, slice], list[str], dict[str, int]]:
+    """Return each module's rows on the rank's axis, the arrays whose tensors differ, and each array's needed rank."""
+    rows: dict[str, slice] = {}
+    differ: list[str] = []
+    need: dict[str, int] = {}
+    for site in sites.sites:
+        for half in sorted((site.a, site.b), key=lambda half: -half.shared):
+            need[half.path] = 0
+            for first in range(0, len(half.keys), half.shared):
+                sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
+                groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
+                if len(set(groups)) > 1:
+                    names = [half.modules[i] for i in sharers]
+                    differ.append(f"{half.path} is shared by {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
+                ends: dict[int, int] = {}
+                end = 0
+                for i, group in zip(sharers, groups, strict=True):
+                    rank = int(tensors[half.keys[i]].shape[half.form.file_rank])
+                    if half.shared == 1 and half.modules[i] in rows:  # its shared partner has set the rows
+                        end = rows[half.modules[i]].stop
+                        continue
+                    if group not in ends:
+                        end += rank
+                        ends[group] = end
+                    own_rows = slice(ends[group] - rank, ends[group])
+                    if rows.setdefault(half.modules[i], own_rows) != own_rows:
+                        differ.append(f"{half.path} and its partner are both shared by several modules")
+                need[half.path] = max(end, need[half.path])
+    return rows, differ, need
+
+
+def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
+    """Return a number for each tensor; equal tensors have the same number."""
+    firsts: list[Array] = []
+    out: list[int] = []
+    for tensor in tensors:
+        for number, first in enumerate(firsts):
+            if tuple(first.shape) == tuple(tensor.shape) and same(first, tensor):
+                out.append(number)
+                break
+        else:
+            out.append(len(firsts))
+            firsts.append(tensor)
+    return out
+
+
+def check_tensors(
+    sites: ForeignSites, modules: Collection[str], shapes: Mapping[str, Sequence[int]], source: str
+) -> None:
+    """Raise one `MismatchError` unless a file has the tensors of `modules`, with the expected shapes but for the rank.
+
+    Tensors of other modules may be missing: their B becomes zero.
+    """
+    expected: dict[str, Spec] = {}
+    optional: set[str] = set()
+    for half in (half for site in sites.sites for half in (site.a, site.b)):
+        sizes = tuple(None if i == half.form.file_rank else size for i, size in enumerate(half.form.file_shape))
+        expected |= dict.fromkeys(half.keys, Spec(sizes))
+        optional |= {key for key, module in zip(half.keys, half.modules, strict=True) if module not in modules}
+    parts = group_findings(
+        compare(expected, {key: Spec(tuple(shape)) for key, shape in shapes.items()}, optional),
+        f"missing from {source} (its configuration names their modules)",
+        f"unexpected (no {sites.dialect.name} leaf matches them)",
+    )
+    if parts:
+        raise MismatchError(
+            f"{source} does not match the {sites.dialect.name} leaves of the target:\n"
+            + "\n".join(parts)
+            + "\nCheck that the adapter is for this base model, that the target adapts the same layers, and keymap="
+        )
+
+
+# ---------------------------------------------------------------- build
+
+
+def bitwise_same(a: Any, b: Any) -> bool:
+    """Return True if two arrays are bitwise equal, so that a NaN equals itself and 0.0 differs from -0.0."""
+    x, y = np.asarray(a), np.asarray(b)
+    return x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def same_object(a: Any, b: Any) -> bool:
+    """Return True for one object; traced arrays cannot be compared by value."""
+    return a is b
+
+
+def choose_dtypes(
+    leaves: Mapping[str, Any], placed: Mapping[str, tuple[FactorArray, Placed]], dtype: Any, source: str
+) -> dict[str, Any]:
+    """Return each array's dtype: `dtype`, or the tree's own, which must represent the file's numbers exactly."""
+    out: dict[str, Any] = {}
+    lossy: list[str] = []
+    for path, (_, contents) in placed.items():
+        own = np.dtype(leaves[path].dtype)
+        out[path] = own if dtype is None else np.dtype(dtype)
+        file_dtypes = {np.dtype(tensor.dtype) for tensor, _, _ in contents.values()}
+        lossy += [f"{path}: {own.name}, in the file {d.name}" for d in file_dtypes if not _is_exact(d, own)]
+    if lossy and dtype is None:
+        raise MismatchError(
+            f"{source}: the dtypes of the target's LoRA leaves cannot represent these tensors exactly. Pass"
+            " dtype= to choose"
+            f" one, with rounding if necessary:\n{paths.bullets(lossy)}"
+        )
+    return out
+
+
+def _is_exact(stored: np.dtype, own: np.dtype) -> bool:
+    """Return True if a dtype represents the numbers of a file's dtype exactly; JAX promotes no 8-bit floats."""
+    return own == stored or (own.itemsize > 1 and (stored.itemsize == 1 or jnp.promote_types(stored, own) == own))
+
+
+def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:
+    """Build the new array in the tree's shape; rows without a tensor are zero, or unchanged if `keep`."""
+    keep = keep and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
+    if traced:
+        out: Any = jnp.asarray(current, dtype).reshape(half.shape) if keep else jnp.zeros(half.shape, dtype)
+    else:
+        out = np.array(current, dtype).reshape(half.shape) if keep else np.zeros(half.shape, dtype)
+    done: set[tuple[int, int]] = set()
+    for i, (tensor, rows, factor) in contents.items():
+        position = (i // half.shared, rows.start)
+        if position in done:  # the same tensor, for another module that shares it
+            continue
+        done.add(position)
+        piece = half.form.unit(rows.stop - rows.start).decode(tensor if traced else np.asarray(tensor))
+        if factor != 1.0:  # at most one rounding
+            wide = np.dtype(np.float32 if traced else np.float64)
+            piece = piece.astype(wide) * wide.type(factor)
+        index = list(half.form.index(i))
+        index[half.form.rank] = rows
+        if traced:
+            out = out.at[tuple(index)].set(piece.astype(dtype))
+        else:
+            out[tuple(index)] = piece.astype(dtype)
+    return out.reshape(half.form.packed)
+
+
+def place_like(leaf: Any, value: Any) -> Any:
+    """Place the value on the leaf's devices, if it has any."""
+    if isinstance(value, Tracer):
+        return value
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
+    return jax.device_put(value, leaf.sharding if placed else None)
+
+
+# ---------------------------------------------------------------- tree
+
 
 _NEARLY = re.compile(r"(?<![a-z])lora", re.IGNORECASE)
 """Paths that may be LoRA leaves, also under names that no dialect has."""
@@ -292,7 +510,7 @@ def fill_tree(
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
     ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
     shapes = as_source(tensors).shapes
-    fill.check_tensors(sites, ratios, shapes, source)
+    check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
     if traced and on_shared is None and any(half.shared > 1 for half in _factor_arrays(sites)):
@@ -300,7 +518,7 @@ def fill_tree(
             'cannot compare the shared A tensors inside jit. Pass on_shared="concat", or fill the'
             f" {foreign_tree.dialect.name} tree outside jit"
         )
-    placed = fill.place_tensors(sites, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
+    placed = place_tensors(sites, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.slot is None}
@@ -343,8 +561,8 @@ def needed_rank(
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:
-        return fill.needed_rank(sites, tensors, ratios, bitwise_same)
-    placed = fill.place_tensors(sites, tensors, ratios, True, bitwise_same)
+        return needed_tree_rank(sites, tensors, ratios, bitwise_same)
+    placed = place_tensors(sites, tensors, ratios, True, bitwise_same)
     ranks = {
         path: max((rows.stop for _, rows, _ in contents.values()), default=0) for path, (_, contents) in placed.items()
     }

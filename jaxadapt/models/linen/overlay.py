@@ -1,4 +1,7 @@
-"""The variables of one call of a Linen model, with adapter tensors added to `params` beside the weights they adapt."""
+"""The variables of one call of a Linen model, with adapter tensors added to `params` beside the weights they adapt.
+
+Adapters of the rows of a batch on a Linen model: leaves added to `params` beside the weights, for one call.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,18 @@ from jaxadapt import methods
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
 from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.method_config import PromptLearningConfig
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
+from jaxadapt.models.row_sites import NO_ROUTE, RowLayout, Rows
+
+# ---------------------------------------------------------------- overlay
+
 
 Keys = tuple[str, ...]
 
@@ -236,3 +245,33 @@ def _quantized_modules(tree: Any, path: Keys = ()) -> frozenset[Keys]:
     below = [_quantized_modules(v, (*path, k)) for k, v in tree.items() if isinstance(v, Mapping)]
     here = any(quantized.is_quantized(v) for v in tree.values())
     return frozenset({path} if here else ()).union(*below)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def add_rows(overlay: Overlay, layout: RowLayout, rows: Rows | None) -> Overlay:
+    """Add a batch's rows to the overlay of a call; raise `AttachError` without them, or if they do not fit the base."""
+    if rows is None:
+        raise AttachError(NO_ROUTE)
+    rows.check_layout(layout)
+    keys_by_leaf = key_paths(overlay.base.get("params", {}))
+    if missing := [site.leaf for site in layout.sites if site.leaf not in keys_by_leaf]:
+        raise AttachError("the bank is for another base; the parameters lack these weights:\n" + paths.bullets(missing))
+    leaves: dict[Keys, Any] = dict(overlay.leaves)
+    sites = {path: {leaf: list(each) for leaf, each in of.items()} for path, of in overlay.interceptor.sites.items()}
+    for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
+        *path, leaf = keys_by_leaf[site.leaf]
+        text = repr((number, site.method.peft_type, site.hparams, site.axes, site.axes.torch))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        keys = {name: f"{leaf}{SEP}{name.removeprefix(SEP)}{SEP}rows{digest}" for name in arrays}
+        leaves |= {(*path, keys[name]): x for name, x in arrays.items()}
+        shared, names = rows.shared_of(site), dict[str, str]()
+        if shared and not site.stack:  # the model's scan would slice it among the stacked parameters
+            names = {name: f"{leaf}{SEP}{name}{SEP}rows{digest}" for name in shared}
+            leaves |= {(*path, names[name]): x for name, x in shared.items()}
+        whole = shared if site.stack else {}
+        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, whole, site.how, names)
+        sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
+    interceptor = Interceptor(sites, overlay.interceptor.quantized_scopes, overlay.interceptor.dropout)
+    return dataclasses.replace(overlay, leaves=leaves, interceptor=interceptor)

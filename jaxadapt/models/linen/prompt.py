@@ -13,8 +13,8 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models.linen import collections
 from jaxadapt.models.prompt import calling
-from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, is_findable
+from jaxadapt.models.prompt.calling import signature_of
 
 
 def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:

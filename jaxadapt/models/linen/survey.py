@@ -23,12 +23,11 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Kind, Weight
-from jaxadapt.models.linen import interceptor, known_layers
+from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
-from jaxadapt.models.tracing.uses import infer_axes
+from jaxadapt.models.tracing.uses import infer_axes, live_weights, refuse_reads_outside
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
 _MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
@@ -159,12 +158,12 @@ class _SurveyInterceptor:
 
     def _record_roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
         """Record the roles of one leaf in one call of its module, or the reason why there are none."""
-        if (known_roles := known_layers.known_roles(module, method, name)) is not None:
+        if (known_roles := interceptor.known_roles(module, method, name)) is not None:
             self.survey.roles[leaf], kind, groups = known_roles
             self.survey.kinds[leaf] = (kind, groups)
             self.survey.certain.add(leaf)
             return
-        known_use = known_layers.known_use(module, method)
+        known_use = interceptor.known_use(module, method)
         if known_use is not None and name != "kernel":
             return
         self.tracing = True
@@ -270,7 +269,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         leaves = [leaf for leaf in names_here if module.scope.has_variable("params", leaf + SEP)]
         if not leaves:
             return next_fun(*args, **kwargs)
-        known_use = known_layers.known_use(module, context.method_name)
+        known_use = interceptor.known_use(module, context.method_name)
         if known_use is not None and leaves == ["kernel"]:
             # Only the shape of the output and its dependence on x and the copy matter here.
             kernel_roles, kernel_use = known_use

@@ -29,9 +29,8 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
-from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
-from jaxadapt.models.linen.rows import add_rows
-from jaxadapt.models.prompt.embedding import with_width
+from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
+from jaxadapt.models.prompt.rewriting import with_width
 from jaxadapt.models.row_sites import RowLayout, Rows
 
 _CACHE_SIZE = 64

@@ -6,6 +6,8 @@ The paths, the values and the sharing of base parameters do not change. `detach`
     layer.kernel                       as before
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
     layer.active_adapters              ("default",)
+
+Adapters of the rows of a batch on an NNX model: variables beside the weights, which the model's scans slice.
 """
 
 from __future__ import annotations
@@ -31,12 +33,24 @@ from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
-from jaxadapt.methods import Method
+from jaxadapt.methods.base import Method
 from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.nnx.graph import Owner
+from jaxadapt.models.nnx.graph import (
+    AdapterParam,
+    FrozenParam,
+    LayerNumber,
+    Owner,
+    RowParam,
+    SharedAdapterParam,
+    SharedFrozenParam,
+    SharedRowParam,
+)
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
-from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
+from jaxadapt.models.row_sites import RowLayout, Rows
+
+# ---------------------------------------------------------------- attach
+
 
 Model = nnx.Module | graph.ModelWalk
 Tree = Model | nnx.State[Any, Any]
@@ -359,3 +373,51 @@ def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
             " Delete it and attach it again"
         )
     return recipes.pop()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def attach_rows(model: nnx.Module, layout: RowLayout) -> None:
+    """Let the layers of these sites expect a route; raise `AttachError` for layers that cannot."""
+    walk = graph.walk_model(model)
+    leaves = [site.leaf for site in layout.sites]
+    require_current_trace(module for module, _ in walk.leaves.values())
+    if missing := [leaf for leaf in dict.fromkeys(leaves) if leaf not in walk.leaves]:
+        raise AttachError("the bank is for another base; the model lacks these weights:\n" + paths.bullets(missing))
+    problems = list(survey.find_obstacles(walk, leaves).values())
+    owners = [walk.leaves[leaf][0] for leaf in leaves]
+    problems += [f"{p}: the model has a bank already" for p, m in walk.modules if ROWS in vars(m) and m in owners]
+    raise_listed(AttachError, "these layers cannot take a bank:", problems)
+    for leaf in leaves:
+        module, attr = walk.leaves[leaf]
+        if ROWS not in vars(module):
+            setattr(module, ROWS, nnx.data({}))
+        vars(module)[ROWS][attr] = {}
+        install_adapters(module)
+
+
+def detach_rows(model: nnx.Module) -> None:
+    """Restore the layers that `attach_rows` changed."""
+    for _, module in graph.walk_model(model).modules:
+        if ROWS in vars(module):
+            delattr(module, ROWS)
+            uninstall_adapters(module)
+
+
+def set_rows(model: nnx.Module, rows: Rows | None) -> None:
+    """Store the tensors of a batch's rows beside the weights, or remove them."""
+    leaves: Mapping[str, Any] = graph.walk_model(model).leaves
+    banked = {leaf: vars(m)[ROWS][attr] for leaf, (m, attr) in leaves.items() if attr in vars(m).get(ROWS, {})}
+    for of_module in banked.values():
+        of_module.clear()
+    if rows is None:
+        return
+    if missing := [site.leaf for site in rows.layout.sites if site.leaf not in banked]:
+        raise AttachError("the model has no bank at these weights; call attach first:\n" + paths.bullets(missing))
+    if more := banked.keys() - {site.leaf for site in rows.layout.sites}:
+        raise AttachError("the route is of another bank, which lacks these weights:\n" + paths.bullets(sorted(more)))
+    shared = [{name: SharedRowParam(x, whole=x.shape) for name, x in of.items()} for of in rows.shared]
+    for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
+        own = {name: RowParam(x, row_site=site) for name, x in arrays.items()}
+        banked[site.leaf][str(number)] = own if site.shared is None else own | shared[site.shared]

@@ -17,7 +17,7 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
 from jaxadapt.models.nnx import prompt, survey
-from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
+from jaxadapt.models.nnx.graph import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.row_sites import NO_ROUTE, RowSite

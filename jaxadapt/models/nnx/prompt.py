@@ -15,12 +15,12 @@ from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.nnx import abstract_call, graph, survey
-from jaxadapt.models.nnx.params import CallData
+from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.nnx.graph import CallData
 from jaxadapt.models.prompt import calling
-from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, is_findable
-from jaxadapt.models.prompt.embedding import input_embedding
+from jaxadapt.models.prompt.calling import signature_of
+from jaxadapt.models.prompt.rewriting import input_embedding
 
 
 def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mapping[str, nnx.Variable[Any]]) -> None:
@@ -142,5 +142,5 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
     _find_attention(copy, _mark)
-    f, inputs = abstract_call.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
+    f, inputs = survey.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
     return calling.measure_base(f, inputs)

@@ -2,13 +2,17 @@
 
 Only equations that contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated
 unchanged.
+
+Two methods by which a model tells how virtual tokens enter it, where jaxadapt cannot do it by itself.
+
+Which base parameter is the table of the token embeddings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +20,13 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models.prompt.attention import AttentionCall
 from jaxadapt.models.tracing.rewrite import called_jaxpr, evaluate_unchanged, trace
+
+# ---------------------------------------------------------------- rewriting
+
 
 Array = Any
 Change = Callable[[AttentionCall, dict[str, Array], Any], Array]
@@ -233,3 +242,87 @@ def _checkpoint(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers:
 
     again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
     return again(layers, *operands)
+
+
+# ---------------------------------------------------------------- hooks
+
+
+@runtime_checkable
+class TakesEmbeddings(Protocol):
+    """A model with a call of its own for virtual tokens that are embeddings (prompt tuning, p-tuning, …).
+
+    An adapted NNX model or Linen module that has this method is called by it. The method is responsible for positions,
+    masks and whatever else counts tokens; it may call `self(…)`, which is then the plain model.
+
+    >>> from flax import nnx
+    >>> class Net(nnx.Module):
+    ...     def __call__(self, tokens): ...
+    ...     def call_with_embeddings(self, virtual, tokens): ...
+    >>> isinstance(Net(), TakesEmbeddings)
+    True
+    """
+
+    def call_with_embeddings(self, virtual: Array, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model's call with these arguments returns with virtual tokens before the others.
+
+        Args:
+            virtual: their embeddings, (n, width), or (batch, n, width) if the rows have different ones.
+            args: the positional arguments of the call.
+            kwargs: the keyword arguments of the call.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesKeys(Protocol):
+    """A model with a call of its own for virtual tokens that are keys and values (prefix tuning, cartridges).
+
+    An adapted NNX model or Linen module that has this method is called by it, for example to put them into a cache. The
+    method is responsible for positions and masks; it may call `self(…)`, which is then the plain model.
+
+    >>> from flax import nnx
+    >>> class Net(nnx.Module):
+    ...     def __call__(self, tokens, cache=None): ...
+    ...     def call_with_keys(self, keys, values, tokens): ...
+    >>> isinstance(Net(), TakesKeys)
+    True
+    """
+
+    def call_with_keys(self, keys: Array, values: Array, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model's call with these arguments returns with keys and values before those of the tokens.
+
+        Args:
+            keys: for every attention layer, (layers, n, heads · size). They are used as they are: where the model
+                rotates its keys, these are rotated already.
+            values: as the keys.
+            args: the positional arguments of the call.
+            kwargs: the keyword arguments of the call.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def input_embedding(keymap: KeyMap, leaves: Iterable[str]) -> str | None:
+    """Return the leaf with the embeddings of the tokens; None if it is not the only candidate.
+
+    The candidates are the embedding entries of the keymap, or for a model of no known family the leaves that Flax's
+    embedding layers create. Of several, the one that the head is tied to in PyTorch's model is it.
+
+    >>> from jaxadapt.keymaps.generic import GENERIC
+    >>> input_embedding(GENERIC, ["embed.embedding", "layers.0.q.kernel"])
+    'embed.embedding'
+    """
+    matched = {leaf: keymap.match(leaf) for leaf in leaves}
+    keys = {leaf: m.weight.file_key for leaf, m in matched.items() if m is not None and m.weight.kind == "embedding"}
+    keys = keys or {leaf: leaf for leaf in matched if leaf.rpartition(".")[2] == "embedding"}
+    tied = {same for _, same in keymap.tied}
+    found = list(keys) if len(keys) == 1 else [leaf for leaf, key in keys.items() if key in tied]
+    return found[0] if len(found) == 1 else None
+
+
+def with_width(sizes: BaseSizes, keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> BaseSizes:
+    """Return the sizes of a base with the width of its token embeddings, where a base parameter shows it."""
+    leaf = input_embedding(keymap, shapes)
+    return sizes if leaf is None else dataclasses.replace(sizes, token_dim=shapes[leaf][-1])

@@ -23,9 +23,14 @@ from jax.extend.core import primitives
 
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.axis_layout import BARRIER, AxisLayout, move_layouts, spell_contraction
-from jaxadapt.models.tracing.hook import Hook
-from jaxadapt.models.tracing.operations import find_operation
+from jaxadapt.models.tracing.operations import (
+    BARRIER,
+    AxisLayout,
+    Hook,
+    find_operation,
+    move_layouts,
+    spell_contraction,
+)
 
 Function = Callable[..., Any]
 

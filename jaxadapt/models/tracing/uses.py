@@ -1,14 +1,22 @@
-"""Conclusions from the uses of a weight: the roles of its axes, and the uses that an adapter follows."""
+"""Conclusions from the uses of a weight: the roles of its axes, and the uses that an adapter follows.
+
+Dependence of a function's outputs on its weights, determined without running it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+from jax.interpreters.partial_eval import dce_jaxpr
+
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.hook import Hook
+from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.models.tracing.operations import Hook
 from jaxadapt.models.tracing.rewrite import Contraction, Function, OtherUse, uses
+
+# ---------------------------------------------------------------- uses
 
 
 def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list[str]:
@@ -69,3 +77,29 @@ def _describe_use(use: Contraction | OtherUse) -> str:
         return f"by {use.primitive}"
     shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""
     return f"summed over axes {list(use.in_axes)}, leaving {list(use.out_axes)}{shared}"
+
+
+# ---------------------------------------------------------------- liveness
+
+
+def refuse_reads_outside(leaves: Iterable[str]) -> None:
+    """Raise `AttachError` if there are weights that the model reads outside their own module's call."""
+    raise_listed(
+        AttachError,
+        "these weights are read outside their own module's call, where an adapter cannot follow:",
+        leaves,
+        "\nExclude them with exclude_modules, or change the reader to call the module",
+    )
+
+
+def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
+    """Return `{name: True if the outputs of f(weights) depend on it}`; weights may be `ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
+    {'a': True, 'b': False}
+    """
+    names = list(weights)
+    closed = jax.make_jaxpr(lambda *ws: f(dict(zip(names, ws, strict=True))))(*(weights[n] for n in names))
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return dict(zip(names, used, strict=True))
