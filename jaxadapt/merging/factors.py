@@ -4,43 +4,124 @@
 
 Each PyTorch module has one pair of matrices, B (n, out, r) and A (n, r, in), in PyTorch's layout, also where a leaf
 stacks layers or fuses parts. So the arithmetic is PEFT's, module by module. Pure; runs under jit.
+
+The tensors of a plain LoRA's site as rows of matrices: their plan entries, names and shapes.
+
+Leaves that are one matrix in PyTorch, joined for arithmetic on the full matrix (its SVD, its largest values).
+
+Queries, keys and values of an `nn.MultiheadAttention` share one A there, and so do gate and up of experts (Llama 4's
+share one B). An adapter from PEFT's file holds equal copies of the shared factor. Joined, they give PEFT's result, and
+the copies stay equal. After training here the copies differ, and each leaf is treated as its own matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import sites
+from jaxadapt.adapters import joint_tensors, sites
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
 from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import reasons_not_a_product
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.plan import PlanEntry
-from jaxadapt.merging.site_entries import (
-    count_experts,
-    entry_stems,
-    factor_entries,
-    from_matrices,
-    product_entries,
-    row_names,
-    select_rows,
-    tensor_name,
-    to_matrices,
-)
+from jaxadapt.keymaps.plan import PlanEntry, parse_part_key
+
+# ---------------------------------------------------------------- site entries
+
 
 Array = Any
+
+
+def select_rows(rows: Array, modules: Sequence[str], selected: Sequence[str]) -> Array:
+    """Return the rows of the selected modules, in their order."""
+    positions = {module: i for i, module in enumerate(modules)}
+    return rows if tuple(modules) == tuple(selected) else rows[np.array([positions[module] for module in selected])]
+
+
+def count_experts(site: Site) -> int:
+    """Return the number of experts in one PyTorch tensor of this leaf; 1 for other leaves."""
+    sizes = site.entries[0].form.axis_sizes
+    return math.prod(sizes[axis] for axis in site.match.roles["experts"])
+
+
+def row_names(site: Site, entry: PlanEntry) -> list[str]:
+    """Return a name for each matrix of a leaf."""
+    kind = site.match.weight.kind
+    if kind not in ("experts", "attention"):
+        return entry_stems(site, entry)
+    stems = [key.rpartition(".lora_")[0] for key in entry.keys]
+    return (
+        [f"{stem}#{expert}" for stem in stems for expert in range(count_experts(site))] if kind == "experts" else stems
+    )
+
+
+def to_matrices(site: Site, side: str, x: Array) -> Array:
+    """Return file tensors (n, …) as matrices; A's rows are (expert, rank) and B's columns (rank, expert)."""
+    count, rank = count_experts(site), dict(site.tensors[0].own)["r"]
+    if side == "A":
+        return x.reshape(x.shape[0] * count, rank, -1)
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1], rank, count), 3, 1).reshape(-1, x.shape[1], rank)
+
+
+def from_matrices(site: Site, entry: PlanEntry, side: str, x: Array) -> Array:
+    """Invert `_to_matrices`."""
+    shape, count = entry.form.file_shape, count_experts(site)
+    if side == "B":
+        x = jnp.moveaxis(x.reshape(-1, count, x.shape[1], x.shape[2]), 1, 3)
+    return x.reshape(-1, *shape)
+
+
+def tensor_name(entry: PlanEntry) -> str:
+    """Return the tensor's name in the adapter."""
+    return entry.path.rpartition(".")[2]
+
+
+def factor_entries(site: Site) -> tuple[PlanEntry, PlanEntry]:
+    """Return the entries of A and B; raise `ConfigError` for a site with other tensors, or without matrices."""
+    entries = {tensor.name: entry for tensor, entry in zip(site.tensors, site.entries, strict=True)}
+    a, b = (next((entry for name, entry in entries.items() if name.endswith(suffix)), None) for suffix in ("_A", "_B"))
+    are_matrices = a is not None and b is not None and len(a.form.file_shape) == len(b.form.file_shape) == 2
+    has_experts = bool(site.axes.batch_axes) and not site.match.roles["fused"]
+    is_shared = has_experts or site.match.weight.kind == "attention"  # several leaves form one module
+    if a is None or b is None or not are_matrices or len(entries) != 2 or is_shared:
+        tensors = ", ".join(f"{name} {list(entry.form.file_shape)}" for name, entry in entries.items())
+        raise ConfigError(
+            f"{site.leaf}: expected one pair of matrices A and B, found {tensors} (a variant of LoRA, or a convolution"
+            " with groups); leave this leaf out"
+        )
+    return a, b
+
+
+def product_entries(site: Site) -> tuple[PlanEntry, PlanEntry]:
+    """Return the entries of A and B of a leaf whose change is B·A, matrix by matrix; raise `ConfigError` for others."""
+    entry = site.match.weight
+    entries = {tensor.name: tensor_entry for tensor, tensor_entry in zip(site.tensors, site.entries, strict=True)}
+    if len(entries) == 2 and "lora_A" in entries and "lora_B" in entries and entry.groups == 1:
+        return entries["lora_A"], entries["lora_B"]
+    return factor_entries(site)
+
+
+def entry_stems(site: Site, entry: PlanEntry) -> list[str]:
+    """Return the keys of an entry without the tensor's suffix."""
+    (suffix,) = (tensor.suffix for tensor in site.tensors if tensor.name == tensor_name(entry))
+    return [key.removesuffix(suffix) for key in entry.keys]
+
+
+# ---------------------------------------------------------------- factors
+
 
 # ---------------------------------------------------------------- leaves as matrices
 
@@ -354,3 +435,77 @@ def truncation_error(s: Array, r: int) -> Array:
     """Return ‖the part dropped by truncation to rank r‖ / ‖the matrix‖ in the Frobenius norm; 0 for a zero matrix."""
     total, dropped = jnp.sqrt(jnp.sum(s**2, -1)), jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
     return dropped / jnp.where(total == 0, 1, total)
+
+
+# ---------------------------------------------------------------- joint
+
+
+@dataclasses.dataclass(frozen=True)
+class JointMatrix:
+    """The leaves of one matrix: usually one, or several that share the factor `shared`."""
+
+    leaves: tuple[str, ...]
+    shared: str = ""
+
+    def is_present(self, factors: Mapping[str, Factors]) -> bool:
+        """Return True if an adapter has this matrix."""
+        return self.leaves[0] in factors
+
+    def factors(self, by_leaf: Mapping[str, Factors]) -> Factors:
+        """Return the factors of the full matrix, of an adapter that has it."""
+        parts = [by_leaf[leaf] for leaf in self.leaves]
+        a, b = self.join([part.a for part in parts], [part.b for part in parts])
+        return dataclasses.replace(parts[0], a=a, b=b)
+
+    def join(self, a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
+        """Return A (n, r, in) and B (n, out, r) of the full matrix, or other arrays of these shapes."""
+        if not self.shared:
+            return a[0], b[0]
+        return (a[0], jnp.concatenate(b, 1)) if self.shared == "a" else (jnp.concatenate(a, 2), b[0])
+
+    def split(self, rows: FactorRows, like: Mapping[str, Factors]) -> dict[str, FactorRows]:
+        """Return the rows of each leaf from those of the full matrix; `like` gives the leaves' sizes."""
+        if not self.shared:
+            return {self.leaves[0]: rows}
+        side, axis = ("b", 1) if self.shared == "a" else ("a", 2)
+        ends = np.cumsum([getattr(like[leaf], side).shape[axis] for leaf in self.leaves])
+        parts = jnp.split(getattr(rows, side), ends[:-1].tolist(), axis)
+        return {leaf: dataclasses.replace(rows, **{side: x}) for leaf, x in zip(self.leaves, parts, strict=True)}
+
+
+def joint_matrices(adapters: Sequence[Mapping[str, Factors]]) -> list[JointMatrix]:
+    """Return the matrices of several adapters.
+
+    Raises `AttachError` inside jit where shared factors cannot be compared.
+    """
+    factors = {leaf: leaf_factors for by_leaf in adapters for leaf, leaf_factors in by_leaf.items()}
+    groups: dict[Hashable, list[str]] = {}
+    for leaf, leaf_factors in factors.items():
+        groups.setdefault(leaf_factors.modules if leaf_factors.match.weight.part else leaf, []).append(leaf)
+    matrices: list[JointMatrix] = []
+    for leaves in groups.values():
+        side = _shared_side(factors[leaves[0]])
+        shared_arrays = (
+            [[getattr(by_leaf[leaf], side) for leaf in leaves if leaf in by_leaf] for by_leaf in adapters]
+            if side
+            else []
+        )
+        if any(isinstance(x, Tracer) for arrays in shared_arrays for x in arrays):
+            raise AttachError(
+                "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"
+                " PEFT. Call the function outside jit:\n" + paths.bullets(leaves)
+            )
+        if side and all(
+            not arrays or (len(arrays) == len(leaves) and joint_tensors.bitwise_equal(arrays))
+            for arrays in shared_arrays
+        ):
+            matrices.append(JointMatrix(tuple(leaves), side))
+        else:
+            matrices += [JointMatrix((leaf,)) for leaf in leaves]
+    return matrices
+
+
+def _shared_side(factors: Factors) -> str:
+    """Return the factor that a part shares with the others, "a" or "b"; "" for a full matrix."""
+    parts = [parse_part_key(entry.keys[0]) for entry in factors.entries]
+    return next((side for side, part in zip("ab", parts, strict=True) if part is not None and part.axis is None), "")

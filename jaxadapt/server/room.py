@@ -11,7 +11,7 @@ import jaxadapt
 from jaxadapt import methods, serving
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.core.errors import AdapterError, warn
-from jaxadapt.merging.low_rank_form import plain_config
+from jaxadapt.merging.rank_reduction import plain_config
 from jaxadapt.serving.layout import becomes_lora
 from jaxadapt.serving.shared import compare_shared
 

@@ -20,7 +20,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.merging.low_rank_form import plain_config
+from jaxadapt.merging.rank_reduction import plain_config
 from jaxadapt.methods import Implementation
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier

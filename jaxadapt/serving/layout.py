@@ -20,7 +20,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.merging.low_rank_form import low_rank_form
+from jaxadapt.merging.rank_reduction import low_rank_form
 from jaxadapt.models.row_sites import RowLayout, RowSite
 from jaxadapt.serving import refusals
 from jaxadapt.serving.refusals import Refusal
