@@ -55,10 +55,10 @@ def command(first: str, second: str, as_json: bool, modules: bool, plot: str | N
     with _open(first) as one, _open(second) as two:
         found = diff(one, two, progress=True)
     if plot is not None:
-        from jaxadapt.analysis import differences_plot
+        from jaxadapt.analysis import heat_map
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, differences_plot.difference_png(found, (first, second)))
+        atomic.write_bytes(plot, heat_map.difference_png(found, (first, second)))
     if as_json:
         output.print_json({"first": first, "second": second, **found.to_dict()})
     else:

@@ -68,10 +68,10 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
 
         changes = measure_norms(read(folder, progress=True))
     if plot is not None and changes is not None:
-        from jaxadapt.analysis import norms_plot
+        from jaxadapt.analysis import heat_map
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, norms_plot.norms_png(changes, info.config))
+        atomic.write_bytes(plot, heat_map.norms_png(changes, info.config))
     if as_json:
         from jaxadapt.persistence import consumers
 

@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.export import file_formats
-from jaxadapt.initializers import original_base
+from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
@@ -105,7 +105,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
-        plain = original_base.for_original_base(_on_changed_base(new), _on_changed_base(as_start(old, new.config)))
+        plain = start_adapter.for_original_base(_on_changed_base(new), _on_changed_base(as_start(old, new.config)))
         result = _kept(peft.to_peft(plain), new)
         folder.write(result, out, progress=report)
         return result

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from jaxadapt.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from jaxadapt.initializers.original_base import for_original_base as for_original_base
+    from jaxadapt.initializers.start_adapter import for_original_base as for_original_base
     from jaxadapt.initializers.start_adapter import start as start
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

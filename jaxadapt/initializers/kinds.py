@@ -1,6 +1,8 @@
 """The initializations of LoRA that read the base, data or gradients: what each needs, computes and leaves of the base.
 
 A new initialization is a function from `SiteValues` to factors, and its entry in `KINDS`.
+
+Compute an adapter's initial A and B at each site, and the changed base weights.
 """
 
 from __future__ import annotations
@@ -8,16 +10,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from jaxadapt.configs import LoraConfig
-from jaxadapt.core.errors import ConfigError
+from jaxadapt import methods
+from jaxadapt.adapters import initial_values
+from jaxadapt.adapters.adapter import Adapter, Recipe
+from jaxadapt.adapters.sites import Site
+from jaxadapt.arrays import quantized, regions
+from jaxadapt.configs import lora
+from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.initializers.decompositions import Factors
+from jaxadapt.merging import base_merge
+from jaxadapt.merging import factors as low_rank
+from jaxadapt.methods.lora import DIAGONAL
+
+# ---------------------------------------------------------------- kinds
+
 
 Array = Any
 
@@ -188,3 +205,168 @@ def init_kind(config: LoraConfig) -> InitKind:
     name = re.sub(r"_\d+$", "", str(config.init_lora_weights).lower())
     random = KINDS[""] if config.kasa_config is None else KINDS["kasa"]
     return random if name in ("true", "false", "gaussian") else KINDS[name]
+
+
+# ---------------------------------------------------------------- initialize
+
+
+FactorList = list[Factors]
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """An initialisation of one adapter's sites.
+
+    Raises `ConfigError` listing the sites that the initialisation does not support.
+    """
+
+    kind: InitKind
+    recipe: Recipe
+    sites: Sequence[Site]
+    weights: Mapping[str, Array]
+    key: Any
+
+    def __post_init__(self) -> None:
+        if not self.kind.name:
+            return
+        others = (b for b in self.sites if self.kind.only_matrices and b.effects.weight != "replaces")
+        problems = [f"{b.leaf}: PEFT supports it for linear layers only" for b in others if not self._has_matrices(b)]
+        problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
+        option = lora.init_field(self.recipe.config)
+        raise_listed(ConfigError, f"{option} is not supported for these weights:", problems)
+
+    def _obstacles(self, b: Site) -> list[str]:
+        """Return the reasons why the initialisation does not support a site."""
+        r, leaf = _rank(b), self.weights[b.leaf]
+        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+            return ["its values are needed, but only its shape is given"]
+        if quantized.is_quantized(leaf):
+            return ["it is quantized; initialize with the original weights, then quantize the changed base"]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return [f"expected a floating dtype, found {leaf.dtype}"]
+        if leaf.dtype.itemsize == 1 and not self.kind.in_8_bits:
+            return [f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more"]
+        if not self.kind.per_entry and isinstance(b.hparams.scale, methods.PerEntry):
+            return ["its layers or parts differ in rank or scale; use an unrolled model"]
+        out_size, in_size = low_rank.matrix_sizes(b)
+        if self.kind.limit is None:
+            return [f"expected an even rank, found {r}"] if r % 2 else []
+        if not self.kind.conv1d and b.match.weight.fan_in_fan_out:
+            return ["PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong"]
+        max_rank = self.kind.limit(min(out_size, in_size))
+        return [f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}"] if r > max_rank else []
+
+    @property
+    def pairs(self) -> list[Site]:
+        """The sites whose A and B are computed, reduced to these two tensors."""
+        return [_pair(b) for b in self.sites if self._has_matrices(b)]
+
+    def _has_matrices(self, b: Site) -> bool:
+        replaces = b.effects.weight == "replaces"
+        return not replaces and b.match.weight.kind in self.kind.kinds and low_rank.has_one_pair(_pair(b))
+
+    def site_values(self, b: Site, data: Sequence[Array] = ()) -> SiteValues:
+        """Return the values of a site that the initialization reads; `data` are one array for each module."""
+        leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
+        assert isinstance(config, LoraConfig)
+        if self.key is not None:  # independent of the other sites
+            site_key = jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
+            keys = jax.random.split(site_key, len(low_rank.site_modules(b, keymap)))
+
+        def read() -> Array:
+            return low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(leaf)))
+
+        out, turned = low_rank.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
+        return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, data, turned)
+
+    def factors(self, data: Callable[[Site], Sequence[Array]] = lambda _: ()) -> dict[str, FactorList]:
+        """Compute the factors by leaf; empty if they are random.
+
+        Args:
+            data: returns one array for each module of a site: covariances, gradients or components.
+
+        Raises `AttachError` naming the leaf whose data no factors fit.
+        """
+        out: dict[str, FactorList] = {}
+        compute = self.kind.factors
+        if compute is None:
+            return out
+        for b in self.pairs:
+            try:
+                out[b.leaf] = compute(self.site_values(b, data(b)))
+            except AttachError as error:
+                raise AttachError(f"{b.leaf}: {error}") from error
+        return out
+
+    def gradient_rows(self, b: Site, gradients: Mapping[str, Array]) -> Array:
+        """Return the gradient (modules, out, in) of a site's PyTorch weight from the gradients of the base leaves."""
+        keymap, expected, found = self.recipe.keymap, tuple(self.weights[b.leaf].shape), gradients.get(b.leaf)
+        if found is None or tuple(found.shape) != expected:
+            text = "none" if found is None else f"one of shape {tuple(found.shape)}"
+            raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
+        # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's gradient times that factor.
+        rows = low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(found)), scaled=False)
+        return rows * low_rank.base_factor(keymap, b, expected)
+
+    def assemble(
+        self, factors: Mapping[str, FactorList], dtype: Any, shardings: Mapping[str, Any]
+    ) -> tuple[Adapter, dict[str, Any]]:
+        """Return the adapter with these factors at its sites, and the changed base weights {leaf: array}.
+
+        Args:
+            shardings: of the base leaves, by path.
+        """
+        config: Any = self.recipe.config
+        init = True if self.kind.factors is not None else config.init_lora_weights
+        plain = config.replace(init_lora_weights=init, kasa_config=None)
+        key = jax.random.key(0) if self.key is None else self.key  # all random values are replaced below
+        values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, base_shardings=shardings)
+        computed = [b for b in self.pairs if factors.get(b.leaf)]
+        new: dict[str, Array] = {}
+        for b in computed:
+            rank = _rank(b)
+            padded = [low_rank.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), rank) for f in factors[b.leaf]]
+            a_matrices, b_matrices = (jnp.stack(side) for side in zip(*padded, strict=True))
+            new |= low_rank.matrices_to_leaves(b, a_matrices, b_matrices)[1]
+        values |= regions.put_on_devices(
+            {path: x.astype(values[path].dtype) for path, x in new.items()},
+            initial_values.adapter_shardings(computed, dict(shardings)),
+        )
+        base: dict[str, Any] = {}
+        if self.kind.base is not None:
+            for b in self.pairs:
+                rows = jnp.stack(self.kind.base(self.site_values(b), factors.get(b.leaf, [])))
+                leaf = self.weights[b.leaf]
+                base[b.leaf] = low_rank.with_weight_matrices(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
+        elif lora.changes_base(config):
+            pairs = paths.unflatten({p: values[p] for p in new})
+            removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
+            with jax.default_matmul_precision("highest"):
+                changes = base_merge.plan_changes(self.weights, removed, methods.AppliedMethod.unweight, lambda _, x: x)
+                base = {leaf: changed.value() for leaf, changed in changes.items()}
+        for b in (b for b in self.sites if factors.get(b.leaf)):
+            derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
+            if derived:
+                kept = {paths.join(b.leaf, t.name) for t in b.tensors if not t.from_base}
+                pair = {path: values[path] for path in kept}
+                w = jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
+                for tensor in derived:
+                    path = paths.join(b.leaf, tensor.name)
+                    new_values = initial_values.derive_tensor(config, b, tensor, pair, w)
+                    values[path] = new_values.astype(values[path].dtype)
+        return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
+
+
+def _pair(b: Site) -> Site:
+    """Return a site with A and B only, without derived (DoRA's magnitudes) or random tensors (KaSA's diagonal)."""
+    kept = [
+        (t, e)
+        for t, e in zip(b.tensors, b.entries, strict=True)
+        if not t.from_base and t.name not in (DIAGONAL, "lora_B_bias")
+    ]
+    tensors, entries = zip(*kept, strict=True) if kept else ((), ())
+    return dataclasses.replace(b, tensors=tensors, entries=entries)
+
+
+def _rank(b: Site) -> int:
+    return dict(b.tensors[0].own)["r"]

@@ -21,7 +21,7 @@ from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.initializers import original_base
+from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.models import planning
@@ -276,7 +276,7 @@ def _changed_base(
         raise AttachError(
             f"{source}: base='original', but the attached adapter has already changed this base; pass base='changed'"
         )
-    return original_base.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
+    return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
 
 def _from_orbax(
