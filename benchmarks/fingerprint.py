@@ -28,7 +28,7 @@ from benchmarks.measure import judge, parsed
 from jaxadapt.adapters import sites
 from jaxadapt.core import paths
 from jaxadapt.persistence import fingerprint
-from jaxadapt.persistence.verification import base_identity
+from jaxadapt.persistence.verification import base_checks
 
 TARGET = 0.2
 SIZES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (1, 0), "up": (1, 0), "down": (0, 1)}
@@ -87,9 +87,9 @@ def main() -> None:
     torch = {leaf.replace(".kernel", ".weight"): shape[::-1] for leaf, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=os.environ.get("JAXADAPT_BENCH_DIR")) as folder:
         sparse_file(shapes, Path(folder) / "model.safetensors")
-        (note,) = base_identity.check_identity(stored, torch, folder)
+        (note,) = base_checks.check_identity(stored, torch, folder)
         assert note.code == "base", note
-        files = timed("in its files, compared", lambda: base_identity.check_identity(stored, torch, folder))
+        files = timed("in its files, compared", lambda: base_checks.check_identity(stored, torch, folder))
     worst = max(first, files)
     judge([] if worst <= TARGET else [f"the fingerprint takes {worst:.3f} s, and may take {TARGET} s"], given)
 

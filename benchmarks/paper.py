@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 import jaxadapt
 from benchmarks.measure import parsed, table
 from jaxadapt.arrays import regions
-from jaxadapt.persistence import multihost
+from jaxadapt.persistence import save_adapter
 
 LAYERS, HIDDEN, KEYS, INNER = 80, 8192, 1024, 28672
 OUT_CUT = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KEYS), "v_proj": (HIDDEN, KEYS),
@@ -90,7 +90,7 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
                 owner = min(holders, key=lambda host: (load[host], host))
                 load[owner] += width * sum(map(regions.region_size, parts))
                 arrays[owner] += len(parts)
-                found = multihost.cover_regions(tuple(parts), spec.shape, width)
+                found = save_adapter.cover_regions(tuple(parts), spec.shape, width)
                 calls[owner] += sum(runs(box, spec.shape) for box, _ in found)
     return Cost(sum(load.values()), max(load.values()), max(calls.values()), leaves, max(arrays.values()))
 

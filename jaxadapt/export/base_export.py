@@ -28,7 +28,7 @@ from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph
 from jaxadapt.persistence import folder
-from jaxadapt.persistence.encode import require_values
+from jaxadapt.persistence.save_adapter import require_values
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location

@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import survey
-from jaxadapt.persistence import device_arrays
+from jaxadapt.persistence import peft
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.source import TensorSource, cut, rename, stack
 
@@ -188,9 +188,7 @@ def _load_leaves(
     }
     file_dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
     dtypes = {e.path: leaves[e.path].dtype for e in entries}
-    arrays = device_arrays.load_arrays(
-        plan.Plan(tuple(entries)), tensors, file_dtypes, dtypes, shardings, report, "import"
-    )
+    arrays = peft.load_arrays(plan.Plan(tuple(entries)), tensors, file_dtypes, dtypes, shardings, report, "import")
     return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in arrays.items()}
 
 

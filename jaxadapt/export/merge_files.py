@@ -24,7 +24,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import registry
 from jaxadapt.persistence import fingerprint, folder, peft
-from jaxadapt.persistence.verification import base_identity
+from jaxadapt.persistence.verification import base_checks
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
@@ -281,7 +281,7 @@ def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerpr
 def warn_of_another_base(base: TensorSource, tensors: PeftTensors) -> None:
     """Warn if an adapter was trained on another base, as far as the fingerprint in its file tells. Reads 8 weights."""
     stored = tensors.base or {}
-    names = base_identity.weight_names(stored, base.shapes) or {}
+    names = base_checks.weight_names(stored, base.shapes) or {}
     parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
     if parts and None not in parts:
         fingerprint.check(

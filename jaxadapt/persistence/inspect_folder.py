@@ -13,7 +13,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.persistence import folder, image_files, mlx_files, reconcile
-from jaxadapt.persistence.verification import foreign_files, key_names
+from jaxadapt.persistence.verification import key_names, stored_adapter
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.source import as_source
 from jaxadapt.storage.strided import dtype_name, numpy_dtype
@@ -108,7 +108,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     new_keys = state_dict_keys.keys_without_names(tensors, str(path))
     tensors = {new: tensors[key] for key, new in new_keys.items() if new is not None} or tensors
     settings = reconcile.resolve_config(config, header, weights)
-    found = foreign_files.not_an_adapter(tensors, str(path)) if key_names.is_known_method(settings.peft_type) else None
+    found = stored_adapter.not_an_adapter(tensors, str(path)) if key_names.is_known_method(settings.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
     return Info(str(path), settings, tensors, nbytes, size)

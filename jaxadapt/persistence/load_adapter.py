@@ -28,7 +28,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, multihost, orbax_folder, peft, repair_folder
+from jaxadapt.persistence import fingerprint, folder, orbax_folder, peft, repair_folder, save_adapter
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
 
@@ -235,8 +235,8 @@ def _check_base(
         if stored is None
         else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
     )
-    if strict and stored is not None and multihost.is_distributed(parameters.leaves.values()):
-        found = multihost.combine_values("the comparison of the bases", found, fingerprint.merge, _TIMEOUT)
+    if strict and stored is not None and save_adapter.is_distributed(parameters.leaves.values()):
+        found = save_adapter.combine_values("the comparison of the bases", found, fingerprint.merge, _TIMEOUT)
     fingerprint.check(stored, found, source, strict=strict)
 
 

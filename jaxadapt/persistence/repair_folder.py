@@ -14,7 +14,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, warn
 from jaxadapt.core.progress import Progress, Report, no_report, reporter
 from jaxadapt.persistence import folder, verify_folder
-from jaxadapt.persistence.verification import config_checks, foreign_files, key_names
+from jaxadapt.persistence.verification import config_checks, key_names, stored_adapter
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.persistence.verification.stored_adapter import StoredAdapter, open_stored
 from jaxadapt.storage import hub, location
@@ -171,7 +171,7 @@ def _plan(stored: StoredAdapter) -> _Plan | None:
     config, specs = checked.config, stored.specs
     if not stored.is_adapter or config is None or not specs:
         return None
-    if foreign_files.foreign_library(specs, True) or foreign_files.not_an_adapter(specs, stored.source):
+    if stored_adapter.foreign_library(specs, True) or stored_adapter.not_an_adapter(specs, stored.source):
         return None
     names = key_names.normalize_keys(specs, config.peft_type)
     if names.has_several or any(not verify_folder.are_equal(keys, stored) for keys in names.duplicates.values()):

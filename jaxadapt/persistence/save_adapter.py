@@ -1,28 +1,466 @@
 """Save an adapter as a folder.
 
 model / variables ──extract──► Adapter ──encode──► PeftTensors ──folder.write──► files
+
+From a model's layout to PEFT's: extract the adapter of a tree once, then encode it as `PeftTensors`.
+
+Save arrays that are spread over processes: each process writes the regions that it owns into one file.
+
+`regions.assign_owners` assigns the regions, `regions.file_regions` maps them to the file, `storage.sharded_write`
+writes them.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
-from jaxadapt.adapters.adapter import PeftTensors, name_donated_arrays
+from jaxadapt import methods
+from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, sites, state_dict_keys
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config
-from jaxadapt.core.errors import AttachError, FileError
-from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import Encoded
+from jaxadapt.arrays import regions as array_regions
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.regions import Region
+from jaxadapt.configs import lora
+from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed
+from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import plan as plans
+from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
+from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.merging.plain_form import plain_form
-from jaxadapt.models.carriers import DEFAULT, lora_carrier
-from jaxadapt.persistence import encode, folder, multihost, orbax_folder
+from jaxadapt.models.carriers import lora_carrier
+from jaxadapt.models.carriers.base import DEFAULT, Carrier
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.persistence import fingerprint, folder, orbax_folder
+from jaxadapt.storage import location, sharded_write
+from jaxadapt.storage.sharded_write import Group, TensorPart
 from jaxadapt.storage.source import cast
 from jaxadapt.storage.strided import float_dtype
+
+# ---------------------------------------------------------------- multihost
+
+
+def is_distributed(leaves: Iterable[Any]) -> bool:
+    """Return True if some of these arrays are partly in other processes."""
+    return jax.process_count() > 1 and not all(map(is_local, leaves))
+
+
+def write_shared(
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    dtype: Any,
+    shared: bool | None,
+    timeout: float,
+    report: Report = no_report,
+) -> None:
+    """Write an adapter folder as `folder.write` does; all processes call this.
+
+    Args:
+        tensors: an adapter whose tensors are `Encoded`.
+        dtype: the dtype of the floating-point tensors; None: their own.
+        shared: True if all processes see the folder; None: detect it. If not, process 0 writes everything.
+        timeout: in seconds, for each answer of another process.
+        report: called with ("save", bytes, bytes in all) for the bytes that this process writes.
+
+    Raises:
+        FileError: in all processes, if one of them failed, died, or did not call. The old adapter then remains.
+    """
+    encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
+    target = location.to_location(path)
+    group = sharded_write.start(target, timeout)
+    stored = encoded if dtype is None else cast(encoded, dtype)
+    tensors = dataclasses.replace(tensors, tensors=stored)
+    specs = {key: (spec.dtype, spec.shape) for key, spec in stored.specs.items()}
+
+    def size(values: Iterable[Any]) -> int:
+        return sum(x.size * (dtype or x.dtype).itemsize for x in values)
+
+    def parts(file_is_shared: bool) -> tuple[int, Iterator[TensorPart]]:
+        if file_is_shared:
+            owned = owned_regions(encoded.leaves, group.index)
+            return size(x for each in owned.values() for x in each.values()), _owned_parts(encoded, owned, dtype)
+        total = size(encoded.leaves.values()) if group.index == 0 else 0
+        return total, _gathered_parts(encoded, group.index, dtype)
+
+    def commit(put: sharded_write.Put) -> None:
+        folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
+
+    alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
+    sharded_write.write(target / folder.WEIGHTS, specs, parts, group, commit, shared=shared, alike=alike, report=report)
+
+
+def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
+    """Run `work` on process 0 and return its JSON result in all processes. Collective.
+
+    It starts once every process has called, so no process is still reading a file that it deletes. Raises `FileError`
+    in all processes if it failed, or if a process did not answer for `timeout` seconds.
+    """
+    group = Group(task, timeout, ("made",))
+    if group.index > 0:
+        group.send("here")
+        return group.receive("made")
+    with group.announce_failure():
+        group.receive_all("here")
+        value = work()
+    group.send("made", value)
+    return value
+
+
+def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], timeout: float) -> Any:
+    """Return `combine` of the JSON values of all processes, which process 0 computes. Collective.
+
+    Raises `FileError` in all processes if `combine` failed, or if a process did not answer for `timeout` seconds.
+    """
+    group = Group(task, timeout, ("combined",))
+    if group.index > 0:
+        group.send("value", value)
+        return group.receive("combined")
+    with group.announce_failure():
+        others = group.receive_all("value")
+        combined = combine([value, *(others[process] for process in sorted(others))])
+    group.send("combined", combined)
+    return combined
+
+
+def is_local(leaf: Any) -> bool:
+    """Return True if this process has all of an array; other processes then have their own array, or none."""
+    # A traced array has no devices yet, so JAX does not know if it is addressable.
+    return not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_fully_addressable
+
+
+def local_digests(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Return digests of the arrays that each process has in full; they must agree, since process 0 writes its own."""
+    with name_donated_arrays(leaves):
+        return {path: sharded_write.digest(np.asarray(leaf)) for path, leaf in leaves.items() if is_local(leaf)}
+
+
+def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Region, np.ndarray]]:
+    """Return {path: {box: values}} of the regions that this process writes, copied off the device.
+
+    On the CPU they are views, which keep their arrays alive: see `step_files.copy_to_host`.
+    """
+    with name_donated_arrays(leaves):
+        owned: dict[str, dict[Region, Any]] = {}
+        for path, owners in array_regions.assign_owners(leaves).items():
+            leaf = leaves[path]
+            if is_local(leaf):
+                owned[path] = {box: leaf for box, owner in owners.items() if owner == process}
+                continue
+            local = addressable_indices(leaf.sharding, leaf.shape).items()
+            owned[path] = {box: leaf.addressable_data(i) for box, i in local if owners[box] == process}
+        for path, parts in owned.items():  # start all transfers before waiting for the first
+            if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
+                for value in parts.values():
+                    value.copy_to_host_async()
+        return {
+            path: {box: np.asarray(value) for box, value in parts.items()} for path, parts in owned.items() if parts
+        }
+
+
+@functools.lru_cache(maxsize=1024)
+def addressable_indices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Region, int]:
+    """Return {box: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
+
+    Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
+    """
+    like = jax.make_array_from_callback(shape, sharding, np.broadcast_to(np.uint8(0), shape).__getitem__)
+    numbers = {shard.device: number for number, shard in enumerate(like.addressable_shards)}
+    return {box: numbers[device] for box, device in array_regions.addressable_regions(sharding, shape).items()}
+
+
+def join_regions(
+    regions: Mapping[Region, np.ndarray], layout: FileLayout | array_regions.Shape
+) -> Iterator[tuple[Region, np.ndarray]]:
+    """Join regions into fewer and larger ones by `cover_regions`, without a copy where one region suffices."""
+    for outer, members in cover_regions(tuple(regions), layout, next((x.itemsize for x in regions.values()), 1)):
+        if len(members) == 1:
+            yield outer, regions[outer]
+            continue
+        joined = np.empty(array_regions.region_shape(outer), regions[members[0][0]].dtype)
+        for box, index in members:
+            joined[index] = regions[box]
+        yield outer, joined
+
+
+_LARGE = 16 << 10
+"""Regions of at least this many bytes are written without joining them, as in `storage.strided`."""
+
+
+@functools.lru_cache(maxsize=1024)
+def cover_regions(
+    parts: tuple[Region, ...], layout: FileLayout | array_regions.Shape, itemsize: int
+) -> list[tuple[Region, list[tuple[Region, tuple[slice, ...]]]]]:
+    """Merge neighbouring array_regions; return [(merged box, [(box, its slices in the merged box)])].
+
+    Large array_regions that are contiguous in the file stay separate.
+
+    Args:
+        layout: the array's layout in the file: over several tensors, or as one tensor of this shape.
+    """
+    separate = all(itemsize * array_regions.region_size(box) >= _LARGE and _is_one_run(box, layout) for box in parts)
+    merged = {box: [box] for box in parts} if separate else array_regions.merge_neighbours(parts)
+    return [
+        (outer, [(box, array_regions.relative_slices(box, outer)) for box in members])
+        for outer, members in merged.items()
+    ]
+
+
+def _is_one_run(box: Region, layout: FileLayout | array_regions.Shape) -> bool:
+    """Return True if a region of an array is one run of bytes in the file."""
+    if not isinstance(layout, FileLayout):
+        return array_regions.is_contiguous(layout, box)
+    in_file = array_regions.file_regions(layout, box)
+    return len(in_file) == 1 and array_regions.is_contiguous(in_file[0].shape, in_file[0].tensor_region)
+
+
+def gather_array(leaf: Any) -> np.ndarray:
+    """Gather an array in every process. Collective."""
+    complete = is_local(leaf) or leaf.is_fully_replicated
+    return np.asarray(leaf if complete else multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _owned_parts(
+    encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
+) -> Iterator[TensorPart]:
+    """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
+    left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
+    for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
+        left[entry.path] -= 1
+        regions = owned.get(entry.path, {}) if left[entry.path] else owned.pop(entry.path, {})
+        for box, values in join_regions(regions, entry.form):
+            yield from _parts(entry, box, values, dtype)
+
+
+def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterator[TensorPart]:
+    """Yield all parts in process 0, one leaf after the other; yield nothing in the others, which only send."""
+    for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
+        with name_donated_arrays(encoded.leaves):
+            value = gather_array(encoded.leaves[entry.path])
+        if process == 0:
+            yield from _parts(entry, array_regions.full_region(entry.shape), value, dtype)
+
+
+def _parts(entry: PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[TensorPart]:
+    """Yield the file parts of one region of a leaf."""
+    for piece in array_regions.file_regions(entry.form, box):
+        tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
+        keys = entry.keys_of(piece.number)
+        tile = tile if dtype is None else cast({keys[0]: tile}, dtype)[keys[0]]
+        for key in keys:
+            yield TensorPart(key, piece.shape, piece.tensor_region, tile)
+
+
+# ---------------------------------------------------------------- encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The adapter of a tree, taken apart once for `to_peft` and `save`."""
+
+    held: Carrier
+    adapter: Adapter
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array}` of the adapter."""
+        return self.adapter.flat()
+
+    @functools.cached_property
+    def sites(self) -> sites.Sites:
+        """The adapter's sites."""
+        return sites.sites_of(self.adapter)
+
+
+def take_adapter(
+    held: Carrier,
+    name: str,
+    config: Config | None,
+    keymap: KeyMap | str | None,
+    lora_alpha: float | None = None,
+    *,
+    in_memory: bool,
+) -> Source:
+    """Take the adapter out of a tree, with the target names of the given keymap.
+
+    Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
+    """
+    adapter = held.extract(name, config, keymap, lora_alpha)
+    source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
+    require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
+    if keymap in (None, "auto"):
+        return source
+    new = families.resolve_keymap(keymap, {})
+    config = state_dict_keys.rename_targets(source.adapter.config, source.sites, new)
+    return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
+
+
+def encode_tree(
+    tree: Any,
+    name: str,
+    config: Config | None,
+    keymap: KeyMap | str | None,
+    lora_alpha: float | None,
+    on_shared: str | None,
+    *,
+    in_memory: bool,
+    save_embedding_layers: bool | str = False,
+    timeout: float = 300,
+) -> PeftTensors:
+    """Return the tensors that PEFT's file holds for the adapter of a tree.
+
+    Args:
+        tree: anything `extract` takes.
+        in_memory: True for `to_peft`, which accepts traced arrays. False for `save`, which accepts arrays that are
+            partly in other processes.
+        timeout: in seconds, for each answer of another process.
+
+    With `in_memory=False` and an adapter that is spread over several processes, all of them call this.
+
+    Raises `AttachError`, `ConfigError`, `KeyMapError` or `MismatchError`.
+    """
+    held = lora_carrier(tree)
+    if held.foreign is not None:
+        require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
+        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, on_shared)
+        base_weights.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        if not isinstance(tensors.tensors, Encoded):
+            return tensors
+        return dataclasses.replace(
+            tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
+        )
+    source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
+    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+        params = {**source.adapter.params, SHARED_NODE: stored}
+        source = Source(held, dataclasses.replace(source.adapter, params=params))
+    encoded = _with_embeddings(source, _encode(source), save_embedding_layers)
+    config, keymap = source.adapter.config, source.adapter.keymap
+    leaves = held.leaves() if held.has_base else None
+    encoded = _repeat_for_heads(config, encoded, keymap, leaves)
+    tensors = _join_or_split(source, encoded, on_shared)
+    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
+
+
+def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it.
+
+    If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
+    is not has no fingerprint: only one of the processes may be saving.
+    """
+    if not source.held.has_base or lora.changes_base(source.adapter.config):
+        return None
+    found = fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    if is_distributed(source.leaves.values()):
+        return combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
+    return found if found is None or fingerprint.is_complete(found) else None
+
+
+def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
+    """Raise `AttachError` for parameters whose values cannot be saved.
+
+    Args:
+        traced: accept traced arrays.
+        elsewhere: accept arrays that are partly in other processes.
+    """
+
+    def obstacle(leaf: Any) -> str | None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return "abstract: a shape only"
+        if isinstance(leaf, Tracer):
+            return None if traced else "traced: inside jit, grad or vmap"
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            return "deleted: it was donated to a jitted function"
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not elsewhere:
+            return "partly in other processes: only jaxadapt.save can write it"
+        return None
+
+    problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := obstacle(leaf))]
+    raise_listed(AttachError, "these parameters have no values to save:", problems)
+
+
+def _encode(source: Source) -> Encoded:
+    adapter, leaves = source.adapter, source.leaves
+    warn_unproved(adapter.keymap)
+    adapter_sites = source.sites
+    sites.require_complete(leaves, adapter_sites)
+    if adapter_sites.untargeted:
+        raise MismatchError(
+            "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
+            " does not name them, so a reader would drop them:\n" + paths.bullets(adapter_sites.untargeted)
+        )
+    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    if host:
+        _require_zeros(adapter_sites, leaves)
+    return sites.make_file_plan(adapter_sites).encode(leaves, host)
+
+
+def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any]) -> None:
+    """Raise `MismatchError` for nonzero values in layers or ranks that the configuration excludes."""
+    nonzero: list[str] = []
+    for entry in (e for site in adapter_sites for e in site.entries if e.form.is_partial):
+        leaf, used = leaves[entry.path], entry.form.expand_by_tensor([1] * entry.form.count) > 0
+        xp: Any = np if is_local(leaf) else jnp
+        if bool(xp.any(xp.where(used, 0, leaf) != 0)):
+            nonzero.append(f"{entry.path} {tuple(leaf.shape)}")
+    raise_listed(
+        MismatchError,
+        "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
+        " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
+        " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
+        " own:",
+        nonzero,
+    )
+
+
+def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:
+    """Add the base's embedding and head if `save_embedding_layers` asks for them."""
+    adapter, held = source.adapter, source.held
+    if not base_weights.may_need_embeddings(adapter.config, save):
+        return encoded
+    base = held.leaves() if held.has_base else None
+    return base_weights.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
+
+
+def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> tuple[Config, Mapping[str, Any]]:
+    """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
+    config, keymap = source.adapter.config, source.adapter.keymap
+    has_parts = plan.has_parts(encoded.plan.keys)
+    if not (has_parts or (keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
+        return config, encoded
+    if is_distributed(encoded.leaves.values()):
+        raise AttachError(
+            "cannot join these weights: PyTorch stores several of them in one tensor, and the arrays are partly in"
+            " other processes. Gather the adapter's arrays first (they are small), with"
+            " jax.experimental.multihost_utils"
+        )
+    if keymap.per_expert:
+        return experts.split_experts(config, encoded, keymap)
+    return joint_tensors.join_tensors(config, source.sites, encoded, on_shared)
+
+
+def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
+    """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
+    if not full_copies.repeats_heads(config, keymap, leaves):
+        return encoded
+    more = full_copies.repeat_for_heads(config, encoded.plan.entries, keymap)
+    return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
+
+
+# ---------------------------------------------------------------- save adapter
 
 
 def save(
@@ -109,7 +547,7 @@ def save(
     if format == "orbax":
         if lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = encode.take_adapter(lora_carrier(tree), name, config, keymap, in_memory=False).adapter
+        adapter = take_adapter(lora_carrier(tree), name, config, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
@@ -119,12 +557,12 @@ def save(
             orbax_folder.report_total(report, "save", adapter)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
-    tensors = encode.encode_tree(
+    tensors = encode_tree(
         tree, name, config, keymap, lora_alpha, on_shared, in_memory=False,
         save_embedding_layers=save_embedding_layers, timeout=timeout,
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
-    is_spread = isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values())
+    is_spread = isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())
     if is_spread and (plain or format == "bin"):
         option, command = ("plain=True", "export") if plain else ("format 'bin'", "convert")
         raise FileError(f"{path}: {option}: several processes cannot write it; {command} the folder afterwards")
@@ -132,7 +570,7 @@ def save(
         tensors = plain_form(tensors)
     if is_spread:
         with reporter(progress) as report:
-            multihost.write_shared(tensors, target, dtype, shared, timeout, report)
+            write_shared(tensors, target, dtype, shared, timeout, report)
     else:
         tensors = tensors if dtype is None else dataclasses.replace(tensors, tensors=cast(tensors.tensors, dtype))
         folder.write(tensors, target, format=format, progress=progress)

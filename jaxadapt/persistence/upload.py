@@ -109,12 +109,12 @@ def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
     import jax
 
     from jaxadapt.models.carriers import carrier
-    from jaxadapt.persistence import multihost
+    from jaxadapt.persistence import save_adapter
 
-    if not multihost.is_distributed(jax.tree.leaves(carrier(source).pytree())):
+    if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
         return send()
     # A long timeout: if process 0 dies, the lost connection to it ends the others.
-    return Pushed(*multihost.run_on_leader(task, send, _LONG))
+    return Pushed(*save_adapter.run_on_leader(task, send, _LONG))
 
 
 class _Page(NamedTuple):

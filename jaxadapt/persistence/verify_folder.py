@@ -16,13 +16,11 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence.image_names import LYCORIS
 from jaxadapt.persistence.verification import (
     base_checks,
-    base_identity,
     config_checks,
     finding,
-    foreign_files,
     key_names,
+    stored_adapter,
     tensor_checks,
-    value_checks,
 )
 from jaxadapt.persistence.verification.finding import SEVERITIES, Finding
 from jaxadapt.persistence.verification.stored_adapter import Specs, StoredAdapter, open_stored
@@ -68,7 +66,7 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
             family = base_checks.base_family(base, known_base)
             findings += _check_content(stored, known_base, os.fspath(name), family, report)
         if isinstance(base, str | os.PathLike) and stored.base and not isinstance(known_base, KeyMap):
-            findings += base_identity.check_identity(stored.base, known_base or {}, base)
+            findings += base_checks.check_identity(stored.base, known_base or {}, base)
     return sorted(findings, key=lambda found: SEVERITIES.index(found.severity))
 
 
@@ -78,9 +76,9 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, family: str
     if stored.specs is None:
         return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
     passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
-    foreign = None if passes else foreign_files.foreign_library(stored.specs, config is not None)
+    foreign = None if passes else stored_adapter.foreign_library(stored.specs, config is not None)
     if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
-        foreign = foreign_files.not_an_adapter(stored.specs, stored.source)
+        foreign = stored_adapter.not_an_adapter(stored.specs, stored.source)
     if foreign is not None:
         others = [f for f in checked.findings if f.code not in ("configuration-missing", foreign.code)]
         return [*others, foreign]
@@ -101,13 +99,13 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, family: str
 
     if config is None:
         findings.append(_describe_tensors(kind, shapes))
-        return [*findings, *tensor_checks.check_empty(shapes), *value_checks.check_values(keys, shapes, get, None)]
+        return [*findings, *tensor_checks.check_empty(shapes), *tensor_checks.check_values(keys, shapes, get, None)]
     if not names.has_several:
         findings += tensor_checks.check_tensors(without_base(shapes, names, config), config, family)
         if base is not None:
             findings += base_checks.check_base(shapes, config, base, base_name)
     findings += tensor_checks.check_dtypes({name: stored.specs[key][0] for name, key in keys.items()}, config)
-    findings += value_checks.check_values(keys, shapes, get, config)
+    findings += tensor_checks.check_values(keys, shapes, get, config)
     return [*findings, _describe_method(config, shapes), *_describe_scales(shapes, config)]
 
 

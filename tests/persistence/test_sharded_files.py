@@ -19,7 +19,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.core import paths
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.persistence import multihost
+from jaxadapt.persistence import save_adapter
 from jaxadapt.storage import safetensors
 from tests.adapters.test_sharding import check
 from tests.support import meshes
@@ -227,7 +227,9 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2
-    parts = {part.key: part for part in multihost._owned_parts(encoded, multihost.owned_regions(encoded.leaves, 0))}
+    parts = {
+        part.key: part for part in save_adapter._owned_parts(encoded, save_adapter.owned_regions(encoded.leaves, 0))
+    }
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
@@ -246,10 +248,10 @@ def test_parts_are_copied_together_only_where_that_saves_writes() -> None:
         (few, rows, [regions.full_region((64, 256))]),
     ]:  # fmt: skip
         held = {box: whole[regions.to_slices(box)] for box in parts}
-        found = dict(multihost.join_regions(held, laid))
+        found = dict(save_adapter.join_regions(held, laid))
         assert list(found) == expected
         for box, values in found.items():
             np.testing.assert_array_equal(values, whole[regions.to_slices(box)])
             assert np.may_share_memory(values, whole) == (expected is parts)
     small = {box: whole[regions.to_slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
-    assert list(dict(multihost.join_regions(small, (64, 256)))) == [((0, 2), (0, 256))]
+    assert list(dict(save_adapter.join_regions(small, (64, 256)))) == [((0, 2), (0, 256))]

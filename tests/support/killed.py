@@ -206,7 +206,7 @@ def _die() -> None:
 
 
 def _die_at(moment: str, folder: Path) -> None:
-    from jaxadapt.persistence import multihost
+    from jaxadapt.persistence import save_adapter
     from jaxadapt.storage import atomic, sharded_write
 
     if moment == "begin":
@@ -222,7 +222,7 @@ def _die_at(moment: str, folder: Path) -> None:
         threading.Thread(target=watch, daemon=True).start()
         return
     say, write, manager = sharded_write.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
-    gather = multihost.multihost_utils.process_allgather
+    gather = save_adapter.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
         if name == moment:
@@ -248,7 +248,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             return gather(*args, **more)
 
-        multihost.multihost_utils.process_allgather = dying_gather
+        save_adapter.multihost_utils.process_allgather = dying_gather
     elif moment == "commit":
         atomic._rename_all = lambda *_: _die()
     elif moment == "prune":

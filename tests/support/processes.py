@@ -148,7 +148,7 @@ def watching(stem: Path) -> Any:
 def save_and_load(folder: Path, argument: str) -> None:
     """Saved on each layout, by all and through process 0, loaded on another."""
     import jaxadapt
-    from jaxadapt.persistence import multihost
+    from jaxadapt.persistence import save_adapter
     from tests.support import meshes
 
     def never(*_: Any, **__: Any) -> Any:
@@ -157,7 +157,7 @@ def save_and_load(folder: Path, argument: str) -> None:
     for number, layout in enumerate(meshes.LAYOUTS):
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
-        with mock.patch.object(multihost.multihost_utils, "process_allgather", never):
+        with mock.patch.object(save_adapter.multihost_utils, "process_allgather", never):
             jaxadapt.save(
                 mine, folder / f"{number}-all", timeout=PATIENCE, progress=watching(folder / f"{number}-all-told")
             )
@@ -233,7 +233,7 @@ def faults(folder: Path, argument: str) -> None:
     import jax
 
     import jaxadapt
-    from jaxadapt.persistence import multihost
+    from jaxadapt.persistence import save_adapter
     from tests.support import meshes
 
     here = jax.process_index()
@@ -280,7 +280,7 @@ def faults(folder: Path, argument: str) -> None:
     if here == 1:
         time.sleep(0.5)
         arrived.touch()
-    assert multihost.run_on_leader("look", lambda: arrived.exists() and not arrived.unlink(), PATIENCE) is True
+    assert save_adapter.run_on_leader("look", lambda: arrived.exists() and not arrived.unlink(), PATIENCE) is True
     jaxadapt.save(mine, folder / "after", timeout=PATIENCE)
 
 

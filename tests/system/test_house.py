@@ -280,7 +280,6 @@ NAMING = {
     "export.adapter_files": "IA3's configuration has a second list of modules, whose names change too",
     "models.prompt.attention": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
     "persistence.consumers": "the methods that other programs read",
-    "persistence.image_configs": "the methods of kohya-ss and LyCORIS",
     "persistence.image_files": "the methods of kohya-ss and LyCORIS",
     "persistence.image_names": "the methods of kohya-ss and LyCORIS",
     "persistence.verification.key_names": "the types that only pass through, which have no file of their own",

@@ -1,4 +1,7 @@
-"""Checks of an adapter's modules against its base model, or against the names of a model family."""
+"""Checks of an adapter's modules against its base model, or against the names of a model family.
+
+The check that a base model is the one that an adapter was trained on, by the fingerprint in the adapter's file.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import errors
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.persistence import fingerprint
 from jaxadapt.persistence.verification import finding, key_names, stored_adapter
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.persistence.verification.tensor_checks import Shapes
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
+
+# ---------------------------------------------------------------- base checks
+
 
 # Renames of transformers between versions: (prefix of the older names, prefix of the newer ones).
 _RENAMES = (
@@ -336,3 +344,49 @@ def _check_family(modules: Iterable[str], keymap: KeyMap) -> list[Finding]:
 def _is_known(keymap: KeyMap, module: str) -> bool:
     heads = {head.removesuffix(".weight") for head, _ in keymap.tied}
     return module in heads or any(w.match_key(f"{module}.weight") is not None for w in keymap.weights)
+
+
+# ---------------------------------------------------------------- base identity
+
+
+def weight_names(stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
+    """Return {weight of a fingerprint: its name in a base}; None if the base lacks one."""
+    names = names_in_base([key.removesuffix(".weight") for key in stored], shapes)
+    return None if names is None else {f"{module}.weight": f"{name}.weight" for module, name in names.items()}
+
+
+def check_identity(
+    stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]], base: str | os.PathLike[str]
+) -> list[Finding]:
+    """Return a finding if a base has other values than the one of the training, or cannot be compared.
+
+    Args:
+        stored: the fingerprint in the adapter's file.
+        shapes: the shapes of the base's parameters.
+        base: the folder or file of the base; a few values are read.
+    """
+    place = location.to_location(base)
+    if place.suffix == ".json":
+        return []
+    keys = weight_names(stored, shapes)
+    found = None
+    if keys is not None:
+        try:
+            with hf_model.open_model(place) as tensors:
+                hf_model.refuse_packed(tensors)
+                found = fingerprint.of_file(tensors, keys)
+        except (FileError, FormatError):  # the other checks have reported it, or the base is quantized
+            found = None
+    if found is None:
+        return [finding.note("base-not-compared", stored, f"the values of {base} were not compared: it is quantized or"
+                             " lacks modules of the adapter")]  # fmt: skip
+    different = fingerprint.differences(stored, found)
+    if not different:
+        return [finding.note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")]
+    return [
+        finding.error(
+            "other-base", different, f"the adapter was trained on another base than {base}: {len(different)} of"
+            f" {len(stored)} compared weights differ, such as {different[0]}", "the base of the training",
+            "find the base that the adapter was trained on; on this one its outputs may be wrong",
+        )
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ from jaxadapt.configs import PEFT_VERSION, Config
 from jaxadapt.configs.base import GenericConfig, class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import folder
-from jaxadapt.persistence.verification import finding, foreign_files, key_names, stored_adapter
+from jaxadapt.persistence.verification import finding, key_names, stored_adapter
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.persistence.verification.stored_adapter import StoredAdapter
 
@@ -42,7 +42,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
     if stored.text is None:
         return _without_file(stored)
     values, text_repairs = mend_text(stored.text)
-    if values is not None and (foreign := foreign_files.foreign_config(values)) is not None:
+    if values is not None and (foreign := stored_adapter.foreign_config(values)) is not None:
         return CheckedConfig(None, (foreign,))
     findings: list[Finding] = []
     repairs: list[str] = []

@@ -24,7 +24,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.persistence import multihost, run_folder
+from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import atomic, location
@@ -375,7 +375,7 @@ class CheckpointManager(RunFolder):
         """
         if not step_files.is_multi_process(None):
             return work()
-        return multihost.run_on_leader(f"{self.folder}: {name}", work, self.timeout)
+        return save_adapter.run_on_leader(f"{self.folder}: {name}", work, self.timeout)
 
     # ------------------------------------------------------------ preemption
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
-from jaxadapt.persistence import multihost, run_folder
+from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord, head_crc
 from jaxadapt.storage import atomic, checksum, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
@@ -76,7 +76,7 @@ def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
     """Return shards that cover an array, each with its region; None is the full region."""
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
-    indices = multihost.addressable_indices(leaf.sharding, leaf.shape)
+    indices = save_adapter.addressable_indices(leaf.sharding, leaf.shape)
     return [(region, leaf.addressable_data(index)) for region, index in indices.items()]
 
 
@@ -163,10 +163,10 @@ def prepare_shared_write(
         FileError: a process failed, died or sees another file system. All processes raise it.
         MismatchError: values that every process holds differ between processes.
     """
-    local = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if multihost.is_local(leaf)})
+    local = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if save_adapter.is_local(leaf)})
     distributed = {name: leaf for name, leaf in taken.arrays.items() if name not in local}
     shared = not isinstance(path, Address)
-    owned = multihost.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
+    owned = save_adapter.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
     group = sharded_write.start(path, timeout)
 
     def finish(report: Report) -> None:
@@ -180,7 +180,7 @@ def prepare_shared_write(
 
         def pieces() -> Iterator[TensorPart]:
             for name in sorted(owned):
-                for region, values in multihost.join_regions(owned[name], tuple(taken.arrays[name].shape)):
+                for region, values in save_adapter.join_regions(owned[name], tuple(taken.arrays[name].shape)):
                     if name in byte_dtypes:
                         values = _as_bytes(values)
                         region = (*region, (0, values.shape[-1]))
@@ -218,7 +218,7 @@ def _gather_on_leader(arrays: Mapping[str, Any]) -> dict[str, dict[regions.Regio
     """Gather full arrays one at a time, and keep them in process 0 only."""
     gathered: dict[str, dict[regions.Region, np.ndarray]] = {}
     for name in sorted(arrays):
-        value = multihost.gather_array(arrays[name])
+        value = save_adapter.gather_array(arrays[name])
         if jax.process_index() == 0:
             gathered[name] = {regions.full_region(value.shape): value}
     return gathered
