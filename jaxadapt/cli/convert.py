@@ -82,11 +82,11 @@ def command(
     """
     (source, *more) = sources
     if more:
-        from jaxadapt.export import file_formats
+        from jaxadapt.export import conversion
 
         if from_keymap or to_keymap or dialect or like or sizes or on_shared or lora_alpha is not None:
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
-        done = file_formats.convert_several(sources, target, format=form, dtype=dtype, progress=True)
+        done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         if as_json:
             output.print_json([each.to_dict() for each in done])
         else:

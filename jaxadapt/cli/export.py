@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from jaxadapt.cli import output
-from jaxadapt.export.programs import PROGRAMS
+from jaxadapt.export.adapter_export import PROGRAMS
 
 
 @click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")

@@ -21,7 +21,7 @@ from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Progress, reporter
-from jaxadapt.export import file_formats
+from jaxadapt.export import conversion
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
@@ -57,7 +57,7 @@ def resize_files(
 
     Raises `ConfigError` for an adapter that is not a plain LoRA, `FileError` if `out` has an adapter already.
     """
-    file_formats.refuse_same(adapter, out)
+    conversion.refuse_same(adapter, out)
     place = location.to_location(out)
     if location.is_file(place) or location.exists(place / folder.CONFIG):
         raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
@@ -76,10 +76,10 @@ def resize_files(
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
         _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
-        reduced, error = rank_reduction.resize_rank(file_formats.with_pytorch_names(tensors), r)
+        reduced, error = rank_reduction.resize_rank(conversion.with_pytorch_names(tensors), r)
         result = _kept(peft.to_peft(reduced), tensors)
         _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
-        file_formats.write_like(result, out, adapter, dtype, report)
+        conversion.write_like(result, out, adapter, dtype, report)
         return error
 
 
@@ -99,8 +99,8 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
 
     Raises what `jaxadapt.initializers.for_original_base` raises.
     """
-    file_formats.refuse_same(trained, out)
-    file_formats.refuse_same(first, out)
+    conversion.refuse_same(trained, out)
+    conversion.refuse_same(first, out)
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
@@ -115,7 +115,7 @@ def _on_changed_base(tensors: PeftTensors) -> Adapter:
     """Return the adapter of a base that its start changed, which a model's own base is not."""
     config: Any = tensors.config
     plain = dataclasses.replace(tensors, config=config.with_default_init())
-    return dataclasses.replace(file_formats.with_pytorch_names(plain), config=tensors.config)
+    return dataclasses.replace(conversion.with_pytorch_names(plain), config=tensors.config)
 
 
 # ---------------------------------------------------------------- names
@@ -151,7 +151,7 @@ def rename_files(
             )
             raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
         result = _renamed(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
-        file_formats.write_like(result, out, adapter, None, report)
+        conversion.write_like(result, out, adapter, None, report)
         return changed
 
 

@@ -19,7 +19,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import untying
-from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes, unknown_names_error
+from jaxadapt.export.base_export import collect_base_leaves, leaf_shapes, unknown_names_error
 from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
 from jaxadapt.keymaps.keymap import KeyMap

@@ -18,7 +18,7 @@ from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
-from jaxadapt.export import base_export, file_formats, untying
+from jaxadapt.export import base_export, conversion, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
@@ -173,7 +173,7 @@ def plan_merge(
     untied = untying.untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
-    keymap = file_formats.base_keymap(tensors, untied.tensors.shapes, untied.tied)
+    keymap = conversion.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
@@ -209,7 +209,7 @@ def combine_folders(
         combined = _replace_base(_combine_tensors(tensors, weights, resize, options), tensors)
         if not allow_nan:
             refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
-        file_formats.write_like(combined, out, adapters[0], dtype, report)
+        conversion.write_like(combined, out, adapters[0], dtype, report)
         return combined
 
 

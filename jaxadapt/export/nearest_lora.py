@@ -1,23 +1,32 @@
-"""The nearest plain LoRA of a rank for an adapter of any method, from its file and the base model's."""
+"""The nearest plain LoRA of a rank for an adapter of any method, from its file and the base model's.
+
+The initial adapter of a PiSSA or OLoRA file, computed again from the original base as PEFT does on loading.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 
+import jax
 import numpy as np
 
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import lora
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.export import file_formats
+from jaxadapt.export import conversion
+from jaxadapt.initializers.kinds import init_kind
+from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.persistence import peft
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.source import as_source
+
+# ---------------------------------------------------------------- nearest lora
 
 
 def nearest_lora(
@@ -42,11 +51,11 @@ def nearest_lora(
             " (base=, `--base FOLDER`)"
         )
     if base is None or is_product:
-        reduced = rank_reduction.to_lora(file_formats.with_pytorch_names(tensors), rank)
+        reduced = rank_reduction.to_lora(conversion.with_pytorch_names(tensors), rank)
     else:
         with hf_model.open_model(location.to_location(base)) as source:
             hf_model.refuse_packed(source)
-            keymap = file_formats.base_keymap(tensors, source.shapes)
+            keymap = conversion.base_keymap(tensors, source.shapes)
             names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
             # none in a file of tensors of the whole adapter only (UNILORA)
             if modules := _modules(as_source(tensors.tensors).shapes):
@@ -67,3 +76,37 @@ def _modules(shapes: pytorch.Shapes) -> set[str]:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+# ---------------------------------------------------------------- original start
+
+
+def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftTensors:
+    """Return the initial adapter of a configuration whose initialization reads only the base weights.
+
+    Args:
+        tensors: the trained adapter.
+        base: the folder of the original base model, whose adapted weights are read.
+
+    Raises:
+        ConfigError: the initialization cannot be repeated, because it depends on data, gradients or random numbers.
+        MismatchError: the base has other modules.
+    """
+    config = tensors.config
+    assert isinstance(config, LoraConfig)
+    kind = init_kind(config)
+    if kind.from_run or config.init_lora_weights == "loftq":
+        raise ConfigError(
+            f"{tensors.source}: init_lora_weights={config.init_lora_weights!r} cannot be repeated from the base: it"
+            f" depends on {kind.from_run or 'the rounding of the quantized base'}. Pass the initial adapter"
+            " (first=, `--first FOLDER`)"
+        )
+    with hf_model.open_model(location.to_location(base)) as weights:
+        hf_model.refuse_packed(weights)
+        keymap = conversion.base_keymap(tensors, weights.shapes)
+        adapted = {f"{module}.weight" for module in pytorch.adapted_keys(tensors.tensors)}
+        read = [key for key in weights if (match := keymap.match(key)) and ".".join(match.parameter({})) in adapted]
+        leaves = {key: np.asarray(weights[key]) for key in read}
+    with jax.default_matmul_precision("highest"):
+        first = start(config, paths.unflatten(leaves), keymap=keymap, dtype="float32").adapter
+    return dataclasses.replace(peft.to_peft(first), config=config, source=f"the start of {tensors.source}")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.export import export_adapter, export_base
-from jaxadapt.export.file_formats import convert_format
+from jaxadapt.export.conversion import convert_format
 from jaxadapt.export.merge_files import merge_folder
 from jaxadapt.merging import to_lora
 from jaxadapt.serving import bank
