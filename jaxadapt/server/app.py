@@ -23,10 +23,9 @@ from starlette.routing import Route
 
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.core.progress import LOGGER
-from jaxadapt.server import names, protocol
-from jaxadapt.server.base import END, START, Base
-from jaxadapt.server.engine import Engine, Job, Piece
-from jaxadapt.server.metrics import Metrics
+from jaxadapt.server import protocol
+from jaxadapt.server.base import END, START, Base, find, is_plain, is_there
+from jaxadapt.server.engine import Engine, Job, Metrics, Piece
 from jaxadapt.server.protocol import LEFT, Answer, Request, RequestError
 from jaxadapt.server.session import EventStream, Session
 from jaxadapt.serving import AdapterPool
@@ -99,9 +98,9 @@ class Server:
             return None
         name = model.removeprefix(f"{self.base.name}:")
         try:
-            if not names.is_plain(name):
+            if not is_plain(name):
                 raise FileError("no adapter can have this name")
-            if not names.is_there(self.root, self.pool.version(name).path):
+            if not is_there(self.root, self.pool.version(name).path):
                 raise FileError("its files are gone, or are links to files outside the adapters' folder")
         except AdapterError as error:
             message = f"no model {model[:80]!r}: {error}"
@@ -227,7 +226,7 @@ class Server:
     async def load(self, http: HttpRequest) -> Response:
         """Load an adapter inside the folder under a name, with vLLM's request and answers."""
         name, path, in_place = protocol.parse_adapter(await self.read_json(http))
-        if name == self.base.name or not names.is_plain(name):
+        if name == self.base.name or not is_plain(name):
             raise protocol.lora_error(400, f"{name[:80]!r} is the base's name, or cannot be a folder's name")
         known = self.pool.version(name) if name in self.pool.names() else None
         if known is not None and not in_place:
@@ -237,7 +236,7 @@ class Server:
                 " 'load_inplace' to True.",
             )
         try:
-            folder = await asyncio.to_thread(names.find, self.root, name, path)
+            folder = await asyncio.to_thread(find, self.root, name, path)
         except AdapterError as error:
             message = f"Loading lora {name} failed: No adapter found for {(path or name)[:80]}: {error}"
             raise protocol.lora_error(404, message) from error

@@ -1,20 +1,34 @@
-"""The base model of a server: the demo's SmolLM2, or a folder with a Llama of Hugging Face."""
+"""The base model of a server: the demo's SmolLM2, or a folder with a Llama of Hugging Face.
+
+Names and paths of adapters that come from clients: each is a folder inside one root, and nothing else.
+
+Choose the configurations for which a server's bank has room, from the adapters of its folder.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxadapt.core.errors import AdapterError, FileError, FormatError
+import jaxadapt
+from jaxadapt import methods, serving
+from jaxadapt.adapters.sites import sites_of
+from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
-from jaxadapt.server.text import INCOMPLETE
-from jaxadapt.storage import hf_model
+from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.server.protocol import INCOMPLETE
+from jaxadapt.serving.index import BASE
+from jaxadapt.serving.layout import becomes_lora, compare_shared
+from jaxadapt.storage import hf_model, hub
+
+# ---------------------------------------------------------------- base
+
 
 SMOLLM2 = "smollm2"
 START, END = "<|im_start|>", "<|im_end|>"
@@ -153,3 +167,171 @@ def _as_text(tokenizer: Any) -> Any:
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     return copy
+
+
+# ---------------------------------------------------------------- names
+
+
+MAX_BYTES = 255
+CONFIG = hub.CONFIG
+FILES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS)
+
+
+def find(root: Path, name: str, given: str | None = None) -> Path:
+    """Return the adapter folder of a name, or the one at a path that a client gave.
+
+    Args:
+        root: the folder of the adapters.
+        name: the name of the adapter.
+        given: a path inside the root, absolute, or from the root or the working folder. None for the folder directly in
+            the root that has the name.
+
+    Raises:
+        FileError: the name is no plain folder name, there is no adapter at the path, or the path, the folder or a file
+            in it is a link that leaves the root.
+
+    >>> find(Path("/adapters"), "../etc")
+    Traceback (most recent call last):
+        ...
+    jaxadapt.core.errors.FileError: '../etc' is not the name of an adapter: expected a folder's name without separators,
+    control characters or a dot at the start
+    """
+    if not is_plain(name):
+        raise FileError(
+            f"{name[:80]!r} is not the name of an adapter: expected a folder's name without separators, control"
+            " characters or a dot at the start"
+        )
+    places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
+    inside = [path for path in places if given is None or _is_inside(root, path)]
+    path = next((path for path in inside if os.path.isfile(path / CONFIG)), None)  # noqa: PTH113 (`is_file` may raise)
+    if path is None:
+        raise FileError(
+            f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with {CONFIG}"
+        )
+    if not all(_is_inside(root, each) for each in (path, *path.rglob("*"))):
+        raise FileError(
+            f"the adapter {name!r} contains links to files outside the adapters' folder; copy the files into it"
+        )
+    return path
+
+
+def is_plain(name: str) -> bool:
+    """Return True for a name that an adapter may have."""
+    plain = name not in ("", BASE) and name.isprintable() and not {"/", "\\", os.sep} & {*name}
+    return plain and not name.startswith(".") and len(os.fsencode(name)) <= MAX_BYTES
+
+
+def is_there(root: Path, path: Path) -> bool:
+    """Return True if a folder that `find` returned is still there, and its adapter's files inside the root.
+
+    It looks at these files only: it is called at each request.
+    """
+    return os.path.isfile(path / CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
+
+
+def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return `{name: folder}` of the adapters in a folder, sorted, and the reasons for which others are left out.
+
+    Raises:
+        FileError: the folder cannot be listed.
+    """
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    try:
+        entries = sorted(path.name for path in root.iterdir() if os.path.isfile(path / CONFIG))  # noqa: PTH113
+    except OSError as error:
+        raise FileError(f"cannot list the adapters in {root}: {error}") from error
+    for name in entries:
+        try:
+            found[name] = find(root, name)
+        except FileError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+# ---------------------------------------------------------------- room
+
+
+Room = jaxadapt.Config | jaxadapt.Adapter
+
+
+def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str]) -> list[Room]:
+    """Return what to give `serving.create`: room for plain LoRAs, and for each other kind of adapter in the folders.
+
+    Args:
+        model: the base.
+        folders: the adapters that are there at the start. One that cannot be read counts for nothing; a request for it
+            gets the error.
+        rank: the least rank to have room for.
+        targets: the modules that adapters may change.
+    """
+    kinds: dict[tuple[str, bool, bool], list[Any]] = {}
+    whole: dict[str, list[jaxadapt.Adapter]] = {}
+    for path in folders:
+        try:
+            info = jaxadapt.inspect(path)
+            config: Any = info.config
+            largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
+            # A number in a JSON file must not take all memory.
+            if config.facts.rows == "no" or max(_ranks(config), default=0) > largest:
+                continue
+            if becomes_lora(config):
+                config = plain_config(config, methods.get_method(config).plain_rank(config) or rank)
+            if methods.get_method(config).has_shared:
+                adapter = jaxadapt.from_peft(jaxadapt.read(path), model)
+                whole.setdefault(config.peft_type, []).append(adapter)
+                continue
+        except AdapterError:
+            continue
+        kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
+        kinds.setdefault(kind, []).append(config)
+    lora = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
+    kinds.setdefault(("LORA", False, False), [])
+    wanted: list[Room] = []
+    for (peft_type, dora, bias), found in kinds.items():
+        ranks = [r for config in found for r in _ranks(config)]
+        if peft_type == "LORA":
+            wanted.append(lora.replace(r=max([rank, *ranks]), use_dora=dora, lora_bias=bias))
+        elif peft_type == "IA3":
+            wanted.append(
+                jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+            )
+        else:
+            wanted.append(found[0].replace(target_modules=list(targets), **({"r": max(ranks)} if ranks else {})))
+    wanted += [each for adapters in whole.values() for each in _different(adapters)]
+    room: list[Room] = []
+    for made in wanted:
+        try:
+            serving.create(model, made, slots=2)
+        except AdapterError as error:
+            peft_type = (made.config if isinstance(made, jaxadapt.Adapter) else made).peft_type
+            warn(f"requests for adapters of the kind {peft_type} will fail: {error}")
+        else:
+            room.append(made)
+    return room
+
+
+def _ranks(config: jaxadapt.Config) -> list[int]:
+    """Return the ranks that a configuration states, as far as it states them by `r` and `rank_pattern`."""
+    patterns: Any = config.get("rank_pattern") or {}
+    return [r for r in (config.get("r"), *patterns.values()) if isinstance(r, int)]
+
+
+def _different(adapters: Sequence[jaxadapt.Adapter]) -> list[jaxadapt.Adapter]:
+    """Return one adapter for all those with the same shared tensors: the largest, with the targets of all."""
+    groups: list[list[jaxadapt.Adapter]] = []
+    for adapter in sorted(adapters, key=lambda adapter: -sum(x.size for x in adapter.shared.values())):
+        group = next((each for each in groups if not compare_shared(each[0].shared, adapter.shared)), None)
+        if group is None:
+            groups.append([adapter])
+        else:
+            group.append(adapter)
+    made: list[jaxadapt.Adapter] = []
+    for first, *others in groups:
+        modules = {module for adapter in (first, *others) for site in sites_of(adapter) for module in site.modules}
+        made.append(dataclasses.replace(first, config=first.config.with_targets(sorted(modules))))
+    return made

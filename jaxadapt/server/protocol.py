@@ -1,15 +1,98 @@
-"""OpenAI's requests and answers: JSON to values and back. Pure functions."""
+"""OpenAI's requests and answers: JSON to values and back. Pure functions.
+
+Log-probabilities of tokens, in the two forms of OpenAI's interface.
+
+Text from tokens, piece by piece, up to a stop string.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError, ConfigError
-from jaxadapt.server.scores import Spell, TokenScore, chat_logprobs, completion_logprobs
-from jaxadapt.serving import Sampling
-from jaxadapt.serving.sampling import TOP
+from jaxadapt.serving.generation import TOP, Sampling, Scores
+
+# ---------------------------------------------------------------- scores
+
+
+Spell = Callable[[int], tuple[str, bool]]
+"""Returns the text of one token, and False if its bytes are no whole text: the text is then the vocabulary's name."""
+
+_LEAST = -9999.0  # JSON has no infinity; vLLM writes this number, too
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """The log-probability of one token.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability; None for the first token of a prompt, which follows nothing.
+        top: (id, log-probability) of the most probable tokens at its place, in descending order.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_scores(tokens: Sequence[int], scores: Scores, top: int, first: int = 0) -> Iterator[TokenScore]:
+    """Yield the scores of tokens that stand at the places from `first` on, each with `top` others."""
+    for place, token in enumerate(tokens, first):
+        others = zip(scores.ids[place, :top].tolist(), scores.top[place, :top].tolist(), strict=True)
+        yield TokenScore(
+            token, _finite_number(scores.logprobs[place]), tuple((i, _finite_number(x)) for i, x in others)
+        )
+
+
+def _finite_number(logprob: Any) -> float:
+    return max(float(logprob), _LEAST)
+
+
+def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int) -> dict[str, Any]:
+    """Return the field `logprobs` of a completion.
+
+    Args:
+        scores: of the choice's tokens, in order.
+        spell: the text of a token.
+        offset: the place of the first token's text in the choice's text.
+    """
+    texts = [spell(score.token)[0] for score in scores]
+    offsets = [offset + before for before in itertools.accumulate(map(len, texts[:-1]), initial=0)]
+    tops: list[dict[str, float] | None] = []
+    for score, text in zip(scores, texts, strict=True):
+        if score.logprob is None:
+            tops.append(None)
+            continue
+        named = {text: score.logprob}
+        for token, logprob in score.top:  # two tokens may have one text; the more probable one is shown
+            other = spell(token)[0]
+            named[other] = max(logprob, named.get(other, logprob))
+        tops.append(named)
+    return {
+        "tokens": texts, "token_logprobs": [score.logprob for score in scores], "top_logprobs": tops,
+        "text_offset": offsets,
+    }  # fmt: skip
+
+
+def chat_logprobs(scores: Sequence[TokenScore], spell: Spell) -> dict[str, Any]:
+    """Return the field `logprobs` of a chat."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text, whole = spell(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+    content = [
+        entry(score.token, score.logprob) | {"top_logprobs": [entry(*each) for each in score.top]} for score in scores
+    ]
+    return {"content": content, "refusal": None}
+
+
+# ---------------------------------------------------------------- protocol
+
 
 MAX_PROMPTS, MAX_STOPS, MAX_CHOICES = 64, 4, 128
 LEFT = 499  # the status of a request whose client left
@@ -288,3 +371,68 @@ class Answer:
 def usage_of(prompt: int, completion: int) -> dict[str, int]:
     """Return OpenAI's numbers of tokens."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+# ---------------------------------------------------------------- text
+
+
+INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+
+
+class TextStream:
+    """The text of growing tokens. A piece is returned when later tokens cannot change or end it.
+
+    Args:
+        decode: returns the text of token ids.
+        stop: strings that end the text, which does not contain them.
+
+    Attributes:
+        stopped: True after a stop string.
+
+    >>> stream = TextStream(lambda ids: "".join(map(chr, ids)), ["END"])
+    >>> [stream.push(ord(c)) for c in "a EaEND"], stream.stopped
+    (['a', ' ', '', 'Ea', '', '', ''], True)
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        self._decode, self._stop = decode, [text for text in stop if text]
+        self._ids: list[int] = []
+        self._begin = 0  # ids before it are decoded for good; those from it on give the next characters their context
+        self._read = 0  # ids before it are in the text
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that is certain now."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._begin : self._read])
+        now = self._decode(self._ids[self._begin :])
+        if now.endswith(INCOMPLETE) or len(now) <= len(before):
+            return ""
+        self._begin, self._read = self._read, len(self._ids)
+        return self._release(now[len(before) :], final=False)
+
+    def finish(self) -> str:
+        """Return the rest of the text; no token follows."""
+        before = self._decode(self._ids[self._begin : self._read])
+        return self._release(self._decode(self._ids[self._begin :])[len(before) :], final=True)
+
+    def _release(self, text: str, *, final: bool) -> str:
+        held = self._held + text
+        ends = [place for place in (held.find(stop) for stop in self._stop) if place >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return held[: min(ends)]
+        kept = 0 if final else max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of a stop string, but not all of it, that a text ends in.
+
+    >>> _overlap("the EN", "END"), _overlap("the", "END")
+    (2, 0)
+    """
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -11,11 +11,8 @@ from typing import Any
 
 from jaxadapt import serving
 from jaxadapt.core.errors import ConfigError, FileError, warn
-from jaxadapt.server import names
-from jaxadapt.server.base import Base
-from jaxadapt.server.engine import Engine
-from jaxadapt.server.metrics import Metrics
-from jaxadapt.server.room import make_room
+from jaxadapt.server.base import Base, make_room, scan
+from jaxadapt.server.engine import Engine, Metrics
 
 GRACE_SECONDS = 10
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -57,7 +54,7 @@ def make_server(
         )
     app = load_app()
     root = Path(os.path.realpath(root))
-    folders, problems = names.scan(root)
+    folders, problems = scan(root)
     if base.name in folders:
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
     for problem in problems:

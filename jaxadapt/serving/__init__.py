@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxadapt.serving.bank import put as put
     from jaxadapt.serving.generation import Decoder as Decoder
     from jaxadapt.serving.generation import KVCache as KVCache
+    from jaxadapt.serving.generation import Sampling as Sampling
     from jaxadapt.serving.generation import linen_forward as linen_forward
     from jaxadapt.serving.generation import nnx_forward as nnx_forward
     from jaxadapt.serving.pool import AdapterPool as AdapterPool
@@ -20,6 +21,5 @@ if TYPE_CHECKING:
     from jaxadapt.serving.routing import attach as attach
     from jaxadapt.serving.routing import detach as detach
     from jaxadapt.serving.routing import route as route
-    from jaxadapt.serving.sampling import Sampling as Sampling
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,12 +1,17 @@
-"""The places of a bank: one method at one base leaf, with the shapes that every adapter is padded to."""
+"""The places of a bank: one method at one base leaf, with the shapes that every adapter is padded to.
+
+Why an adapter cannot go into a bank, and what can be done with it instead.
+
+The tensors that the adapters of a bank have in common, such as VeRA's random projections: one copy for all slots.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,14 +22,179 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.sites import Site, Sites, sites_of
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.merging.rank_reduction import low_rank_form
+from jaxadapt.methods.base import Start
 from jaxadapt.models.row_sites import RowLayout, RowSite
-from jaxadapt.serving import refusals
-from jaxadapt.serving.refusals import Refusal
-from jaxadapt.serving.shared import Shared, find_shared
+
+# ---------------------------------------------------------------- refusals
+
+
+MERGE = "Merge the adapter into a base of its own (jaxadapt.merge)"
+APPROXIMATE = (
+    "Approximate the adapter by a plain LoRA (jaxadapt.merging.to_lora returns its errors), or merge it into a base of"
+    " its own (jaxadapt.merge)"
+)
+LOAD = "Load the adapter into a model of its own (jaxadapt.load)"
+FIT = (
+    "Create the bank with configurations that cover the adapter, convert the adapter to a plain LoRA that fits"
+    " (jaxadapt.merging.to_lora), or merge it into a base of its own (jaxadapt.merge)"
+)
+
+
+def add_kind(config: Config, slots: int) -> str:
+    """Return the way out for an adapter of a kind that a bank of as many slots has no room for."""
+    return (
+        "Create the bank with room for this kind, too: pass its configuration beside the present ones"
+        f" (jaxadapt.serving.create(base, [..., {config!r}], slots={slots})). Or merge the adapter into a base of its"
+        " own (jaxadapt.merge)"
+    )
+
+
+class Refusal(NamedTuple):
+    """A reason against an adapter, and the way out."""
+
+    problem: str
+    way_out: str
+
+
+def find_refusals(sites: Iterable[Site]) -> list[Refusal]:
+    """Return why the rows of a batch cannot each have their own adapter, for each site where they cannot."""
+    return [found for site in sites if (found := _refuse(site)) is not None]
+
+
+def _refuse(site: Site) -> Refusal | None:
+    method, peft_type = site.method, site.method.peft_type
+    if method.copies:
+        return Refusal(
+            f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)", MERGE
+        )
+    way_out, form = APPROXIMATE if site.effects.bias is None else MERGE, "form with a separate adapter for each row"
+    if method.rows == "no":
+        return Refusal(f"{site.leaf}: {peft_type} has no {form}", way_out)
+    if (kind := site.match.weight.kind) not in ("linear", "attention"):
+        return Refusal(f"{site.leaf}: {peft_type} adapts a layer of kind {kind} here, not a matrix product", MERGE)
+    try:
+        effects = method.effects(method.row_hparams(site.hparams))
+    except AttachError as error:
+        return Refusal(f"{site.leaf}: {error}", LOAD)
+    if effects.form == "weight" and method.rows == "call":
+        return Refusal(f"{site.leaf}: this variant of {peft_type} has no {form}", way_out)
+    return None
+
+
+def raise_listed(refusals: Sequence[Refusal], what: str) -> None:
+    """Raise `AttachError` with all refusals and their ways out, if there are any."""
+    if refusals:
+        ways_out = list(dict.fromkeys(each.way_out for each in refusals))
+        raise AttachError(f"{what}:\n{paths.bullets([each.problem for each in refusals])}\n" + ". ".join(ways_out))
+
+
+# ---------------------------------------------------------------- shared
+
+
+Shared = Mapping[str, np.ndarray]
+
+
+def shared_of(adapter: Adapter, sites: Sites | None = None) -> dict[str, np.ndarray]:
+    """Return the tensors of the whole adapter, as arrays of numpy.
+
+    Raises `AttachError` if training changes one, and `MismatchError` if one is too small for `sites`.
+    """
+    _require_fixed(adapter.config, sites_of(adapter))
+    found = {name: np.asarray(x) for name, x in adapter.shared.items()}
+    if found and sites is not None:
+        targets, shapes = [site.target for site in sites], {name: x.shape for name, x in found.items()}
+        methods.get_method(adapter.config).shared(adapter.config, targets, shapes)
+    return found
+
+
+def draw_shared(config: Config, sites: Sites) -> dict[str, np.ndarray]:
+    """Return the tensors of a whole adapter that follow from its configuration.
+
+    Raises `AttachError` if the configuration does not determine them, or if training changes one.
+    """
+    _require_fixed(config, sites)
+    method, drawn = methods.get_method(config), dict[str, np.ndarray]()
+    shapes = {each.tensor.name: each.entry.shape for each in sites.shared}
+    for each in sites.shared:
+        values = method.init(config, each.tensor, Start(each.entry.form.file_shape, shared=shapes))
+        if isinstance(values, Draw):
+            raise AttachError(
+                f"cannot create the bank: {each.tensor.name} of {config.peft_type} does not follow from the"
+                " configuration. Pass an adapter that has it in place of the configuration"
+            )
+        drawn[each.tensor.name] = np.asarray(values)
+    return drawn
+
+
+def _require_fixed(config: Config, sites: Sites) -> None:
+    if trained := [each.tensor.name for each in sites.shared if each.tensor.trained]:
+        raise AttachError(
+            f"{config.peft_type} trains tensors of the whole adapter ({', '.join(trained)}), so the rows of a batch"
+            " cannot each have their own"
+        )
+
+
+def find_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter) -> int | None:
+    """Return the number of the bank's shared tensors that are those of an adapter; None for an adapter without any.
+
+    Methods use the first rows and columns of a shared tensor, so of two sizes the common part must be equal.
+
+    Raises `AttachError`, which says what differs, if the bank has no such tensors.
+    """
+    own = shared_of(adapter)
+    if not own:
+        return None
+    config, closest = adapter.config, None
+    for number, (peft_type, tensors) in enumerate(bank):
+        if peft_type == config.peft_type:
+            found = compare_shared(tensors, own)
+            if not found:
+                return number
+            closest = found if closest is None or len(found) < len(closest) else closest
+    if closest is None:
+        closest = [f"the bank has no {name}" for name in own]
+    rank = methods.get_method(config).plain_rank(config)
+    plain = (
+        "" if rank is None else f", or convert the adapter to a plain LoRA of rank {rank}, which computes the same"
+        " (jaxadapt.merging.to_lora(adapter, params=base)), for a bank of LoRAs"
+    )  # fmt: skip
+    raise AttachError(
+        f"cannot put the adapter into the bank: all adapters of a {config.peft_type} bank use one copy of the tensors"
+        f" that belong to no module, and this adapter has others:\n{paths.bullets(closest)}\nCreate the bank with this"
+        f" adapter beside or in place of the configuration (jaxadapt.serving.create(base, [config, adapter]))"
+        f"{plain}"
+    )
+
+
+def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
+    """Return a line for each tensor in whose common part an adapter differs from a bank."""
+    problems: list[str] = []
+    for name in sorted(bank.keys() | adapter.keys()):
+        if name not in bank or name not in adapter:
+            problems.append(f"{name}: {'the bank' if name in adapter else 'the adapter'} lacks it")
+            continue
+        ours, theirs = np.asarray(bank[name]), np.asarray(adapter[name])
+        shapes = f"shape {list(theirs.shape)}, the bank's is {list(ours.shape)}"
+        if ours.ndim != theirs.ndim:
+            problems.append(f"{name}: {shapes}")
+            continue
+        common = tuple(slice(min(sizes)) for sizes in zip(ours.shape, theirs.shape, strict=True))
+        if np.array_equal(ours[common], theirs[common]):
+            continue
+        distance = np.abs(ours[common].astype(np.float64) - theirs[common].astype(np.float64))
+        count, largest = int((distance != 0).sum()), float(distance.max())  # NaN differs from every value
+        total = math.prod(distance.shape)
+        problems.append(f"{name}: {count} of {total} values differ, by up to {largest:.3g} ({shapes})")
+    return problems
+
+
+# ---------------------------------------------------------------- layout
+
 
 Shape = tuple[int, ...]
 Index = tuple[Any, ...]
@@ -191,9 +361,9 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
             chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
         except AttachError as error:
             other_kind = number is None and site.leaf in layout.by_leaf
-            way_out = refusals.add_kind(adapter.config, layout.slots) if other_kind else refusals.FIT
+            way_out = add_kind(adapter.config, layout.slots) if other_kind else FIT
             problems.append(Refusal(str(error), way_out))
-    refusals.raise_listed(problems, _CANNOT_PUT)
+    raise_listed(problems, _CANNOT_PUT)
     return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
 
 
@@ -205,17 +375,16 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
     sites = sites_of(adapter)
     if not sites:  # a prompt, whose tensors belong to no weight
         raise AttachError(
-            f"{_CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one."
-            f" {refusals.LOAD}"
+            f"{_CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one. {LOAD}"
         )
-    refusals.raise_listed(refusals.find_refusals(sites), _CANNOT_PUT)
+    raise_listed(find_refusals(sites), _CANNOT_PUT)
     if not becomes_lora(adapter.config):
         return adapter, sites, find_shared(layout.shared, adapter)
-    missing = [Refusal(_no_place(leaf), refusals.FIT) for leaf in adapter.sites if leaf not in layout.by_leaf]
-    refusals.raise_listed(missing, _CANNOT_PUT)
+    missing = [Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf]
+    raise_listed(missing, _CANNOT_PUT)
     plain = low_rank_form(adapter, layout.shapes)
     if plain is None:
-        refusals.raise_listed([Refusal("it adapts experts that one array holds", refusals.MERGE)], _CANNOT_PUT)
+        raise_listed([Refusal("it adapts experts that one array holds", MERGE)], _CANNOT_PUT)
     assert plain is not None
     return plain, sites_of(plain), None
 

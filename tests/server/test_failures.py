@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from jaxadapt.server.app import make_app
-from jaxadapt.server.engine import Engine
-from jaxadapt.server.metrics import Metrics
+from jaxadapt.server.engine import Engine, Metrics
 from tests.server.conftest import write_adapter
 from tests.server.test_app import GREEDY, ask, client_of, get
 

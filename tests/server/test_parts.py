@@ -17,13 +17,11 @@ from safetensors.numpy import load_file, save_file
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
-from jaxadapt.server import names, run
-from jaxadapt.server.base import open_base
-from jaxadapt.server.engine import Engine, Job, Piece
-from jaxadapt.server.metrics import Metrics
-from jaxadapt.server.protocol import RequestError
-from jaxadapt.server.text import TextStream
-from jaxadapt.serving.sampling import GREEDY
+from jaxadapt.server import run
+from jaxadapt.server.base import open_base, scan
+from jaxadapt.server.engine import Engine, Job, Metrics, Piece
+from jaxadapt.server.protocol import RequestError, TextStream
+from jaxadapt.serving.generation import GREEDY
 from tests.server.conftest import CONFIG, write_base
 
 
@@ -251,12 +249,12 @@ def test_closing_ends_requests(base):
 def test_scan_leaves_out_links_that_leave(root, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "gone").symlink_to(root / "fr", target_is_directory=True)
-    assert names.scan(tmp_path / "in") == (
+    assert scan(tmp_path / "in") == (
         {}, ["the adapter 'gone' contains links to files outside the adapters' folder; copy the files into it"]
     )  # fmt: skip
-    assert list(names.scan(root)[0])[:3] == ["broken", "de", "fr"]
+    assert list(scan(root)[0])[:3] == ["broken", "de", "fr"]
     with pytest.raises(FileError, match="cannot list the adapters"):
-        names.scan(tmp_path / "none")
+        scan(tmp_path / "none")
 
 
 def test_bases(tmp_path, base, root):

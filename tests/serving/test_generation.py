@@ -17,7 +17,7 @@ from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward
-from jaxadapt.serving.sampling import choose, restrict, score
+from jaxadapt.serving.generation import choose, restrict, score
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,

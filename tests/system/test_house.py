@@ -284,7 +284,7 @@ NAMING = {
     "persistence.image_names": "the methods of kohya-ss and LyCORIS",
     "persistence.verification.key_names": "the types that only pass through, which have no file of their own",
     "persistence.verify_folder": "the method that a file without a configuration may have",
-    "server.room": "IA3's configuration for all modules has a second list of them",
+    "server.base": "IA3's configuration for all modules has a second list of them",
 }
 
 
