@@ -22,8 +22,7 @@ from rich.table import Table
 
 from jaxadapt.core.errors import ConfigError, FileError
 from jaxadapt.demo import check
-from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2
-from jaxadapt.demo.text import batches, chunks, python_topics, spread
+from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.demo.training import APIS, Trainer, make_trainer, method_names
 
 LENGTH = 64  # tokens of one chunk

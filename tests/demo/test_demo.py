@@ -20,7 +20,7 @@ from rich.console import Console
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
-from jaxadapt.demo import check, finetune, llama, smollm2, text, training
+from jaxadapt.demo import check, finetune, llama, smollm2, training
 
 TINY = llama.LlamaConfig(
     vocab_size=64,
@@ -53,7 +53,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def test_held_out_text_is_not_trained_on() -> None:
-    training_text, held_out = text.python_topics()
+    training_text, held_out = smollm2.python_topics()
     assert len(training_text) > 5 * len(held_out) > 100_000
     seen = {" ".join(paragraph.split()) for paragraph in training_text.split("\n\n")}
     assert not [p for p in held_out.split("\n\n") if " ".join(p.split()) in seen]
@@ -61,7 +61,7 @@ def test_held_out_text_is_not_trained_on() -> None:
 
 def test_batches_visit_every_row_and_are_the_same_for_the_same_seed() -> None:
     rows = np.arange(12, dtype=np.int32).reshape(6, 2)
-    source, again = text.batches(rows, 2, seed=3), text.batches(rows, 2, seed=3)
+    source, again = smollm2.batches(rows, 2, seed=3), smollm2.batches(rows, 2, seed=3)
     first = [next(source) for _ in range(3)]
     assert sorted(np.concatenate(first)[:, 0].tolist()) == rows[:, 0].tolist()
     np.testing.assert_array_equal(first, [next(again) for _ in range(3)])

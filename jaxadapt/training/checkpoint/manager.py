@@ -8,17 +8,29 @@
 Each step is one safetensors file, which needs one write and one flush and is replaced atomically. (Orbax takes several
 times as long for the same bytes: benchmarks/README.md.) If several processes share the arrays, each writes its own
 bytes of the file, and process 0 commits it. For an object store, process 0 gathers and uploads all arrays.
+
+Background work for the training loop, one task at a time, which is completed even if the program ends.
+
+Handling of SIGTERM in a training loop, with a signal handler that is installed for one `with` block.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import importlib
 import numbers
 import os
-from collections.abc import Callable, Mapping
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
+
+import jax
 
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
@@ -29,10 +41,144 @@ from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.location import Location
-from jaxadapt.training.checkpoint import preemption, restore, snapshot, step_files, step_reading
-from jaxadapt.training.checkpoint.background import Background
-from jaxadapt.training.checkpoint.restore import Restored
-from jaxadapt.training.checkpoint.snapshot import Snapshot
+from jaxadapt.training.checkpoint import snapshot, step_files
+from jaxadapt.training.checkpoint.snapshot import Restored, Snapshot
+
+# ---------------------------------------------------------------- background
+
+
+class Background:
+    """A runner that starts one thread for each task.
+
+    The thread is not a daemon, so the interpreter joins it before it ends. An error is kept until `wait` raises it. If
+    the program ends before that, the error is printed and the exit status is 1.
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.subject: Any = None  # given to `start` with the last task; None if it failed
+        self._error: BaseException | None = None
+        self._joins_early = False
+
+    @property
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(self, name: str, work: Callable[[], None], needs_executors: bool, subject: Any = None) -> None:
+        """Wait for the previous task and start a new one.
+
+        Args:
+            name: the name of the thread.
+            work: the task.
+            needs_executors: join the task before executors shut down. Orbax's saves run on executors, and packages of
+                object stores look up host names on one; they accept no work after the main thread has ended.
+            subject: a value to keep in `subject`.
+        """
+        self.wait()
+        if needs_executors and not self._joins_early:
+            self._joins_early = True
+            # `atexit` and joining the thread are both too late. Executors are closed by a hook of the interpreter, so
+            # the task must be joined in the same kind of hook (tests/training/test_background.py). Hooks run in reverse
+            # order, so the executors' hook must be registered first; importing the module does this.
+            importlib.import_module("concurrent.futures.thread")
+            threading._register_atexit(self._join)  # pyright: ignore  # noqa: PGH003 (neither public nor in the stubs)
+        atexit.unregister(self._exit)
+        atexit.register(self._exit)
+        may_begin = threading.Event()
+        thread = threading.Thread(target=self._run, args=(may_begin, work), name=name, daemon=False)
+        try:
+            thread.start()
+            self.thread, self.subject = thread, subject
+        finally:
+            may_begin.set()  # only now, so that the task does not delay the training loop by sharing the interpreter
+
+    def _run(self, may_begin: threading.Event, work: Callable[[], None]) -> None:
+        may_begin.wait()
+        try:
+            work()
+        except BaseException as error:  # raised by the next call of `wait`
+            self.subject, self._error = None, error
+
+    def wait(self) -> None:
+        """Wait until the task is done. Raise its error, once, if it failed."""
+        self._join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _exit(self) -> None:
+        """Print an error that was never raised, and exit with status 1."""
+        self._join()
+        if self._error is None:
+            return
+        sys.stderr.write("a checkpoint was not saved:\n")
+        traceback.print_exception(self._error)
+        atexit.unregister(self._exit)
+        # Run the other exit functions, which `os._exit` would skip. An exception here would not change the status.
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# ---------------------------------------------------------------- preemption
+
+
+@contextlib.contextmanager
+def catch_sigterm(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
+    """Yield `stop(step)`; after the block call `wait`, and exit the program if the signal arrived.
+
+    See `CheckpointManager.preemption`.
+    """
+    if jax.distributed.is_initialized():  # then JAX has its own handler, outside of Python
+        with _synchronized_stop(wait) as stop:
+            yield stop
+        return
+    received: list[int] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    except ValueError as error:
+        raise ConfigError(
+            "preemption() must be entered in the main thread, the only one that receives signals"
+        ) from error
+    try:
+        yield lambda step: bool(received)
+        wait()
+    finally:
+        # None: the handler was set outside of Python and cannot be restored, so use the default.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+    if received:
+        if callable(previous):
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _synchronized_stop(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
+    """Yield `stop(step)`, which becomes True at the same step in all processes."""
+    from jax.experimental import multihost_utils
+
+    answers: dict[int, bool] = {}
+
+    def stop(step: int) -> bool:
+        if step not in answers:  # JAX counts calls, so call it once per step
+            answers.clear()
+            answers[step] = multihost_utils.reached_preemption_sync_point(step)
+        return answers[step]
+
+    yield stop
+    wait()
+    if any(answers.values()):
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+# ---------------------------------------------------------------- manager
 
 
 class _LastSave(NamedTuple):
@@ -303,12 +449,12 @@ class CheckpointManager(RunFolder):
         number = self._run_on_leader("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
         if number is None:
             raise FileError(f"{self.folder}: cannot restore: no checkpoint found")
-        stored = step_reading.read_stored_step(self._path(number))
+        stored = step_files.read_stored_step(self._path(number))
         if model_only:
-            stored = step_reading.select_model(stored)
+            stored = step_files.select_model(stored)
         with reporter(self.progress) as report:
-            read = functools.partial(step_reading.read_step_arrays, stored, report=report)
-            filled = restore.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
+            read = functools.partial(step_files.read_step_arrays, stored, report=report)
+            filled = snapshot.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.specs))
         restored_parts = {part: filled.get(part) for part in snapshot.PARTS}
         return Restored(number, filled["model"], **restored_parts, metrics=stored.metrics)
@@ -316,7 +462,7 @@ class CheckpointManager(RunFolder):
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
         self.wait()
-        stored = step_reading.read_stored_step(self._path(self._existing_step(step)))
+        stored = step_files.read_stored_step(self._path(self._existing_step(step)))
         if stored.snapshot.foreign:
             dialect = stored.snapshot.foreign.get("dialect")
             raise AttachError(
@@ -325,7 +471,7 @@ class CheckpointManager(RunFolder):
         if name not in stored.snapshot.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.snapshot.recipes)}")
         prefix = snapshot.name_prefix(name)
-        flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(prefix)})
+        flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(prefix)})
         recipe = Recipe.from_text(stored.snapshot.recipes[name])
         tree = paths.unflatten({n.removeprefix(prefix): value for n, value in flat.items()})
         return Adapter(recipe.config, tree, recipe.keymap)
@@ -342,11 +488,11 @@ class CheckpointManager(RunFolder):
 
     def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
         number = self._existing_step(step, "cannot export: ")
-        stored = step_reading.read_stored_step(self._path(number))
+        stored = step_files.read_stored_step(self._path(number))
         if stored.snapshot.foreign:
-            flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
+            flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            save(restore.stored_foreign_tree(stored.snapshot, leaves), path, **options)
+            save(snapshot.stored_foreign_tree(stored.snapshot, leaves), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
             save(self.adapter(number, name), path, name=name, **options)
 
@@ -397,4 +543,4 @@ class CheckpointManager(RunFolder):
         Raises:
             ConfigError: the caller is not in the main thread, the only one that receives signals.
         """
-        return preemption.catch_sigterm(self.wait)
+        return catch_sigterm(self.wait)
