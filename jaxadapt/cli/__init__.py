@@ -1,7 +1,7 @@
 """The command line.
 
-Each command is one file of this package, named after it, that defines `command`. A command imports its dependencies
-when it runs, so that a command without JAX starts fast.
+Each file of this package holds the commands of one purpose: the command "check-keymap" is `check_keymap_command`. A
+command imports its dependencies when it runs, so that a command without JAX starts fast.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from jaxadapt.core.errors import AdapterError
 from jaxadapt.core.progress import escape_text
 
 GROUPS = {
-    "Look at an adapter": ("inspect", "verify", "diff"),
-    "Repair and change one": ("repair", "resize", "rename", "start", "convert", "extract"),
-    "Merge and combine": ("merge", "combine"),
-    "Share": ("export", "push", "pull"),
-    "Train and serve": ("demo", "checkpoints", "serve"),
-    "Families and methods": ("families", "check-keymap", "methods"),
-    "The shell": ("completion",),
+    "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),
+    "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "start", "convert", "extract")),
+    "Merge and combine": ("adapter_changes", ("merge", "combine")),
+    "Share": ("sharing", ("export", "push", "pull")),
+    "Train and serve": ("runs", ("demo", "checkpoints", "serve")),
+    "Families and methods": ("families_and_methods", ("families", "check-keymap", "methods")),
+    "The shell": ("completion", ("completion",)),
 }
-"""The commands by purpose, in the order of the help page."""
-COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+"""`{purpose: (file, its commands)}`, in the order of the help page."""
+_FILES = {name: file for file, names in GROUPS.values() for name in names}
+COMMANDS = tuple(_FILES)
 
 INTERRUPTED = 130
 _ERROR_STATUS = {"diff": 2}
@@ -48,13 +49,13 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
-        return command
+        file = importlib.import_module(f"{__name__}.{_FILES[cmd_name]}")
+        return vars(file)[f"{cmd_name.replace('-', '_')}_command"]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under the headings of their groups."""
         width = max(map(len, COMMANDS)) + 2
-        for title, names in GROUPS.items():
+        for title, (_, names) in GROUPS.items():
             commands = [(name, self.get_command(ctx, name)) for name in names]
             rows = [
                 (name.ljust(width - 2), command.get_short_help_str(formatter.width - width - 4))

@@ -11,7 +11,7 @@ from jaxadapt.cli import output
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @output.as_json
 @click.pass_context
-def command(ctx: click.Context, shell: str, as_json: bool) -> None:
+def completion_command(ctx: click.Context, shell: str, as_json: bool) -> None:
     """Print the script that completes commands, options and paths in SHELL.
 
     Add the script to the startup file of your shell, as in the example, and open a new shell. zsh also needs the line

@@ -1,4 +1,4 @@
-"""`jaxadapt check-keymap`."""
+"""Commands about model families and methods: `families`, `check-keymap`, `methods`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,48 @@ if TYPE_CHECKING:
     from jaxadapt.keymaps.check import KeyMapReport
     from jaxadapt.keymaps.keymap import KeyMap
 
+
+# ---------------------------------------------------------------- families
+
+
+@click.command("families", short_help="List the known model families.")
+@click.argument("name", required=False)
+@output.as_json
+def families_command(name: str | None, as_json: bool) -> None:
+    """List the known model families, or the keymap of the family NAME.
+
+    A keymap has one entry for each kind of weight: the parameter's path in JAX, its key in PyTorch, and a pattern that
+    relates their axes. It is "proved" if a test maps the weights of a real model in both directions, bit for bit.
+
+    A family's name is the value of keymap= in Python, of `jaxadapt convert --to` and of `jaxadapt check-keymap`. Append
+    /scan0, /scan1, … if the model stacks its layers along that axis.
+
+    \b
+    Example:
+      jaxadapt families
+      jaxadapt families llama
+      jaxadapt families llama/scan0 --json
+    """
+    from jaxadapt.keymaps.families import FAMILIES, get_family
+
+    if name is None:
+        keymaps = list(FAMILIES.values())
+        if as_json:
+            output.print_json([{"name": k.name, "lines": len(k.weights), "proved": k.proved} for k in keymaps])
+        else:
+            rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
+            output.print_table(("family", "entries", "proved"), rows, numbers=("entries",))
+        return
+    keymap = get_family(name)
+    if as_json:
+        output.print_json([{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in keymap.weights])
+    else:
+        output.print_table(("leaf", "PyTorch key", "pattern"), [(w.leaf, w.key, w.pattern) for w in keymap.weights])
+
+
+# ---------------------------------------------------------------- check keymap
+
+
 Shapes = dict[str, tuple[int, ...]]
 
 _TITLES = {
@@ -33,7 +75,7 @@ _MAX_ITEMS = 12
 @click.option("--model", type=click.Path(), help="Shapes of the JAX model: .json, .safetensors or an Orbax folder.")
 @click.option("--checkpoint", type=click.Path(), help="The Hugging Face model: its folder, or one file of weights.")
 @output.as_json
-def command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
+def check_keymap_command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
     """Check that the keymap FAMILY fits a JAX model, a PyTorch checkpoint, or both together.
 
     A keymap has one entry for each kind of weight: its path in the JAX model, its key in PyTorch, and a pattern that
@@ -199,3 +241,78 @@ def _read_checkpoint_shapes(path: Path) -> Shapes:
 
     with hf_model.open_model(path) as model:
         return model.shapes
+
+
+# ---------------------------------------------------------------- methods
+
+
+@click.command("methods", short_help="List the methods, with PEFT's figures.")
+@click.option(
+    "--model", type=click.Path(), help="Shapes of a JAX model, as for check-keymap: adds each adapter's size."
+)
+@output.as_json
+def methods_command(model: str | None, as_json: bool) -> None:
+    """List the methods that jaxadapt computes, and the types whose files only pass through.
+
+    "rows" tells if the rows of a batch may each have their own adapter: "call" if they are chosen in the call, "put" if
+    a server must prepare the adapter. "accuracy" and "time" are those of PEFT's own benchmark (Llama 3.2 3B on
+    MetaMathQA); the time is divided by LoRA's. With --model, "size" counts the trained parameters of the default
+    configuration on that model.
+
+    \b
+    Example:
+      jaxadapt methods
+      jaxadapt methods --model shapes.json --json
+    """
+    from jaxadapt.configs import listing
+
+    found, passing = listing.describe_methods(), listing.passing_types()
+    sizes = None if model is None else _sizes(Path(model))
+    if as_json:
+        values: list[dict[str, Any]] = [
+            {**info.to_dict(), **({} if sizes is None else _size_value(sizes.get(info.peft_type)))} for info in found
+        ]
+        output.print_json({"methods": values, "passing": passing})
+        return
+    columns = ["method", "what it does", "merges", "rows", "accuracy", "time"]
+    rows = [
+        [
+            info.peft_type,
+            info.summary,
+            "yes" if info.facts.merges else "no",
+            info.facts.rows,
+            _number(info.facts.accuracy),
+            _number(info.facts.time),
+            *([] if sizes is None else [_size_text(sizes.get(info.peft_type))]),
+        ]
+        for info in found
+    ]
+    columns += [] if sizes is None else ["size"]
+    output.print_table(columns, rows, numbers=("accuracy", "time", "size"))
+    click.echo()
+    click.echo("Trained tensors:")
+    output.print_pairs([(info.peft_type, info.facts.trains) for info in found if info.facts.trains])
+    click.echo()
+    click.echo("Papers and PEFT's code:")
+    output.print_pairs([(info.peft_type, ", ".join(filter(None, (info.paper, info.source)))) for info in found])
+    click.echo()
+    click.echo("Files of these types can be read and written, but not applied:")
+    output.print_pairs(list(passing.items()))
+
+
+def _sizes(path: Path) -> dict[str, int | str]:
+    from jaxadapt.analysis import method_sizes
+
+    return method_sizes.method_sizes(read_model_shapes(path))
+
+
+def _size_value(size: int | str | None) -> dict[str, Any]:
+    return {"size": size if isinstance(size, int) else None, **({"reason": size} if isinstance(size, str) else {})}
+
+
+def _size_text(size: int | str | None) -> str:
+    return f"{size:,}" if isinstance(size, int) else "–"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
