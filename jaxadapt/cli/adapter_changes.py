@@ -1,4 +1,4 @@
-"""Commands that write a changed adapter: `repair`, `resize`, `rename`, `start`, `convert`, `extract`, `merge`, `combine`."""
+"""Commands that write a changed adapter: repaired, resized, renamed, converted, extracted, merged or combined."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from jaxadapt.export import base_export, conversion, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
-from jaxadapt.methods import registry
+from jaxadapt.methods import file_sizes
 from jaxadapt.persistence import fingerprint, folder, peft
 from jaxadapt.persistence.verification import base_checks
 from jaxadapt.storage import atomic, hf_model, location
@@ -242,7 +242,7 @@ def _combine_tensors(
         shapes,
         all_shapes,
         " and ".join(adapter.source for adapter in tensors),
-        functools.partial(registry, tensors[0].config),
+        functools.partial(file_sizes, tensors[0].config),
     )
     combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
     if resize is not None:
