@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Operation, Use, expand_leading
+from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import expand_leading
 
 Array = Any
 

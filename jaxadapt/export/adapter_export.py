@@ -20,8 +20,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Generator, Mapping
-from typing import Any, Literal
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 
@@ -31,62 +31,13 @@ from jaxadapt.configs import lora
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.export import conversion, gguf_model, nearest_lora, untying
+from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs, plain_form
 from jaxadapt.persistence import consumers, folder, image_files, mlx_files, peft
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.source import TensorSource, as_source
 from jaxadapt.storage.strided import float_dtype
-
-# ---------------------------------------------------------------- programs
-
-
-Form = Literal["folder", "gguf", "mlx"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A program that reads adapters.
-
-    Attributes:
-        name: its name on the command line.
-        form: "folder" (PEFT's folder, with the adapter in its plain form), "gguf" or "mlx".
-        reader: its name in `consumers`; "" for every reader of PEFT's folders.
-        keeps: fields of the configuration that it reads although a plain LoRA has none.
-    """
-
-    name: str
-    form: Form
-    reader: str
-    keeps: tuple[str, ...] = ()
-
-    @property
-    def version(self) -> str:
-        """The version with which the form was measured, or in whose source it was read."""
-        return VERSIONS.get(self.name) or consumers.version_of(self.reader)
-
-
-PROGRAMS: Mapping[str, Program] = {
-    program.name: program
-    for program in (
-        Program("plain", "folder", ""),
-        Program("transformers", "folder", "transformers load_adapter"),
-        Program("vllm", "folder", "vLLM"),
-        Program("gguf", "gguf", "llama.cpp"),
-        Program("mlx", "mlx", "MLX", keeps=("use_dora",)),
-        Program("sglang", "folder", "SGLang"),
-        Program("tgi", "folder", "TGI and LoRAX"),
-        Program("tensorrt-llm", "folder", "TensorRT-LLM"),
-    )
-}
-"""{name: program}, in the order of the command's help."""
-
-VERSIONS: Mapping[str, str] = {
-    "plain": "every program that reads PEFT's LoRA",
-    "gguf": "llama.cpp in llama-cpp-python 0.3.36, measured",
-}
-"""{name: version}, of the forms that are not those of `consumers`."""
-
 
 # ---------------------------------------------------------------- mlx folder
 

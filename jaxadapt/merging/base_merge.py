@@ -20,7 +20,8 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.full_copies import tied_heads
 from jaxadapt.adapters.sites import Site, map_layers, require_complete, sites_of
 from jaxadapt.arrays import finite, quantized, regions
-from jaxadapt.arrays.axes import LAYER, Axes
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.per_entry import LAYER
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxadapt.arrays.axes import LAYER, PerEntry
+from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.configs.listing import MethodInfo, describe_methods, passing_types
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals, weight_order
 from jaxadapt.methods.base import (

@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.axes import Axes, Operation, PerEntry, Use
+from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.layout import split_sizes
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Change as Change
 from jaxadapt.configs.base import class_of

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, PerEntry, Use
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor

@@ -16,17 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import (
-    LETTERS,
-    USED,
-    Axes,
-    Operation,
-    PerEntry,
-    Use,
-    entry_values,
-    expand_leading,
-    mask_unadapted,
-)
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import IA3Config
 from jaxadapt.configs.ia3 import is_feedforward

@@ -48,7 +48,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import USED, Axes, Operation, PerEntry, Use, entry_values, expand_leading, mask_unadapted
+from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.configs.lora import LoraConfig, fields_set

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LAYER, LETTERS, USED, Axes, Operation, PerEntry, Use, entry_values
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.layout import TorchLayout
+from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
 from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from jaxadapt import methods
-from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, sites, state_dict_keys
+from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, renaming, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
@@ -305,7 +305,7 @@ def take_adapter(
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
-    config = state_dict_keys.rename_targets(source.adapter.config, source.sites, new)
+    config = renaming.rename_targets(source.adapter.config, source.sites, new)
     return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
 
 

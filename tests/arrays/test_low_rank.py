@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LAYER, Axes, Operation, PerEntry, Use, transposed_axes
+from jaxadapt.arrays.axes import Axes, Operation, Use, transposed_axes
+from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.core.errors import AttachError
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import export_adapter
-from jaxadapt.export.adapter_export import PROGRAMS
+from jaxadapt.export.programs import PROGRAMS
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

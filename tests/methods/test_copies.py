@@ -11,7 +11,8 @@ import pytest
 
 from jaxadapt import AttachError, ConfigError, IA3Config, LoraConfig
 from jaxadapt.adapters import selection
-from jaxadapt.arrays.axes import Axes, PerEntry, Use
+from jaxadapt.arrays.axes import Axes, Use
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod, AppliedMethods, Start, Target, check_biases, refuse_rivals
