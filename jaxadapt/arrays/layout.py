@@ -1,7 +1,7 @@
 """The layouts of one tensor: its axes in a model's leaf, in PyTorch's file, and for one layer inside a computation.
 
-A pattern of a keymap's entry, such as "d {l} n h -> (n h) d", names a leaf's axes, then PyTorch's. A layout converts
-file tensors to one array of a model and back; its functions work on shapes, and on NumPy or JAX arrays alike.
+A layout converts file tensors to one array of a model and back. Its functions work on shapes, and on NumPy or JAX
+arrays alike.
 
 `TorchLayout` converts the weight and the adapter tensors of one layer to PyTorch's layout and back inside a
 computation. The leading axes of a converted array are the weight's batch axes (fused parts, experts): in PyTorch,
@@ -13,117 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import MismatchError
-
-# ---------------------------------------------------------------- pattern
-
-
-_TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
-
-
-class Pattern(NamedTuple):
-    """A parsed pattern.
-
-    Attributes:
-        left: the leaf's axes. Braced axes keep their braces, and a split axis its parentheses.
-        right: PyTorch's axes, each as the group of names that are flattened into it.
-        plain: the names on the left without braces.
-        braced: the names on the left in braces, without the braces.
-        problems: the errors in the pattern.
-    """
-
-    left: tuple[str, ...]
-    right: tuple[tuple[str, ...], ...]
-    plain: frozenset[str]
-    braced: frozenset[str]
-    problems: tuple[str, ...]
-
-
-@functools.lru_cache(maxsize=4096)  # all families together have a few hundred patterns
-def parse_pattern(text: str) -> Pattern:
-    """Parse a pattern; `problems` lists its errors.
-
-    >>> parse_pattern("{p} n d h -> (n h) d")[:2]
-    (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
-    """
-    if text.count("->") != 1:
-        none = frozenset[str]()
-        problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
-        return Pattern((), (), none, none, (problem,))
-    ours, theirs = text.split("->")
-    left = tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in _TOKEN.finditer(ours))
-    right = tuple(
-        tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in _TOKEN.finditer(theirs)
-    )
-    names, flat = [n for axis in left for n in axis_parts(axis)], [n for group in right for n in group]
-    rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
-    problems = [f"{rest!r} is no axis name"] if rest else []
-    problems += [
-        f"axis {n!r} occurs twice on the {side}"
-        for side, side_names in (("left", names), ("right", flat))
-        for n in repeated_names(side_names)
-    ]
-    plain = frozenset(n for n in names if not n.startswith("{"))
-    problems += [
-        f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
-    ]
-    problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
-    braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
-    return Pattern(left, right, plain, braced, tuple(problems))
-
-
-def repeated_names(names: Sequence[str]) -> list[str]:
-    """Return the names that occur more than once, sorted.
-
-    >>> repeated_names(["n", "h", "n"])
-    ['n']
-    """
-    return sorted(name for name, count in Counter(names).items() if count > 1)
-
-
-def axis_parts(axis: str) -> tuple[str, ...]:
-    """Return the names in a parenthesised axis of a leaf, or the axis itself."""
-    return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
-
-
-def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of the parts of an axis. Raises `MismatchError` if the fixed sizes do not divide its size.
-
-    >>> part_sizes("(c p)", 8, {"p": 2}), part_sizes("h", 8, {})
-    ({'c': 4, 'p': 2}, {'h': 8})
-    """
-    names = axis_parts(axis)
-    if names == (axis,):
-        return {axis: size}
-    known = math.prod(fixed[n] for n in names if n in fixed)
-    if size % known:
-        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with the sizes {dict(fixed)}")
-    return {n: fixed.get(n, size // known) for n in names}
-
-
-def split_sizes(sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of the parts of several axes, given as `(axis, size)`; see `part_sizes`."""
-    return {name: part for axis, size in sizes for name, part in part_sizes(axis, size, fixed).items()}
-
-
-def scale_factor(scale: tuple[str, float] | None, sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> float:
-    """Return the product of the sizes of the axes that `scale` names, to its power; 1 without a scale.
-
-    >>> scale_factor(("c p", -0.5), [("d", 3), ("(c p)", 4)], {"p": 2})
-    0.5
-    """
-    if scale is None:
-        return 1.0
-    parts = split_sizes(sizes, fixed)
-    return float(math.prod(parts[name] for name in scale[0].split()) ** scale[1])
-
+from jaxadapt.arrays.pattern import axis_parts, part_sizes, scale_factor, split_sizes
 
 # ---------------------------------------------------------------- layout
 

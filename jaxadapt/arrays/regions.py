@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt.arrays import layout, quantized
+from jaxadapt.arrays import pattern, quantized
 from jaxadapt.arrays.layout import FileLayout, to_file_scale, to_model_scale
 from jaxadapt.core.errors import AttachError
 
@@ -237,7 +237,7 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
         return tuple(_file_regions_by_rank(form, region))
     position = None if form.file_entries is None else dict(zip(form.file_entries, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
-    parts = [layout.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
+    parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]
     sizes = [n for part in parts for n in part.values()]
     order = tuple(names.index(name) for group in form.right for name in group)

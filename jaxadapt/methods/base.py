@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.layout import split_sizes
+from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Change as Change

@@ -11,7 +11,7 @@ import pytest
 
 from jaxadapt import ConfigError
 from jaxadapt.adapters import selection
-from jaxadapt.arrays import layout
+from jaxadapt.arrays import pattern
 from jaxadapt.configs import LoraConfig, matching
 from jaxadapt.configs.frozen import find_pattern_value
 
@@ -145,9 +145,9 @@ def test_the_axes_of_a_pattern():
 
         __hash__ = str.__hash__
 
-    assert layout.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
+    assert pattern.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
-    assert layout.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
+    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
 
 
 def test_layers_by_the_billion_are_refused():

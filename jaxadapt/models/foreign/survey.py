@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.arrays.layout import FileLayout, axis_parts
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
