@@ -7,7 +7,7 @@ The programs for which adapters are exported, and what each of them reads.
 An adapter as mlx-lm's folder: adapters.safetensors and adapter_config.json, for LoRA and DoRA.
 
 mlx-lm adapts the modules that `keys` names, with one rank and one scale, and computes x·lora_a·lora_b: both are the
-transposes of PEFT's. `persistence/mlx_files.py` reads such a folder. Read in mlx-lm 0.32.2 (`tuner/utils.py`,
+transposes of PEFT's. `persistence/formats/mlx_files.py` reads such a folder. Read in mlx-lm 0.32.2 (`tuner/utils.py`,
 `tuner/lora.py`, `tuner/dora.py`).
 """
 
@@ -34,7 +34,8 @@ from jaxadapt.export import conversion, gguf_model, nearest_lora, untying
 from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs, plain_form
-from jaxadapt.persistence import consumers, folder, image_files, mlx_files, peft
+from jaxadapt.persistence import consumers, folder, peft
+from jaxadapt.persistence.formats import image_files, mlx_files
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.source import TensorSource, as_source
 from jaxadapt.storage.strided import float_dtype

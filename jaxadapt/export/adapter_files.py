@@ -352,7 +352,7 @@ def _from_orbax(
 
     from jaxadapt.models.attachment import init
     from jaxadapt.models.foreign import tree as foreign
-    from jaxadapt.persistence import orbax_folder
+    from jaxadapt.persistence.formats import orbax_folder
     from jaxadapt.storage import orbax
 
     if orbax_folder.read_recipe(path) is not None:

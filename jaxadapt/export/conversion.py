@@ -45,8 +45,9 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.persistence import folder, image_files, mlx_files, orbax_folder
-from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
+from jaxadapt.persistence import folder
+from jaxadapt.persistence.formats import image_files, mlx_files, orbax_folder
+from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import atomic, hub, location, orbax, safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import as_source, cast

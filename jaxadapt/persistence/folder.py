@@ -27,7 +27,8 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card, fingerprint, image_files, mlx_files, reconcile, run_folder
+from jaxadapt.persistence import card, fingerprint, reconcile, run_folder
+from jaxadapt.persistence.formats import image_files, mlx_files
 from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -113,7 +114,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if isinstance(path, str) and hub.is_address(path):
         path = mlx_files.fetch_config(path)
     if orbax.is_checkpoint(path):
-        from jaxadapt.persistence import orbax_folder
+        from jaxadapt.persistence.formats import orbax_folder
 
         return orbax_folder.read_config(path)
     if image_files.is_image_file(path):
@@ -166,7 +167,7 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
     """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open."""
     if orbax.is_checkpoint(path):
-        from jaxadapt.persistence import orbax_folder
+        from jaxadapt.persistence.formats import orbax_folder
 
         yield orbax_folder.adapter_tensors(orbax_folder.read(path, orbax_folder.find_adapter(path)), path)
         return

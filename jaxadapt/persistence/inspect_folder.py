@@ -12,7 +12,8 @@ from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, reporter
-from jaxadapt.persistence import folder, image_files, mlx_files, reconcile
+from jaxadapt.persistence import folder, reconcile
+from jaxadapt.persistence.formats import image_files, mlx_files
 from jaxadapt.persistence.verification import key_names, stored_adapter
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.source import as_source
@@ -124,7 +125,7 @@ def _inspect_opened(path: str | os.PathLike[str], weights: location.Location, fo
 
 
 def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
-    from jaxadapt.persistence import orbax_folder
+    from jaxadapt.persistence.formats import orbax_folder
 
     config = orbax_folder.read_config(path)
     encoded = orbax_folder.adapter_tensors(orbax_folder.find_adapter(path).adapter, path).tensors

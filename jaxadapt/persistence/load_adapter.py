@@ -28,7 +28,8 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, orbax_folder, peft, repair_folder, save_adapter
+from jaxadapt.persistence import fingerprint, folder, peft, repair_folder, save_adapter
+from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
 

@@ -46,7 +46,8 @@ from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.models.carriers import lora_carrier
 from jaxadapt.models.carriers.base import DEFAULT, Carrier
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import fingerprint, folder, orbax_folder
+from jaxadapt.persistence import fingerprint, folder
+from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.storage import location, sharded_write
 from jaxadapt.storage.sharded_write import Group, TensorPart
 from jaxadapt.storage.source import cast

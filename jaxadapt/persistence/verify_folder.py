@@ -13,7 +13,7 @@ from typing import Any
 from jaxadapt.configs import Config
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.persistence.image_names import LYCORIS
+from jaxadapt.persistence.formats.image_names import LYCORIS
 from jaxadapt.persistence.verification import (
     base_checks,
     config_checks,

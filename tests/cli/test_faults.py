@@ -19,7 +19,7 @@ from jaxadapt.cli import main
 from jaxadapt.core import paths
 from jaxadapt.merging import factors
 from jaxadapt.methods.vera import Vera
-from jaxadapt.persistence import mlx_files
+from jaxadapt.persistence.formats import mlx_files
 from tests.support import small
 from tests.support.small import WEIGHTS, files
 

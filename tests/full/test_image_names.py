@@ -15,7 +15,7 @@ import pytest
 import jaxadapt
 from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps import pytorch
-from jaxadapt.persistence import image_files, image_names
+from jaxadapt.persistence.formats import image_files, image_names
 
 P = "base_model.model."
 SHARED: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt.core.errors import AttachError, FileError
-from jaxadapt.persistence import orbax_folder
+from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.training.checkpoint import step_files
 from tests.support import small
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.keymaps import pytorch
-from jaxadapt.persistence import image_files, image_names
+from jaxadapt.persistence.formats import image_files, image_names
 from tests.support import fuzz_image_files
 
 P = "base_model.model."

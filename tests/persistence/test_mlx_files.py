@@ -18,7 +18,7 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
-from jaxadapt.persistence import mlx_files
+from jaxadapt.persistence.formats import mlx_files
 from jaxadapt.storage.source import as_source, transpose
 from tests.support import fuzz_mlx_files
 

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1
 import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_nnx
-from jaxadapt.persistence import orbax_folder
+from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.storage import atomic, orbax
 from tests.support import small
 from tests.support.small import same

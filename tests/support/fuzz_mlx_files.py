@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.persistence import mlx_files
+from jaxadapt.persistence.formats import mlx_files
 from jaxadapt.storage.source import as_source
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -10,7 +10,7 @@ from jaxadapt.adapters import state_dict_keys
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.image_names import LYCORIS
+from jaxadapt.persistence.formats.image_names import LYCORIS
 
 # The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
 _OTHER_PREFIXES: Mapping[str, str] = {

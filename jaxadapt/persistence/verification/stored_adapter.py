@@ -17,8 +17,9 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import fingerprint, folder, image_files, image_names, mlx_files, reconcile, run_folder
-from jaxadapt.persistence.image_names import Layout
+from jaxadapt.persistence import fingerprint, folder, reconcile, run_folder
+from jaxadapt.persistence.formats import image_files, image_names, mlx_files
+from jaxadapt.persistence.formats.image_names import Layout
 from jaxadapt.persistence.verification import finding, key_names
 from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hf_model, hub, location, orbax, safetensors, torch_bin

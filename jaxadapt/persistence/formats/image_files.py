@@ -25,8 +25,8 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import image_names
-from jaxadapt.persistence.image_names import DIFFUSERS, KOHYA, Layout
+from jaxadapt.persistence.formats import image_names
+from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import hub, location, safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
