@@ -394,17 +394,18 @@ def adapter_from_tensors(
         )
         redundant |= full_copies.redundant_keys(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
-        unexpected = {key: shape for key, shape in shapes.items() if key not in plan.keys}
         redundant = base_weights.base_weight_keys(
-            tensors.tensors, unexpected, recipe.keymap, base.leaves, tensors.source, strict
-        )
+            tensors.tensors, {key: shape for key, shape in shapes.items() if key not in plan.keys}, recipe.keymap,
+            base.leaves, tensors.source, strict,
+        )  # fmt: skip
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
     repeats = sites.repeated_keys(adapter_sites)
     full_copies.require_equal(tensors.tensors, repeats, tensors.source)
     for key, original in repeats.items():
         if original in shapes and key not in shapes:
             shapes[key], dtypes[key] = shapes[original], dtypes[original]
-    missing = _missing_optional(adapter_sites, shapes)
+    optional = (entry for tensor, entry in sites.file_entries(adapter_sites) if tensor.optional)
+    missing = [key for entry in optional for key in entry.keys if key not in shapes]
     if strict or not plan.keys.keys() & shapes.keys():
         assumed = {key: plan.shapes[key] for key in missing}
         try:
@@ -418,7 +419,8 @@ def adapter_from_tensors(
     _require_bounded(missing, plan, adapter_sites, base.shapes, tensors.source)
     if missing:
         added = _created_tensors(tensors, plan, missing, recipe.config, adapter_sites, base)
-        tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
+        planned = {key: tensors.tensors[key] for key in plan.keys if key in tensors.tensors}
+        tensors = dataclasses.replace(tensors, tensors=planned | added)
         dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
@@ -444,12 +446,6 @@ def adapter_from_tensors(
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def _missing_optional(adapter_sites: Sequence[sites.Site], shapes: Mapping[str, Any]) -> list[str]:
-    """Return the keys that a file may lack and this one lacks."""
-    pairs = sites.file_entries(adapter_sites)
-    return [key for tensor, entry in pairs if tensor.optional for key in entry.keys if key not in shapes]
-
-
 def _copied_keys(adapter_sites: Sequence[sites.Site]) -> set[str]:
     """Return the keys of full copies (`modules_to_save`), which keep the file's dtype."""
     return {key for site in adapter_sites if site.method.copies for entry in site.entries for key in entry.keys}
@@ -466,10 +462,6 @@ def _attention_hint(keys: Iterable[str]) -> str:
         " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
         + paths.bullets(modules)
     )
-
-
-def _planned_tensors(tensors: Mapping[str, Any], plan: plans.Plan) -> dict[str, Any]:
-    return {key: tensors[key] for key in plan.keys if key in tensors}
 
 
 def _warn_of_missing(source: str, plan: plans.Plan, present: Collection[str], found: Iterable[str]) -> None:
@@ -533,7 +525,7 @@ def _created_tensors(
         )
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
-    traced = any(isinstance(x, jax.Array) for x in _planned_tensors(tensors.tensors, plan).values())
+    traced = any(isinstance(tensors.tensors[key], jax.Array) for key in plan.keys if key in tensors.tensors)
     encoded = sites.make_file_plan(incomplete).encode(leaves, host=not traced)
     dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
     copied = _copied_keys(incomplete)

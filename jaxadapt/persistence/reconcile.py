@@ -50,7 +50,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
         )
         return parse_copy(raw, weights)[0]
     text = read_text(path)
-    if header is None or raw is None:
+    if header is None or raw is None or _has_text(raw, text):
         return configs.loads(text, str(path))
     stored, replaces = parse_copy(raw, weights)
     config = None if replaces == text_digest(text) else configs.loads(text, str(path))
@@ -81,6 +81,20 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
         f"{path} was edited after the weights were written ({', '.join(changed)}); using the edited file",
     )
     return config
+
+
+def _has_text(raw: str, text: str) -> bool:
+    """Return True if a header's copy has the text of the JSON; False for a damaged copy, which `parse_copy` reports.
+
+    Texts tell 1, 1.0 and true apart, and the order of patterns.
+
+    >>> _has_text('{"config": {"r": 1}}', '{\\n  "r": 1\\n}'), _has_text('{"config": {"r": 1}}', '{\\n  "r": true\\n}')
+    (True, False)
+    """
+    try:
+        return json.dumps(json.loads(raw)["config"], indent=2) == text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:

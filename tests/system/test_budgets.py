@@ -23,7 +23,7 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 133, 24, 10
 CHAIN, CIRCLES = 30, (16,)
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (49, 1121),
+    "load": (49, 860),
     "save": (40, 676),
     "to_peft": (23, 120),
     "adapt": (31, 379),
