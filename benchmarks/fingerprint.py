@@ -27,8 +27,7 @@ import jaxadapt
 from benchmarks.measure import judge, parsed
 from jaxadapt.adapters import sites
 from jaxadapt.core import paths
-from jaxadapt.persistence import fingerprint
-from jaxadapt.persistence.verification import base_checks
+from jaxadapt.persistence import base_checks, fingerprint
 
 TARGET = 0.2
 SIZES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (1, 0), "up": (1, 0), "down": (0, 1)}

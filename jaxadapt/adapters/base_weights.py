@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import full_copies, state_dict_keys
+from jaxadapt.adapters import full_copies, key_names
 from jaxadapt.adapters.full_copies import NAMES
 from jaxadapt.adapters.initial_values import has_value
 from jaxadapt.adapters.sites import Site
@@ -69,7 +69,7 @@ def base_weight_keys(
     ties = dict(keymap.tied)
     base_keys, uncompared, problems = set[str](), list[str](), dict[str, str]()
     for key, shape in shapes.items():
-        name = state_dict_keys.unwrapped_key(key.removeprefix(keymap.prefix))
+        name = key_names.unwrapped_key(key.removeprefix(keymap.prefix))
         if check.is_buffer(keymap, name) or _repeats_tied_module(tensors, key, ties):
             base_keys.add(key)
             continue

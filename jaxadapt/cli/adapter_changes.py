@@ -43,7 +43,7 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
       jaxadapt repair out/ --out repaired/
       jaxadapt repair out/ --in-place
     """
-    from jaxadapt.persistence.repair_folder import repair
+    from jaxadapt.persistence.verify_folder import repair
 
     if in_place and out is not None:
         raise click.UsageError("--in-place replaces PATH, and --out names another folder; give one of them")

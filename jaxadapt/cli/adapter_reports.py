@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxadapt.analysis.norms import Norms
     from jaxadapt.configs.base import Config
     from jaxadapt.persistence.inspect_folder import Info
-    from jaxadapt.persistence.verification.finding import Finding
+    from jaxadapt.persistence.stored_adapter import Finding
 
 
 # ---------------------------------------------------------------- inspect

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt import configs
+from jaxadapt.adapters import key_names
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
@@ -26,9 +27,8 @@ from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
-from jaxadapt.persistence import folder, peft, repair_folder, verify_folder
-from jaxadapt.persistence.verification import base_checks, key_names, tensor_checks
-from jaxadapt.persistence.verification.stored_adapter import open_stored
+from jaxadapt.persistence import base_checks, folder, peft, tensor_checks, verify_folder
+from jaxadapt.persistence.stored_adapter import open_stored
 from jaxadapt.storage import location
 from jaxadapt.storage.source import as_source, rename
 
@@ -341,7 +341,7 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
-    return PeftTensors(config, repair_folder.StoredTensors(keys, stored.get), stored.source)
+    return PeftTensors(config, verify_folder.StoredTensors(keys, stored.get), stored.source)
 
 
 def _from_orbax(

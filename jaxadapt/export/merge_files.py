@@ -23,8 +23,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods import file_sizes
-from jaxadapt.persistence import fingerprint, folder, peft
-from jaxadapt.persistence.verification import base_checks
+from jaxadapt.persistence import base_checks, fingerprint, folder, peft
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.load_adapter import load as load
     from jaxadapt.persistence.peft import from_peft as from_peft
     from jaxadapt.persistence.peft import to_peft as to_peft
-    from jaxadapt.persistence.repair_folder import repair as repair
     from jaxadapt.persistence.save_adapter import save as save
     from jaxadapt.persistence.upload import push as push
+    from jaxadapt.persistence.verify_folder import repair as repair
     from jaxadapt.persistence.verify_folder import verify as verify
     from jaxadapt.storage.hub import pull as pull
 else:

@@ -12,10 +12,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from jaxadapt.adapters import key_names
 from jaxadapt.configs import Config, lora
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.verification import key_names
 
 RIGHT, REFUSED, WRONG, UNKNOWN = "right", "refused", "wrong", "unknown"
 """The verdicts. "wrong" means: loads without a message and computes something else."""

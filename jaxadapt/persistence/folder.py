@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxadapt import configs
-from jaxadapt.adapters import state_dict_keys
+from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
@@ -190,7 +190,7 @@ def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Ge
             tensors = torch_bin.read(weights)
         if not tensors:
             raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
-        yield state_dict_keys.without_names(PeftTensors(resolved, tensors, str(path), base))
+        yield key_names.without_names(PeftTensors(resolved, tensors, str(path), base))
 
 
 # ---------------------------------------------------------------- writing

@@ -8,13 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.adapters import state_dict_keys
+from jaxadapt.adapters import key_names
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, reporter
-from jaxadapt.persistence import folder, reconcile
+from jaxadapt.persistence import folder, reconcile, stored_adapter
 from jaxadapt.persistence.formats import image_files, mlx_files
-from jaxadapt.persistence.verification import key_names, stored_adapter
 from jaxadapt.storage import location, orbax, safetensors, torch_bin
 from jaxadapt.storage.source import as_source
 from jaxadapt.storage.strided import dtype_name, numpy_dtype
@@ -106,7 +105,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
         size = location.total_size(weights)
-    new_keys = state_dict_keys.keys_without_names(tensors, str(path))
+    new_keys = key_names.keys_without_names(tensors, str(path))
     tensors = {new: tensors[key] for key, new in new_keys.items() if new is not None} or tensors
     settings = reconcile.resolve_config(config, header, weights)
     found = stored_adapter.not_an_adapter(tensors, str(path)) if key_names.is_known_method(settings.peft_type) else None

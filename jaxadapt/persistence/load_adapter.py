@@ -28,7 +28,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, peft, repair_folder, save_adapter
+from jaxadapt.persistence import fingerprint, folder, peft, save_adapter, verify_folder
 from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
@@ -136,7 +136,7 @@ def load(
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
         )
         if repair:
-            with repair_folder.open_repaired(_existing_folder(subfolder, path)) as mended:
+            with verify_folder.open_repaired(_existing_folder(subfolder, path)) as mended:
                 tensors = dataclasses.replace(mended, tensors=dict(mended.tensors))
         else:
             with reporter(progress) as report:
@@ -165,7 +165,7 @@ def load(
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        open_folder = repair_folder.open_repaired if repair else folder.open_adapter
+        open_folder = verify_folder.open_repaired if repair else folder.open_adapter
         with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(
                 tensors, parameters, *options, report, on_shared, strict, check=True

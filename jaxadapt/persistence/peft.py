@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxadapt import methods
-from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, sites, state_dict_keys
+from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, key_names, sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
@@ -316,7 +316,7 @@ def from_peft(
     dtype = requested_dtype(dtype)
     parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(
-        state_dict_keys.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
+        key_names.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
         on_shared=on_shared, strict=strict,
     )  # fmt: skip
     return collections.box_like_base(adapter, parameters.held)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.configs.base import class_of
-from jaxadapt.persistence.verification import base_checks
+from jaxadapt.persistence import base_checks
 from tests.support import small
 
 P = "base_model.model."

@@ -6,11 +6,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from jaxadapt.adapters import state_dict_keys
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import class_of
+from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
+from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.formats.image_names import LYCORIS
 
 # The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
 _OTHER_PREFIXES: Mapping[str, str] = {
@@ -112,7 +113,7 @@ class Names:
         return len(self.adapters) > 1 or bool(self.models)
 
 
-def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
+def normalize_keys(keys: Collection[str], peft_type: str, *, own_names: bool = False) -> Names:
     """Return PEFT's name for each key.
 
     The kinds of faults: "wrappers" (names of modules that wrap others, also of the one that holds the PEFT model),
@@ -128,9 +129,9 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
     models = _outer_names(bare.values())
     if len(models) == 1 and (outer := next(iter(models))):
         bare = {key: name.removeprefix(f"{outer}.") for key, name in bare.items()}
-    splits = {key: state_dict_keys.split_adapter_name(name) for key, name in bare.items()}
+    splits = {key: split_adapter_name(name) for key, name in bare.items()}
     # With bias="all" PEFT itself keeps the adapter's name in keys of fully trained modules, and only there.
-    has_names = peft_type != LYCORIS and any(
+    has_names = not own_names and any(
         split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items()
     )
     normal: dict[str, str | None] = {}
@@ -143,7 +144,7 @@ def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
             adapters.add(split[0])
             faults.setdefault("adapter-name", []).append(key)
             name = split[1]
-        normal[key] = None if state_dict_keys.is_original_row(name) else _with_prefix(key, name, peft_type, faults)
+        normal[key] = None if is_original_row(name) else _with_prefix(key, name, peft_type, faults)
         new = normal[key]
         if new is not None and peft_type == "LORA" and new.rpartition(".")[2] in _MATRICES:
             faults.setdefault("no-weight", []).append(key)
@@ -167,7 +168,7 @@ def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, 
     found: dict[str, str] = {}
     for key, new in names.normal.items():
         bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-        split = state_dict_keys.split_adapter_name(bare)
+        split = split_adapter_name(bare)
         if new is not None and (split is None or split[0] == name or not names.adapters):
             found[key] = new
     return found
@@ -185,3 +186,96 @@ def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str
         while name.startswith(twice):
             name = name.removeprefix(PEFT_PREFIX)
     return name
+
+
+# ---------------------------------------------------------------- keys with an adapter's name
+
+_SAVED = ".modules_to_save."
+_ORIGINAL = ".token_adapter.trainable_tokens_original."
+_PLAIN = ("weight", "bias")
+_NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
+
+
+def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None]:
+    """Return `{key: key without the adapter's name}` for all keys; empty if no key contains an adapter's name.
+
+    The value is None for rows of the base. Warns if the keys contain one adapter's name. Raises `MismatchError` if they
+    contain several.
+
+    >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
+    {}
+    """
+    keys = list(keys)
+    parsed = {key: parts for key in keys if (parts := split_adapter_name(key)) is not None}
+    if all(_SAVED in key for key in parsed):  # with bias="all" PEFT keeps the name in keys of fully trained modules
+        return {}
+    names = sorted({name for name, _ in parsed.values()})
+    if len(names) > 1:
+        raise MismatchError(
+            f"{source} holds several adapters, {', '.join(map(repr, names))}, as the state dict of a complete PEFT"
+            " model does. Save one of them in PyTorch, with"
+            f" model.save_pretrained(folder, selected_adapters=[{names[0]!r}]), or keep only the keys of one in the"
+            f" file (those that contain '.{names[0]}')"
+        )
+    warn(
+        f"{source} is the state dict of a complete PEFT model: the adapter's name {names[0]!r} is removed from its"
+        f" {len(parsed)} keys, as PEFT does when it saves"
+    )
+    new_keys: dict[str, str | None] = {key: None if is_original_row(key) else key for key in keys}
+    new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
+    raise_listed(
+        MismatchError,
+        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
+        [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1],
+    )
+    return new_keys
+
+
+def without_names(tensors: PeftTensors) -> PeftTensors:
+    """Return the tensors with the adapter's name removed from their keys."""
+    new_keys = keys_without_names(tensors.tensors, tensors.source)
+    if not new_keys:
+        return tensors
+    arrays = tensors.tensors
+    return dataclasses.replace(
+        tensors, tensors={name: arrays[key] for key, name in new_keys.items() if name is not None}
+    )
+
+
+def split_adapter_name(key: str) -> tuple[str, str] | None:
+    """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
+
+    >>> split_adapter_name("q.lora_A.default.weight")
+    ('default', 'q.lora_A.weight')
+    """
+    stem, _, end = key.rpartition(".")
+    if end in _PLAIN:  # of a module: lora_A.default.weight
+        stem, _, name = stem.rpartition(".")
+        tensor = stem.rpartition(".")[2]
+        if _is_tensor(tensor):
+            return name, stem if tensor in _NOT_MODULES else f"{stem}.{end}"
+    elif _is_tensor(stem.rpartition(".")[2]):  # a parameter: ia3_l.default
+        return end, stem
+    module, separator, rest = key.rpartition(_SAVED)
+    name, dot, parameter = rest.partition(".")
+    return (name, f"{module}.{parameter}") if separator and dot else None
+
+
+def _is_tensor(name: str) -> bool:
+    return name.startswith((*tensor_prefixes(), "trainable_tokens_delta")) and name not in tensors_with_parts()
+
+
+def is_original_row(key: str) -> bool:
+    """Return True for the base's rows of trained tokens, which PEFT does not save."""
+    return _ORIGINAL in key
+
+
+def unwrapped_key(key: str) -> str:
+    """Return the key of a base weight without PEFT's wrappers around its module.
+
+    >>> unwrapped_key("q.base_layer.weight"), unwrapped_key("wte.token_adapter.base_layer.weight")
+    ('q.weight', 'wte.weight')
+    """
+    for part in (".token_adapter.base_layer.", ".original_module.", ".base_layer."):
+        key = key.replace(part, ".")
+    return key

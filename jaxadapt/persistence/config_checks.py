@@ -9,13 +9,21 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from jaxadapt import configs
+from jaxadapt.adapters import key_names
 from jaxadapt.configs import PEFT_VERSION, Config
 from jaxadapt.configs.base import GenericConfig, class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import folder
-from jaxadapt.persistence.verification import finding, key_names, stored_adapter
-from jaxadapt.persistence.verification.finding import Finding
-from jaxadapt.persistence.verification.stored_adapter import StoredAdapter
+from jaxadapt.persistence.stored_adapter import (
+    Finding,
+    StoredAdapter,
+    count,
+    error,
+    foreign_config,
+    note,
+    parse_json,
+    warning,
+)
 
 # Fields of PEFT up to 0.2, with the value that changes nothing.
 _OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
@@ -42,22 +50,22 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
     if stored.text is None:
         return _without_file(stored)
     values, text_repairs = mend_text(stored.text)
-    if values is not None and (foreign := stored_adapter.foreign_config(values)) is not None:
+    if values is not None and (foreign := foreign_config(values)) is not None:
         return CheckedConfig(None, (foreign,))
     findings: list[Finding] = []
     repairs: list[str] = []
     try:
         config = configs.loads(stored.text, folder.CONFIG)
-    except ConfigError as error:
+    except ConfigError as problem:
         mended, repairs = mend_values(values or {}, stored.specs or {})
         repairs = [*text_repairs, *repairs]
         config = _parse_mended(mended) if repairs else None
         is_lost = config is None and stored.header is not None
         findings.append(
-            finding.error(
+            error(
                 "configuration",
                 (folder.CONFIG,),
-                str(error),
+                str(problem),
                 "a configuration that PEFT reads",
                 "jaxadapt repair corrects it" + (" from the copy in the weights' header" if is_lost else "")
                 if config is not None or is_lost
@@ -74,7 +82,7 @@ def check_config(stored: StoredAdapter) -> CheckedConfig:
     else:
         if stored.header is not None and (changed := config.changed_keys(stored.header)):
             findings.append(
-                finding.warning(
+                warning(
                     "edited",
                     changed,
                     f"{folder.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}",
@@ -94,16 +102,16 @@ def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
     alpha, expected = config.get(name), "the alpha of the training, on which the scale depends"
     if name not in values:
         text = f"{name} is missing: PEFT takes {alpha}"
-        return [finding.warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
+        return [warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
     if alpha == 0:
         text = f"{name} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
-        return [finding.warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
+        return [warning("alpha", (name,), text, expected, f"state {name} as it was in the training")]
     return []
 
 
 def _without_file(stored: StoredAdapter) -> CheckedConfig:
     if stored.header is not None:
-        found = finding.warning(
+        found = warning(
             "configuration-lost", (folder.CONFIG,), f"there is no {folder.CONFIG}, but the weights' header has a copy",
             f"{folder.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
             repairable=True,
@@ -117,7 +125,7 @@ def _without_file(stored: StoredAdapter) -> CheckedConfig:
     return CheckedConfig(
         None,
         (
-            finding.error(
+            error(
                 "configuration-missing",
                 (folder.CONFIG,),
                 f"there is no {folder.CONFIG} beside the weights",
@@ -138,20 +146,22 @@ def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
     """
     plain = text.removeprefix("\ufeff")
     done = [] if plain == text else ["the byte order mark at the beginning removed"]
-    for count in range(_MAX_COMMAS):
+    for number in range(_MAX_COMMAS):
         try:
             json.loads(plain)
-        except json.JSONDecodeError as error:
-            place = error.pos if plain[error.pos : error.pos + 1] == "," else len(plain[: error.pos].rstrip()) - 1
+        except json.JSONDecodeError as problem:
+            place = (
+                problem.pos if plain[problem.pos : problem.pos + 1] == "," else len(plain[: problem.pos].rstrip()) - 1
+            )
             if plain[place : place + 1] == "," and plain[place + 1 :].lstrip()[:1] in ("}", "]"):
                 plain = plain[:place] + plain[place + 1 :]
                 continue
         except (ValueError, RecursionError):  # `parse_json` returns None for it
             pass
-        if count:
-            done.append(f"{finding.count(count, 'trailing comma')} removed")
+        if number:
+            done.append(f"{count(number, 'trailing comma')} removed")
         break
-    return stored_adapter.parse_json(plain), done
+    return parse_json(plain), done
 
 
 def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], list[str]]:
@@ -219,7 +229,7 @@ def _versions(config: Config) -> list[Finding]:
     old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
     if old:
         findings.append(
-            finding.error(
+            error(
                 "old-layout",
                 old,
                 f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
@@ -231,7 +241,7 @@ def _versions(config: Config) -> list[Finding]:
     if is_newer:
         fields = f", with fields unknown here: {', '.join(unknown)}" if unknown else ""
         findings.append(
-            finding.warning(
+            warning(
                 "newer-peft",
                 ("peft_version", *unknown),
                 f"PEFT {config.peft_version} wrote the configuration{fields}",
@@ -241,7 +251,7 @@ def _versions(config: Config) -> list[Finding]:
         )
     elif unknown:
         findings.append(
-            finding.note(
+            note(
                 "unknown-fields",
                 unknown,
                 f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
@@ -249,7 +259,7 @@ def _versions(config: Config) -> list[Finding]:
         )
     if not key_names.is_known_method(config.peft_type):
         findings.append(
-            finding.warning(
+            warning(
                 "unknown-method",
                 ("peft_type",),
                 f"PEFT {PEFT_VERSION} has no method {config.peft_type}",

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from jaxadapt.adapters import key_names
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import errors
@@ -20,9 +21,8 @@ from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint
-from jaxadapt.persistence.verification import finding, key_names, stored_adapter
-from jaxadapt.persistence.verification.finding import Finding
-from jaxadapt.persistence.verification.tensor_checks import Shapes
+from jaxadapt.persistence.stored_adapter import Finding, count, error, note, parse_json, warning
+from jaxadapt.persistence.tensor_checks import Shapes
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 
@@ -65,8 +65,8 @@ def base_shapes(base: Any) -> Shapes | KeyMap:
         if isinstance(place, Path) and len(place.parts) == 1:
             try:
                 return families.get_family(str(base))
-            except KeyMapError as error:
-                raise FileError(f"{base}: no such folder or file, and {error}") from error
+            except KeyMapError as problem:
+                raise FileError(f"{base}: no such folder or file, and {problem}") from problem
         raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
     return _folder_shapes(place) if location.is_dir(place) else _file_shapes(place)
 
@@ -86,7 +86,7 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
     path = (place if location.is_dir(place) else place.parent) / "config.json"
     if not location.exists(path):
         return ""
-    values = stored_adapter.parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
+    values = parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
     return str(values.get("model_type") or "")
 
 
@@ -102,8 +102,10 @@ def _read_shapes(path: Location) -> Shapes:
     try:
         values: Any = json.loads(location.read_text_bytes(path))
         return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path}: expected a JSON object {{key: [size, …]}}, found another value: {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as problem:
+        raise FormatError(
+            f"{path}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
+        ) from problem
 
 
 def _folder_shapes(folder: Location) -> Shapes:
@@ -169,7 +171,7 @@ def _explain_missing(
     if renamed is not None:
         first = missing[0]
         return (
-            finding.error(
+            error(
                 "renamed", missing, f"{source} has these modules under other names of transformers:"
                 f" {first} is {renamed[first]} there", "the names of the transformers version that loads the base",
                 "rename them (jaxadapt rename --base), or load the adapter with the transformers version of its"
@@ -183,7 +185,7 @@ def _explain_missing(
     experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
     if len(experts) == len(missing):
         return (
-            finding.error(
+            error(
                 "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
                 f" expert, such as {missing[0]}", "target_parameters, as transformers 5 names experts",
                 "transformers 5 converts such an adapter on loading; jaxadapt loads it with on_shared='concat'",
@@ -194,8 +196,8 @@ def _explain_missing(
     close = errors.close_matches(missing[:3], weights)
     hint = f"; it has {', '.join(close[:4])}" if close else ""
     return (
-        finding.error(
-            "base", missing, f"{source} has no weight for {len(missing)} of {finding.count(modules, 'module')}, such as"
+        error(
+            "base", missing, f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as"
             f" {missing[0]}{hint}", "modules of this base", "check that the adapter belongs to this base model",
         ),
         {m: m for m in modules},
@@ -208,12 +210,12 @@ def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str]
     text = f"the names have another prefix in {source}: {first} is {there} there"
     if len(there) > len(first):
         remedy = f"put {there.removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: jaxadapt rename --base"
-        return finding.error("prefix", missing, text, "PEFT's names of the whole model, with its head", remedy)
+        return error("prefix", missing, text, "PEFT's names of the whole model, with its head", remedy)
     prefix = first.removesuffix(there).rstrip(".")
     is_whole = {name.partition(".")[0] for name in names.values()} <= {"model", "transformer"}
     if prefix in _LEFT_OUT and not is_whole:  # transformers writes the files of a model without its head like this
-        return finding.note("other-prefix", missing, f"{text}, as in files of a model without its head")
-    found = finding.error if is_whole else finding.warning  # a class that is not known here may leave out its prefix
+        return note("other-prefix", missing, f"{text}, as in files of a model without its head")
+    found = error if is_whole else warning  # a class that is not known here may leave out its prefix
     return found(
         "prefix", missing, text, "the names of the base's modules. With others, PEFT loads an adapter without effect",
         f"take {prefix + '.'!r} off the names: jaxadapt rename --base",
@@ -281,7 +283,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
     findings: list[Finding] = []
     if vocabulary:
         findings.append(
-            finding.error(
+            error(
                 "vocabulary",
                 vocabulary,
                 f"embeddings of another vocabulary: {vocabulary[0]}",
@@ -292,7 +294,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
         )
     if wrong:
         findings.append(
-            finding.error("shape", wrong, f"{finding.count(wrong, 'size')} unlike the base: {wrong[0]}",
+            error("shape", wrong, f"{count(wrong, 'size')} unlike the base: {wrong[0]}",
                           "sizes of the base's weights", "check that the adapter belongs to this base model")
         )  # fmt: skip
     return findings
@@ -311,10 +313,10 @@ def _check_completeness(modules: Collection[str], config: Config, base: Shapes, 
     if not absent:
         return []
     return [
-        finding.error(
+        error(
             "missing",
             absent,
-            f"the file lacks {finding.count(absent, 'module')} of {source} that target_modules selects",
+            f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
             "tensors for every target",
             "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
         )
@@ -329,12 +331,12 @@ def _check_family(modules: Iterable[str], keymap: KeyMap) -> list[Finding]:
     best = min(unknown, key=lambda name: len(unknown[name]))
     missing = unknown[best]
     if not missing:
-        return [] if best == keymap.name else [finding.note("renamed", modules, f"the names are those of {best}")]
+        return [] if best == keymap.name else [note("renamed", modules, f"the names are those of {best}")]
     return [
-        finding.error(
+        error(
             "base",
             missing,
-            f"{keymap.name} lacks {len(missing)} of {finding.count(modules, 'module')}, such as {missing[0]}",
+            f"{keymap.name} lacks {len(missing)} of {count(modules, 'module')}, such as {missing[0]}",
             "PyTorch's module names of the family",
             f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
         )
@@ -378,13 +380,13 @@ def check_identity(
         except (FileError, FormatError):  # the other checks have reported it, or the base is quantized
             found = None
     if found is None:
-        return [finding.note("base-not-compared", stored, f"the values of {base} were not compared: it is quantized or"
+        return [note("base-not-compared", stored, f"the values of {base} were not compared: it is quantized or"
                              " lacks modules of the adapter")]  # fmt: skip
     different = fingerprint.differences(stored, found)
     if not different:
-        return [finding.note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")]
+        return [note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")]
     return [
-        finding.error(
+        error(
             "other-base", different, f"the adapter was trained on another base than {base}: {len(different)} of"
             f" {len(stored)} compared weights differ, such as {different[0]}", "the base of the training",
             "find the base that the adapter was trained on; on this one its outputs may be wrong",

@@ -10,9 +10,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
@@ -20,8 +21,6 @@ from jaxadapt.core.progress import Report, no_report
 from jaxadapt.persistence import fingerprint, folder, reconcile, run_folder
 from jaxadapt.persistence.formats import image_files, image_names, mlx_files
 from jaxadapt.persistence.formats.image_names import Layout
-from jaxadapt.persistence.verification import finding, key_names
-from jaxadapt.persistence.verification.finding import Finding
 from jaxadapt.storage import hf_model, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -29,6 +28,67 @@ from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+SEVERITIES = ("error", "warning", "note")
+"""From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One finding of `verify`. All problems of one kind are one finding.
+
+    Attributes:
+        severity: "error" if readers refuse the adapter, lose a part of it or compute something else; "warning" if the
+            adapter loads but something is suspicious; "note" for a fact about a sound adapter.
+        code: the kind of the finding, one word for programs, such as "missing" or "not-finite".
+        subjects: the tensors, modules, fields or files concerned, in the file's order.
+        found: a sentence about the file.
+        expected: what a sound file has; "" for a note.
+        remedy: what to do; "" if there is nothing to do.
+        repairable: True if `repair` corrects it, because only one original is possible.
+    """
+
+    severity: str
+    code: str
+    subjects: tuple[str, ...]
+    found: str
+    expected: str = ""
+    remedy: str = ""
+    repairable: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "subjects": list(self.subjects)}
+
+
+def count(items: int | Collection[object], noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> count(1, "module"), count(["a", "b"], "module")
+    ('1 module', '2 modules')
+    """
+    number = items if isinstance(items, int) else len(items)
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def error(
+    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, *, repairable: bool = False
+) -> Finding:
+    """Return a finding of severity "error"."""
+    return Finding("error", code, tuple(subjects), found, expected, remedy, repairable)
+
+
+def warning(
+    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, *, repairable: bool = False
+) -> Finding:
+    """Return a finding of severity "warning"."""
+    return Finding("warning", code, tuple(subjects), found, expected, remedy, repairable)
+
+
+def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Finding:
+    """Return a finding of severity "note"."""
+    return Finding("note", code, tuple(subjects), found, "", remedy)
 
 
 # ---------------------------------------------------------------- foreign files
@@ -83,7 +143,7 @@ def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
             continue
         matching = [key for key in keys if pattern.fullmatch(key)]
         if 2 * len(matching) > len(keys):
-            return finding.error(
+            return error(
                 "other-library", matching, f"the tensors are named as {library} names them, such as {matching[0]}",
                 "PEFT's names, such as base_model.model.<module>.lora_A.weight", remedy,
             )  # fmt: skip
@@ -100,14 +160,14 @@ def image_file(layout: Layout) -> Finding:
         text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
     else:
         text = f"a file of {layout.style} for {models}"
-    return finding.note("image-file", layout.unknown, text)
+    return note("image-file", layout.unknown, text)
 
 
 def mlx_folder(source: str, problem: AdapterError | None) -> Finding:
     """Return the finding for mlx-lm's folder: how to convert it, or why it cannot be."""
     if problem is not None:
-        return finding.error("other-library", (), str(problem), "an adapter of mlx-lm that PEFT has a form for", _FUSE)
-    return finding.error(
+        return error("other-library", (), str(problem), "an adapter of mlx-lm that PEFT has a form for", _FUSE)
+    return error(
         "other-library", (), "the folder is mlx-lm's, which PEFT and vLLM do not read; jaxadapt does", _EXPECTED,
         f"run: jaxadapt convert {source} OUT",
     )  # fmt: skip
@@ -119,8 +179,8 @@ def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
         return None
     text = f"none of the {len(keys)} tensors belongs to an adapter of PEFT, such as {next(iter(keys))}"
     if not any(key.endswith(".weight") for key in keys):
-        return finding.error("no-adapter", (), text, "an adapter's tensors", "check the path")
-    return finding.error(
+        return error("no-adapter", (), text, "an adapter's tensors", "check the path")
+    return error(
         "whole-model", (), f"{text}: these seem to be the weights of a whole model", "an adapter's tensors",
         f"if {source} is a complete model, load it as one",
     )  # fmt: skip
@@ -131,12 +191,12 @@ def foreign_config(values: Mapping[str, Any]) -> Finding | None:
     if "peft_type" in values:
         return None
     if mlx := mlx_keys(values):
-        return finding.error(
+        return error(
             "other-library", mlx, f"adapter_config.json is mlx-lm's (no peft_type, but {', '.join(mlx)})",
             "a configuration with peft_type", _MLX,
         )  # fmt: skip
     if "architectures" in values or "model_type" in values:
-        return finding.error(
+        return error(
             "whole-model", (), "the configuration is that of a whole model (architectures, model_type)",
             "a configuration with peft_type", "pass the adapter's folder",
         )  # fmt: skip
@@ -145,7 +205,7 @@ def foreign_config(values: Mapping[str, Any]) -> Finding | None:
 
 def training_step(folder: Location, name: str) -> Finding:
     """Return the finding for a checkpoint of a run."""
-    return finding.error(
+    return error(
         "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", _EXPECTED,
         f"run: jaxadapt checkpoints {folder} --step {name.removeprefix('step-').partition('.')[0].lstrip('0') or '0'}"
         " --export OUT",
@@ -155,12 +215,12 @@ def training_step(folder: Location, name: str) -> Finding:
 def by_name(names: Sequence[str]) -> Finding | None:
     """Return a finding for the file names of other libraries."""
     if "adapters.safetensors" in names or "adapters.npz" in names:
-        return finding.error(
+        return error(
             "other-library", names, "the weights are mlx-lm's (adapters.safetensors)", _EXPECTED,
             _MLX,
         )  # fmt: skip
     if any(name.startswith("pytorch_lora_weights.") for name in names):
-        return finding.error(
+        return error(
             "other-library", names, "the weights are diffusers' (pytorch_lora_weights)", _EXPECTED,
             _LIBRARIES["diffusers"][1],
         )  # fmt: skip
@@ -171,12 +231,12 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
     """Return the finding for a folder without a PEFT adapter: what it holds instead, and where the adapter may be."""
     steps = [name for name in names if run_folder.NAME.fullmatch(name)]
     if steps:
-        return finding.error(
-            "training-run", steps, f"a training run: {finding.count(steps, 'checkpoint')}, no exported adapter",
+        return error(
+            "training-run", steps, f"a training run: {count(steps, 'checkpoint')}, no exported adapter",
             _EXPECTED, f"run: jaxadapt checkpoints {source} --step latest --export OUT",
         )  # fmt: skip
     if adapters:
-        return finding.error(
+        return error(
             "subfolders", adapters, f"no adapter here, but in these subfolders: {', '.join(adapters)}", _EXPECTED,
             "pass one of them",
         )  # fmt: skip
@@ -185,14 +245,12 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
         return found
     model = [name for name in names if name in _MODEL_FILES]
     if model:
-        return finding.error(
+        return error(
             "whole-model", model, f"the folder of a whole model ({', '.join(model)})", _EXPECTED,
             "pass the adapter's folder, and this one as --base",
         )  # fmt: skip
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return finding.error(
-        "no-adapter", (), f"no adapter: found {listed or 'an empty folder'}", _EXPECTED, "check the path"
-    )
+    return error("no-adapter", (), f"no adapter: found {listed or 'an empty folder'}", _EXPECTED, "check the path")
 
 
 # ---------------------------------------------------------------- stored adapter
@@ -312,8 +370,8 @@ def _open_mlx(config: Location, weights: Location, source: str) -> Generator[Sto
     with contextlib.ExitStack() as stack:
         try:
             adapter = stack.enter_context(mlx_files.open_files(config, weights, source))
-        except AdapterError as error:
-            yield _not_an_adapter(source, mlx_folder(source, error))
+        except AdapterError as problem:
+            yield _not_an_adapter(source, mlx_folder(source, problem))
             return
         yield _under_pefts_names(adapter, source, mlx_folder(source, None), weights)
 
@@ -324,8 +382,8 @@ def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
         names = sorted(entry.name for entry in place.iterdir())
     except FileNotFoundError:
         raise FileError(f"{source}: no such file or folder; pass the folder of an adapter") from None
-    except (OSError, ValueError) as error:
-        raise file_error("read", source, error) from error
+    except (OSError, ValueError) as problem:
+        raise file_error("read", source, problem) from problem
     weights = next((name for name in (folder.WEIGHTS, folder.WEIGHTS_BIN) if name in names), None)
     if weights is None and folder.CONFIG not in names:
         inner = [name for name in names[:64] if location.exists(place / name / folder.CONFIG)]
@@ -339,7 +397,7 @@ def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
     findings: list[Finding] = []
     if folder.WEIGHTS in names and folder.WEIGHTS_BIN in names:
         findings.append(
-            finding.warning(
+            warning(
                 "two-files",
                 (folder.WEIGHTS, folder.WEIGHTS_BIN),
                 "the folder holds two files of weights",
@@ -349,7 +407,7 @@ def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
         )
     if weights is None:
         others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".npz"))]
-        found = by_name(others) or finding.error(
+        found = by_name(others) or error(
             "no-weights", (), f"no {folder.WEIGHTS} and no {folder.WEIGHTS_BIN}; found {', '.join(names[:8])}",
             "a file of weights beside the configuration", "fetch or copy the weights as well",
         )  # fmt: skip
@@ -367,9 +425,9 @@ def _not_an_adapter(source: str, found: Finding) -> StoredAdapter:
 def _read_text(config: Location, findings: list[Finding]) -> str | None:
     try:
         return reconcile.read_text(config)
-    except (ConfigError, FileError) as error:
+    except (ConfigError, FileError) as problem:
         findings.append(
-            finding.error("configuration", (folder.CONFIG,), str(error), "a JSON object in UTF-8", "save it as UTF-8")
+            error("configuration", (folder.CONFIG,), str(problem), "a JSON object in UTF-8", "save it as UTF-8")
         )
         return None
 
@@ -395,15 +453,15 @@ def _open_weights(
             else:
                 specs = torch_bin.keys_and_shapes(weights)
                 get = _LazyBin(weights).__getitem__
-        except FileError as error:
+        except FileError as problem:
             findings.append(
-                finding.error(
-                    "unreadable", (weights.name,), str(error), "a complete file of tensors", "fetch or save it again"
+                error(
+                    "unreadable", (weights.name,), str(problem), "a complete file of tensors", "fetch or save it again"
                 )
             )
         if specs is not None and not specs:
             findings.append(
-                finding.error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
+                error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
                               "save the adapter again")
             )  # fmt: skip
         yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name, base=base)
@@ -429,9 +487,9 @@ def _header_config(header: safetensors.Header, weights: Location, findings: list
         return None
     try:
         return reconcile.parse_copy(raw, weights)[0]
-    except AdapterError as error:
+    except AdapterError as problem:
         findings.append(
-            finding.warning("header", (weights.name,), str(error), "a copy of the configuration", "save it again")
+            warning("header", (weights.name,), str(problem), "a copy of the configuration", "save it again")
         )
         return None
 

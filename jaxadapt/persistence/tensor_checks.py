@@ -11,14 +11,14 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxadapt.adapters import key_names
 from jaxadapt.analysis.norms import named_parameter
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import FileError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.verification import finding, key_names
-from jaxadapt.persistence.verification.finding import Finding
+from jaxadapt.persistence.stored_adapter import Finding, count, error, warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ def check_tensors(shapes: Shapes, config: Config, family: str = "") -> list[Find
     findings = check_empty(shapes)
     if not modules and not findings:
         findings.append(
-            finding.error(
+            error(
                 "missing",
                 (),
                 f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
@@ -87,10 +87,10 @@ def check_empty(shapes: Shapes) -> list[Finding]:
     if not empty:
         return []
     return [
-        finding.error(
+        error(
             "empty",
             empty,
-            f"no elements in {finding.count(empty, 'tensor')}, such as {empty[0]} of shape {list(shapes[empty[0]])}",
+            f"no elements in {count(empty, 'tensor')}, such as {empty[0]} of shape {list(shapes[empty[0]])}",
             "the whole tensors",
             "DeepSpeed ZeRO-3 keeps only a part of each parameter in a process. Gather them before saving"
             " (stage3_gather_16bit_weights_on_model_save, or deepspeed.zero.GatheredParameters), and save again",
@@ -111,7 +111,7 @@ def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
     if not missing:
         return []
     return [
-        finding.error("missing", missing, f"missing: {finding.count(missing, 'tensor')}, such as {missing[0]}",
+        error("missing", missing, f"missing: {count(missing, 'tensor')}, such as {missing[0]}",
                       "all tensors of each adapted module", _SAVE_AGAIN)
     ]  # fmt: skip
 
@@ -125,8 +125,8 @@ def _check_variants(modules: Modules, config: Config) -> list[Finding]:
         ]
         if config.peft_type == "LORA" and names and not config.get(field):
             findings.append(
-                finding.error(
-                    "variant", names, f"{field} is false, but the file has {finding.count(names, 'tensor')} of it, such"
+                error(
+                    "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such"
                     f" as {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
                     f"set {field} to true, or take adapter_config.json from where the adapter was trained",
                 )
@@ -173,15 +173,15 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
     findings: list[Finding] = []
     if unequal:
         findings.append(
-            finding.error("shape", unequal, f"A and B do not fit in {finding.count(unequal, 'module')}: {unequal[0]}",
+            error("shape", unequal, f"A and B do not fit in {count(unequal, 'module')}: {unequal[0]}",
                           "A of shape (r, in) and B of shape (out, r)", "save the adapter again")
         )  # fmt: skip
     if other:
         findings.append(
-            finding.error(
+            error(
                 "rank",
                 other,
-                f"another rank than the configuration states in {finding.count(other, 'module')}: {example}",
+                f"another rank than the configuration states in {count(other, 'module')}: {example}",
                 "r and rank_pattern of the training, on which the scale depends",
                 "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
             )
@@ -206,8 +206,8 @@ def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
     if not wrong:
         return []
     return [
-        finding.error(
-            "dtype", wrong, f"{dtypes[wrong[0]]} in {finding.count(wrong, 'tensor')}, such as {wrong[0]}",
+        error(
+            "dtype", wrong, f"{dtypes[wrong[0]]} in {count(wrong, 'tensor')}, such as {wrong[0]}",
             "floating-point numbers: PEFT takes integers as the values themselves, without a scale",
             "save the adapter again where it was trained, or multiply the integers by their scales",
         )
@@ -225,16 +225,14 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
     remedy = "name the adapted modules in target_modules"
     if not targets:
         text = "target_modules is null: PEFT takes its default for the type of the base model, or refuses the adapter"
-        return [
-            finding.warning("untargeted", adapted, text, "target_modules that selects every adapted module", remedy)
-        ]
+        return [warning("untargeted", adapted, text, "target_modules that selects every adapted module", remedy)]
     ignored, taken = [name for name in adapted if not _is_targeted(resolved, name)], ", ".join(sorted(targets))
     if not ignored:
         return []
     return [
-        finding.error(
+        error(
             "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {taken}"
-            f" and ignores {finding.count(ignored, 'module')}, such as {ignored[0]}",
+            f" and ignores {count(ignored, 'module')}, such as {ignored[0]}",
             "target_modules that selects every adapted module", remedy,
         )
     ]  # fmt: skip
@@ -257,10 +255,10 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
     findings: list[Finding] = []
     if untargeted:
         findings.append(
-            finding.error(
+            error(
                 "untargeted",
                 untargeted,
-                f"target_modules does not select {finding.count(untargeted, 'module')}, such as {untargeted[0]}",
+                f"target_modules does not select {count(untargeted, 'module')}, such as {untargeted[0]}",
                 "target_modules that selects every adapted module: PEFT ignores the other tensors",
                 "correct target_modules, or take adapter_config.json from where the adapter was trained",
             )
@@ -270,7 +268,7 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
         unused = [t for t in unused if not _may_be_excluded(config, t)]
         if unused and not untargeted:
             findings.append(
-                finding.warning(
+                warning(
                     "target-without-tensors",
                     unused,
                     f"no tensor belongs to these target_modules: {', '.join(unused)}",
@@ -312,22 +310,22 @@ def _check_saved(shapes: Shapes, modules: Modules, others: Iterable[str], config
     ]  # fmt: skip
     if saved and len(absent) == len(saved) and not config.get("ensure_weight_tying"):
         findings.append(
-            finding.error("missing", absent, f"no tensor belongs to modules_to_save: {', '.join(absent)}",
+            error("missing", absent, f"no tensor belongs to modules_to_save: {', '.join(absent)}",
                           "the fully trained modules", _SAVE_AGAIN)
         )  # fmt: skip
     has_rows = any("trainable_tokens_delta" in tensor for tensors in modules.values() for tensor in tensors)
     if config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows:
         findings.append(
-            finding.error("missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
+            error("missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
                           "one tensor of rows for each embedding", _SAVE_AGAIN)
         )  # fmt: skip
     unexpected = [key for key, name in names.items() if not _is_expected(key, name, config)]
     if unexpected:
         findings.append(
-            finding.warning(
+            warning(
                 "unexpected",
                 unexpected,
-                f"neither of {config.peft_type} nor of modules_to_save: {finding.count(unexpected, 'tensor')}, such as"
+                f"neither of {config.peft_type} nor of modules_to_save: {count(unexpected, 'tensor')}, such as"
                 f" {unexpected[0]}",
                 "no other tensors: PEFT ignores them without a message",
                 "if they were trained, name their modules in modules_to_save; else remove them",
@@ -379,10 +377,10 @@ def _check_layers(modules: Modules, config: Config) -> list[Finding]:
     if not gaps:
         return []
     return [
-        finding.warning(
+        warning(
             "layers",
             gaps,
-            f"not adapted: {finding.count(gaps, 'module')} that nearly all other layers have, such as {gaps[0]}",
+            f"not adapted: {count(gaps, 'module')} that nearly all other layers have, such as {gaps[0]}",
             "the same modules in all layers, unless the base has them in some layers only",
             "check that the file is complete; --base tells whether the base has these modules",
         )
@@ -422,7 +420,7 @@ def check_values(
             values = np.asarray(get(key))
         except FileError as problem:
             expected = "a tensor that can be read"
-            return [finding.error("unreadable", (name,), str(problem), expected, "fetch or save the file again")]
+            return [error("unreadable", (name,), str(problem), expected, "fetch or save the file again")]
         if values.dtype.kind not in "fV" and not values.dtype.name.startswith(("bfloat", "float")):
             continue
         values = values.astype(np.float32, copy=False) if values.dtype != np.float64 else values
@@ -441,10 +439,10 @@ def check_values(
     findings: list[Finding] = []
     if not_finite:
         findings.append(
-            finding.error(
+            error(
                 "not-finite",
                 not_finite,
-                f"NaN or infinity in {finding.count(not_finite, 'tensor')}, such as {not_finite[0]}",
+                f"NaN or infinity in {count(not_finite, 'tensor')}, such as {not_finite[0]}",
                 "finite numbers",
                 "the training diverged, or 16 bits overflowed: take an earlier checkpoint",
             )
@@ -473,9 +471,9 @@ def _untrained(value: float, names: list[str], modules: Mapping[str, Any], confi
     total = len({module for module in modules if module})
     is_all = len(names) >= total
     tensor = (key_names.split_key(names[0], config.peft_type) or ("", names[0]))[1]
-    count = f"all {len(names)}" if is_all else f"{len(names)} of {total}"
-    text = f"{count} tensors {tensor} are {_WORDS.get(value, value)}"
-    return finding.warning(
+    number = f"all {len(names)}" if is_all else f"{len(names)} of {total}"
+    text = f"{number} tensors {tensor} are {_WORDS.get(value, value)}"
+    return warning(
         "untrained",
         names,
         f"{text}, so {'the adapter changes' if is_all else 'these modules change'} nothing",
@@ -510,10 +508,10 @@ def _check_sizes(
         return []
     worst = max(huge, key=lambda module: sizes[module])
     return [
-        finding.warning(
+        warning(
             "huge",
             huge,
-            f"a huge change of {finding.count(huge, 'module')}: the root mean square of ΔW is {sizes[worst]:.3g}"
+            f"a huge change of {count(huge, 'module')}: the root mean square of ΔW is {sizes[worst]:.3g}"
             f" in {worst}, and {middle:.3g} in the median of all modules",
             "a change smaller than the weights (about 0.02)",
             "check the scale (lora_alpha and r) and the training: the model's outputs may be noise",
