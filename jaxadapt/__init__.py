@@ -11,6 +11,7 @@ numpy. The packages listed first hold the further public names.
 
 from typing import TYPE_CHECKING
 
+from jaxadapt.configs.table import CLASSES
 from jaxadapt.core.lazy import lazy_names
 
 __version__ = "0.1.0"
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from jaxadapt import training as training
     from jaxadapt.adapters.adapter import Adapter as Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
-    from jaxadapt.configs import Config as Config
-    from jaxadapt.configs.registry import *  # noqa: F403 (each class of the table, named once)
+    from jaxadapt.configs.base import Config as Config
+    from jaxadapt.configs.fixed_bases import *  # noqa: F403
+    from jaxadapt.configs.full_rank import *  # noqa: F403
+    from jaxadapt.configs.lora import *  # noqa: F403
+    from jaxadapt.configs.low_rank import *  # noqa: F403
+    from jaxadapt.configs.prompts import *  # noqa: F403
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError
@@ -73,4 +78,4 @@ if TYPE_CHECKING:
     from jaxadapt.training import optim as optim
     from jaxadapt.training.checkpoint.manager import CheckpointManager as CheckpointManager
 else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__)
+    __getattr__, __dir__, __all__ = lazy_names(__name__, CLASSES.values())

@@ -12,6 +12,7 @@ Conversion between the text of `adapter_config.json` and configurations.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -21,8 +22,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
 
-from jaxadapt.configs import registry
 from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
+from jaxadapt.configs.table import CLASSES
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
@@ -516,7 +517,9 @@ def class_of(peft_type: str) -> type[Config] | None:
     >>> class_of("IA3").__name__, class_of("XLORA")
     ('IA3Config', None)
     """
-    return Config.classes.get(peft_type) or registry.load_class(peft_type)
+    if peft_type not in Config.classes and peft_type in CLASSES:
+        importlib.import_module(CLASSES[peft_type][0])
+    return Config.classes.get(peft_type)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

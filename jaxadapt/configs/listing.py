@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt.configs.base import Config, MethodFacts, class_of
-from jaxadapt.configs.registry import config_classes
+from jaxadapt.configs.table import CLASSES
 
 PASSING: Mapping[str, str] = {
     "ADAMSS": "its rows come from scikit-learn's KMeans on PyTorch's SVD and are not in the file",
@@ -68,7 +68,7 @@ def describe_methods() -> tuple[MethodInfo, ...]:
     >>> [info.paper for info in describe_methods() if info.peft_type == "VERA"]
     ['https://arxiv.org/abs/2310.11454']
     """
-    types = sorted({*config_classes(), *Config.classes})
+    types = sorted({*CLASSES, *Config.classes})
     return tuple(_describe(peft_type, cls) for peft_type in types if (cls := class_of(peft_type)) is not None)
 
 

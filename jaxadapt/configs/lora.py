@@ -21,6 +21,9 @@ from jaxadapt.configs.method_config import QUERY_AND_VALUE
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError, raise_listed
 
+__all__ = ["LoraConfig"]
+
+
 # ---------------------------------------------------------------- lora variants
 
 

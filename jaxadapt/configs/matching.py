@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from jaxadapt.configs import registry
 from jaxadapt.configs.base import Config, class_of
+from jaxadapt.configs.table import CLASSES
 from jaxadapt.configs.validation import match
 from jaxadapt.core import errors
 from jaxadapt.core.errors import TargetError
@@ -117,6 +117,26 @@ def with_default_targets(config: _C, family: str) -> _C:
 def is_saved(config: Config, module: str) -> bool:
     """Return True if `modules_to_save` matches this module or one of its parents."""
     return bool(saving_entries(config, module))
+
+
+def is_feedforward(config: Config, name: str) -> bool:
+    """Return True if the IA3 vector of the target `name` scales the module's inputs.
+
+    A string must match the whole name. An entry of a list must be the name's end; as in PEFT, without a dot before it.
+
+    Raises:
+        TargetError: `feedforward_modules` is null, for which PEFT has defaults by model type.
+        ConfigError: a regular expression is invalid.
+    """
+    inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
+    if inputs is None:
+        raise TargetError(
+            "feedforward_modules: expected names, found null, which selects PEFT's default only if target_modules is"
+            " null too; list the targets whose vectors scale inputs, or write [] for none"
+        )
+    if isinstance(inputs, str):
+        return match("feedforward_modules", inputs, name) is not None
+    return name.endswith(inputs)
 
 
 def saving_entries(config: Config, module: str) -> set[str]:
@@ -369,7 +389,7 @@ def has_fractions(key: str) -> bool:
 @cache
 def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
     """Return the three results, for the types of the table and the loaded ones."""
-    types = dict.fromkeys([*registry.config_classes(), *loaded])
+    types = dict.fromkeys([*CLASSES, *loaded])
     classes = {name: cls for name in types if (cls := class_of(name)) is not None}
     prefixes = {prefix for cls in classes.values() if (prefix := prefix_of(cls)) is not None}
     parts = frozenset(part for cls in classes.values() for part in cls.tensor_parts)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # ---------------------------------------------------------------- lazy
 
 
-def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(
+    package: str, others: Iterable[tuple[str, str]] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` for the names that a package imports under `TYPE_CHECKING`.
 
     A package lists each public name once, as an import that only type checkers follow. This function reads these
@@ -22,14 +24,15 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
 
     Args:
         package: the package's `__name__`. Its `__init__.py` holds one `if TYPE_CHECKING:` block, whose imports have the
-            form `from module import name as name`.
+            form `from module import name as name`. An import of `*` there only serves type checkers.
+        others: the (module, name) of the names that `*` stands for.
 
     >>> import jaxadapt.core
     >>> load, names, public = lazy_names("jaxadapt")
-    >>> "LoraConfig" in public, load("LoraConfig").__name__
-    (True, 'LoraConfig')
+    >>> "Config" in public, load("Config").__name__
+    (True, 'Config')
     """
-    homes = typed_imports(package)
+    homes = typed_imports(package) | {name: (module, name) for module, name in others}
     public = sorted(homes)
 
     def load(name: str) -> Any:
@@ -65,21 +68,15 @@ def _explain(name: str, public: list[str]) -> str:
 
 
 def typed_imports(package: str) -> dict[str, tuple[str, str]]:
-    """Return {name: (module, name there)} of the imports in a module's `if TYPE_CHECKING:` block.
-
-    `from module import *` stands for the imports in that module's block.
-    """
+    """Return {name: (module, name there)} of the imports in a module's `if TYPE_CHECKING:` block."""
     spec = sys.modules[package].__spec__
     loader: Any = spec.loader if spec else None
     homes: dict[str, tuple[str, str]] = {}
     for node in ast.parse(loader.get_source(package)).body:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             for statement in node.body:
-                if isinstance(statement, ast.ImportFrom) and statement.module and statement.names[0].name == "*":
-                    importlib.import_module(statement.module)
-                    homes |= typed_imports(statement.module)
-                elif isinstance(statement, ast.ImportFrom) and statement.module:
-                    homes |= {a.asname or a.name: (statement.module, a.name) for a in statement.names}
+                if isinstance(statement, ast.ImportFrom) and statement.module:
+                    homes |= {a.asname or a.name: (statement.module, a.name) for a in statement.names if a.name != "*"}
     return homes
 
 

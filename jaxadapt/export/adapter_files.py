@@ -18,7 +18,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora, matching
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.ia3 import is_feedforward
+from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Progress, reporter

@@ -1,4 +1,4 @@
-"""The adaptation methods. A new method is a file in this package and a line of `jaxadapt.configs.registry`."""
+"""The adaptation methods. A new method is a file in this package and a line of `jaxadapt.configs.table`."""
 
 from __future__ import annotations
 

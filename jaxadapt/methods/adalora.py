@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.adalora import AdaLoraConfig
+from jaxadapt.configs.low_rank import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target

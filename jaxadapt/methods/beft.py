@@ -10,7 +10,7 @@ from types import MappingProxyType
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.beft import BeftConfig
+from jaxadapt.configs.full_rank import BeftConfig
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.boft import BOFTConfig
+from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal

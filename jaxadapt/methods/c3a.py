@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxadapt.arrays.fourier import transform
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.c3a import C3AConfig
+from jaxadapt.configs.fixed_bases import C3AConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, shared_value

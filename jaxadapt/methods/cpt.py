@@ -20,7 +20,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.cpt import CPTConfig
+from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.methods.base import Array, Params
 from jaxadapt.methods.prompt import EMBEDDINGS, StartData

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.nn import relu
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.deft import DeftConfig
+from jaxadapt.configs.low_rank import DeftConfig
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod

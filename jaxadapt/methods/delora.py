@@ -15,8 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.delora import DeloraConfig
 from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.low_rank import DeloraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod

@@ -19,9 +19,8 @@ import numpy as np
 
 from jaxadapt.arrays.fourier import transform
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
-from jaxadapt.configs.fourierft import FourierFTConfig
+from jaxadapt.configs.fixed_bases import FourierFTConfig, WaveFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.waveft import WaveFTConfig
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod

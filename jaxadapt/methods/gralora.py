@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.gralora import GraloraConfig
+from jaxadapt.configs.low_rank import GraloraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.hira import HiraConfig
+from jaxadapt.configs.low_rank import HiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.hra import HRAConfig
+from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import orthogonal

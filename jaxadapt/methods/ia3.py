@@ -20,7 +20,7 @@ from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import IA3Config
-from jaxadapt.configs.ia3 import is_feedforward
+from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt.configs.ln_tuning import LNTuningConfig
+from jaxadapt.configs.full_rank import LNTuningConfig
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.full_copy import CopyingMethod, FullCopy
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.loha import LoHaConfig
+from jaxadapt.configs.low_rank import LoHaConfig
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, shared_value
 from jaxadapt.methods.matrix import FactoredMethod

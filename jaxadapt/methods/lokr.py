@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.lokr import LoKrConfig
+from jaxadapt.configs.low_rank import LoKrConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.miss import MissConfig
+from jaxadapt.configs.low_rank import MissConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target

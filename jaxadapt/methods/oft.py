@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.oft import OFTConfig
+from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor

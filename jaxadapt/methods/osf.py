@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.configs.osf import OSFConfig
+from jaxadapt.configs.full_rank import OSFConfig
 from jaxadapt.configs.validation import compile_pattern
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value

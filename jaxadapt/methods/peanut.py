@@ -17,7 +17,7 @@ import jax.nn as functions
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.peanut import PeanutConfig
+from jaxadapt.configs.low_rank import PeanutConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target

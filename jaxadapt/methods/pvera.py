@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.pvera import PveraConfig
+from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

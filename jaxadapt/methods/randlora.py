@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
-from jaxadapt.configs.randlora import RandLoraConfig
+from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

@@ -1,4 +1,4 @@
-"""The methods by type: those of `configs.registry`, loaded on first use, and those that other packages register.
+"""The methods by type: those of `configs.table`, loaded on first use, and those that other packages register.
 
 The sizes of a module, from the shapes of its adapter's file tensors alone.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.listing import reason_not_applied
-from jaxadapt.configs.registry import config_classes
+from jaxadapt.configs.table import CLASSES
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import Modules, Weight
@@ -27,19 +27,19 @@ class Methods(Mapping[str, Method]):
         self._loaded: dict[str, Method] = {}
 
     def __getitem__(self, peft_type: str) -> Method:
-        if peft_type not in self._loaded and peft_type in config_classes():
+        if peft_type not in self._loaded and peft_type in CLASSES:
             module = importlib.import_module(f"jaxadapt.methods.{peft_type.lower()}")
             self._loaded[peft_type] = vars(module)["METHOD"]
         return self._loaded[peft_type]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*config_classes(), *self._loaded]))
+        return iter(dict.fromkeys([*CLASSES, *self._loaded]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, peft_type: object) -> bool:
-        return peft_type in config_classes() or peft_type in self._loaded
+        return peft_type in CLASSES or peft_type in self._loaded
 
     def add(self, method: Method) -> None:
         """Add a method; raise `ConfigError` if its type is taken or has no configuration class."""

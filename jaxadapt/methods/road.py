@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.road import RoadConfig
+from jaxadapt.configs.full_rank import RoadConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod

@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.arrays.random_draws import Draw, TorchRandom, draw_arrays
-from jaxadapt.configs.shira import ShiraConfig
+from jaxadapt.configs.full_rank import ShiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

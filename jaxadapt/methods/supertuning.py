@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.supertuning import SupertuningConfig
+from jaxadapt.configs.full_rank import SupertuningConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

@@ -20,7 +20,7 @@ import numpy as np
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
-from jaxadapt.configs.tinylora import TinyLoraConfig
+from jaxadapt.configs.fixed_bases import TinyLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target
 from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.configs.trainable_tokens import TrainableTokensConfig
+from jaxadapt.configs.full_rank import TrainableTokensConfig
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.unilora import UniLoraConfig
+from jaxadapt.configs.fixed_bases import UniLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.vblora import VBLoRAConfig
+from jaxadapt.configs.fixed_bases import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

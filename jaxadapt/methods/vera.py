@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
-from jaxadapt.configs.pvera import PveraConfig
-from jaxadapt.configs.vera import VeraConfig
+from jaxadapt.configs.fixed_bases import PveraConfig, VeraConfig
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target

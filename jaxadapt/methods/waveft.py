@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.waveft import WaveFTConfig
+from jaxadapt.configs.fixed_bases import WaveFTConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target

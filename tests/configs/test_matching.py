@@ -16,8 +16,8 @@ from jaxadapt import init
 from jaxadapt.adapters.selection import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.ia3 import is_feedforward
 from jaxadapt.configs.matching import (
+    is_feedforward,
     is_target,
     resolve_targets,
     select_names,

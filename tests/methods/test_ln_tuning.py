@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.configs.registry import load_class
+from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 
 X = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
@@ -26,7 +26,7 @@ class Net(nnx.Module):
 
 def trained(targets=("norm",)):
     """A model whose copies differ from the base, and the adapter's tensors by key."""
-    model = jaxadapt.adapt(Net(), load_class("LN_TUNING")(target_modules=list(targets)), rngs=nnx.Rngs(1))
+    model = jaxadapt.adapt(Net(), class_of("LN_TUNING")(target_modules=list(targets)), rngs=nnx.Rngs(1))
     np.testing.assert_array_equal(model(X), Net()(X))  # a new adapter changes nothing
     adapter = jaxadapt.extract(model)
     rng = np.random.default_rng(2)
@@ -70,6 +70,6 @@ def test_any_module_can_be_copied_and_unmerging_is_refused():
 
 def test_two_copies_of_one_norm_cannot_be_active():
     model, _ = trained()
-    jaxadapt.adapt(model, load_class("LN_TUNING")(target_modules=["norm"]), rngs=nnx.Rngs(1), name="b")
+    jaxadapt.adapt(model, class_of("LN_TUNING")(target_modules=["norm"]), rngs=nnx.Rngs(1), name="b")
     with pytest.raises(AttachError, match="several hold a copy of the same weight"):
         jaxadapt.activate(model, ("default", "b"))

@@ -14,7 +14,7 @@ import jaxadapt
 from jaxadapt import AttachError, ConfigError
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays.axes import Operation, Use
-from jaxadapt.configs.registry import load_class
+from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
@@ -41,7 +41,7 @@ def numbers(*shape, seed=0):
 
 
 def site_of(peft_type, fields, weight=LINEAR, shape=(8, 6)):
-    config = load_class(peft_type)(target_modules=["q"], **fields)
+    config = class_of(peft_type)(target_modules=["q"], **fields)
     (site,) = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
     return site
 
@@ -209,7 +209,7 @@ def test_weights_that_peft_cannot_rotate_are_refused():
 
 def test_a_start_that_would_differ_from_peft_is_refused():
     fields = {"apply_GS": True, "r": 2}
-    config = load_class("HRA")(target_modules=["q"], **fields)
+    config = class_of("HRA")(target_modules=["q"], **fields)
     with pytest.raises(ConfigError, match="Gram-Schmidt cannot make orthogonal"):
         initial_values.init_values(config, [site_of("HRA", fields)], jax.random.key(0))
 
@@ -246,7 +246,7 @@ def test_linen_reads_pefts_boft_file_of_a_convolution_as_nnx_does(tmp_path):
 
 def test_a_file_of_one_factor_is_read_whatever_the_configuration_says():
     """Without its CUDA extension PEFT trains one factor and saves a configuration with two."""
-    config = load_class("BOFT")(target_modules=["q"], boft_n_butterfly_factor=2)
+    config = class_of("BOFT")(target_modules=["q"], boft_n_butterfly_factor=2)
     table = KeyMap("t", (LINEAR,))
     key = "base_model.model.q.boft_R"
     (site,) = selection.select_sites(config, table, {"w": (8, 6)}, found={key: (1, 2, 4, 4)})

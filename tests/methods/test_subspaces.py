@@ -9,7 +9,7 @@ import pytest
 
 from jaxadapt import ConfigError
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.configs.registry import load_class
+from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
@@ -22,7 +22,7 @@ def numbers(*shape, seed=0):
 
 
 def sites_of(peft_type, fields, shape=(8, 6), weight=LINEAR):
-    config = load_class(peft_type)(**{"target_modules": ["q"], **fields})
+    config = class_of(peft_type)(**{"target_modules": ["q"], **fields})
     return config, selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
 
 
@@ -63,7 +63,7 @@ def test_a_rank_that_peft_lowers_silently(peft_type):
 )
 def test_invalid_fields_are_refused(peft_type, fields, message):
     with pytest.raises(ConfigError, match=message):
-        load_class(peft_type)(**fields)
+        class_of(peft_type)(**fields)
 
 
 def test_the_dropout_that_peft_ignores_is_refused_for_a_new_adapter():

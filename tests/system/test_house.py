@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jaxadapt.configs.base import class_of
 from jaxadapt.configs.listing import PEFT_TYPES
-from jaxadapt.configs.registry import config_classes
+from jaxadapt.configs.table import CLASSES
 from jaxadapt.core.errors import AdapterError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
@@ -276,8 +275,7 @@ NAMING = {
     "analysis.differences": "compares the changes of LORA and IA3, and the tensors of all other methods",
     "cli.adapter_reports": "the words for these",
     "configs.listing": "the types of PEFT",
-    "configs.registry": "the table of the configurations",
-    "export.adapter_files": "IA3's configuration has a second list of modules, whose names change too",
+    "configs.table": "the table of the methods",
     "models.prompt.attention": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
     "persistence.consumers": "the methods that other programs read",
     "persistence.formats.image_files": "the methods of kohya-ss and LyCORIS",
@@ -289,19 +287,25 @@ NAMING = {
 
 
 def test_only_its_own_files_name_a_method():
-    """Neither by its type, nor by its modules or the class of its configuration; LORA is the method of all packages."""
+    """Neither by its type, nor by its modules or the class of its configuration; LORA is the method of all packages.
+
+    A method's own are its file in `methods` and the class of its configuration, among others in one file.
+    """
     own = {peft_type.lower() for peft_type in PEFT_TYPES} - {"lora"}
-    classes = {cls.__name__ for name in config_classes() if name != "LORA" and (cls := class_of(name)) is not None}
+    types = {(module.removeprefix("jaxadapt."), name): peft_type for peft_type, (module, name) in CLASSES.items()}
+    classes = {name for _, name in types} - {"LoraConfig"}
     found = set()
     for path in files():
         me = module_of(path)
         if path.stem in own or me.startswith("methods.lora"):
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and node.value in PEFT_TYPES and node.value != "LORA":
-                found.add(me)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxadapt"):
-                parts = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
-                if parts & (own | classes):
+        for part in ast.parse(path.read_text(encoding="utf-8")).body:
+            mine = types.get((me, part.name)) if isinstance(part, ast.ClassDef) else None
+            for node in (part, *ast.walk(part)):
+                if isinstance(node, ast.Constant) and node.value in PEFT_TYPES and node.value not in ("LORA", mine):
                     found.add(me)
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxadapt"):
+                    parts = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                    if parts & (own | classes):
+                        found.add(me)
     assert found == set(NAMING)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import jaxadapt
-from jaxadapt.configs.registry import config_classes
+from jaxadapt.configs.table import CLASSES
 
 PUBLIC = {
     # configuration
-    "Config", *(name for _, name in config_classes().values()),
+    "Config", *(name for _, name in CLASSES.values()),
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     "SharedParam", "FrozenParam",

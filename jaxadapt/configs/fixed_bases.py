@@ -1,0 +1,521 @@
+"""The configurations of the methods that train few numbers of a basis, which is fixed or shared by all modules.
+
+The fields and defaults are those of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxadapt.configs.base import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig
+from jaxadapt.configs.validation import Problems
+
+__all__ = [
+    "C3AConfig",
+    "FourierFTConfig",
+    "PveraConfig",
+    "RandLoraConfig",
+    "TinyLoraConfig",
+    "UniLoraConfig",
+    "VBLoRAConfig",
+    "VeraConfig",
+    "WaveFTConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class C3AConfig(LayersConfig):
+    """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        block_size: the size of a block, which divides the inputs and the outputs of each module.
+        target_modules, modules_to_save, bias, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        block_size_pattern: {pattern: block size} for modules with another block size, matched like `rank_pattern`. PEFT
+            does not group a pattern, so alternatives at its top level ("q|v") are refused.
+        init_weights: true starts with zeros; "gaussian", "kaiming_uniform", "xavier_uniform" or false (the same as
+            "xavier_uniform") with a random change.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> C3AConfig(target_modules=["q_proj"]).block_size
+    256
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"c3a_kernel": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="c3a_kernel",
+        rows="call",
+        learning_rate=0.1,
+        demo=FrozenDict({"block_size": 64}),
+        accuracy=0.487,
+        time=1.24,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "block_size": "rank",
+        "block_size_pattern": "ranks",
+        "bias": ("none", "all", "c3a_only"),
+        "init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **QUERY_AND_VALUE,
+        "gpt2": {"target_modules": ("mlp.c_proj",)},
+    }
+
+    peft_type: str = "C3A"
+    block_size: int = 256
+    bias: str = "none"
+    block_size_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    init_weights: bool | str = "xavier_uniform"
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if "block_size_pattern" not in problems:
+            refuse_alternatives(problems, "block_size_pattern", self.block_size_pattern)
+
+
+def refuse_alternatives(problems: Problems, name: str, patterns: Mapping[str, Any] | None) -> None:
+    """Report the patterns with alternatives at their top level, which PEFT's `.*\\.{pattern}$` splits."""
+    for pattern in patterns or ():
+        rest, groups = pattern, 1
+        while groups:
+            rest, groups = re.subn(r"\\.|\[[^]]*\]|\([^()]*\)", "", rest)
+        if "|" in rest:
+            problems.add(name, "patterns without alternatives at the top level", pattern, "put them in parentheses")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FourierFTConfig(LayersConfig):
+    """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        n_frequency: the number of frequencies of a module, at most inputs · outputs.
+        scaling: the factor of the change.
+        random_loc_seed: the seed of the frequencies' positions, drawn as PyTorch draws them.
+        fan_in_fan_out, target_modules, exclude_modules, modules_to_save, bias, layers_to_transform, layers_pattern: as
+            in `LoraConfig`.
+        n_frequency_pattern: {pattern: number} for modules with another number of frequencies, matched like
+            `rank_pattern`. PEFT does not group a pattern, so alternatives at its top level ("q|v") are refused.
+        init_weights: true starts with zeros, false with normal values, which change the model.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> FourierFTConfig(target_modules=["q_proj"]).n_frequency
+    1000
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"fourierft_spectrum": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="fourierft_spectrum", rows="call", learning_rate=0.1, accuracy=0.096, time=1.83
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "n_frequency": "rank",
+        "n_frequency_pattern": "ranks",
+        "bias": ("none", "all", "fourier_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **QUERY_AND_VALUE,
+        "gpt2": {"target_modules": ("mlp.c_proj",)},
+    }
+
+    peft_type: str = "FOURIERFT"
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    bias: str = "none"
+    n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    init_weights: bool = False
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if "n_frequency_pattern" not in problems:
+            refuse_alternatives(problems, "n_frequency_pattern", self.n_frequency_pattern)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PveraConfig(LayersConfig):
+    """PVeRA (arXiv:2512.07703): VeRA whose vector over ranks is the mean and the variance of a distribution.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank, which is larger than LoRA's.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        projection_prng_key: the seed of the shared projections, drawn as PyTorch draws them.
+        save_projection: false leaves the projections out of the file; a reader draws them again from the seed.
+        pvera_dropout: the dropout of the input in training.
+        d_initial: the initial value of the vector over ranks.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_weights: false draws the vector over ranks at random, and fills the vector over outputs with ones.
+        sample_at_inference: true draws from the distribution outside training as well, which jaxadapt refuses.
+        generator_seed: the seed of these draws in PEFT.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PveraConfig(target_modules=["q_proj"]).r
+    256
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="pvera_lambda_b, pvera_lambda_d", rows="call", learning_rate=2e-2, accuracy=0.353, time=1.15
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "pvera_dropout": "probability",
+        "bias": ("none", "all", "pvera_only"),
+        "generator_seed": "integer",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "PVERA"
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RandLoraConfig(LayersConfig):
+    """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of each basis.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        projection_prng_key: the seed of the bases of a new adapter.
+        save_projection: true, since the bases that PEFT draws depend on the machine.
+        sparse, very_sparse: true draws bases of -1, 0 and 1; two thirds or most of these are 0.
+        randlora_dropout: the dropout of the input in training.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        randlora_alpha: the change is multiplied by randlora_alpha / r.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> RandLoraConfig(target_modules=["q_proj"]).randlora_alpha
+    640
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"randlora_lambda": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="randlora_gamma, randlora_lambda", rows="call", accuracy=0.478, time=1.51
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "randlora_dropout": "probability",
+        "bias": ("none", "all", "randlora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "RANDLORA"
+    r: int = 32
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: int = 640
+    bias: str = "none"
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TinyLoraConfig(LayersConfig):
+    """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the number of singular vectors.
+        u: the length of each trained vector.
+        weight_tying: the share of modules that have no vector of their own: 0 gives each module a vector, 1 all
+            modules the same.
+        projection_seed: the seed of the random matrices, drawn as PyTorch draws them.
+        save_projection: false leaves the random matrices out of the file; a reader draws them again.
+        init_v_bound: the bound of the vector's initial values with `init_weights="uniform"`.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        tinylora_dropout: the dropout of the input in training.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_weights: true starts with zeros, "uniform" with values between `init_v_bound` and its negative. PEFT leaves
+            the vector without values for false; here false starts with zeros.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> TinyLoraConfig(target_modules=["q_proj"]).u
+    64
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="tinylora_v", rows="put", merges_files=False, learning_rate=1e-3, accuracy=0.012, time=1.1
+    )
+    tensor_parts: ClassVar[tuple[str, ...]] = ("tinylora_v",)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "u": "rank",
+        "tinylora_dropout": "probability",
+        "weight_tying": "number",
+        "init_weights": (True, False, "uniform"),
+        "bias": ("none", "all", "tinylora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "TINYLORA"
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool | str = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if not 0 <= self.weight_tying <= 1:
+            problems.add("weight_tying", "a number in [0, 1]", self.weight_tying)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class UniLoraConfig(LayersConfig):
+    """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank.
+        proj_seed: the seed of the positions of the vector's entries.
+        theta_d_length: the length of the vector.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        unilora_dropout: the dropout of the input in training.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_theta_d_bound: the vector starts uniform between this number and its negative.
+        init_weights: false starts with normal values.
+        save_indices: true for a file that holds the positions, so that reading needs no order of modules.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> UniLoraConfig(target_modules=["q_proj"]).theta_d_length
+    256
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="unilora_theta_d", rows="put", merges_files=False, learning_rate=1.0, accuracy=0.002, time=1.14
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "theta_d_length": "rank",
+        "unilora_dropout": "probability",
+        "bias": ("none", "all", "unilora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "UNILORA"
+    r: int = 4
+    proj_seed: int = 42
+    theta_d_length: int = 256
+    unilora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if not self.init_theta_d_bound > 0:
+            problems.add("init_theta_d_bound", "a positive number", self.init_theta_d_bound)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VBLoRAConfig(LayersConfig):
+    """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank.
+        num_vectors: the number of vectors in the bank.
+        vector_length: the length of each vector, which divides the inputs and the outputs of every module.
+        topk: the number of vectors that are mixed for each part of a matrix.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        save_only_topk_weights: true for a file with the chosen vectors and their weights, which cannot be trained
+            further; false for one with the logits of all vectors.
+        vblora_dropout: the dropout of the input in training.
+        exclude_modules, fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_vector_bank_bound: the bank starts uniform between this number and its negative.
+        init_logits_std: the logits start normal with this deviation.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> VBLoRAConfig(target_modules=["q_proj"]).num_vectors
+    256
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
+        rows="put",
+        learning_rate=1e-2,
+        demo=FrozenDict({"vector_length": 64}),
+        accuracy=0.334,
+        time=1.27,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "num_vectors": "rank",
+        "vector_length": "rank",
+        "topk": "rank",
+        "vblora_dropout": "probability",
+        "bias": ("none", "all", "vblora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **QUERY_AND_VALUE,
+        "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
+    }
+
+    peft_type: str = "VBLORA"
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    exclude_modules: str | Collection[str] | None = None
+    save_only_topk_weights: bool = False
+    vblora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if self.topk > self.num_vectors:
+            problems.add("topk", f"at most num_vectors, {self.num_vectors}", self.topk)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VeraConfig(LayersConfig):
+    """VeRA (arXiv:2310.11454): two vectors per module scale random projections that all modules share.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank, which is larger than LoRA's.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        projection_prng_key: the seed of the shared projections, drawn as PyTorch draws them.
+        save_projection: false leaves the projections out of the file; a reader draws them again from the seed.
+        vera_dropout: the dropout of the input in training.
+        d_initial: the initial value of the vector over ranks.
+        fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_weights: false draws the vector over ranks at random, and fills the vector over outputs with ones.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> VeraConfig(target_modules=["q_proj"]).r
+    256
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "vera_lambda_d"),)
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="vera_lambda_b, vera_lambda_d",
+        rows="call",
+        learning_rate=2e-2,
+        accuracy=0.354,
+        time=1.07,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "vera_dropout": "probability",
+        "bias": ("none", "all", "vera_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "VERA"
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class WaveFTConfig(LayersConfig):
+    """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        n_frequency: the number of coefficients of a module, at most inputs · outputs.
+        scaling: the factor of the change.
+        wavelet_family: the wavelet. jaxadapt computes with "db1" (Haar) to "db10", "sym2" and "sym3".
+        use_idwt: false uses the coefficients as entries of the change, without a wavelet.
+        random_loc_seed: the seed of the coefficients' positions, drawn as PyTorch draws them.
+        fan_in_fan_out, target_modules, exclude_modules, modules_to_save, bias, layers_to_transform, layers_pattern: as
+            in `LoraConfig`.
+        n_frequency_pattern: {pattern: number} for modules with another number of coefficients, matched like
+            `rank_pattern`.
+        proportional_parameters: true gives a module a number of coefficients in proportion to the size of its weight.
+        init_weights: true starts with zeros, false with normal values of deviation 0.01, which change the model.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> WaveFTConfig(target_modules=["q_proj"]).wavelet_family
+    'db1'
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"waveft_spectrum": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "n_frequency": "rank",
+        "n_frequency_pattern": "ranks",
+        "bias": ("none", "all", "waveft_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **QUERY_AND_VALUE,
+        "gpt2": {"target_modules": ("mlp.c_proj",)},
+    }
+
+    peft_type: str = "WAVEFT"
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    bias: str = "none"
+    n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    proportional_parameters: bool = False
+    init_weights: bool = True

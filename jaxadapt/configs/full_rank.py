@@ -1,0 +1,582 @@
+"""The configurations of the methods without low-rank factors: rotations, vectors, entries and copies.
+
+The fields and defaults are those of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from jaxadapt.configs.base import Change, Config, MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.matching import is_feedforward
+from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig, MethodConfig, TargetsConfig
+from jaxadapt.configs.validation import Problems, is_int, is_ints, is_number
+
+__all__ = [
+    "BOFTConfig",
+    "BeftConfig",
+    "HRAConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "OFTConfig",
+    "OSFConfig",
+    "RoadConfig",
+    "ShiraConfig",
+    "SupertuningConfig",
+    "TrainableTokensConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class BeftConfig(TargetsConfig):
+    """BEFT: a trained vector is added to the output of each module, as a bias.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        target_modules: the modules to adapt, as in `LoraConfig`. None selects the projection of the values.
+        modules_to_save: as in `LoraConfig`.
+        init_weights: true starts with zeros, false with normal values.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> BeftConfig(target_modules=["v_proj"]).init_weights
+    True
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"beft_bias": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="beft_bias", rows="call", learning_rate=1e-2, accuracy=0.321, time=0.94
+    )
+    checks: ClassVar[Mapping[str, Any]] = {}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "bert|roberta": {"target_modules": ("value",)},
+        "t5": {"target_modules": ("v",)},
+        r"gpt_neo(?!x)|gptj|llama|mi[sx]tral|qwen(?!\d_moe)|gemma": {"target_modules": ("v_proj",)},
+    }
+
+    peft_type: str = "BEFT"
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class BOFTConfig(LayersConfig):
+    """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        boft_block_size: the size of a block; 0 if `boft_block_num` is given.
+        boft_block_num: the number of blocks; 0 if `boft_block_size` is given.
+        boft_n_butterfly_factor: the number of block-diagonal factors, which are permuted against each other. jaxadapt
+            computes one.
+        target_modules, exclude_modules, fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as
+            in `LoraConfig`.
+        boft_dropout: the share of blocks, rounded down, that are the identity in each call in training.
+        init_weights: true starts without a change, false with random rotations and scales.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> BOFTConfig(target_modules=["q_proj"]).boft_block_size
+    4
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="boft_R, boft_s", rows="call", accuracy=0.343, time=7.35)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "boft_n_butterfly_factor": "rank",
+        "boft_dropout": "probability",
+        "bias": ("none", "all", "boft_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "BOFT"
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    exclude_modules: str | Collection[str] | None = None
+    boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        size, number = self.boft_block_size, self.boft_block_num
+        if (size == 0) == (number == 0):
+            way_out = "set one of them to 0"
+            problems.add("boft_block_size", "0 if boft_block_num is given, else the size of a block", size, way_out)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HRAConfig(LayersConfig):
+    """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the number of reflections. An even number starts without a change.
+        apply_GS: true makes the reflections orthogonal to each other (Gram-Schmidt).
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, bias, modules_to_save: as in `LoraConfig`.
+        init_weights: true starts with pairs of equal reflections, which cancel, if r is even; false with random ones.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> HRAConfig(target_modules=["q_proj"]).r
+    8
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="hra_u", rows="call")
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "HRA"
+    r: int = 8
+    apply_GS: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool = True
+    bias: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class IA3Config(Config):
+    """(IA)³ (arXiv:2205.05638): one trained vector per module scales the outputs, or the inputs of feedforward modules.
+
+    The fields are PEFT's, in PEFT's order.
+
+    Attributes:
+        task_type: the task of the model: "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS",
+            "FEATURE_EXTRACTION" or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" also trains the
+            head of the task, where the model has one (as in PEFT).
+        peft_type: always "IA3".
+        auto_mapping: PEFT's record of the base model's class, an object or None. Kept in the file but not applied.
+        peft_version: the version of PEFT whose schema the file follows. None if a file does not state it.
+        base_model_name_or_path: the Hub name or path of the base model, or None.
+        revision: the Hub revision of the base model, or None.
+        inference_mode: PEFT's flag for an adapter that is not trained. Saved files have true, as PEFT writes them;
+            jaxadapt does not read it.
+        extra: every key that this class does not know; an addition to PEFT's fields.
+        target_modules: the modules to adapt. A list entry matches a module whose path equals the entry or ends in it
+            after a dot; a string is a regular expression for the whole path, or "all-linear". None selects PEFT's
+            default for the model family; if the family has none, `adapt` raises `TargetError`.
+        exclude_modules: modules that are not adapted although `target_modules` matches them. Same syntax.
+        feedforward_modules: the targets whose vector scales the inputs instead of the outputs: a regular expression
+            for the whole path, or a list of path endings. A list must be a subset of a list in `target_modules`; `[]`
+            means that every vector scales outputs. None is allowed only if `target_modules` is None too, and selects
+            PEFT's default.
+        fan_in_fan_out: true if the PyTorch layers store their weights as (in, out), such as GPT-2's Conv1D. JAX models
+            do not need it; a merge of Hugging Face files does.
+        modules_to_save: modules that are trained in full and saved beside the adapter, or None. An entry matches a
+            module whose path, or whose parent's path, ends in it.
+        init_ia3_weights: true starts with ones, so that a new adapter changes nothing; false starts with random
+            vectors.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]).peft_type
+    'IA3'
+    """
+
+    shortens_targets: ClassVar[bool] = False
+    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="ia3_l",
+        rows="call",
+        learning_rate=2e-2,
+        demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),
+        accuracy=0.455,
+        time=1.13,
+    )
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},
+        "bert|roberta": {
+            "target_modules": ("key", "value", "output.dense"),
+            "feedforward_modules": ("output.dense",),
+        },
+        "gpt_neo(?!x)": {"target_modules": ("q_proj", "v_proj", "c_proj"), "feedforward_modules": ("c_proj",)},
+        "gptj": {"target_modules": ("q_proj", "v_proj", "fc_out"), "feedforward_modules": ("fc_out",)},
+        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
+        r"llama[123]|mistral": {
+            "target_modules": ("k_proj", "v_proj", "down_proj"),
+            "feedforward_modules": ("down_proj",),
+        },
+        r"qwen(?!\d_moe)|gemma": {
+            "target_modules": ("q_proj", "v_proj", "down_proj"),
+            "feedforward_modules": ("down_proj",),
+        },
+    }
+
+    peft_type: str = "IA3"
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    feedforward_modules: str | Collection[str] | None = None
+    fan_in_fan_out: bool | None = False
+    modules_to_save: Collection[str] | None = None
+    init_ia3_weights: bool = True
+
+    def describe_change(self) -> str:
+        return "relative change, rms of l − 1"
+
+    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
+        l = arrays.get("ia3_l")
+        return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
+
+    def with_targets(self, targets: Sequence[str]) -> Self:
+        inputs = self.feedforward_modules
+        if isinstance(inputs, tuple):
+            # IA3 requires a subset of the targets, so the names must be spelled alike. (PEFT keeps the old names, and
+            # then refuses the file that it has written.)
+            inputs = [name for name in targets if is_feedforward(self, name)]
+        return self.replace(target_modules=targets, feedforward_modules=inputs)
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        targets, inputs = self.target_modules, self.feedforward_modules
+        if isinstance(targets, tuple) and isinstance(inputs, tuple):
+            untargeted = sorted(set(inputs) - set(targets), key=str)
+            if untargeted:
+                way_out = "add them to target_modules, or remove them here"
+                problems.add("feedforward_modules", "a subset of target_modules", untargeted, way_out)
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LNTuningConfig(MethodConfig):
+    """LN tuning (arXiv:2312.11420): full training of the norms of a model.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        target_modules: the norms to train, or any other modules, as in `LoraConfig`. None selects PEFT's default for
+            the model family.
+        exclude_modules, modules_to_save: as in `LoraConfig`.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> LNTuningConfig(target_modules=["norm"]).peft_type
+    'LN_TUNING'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="all tensors of the target modules",
+        demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
+        learning_rate=5e-3,
+        accuracy=0.0,
+        time=0.97,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2": {"target_modules": ("ln_1", "ln_2", "ln_f")},
+        "gptj": {"target_modules": ("ln_1", "ln_f")},
+        "t5": {"target_modules": ("layer_norm", "final_layer_norm")},
+        "gemma[23]": {
+            "target_modules": (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
+        },
+        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
+        r"llama[123]|mistral|gemma": {"target_modules": (*_NORMS, "norm")},
+        r"qwen[23](?!_moe)": {"target_modules": ("post_attention_layernorm",)},
+    }
+
+    peft_type: str = "LN_TUNING"
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    modules_to_save: str | Collection[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class OFTConfig(LayersConfig):
+    """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the number of blocks; 0 if `oft_block_size` is given.
+        oft_block_size: the size of a block; 0 if `r` is given.
+        module_dropout: the dropout of blocks in training, which PEFT does not apply, and neither does jaxadapt.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, fan_in_fan_out, bias: as
+            in `LoraConfig`.
+        init_weights: true starts with the identity, false with random rotations.
+        coft: true limits the rotation to a ball of radius eps / √blocks around the identity.
+        eps: the radius.
+        block_share: true uses the same rotation in all blocks.
+        use_cayley_neumann: true approximates the rotation by a series, which in PEFT turns the other way than the exact
+            rotation.
+        num_cayley_neumann_terms: the number of terms of the series.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> OFTConfig(target_modules=["q_proj"]).oft_block_size
+    32
+    """
+
+    main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
+    new_values: ClassVar[Mapping[str, float]] = {"oft_R.weight": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "module_dropout": "probability",
+        "bias": ("none", "all", "oft_only"),
+        "num_cayley_neumann_terms": "rank",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "OFT"
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if (self.r == 0) == (self.oft_block_size == 0):
+            problems.add("r", "0 if oft_block_size is given, else the number of blocks", self.r, "set one of them to 0")
+
+
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class OSFConfig(TargetsConfig):
+    """OSF (arXiv:2504.07097): the small singular directions of a weight are trained, and the large ones are kept.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        effective_rank: the number of singular directions to keep, or a fraction of the smaller size of the weight.
+            None keeps half of them.
+        target_modules, modules_to_save: as in `LoraConfig`, but None means "all-linear" for the families without a
+            default of PEFT.
+        rank_pattern: other values of `effective_rank`, by a regular expression that is searched in the module's path;
+            the first one that matches is used.
+        init_weights: false starts with random directions instead of the weight's own.
+        target_svd_config: ignored, as in PEFT.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> OSFConfig(target_modules=["q_proj"]).effective_rank
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low",
+        merges_files=False,
+        learning_rate=1e-4,
+        accuracy=0.427,
+        time=2.82,
+    )
+    tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
+    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": (True, False, None)}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2": {"target_modules": ("c_attn", "c_proj")},
+        "gptj": {"target_modules": ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out")},
+        r"llama|mi[sx]tral|qwen[23](?!_moe)|gemma": {"target_modules": _LLAMA},
+        ".*": {"target_modules": "all-linear"},
+    }
+
+    peft_type: str = "OSF"
+    effective_rank: int | float | None = None
+    rank_pattern: Mapping[str, int | float] | None = None
+    init_weights: bool | None = True
+    target_svd_config: Mapping[str, int] | None = None
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        ranks: dict[str, Any] = {"effective_rank": self.effective_rank}
+        if isinstance(self.rank_pattern, Mapping):
+            ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
+            for key in self.rank_pattern:
+                problems.pattern("rank_pattern", key)
+        for name, value in ranks.items():
+            if value is not None and not (is_number(value) and value > 0):
+                problems.add(name, "a positive number or null", value)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RoadConfig(TargetsConfig):
+    """RoAd (arXiv:2409.00119): pairs of outputs of a module are rotated and scaled.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        variant: "road_1" has one angle and one scale per pair, "road_2" one per output, "road_4" two per output.
+        group_size: the first half of each group of outputs is paired with the second half; an even divisor of the
+            outputs.
+        init_weights: true starts without a change, false with random angles and scales.
+        target_modules, modules_to_save: as in `LoraConfig`.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> RoadConfig(target_modules=["q_proj"]).variant
+    'road_1'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="road_alpha, road_theta", rows="call", learning_rate=1e-2, accuracy=0.385, time=1.04
+    )
+    checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "ROAD"
+    variant: str = "road_1"
+    group_size: int = 64
+    init_weights: bool = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if "group_size" not in problems and self.group_size % 2:
+            problems.add("group_size", "an even number", self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ShiraConfig(TargetsConfig):
+    """SHiRA (arXiv:2406.13175): a sparse change of the weight, at positions that stay fixed.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the number of changed entries of a weight (out, in) is r·(out + in).
+        mask_type: how the positions are chosen: "random". A file may have any other, since it holds the positions.
+        random_seed: the seed of the random positions, drawn as PyTorch draws them; null draws from the adapter's key.
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        fan_in_fan_out, modules_to_save: as in `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> ShiraConfig(target_modules=["q_proj"]).r
+    32
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"shira_weight": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "SHIRA"
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SupertuningConfig(TargetsConfig):
+    """Super-Tuning (arXiv:2607.09287): a change of the largest entries of a weight, optionally with LoRA's.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        target_modules: the modules to adapt, as in `LoraConfig`.
+        modules_to_save: as in `LoraConfig`.
+        sparsity: the share of a weight's entries that stays as it is, from 0 to below 1.
+        select_top: true changes the entries of the largest magnitude, false those of the smallest.
+        r: the rank of an additional LoRA; null for none.
+        lora_alpha: its change is multiplied by lora_alpha / r; 2·r by default.
+        lora_dropout: the dropout of its input in training.
+        init_weights: true starts without a change of the weight, false with a random one.
+        save_precomputed_indices: false leaves the positions out of the file; a reader finds them in the base weight.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> SupertuningConfig(target_modules=["q_proj"], r=4).lora_alpha
+    8
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values", learning_rate=1e-2)
+    checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "SUPERTUNING"
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+    save_precomputed_indices: bool = True
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None and isinstance(self.r, int):
+            object.__setattr__(self, "lora_alpha", 2 * self.r)  # as in PEFT
+        super().__post_init__()
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        sparsity, r, alpha = self.get("sparsity"), self.get("r"), self.get("lora_alpha")
+        if not (is_number(sparsity) and 0 <= sparsity < 1):
+            problems.add("sparsity", "from 0 to below 1", sparsity)
+        if r is not None and not (is_int(r) and r > 0):
+            problems.add("r", "a positive integer or null", r)
+        if r is None and alpha is not None:
+            problems.add("lora_alpha", "null if r is null", alpha, "set r, or remove lora_alpha")
+        elif alpha is not None and not is_number(alpha):
+            problems.add("lora_alpha", "a number or null", alpha)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TrainableTokensConfig(MethodConfig):
+    """Training of single rows of an embedding, as LoRA's `trainable_token_indices` without LoRA.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        token_indices: the rows to train.
+        target_modules: the embeddings, as in `LoraConfig`; None selects the model's token embedding.
+        init_weights: true starts with the embedding's own rows, false with random ones.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> TrainableTokensConfig(token_indices=[5, 7]).token_indices
+    (5, 7)
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="trainable_tokens_delta",
+        demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),
+        accuracy=0.246,
+        time=1.04,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2|gptj|gpt_neo(?!x)": {"target_modules": ("wte",)},
+        "gpt_neox": {"target_modules": ("embed_in",)},
+        "bert|roberta|bloom|falcon": {"target_modules": ("word_embeddings",)},
+        "t5": {"target_modules": ("shared",)},
+        "": {"target_modules": ("embed_tokens",)},
+    }
+
+    peft_type: str = "TRAINABLE_TOKENS"
+    token_indices: Collection[int] = ()
+    target_modules: str | Collection[str] | None = None
+    init_weights: bool = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        indices: Any = self.token_indices
+        if not (is_ints(indices) and min(indices, default=0) >= 0):
+            problems.add("token_indices", "a list of integers from 0 on", indices)
+        elif len(set(indices)) < len(indices):
+            repeated = sorted({i for i in indices if tuple(indices).count(i) > 1})
+            problems.add("token_indices", "each token once", repeated, "remove the repeated tokens")

@@ -1,0 +1,547 @@
+"""The configurations of the methods whose change of a weight has low-rank factors; `lora` has LoRA's own.
+
+The fields and defaults are those of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from jaxadapt.configs.base import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig, RanksConfig
+from jaxadapt.configs.validation import CHECKS, Problems
+
+__all__ = [
+    "AdaLoraConfig",
+    "DeftConfig",
+    "DeloraConfig",
+    "GraloraConfig",
+    "HiraConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "MissConfig",
+    "PeanutConfig",
+]
+
+
+_TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "mt5": {"target_modules": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
+    "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
+    "roberta": {"target_modules": ("query", "key", "value", "dense")},
+    **QUERY_AND_VALUE,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AdaLoraConfig(LayersConfig):
+    """AdaLoRA (arXiv:2303.10512): LoRA with a diagonal E between A and B, whose ranks shrink during training.
+
+    The fields are those of `LoraConfig` and the schedule of the allocator. PEFT ignores some of the former. Besides the
+    attributes of `Config`:
+
+    Attributes:
+        r: not used; the rank is `init_r`. A new adapter needs the default 8.
+        init_r: the rank of every module at the start. The scale is lora_alpha / init_r, also after ranks shrank.
+        target_r: the average rank at the end.
+        tinit: the number of first steps, in which no rank shrinks.
+        tfinal: the number of last steps, in which the ranks stay as they are.
+        deltaT: the number of steps between two allocations of ranks.
+        beta1, beta2: the decay of the averages of the sensitivity and of its uncertainty, in (0, 1).
+        orth_reg_weight: the weight of `methods.adalora.orthogonality_loss` in the loss.
+        total_step: the number of steps of the training. PEFT opens no file without it, and a new adapter needs it.
+        rank_pattern: `{path of lora_E: list of booleans}`, the ranks that remain of `init_r` in the tensors of a file.
+            None if all remain.
+        target_modules, exclude_modules, lora_alpha, lora_dropout, fan_in_fan_out, bias, modules_to_save,
+            layers_to_transform, layers_pattern, trainable_token_indices, layer_replication, ensure_weight_tying: as in
+            `LoraConfig`.
+        init_lora_weights: true starts with an E of zeros, false with random values everywhere.
+        use_dora, loftq_config: refused, as in PEFT.
+        use_rslora, alpha_pattern, megatron_config, megatron_core, eva_config, corda_config, lora_ga_config,
+            velora_config, alora_invocation_tokens, use_qalora, qalora_group_size, monteclora_config, lora_bias,
+            target_parameters, use_bdlora, arrow_config, kasa_config: fields of `LoraConfig` that PEFT keeps in the file
+            and ignores. A new adapter needs their defaults.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> AdaLoraConfig(target_modules=["q_proj"], total_step=100).init_r
+    12
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"lora_E": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("lora_A", "lora_B"), ("lora_A", "lora_E"))
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="lora_A, lora_B, lora_E", rows="call", learning_rate=3e-2, accuracy=0.373, time=1.24
+    )
+    tensor_prefix: ClassVar[str | None] = "lora_"
+    checks: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),
+        "rank_pattern": "any",
+        "total_step": "any",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = _TARGETS
+    ignored: ClassVar[tuple[str, ...]] = (
+        "r", "use_rslora", "alpha_pattern", "megatron_config", "eva_config", "corda_config", "lora_ga_config",
+        "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
+        "arrow_config", "kasa_config",
+    )  # fmt: skip
+
+    peft_type: str = "ADALORA"
+    r: int = 8
+    exclude_modules: str | Collection[str] | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool | None = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, Collection[bool]] | None = None
+    alpha_pattern: Mapping[str, int | float] | None = field(default_factory=FrozenDict)
+    megatron_config: Mapping[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    loftq_config: Mapping[str, Any] | None = field(default_factory=FrozenDict)
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: Mapping[str, Any] | None = None
+    alora_invocation_tokens: Collection[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Mapping[str, Any] | None = None
+    layer_replication: Collection[Collection[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: Collection[str] | None = None
+    use_bdlora: Mapping[str, Any] | None = None
+    arrow_config: Mapping[str, Any] | None = None
+    kasa_config: Mapping[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    def mask_of(self, module: str) -> tuple[bool, ...]:
+        """Return for each of the first ranks of a PyTorch module if it remains in the tensors of a file.
+
+        >>> AdaLoraConfig(init_r=3, rank_pattern={"0.q.lora_E": [True, False, True]}).mask_of("0.q")
+        (True, False, True)
+        """
+        masks = self.rank_pattern or {}
+        return tuple(masks.get(f"{module}.lora_E", (True,) * self.init_r))
+
+    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
+        if name in CHECKS and name not in self.checks:
+            problems.check(name, value)
+        else:
+            super()._check_field(problems, name, value)
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        for name in ("use_dora", "loftq_config"):
+            if self.get(name):
+                problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
+        if not isinstance(cast("object", self.init_lora_weights), bool | str):
+            problems.add("init_lora_weights", "true or false", self.init_lora_weights)
+        for name in ("tinit", "tfinal", "orth_reg_weight"):
+            if name not in problems and self.get(name) < 0:
+                problems.add(name, "a number of at least 0", self.get(name))
+        for name in ("beta1", "beta2"):
+            if name not in problems and not 0 < self.get(name) < 1:
+                problems.add(name, "a number in (0, 1)", self.get(name))
+        steps: Any = self.total_step
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            problems.add("total_step", "a positive integer or null", steps)
+        elif steps and not ("tinit" in problems or "tfinal" in problems) and self.tinit >= steps - self.tfinal:
+            way_out = "decrease tinit or tfinal, or increase total_step"
+            problems.add("tinit", "less than total_step - tfinal", self.tinit, way_out)
+        self._check_masks(problems)
+
+    def _check_masks(self, problems: Problems) -> None:
+        masks: Any = self.rank_pattern
+        if masks is not None and not isinstance(masks, FrozenDict):
+            problems.add("rank_pattern", "an object of module.lora_E -> list of booleans, or null", masks)
+            return
+        for key, mask in (masks or {}).items():
+            if not isinstance(mask, tuple) or not all(isinstance(kept, bool) for kept in cast("tuple[Any, ...]", mask)):
+                problems.add(f"rank_pattern[{key!r}]", "a list of booleans", mask)
+            elif len(cast("tuple[Any, ...]", mask)) != self.init_r or not f".{key}".endswith(".lora_E"):
+                problems.add(f"rank_pattern[{key!r}]", f"init_r = {self.init_r} booleans for a path of lora_E", mask)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DeftConfig(LayersConfig):
+    """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the dimension of the subspace; a module with fewer outputs uses all of them.
+        target_modules, exclude_modules, modules_to_save, fan_in_fan_out, bias, layers_to_transform, layers_pattern: as
+            in `LoraConfig`.
+        decomposition_method: "relu" projects with P·relu(P)ᵀ, "qr" with an orthonormal basis of P.
+        init_scale: the factor of the initial values of R if `init_weights` is false.
+        alpha: R is multiplied by alpha / r; null or 0 for no factor.
+        para: true removes the subspace only, without R.
+        deft_dropout: the dropout of R's input in training.
+        init_weights: true starts without a change of the weight (except with `para`), false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> DeftConfig(target_modules=["q_proj"]).decomposition_method
+    'relu'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="deft_P, deft_R", rows="call", accuracy=0.482, time=1.1)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "decomposition_method": ("relu", "qr"),
+        "deft_dropout": "probability",
+        "bias": ("none", "all", "deft_only"),
+        "alpha": "integer",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "DEFT"
+    r: int = 8
+    exclude_modules: str | Collection[str] | None = None
+    decomposition_method: str = "relu"
+    init_scale: float = 1.0
+    alpha: int | None = None
+    para: bool = False
+    fan_in_fan_out: bool = False
+    deft_dropout: float = 0.0
+    init_weights: bool = True
+    bias: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class DeloraConfig(RanksConfig):
+    """DeLoRA (arXiv:2503.18225): a low-rank change whose components have unit length and one learned strength.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank.
+        delora_lambda: the initial strength.
+        module_dropout: the dropout of the input in training. Despite its name, PEFT drops single entries of the input.
+        target_modules, exclude_modules, modules_to_save, bias, layers_to_transform, layers_pattern, rank_pattern: as in
+            `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+        lambda_pattern: {pattern: initial strength} for modules with another one, matched like `rank_pattern`.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> DeloraConfig(target_modules=["q_proj"]).delora_lambda
+    15
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"delora_B": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="delora_A, delora_B, delora_lambda",
+        rows="call",
+        demo=FrozenDict({"delora_lambda": 2.0}),
+        accuracy=0.468,
+        time=1.1,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "delora_lambda": "number",
+        "module_dropout": "probability",
+        "lambda_pattern": "numbers",
+        "bias": ("none", "all", "delora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "DELORA"
+    delora_lambda: int | float = 15
+    module_dropout: float = 0.0
+    exclude_modules: str | Collection[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    lambda_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class GraloraConfig(LayersConfig):
+    """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of a row of blocks, a multiple of `gralora_k`; each block has the rank r / gralora_k.
+        hybrid_r: the rank of a LoRA of the whole weight beside the blocks; 0 for none.
+        target_modules, fan_in_fan_out, bias, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        alpha: the change is multiplied by alpha / (r + hybrid_r).
+        gralora_dropout: the dropout of the input in training.
+        gralora_k: the number of blocks in each row and column, which must divide the inputs and the outputs.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> GraloraConfig(target_modules=["q_proj"]).gralora_k
+    2
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "hybrid_r": "size",
+        "alpha": "number",
+        "gralora_k": "rank",
+        "gralora_dropout": "probability",
+        "bias": ("none", "all", "gralora_only"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "GRALORA"
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: int | float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if "r" not in problems and "gralora_k" not in problems and self.r % self.gralora_k:
+            problems.add("r", f"a multiple of gralora_k = {self.gralora_k}", self.r)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class HiraConfig(LayersConfig):
+    """HiRA (Huang et al., ICLR 2025): the change of a weight is its elementwise product with a low-rank matrix.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of the low-rank matrix.
+        target_modules, exclude_modules, fan_in_fan_out, modules_to_save, layers_to_transform, layers_pattern: as in
+            `LoraConfig`.
+        hira_dropout: the dropout of the input in training; embeddings have none.
+        init_weights: true and "gaussian" start without a change of the weight, false with a random one. "gaussian"
+            draws A of a linear layer from a normal distribution.
+        rank_pattern: kept in the file. PEFT ignores it, so that a new adapter may not set it.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> HiraConfig(target_modules=["q_proj"]).r
+    32
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"hira_B": 0.0, "hira_embedding_A": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("hira_A", "hira_B"),)
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", learning_rate=1e-2, accuracy=0.513, time=1.4)
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "HIRA"
+    r: int = 32
+    exclude_modules: str | Collection[str] | None = None
+    hira_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    init_weights: bool | str | None = True
+    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        self._check_layers(problems, with_expression=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LoHaConfig(RanksConfig):
+    """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of both matrices.
+        alpha: the change is multiplied by alpha / r.
+        rank_dropout, module_dropout: the probability, in each call in training, of a row of the change to be 0, and of
+            the whole change of a module.
+        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only. PEFT trains such an
+            adapter with wrong gradients of `hada_w1_a` and `hada_w2_a`; jaxadapt's are those of the function.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,
+            alpha_pattern: as in `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> LoHaConfig(target_modules=["q_proj"]).alpha
+    8
+    """
+
+    tensor_prefix: ClassVar[str | None] = "hada_"
+    new_values: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
+    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("hada_w1_a", "hada_w1_b"),
+        ("hada_w2_a", "hada_w2_b"),
+        ("hada_w1_a", "hada_w2_a"),
+    )
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", rows="put", learning_rate=2e-2, accuracy=0.393, time=1.48
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "alpha": "number",
+        "rank_dropout": "probability",
+        "module_dropout": "probability",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "LOHA"
+    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+    alpha: int | float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LoKrConfig(RanksConfig):
+    """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of each factor that is itself a product of two matrices.
+        alpha: the change is multiplied by alpha / r.
+        rank_dropout, module_dropout: the probability, in each call in training, of a row of the change to be 0, and of
+            the whole change of a module.
+        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only.
+        decompose_both: true also decomposes the first factor, if r is less than half of its larger size.
+        decompose_factor: the size of the first factor, or its upper bound if it does not divide a weight's size; -1
+            splits each size into two divisors as close to each other as possible.
+        rank_dropout_scale: true divides the rows that `rank_dropout` keeps by their share.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,
+            alpha_pattern: as in `LoraConfig`.
+        init_weights: true starts with a first factor of zeros, "lycoris" with a second factor of zeros, and false with
+            a random change of the weight.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> LoKrConfig(target_modules=["q_proj"]).decompose_factor
+    -1
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"lokr_w1": 0.0, "lokr_w1_a": 0.0, "lokr_w2": 0.0, "lokr_w2_b": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", learning_rate=1e-2, accuracy=0.466, time=1.37
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "alpha": "number",
+        "rank_dropout": "probability",
+        "module_dropout": "probability",
+        "init_weights": (True, False, "lycoris"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "LOKR"
+    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+    alpha: int | float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool | str = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MissConfig(LayersConfig):
+    """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the number of inputs of a block.
+        miss_dropout: the dropout of the input in training. PEFT ignores it with `init_weights="bat"`.
+        mini_r: with `init_weights="mini"`, the number of outputs of a block, a divisor of the outputs.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, bias, modules_to_save: as in `LoraConfig`.
+        init_weights: the variant: true adds a matrix to each block, "bat" multiplies the blocks by matrices too, and
+            "mini" adds a smaller matrix that is the same for blocks of outputs. False is true with a random start.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> MissConfig(target_modules=["q_proj"]).r
+    64
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"miss_block": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "mini_r": "rank",
+        "miss_dropout": "probability",
+        "bias": ("none", "all", "MiSS_only"),
+        "init_weights": (True, False, "bat", "mini"),
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "MISS"
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool | str = True
+    bias: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PeanutConfig(LayersConfig):
+    """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the width of the network.
+        depth: the number of hidden layers on each side of the network, 0 or more.
+        act_fn: the activation function, by its name in transformers. jaxadapt computes with those listed in
+            `methods/peanut.py`.
+        scaling: the factor of the change.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PeanutConfig(target_modules=["q_proj"]).r
+    32
+    """
+
+    new_values: ClassVar[Mapping[str, float]] = {"peanut_B.weight": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
+    tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "PEANUT"
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool = True

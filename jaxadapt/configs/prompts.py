@@ -1,0 +1,370 @@
+"""The configurations of the methods that add virtual tokens, or keys and values.
+
+The fields and defaults are those of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxadapt.configs.base import MethodFacts
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
+from jaxadapt.configs.validation import Problems, is_int, is_ints
+
+__all__ = [
+    "AdaptionPromptConfig",
+    "CPTConfig",
+    "CartridgeConfig",
+    "MultitaskPromptTuningConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AdaptionPromptConfig(MethodConfig):
+    """LLaMA-Adapter (arXiv:2303.16199): trained tokens that the last layers attend to, by a gate that starts closed.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`.
+
+    Attributes:
+        peft_type: always "ADAPTION_PROMPT".
+        target_modules: the end of the names of the attention modules. None: "self_attn", Llama's.
+        adapter_len: the number of tokens in each layer.
+        adapter_layers: the number of layers that have tokens, counted from the last one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> AdaptionPromptConfig(adapter_len=4, adapter_layers=2).adapter_len
+    4
+    """
+
+    tensor_prefix: ClassVar[str | None] = "adaption_"
+    target_is_expression: ClassVar[bool] = False
+    new_values: ClassVar[Mapping[str, float]] = {"adaption_gate": 0.0}
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="adaption_gate, adaption_prompt",
+        merges=False,
+        learning_rate=0.1,
+        demo=FrozenDict({"target_modules": "self_attn", "adapter_len": 10, "adapter_layers": 20}),
+        accuracy=0.384,
+        time=1.21,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {"target_modules": "text", "adapter_len": "rank", "adapter_layers": "rank"}
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {"target_modules": "self_attn"}}
+    main_fields: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers")
+
+    peft_type: str = "ADAPTION_PROMPT"
+    target_modules: str | None = None
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CartridgeConfig(PromptLearningConfig):
+    """Cartridges (arXiv:2506.06266): a prefix of keys and values whose first tokens stay fixed.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
+    `PromptLearningConfig`.
+
+    Attributes:
+        peft_type: always "CARTRIDGE".
+        num_frozen_tokens: the number of virtual tokens at the start that are not trained (default 1).
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> CartridgeConfig(num_virtual_tokens=20).num_frozen_tokens
+    1
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(trains="trainable_embedding", merges=False, learning_rate=3e-2)
+    _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    checks: ClassVar[Mapping[str, Any]] = {**PromptLearningConfig.checks, "num_frozen_tokens": "size"}
+
+    peft_type: str = "CARTRIDGE"
+    num_frozen_tokens: int = 1
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        frozen, n = self.num_frozen_tokens, self.num_virtual_tokens
+        if is_int(frozen) and is_int(n) and n is not None and frozen > n:
+            problems.add("num_frozen_tokens", f"at most num_virtual_tokens={n}", frozen)
+
+
+_LISTS = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CPTConfig(PromptLearningConfig):
+    """Context-aware prompt tuning (arXiv:2410.17222): the embeddings of examples, each moved by a short vector.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
+    `PromptLearningConfig`. `num_virtual_tokens` is the number of token ids.
+
+    Attributes:
+        peft_type: always "CPT".
+        cpt_token_ids: the token ids of the examples, whose embeddings the prompt starts from (default [0]).
+        cpt_mask: one integer for each token, which PEFT keeps and does not use (default 1).
+        cpt_tokens_type_mask: the type of each token (default 1). The remainder by 4 is 1 for the template of an input,
+            2 for an input, 3 for the template of an output and 0 for an output, which is not trained. Outputs with
+            larger types belong to later examples. 0 itself is no part of an example.
+        opt_weighted_loss_type: "decay" weights the loss of each example's output (`jaxadapt.methods.cpt.loss`).
+        opt_loss_decay_factor: the factor from one example to the one before it.
+        opt_projection_epsilon: the largest norm of the vector of an input's token, times sqrt(token_dim / 2048).
+        opt_projection_format_epsilon: the same for a template's token.
+        tokenizer_name_or_path: the tokenizer of the token ids, for PEFT.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> CPTConfig(cpt_token_ids=[5, 2, 7], task_type="CAUSAL_LM").num_virtual_tokens
+    3
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="delta_embedding",
+        merges=False,
+        learning_rate=1e-2,
+        demo=FrozenDict({"cpt_token_ids": tuple(range(32, 48)), "opt_projection_epsilon": 10.0}),
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        **dict.fromkeys(_LISTS, "any"),
+        "opt_weighted_loss_type": ("none", "decay"),
+        "tokenizer_name_or_path": "text",
+    }
+
+    peft_type: str = "CPT"
+    cpt_token_ids: Sequence[int] | None = None
+    cpt_mask: Sequence[int] | None = None
+    cpt_tokens_type_mask: Sequence[int] | None = None
+    opt_weighted_loss_type: str = "none"
+    opt_loss_decay_factor: float = 1.0
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+    tokenizer_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        ids: Any = (0,) if self.cpt_token_ids is None else self.cpt_token_ids
+        defaults = {"cpt_token_ids": ids, "num_transformer_submodules": 1}
+        if isinstance(ids, Sequence):
+            ones = (1,) * len(ids)
+            defaults |= {"cpt_mask": ones, "cpt_tokens_type_mask": ones, "num_virtual_tokens": len(ids)}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        for name in _LISTS:
+            value: Any = getattr(self, name)
+            if not (is_ints(value) and value and min(value) >= 0):
+                problems.add(name, "a list of integers of 0 or more", value)
+        ids: Any = self.cpt_token_ids
+        count = len(ids) if is_ints(ids) else None
+        if count is not None:
+            for name in _LISTS[1:]:
+                value = getattr(self, name)
+                if is_ints(value) and len(value) != count:
+                    problems.add(name, f"{count} integers, as many as cpt_token_ids", value)
+            if self.num_virtual_tokens != count:
+                problems.add("num_virtual_tokens", f"{count}, the number of cpt_token_ids", self.num_virtual_tokens)
+        if self.task_type != "CAUSAL_LM":
+            problems.add("task_type", '"CAUSAL_LM"', self.task_type)
+        if self.num_transformer_submodules not in (None, 1):
+            problems.add("num_transformer_submodules", "1", self.num_transformer_submodules)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning (arXiv:2103.10385): prompt tuning whose embeddings are the output of a trained network.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
+    `PromptLearningConfig`. A saved file holds the network's output, and cannot be trained further in this form.
+
+    Attributes:
+        peft_type: always "P_TUNING".
+        encoder_reparameterization_type: the network: "MLP" (three dense layers) or "LSTM" (a bidirectional LSTM and two
+            dense layers).
+        encoder_hidden_size: the width of the network. None: `token_dim`.
+        encoder_num_layers: the number of layers of the LSTM (default 2). An MLP always has three dense layers.
+        encoder_dropout: the dropout between the layers of the LSTM. `adapt` refuses it; files keep it.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PromptEncoderConfig(num_virtual_tokens=20).encoder_reparameterization_type
+    'MLP'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="all tensors of the encoder", merges=False, accuracy=0.35, time=0.97
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        "encoder_reparameterization_type": ("MLP", "LSTM"),
+        "encoder_hidden_size": "rank",
+        "encoder_num_layers": "rank",
+        "encoder_dropout": "probability",
+    }
+
+    peft_type: str = "P_TUNING"
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning (arXiv:2101.00190): trained keys and values before those of the tokens, in every attention layer.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
+    `PromptLearningConfig`.
+
+    Attributes:
+        peft_type: always "PREFIX_TUNING".
+        init_weights: None draws the prefix at random, and "zero" sets it to 0. (Also a prefix of zeros changes the
+            output, since each of its keys takes part in the softmax.)
+        encoder_hidden_size: the width of the layer between the embeddings and the prefix, with `prefix_projection`.
+            None: `token_dim`.
+        prefix_projection: true trains embeddings and two dense layers that compute the prefix. A saved file holds the
+            prefix that they compute, and cannot be trained further in this form.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PrefixTuningConfig(num_virtual_tokens=20).peft_type
+    'PREFIX_TUNING'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="prompt_embeddings",
+        merges=False,
+        learning_rate=1e-2,
+        demo=FrozenDict({"init_weights": "zero"}),
+        accuracy=0.416,
+        time=0.93,
+    )
+    _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        "init_weights": ("zero",),
+        "encoder_hidden_size": "rank",
+    }
+
+    peft_type: str = "PREFIX_TUNING"
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning (arXiv:2104.08691): trained embeddings before those of the tokens.
+
+    The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
+    `PromptLearningConfig`.
+
+    Attributes:
+        peft_type: always "PROMPT_TUNING".
+        prompt_tuning_init: the initial values: "RANDOM" (normal), "SAMPLE_VOCAB" (the embeddings of random tokens) or
+            "TEXT" (those of the tokens of a text, repeated or cut; pass them to `adapt` as `prompt_tokens=`).
+        prompt_tuning_init_text: the text of "TEXT". jaxadapt keeps it and has no tokenizer.
+        tokenizer_name_or_path: the tokenizer of "TEXT", for PEFT.
+        tokenizer_kwargs: arguments of the tokenizer of "TEXT", for PEFT.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> PromptTuningConfig(num_virtual_tokens=20).prompt_tuning_init
+    'RANDOM'
+    """
+
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="prompt_embeddings",
+        merges=False,
+        learning_rate=3e-2,
+        demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"}),
+        accuracy=0.343,
+        time=1.52,
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        "prompt_tuning_init": ("TEXT", "SAMPLE_VOCAB", "RANDOM"),
+        "prompt_tuning_init_text": "text",
+        "tokenizer_name_or_path": "text",
+        "tokenizer_kwargs": "object",
+    }
+
+    peft_type: str = "PROMPT_TUNING"
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: Mapping[str, Any] | None = None
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if self.prompt_tuning_init == "TEXT":
+            for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+                if not getattr(self, name):
+                    problems.add(name, 'a value, because prompt_tuning_init is "TEXT"', getattr(self, name))
+        elif self.tokenizer_kwargs:
+            problems.add("tokenizer_kwargs", 'null unless prompt_tuning_init is "TEXT"', self.tokenizer_kwargs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MultitaskPromptTuningConfig(PromptTuningConfig):
+    """Multitask prompt tuning (arXiv:2303.02861): a prompt of all tasks, times a low-rank matrix of each task.
+
+    The fields are PEFT's. Those not listed here are described in `PromptTuningConfig`. Each call needs the tasks of its
+    rows: see `jaxadapt.models.invoke`.
+
+    Attributes:
+        peft_type: always "MULTITASK_PROMPT_TUNING".
+        prompt_tuning_init: the initial values: "RANDOM", or "TEXT" as in prompt tuning. The others start from an
+            adapter of source tasks, which `prompt_tuning_init_state_dict_path` names in PEFT: "AVERAGE_SOURCE_TASKS",
+            "EXACT_SOURCE_TASK" and "ONLY_SOURCE_SHARED". Pass it to `adapt` as `prompt_source=`.
+        prompt_tuning_init_state_dict_path: the path of the adapter of source tasks, for PEFT.
+        prompt_tuning_init_task: the source task of "EXACT_SOURCE_TASK" (default 0).
+        num_ranks: the rank of each task's matrix (default 1).
+        num_tasks: the number of tasks (default 1).
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> MultitaskPromptTuningConfig(num_virtual_tokens=20, num_tasks=3).num_ranks
+    1
+    """
+
+    file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
+    facts: ClassVar[MethodFacts] = MethodFacts(
+        trains="prefix_task_cols, prefix_task_rows, prompt_embeddings", merges=False, learning_rate=3e-2
+    )
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptTuningConfig.checks,
+        "prompt_tuning_init": ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),
+        "prompt_tuning_init_state_dict_path": "text",
+        "prompt_tuning_init_task": "any",
+        "num_ranks": "rank",
+        "num_tasks": "rank",
+    }
+
+    peft_type: str = "MULTITASK_PROMPT_TUNING"
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int | None = 0
+    num_ranks: int = 1
+    num_tasks: int = 1
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        task = self.prompt_tuning_init_task
+        if task is not None and not (is_int(task) and task >= 0):
+            problems.add("prompt_tuning_init_task", "an integer of 0 or more, or null", task)
