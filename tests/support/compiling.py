@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import jax
 
 _FLAG = "jax_disable_most_optimizations"
-# Folders of tests whose programs are compiled without optimisations, in half the time. Not those that train for long,
-# read the compiled program, compare bit for bit with another process, or compare closely where values are large.
+ENV = {_FLAG.upper(): "1"}  # for a process of its own
+# Tests whose programs are compiled without optimisations, in half the time: folders and files. Not those that train
+# for long, read the compiled program, compare bit for bit with another process, or compare closely large values.
 QUICK = (
-    "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
-    "tests/reference/", "tests/server/", "tests/serving/",
+    "tests/demo/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
+    "tests/reference/", "tests/server/", "tests/serving/", "tests/storage/hub/test_notebooks.py",
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import hub_server
+from tests.support.little_model import little_package as little_package
+from tests.support.little_model import little_smollm2 as little_smollm2
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.ipynb"))
 NAMES = ["finetune_and_share", "from_pytorch_and_back", "serve_many_adapters"]
@@ -94,6 +96,7 @@ def test_the_first_cell_asks_for_the_accelerator_that_is_there(
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.usefixtures("little_smollm2")
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=pytest.mark.peft if "pytorch" in p.stem else ()) for p in NOTEBOOKS],
