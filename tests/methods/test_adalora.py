@@ -159,7 +159,7 @@ def test_the_orthogonality_loss_is_pefts_with_its_gradients():
     loss = model.base_model(torch.ones(2, 6)).loss
     loss.backward()
     tensors = {key: jnp.asarray(x) for key, x in tensors_of(model).items()}
-    ours, gradients = jax.value_and_grad(lambda t: 0.25 * adalora.orthogonality_loss(t))(tensors)
+    ours, gradients = jax.jit(jax.value_and_grad(lambda t: 0.25 * adalora.orthogonality_loss(t)))(tensors)
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-6)
     for key, value in tensors_of(model, gradients=True).items():
         np.testing.assert_allclose(gradients[key], value, rtol=1e-5, atol=1e-8, err_msg=key)

@@ -47,7 +47,7 @@ def test_outputs_are_pefts_and_gradients_are_those_of_the_product():
     def loss(x, kernel):
         return (layer.run(layer.with_params({"c3a_kernel": kernel}), x) * weights).sum()
 
-    at_x, at_kernel = jax.grad(loss, argnums=(0, 1))(x, hook.params["c3a_kernel"])
+    at_x, at_kernel = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, hook.params["c3a_kernel"])
     np.testing.assert_allclose(at_x, weights @ np.asarray(hook.weight(layer.w)), **CLOSE)
     theirs = torch.from_numpy(x).requires_grad_()
     (layer.module(theirs) * torch.from_numpy(weights)).sum().backward()

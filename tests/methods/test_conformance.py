@@ -344,13 +344,17 @@ def test_transformations_of_jax(peft_type: str, i: int):
         return (through(hook, use, x, w) ** 2).sum()
 
     params = {name: a for name, a in own.items() if name in trained}
+
+    @jax.jit
+    def transformed(params: Any, x: Any) -> Any:
+        rows = jax.vmap(lambda p, x: loss(p, x, row), in_axes=(None, 0))(params, x)
+        return loss(params, x), jax.grad(loss)(params, x), jax.grad(jax.checkpoint(loss))(params, x), rows
+
     plain = loss(params, x)
-    grads = jax.grad(loss)(params, x)
+    jitted, grads, again, rows = transformed(params, x)
     assert all(bool(jnp.isfinite(g).all()) for g in grads.values())
     assert all(bool((g != 0).any()) for g in grads.values()), {k: float(abs(g).max()) for k, g in grads.items()}
-    np.testing.assert_allclose(jax.jit(loss)(params, x), plain, rtol=1e-4)
-    again = jax.grad(jax.checkpoint(loss))(params, x)
-    rows = jax.vmap(lambda p, x: loss(p, x, row), in_axes=(None, 0))(params, x)
+    np.testing.assert_allclose(jitted, plain, rtol=1e-4)
     np.testing.assert_allclose(rows.sum(), plain, rtol=1e-4)
     for name, g in grads.items():
         np.testing.assert_allclose(again[name], g, rtol=1e-3, atol=1e-4)
@@ -402,6 +406,7 @@ def base_of() -> Any:
     return {"params": {n: {k: getattr(getattr(model, n), k)[...] for k in ("kernel", "bias")} for n in ("q", "up")}}
 
 
+@pytest.mark.every_method
 @every_case
 def test_nnx_and_linen_agree_and_merging_equals_applying(peft_type: str, i: int, tmp_path: Any):
     model = network(peft_type, i)

@@ -65,7 +65,7 @@ def test_a_convolution_has_pefts_tensors_and_weight(window, groups, effective):
 
     want = {key: leaves[key.rpartition(".")[2]].grad.numpy() for key in file}
     expected = hook_of(ours, shape, want, weight=weight).params
-    grads = jax.grad(loss)(dict(hook.params))
+    grads = jax.jit(jax.grad(loss))(dict(hook.params))
     for name, x in leaves.items():
         np.testing.assert_allclose(grads[name], expected[name], err_msg=name, **CLOSE)
         theirs = getattr(layer, name)["default"].grad

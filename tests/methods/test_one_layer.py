@@ -58,7 +58,7 @@ def test_outputs_weights_and_gradients_are_pefts(name):
         return (layer.run(layer.with_params(params), x) * weights).sum()
 
     theirs = layer.peft_gradients(x, weights)
-    ours = jax.grad(loss)(dict(layer.hook.params))
+    ours = jax.jit(jax.grad(loss))(dict(layer.hook.params))
     trained = {end.removesuffix(".weight")[1:].replace(".", "_"): g for end, g in theirs.items()}
     assert trained
     for tensor, grad in trained.items():

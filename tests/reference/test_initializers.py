@@ -152,8 +152,8 @@ def gradients(base, forward):
         return jnp.mean(forward(base, {"input_ids": jnp.asarray(IDS[:2])}) ** 2)
 
     if isinstance(base, nnx.Module):
-        return nnx.grad(loss)(base)
-    return jax.grad(loss)(base)
+        return nnx.jit(nnx.grad(loss))(base)
+    return jax.jit(jax.grad(loss))(base)
 
 
 SIDES = [("llama", "nnx", None), ("llama", "linen", 0), ("gpt2", "nnx", 1)]

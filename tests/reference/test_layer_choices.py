@@ -180,7 +180,7 @@ def test_linen_gradients_are_zero_where_nothing_is_adapted(name, tmp_path):
     logits, params, model = loaded(folder, "linen", 0)
     where = unused(jaxadapt.extract(model))
     collection = "ia3" if name in IA3 else "lora"
-    grads = jax.grad(lambda p: jnp.square(logits(p)).mean())(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(logits(p)).mean()))(params)
     found = jaxadapt.extract({**model, collection: grads}).flat()
     for path, x in found.items():
         assert not np.asarray(x)[where[path]].any(), path
