@@ -19,16 +19,41 @@ CI = {
     ),
     "tests/arrays/test_quantized.py::test_over_devices_adapters_lie_as_on_the_dense_base": "^linen-(nf4|int8-layout2)",
     "tests/demo/test_demo.py::test_a_trainer_lowers_the_loss_and_leaves_the_base": "^(nnx-lora|linen-ia3)$",
-    "tests/demo/test_demo.py::test_what_a_trainer_saves_either_api_loads": "^(linen-lora|nnx-ia3|linen-prompt_tuning)$",
+    "tests/demo/test_demo.py::test_what_a_trainer_saves_either_api_loads": "^(nnx-ia3|linen-prompt_tuning)$",
+    "tests/demo/test_demo_model.py::test_both_apis_make_the_same_leaves": "^(tied-{}|untied-.*1, 'remat.*)$",
+    "tests/adapters/test_sharding.py::test_explicit_meshes": "^(8-fsdp|2x2x2-both)$",
+    "tests/adapters/test_sharding.py::test_no_collective_that_hand_written_lora_lacks": "^layout[024]",
+    "tests/adapters/test_sharding.py::test_no_collective_that_hand_written_lora_lacks_on_an_explicit_mesh": (
+        "^(8-fsdp|4x2-both)$"
+    ),
+    "tests/analysis/test_norms.py::test_a_picture_of_any_shape_is_whole": (
+        "^(trained-(deep|one cell)|fresh-(wide|one row))$"
+    ),
+    "tests/core/test_progress.py::test_true_draws_nothing_where_nobody_sees_it": (
+        "^(load, (NNX|Orbax)|save, Linen|merge)$"
+    ),
+    "tests/core/test_progress.py::test_an_exception_of_the_function_ends_the_work_with_nothing_half_done": (
+        "^(load, Linen|merge of files|manager, .*|save, (NNX|Orbax))$"
+    ),
+    "tests/initializers/test_start.py::test_base_and_adapter_together_are_what_the_base_was": (
+        "^(True-False|gaussian-True|pissa-True|pissa_niter_4-False|olora-True|orthogonal-False)$"
+    ),
     "tests/merging/test_combine.py::test_densities_at_the_ends": r"^0\.05$",
-    "tests/merging/test_combine.py::test_equal_to_peft": r"^(cat|svd|ties|dare_linear)-total$|^ties-frequency$",
+    "tests/merging/test_combine.py::test_equal_to_peft": r"^(cat|svd|dare_linear)-total$|^ties-frequency$",
+    "tests/merging/test_combine_kinds.py::test_of_adapters_that_agree_nothing_is_lost": (
+        "^(linear-experts|ties-turned, stacked|ties_svd-conv|magnitude_prune_svd-attention)$"
+    ),
+    "tests/merging/test_combine_kinds.py::test_the_sum": "^(cat-(conv|experts)|svd-(attention|turned, stacked))$",
     "tests/merging/test_low_rank_form.py::test_a_plain_lora_of_the_methods_rank_changes_the_weights_alike": ("^LOHA$"),
     "tests/merging/test_combine.py::test_rslora_where_peft_is_wrong": "^cat$",
     "tests/merging/test_combine.py::test_stacked_fused_and_split_axes_give_what_plain_matrices_give": "^svd$",
-    "tests/merging/test_resize.py::test_every_module_gets_its_best_approximation": "^(False-3|True-1|True-7)$",
+    "tests/merging/test_resize.py::test_every_module_gets_its_best_approximation": "^(False-3|True-7)$",
     "tests/methods/test_conformance.py::test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so": EXAMPLE,
     "tests/methods/test_conformance.py::test_eight_devices": EXAMPLE,
     "tests/methods/test_conformance.py::test_every_layout_gives_the_same_weight_from_the_same_file": "-0-|-split$",
+    "tests/methods/test_conformance.py::test_initial_values_follow_the_key": EXAMPLE,
+    "tests/methods/test_conformance.py::test_a_method_is_stateless_and_its_tensors_are_consistent": EXAMPLE,
+    "tests/methods/test_conformance.py::test_unmerging_gives_the_weight_back_or_is_refused": EXAMPLE,
     "tests/methods/test_conformance.py::test_nnx_and_linen_agree_and_merging_equals_applying": EXAMPLE,
     "tests/methods/test_conformance.py::test_outputs_and_weights_keep_the_bases_dtype": "-0-bfloat16-float32$",
     "tests/methods/test_conformance.py::test_parts_of_a_fused_weight_are_modules_of_their_own": "-0-fused$",
@@ -49,22 +74,65 @@ CI = {
     ),
     "tests/methods/test_conformance_peft.py::test_scanned_layers_give_pefts_logits": "^(LORA|VERA)-0-0$",
     "tests/methods/test_other_kinds.py::test_pefts_file_gives_pefts_outputs_and_gradients": (
-        "^(ADALORA conv2d|HIRA (conv1d|embedding)|LOHA conv2d (effective|1x1)|LOKR conv1d full)$"
+        "^(ADALORA conv2d|HIRA embedding|LOHA conv2d effective|LOKR conv1d full)$"
     ),
-    "tests/methods/test_loha.py::test_a_convolution_has_pefts_tensors_and_weight": "^window[03]",
-    "tests/persistence/test_sharded_files.py::test_orbax_from_every_layout_to_every_other": (
-        "^(2x2x2-both|4x2-tp|8-fsdp)$"
+    "tests/methods/test_loha.py::test_a_convolution_has_pefts_tensors_and_weight": (
+        "^(window0.*plain|window3.*effective)$"
     ),
+    "tests/methods/test_lora_and_ia3.py::test_a_fresh_adapter_changes_nothing": "^(LORA0|IA31)-",
+    "tests/methods/test_lora_and_ia3.py::test_the_output_is_that_of_the_effective_weight": (
+        "^(LORA0|IA31)-.*-straight$|^(LORA1|IA30)-.*-transposed$"
+    ),
+    "tests/persistence/test_sharded_files.py::test_orbax_from_every_layout_to_every_other": ("^(2x2x2-both|8-fsdp)$"),
     "tests/reference/test_layer_choices.py::test_training_is_the_unrolled_models_and_leaves_the_rest_alone": (
-        "^(everything|ia3)$"
+        "^everything$"
     ),
-    "tests/serving/test_row_methods.py::test_each_row_is_as_with_its_adapter_alone": "^(HRA-0|LOKR-0|MISS-1|ROAD-0)$",
+    "tests/reference/test_layer_choices.py::test_linen_gradients_are_zero_where_nothing_is_adapted": "^(dora|ia3)$",
+    "tests/reference/test_alora.py::test_outputs_gradients_and_files_are_pefts": "^(nnx-False|linen-True)$",
+    "tests/reference/test_dora_layers.py::test_pefts_dora_gives_its_output_gradients_and_file": (
+        "^(attention-nnx|experts-linen|some of each-nnx)$"
+    ),
+    "tests/reference/test_dora_layers.py::test_peft_opens_our_dora": (
+        "^(attention-linen|experts-nnx|some of each-linen)$"
+    ),
+    "tests/reference/test_experts.py::test_a_layer_of_experts_computes_what_its_merged_weights_do": (
+        "^(einsum-e o i|per_expert-e i o|ragged-e o i|sliced-e i o)$"
+    ),
+    "tests/reference/test_experts.py::test_gate_and_up_apart_are_one_parameter_in_peft": (
+        "^(maxtext-gpt_oss-plain|maxtext-qwen3_moe-scan1-ranks|maxtext-mixtral-plain)$"
+    ),
+    "tests/reference/test_interchange.py::test_all_linear_is_saved_resolved": "^(llama-linen-scan1|gpt2-nnx-scan1)$",
+    "tests/reference/test_interchange.py::test_the_table_named_outright_is_the_one_found": (
+        "^(llama-(linen|nnx-scan0|linen-scan1)|gpt2-(nnx|linen-scan1))$"
+    ),
+    "tests/reference/test_strict.py::test_what_is_missing_begins_as_in_peft": (
+        "^(module-(nnx-0|linen-None)|dora-(linen-0|nnx-None)|B-(linen-0|nnx-None))$"
+    ),
+    "tests/reference/test_parts_under_jit.py::test_experts_inside_jit": (
+        "^(tunix-qwen3_moe|maxtext-qwen3_moe-scan1|mixtral)$"
+    ),
+    "tests/reference/test_initializers.py::test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is": "linen",
+    "tests/serving/test_row_methods.py::test_each_row_is_as_with_its_adapter_alone": "^(LOKR-0|MISS-1|ROAD-0)$",
     "tests/serving/test_row_methods.py::test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into": (
-        "^(HRA-0-linen-True|LOKR-0-linen-False|ROAD-0-nnx-True)$"
+        "^(HRA-0-linen-True|ROAD-0-nnx-True)$"
+    ),
+    "tests/serving/test_bank.py::test_each_row_is_as_with_its_adapter_alone": "^(nnx-True|linen-False)$",
+    "tests/serving/test_bank.py::test_nothing_is_compiled_again": "^(nnx-False|linen-True)$",
+    "tests/serving/test_bank.py::test_on_eight_devices_the_arrays_are_sharded_as_the_base": "^True$",
+    "tests/serving/test_generation.py::test_each_row_has_its_own_adapter": "^linen$",
+    "tests/serving/test_mixed_peft.py::test_a_mixed_batch_is_as_in_peft": "^(nnx-1|linen-0)$",
+    "tests/serving/test_selection.py::test_fused_parts_have_the_adapters_of_their_rows": "0$",
+    "tests/serving/test_shared_tensors.py::test_each_row_is_as_with_its_adapter_alone_and_nothing_is_compiled_again": (
+        "^(nnx-True|linen-False)$"
     ),
     "tests/serving/test_mixed_peft.py::test_rows_of_several_veras_are_as_each_alone_in_peft": "^nnx",
     "tests/serving/test_shared_tensors.py::test_the_projections_are_held_once": "^(nnx-True|linen-False)$",
     "tests/serving/test_ways_out.py::test_put_works_or_its_error_names_a_way_that_works": ("^(BEFT|HIRA|TINYLORA)$"),
+    "tests/models/foreign/test_dialects.py::test_inside_jit": (
+        "^(qwix-(dot_general-o|einsum-(q|experts)|scan1-(dense|einsum-q))|gemma-(q|gate|dense)|nnx.LoRA-LoRALinear"
+        "|maxtext-out|levanter-q|lorax-weight|keras-out)$"
+    ),
+    "tests/models/foreign/test_real.py::test_trained_and_loaded_again": "^tunix-qwen3-tied$",
     "tests/models/foreign/test_trained.py::test_peft_opens_what_they_trained": r"^(nnx\.LoRA|qwix-linen-scan1)$",
     "tests/models/foreign/test_product.py::test_there_and_back": "^(?!maxtext:gemma3)",
     "tests/models/test_layer_choices.py::test_a_fresh_adapter_changes_nothing_and_draws_each_module_as_its_rank_asks": (
@@ -73,6 +141,11 @@ CI = {
     "tests/models/test_layer_choices.py::test_every_layer_part_and_expert_gets_its_own_change": "^dora-1$",
     "tests/models/test_layer_choices.py::test_shards_and_jit_give_the_same_tensors": "^dora$",
     "tests/models/test_layer_choices.py::test_training_keeps_unused_entries_at_zero": "^ranks$",
+    "tests/models/test_linen_gemma.py::test_fused_parts": "^(LORA-targets[02]|IA3-targets1)$",
+    "tests/models/test_linen_wrapper.py::test_init_on_parameters_gives_the_specs_of_the_wrapper": "^(None|1)$",
+    "tests/models/test_linen_wrapper.py::test_no_gradient_of_a_frozen_weight": "^(mha|scan0_remat)$",
+    "tests/models/test_nnx.py::test_dropout_in_stacked_layers": "^1$",
+    "tests/models/test_nnx_training.py::test_the_demo_llama_scanned_and_rematerialised": "^1$",
     "tests/models/test_linen_registry.py::test_computes_what_the_merged_weights_compute": "LORA$|^(dense|mha)-IA3$",
     "tests/models/test_nnx_registry.py::test_equals_the_effective_weight": "lora$|^(linear|mha)-ia3$",
     "tests/reference/test_initializers.py::test_a_converted_adapter_applies_to_the_original_base_in_peft": (
@@ -85,25 +158,37 @@ CI = {
     "tests/reference/test_initializers.py::test_what_is_taken_out_of_the_base_is_what_peft_takes": (
         "^(pissa|corda|lora_ga)-llama-nnx-None$|^pissa_niter_2"
     ),
-    "tests/reference/test_layer_choices.py::test_a_file_computes_the_same_and_comes_back": "-nnx-0$|^(everything|ia3)-",
+    "tests/reference/test_layer_choices.py::test_a_file_computes_the_same_and_comes_back": (
+        "^(everything|ia3)-.*1$|^(ranks|alphas|copies|dora|layers)-nnx-0$"
+    ),
     "tests/reference/test_adaption_prompt.py::test_peft_and_jaxadapt_open_each_others_files": (
         "^(nnx-False|linen-True)$"
     ),
     "tests/reference/test_prompts_bart.py::test_pefts_adapter_gives_pefts_logits": "^nnx$",
     "tests/reference/test_prompts_gpt2.py::test_pefts_adapter_gives_pefts_logits": "^(prefix-nnx|prompt-linen)$",
-    "tests/reference/test_prompts_heads.py::test_peft_and_jaxadapt_open_each_others_files": (
-        "^(prefix-nnx|prompt-linen)$"
-    ),
+    "tests/reference/test_prompts_heads.py::test_peft_and_jaxadapt_open_each_others_files": "^prefix-nnx$",
     "tests/reference/test_prompts_t5.py::test_a_mask_of_the_decoder_is_extended_as_pefts": "^tasks$",
     "tests/reference/test_prompts_t5.py::test_a_new_prefix_has_the_depth_of_the_decoder_and_peft_opens_it": "1, 2",
     "tests/reference/test_prompts_t5.py::test_generation_as_peft_generates": "^prefix$",
     "tests/reference/test_prompts_t5.py::test_peft_and_jaxadapt_open_each_others_files": (
-        "^(prefix-nnx|prompt-linen|tasks-nnx)$"
+        "^(prefix-nnx|prompt-linen)$"
     ),
     "tests/reference/test_quantized.py::test_trains_saves_and_merges_as_peft_does_on_the_dense_base": (
-        "^(ours-nf4-nnx|ours-int8-linen|qwix-nf4-linen)$"
+        "^(ours-nf4-nnx|qwix-nf4-linen)$"
     ),
-    "tests/system/test_benchmarks.py::test_it_runs": "^(?!(sharded|train|lora|io|methods|checkpoint|server|export)$)",
+    "tests/storage/test_location.py::test_several_processes_in_a_store": "^s3$",
+    "tests/storage/test_orbax.py::test_the_adapter_out_of_a_whole_checkpoint": (
+        "^(linen variables-save_v1|linen train state-save_v0_manager|linen collection-save_v0|nnx state-save_v1_items"
+        "|nnx pure dict-save_v1|nnx model and optimizer-(save_v1|save_v0_manager))$"
+    ),
+    "tests/system/test_benchmarks.py::test_it_runs": "^(codec|fingerprint|paper)$",
+    "tests/system/test_freed.py::test_adapters_that_come_and_go_leave_no_pages_behind": "^load$",
+    "tests/system/test_full_disk.py::test_what_the_kernel_refuses": (
+        "^(adapter-kernel|manager-permission|orbax-kernel)$"
+    ),
+    "tests/training/test_checkpoint.py::test_a_killed_training_resumes_bit_for_bit": "^nnx$",
+    "tests/training/test_checkpoint.py::test_leaving_without_waiting_lands_the_checkpoint": "^(end|exception)-",
+    "tests/training/test_checkpoint.py::test_sigterm_saves_and_leaves": "^sigterm (in|with a)",
     "tests/training/test_checkpoint_tunix.py::test_resuming_inside_tunix": "^2$",
     "tests/training/test_optim.py::test_gradients_are_pefts": "^False$",
     "tests/training/test_optim.py::test_lora_fa_takes_pefts_steps": "^scan$",
@@ -134,6 +219,8 @@ THIRDS = (
     "tests/reference/test_interchange.py::test_we_load_what_peft_saves",
     "tests/reference/test_lora_bf16.py::test_bfloat16_is_as_near_to_float32_as_pefts",
     "tests/reference/test_lora_matrix.py::test_pefts_file_computes_here_what_it_computes_there",
+    "tests/reference/test_interchange.py::test_our_config_is_the_json_peft_writes",
+    "tests/models/test_tracing.py::test_einsum",
 )
 
 EVERY_TYPE = (
