@@ -1,10 +1,17 @@
-"""Keys of adapter files as training frameworks and exporters write them, and PEFT's names for them. Strings only."""
+"""Keys of adapter files as training frameworks and exporters write them, and PEFT's names for them. Strings only.
+
+`rules_for` is the one table of rules: each says how programs change PEFT's keys, and undoes it. `read` applies the rule
+of adapters' names, as PEFT does. `verify` reports the rules that apply, and `repair` undoes them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
@@ -27,7 +34,12 @@ _WRAPPERS: Mapping[str, str] = {
     "_checkpoint_wrapped_module": "activation checkpointing",
     "_forward_module": "Lightning Fabric",
 }
-_MATRICES = frozenset(("lora_A", "lora_B"))
+_SAVED = ".modules_to_save."
+_ORIGINAL = ".token_adapter.trainable_tokens_original."
+_PLAIN = ("weight", "bias")
+_NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
+
+# ---------------------------------------------------------------- names of tensors
 
 
 def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
@@ -73,175 +85,6 @@ def has_adapter_tensors(keys: Iterable[str]) -> bool:
     return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
-def wrappers_in(keys: Iterable[str]) -> list[str]:
-    """Return the wrappers' names that occur in keys, with the programs that add them where they are known."""
-    keys = list(keys)
-    segments = {part for key in keys for part in key.split(".")}
-    found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments]
-    found += sorted(_outer_names(keys) - {"", "module", *_WRAPPERS})
-    return found or ["module, of DataParallel"]
-
-
-def _outer_names(names: Iterable[str]) -> set[str]:
-    """Return the paths of the PEFT models in the modules that hold them: what precedes base_model.model. in names."""
-    parts = (f".{name}".partition(f".{PEFT_PREFIX}") for name in names)
-    return {before[1:] for before, found, _ in parts if found}
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """The keys of a file with PEFT's names for them.
-
-    Attributes:
-        normal: {key: PEFT's name}; None for a key that PEFT drops when it saves.
-        faults: {kind of fault: the keys that have it}.
-        adapters: the names of adapters in the keys, as in the state dict of a complete PEFT model.
-        duplicates: {PEFT's name: the keys that have it}, for names of several keys.
-        models: the paths of several PEFT models in the module that held them, such as an actor and a critic; empty for
-            one.
-    """
-
-    normal: Mapping[str, str | None]
-    faults: Mapping[str, tuple[str, ...]]
-    adapters: tuple[str, ...]
-    duplicates: Mapping[str, tuple[str, ...]]
-    models: tuple[str, ...] = ()
-
-    @property
-    def has_several(self) -> bool:
-        """True if the keys are those of several adapters."""
-        return len(self.adapters) > 1 or bool(self.models)
-
-
-def normalize_keys(keys: Collection[str], peft_type: str, *, own_names: bool = False) -> Names:
-    """Return PEFT's name for each key.
-
-    The kinds of faults: "wrappers" (names of modules that wrap others, also of the one that holds the PEFT model),
-    "no-prefix", "double-prefix", "adapter-name", and "no-weight" (lora_A for lora_A.weight).
-
-    >>> normalize_keys(["_orig_mod.base_model.model.q.lora_A.default.weight"], "LORA").normal
-    {'_orig_mod.base_model.model.q.lora_A.default.weight': 'base_model.model.q.lora_A.weight'}
-    """
-    faults: dict[str, list[str]] = {}
-    bare = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in keys}
-    while bare and all(name.startswith("module.") for name in bare.values()):
-        bare = {key: name.removeprefix("module.") for key, name in bare.items()}
-    models = _outer_names(bare.values())
-    if len(models) == 1 and (outer := next(iter(models))):
-        bare = {key: name.removeprefix(f"{outer}.") for key, name in bare.items()}
-    splits = {key: split_adapter_name(name) for key, name in bare.items()}
-    # With bias="all" PEFT itself keeps the adapter's name in keys of fully trained modules, and only there.
-    has_names = not own_names and any(
-        split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items()
-    )
-    normal: dict[str, str | None] = {}
-    adapters: set[str] = set()
-    for key, name in bare.items():
-        if name != key:
-            faults.setdefault("wrappers", []).append(key)
-        split = splits[key] if has_names else None
-        if split is not None:
-            adapters.add(split[0])
-            faults.setdefault("adapter-name", []).append(key)
-            name = split[1]
-        normal[key] = None if is_original_row(name) else _with_prefix(key, name, peft_type, faults)
-        new = normal[key]
-        if new is not None and peft_type == "LORA" and new.rpartition(".")[2] in _MATRICES:
-            faults.setdefault("no-weight", []).append(key)
-            normal[key] = f"{new}.weight"
-    counts = Counter(name for name in normal.values() if name is not None)
-    duplicates = {
-        name: tuple(key for key, new in normal.items() if new == name) for name, count in counts.items() if count > 1
-    }
-    found = {kind: tuple(members) for kind, members in faults.items()}
-    return Names(normal, found, tuple(sorted(adapters)), duplicates, tuple(sorted(models)) if len(models) > 1 else ())
-
-
-def adapter_keys(keys: Collection[str], peft_type: str, name: str) -> dict[str, str]:
-    """Return {key: PEFT's name} of the keys of one adapter in a file of several, and of those without a name.
-
-    >>> keys = ["base_model.model.q.lora_A.fr.weight", "base_model.model.q.lora_A.de.weight"]
-    >>> adapter_keys(keys, "LORA", "fr")
-    {'base_model.model.q.lora_A.fr.weight': 'base_model.model.q.lora_A.weight'}
-    """
-    names = normalize_keys(keys, peft_type)
-    found: dict[str, str] = {}
-    for key, new in names.normal.items():
-        bare = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-        split = split_adapter_name(bare)
-        if new is not None and (split is None or split[0] == name or not names.adapters):
-            found[key] = new
-    return found
-
-
-def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str]]) -> str:
-    if has_no_modules(peft_type) or not is_known_method(peft_type):
-        return name
-    if not name.startswith(_SHARED_PREFIX):
-        faults.setdefault("no-prefix", []).append(key)
-        return PEFT_PREFIX + name
-    twice = PEFT_PREFIX + PEFT_PREFIX
-    if name.startswith(twice):
-        faults.setdefault("double-prefix", []).append(key)
-        while name.startswith(twice):
-            name = name.removeprefix(PEFT_PREFIX)
-    return name
-
-
-# ---------------------------------------------------------------- keys with an adapter's name
-
-_SAVED = ".modules_to_save."
-_ORIGINAL = ".token_adapter.trainable_tokens_original."
-_PLAIN = ("weight", "bias")
-_NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
-
-
-def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None]:
-    """Return `{key: key without the adapter's name}` for all keys; empty if no key contains an adapter's name.
-
-    The value is None for rows of the base. Warns if the keys contain one adapter's name. Raises `MismatchError` if they
-    contain several.
-
-    >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
-    {}
-    """
-    keys = list(keys)
-    parsed = {key: parts for key in keys if (parts := split_adapter_name(key)) is not None}
-    if all(_SAVED in key for key in parsed):  # with bias="all" PEFT keeps the name in keys of fully trained modules
-        return {}
-    names = sorted({name for name, _ in parsed.values()})
-    if len(names) > 1:
-        raise MismatchError(
-            f"{source} holds several adapters, {', '.join(map(repr, names))}, as the state dict of a complete PEFT"
-            " model does. Save one of them in PyTorch, with"
-            f" model.save_pretrained(folder, selected_adapters=[{names[0]!r}]), or keep only the keys of one in the"
-            f" file (those that contain '.{names[0]}')"
-        )
-    warn(
-        f"{source} is the state dict of a complete PEFT model: the adapter's name {names[0]!r} is removed from its"
-        f" {len(parsed)} keys, as PEFT does when it saves"
-    )
-    new_keys: dict[str, str | None] = {key: None if is_original_row(key) else key for key in keys}
-    new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
-    raise_listed(
-        MismatchError,
-        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
-        [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1],
-    )
-    return new_keys
-
-
-def without_names(tensors: PeftTensors) -> PeftTensors:
-    """Return the tensors with the adapter's name removed from their keys."""
-    new_keys = keys_without_names(tensors.tensors, tensors.source)
-    if not new_keys:
-        return tensors
-    arrays = tensors.tensors
-    return dataclasses.replace(
-        tensors, tensors={name: arrays[key] for key, name in new_keys.items() if name is not None}
-    )
-
-
 def split_adapter_name(key: str) -> tuple[str, str] | None:
     """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
 
@@ -265,11 +108,6 @@ def _is_tensor(name: str) -> bool:
     return name.startswith((*tensor_prefixes(), "trainable_tokens_delta")) and name not in tensors_with_parts()
 
 
-def is_original_row(key: str) -> bool:
-    """Return True for the base's rows of trained tokens, which PEFT does not save."""
-    return _ORIGINAL in key
-
-
 def unwrapped_key(key: str) -> str:
     """Return the key of a base weight without PEFT's wrappers around its module.
 
@@ -279,3 +117,248 @@ def unwrapped_key(key: str) -> str:
     for part in (".token_adapter.base_layer.", ".original_module.", ".base_layer."):
         key = key.replace(part, ".")
     return key
+
+
+# ---------------------------------------------------------------- rules
+
+
+Names = Mapping[str, str]
+"""{key of a file: its name after the rules so far}."""
+
+
+class Rule(NamedTuple):
+    """One way in which programs change PEFT's keys, and the step that undoes it.
+
+    Attributes:
+        code: the kind of the finding.
+        undo: returns `{key: PEFT's name}`, with None for a tensor that PEFT does not save.
+        found: a text about the keys, after their number.
+        expected: the names that PEFT reads.
+        done: the repair, after the number of keys.
+    """
+
+    code: str
+    undo: Callable[[Names], Mapping[str, str | None]]
+    found: str
+    expected: str
+    done: str
+
+
+def _without_wrappers(names: Names) -> dict[str, str]:
+    bare = {key: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for key, name in names.items()}
+    while bare and all(name.startswith("module.") for name in bare.values()):
+        bare = {key: name.removeprefix("module.") for key, name in bare.items()}
+    outer = _outer_names(bare.values())
+    if len(outer) != 1 or "" in outer:
+        return bare
+    return {key: name.removeprefix(f"{next(iter(outer))}.") for key, name in bare.items()}
+
+
+def _outer_names(names: Iterable[str]) -> set[str]:
+    """Return the paths of the PEFT models in the modules that hold them: what precedes base_model.model. in names."""
+    parts = (f".{name}".partition(f".{PEFT_PREFIX}") for name in names)
+    return {before[1:] for before, found, _ in parts if found}
+
+
+def _without_adapter_names(names: Names) -> Mapping[str, str | None]:
+    if not _adapter_names(names):
+        return names
+    splits = {key: split_adapter_name(name) for key, name in names.items()}
+    return {
+        key: None if _ORIGINAL in names[key] else names[key] if split is None else split[1]
+        for key, split in splits.items()
+    }
+
+
+def _adapter_names(names: Names) -> dict[str, str]:
+    """Return {key: the adapter's name in it}.
+
+    Empty if only keys of fully trained modules contain one: with bias="all" PEFT itself keeps it there.
+    """
+    found = {key: split[0] for key, name in names.items() if (split := split_adapter_name(name)) is not None}
+    return {} if all(_SAVED in names[key] for key in found) else found
+
+
+def _each(change: Callable[[str], str], names: Names) -> dict[str, str]:
+    return {key: change(name) for key, name in names.items()}
+
+
+def _add_prefix(name: str) -> str:
+    return name if name.startswith(_SHARED_PREFIX) else PEFT_PREFIX + name
+
+
+def _keep_one_prefix(name: str) -> str:
+    return re.sub(f"^(?:{re.escape(PEFT_PREFIX)})+", PEFT_PREFIX, name)
+
+
+def _add_weight(name: str) -> str:
+    return f"{name}.weight" if name.rpartition(".")[2] in ("lora_A", "lora_B") else name
+
+
+_WITHOUT_EFFECT = "PEFT loads an adapter without effect"
+WRAPPERS = Rule(
+    "wrapper-names",
+    _without_wrappers,
+    "contain the names of modules that wrap others ({wrappers})",
+    f"the model's own names. With others, {_WITHOUT_EFFECT}",
+    "the names of wrapping modules removed",
+)
+ADAPTER_NAME = Rule(
+    "adapter-name",
+    _without_adapter_names,
+    "contain the adapter's name {adapter!r}: the state dict of a complete PEFT model",
+    "keys without it. PEFT accepts the name, other programs do not",
+    "the adapter's name removed",
+)
+_PREFIXES = (
+    Rule(
+        "prefix",
+        functools.partial(_each, _add_prefix),
+        "lack the prefix base_model.model., which some exporters leave out",
+        f"base_model.model.<module>.<tensor>. Without the prefix, {_WITHOUT_EFFECT}",
+        "the prefix base_model.model. added",
+    ),
+    Rule(
+        "prefix",
+        functools.partial(_each, _keep_one_prefix),
+        "have the prefix base_model.model. more than once: a PEFT model was wrapped in a PEFT model",
+        f"the prefix once. With two, {_WITHOUT_EFFECT}",
+        "the repeated prefix base_model.model. removed",
+    ),
+)
+_WEIGHT = Rule(
+    "tensor-names",
+    functools.partial(_each, _add_weight),
+    "end in lora_A or lora_B without .weight, as loralib names them",
+    f"lora_A.weight and lora_B.weight. With other names, {_WITHOUT_EFFECT}",
+    ".weight added",
+)
+
+
+def rules_for(peft_type: str) -> tuple[Rule, ...]:
+    """Return the rules for the keys of a method, in the order in which they are undone."""
+    prefixes = _PREFIXES if is_known_method(peft_type) and not has_no_modules(peft_type) else ()
+    return (WRAPPERS, ADAPTER_NAME, *prefixes, *((_WEIGHT,) if peft_type == "LORA" else ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalKeys:
+    """The keys of a file with PEFT's names for them.
+
+    Attributes:
+        names: {key: PEFT's name}; None for a key that PEFT drops when it saves.
+        steps: the rules that change a key, each with {key: its name after the rule}.
+        owners: {key: the name of its adapter}, as in the state dict of a complete PEFT model.
+        models: the paths of several PEFT models in the module that held them, such as an actor and a critic; empty for
+            one.
+    """
+
+    names: Mapping[str, str | None]
+    steps: tuple[tuple[Rule, Mapping[str, str | None]], ...] = ()
+    owners: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    models: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters."""
+        return sorted(set(self.owners.values()))
+
+    @property
+    def has_several(self) -> bool:
+        """True if the keys are those of several adapters."""
+        return len(self.adapters) > 1 or bool(self.models)
+
+    def keys_of(self, adapter: str | None = None) -> dict[str, str]:
+        """Return {PEFT's name: the first key that has it}, of all keys or without those of other adapters."""
+        found: dict[str, str] = {}
+        for key, name in self.names.items():
+            if name is not None and (adapter is None or self.owners.get(key, adapter) == adapter):
+                found.setdefault(name, key)
+        return found
+
+
+def normalize_keys(keys: Iterable[str], peft_type: str) -> NormalKeys:
+    """Return PEFT's name for each key.
+
+    >>> normalize_keys(["_orig_mod.base_model.model.q.lora_A.default.weight"], "LORA").names
+    {'_orig_mod.base_model.model.q.lora_A.default.weight': 'base_model.model.q.lora_A.weight'}
+    """
+    names: dict[str, str | None] = {key: key for key in keys}
+    bare = _without_wrappers({key: key for key in names})
+    models = _outer_names(bare.values())
+    if len(models) > 1:
+        return NormalKeys(names, models=tuple(sorted(models)))
+    steps: list[tuple[Rule, Mapping[str, str | None]]] = []
+    for rule in rules_for(peft_type):
+        now = {key: name for key, name in names.items() if name is not None}
+        changed = {key: name for key, name in rule.undo(now).items() if name != now[key]}
+        if changed:
+            steps.append((rule, changed))
+        names |= changed
+    return NormalKeys(names, tuple(steps), _adapter_names(bare))
+
+
+def find_duplicates(names: Mapping[str, str | None]) -> dict[str, tuple[str, ...]]:
+    """Return {name: the keys that have it}, for the names of several keys.
+
+    >>> find_duplicates({"a": "q", "b": "q", "c": None})
+    {'q': ('a', 'b')}
+    """
+    counts = Counter(name for name in names.values() if name is not None)
+    return {name: tuple(key for key, new in names.items() if new == name) for name, n in counts.items() if n > 1}
+
+
+def wrappers_in(keys: Iterable[str]) -> list[str]:
+    """Return the wrappers' names that occur in keys, with the programs that add them where they are known."""
+    keys = list(keys)
+    segments = {part for key in keys for part in key.split(".")}
+    found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments]
+    found += sorted(_outer_names(keys) - {"", "module", *_WRAPPERS})
+    return found or ["module, of DataParallel"]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def keys_without_names(keys: Collection[str], source: str) -> Mapping[str, str | None]:
+    """Return `{key: key without the adapter's name}` for all keys; empty if no key contains an adapter's name.
+
+    PEFT removes the name when it saves. It loads the keys of a complete PEFT model's state dict
+    (`torch.save(model.state_dict(), …)`), unchanged, into an adapter of the same name. The value is None for rows of
+    the base. Warns if the keys contain one adapter's name. Raises `MismatchError` if they contain several.
+
+    >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
+    {}
+    """
+    whole = {key: key for key in keys}
+    owners = _adapter_names(whole)
+    adapters = sorted(set(owners.values()))
+    if not adapters:
+        return {}
+    if len(adapters) > 1:
+        raise MismatchError(
+            f"{source} holds several adapters, {', '.join(map(repr, adapters))}, as the state dict of a complete PEFT"
+            " model does. Save one of them in PyTorch, with"
+            f" model.save_pretrained(folder, selected_adapters=[{adapters[0]!r}]), or keep only the keys of one in the"
+            f" file (those that contain '.{adapters[0]}')"
+        )
+    warn(
+        f"{source} is the state dict of a complete PEFT model: the adapter's name {adapters[0]!r} is removed from its"
+        f" {len(owners)} keys, as PEFT does when it saves"
+    )
+    names = _without_adapter_names(whole)
+    raise_listed(
+        MismatchError,
+        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
+        find_duplicates(names),
+    )
+    return names
+
+
+def without_names(tensors: PeftTensors) -> PeftTensors:
+    """Return the tensors with the adapter's name removed from their keys."""
+    names = keys_without_names(tensors.tensors, tensors.source)
+    if not names:
+        return tensors
+    arrays = tensors.tensors
+    return dataclasses.replace(tensors, tensors={name: arrays[key] for key, name in names.items() if name is not None})

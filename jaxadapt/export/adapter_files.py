@@ -327,12 +327,9 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
         raise MismatchError(
             f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
-    keys: dict[str, str] = {}
-    for key, found in key_names.adapter_keys(stored.specs, config.peft_type, name).items():
-        keys.setdefault(found, key)
-    shapes = {new: stored.specs[key][1] for new, key in keys.items()}
-    kept = verify_folder.without_base(shapes, names, config)
-    keys = {new: key for new, key in keys.items() if new in kept}
+    left_out = verify_folder.left_out_by_peft(names, config)
+    keys = {new: key for new, key in names.keys_of(name).items() if key not in left_out}
+    kept = {new: stored.specs[key][1] for new, key in keys.items()}
     wrong = [found.found for found in tensor_checks.check_tensors(kept, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
     known = key_names.is_known_method(config.peft_type)
@@ -341,7 +338,7 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
-    return PeftTensors(config, verify_folder.StoredTensors(keys, stored.get), stored.source)
+    return PeftTensors(config, rename(stored.tensors, keys), stored.source)
 
 
 def _from_orbax(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -16,6 +17,7 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import folder
 from jaxadapt.persistence.stored_adapter import (
     Finding,
+    Fix,
     StoredAdapter,
     count,
     error,
@@ -30,68 +32,49 @@ _OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
 _MAX_COMMAS = 16  # each costs a reading of the text
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckedConfig:
-    """A stored configuration after its checks.
+def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+    """Return the configuration of stored adapter files, with the fix of its finding, and the findings about it.
 
-    Attributes:
-        config: the configuration; None if it cannot be read, even with repairs.
-        findings: the problems and facts.
-        repairs: a sentence for each repair that `config` contains.
+    The configuration is None if it cannot be read, even with a fix.
     """
-
-    config: Config | None
-    findings: tuple[Finding, ...]
-    repairs: tuple[str, ...] = ()
-
-
-def check_config(stored: StoredAdapter) -> CheckedConfig:
-    """Parse and check the configuration of stored adapter files."""
     if stored.text is None:
         return _without_file(stored)
-    values, text_repairs = mend_text(stored.text)
+    values, repairs = mend_text(stored.text)
     if values is not None and (foreign := foreign_config(values)) is not None:
-        return CheckedConfig(None, (foreign,))
-    findings: list[Finding] = []
-    repairs: list[str] = []
+        return None, [foreign]
     try:
         config = configs.loads(stored.text, folder.CONFIG)
     except ConfigError as problem:
-        mended, repairs = mend_values(values or {}, stored.specs or {})
-        repairs = [*text_repairs, *repairs]
-        config = _parse_mended(mended) if repairs else None
-        is_lost = config is None and stored.header is not None
-        findings.append(
-            error(
-                "configuration",
-                (folder.CONFIG,),
-                str(problem),
-                "a configuration that PEFT reads",
-                "jaxadapt repair corrects it" + (" from the copy in the weights' header" if is_lost else "")
-                if config is not None or is_lost
-                else "correct the field, or write the configuration again",
-                repairable=config is not None or is_lost,
-            )
-        )
-        if is_lost:
-            repairs = ["adapter_config.json written again from the copy in the weights' header"]
-            config = stored.header
-            values = None
-        if config is None:
-            return CheckedConfig(None, tuple(findings))
-    else:
-        if stored.header is not None and (changed := config.changed_keys(stored.header)):
-            findings.append(
-                warning(
-                    "edited",
-                    changed,
-                    f"{folder.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}",
-                    "two equal configurations: it was edited, or a save was interrupted",
-                    "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)",
-                )
-            )
-    findings += [*([] if values is None else _check_alpha(config, values)), *_versions(config)]
-    return CheckedConfig(config, tuple(findings), tuple(repairs))
+        found = _unreadable(stored, values or {}, repairs, problem)
+        if found.fix is None or (config := found.fix.config) is None:
+            return None, [found]
+        is_copy = config is stored.header
+        return config, [found, *([] if is_copy else _check_alpha(config, values or {})), *_versions(config)]
+    findings = [*_check_alpha(config, values or {}), *_versions(config)]
+    if stored.header is not None and (changed := config.changed_keys(stored.header)):
+        text = f"{folder.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
+        expected = "two equal configurations: it was edited, or a save was interrupted"
+        remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
+        findings.insert(0, warning("edited", changed, text, expected, remedy))
+    return config, findings
+
+
+_FROM_COPY = f"{folder.CONFIG} written again from the copy in the weights' header"
+
+
+def _unreadable(stored: StoredAdapter, values: Mapping[str, Any], repairs: list[str], problem: ConfigError) -> Finding:
+    """Return the finding for a configuration that PEFT refuses, with the one that it stands for if that is certain."""
+    mended, more = mend_values(values, stored.specs or {})
+    done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
+    with contextlib.suppress(ConfigError, ValueError):
+        config = configs.loads(json.dumps(mended), folder.CONFIG) if done else None
+    if config is not None:
+        remedy = "jaxadapt repair corrects it"
+    elif stored.header is not None:
+        remedy = "jaxadapt repair corrects it from the copy in the weights' header"
+        config, done = stored.header, (_FROM_COPY,)
+    fix = None if config is None else Fix(done, {}, config)
+    return error("configuration", (folder.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
 
 
 def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
@@ -109,31 +92,22 @@ def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
-def _without_file(stored: StoredAdapter) -> CheckedConfig:
+def _without_file(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     if stored.header is not None:
         found = warning(
             "configuration-lost", (folder.CONFIG,), f"there is no {folder.CONFIG}, but the weights' header has a copy",
             f"{folder.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
-            repairable=True,
+            Fix((_FROM_COPY,), {}, stored.header),
         )  # fmt: skip
-        repair = f"{folder.CONFIG} written again from the copy in the weights' header"
-        return CheckedConfig(stored.header, (found, *_versions(stored.header)), (repair,))
+        return stored.header, [found, *_versions(stored.header)]
     if stored.specs is None or any(f.code in ("configuration", "unreadable") for f in stored.findings):
-        return CheckedConfig(None, ())
+        return None, []
     ranks = sorted({shape[0] for key, (_, shape) in stored.specs.items() if "lora_A" in key.split(".") and shape})
     known = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
-    return CheckedConfig(
-        None,
-        (
-            error(
-                "configuration-missing",
-                (folder.CONFIG,),
-                f"there is no {folder.CONFIG} beside the weights",
-                f"{folder.CONFIG}: the tensors do not contain the scale or the method's settings",
-                f"copy it from where the adapter was trained, or write one{known}",
-            ),
-        ),
-    )
+    text = f"there is no {folder.CONFIG} beside the weights"
+    expected = f"{folder.CONFIG}: the tensors do not contain the scale or the method's settings"
+    remedy = f"copy it from where the adapter was trained, or write one{known}"
+    return None, [error("configuration-missing", (folder.CONFIG,), text, expected, remedy)]
 
 
 def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -207,13 +181,6 @@ def _number(value: Any, is_rank: bool) -> Any:
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value, re.ASCII):
         value = float(value) if "." in value else int(value)
     return int(value) if is_rank and isinstance(value, float) and value.is_integer() else value
-
-
-def _parse_mended(values: Mapping[str, Any]) -> Config | None:
-    try:
-        return configs.loads(json.dumps(values), folder.CONFIG)
-    except (ConfigError, ValueError):
-        return None
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -24,14 +25,28 @@ from jaxadapt.persistence.formats.image_names import Layout
 from jaxadapt.storage import hf_model, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import as_source
+from jaxadapt.storage.source import TensorSource, TensorSpec, as_source
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 SEVERITIES = ("error", "warning", "note")
 """From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""
+
+
+class Fix(NamedTuple):
+    """The one possible remedy of a finding.
+
+    Attributes:
+        done: a sentence for each change.
+        names: {key of the file: PEFT's name}, of the keys that change; None for a tensor to leave out.
+        config: the configuration to write; None if the finding is not about it.
+    """
+
+    done: tuple[str, ...]
+    names: Mapping[str, str | None]
+    config: Config | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Finding:
         found: a sentence about the file.
         expected: what a sound file has; "" for a note.
         remedy: what to do; "" if there is nothing to do.
-        repairable: True if `repair` corrects it, because only one original is possible.
+        fix: the change that `repair` makes, if only one original is possible.
     """
 
     severity: str
@@ -55,11 +70,17 @@ class Finding:
     found: str
     expected: str = ""
     remedy: str = ""
-    repairable: bool = False
+    fix: Fix | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def repairable(self) -> bool:
+        """True if `repair` corrects it."""
+        return self.fix is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**dataclasses.asdict(self), "subjects": list(self.subjects)}
+        names = ("severity", "code", "subjects", "found", "expected", "remedy", "repairable")
+        return {name: getattr(self, name) for name in names} | {"subjects": list(self.subjects)}
 
 
 def count(items: int | Collection[object], noun: str) -> str:
@@ -73,17 +94,17 @@ def count(items: int | Collection[object], noun: str) -> str:
 
 
 def error(
-    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, *, repairable: bool = False
+    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, fix: Fix | None = None
 ) -> Finding:
     """Return a finding of severity "error"."""
-    return Finding("error", code, tuple(subjects), found, expected, remedy, repairable)
+    return Finding("error", code, tuple(subjects), found, expected, remedy, fix)
 
 
 def warning(
-    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, *, repairable: bool = False
+    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, fix: Fix | None = None
 ) -> Finding:
     """Return a finding of severity "warning"."""
-    return Finding("warning", code, tuple(subjects), found, expected, remedy, repairable)
+    return Finding("warning", code, tuple(subjects), found, expected, remedy, fix)
 
 
 def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Finding:
@@ -256,6 +277,7 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
 # ---------------------------------------------------------------- stored adapter
 
 
+_NO_TENSORS = as_source({})
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 """{key: (dtype, shape)}, with safetensors' names of dtypes."""
 
@@ -269,10 +291,9 @@ class StoredAdapter:
         text: the text of adapter_config.json; None if there is none.
         header: jaxadapt's copy of the configuration in the header of the weights; None if there is none.
         specs: dtypes and shapes by key; None if the weights cannot be read.
-        get: returns one tensor.
+        tensors: the tensors, read on demand; empty if the weights cannot be read.
         findings: the facts about the files themselves.
         is_adapter: False if the path holds something else, which the findings name.
-        weights: the name of the file of weights; "" without one.
         base: the fingerprint of the base in the header; None without one.
     """
 
@@ -280,15 +301,10 @@ class StoredAdapter:
     text: str | None
     header: Config | None
     specs: Specs | None
-    get: Callable[[str], np.ndarray]
+    tensors: TensorSource = dataclasses.field(default_factory=lambda: _NO_TENSORS)
     findings: tuple[Finding, ...] = ()
     is_adapter: bool = True
-    weights: str = ""
     base: fingerprint.Fingerprint | None = None
-
-
-def _no_tensor(key: str) -> Any:
-    raise FileError(f"no tensor {key!r}: the file of weights cannot be read")
 
 
 @contextlib.contextmanager
@@ -301,7 +317,8 @@ def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Gen
     place = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
     source = os.fspath(path)
     if not is_remote and orbax.is_checkpoint(place):
-        yield _from_orbax(source)
+        with folder.open_adapter(source) as adapter:
+            yield _under_pefts_names(adapter, source)
     elif location.is_file(place):
         with _open_file(place, source) as stored:
             yield stored
@@ -310,26 +327,11 @@ def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Gen
             yield stored
 
 
-def _from_orbax(source: str) -> StoredAdapter:
-    """Encode an Orbax checkpoint of jaxadapt under PEFT's names."""
-    with folder.open_adapter(source) as tensors:
-        from jaxadapt.storage.strided import dtype_name
-
-        specs = {k: (dtype_name(v.dtype), tuple(v.shape)) for k, v in folder.array_specs(tensors.tensors).items()}
-        return StoredAdapter(source, tensors.config.to_json(), None, specs, lambda key: _on_host(tensors.tensors[key]))
-
-
-def _on_host(x: Any) -> np.ndarray:
-    import numpy as np
-
-    return np.asarray(x)
-
-
 @contextlib.contextmanager
 def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
     """Open one file: a configuration, or weights with the configuration beside them."""
     if place.suffix == ".json":
-        yield StoredAdapter(source, reconcile.read_text(place), None, None, _no_tensor)
+        yield StoredAdapter(source, reconcile.read_text(place), None, None)
         return
     if run_folder.NAME.fullmatch(place.name):
         yield _not_an_adapter(source, training_step(place.parent, place.name))
@@ -352,16 +354,16 @@ def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
 def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
     """Open the one file of an image adapter under PEFT's names."""
     with image_files.open_file(place) as file:
-        yield _under_pefts_names(file.tensors, source, image_file(file.layout), place)
+        yield _under_pefts_names(file.tensors, source, image_file(file.layout))
 
 
-def _under_pefts_names(adapter: PeftTensors, source: str, found: Finding, weights: Location) -> StoredAdapter:
+def _under_pefts_names(adapter: PeftTensors, source: str, *found: Finding) -> StoredAdapter:
     from jaxadapt.storage.strided import dtype_name
 
     tensors = as_source(adapter.tensors)
     specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
     text = adapter.config.to_json()
-    return StoredAdapter(source, text, None, specs, tensors.__getitem__, (found,), weights=weights.name)
+    return StoredAdapter(source, text, None, specs, tensors, found)
 
 
 @contextlib.contextmanager
@@ -373,7 +375,7 @@ def _open_mlx(config: Location, weights: Location, source: str) -> Generator[Sto
         except AdapterError as problem:
             yield _not_an_adapter(source, mlx_folder(source, problem))
             return
-        yield _under_pefts_names(adapter, source, mlx_folder(source, None), weights)
+        yield _under_pefts_names(adapter, source, mlx_folder(source, None))
 
 
 @contextlib.contextmanager
@@ -412,14 +414,14 @@ def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
             "a file of weights beside the configuration", "fetch or copy the weights as well",
         )  # fmt: skip
         text = None if config is None else _read_text(config, findings)
-        yield StoredAdapter(source, text, None, None, _no_tensor, (*findings, found))
+        yield StoredAdapter(source, text, None, None, findings=(*findings, found))
         return
     with _open_weights(source, config, place / weights, findings) as stored:
         yield stored
 
 
 def _not_an_adapter(source: str, found: Finding) -> StoredAdapter:
-    return StoredAdapter(source, None, None, None, _no_tensor, (found,), is_adapter=False)
+    return StoredAdapter(source, None, None, None, findings=(found,), is_adapter=False)
 
 
 def _read_text(config: Location, findings: list[Finding]) -> str | None:
@@ -442,17 +444,17 @@ def _open_weights(
         header: Config | None = None
         specs: Specs | None = None
         base: fingerprint.Fingerprint | None = None
-        get: Callable[[str], Any] = _no_tensor
+        tensors = _NO_TENSORS
         try:
             if weights.suffix == ".safetensors":
                 file = stack.enter_context(safetensors.open_tensors(weights))
                 specs = {key: (info.dtype, info.shape) for key, info in file.header.tensors.items()}
-                get = file.__getitem__
+                tensors = file
                 header = _header_config(file.header, weights, findings)
                 base = reconcile.stored_fingerprint(file.header)
             else:
                 specs = torch_bin.keys_and_shapes(weights)
-                get = _LazyBin(weights).__getitem__
+                tensors = _LazyBin(weights)
         except FileError as problem:
             findings.append(
                 error(
@@ -464,19 +466,24 @@ def _open_weights(
                 error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
                               "save the adapter again")
             )  # fmt: skip
-        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name, base=base)
+        yield StoredAdapter(source, text, header, specs, tensors, tuple(findings), base=base)
 
 
-class _LazyBin:
+class _LazyBin(TensorSource):
     """The tensors of a `.bin` file, all read on the first access: its storages are not addressable one by one."""
 
     def __init__(self, path: Location) -> None:
         self._path = path
-        self._tensors: dict[str, np.ndarray] | None = None
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        if self._tensors is None:
-            self._tensors = torch_bin.read(self._path)
+    @functools.cached_property
+    def _tensors(self) -> TensorSource:
+        return as_source(torch_bin.read(self._path))
+
+    @functools.cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._tensors.specs
+
+    def read(self, key: str) -> Any:
         return self._tensors[key]
 
 

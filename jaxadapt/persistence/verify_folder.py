@@ -1,6 +1,9 @@
-"""Verify an adapter's files: their problems and main facts, as values.
+"""Verify and repair an adapter's files.
 
-path ──open_stored──► StoredAdapter ──checks of configuration, keys, tensors, values, base──► findings
+path ──open_stored──► StoredAdapter ──read_stored──► Reading ──checks of tensors, values, base──► findings
+                                                     Reading ──fixes of its findings──► PeftTensors ──write──► a copy
+
+A finding with one possible remedy carries it as its fix. `repair` applies the fixes in order, and verifies the result.
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxadapt.adapters import key_names
+from jaxadapt.adapters.key_names import NormalKeys
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -25,6 +29,7 @@ from jaxadapt.persistence.formats.image_names import LYCORIS
 from jaxadapt.persistence.stored_adapter import (
     SEVERITIES,
     Finding,
+    Fix,
     Specs,
     StoredAdapter,
     count,
@@ -35,9 +40,7 @@ from jaxadapt.persistence.stored_adapter import (
 )
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.safetensors import BITS
-
-if TYPE_CHECKING:
-    import numpy as np
+from jaxadapt.storage.source import rename
 
 
 def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:
@@ -72,58 +75,43 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     ('q: [6, 4] by its tensors, [6, 5] in the base',)
     """
     known_base = None if base is None else base_checks.base_shapes(base)
-    name = base if isinstance(base, str | os.PathLike) else "the base"
+    name = os.fspath(base) if isinstance(base, str | os.PathLike) else "the base"
     with reporter(progress) as report, open_stored(path, report) as stored:
-        findings = list(stored.findings)
-        if stored.is_adapter:
-            family = base_checks.base_family(base, known_base)
-            findings += _check_content(stored, known_base, os.fspath(name), family, report)
+        reading = read_stored(stored)
+        findings = [*reading.findings, *_check_content(stored, reading, base, known_base, name, report)]
         if isinstance(base, str | os.PathLike) and stored.base and not isinstance(known_base, KeyMap):
             findings += base_checks.check_identity(stored.base, known_base or {}, base)
     return sorted(findings, key=lambda found: SEVERITIES.index(found.severity))
 
 
-def _check_content(stored: StoredAdapter, base: Any, base_name: str, family: str, report: Report) -> list[Finding]:
-    checked = config_checks.check_config(stored)
-    config = checked.config
-    if stored.specs is None:
-        return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
-    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
-    foreign = None if passes else stored_adapter.foreign_library(stored.specs, config is not None)
-    if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
-        foreign = stored_adapter.not_an_adapter(stored.specs, stored.source)
-    if foreign is not None:
-        others = [f for f in checked.findings if f.code not in ("configuration-missing", foreign.code)]
-        return [*others, foreign]
-    if not stored.specs:
-        return list(checked.findings)
-    kind = config.peft_type if config is not None else guess_method(stored.specs)
-    names = key_names.normalize_keys(stored.specs, kind, own_names=passes)
-    findings = [*checked.findings, *_check_names(names, stored, has_config=config is not None)]
-    keys = readable_keys(names)
-    shapes = {name: stored.specs[key][1] for name, key in keys.items()}
-    total = sum(_nbytes(stored.specs[key]) for key in keys.values())
-    progress = byte_counter(report, "verify", total)
+def _check_content(
+    stored: StoredAdapter, reading: Reading, base: Any, known_base: Any, base_name: str, report: Report
+) -> list[Finding]:
+    """Check the tensors, by their names in PEFT, and describe the adapter."""
+    specs, config, keys = stored.specs or {}, reading.config, reading.keys
+    if not keys:
+        return [] if config is None or stored.specs is not None else [_describe_method(config, None)]
+    shapes = {name: specs[key][1] for name, key in keys.items()}
+    dtypes = {name: specs[key][0] for name, key in keys.items()}
+    sizes = [math.prod(shapes[name]) * BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()]  # C128 of .bin
+    progress = byte_counter(report, "verify", sum(sizes))
 
     def get(key: str) -> Any:
-        value = stored.get(key)
+        value = stored.tensors[key]
         progress(value.nbytes)
         return value
 
     if config is None:
-        findings.append(_describe_tensors(kind, shapes))
-        return [*findings, *tensor_checks.check_empty(shapes), *tensor_checks.check_values(keys, shapes, get, None)]
-    if not names.has_several:
-        findings += tensor_checks.check_tensors(without_base(shapes, names, config), config, family)
-        if base is not None:
-            findings += base_checks.check_base(shapes, config, base, base_name)
-    findings += tensor_checks.check_dtypes({name: stored.specs[key][0] for name, key in keys.items()}, config)
+        findings = [_describe_tensors(guess_method(specs), shapes), *tensor_checks.check_empty(shapes)]
+        return [*findings, *tensor_checks.check_values(keys, shapes, get, None)]
+    findings: list[Finding] = []
+    if not reading.has_several:
+        findings += tensor_checks.check_tensors(shapes, config, base_checks.base_family(base, known_base))
+        if known_base is not None:
+            findings += base_checks.check_base(shapes, config, known_base, base_name)
+    findings += tensor_checks.check_dtypes(dtypes, config)
     findings += tensor_checks.check_values(keys, shapes, get, config)
     return [*findings, _describe_method(config, shapes), *_describe_scales(shapes, config)]
-
-
-def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
-    return math.prod(spec[1]) * BITS.get(spec[0], 128) // 8  # C128, which only .bin files have
 
 
 def guess_method(specs: Specs) -> str:
@@ -133,53 +121,61 @@ def guess_method(specs: Specs) -> str:
     return "PROMPT_TUNING" if "prompt_embeddings" in specs else ""
 
 
-def readable_keys(names: key_names.Names) -> dict[str, str]:
-    """Return {PEFT's name: the first key of the file that has it}."""
-    keys: dict[str, str] = {}
-    for key, name in names.normal.items():
-        if name is not None:
-            keys.setdefault(name, key)
-    return keys
+# ---------------------------------------------------------------- reading
 
 
-def without_base(shapes: tensor_checks.Shapes, names: key_names.Names, config: Config) -> dict[str, tuple[int, ...]]:
-    """Leave out the base's weights of a complete PEFT model's state dict, which PEFT does not save.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Adapter files under PEFT's names, read with the fixes of the findings.
 
-    A file of an adapter is returned as it is.
+    Attributes:
+        findings: the findings about the files, the configuration and the keys.
+        config: the configuration; None if it cannot be read, even with fixes.
+        keys: {PEFT's name: key of the file}; empty if the tensors are not those of an adapter.
+        has_several: True for the tensors of several adapters.
     """
-    if not names.adapters:
-        return dict(shapes)
-    return {key: shape for key, shape in shapes.items() if tensor_checks.is_saved_by_peft(key, config)}
+
+    findings: tuple[Finding, ...]
+    config: Config | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    has_several: bool = False
 
 
-# ---------------------------------------------------------------- keys
+def read_stored(stored: StoredAdapter) -> Reading:
+    """Read the configuration and the keys of adapter files, with findings in place of errors."""
+    if not stored.is_adapter:
+        return Reading(stored.findings)
+    config, about_config = config_checks.check_config(stored)
+    findings = (*stored.findings, *about_config)
+    if not stored.specs:
+        return Reading(findings, config)
+    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
+    foreign = None if passes else stored_adapter.foreign_library(stored.specs, config is not None)
+    if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
+        foreign = stored_adapter.not_an_adapter(stored.specs, stored.source)
+    if foreign is not None:
+        others = [f for f in findings if f.code not in ("configuration-missing", foreign.code)]
+        return Reading((*others, foreign), config)
+    kind = guess_method(stored.specs) if config is None else config.peft_type
+    names = NormalKeys({key: key for key in stored.specs}) if passes else key_names.normalize_keys(stored.specs, kind)
+    left_out = left_out_by_peft(names, config)
+    findings += tuple(_check_names(names, stored, left_out, has_config=config is not None))
+    keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
+    return Reading(findings, config, keys, names.has_several)
 
 
-_FAULTS: Mapping[str, tuple[str, str, str]] = {
-    "wrappers": (
-        "contain the names of modules that wrap others ({wrappers})",
-        "the model's own names. With others, PEFT loads an adapter without effect",
-        "wrapper-names",
-    ),
-    "no-prefix": (
-        "lack the prefix base_model.model., which some exporters leave out",
-        "base_model.model.<module>.<tensor>. Without the prefix, PEFT loads an adapter without effect",
-        "prefix",
-    ),
-    "double-prefix": (
-        "have the prefix base_model.model. more than once: a PEFT model was wrapped in a PEFT model",
-        "the prefix once. With two, PEFT loads an adapter without effect",
-        "prefix",
-    ),
-    "no-weight": (
-        "end in lora_A or lora_B without .weight, as loralib names them",
-        "lora_A.weight and lora_B.weight. With other names, PEFT loads an adapter without effect",
-        "tensor-names",
-    ),
-}  # fmt: skip
+def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
+    """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
+    if config is None or not names.owners:
+        return set()
+    return {
+        key for key, name in names.names.items() if name is None or not tensor_checks.is_saved_by_peft(name, config)
+    }
 
 
-def _check_names(names: key_names.Names, stored: StoredAdapter, *, has_config: bool) -> list[Finding]:
+def _check_names(
+    names: NormalKeys, stored: StoredAdapter, left_out: Collection[str], *, has_config: bool
+) -> list[Finding]:
     """Return the findings about the keys."""
     if names.models:
         several = ", ".join(f"{name}.{PEFT_PREFIX}".lstrip(".") for name in names.models)
@@ -188,59 +184,49 @@ def _check_names(names: key_names.Names, stored: StoredAdapter, *, has_config: b
         return [error("several-adapters", names.models, text, "one adapter in a file", remedy)]
     findings: list[Finding] = []
     mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
-    for fault, (found, expected, code) in _FAULTS.items():
-        keys = names.faults.get(fault, ())
-        if keys:
-            found = found.format(wrappers=", ".join(key_names.wrappers_in(keys)))
-            text = f"{len(keys)} of {len(names.normal)} keys {found}, such as {keys[0]}"
-            findings.append(error(code, keys, text, expected, mend, repairable=has_config))
-    if len(names.adapters) > 1:
-        findings.append(
-            error(
-                "several-adapters",
-                names.adapters,
-                f"the keys contain the names of several adapters: {', '.join(names.adapters)}",
-                "one adapter in a file",
-                f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])",
-            )
-        )
-    elif names.adapters:
-        keys = names.faults["adapter-name"]
-        findings.append(
-            warning(
-                "adapter-name",
-                keys,
-                f"{len(keys)} keys contain the adapter's name {names.adapters[0]!r}, such as"
-                f" {keys[0]}: the state dict of a complete PEFT model",
-                "keys without it. PEFT accepts the name, other programs do not",
-                mend,
-                repairable=has_config,
-            )
-        )
-    if names.duplicates and not names.has_several:
-        equal = has_config and all(are_equal(keys, stored) for keys in names.duplicates.values())
-        name, keys = next(iter(names.duplicates.items()))
-        findings.append(
-            error(
-                "duplicate",
-                names.duplicates,
-                f"{len(names.duplicates)} tensors are stored twice: {name} as"
-                f" {' and '.join(keys)}, with {'equal' if equal else 'different'} values",
-                "each tensor once",
-                "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
-                repairable=equal,
-            )
-        )
+    for rule, changed in names.steps:
+        is_name = rule is key_names.ADAPTER_NAME
+        if is_name and names.has_several:
+            text = f"the keys contain the names of several adapters: {', '.join(names.adapters)}"
+            remedy = f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])"
+            findings.append(error("several-adapters", names.adapters, text, "one adapter in a file", remedy))
+            continue
+        keys = [key for key, name in changed.items() if name is not None]
+        done = [f"{len(keys)} keys: {rule.done}"]
+        if is_name and left_out:
+            done.append(f"{len(left_out)} tensors of the base left out, which PEFT does not save")
+        changed = {**changed, **dict.fromkeys(left_out)}
+        fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
+        found = rule.found.format(wrappers=", ".join(key_names.wrappers_in(keys)), adapter="".join(names.adapters))
+        text = f"{len(keys)} of {len(names.names)} keys {found}, such as {keys[0]}"
+        findings.append((warning if is_name else error)(rule.code, keys, text, rule.expected, mend, fix))
+    duplicates = key_names.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
+    if duplicates and not names.has_several:
+        findings.append(_duplicate(duplicates, stored, has_config=has_config))
     return findings
 
 
-def are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
+def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
+    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
+    name, keys = next(iter(duplicates.items()))
+    again = {key: None for keys in duplicates.values() for key in keys[1:]}
+    done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
+    return error(
+        "duplicate",
+        duplicates,
+        f"{len(duplicates)} tensors are stored twice: {name} as {' and '.join(keys)}, with"
+        f" {'equal' if equal else 'different'} values",
+        "each tensor once",
+        "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
+        Fix((done,), names=again) if equal else None,
+    )
+
+
+def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
     """Return True if tensors have equal shapes, dtypes and bytes."""
     specs = stored.specs or {}
-    if len({specs[key] for key in keys}) > 1:
-        return False
-    first = stored.get(keys[0]).tobytes()
-    return all(stored.get(key).tobytes() == first for key in keys[1:])
+    first = stored.tensors[keys[0]].tobytes()
+    return len({specs[key] for key in keys}) == 1 and all(stored.tensors[key].tobytes() == first for key in keys[1:])
 
 
 # ---------------------------------------------------------------- facts
@@ -301,26 +287,6 @@ class Repaired:
         return {"path": self.path, "done": list(self.done), "remaining": [f.to_dict() for f in self.remaining]}
 
 
-class StoredTensors(Mapping[str, Any]):
-    """Tensors of a file under PEFT's names, read on demand."""
-
-    def __init__(self, keys: Mapping[str, str], get: Callable[[str], np.ndarray]) -> None:
-        """Wrap `get`, which returns the tensor of a key; `keys` maps PEFT's names to the file's keys."""
-        self._keys, self._get = keys, get
-
-    def __getitem__(self, name: str) -> Any:
-        return self._get(self._keys[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys  # Mapping.__contains__ would read the tensor
-
-
 def repair(
     path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, progress: Progress = None
 ) -> Repaired:
@@ -359,18 +325,22 @@ def repair(
     if hub.is_address(target):
         raise FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
     with reporter(progress) as report:
-        with _open_plan(path, report) as plan:
-            if plan is None:
-                raise MismatchError(_refusal(path))
-            if not plan.done:
-                return Repaired(None, (), _remaining(path))
+        with open_stored(path, report) as stored:
+            tensors, done = _apply_fixes(stored)
+            if tensors is None:
+                lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
+                raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
+            if not done:
+                return Repaired(None, (), _problems(path))
             _require_free(target, path)
-            if not _is_same(target, path):
-                folder.write(plan.tensors, target, progress=report)
-                return Repaired(os.fspath(target), plan.done, _remaining(target))
-            tensors = dataclasses.replace(plan.tensors, tensors=dict(plan.tensors.tensors))  # the file is replaced
-        folder.write(tensors, target, progress=report)
-    return Repaired(os.fspath(target), plan.done, _remaining(target))
+            is_same = _is_same(target, path)
+            if is_same:  # the file is replaced
+                tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
+            else:
+                folder.write(tensors, target, progress=report)
+        if is_same:
+            folder.write(tensors, target, progress=report)
+    return Repaired(os.fspath(target), done, _problems(target))
 
 
 def _default_target(path: str | os.PathLike[str]) -> str:
@@ -399,69 +369,25 @@ def _require_free(target: str | os.PathLike[str], path: str | os.PathLike[str]) 
         )
 
 
-def _remaining(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
-    return tuple(f for f in verify(path) if f.severity != "note")
+def _problems(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
+    return tuple(found for found in verify(path) if found.severity != "note")
 
 
-def _refusal(path: str | os.PathLike[str]) -> str:
-    problems = [f for f in verify(path) if f.severity != "note"]
-    lines = [f"{f.found}; {f.remedy}" for f in problems]
-    return f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines)
-
-
-# ---------------------------------------------------------------- the plan
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    tensors: PeftTensors
-    done: tuple[str, ...]
-
-
-@contextlib.contextmanager
-def _open_plan(path: str | os.PathLike[str], report: Report) -> Generator[_Plan | None]:
-    """Open an adapter with every certain repair; None if it is unreadable or no adapter."""
-    with open_stored(path, report) as stored:
-        yield _plan(stored)
-
-
-def _plan(stored: StoredAdapter) -> _Plan | None:
-    checked = config_checks.check_config(stored)
-    config, specs = checked.config, stored.specs
-    if not stored.is_adapter or config is None or not specs:
-        return None
-    if stored_adapter.foreign_library(specs, True) or stored_adapter.not_an_adapter(specs, stored.source):
-        return None
-    names = key_names.normalize_keys(specs, config.peft_type)
-    if names.has_several or any(not are_equal(keys, stored) for keys in names.duplicates.values()):
-        return None
-    keys = readable_keys(names)
-    if key_names.normalize_keys(keys, config.peft_type).faults:
-        return None  # keys with two readings, such as a module that is called lora_A
-    shapes = {name: specs[key][1] for name, key in keys.items()}
-    kept = without_base(shapes, names, config)
-    keys = {name: key for name, key in keys.items() if name in kept}
-    done = [*checked.repairs, *_describe(names)]
-    dropped = len(shapes) - len(kept) + sum(name is None for name in names.normal.values())
-    if dropped:
-        done.append(f"{dropped} tensors of the base left out, which PEFT does not save")
-    return _Plan(PeftTensors(config, StoredTensors(keys, stored.get), stored.source, stored.base), tuple(done))
-
-
-_DONE = {
-    "wrappers": "{} keys: the names of wrapping modules removed",
-    "adapter-name": "{} keys: the adapter's name removed",
-    "no-prefix": "{} keys: the prefix base_model.model. added",
-    "double-prefix": "{} keys: the repeated prefix base_model.model. removed",
-    "no-weight": "{} keys: .weight added",
-}
-
-
-def _describe(names: key_names.Names) -> list[str]:
-    done = [text.format(len(names.faults[fault])) for fault, text in _DONE.items() if fault in names.faults]
-    if names.duplicates:
-        done.append(f"{len(names.duplicates)} tensors that were stored twice with equal values kept once")
-    return done
+def _apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, ...]]:
+    """Return the adapter with the fixes of all findings, and a sentence for each; None if it has no certain reading."""
+    reading = read_stored(stored)
+    fixes = [found.fix for found in reading.findings if found.fix is not None]
+    uncertain = any(found.code == "duplicate" and found.fix is None for found in reading.findings)
+    if reading.config is None or not reading.keys or reading.has_several or uncertain:
+        return None, ()
+    names: dict[str, str | None] = {key: key for key in stored.specs or {}}
+    for fix in fixes:
+        names |= fix.names
+    keys = {name: key for key, name in names.items() if name is not None}
+    if key_names.normalize_keys(keys, reading.config.peft_type).steps:
+        return None, ()  # keys with two readings, such as a module that is called lora_A
+    tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.base)
+    return tensors, tuple(sentence for fix in fixes for sentence in fix.done)
 
 
 @contextlib.contextmanager
@@ -471,12 +397,11 @@ def open_repaired(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
     A file that no repair helps raises the error that `open_adapter` raises.
     """
     with contextlib.ExitStack() as stack:
-        try:
-            plan = stack.enter_context(_open_plan(path, no_report))
-        except (FileError, FormatError):
-            plan = None
-        if plan is None or not plan.done:
+        tensors, done = None, ()
+        with contextlib.suppress(FileError, FormatError):
+            tensors, done = _apply_fixes(stack.enter_context(open_stored(path, no_report)))
+        if tensors is None or not done:
             yield stack.enter_context(folder.open_adapter(path))
             return
-        warn(f"{os.fspath(path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(plan.done))
-        yield plan.tensors
+        warn(f"{os.fspath(path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(done))
+        yield tensors
