@@ -42,7 +42,7 @@ class Site:
     fan_in: int
     target: methods.Target = dataclasses.field(compare=False, repr=False)
 
-    @property
+    @functools.cached_property
     def leaf(self) -> str:
         return self.match.leaf
 

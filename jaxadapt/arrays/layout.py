@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxadapt.arrays.pattern import axis_parts, part_sizes, scale_factor, split_sizes
+from jaxadapt.arrays.pattern import axis_parts, scale_factor, split_sizes
 
 # ---------------------------------------------------------------- layout
 
@@ -83,7 +83,7 @@ class FileLayout:
     @functools.cached_property
     def _inner(self) -> dict[str, int]:
         """{axis: size} of one tensor in the model's order; a parenthesised axis appears as its parts."""
-        kept = ((self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split)
+        kept = [(self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split]
         return split_sizes(kept, dict(self.sizes))
 
     @functools.cached_property
@@ -100,7 +100,7 @@ class FileLayout:
         """Return the shape of tensor `i`."""
         return self.part_layout(i).file_shape if self.ranks else self.file_shape
 
-    @property
+    @functools.cached_property
     def is_partial(self) -> bool:
         """True if parts of the array are in no tensor of the file; they are zero."""
         return self.file_entries is not None or self.ranks is not None
@@ -177,27 +177,29 @@ class FileLayout:
             return part.reshape(shape).transpose(order)
         return part.reshape(tuple(self._inner.values())).transpose(self._orders[0]).reshape(self.file_shape)
 
-    def locate(self, i: int, position: Sequence[int]) -> tuple[int, ...]:
-        """Return the index in the array of the element at `position` of tensor `i`; all ranks must be equal.
+    def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Return the indices in the array of the elements at `positions` of tensor `i`; all ranks must be equal.
 
         >>> form = FileLayout((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
-        >>> form.locate(0, (5, 3)), bool(np.arange(24).reshape(4, 2, 3)[3, 1, 2] == form.encode(
+        >>> form.locate(0, [(5, 3)]), bool(np.arange(24).reshape(4, 2, 3)[3, 1, 2] == form.encode(
         ...     np.arange(24).reshape(4, 2, 3), 0)[5, 3])
-        ((3, 1, 2), True)
+        ([(3, 1, 2)], True)
         """
-        at: dict[str, int] = {}
-        for group, number in zip(self.right, position, strict=True):
-            for name in reversed(group):
-                number, at[name] = divmod(number, self._inner[name])
-        index = list(self.index(i))
-        for axis, name in enumerate(self.left):
-            if axis not in self.split:
-                parts = part_sizes(name, self.shape[axis], dict(self.sizes))
+        parts = {axis: axis_parts(name) for axis, name in enumerate(self.left) if axis not in self.split}
+        found: list[tuple[int, ...]] = []
+        for position in positions:
+            at: dict[str, int] = {}
+            for group, number in zip(self.right, position, strict=True):
+                for name in reversed(group):
+                    number, at[name] = divmod(number, self._inner[name])
+            index = list(self.index(i))
+            for axis, names in parts.items():
                 number = 0
-                for part, size in parts.items():
-                    number = number * size + at[part]
+                for name in names:
+                    number = number * self._inner[name] + at[name]
                 index[axis] = number
-        return tuple(index)
+            found.append(tuple(index))
+        return found
 
     @functools.cached_property
     def _merged(self) -> tuple[list[int], tuple[int, ...]] | None:

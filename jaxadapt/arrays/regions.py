@@ -200,7 +200,7 @@ class FileRegion:
         """True if this is the whole tensor."""
         return self.tensor_region == full_region(self.shape)
 
-    @property
+    @functools.cached_property
     def is_exact(self) -> bool:
         """True if the tensor and the leaf hold the same values."""
         return self.factor == 1 and self.shift == 0
@@ -313,7 +313,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
 
     For a quantized weight it is the sharding of the dense weight.
     """
-    leaf = quantized.storage_array(leaf)
+    leaf = leaf if isinstance(leaf, jax.Array) else quantized.storage_array(leaf)
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         return sharding if not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit else None

@@ -365,7 +365,7 @@ class PlanEntry:
     form: FileLayout
     keys: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf."""
         return self.form.shape
@@ -607,13 +607,13 @@ def base_plan_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> PlanEntr
     match = keymap.match(leaf)
     if match is None:
         return None
-    sizes = axis_sizes(match, shape)
-    left = match.weight.left
-    split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-    weight = match.weight
-    keys = tuple(
-        tensor_part_key(weight, weight.file_key.format(**dict(match.holes), **text), weight.right)
-        for _, text in index_entries(weight, [left[i] for i in split], sizes)
-    )
-    form = FileLayout(tuple(shape), left, weight.right, split, weight.factor(sizes), weight.sizes, weight.shift)
-    return PlanEntry(leaf, form, keys)
+    weight, cache_key = match.weight, ("base", *shape)
+    cache = weight.layout_cache  # all layers share one entry of the keymap
+    if cache_key not in cache:
+        sizes, left = axis_sizes(match, shape), weight.left
+        split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+        form = FileLayout(tuple(shape), left, weight.right, split, weight.factor(sizes), weight.sizes, weight.shift)
+        cache[cache_key] = form, [text for _, text in index_entries(weight, [left[i] for i in split], sizes)]
+    form, texts = cache[cache_key]
+    names = (weight.file_key.format(**dict(match.holes), **text) for text in texts)
+    return PlanEntry(leaf, form, tuple(tensor_part_key(weight, name, weight.right) for name in names))

@@ -222,12 +222,12 @@ class Weight:
             problems += [f"the axis {n!r} of the scale is not in the pattern" for n in missing]
         return problems
 
-    @property
+    @functools.cached_property
     def left(self) -> tuple[str, ...]:
         """Axis names of the JAX leaf; braced axes keep their braces, and split axes their parentheses."""
         return parse_pattern(self.pattern).left
 
-    @property
+    @functools.cached_property
     def right(self) -> tuple[tuple[str, ...], ...]:
         """PyTorch's axes, each a group of axis names that are flattened together."""
         return parse_pattern(self.pattern).right
@@ -285,7 +285,7 @@ class Weight:
         bracket = _PART.search(self.key)
         return {} if bracket is None else {name: text or "" for name, text in bracket.groupdict().items()}
 
-    @property
+    @functools.cached_property
     def part(self) -> str:
         """The part of PyTorch's tensor that is this leaf: "0/3" for the key "in_proj_weight[0/3]", else ""."""
         return self._bracket.get("part", "")

@@ -103,7 +103,7 @@ def of_base(
         if 0 in shape:
             return None
         found[key] = {"shape": list(shape), "bf16": ""}
-        requests.append((array, [entry.form.locate(members[0], p) for p in positions(key, shape)], entry.form))
+        requests.append((array, entry.form.locate(members[0], positions(key, shape)), entry.form))
     if not found or (keys is not None and len(found) < len(modules)):
         return None
     for each, digits in zip(found.values(), _take(requests), strict=True):

@@ -68,7 +68,7 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | Non
         shardings[leaf] = regions.sharding_of(value)
         module, attr = owners[leaf]
         var: nnx.Variable[Any] = vars(module)[attr]
-        if regions.is_unplaced(value) and var.get_metadata("out_sharding", None):
+        if var.get_metadata("out_sharding", None) and regions.is_unplaced(value):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
             shardings[leaf] = regions.sharding_from_spec(spec, var.get_metadata("mesh", None))
     return shardings
@@ -336,7 +336,7 @@ def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
     if isinstance(tree, nnx.State):
         return graph.group_adapters(nnx.to_flat_state(tree))
-    return graph.walk_model(tree).adapters
+    return (tree if isinstance(tree, graph.ModelWalk) else graph.walk_model(tree)).adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:

@@ -374,7 +374,7 @@ class ModelWalk:
     def modules(self) -> list[tuple[str, nnx.Module]]:
         """`(dotted path, module)`, each module once."""
         is_module = instance_test(nnx.Module)
-        return [(paths.join(*map(str, path)), node) for path, node, _ in self.entries if is_module(node)]
+        return [(".".join(filter(None, map(str, path))), node) for path, node, _ in self.entries if is_module(node)]
 
     @functools.cached_property
     def leaves(self) -> dict[str, Owner]:
@@ -386,7 +386,7 @@ class ModelWalk:
             for attr, var in vars(node).items():
                 if is_base(var) and id(var) not in seen:
                     seen.add(id(var))
-                    leaves[paths.join(path, attr)] = (node, attr)
+                    leaves[f"{path}.{attr}" if path else attr] = (node, attr)
         return dict(sorted(leaves.items(), key=lambda item: natural_key(item[0])))
 
     @functools.cached_property
@@ -420,7 +420,7 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
                 site = keys[:-1]
                 *module, _, name, leaf = map(str, site)
                 by_path, prefix = adapters.setdefault(name, {}), paths.join(*module, leaf)
-            by_path[paths.join(SHARED_NODE if is_shared(var) else prefix, str(keys[-1]))] = var
+            by_path[f"{SHARED_NODE if is_shared(var) else prefix}.{keys[-1]}"] = var
     return adapters
 
 
