@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import full_copies, key_names
 from jaxadapt.adapters.full_copies import NAMES
 from jaxadapt.adapters.initial_values import has_value
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.site import Site
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

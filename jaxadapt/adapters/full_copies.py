@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
@@ -30,6 +29,7 @@ from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import trainable_tokens
+from jaxadapt.methods.base import Method
 from jaxadapt.methods.full_copy import FullCopy
 from jaxadapt.methods.registry import METHODS
 from jaxadapt.methods.trainable_tokens import TrainableTokens
@@ -168,7 +168,7 @@ def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) ->
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-CopyMethod = methods.Method
+CopyMethod = Method
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
@@ -185,7 +185,7 @@ def has_copies(config: Config) -> bool:
 
 def _copies_targets(config: Config) -> bool:
     """Return True if the configuration's method trains copies of its targets' parameters."""
-    method = methods.METHODS.get(config.peft_type)
+    method = METHODS.get(config.peft_type)
     return method is not None and method.scope == "copies"
 
 
@@ -214,7 +214,7 @@ def copy_method(
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
     if _copies_targets(config) and matching.is_target(config, module):
-        return methods.METHODS[config.peft_type].copy_of(config, parameter)
+        return METHODS[config.peft_type].copy_of(config, parameter)
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.adapters.sites import Site, Sites, map_stack, shared_tensors
+from jaxadapt.adapters.site import Site, Sites, map_stack, shared_tensors
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw

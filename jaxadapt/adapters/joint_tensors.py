@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.site import Site
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed

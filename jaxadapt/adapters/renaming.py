@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxadapt.adapters.sites import Site, parameter_names
+from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.sites import parameter_names
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed

@@ -24,16 +24,10 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.site import FileShapes, Shape, Site, Sites, bind_shared, bind_site
 from jaxadapt.adapters.sites import (
-    FileShapes,
-    Shape,
-    Site,
-    Sites,
-    bind_shared,
-    bind_site,
     parameter_names,
     select_parameters,
     single_entry_sizes,
@@ -51,7 +45,9 @@ from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.methods.registry import get_method
 
 # ---------------------------------------------------------------- layer replication
 
@@ -295,7 +291,7 @@ def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> li
     return list(dict.fromkeys([*mapped_names, *(name for names in unmapped.values() for name in names)]))
 
 
-def _linear_modules(method: methods.Method, mapped: Mapped) -> frozenset[str]:
+def _linear_modules(method: Method, mapped: Mapped) -> frozenset[str]:
     """Return the modules with a linear weight that the method can adapt."""
     kinds = method.kinds & {"linear"}
     return frozenset(
@@ -310,14 +306,14 @@ def resolve_config(
 
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
-    if methods.get_method(config).scope == "model":
+    if get_method(config).scope == "model":
         return matching.with_task_heads(config)
     config = full_copies.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
     mapped, unmapped = _inventory(keymap, shapes, unsure)
-    linear = _linear_modules(methods.get_method(config), mapped)
+    linear = _linear_modules(get_method(config), mapped)
     if matching.is_all_linear(config):
         all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
         raise_listed(
@@ -378,7 +374,7 @@ def _select_sites(
 
     The cache compares configurations by equality, so the result must not depend on fields that equality ignores.
     """
-    method, shapes = methods.get_method(config), dict(leaves)
+    method, shapes = get_method(config), dict(leaves)
     found = FileShapes(in_file or (), keymap.prefix)
     if method.scope == "model":
         return _select_for_model(config, method, keymap, shapes, in_file), ()
@@ -451,7 +447,7 @@ def _select_sites(
 
 def _select_for_model(
     config: Config,
-    method: methods.Method,
+    method: Method,
     keymap: KeyMap,
     shapes: Mapping[str, Shape],
     in_file: tuple[tuple[str, Shape], ...] | None,
@@ -469,7 +465,7 @@ def _select_for_model(
     return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 
-def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
+def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
     """Return the sites that `target_parameters` names."""
     selected = select_parameters(config, keymap, shapes)
     depths = wrapper_depths(keymap, (match for match, _, _ in selected))

@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.layout import FileLayout, TorchLayout
+from jaxadapt.arrays.per_entry import LAYER
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, sort_modules
 from jaxadapt.keymaps.weight import MethodTensor, Modules
+from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
+from jaxadapt.methods.registry import METHODS
 
 Shape = tuple[int, ...]
 
@@ -34,13 +37,13 @@ class Site:
     """
 
     match: Match
-    method: methods.Method
+    method: Method
     named: Modules
     tensors: tuple[MethodTensor, ...]
     hparams: Any
     entries: tuple[plan.PlanEntry, ...]
     fan_in: int
-    target: methods.Target = dataclasses.field(compare=False, repr=False)
+    target: Target = dataclasses.field(compare=False, repr=False)
 
     @functools.cached_property
     def leaf(self) -> str:
@@ -52,7 +55,7 @@ class Site:
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 
     @functools.cached_property
-    def effects(self) -> methods.Effects:
+    def effects(self) -> Effects:
         """The changes that the method makes here."""
         return self.method.effects(self.hparams)
 
@@ -80,9 +83,9 @@ class Site:
     @functools.cached_property
     def data(self) -> dict[str, np.ndarray]:
         """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
-        if not methods.needs_layer_number(self.hparams):
+        if not needs_layer_number(self.hparams):
             return {}
-        return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
+        return {LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
 
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -102,7 +105,7 @@ class Sites(tuple[Site, ...]):
     """The sites of one adapter, with its shared tensors."""
 
     shared: tuple[SharedTensor, ...]
-    method: methods.Method | None
+    method: Method | None
     keymap: KeyMap | None
     untargeted: tuple[str, ...]
 
@@ -110,7 +113,7 @@ class Sites(tuple[Site, ...]):
         cls,
         sites: Iterable[Site],
         shared: Iterable[SharedTensor] = (),
-        method: methods.Method | None = None,
+        method: Method | None = None,
         keymap: KeyMap | None = None,
         untargeted: Iterable[str] = (),
     ) -> Sites:
@@ -167,7 +170,7 @@ SHARED_PREFIX = "base_model"
 
 
 def bind_shared(
-    config: Config, method: methods.Method, sites: Sequence[Site], found: Mapping[str, Shape]
+    config: Config, method: Method, sites: Sequence[Site], found: Mapping[str, Shape]
 ) -> tuple[SharedTensor, ...]:
     """Return the tensors of the whole adapter; `found` are the shapes of existing ones, by name."""
     targets = [site.target for site in sites if not site.method.copies]
@@ -202,7 +205,7 @@ def repeated_keys(sites: Sequence[Site]) -> dict[str, str]:
 
 def bind_site(
     config: Config,
-    method: methods.Method,
+    method: Method,
     keymap: KeyMap,
     match: Match,
     sizes: Mapping[str, int],
@@ -217,8 +220,8 @@ def bind_site(
         found: the shapes of the tensors of an existing adapter, as in `Target`.
         has_bias: as in `Target`.
     """
-    target = methods.Target(match, modules, sizes, found or {}, has_bias)
-    keymap = _with_prefix(keymap, methods.METHODS[config.peft_type].key_prefix)
+    target = Target(match, modules, sizes, found or {}, has_bias)
+    keymap = _with_prefix(keymap, METHODS[config.peft_type].key_prefix)
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
     fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
@@ -232,7 +235,7 @@ def _with_prefix(keymap: KeyMap, prefix: str) -> KeyMap:
     return keymap if own else dataclasses.replace(keymap, prefix=prefix)
 
 
-def method_tensors(config: Config, method: methods.Method, target: methods.Target) -> tuple[MethodTensor, ...]:
+def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
     """Return the tensors of a target; an entry that is not adapted has none in the file."""
     tensors, modules = method.tensors(config, target), target.modules
     if modules.all or not method.torch_layout:
@@ -304,7 +307,7 @@ def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any
 
 def map_layers(
     stack: Sequence[int],
-    method: methods.Method,
+    method: Method,
     hparams: Any,
     axes: Axes,
     change: Any,
@@ -319,11 +322,11 @@ def map_layers(
     import jax
 
     def apply_change(params: Mapping[str, Any], w: Any) -> Any:
-        return change(methods.AppliedMethod(method, hparams, params, axes), w)
+        return change(AppliedMethod(method, hparams, params, axes), w)
 
     mapped: Any = apply_change
     for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
-        in_axes = {name: position if name == methods.LAYER else axis for name in params}
+        in_axes = {name: position if name == LAYER else axis for name in params}
         in_axes |= dict.fromkeys((name for name in shared if name in params), None)
         mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
     return mapped(dict(params), w)

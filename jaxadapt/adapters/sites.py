@@ -19,27 +19,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import methods
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.site import (
-    FileShapes,
     Shape,
     SharedTensor,
     Site,
     Sites,
-    all_tensors,
     bind_shared,
     bind_site,
-    file_entries,
-    make_file_plan,
-    map_layers,
-    map_stack,
     method_tensors,
-    repeated_keys,
-    shared_tensors,
-    tensor_entries,
-    torch_layout,
 )
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -48,6 +37,8 @@ from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, Target
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Modules
+from jaxadapt.methods.base import Method, Target
+from jaxadapt.methods.registry import get_method
 
 # ---------------------------------------------------------------- target parameters
 
@@ -131,13 +122,6 @@ def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
 # ---------------------------------------------------------------- sites
 
 
-__all__ = [
-    "FileShapes", "Shape", "SharedTensor", "Site", "Sites", "all_tensors", "bind_shared", "bind_site", "file_entries",
-    "make_file_plan", "map_layers", "map_stack", "method_tensors", "repeated_keys", "shared_tensors",
-    "tensor_entries", "torch_layout",
-]  # fmt: skip
-
-
 def targeted_entries(
     match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
 ) -> tuple[Match, Modules]:
@@ -200,7 +184,7 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
 @functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
 def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
-    method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
+    method, leaves = get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
     found_shared = leaves.pop(SHARED_NODE, {})
     sites: list[Site] = []
     copied: list[tuple[Match, Mapping[str, Shape]]] = []
@@ -238,7 +222,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         copy_method = next(iter(copied_entries.values()))
         names = parameter_names(match, sizes)
         match, modules = targeted_entries(match, sizes, names, copied_entries)
-        copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
+        copy_tensors = copy_method.tensors(config, Target(match, modules))
         sizes |= plan.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     raise_listed(
@@ -300,7 +284,7 @@ def single_entry_sizes(match: Match) -> dict[str, int]:
     return {**dict.fromkeys(match.braced, 1), **fused}
 
 
-def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
+def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Return the sizes of all braced axes; those of numbered axes come from the tensors' shapes."""
     sizes = single_entry_sizes(match)
     # Modules may differ in other axes; the stacked axes are in the same place for all.
@@ -308,14 +292,12 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
     probed = [name for name in names if matching.is_target(config, name)] or names
     found = entry_shapes(match, shapes)
     probe = [
-        tensor
-        for name in probed
-        for tensor in method.tensors(config, methods.Target(match, Modules((name,)), found=found))
+        tensor for name in probed for tensor in method.tensors(config, Target(match, Modules((name,)), found=found))
     ]
     return sizes | plan.stack_sizes(match, probe, shapes)
 
 
-def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
+def _is_adapted_by_name(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
     """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
     if not config.get("target_parameters"):
         return False
@@ -329,9 +311,7 @@ def _adapted_parts(match: Match, parts: Collection[int]) -> tuple[int, ...] | No
     return tuple(sorted(parts)) if match.roles["fused"] and 0 < len(parts) < count else None
 
 
-def _recover_site(
-    config: Config, method: methods.Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]
-) -> Site:
+def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]) -> Site:
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
     sizes = _stacked_sizes(config, method, match, shapes)
@@ -339,7 +319,7 @@ def _recover_site(
     targeted = [index for index, name in names.items() if _is_targeted(config, method, name)]
     match, modules = targeted_entries(match, sizes, names, targeted)
     found = entry_shapes(match, shapes)
-    tensors = method_tensors(config, method, methods.Target(match, modules, {}, found))
+    tensors = method_tensors(config, method, Target(match, modules, {}, found))
     sizes |= plan.axis_sizes_from_tensors(match, tensors, shapes)
     return bind_site(config, method, keymap, match, sizes, modules, found)
 
@@ -353,6 +333,6 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     }
 
 
-def _is_targeted(config: Config, method: methods.Method, name: str) -> bool:
+def _is_targeted(config: Config, method: Method, name: str) -> bool:
     """Return True if the configuration selects a module, or a parameter of a method that adapts these."""
     return matching.is_parameter(config, name) if method.on_parameters else matching.is_target(config, name)

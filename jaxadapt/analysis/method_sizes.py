@@ -10,11 +10,12 @@ import jax
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.site import all_tensors
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, TargetError
-from jaxadapt.methods import METHODS
+from jaxadapt.methods.registry import METHODS
 from jaxadapt.models import attachment
 
 
@@ -26,7 +27,7 @@ def count_trained(adapter: Adapter) -> int:
     >>> count_trained(attachment.init(LoraConfig(r=2, target_modules=["q"]), base))
     20
     """
-    trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
     return sum(math.prod(x.shape) for path, x in adapter.flat().items() if path.rpartition(".")[2] in trained)
 
 

@@ -16,12 +16,13 @@ import optax
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import initializers, methods
+from jaxadapt import initializers
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models import invoke
 from jaxadapt.training import optim
 
@@ -33,7 +34,7 @@ TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models w
 
 def method_names() -> list[str]:
     """Return the methods that the demo can train, in lower case."""
-    return sorted(methods.COLLECTIONS)
+    return sorted(COLLECTIONS)
 
 
 def adapter_config(method: str, steps: int = 40) -> Any:
@@ -55,7 +56,7 @@ def adapter_config(method: str, steps: int = 40) -> Any:
 
 def _is_started(config: Any) -> bool:
     """Return True if `initializers.start` creates the adapter, because it may read the base's embeddings."""
-    method = methods.get_method(config)
+    method = get_method(config)
     return isinstance(method, PromptMethod) and method.from_base
 
 
@@ -65,7 +66,7 @@ def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
     Empty for methods without tasks.
     """
     tasks = {"task_ids": jnp.zeros(batch, jnp.int32)}
-    return methods.get_method(config).call_data(config, tasks) and tasks
+    return get_method(config).call_data(config, tasks) and tasks
 
 
 def _logits(model: Any, config: Any, tokens: jax.Array, call: Callable[[Any], jax.Array]) -> jax.Array:
@@ -195,7 +196,7 @@ class LinenTrainer:
     ) -> None:
         base = llama_linen.to_linen(config, weights)["params"]
         self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
-        if methods.get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
+        if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
             adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
         key = jax.random.key(seed)
         started = _is_started(adapter)

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt import methods
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import matching
@@ -42,6 +41,7 @@ from jaxadapt.core.errors import (
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.methods.registry import file_sizes
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
@@ -287,7 +287,7 @@ def with_pytorch_names(tensors: PeftTensors) -> Adapter:
     shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(methods.file_sizes, tensors.config)
+    sizes = functools.partial(file_sizes, tensors.config)
     return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
 
 
@@ -295,7 +295,7 @@ def base_keymap(
     tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
 ) -> KeyMap:
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
-    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(methods.file_sizes, tensors.config)
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(file_sizes, tensors.config)
     turned = bool(tensors.config.get("fan_in_fan_out"))
     return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)
 

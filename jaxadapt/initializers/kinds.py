@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
@@ -31,6 +31,8 @@ from jaxadapt.initializers import decompositions
 from jaxadapt.initializers.decompositions import Factors
 from jaxadapt.merging import base_merge
 from jaxadapt.merging import factors as low_rank
+from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.lora import DIAGONAL
 
 # ---------------------------------------------------------------- kinds
@@ -246,7 +248,7 @@ class Initialization:
             return [f"expected a floating dtype, found {leaf.dtype}"]
         if leaf.dtype.itemsize == 1 and not self.kind.in_8_bits:
             return [f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more"]
-        if not self.kind.per_entry and isinstance(b.hparams.scale, methods.PerEntry):
+        if not self.kind.per_entry and isinstance(b.hparams.scale, PerEntry):
             return ["its layers or parts differ in rank or scale; use an unrolled model"]
         out_size, in_size = low_rank.matrix_sizes(b)
         if self.kind.limit is None:
@@ -274,7 +276,7 @@ class Initialization:
             keys = jax.random.split(site_key, len(low_rank.site_modules(b, keymap)))
 
         def read() -> Array:
-            return low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(leaf)))
+            return low_rank.weight_matrices(keymap, b, at_least_float32(jnp.asarray(leaf)))
 
         out, turned = low_rank.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
         return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, data, turned)
@@ -305,7 +307,7 @@ class Initialization:
             text = "none" if found is None else f"one of shape {tuple(found.shape)}"
             raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
         # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's gradient times that factor.
-        rows = low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(found)), scaled=False)
+        rows = low_rank.weight_matrices(keymap, b, at_least_float32(jnp.asarray(found)), scaled=False)
         return rows * low_rank.base_factor(keymap, b, expected)
 
     def assemble(
@@ -342,7 +344,7 @@ class Initialization:
             pairs = paths.unflatten({p: values[p] for p in new})
             removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
-                changes = base_merge.plan_changes(self.weights, removed, methods.AppliedMethod.unweight, lambda _, x: x)
+                changes = base_merge.plan_changes(self.weights, removed, AppliedMethod.unweight, lambda _, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         for b in (b for b in self.sites if factors.get(b.leaf)):
             derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base

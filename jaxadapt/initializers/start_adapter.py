@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
+from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.configs import lora
@@ -191,7 +192,7 @@ def start(
     kind = init_kind(config)
     _check_arguments(lora.init_field(config), given, kind.needs, kind.takes)
 
-    def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
+    def plan(config: LoraConfig) -> tuple[Recipe, tuple[Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
 
     recipe, adapter_sites = plan(config)
@@ -232,7 +233,7 @@ def _source_tensors(source: Adapter | PeftTensors | None) -> Mapping[str, Array]
     return source.tensors
 
 
-def _attach(held: Carrier, adapter: Adapter, on: Sequence[sites.Site], name: str, rngs: Any, base: Any) -> Started:
+def _attach(held: Carrier, adapter: Adapter, on: Sequence[Site], name: str, rngs: Any, base: Any) -> Started:
     """Attach an adapter to a model; leave it beside a tree of parameters, `base`."""
     if held.in_place:
         attach.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
@@ -285,13 +286,13 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
 
 def _run_eva(
     plan: Any, initialization: Initialization, base: Any, batches: Any, forward: Any, mask: Any
-) -> tuple[Recipe, tuple[sites.Site, ...], dict[str, Array]]:
+) -> tuple[Recipe, tuple[Site, ...], dict[str, Array]]:
     """Return the recipe with EVA's ranks, its sites, and A for each module."""
     config: Any = initialization.recipe.config
     fields = [f.name for f in dataclasses.fields(statistics.Settings)]
     settings = statistics.Settings(**init_settings(config, "eva_config", fields))
 
-    def watch(watched: Sequence[sites.Site], observed: Any) -> statistics.Observer:
+    def watch(watched: Sequence[Site], observed: Any) -> statistics.Observer:
         return statistics.make_observer(base, initialization.recipe, watched, observed, forward)
 
     components = statistics.find_components(config, initialization.pairs, batches, watch, settings, mask)
@@ -378,9 +379,7 @@ def _concatenate_ranks(form: FileLayout, new: Any, old: Any) -> Any:
     return out
 
 
-def residual_base(
-    recipe: Recipe, adapter_sites: Sequence[sites.Site], weights: Mapping[str, Array]
-) -> dict[str, Array]:
+def residual_base(recipe: Recipe, adapter_sites: Sequence[Site], weights: Mapping[str, Array]) -> dict[str, Array]:
     """Return {leaf: array} of the base weights that PEFT changes when it loads an adapter with this configuration.
 
     Raises `ConfigError` for initialisations that cannot be repeated, in PEFT either.

@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.site import Site
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
@@ -315,9 +314,9 @@ class Settings:
 
 def find_components(
     config: LoraConfig,
-    adapter_sites: Sequence[sites.Site],
+    adapter_sites: Sequence[Site],
     batches: Iterable[Any],
-    watch: Callable[[Sequence[sites.Site], Mapping[str, Statistic]], Observer],
+    watch: Callable[[Sequence[Site], Mapping[str, Statistic]], Observer],
     settings: Settings,
     mask: Callable[[Any], Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -388,7 +387,7 @@ def find_components(
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
-def _group_equal_inputs(adapter_sites: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
+def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return {module: the modules with the same inputs, itself first}."""
     groups: dict[str, list[str]] = {}
     known: list[tuple[np.ndarray, str]] = []

@@ -18,7 +18,8 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.full_copies import tied_heads
-from jaxadapt.adapters.sites import Site, map_layers, require_complete, sites_of
+from jaxadapt.adapters.site import Site, map_layers
+from jaxadapt.adapters.sites import require_complete, sites_of
 from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.per_entry import LAYER

@@ -33,6 +33,7 @@ from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.merging.factors import FactorRows, Factors, JointMatrix, joint_matrices
+from jaxadapt.methods.base import at_least_float32
 
 # ---------------------------------------------------------------- operators
 
@@ -278,7 +279,7 @@ def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], 
     )
     summed: dict[str, Array] = {}
     for name in names:
-        total: Any = sum(w * methods.at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True))
+        total: Any = sum(w * at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True))
         summed[name] = total.astype(tensors[0][name].dtype)
     return summed
 

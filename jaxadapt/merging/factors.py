@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import joint_tensors, sites
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes, sites_of
+from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.sites import single_entry_sizes, sites_from_shapes, sites_of
 from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import reasons_not_a_product
 from jaxadapt.core import paths
@@ -38,6 +39,8 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_li
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry, parse_part_key
+from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.registry import get_method
 
 # ---------------------------------------------------------------- site entries
 
@@ -258,7 +261,7 @@ def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Fact
 def _site_factors(site: Site, tensors: Mapping[str, Array]) -> Factors:
     """Return the factors of one site."""
     entries = product_entries(site)
-    a, b = site_matrices(site, {name: methods.at_least_float32(jnp.asarray(x)) for name, x in tensors.items()})
+    a, b = site_matrices(site, {name: at_least_float32(jnp.asarray(x)) for name, x in tensors.items()})
     ranks = tuple(rank for rank in entries[0].form.ranks or [a.shape[1]] * entries[0].form.count)
     row_ranks = tuple(rank for rank in ranks for _ in range(count_experts(site)))
     return Factors(
@@ -269,7 +272,7 @@ def _site_factors(site: Site, tensors: Mapping[str, Array]) -> Factors:
 def scale(site: Site) -> float | np.ndarray:
     """Return the scale of a site's matrices: a number, or (n, 1, 1) in the order of `site_matrices` if they differ."""
     site_scale = site.hparams.scale
-    if not isinstance(site_scale, methods.PerEntry):
+    if not isinstance(site_scale, PerEntry):
         return site_scale
     entry, inner_axes = product_entries(site)[0], [axis for axis in site.match.roles["batch"] if axis.startswith("{")]
     axes, form = (*site.match.roles["stack"], *inner_axes), entry.form
@@ -323,7 +326,7 @@ def build_adapter(
             )
             for entry in factors.entries
         }
-    methods.get_method(config)
+    get_method(config)
     params: dict[str, Array] = {}
     for site in sites_from_shapes(config, keymap, shapes):
         leaf_rows = rows_by_leaf[site.leaf]

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, Sites, sites_of
+from jaxadapt.adapters.site import Site, Sites
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
@@ -30,6 +30,8 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.factors import FactorRows, entry_stems, factor_entries, joint_matrices, select_rows, tensor_name
+from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 from jaxadapt.storage.strided import float_dtype
@@ -69,7 +71,7 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     Its rank is the method's `plain_rank`. It computes the same, up to rounding. None if the method does not compute
     factors, or not for all weights of the adapter: for embeddings, convolutions, experts and full copies.
     """
-    method, sites = methods.get_method(adapter.config), sites_of(adapter)
+    method, sites = get_method(adapter.config), sites_of(adapter)
     rank = method.plain_rank(adapter.config)
     if rank is None or any(site.method.copies or site.match.weight.kind != "linear" for site in sites):
         return None
@@ -78,7 +80,7 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     if not all(factors.has_one_pair(site) for site in made):
         return None
     params: dict[str, Array] = {}
-    shared = {name: methods.at_least_float32(jnp.asarray(x)) for name, x in adapter.shared.items()}
+    shared = {name: at_least_float32(jnp.asarray(x)) for name, x in adapter.shared.items()}
     with jax.default_matmul_precision("highest"):
         for site in made:
             tensors = adapter.sites[site.leaf] | shared
@@ -101,7 +103,7 @@ def _site_factors(site: Site, plain: Site, tensors: Mapping[str, Array], adapter
         name: select_rows(entry.form.to_rows(x), entry_stems(site, entry), stems)
         for entry in site.entries
         for name in [tensor_name(entry)]
-        for x in [methods.at_least_float32(jnp.asarray(tensors[name]))]
+        for x in [at_least_float32(jnp.asarray(tensors[name]))]
     }
     shared = {name: x for name, x in tensors.items() if name not in rows}
     pairs: list[tuple[Array, Array]] = []
@@ -268,7 +270,7 @@ def _error_by_module(stems: Any, keymap: KeyMap, values: Array) -> dict[str, Any
 
 def _flat_params(params: Any) -> dict[str, Any]:
     """Return base parameters by path, in float32 at least, from any container."""
-    return {path: methods.at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
+    return {path: at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
 
 
 def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT, Carrier
 from jaxadapt.models.nnx import attach, graph
@@ -186,7 +186,7 @@ def _require_scale(scaled: Any, name: str, config: Any) -> None:
 def _rescale_tree(held: Carrier, factor: Any, name: str | None) -> Any:
     def scale(name: str, adapter: Adapter) -> dict[str, Any]:
         leaves = paths.flatten(adapter.params)
-        scaled = [path for path in leaves if path.rpartition(".")[2] in methods.get_method(adapter.config).scaled]
+        scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(adapter.config).scaled]
         _require_scale(scaled, name, adapter.config)
         return leaves | {path: jax.tree.map(lambda x: _multiply(x, factor), leaves[path]) for path in scaled}
 

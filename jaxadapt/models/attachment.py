@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
 from jaxadapt.models.linen import collections
@@ -75,7 +75,7 @@ def _require_config(config: Any) -> None:
     if not isinstance(config, Config):
         kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
         raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}")
-    methods.get_method(config)
+    get_method(config)
 
 
 def init(

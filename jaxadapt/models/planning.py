@@ -10,11 +10,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import methods
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.adapters.selection import make_recipe
-from jaxadapt.adapters.sites import Site, Sites
+from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
@@ -24,7 +23,9 @@ from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families, generic
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph, prompt, survey
@@ -128,7 +129,7 @@ def plan_adapter(
         raise AttachError(
             f"example: expected a list of the inputs of one call, as in example=[x], found {type(given).__name__}"
         )
-    keymap, method = families.resolve_keymap(keymap, base.shapes), methods.get_method(config)
+    keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else prompt.measure_base(base.target, example)
         config = method.complete(config, with_width(sizes, keymap, base.shapes))
@@ -210,7 +211,7 @@ def _plan_on_model(
         )
     if example is not None:
         dropped = [x.leaf for x in sites if x.method.drops == "input" and x.method.dropout(x.hparams)]
-        hooks = {site.leaf: methods.AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
+        hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
         forward = [leaf for leaf, hook in hooks.items() if hook.forward]
         survey.check_calls(model, hooks, dropped, forward, example)
     return recipe, sites

@@ -10,7 +10,8 @@ import jax
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import AppliedRows, Implementation, Method, apply_rows
+from jaxadapt.methods.base import Method
+from jaxadapt.methods.rows import AppliedRows, Implementation, apply_rows
 
 
 @dataclasses.dataclass(frozen=True)

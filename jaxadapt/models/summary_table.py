@@ -8,14 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core.errors import AttachError
 from jaxadapt.core.progress import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
 from jaxadapt.models.nnx import attach, survey
 
@@ -150,7 +152,7 @@ def _describe_hparams(hparams: Any) -> str:
     return ", ".join(shown)
 
 
-def value_text(scale: float | methods.PerEntry) -> str:
+def value_text(scale: float | PerEntry) -> str:
     """Return a scale as text; if layers differ, its smallest and largest value."""
     return f"{scale:g}" if isinstance(scale, float) else str(scale)
 
@@ -202,7 +204,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
     tensors, shapes, sites = adapter.sites, adapter.shapes, sites_of(adapter)
-    use = "the model's input" if methods.get_method(adapter.config).scope == "model" else "all its sites"
+    use = "the model's input" if get_method(adapter.config).scope == "model" else "all its sites"
     shared = [
         Row(name, SHARED_NODE, (), (), shapes[SHARED_NODE], str(x.dtype), None, use, count)
         for x in [*adapter.shared.values()][:1]
@@ -235,6 +237,6 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
     attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
     attached.pop(SHARED_NODE, None)
-    hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
+    hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     return how | survey.record_uses(held.tree, used, inputs)

@@ -285,7 +285,7 @@ def _settings(config: Config, facts: Facts) -> list[str]:
 
 
 def _image_caption(config: Config) -> list[str]:
-    from jaxadapt.methods import METHODS  # imports JAX, which a card without a picture does not need
+    from jaxadapt.methods.registry import METHODS  # imports JAX, which a card without a picture does not need
 
     method = METHODS.get(config.peft_type)
     what = None if method is None else method.describe_change(config)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.site import SharedTensor, Site
 from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
@@ -195,9 +196,7 @@ def load(
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 
 
-def _trained_as(
-    attached: Config, adapter: Adapter, adapter_sites: Sequence[sites.Site]
-) -> tuple[Adapter, Sequence[sites.Site]]:
+def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
     """Return a file's adapter, and its sites, with the attached adapter's dropout and way to begin.
 
     The adapter stays as it is if the configurations differ in more, if a start changes more than the initial values (a
@@ -220,7 +219,7 @@ def _check_base(
     stored: fingerprint.Fingerprint | None,
     parameters: BaseParams,
     adapter: Adapter,
-    adapter_sites: Sequence[sites.Site],
+    adapter_sites: Sequence[Site],
     source: str,
     strict: bool,
 ) -> None:
@@ -263,7 +262,7 @@ def _changed_base(
     which: str | None,
     present: Adapter | None,
     adapter: Adapter,
-    adapter_sites: Sequence[sites.Site],
+    adapter_sites: Sequence[Site],
     source: str,
 ) -> dict[str, Any]:
     """Return {leaf: array} of the base weights that load must change for the adapter; empty if none."""
@@ -287,7 +286,7 @@ def _from_orbax(
     name: str,
     options: tuple[Any, Any, Any, Any, Any, Any],
     strict: bool,
-) -> tuple[Adapter, tuple[sites.Site, ...]]:
+) -> tuple[Adapter, tuple[Site, ...]]:
     """Read an Orbax checkpoint into the layout of a base; return the adapter and its sites."""
     keymap, dtype, stack_axes, example, shardings, _ = options
     stored = orbax_folder.find_adapter(path, attached, name)
@@ -321,5 +320,5 @@ def _from_orbax(
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
 
 
-def _entries(part: sites.Site | sites.SharedTensor) -> Sequence[PlanEntry]:
-    return part.entries if isinstance(part, sites.Site) else (part.entry,)
+def _entries(part: Site | SharedTensor) -> Sequence[PlanEntry]:
+    return part.entries if isinstance(part, Site) else (part.entry,)

@@ -26,9 +26,9 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt import methods
 from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, renaming, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
+from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
@@ -43,6 +43,7 @@ from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.merging.plain_form import plain_form
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import lora_carrier
 from jaxadapt.models.carriers.base import DEFAULT, Carrier
 from jaxadapt.models.foreign import tree as foreign
@@ -345,7 +346,7 @@ def encode_tree(
             tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
         )
     source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
-    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+    if stored := get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
         params = {**source.adapter.params, SHARED_NODE: stored}
         source = Source(held, dataclasses.replace(source.adapter, params=params))
     encoded = _with_embeddings(source, _encode(source), save_embedding_layers)
@@ -406,10 +407,10 @@ def _encode(source: Source) -> Encoded:
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:
         _require_zeros(adapter_sites, leaves)
-    return sites.make_file_plan(adapter_sites).encode(leaves, host)
+    return make_file_plan(adapter_sites).encode(leaves, host)
 
 
-def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any]) -> None:
+def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> None:
     """Raise `MismatchError` for nonzero values in layers or ranks that the configuration excludes."""
     nonzero: list[str] = []
     for entry in (e for site in adapter_sites for e in site.entries if e.form.is_partial):

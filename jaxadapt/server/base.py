@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jaxadapt
-from jaxadapt import methods, serving
+from jaxadapt import serving
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
 from jaxadapt.serving.index import BASE
 from jaxadapt.serving.layout import becomes_lora, compare_shared
@@ -280,8 +281,8 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
             if config.facts.rows == "no" or max(_ranks(config), default=0) > largest:
                 continue
             if becomes_lora(config):
-                config = plain_config(config, methods.get_method(config).plain_rank(config) or rank)
-            if methods.get_method(config).has_shared:
+                config = plain_config(config, get_method(config).plain_rank(config) or rank)
+            if get_method(config).has_shared:
                 adapter = jaxadapt.from_peft(jaxadapt.read(path), model)
                 whole.setdefault(config.peft_type, []).append(adapter)
                 continue

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import quantized
 from jaxadapt.configs.base import Config
@@ -24,6 +23,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.methods.registry import get_method
 from jaxadapt.methods.rows import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
@@ -294,7 +294,7 @@ def create(
     for given in [configs] if isinstance(configs, Config | Adapter) else configs:
         config = given.config if isinstance(given, Adapter) else given
         if becomes_lora(config):
-            given = config = plain_config(config, methods.get_method(config).plain_rank(config) or 1)
+            given = config = plain_config(config, get_method(config).plain_rank(config) or 1)
         _, sites = planning.plan_adapter(held, config, keymap, stack_axes, example)
         refused = find_refusals(sites)
         problems += refused

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.sites import Site, Sites, sites_of
+from jaxadapt.adapters.site import Site, Sites
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
@@ -28,6 +28,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.merging.rank_reduction import low_rank_form
 from jaxadapt.methods.base import Start
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.row_sites import RowLayout, RowSite
 
 # ---------------------------------------------------------------- refusals
@@ -108,7 +109,7 @@ def shared_of(adapter: Adapter, sites: Sites | None = None) -> dict[str, np.ndar
     found = {name: np.asarray(x) for name, x in adapter.shared.items()}
     if found and sites is not None:
         targets, shapes = [site.target for site in sites], {name: x.shape for name, x in found.items()}
-        methods.get_method(adapter.config).shared(adapter.config, targets, shapes)
+        get_method(adapter.config).shared(adapter.config, targets, shapes)
     return found
 
 
@@ -118,7 +119,7 @@ def draw_shared(config: Config, sites: Sites) -> dict[str, np.ndarray]:
     Raises `AttachError` if the configuration does not determine them, or if training changes one.
     """
     _require_fixed(config, sites)
-    method, drawn = methods.get_method(config), dict[str, np.ndarray]()
+    method, drawn = get_method(config), dict[str, np.ndarray]()
     shapes = {each.tensor.name: each.entry.shape for each in sites.shared}
     for each in sites.shared:
         values = method.init(config, each.tensor, Start(each.entry.form.file_shape, shared=shapes))
@@ -158,7 +159,7 @@ def find_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter) -> int | N
             closest = found if closest is None or len(found) < len(closest) else closest
     if closest is None:
         closest = [f"the bank has no {name}" for name in own]
-    rank = methods.get_method(config).plain_rank(config)
+    rank = get_method(config).plain_rank(config)
     plain = (
         "" if rank is None else f", or convert the adapter to a plain LoRA of rank {rank}, which computes the same"
         " (jaxadapt.merging.to_lora(adapter, params=base)), for a bank of LoRAs"
@@ -391,7 +392,7 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
 
 def becomes_lora(config: Config) -> bool:
     """Return True if a bank holds an adapter of this configuration as a plain LoRA, which computes the same."""
-    method = methods.get_method(config)
+    method = get_method(config)
     return method.rows == "put" and method.plain_rank(config) is not None
 
 

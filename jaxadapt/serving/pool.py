@@ -16,7 +16,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods import Implementation
+from jaxadapt.methods.rows import Implementation
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.row_sites import Rows
 from jaxadapt.persistence.folder import read

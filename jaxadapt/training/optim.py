@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors
+from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.serving.bank import Bank
@@ -48,7 +50,7 @@ class _Leaf:
     @property
     def role(self) -> str:
         if self.site is None:
-            return methods.get_method(self.config).roles.get(self.tensor, "other")
+            return get_method(self.config).roles.get(self.tensor, "other")
         if self.site.method.copies:
             return "bias" if self.site.leaf.rpartition(".")[2] == "bias" else "copy"
         return self.site.method.role(self.site.hparams, self.tensor)
@@ -152,7 +154,7 @@ def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     for site in sites_of(unboxed):
         if site.method.copies:
             continue
-        values = {t: methods.at_least_float32(x) for t, x in unboxed.sites[site.leaf].items()}
+        values = {t: at_least_float32(x) for t, x in unboxed.sites[site.leaf].items()}
         pair = [(t, e) for t, e in zip(site.tensors, site.entries, strict=True) if t.name in ("lora_A", "lora_B")]
         tensors, entries = zip(*pair, strict=True)
         a, b = factors.site_matrices(dataclasses.replace(site, tensors=tensors, entries=entries), values)
@@ -316,7 +318,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
 def _correct_gradient(site: Site, a: Array, grad: Array) -> Array:
     """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
     with jax.default_matmul_precision("highest"):
-        tensors = {"lora_A": methods.at_least_float32(a), "lora_B": methods.at_least_float32(grad)}
+        tensors = {"lora_A": at_least_float32(a), "lora_B": at_least_float32(grad)}
         a_rows, rows = factors.site_matrices(site, tensors, scaled=False)
         gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
         new = rows @ jnp.linalg.pinv(gram) / factors.scale(site) ** 2

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxadapt import IA3Config, LoraConfig
 from jaxadapt.adapters import selection, sites
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import keymap, plan
@@ -194,7 +195,7 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         key = "base_model.model." + weight.key.removesuffix(".weight") + suffix
         expected |= reference(pattern, key, leaf, over, parts)
     assert bound.shapes == {p.rpartition(".")[2]: x.shape for p, x in leaves.items()}
-    made = sites.make_file_plan(bounds)
+    made = make_file_plan(bounds)
     encoded = made.encode(leaves)
     assert set(encoded) == set(expected)
     for key, value in expected.items():
@@ -231,7 +232,7 @@ TABLE = KeyMap(
 
 def test_check_lists_missing_unexpected_and_misshaped_together():
     config = LoraConfig(r=2, target_modules=["q"])
-    made = sites.make_file_plan(selection.select_sites(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
+    made = make_file_plan(selection.select_sites(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
     found = dict(made.shapes)
     found.pop("base_model.model.h.0.q.lora_A.weight")
     found["base_model.model.h.1.q.lora_B.weight"] = (4, 8)
@@ -282,7 +283,7 @@ def test_two_sites_of_one_module_are_refused():
     table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
     bounds = selection.select_sites(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
     with pytest.raises(MismatchError, match="several leaves claim the same tensor") as caught:
-        sites.make_file_plan(bounds)
+        make_file_plan(bounds)
     assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
 
 
@@ -291,9 +292,7 @@ def test_two_sites_of_one_module_are_refused():
 
 def stacked_plan():
     table = KeyMap("t", (Weight("h.{l}.q.w", "h.{l}.q.weight", "i o -> o i"),)).scanned(0)
-    return sites.make_file_plan(
-        selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)})
-    )
+    return make_file_plan(selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)}))
 
 
 def test_encoding_is_lazy_and_views_where_it_can_be():
@@ -371,7 +370,7 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
     for axis in (None, 0, 1):
         table = KeyMap("t", (line,)) if axis is None else KeyMap("t", (line,)).scanned(axis)
         leaf = shapes if axis is None else {"h.q": (2, 5, 3, 4) if axis == 0 else (5, 2, 3, 4)}
-        made = sites.make_file_plan(selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, leaf))
+        made = make_file_plan(selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, leaf))
         leaves = made.decode(lora)
         for l in range(2):
             found = {n: leaves[f"h.{l}.q.{n}"] if axis is None else np.take(leaves[f"h.q.{n}"], l, axis) for n in AB}
@@ -381,7 +380,7 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
             np.testing.assert_array_equal(value, lora[key])
     config = IA3Config(target_modules=["q"], feedforward_modules=[])
     (bound,) = selection.select_sites(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
-    (leaf,) = sites.make_file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
+    (leaf,) = make_file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
     np.testing.assert_array_equal(leaf, interleaved(v.reshape(3, 4)))
 
 
@@ -429,7 +428,7 @@ def test_a_shift_is_of_whole_weights_and_of_nothing_else():
     np.testing.assert_array_equal(rows[0], torch["q.weight"])
     np.testing.assert_array_equal(made.entries[1].form.from_rows(rows), leaves["q"])
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["n"])
-    own = sites.make_file_plan(selection.select_sites(config, table, shapes))
+    own = make_file_plan(selection.select_sites(config, table, shapes))
     file = {key: numbered(shape, "float32") / 8 for key, shape in own.shapes.items()}
     found = own.decode(file)
     np.testing.assert_array_equal(found["n.scale.copy"], 1 + file["base_model.model.n.weight"])

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Use
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import KeyMap
@@ -38,7 +39,7 @@ def hook_of(
     in_file = None if file is None else {key: x.shape for key, x in file.items()}
     found = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape}, found=in_file)
     (site,) = found
-    given = {} if file is None else sites.make_file_plan(found).decode(file)
+    given = {} if file is None else make_file_plan(found).decode(file)
     values = initial_values.init_values(config, found, jax.random.key(seed), base={"w": numbers(*shape)}, given=given)
     params = {path.rpartition(".")[2]: x for path, x in values.items()}
     if file is None and noise:

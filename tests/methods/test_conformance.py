@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, configs
 from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters.site import all_tensors, make_file_plan, map_stack, torch_layout
 from jaxadapt.arrays.axes import LETTERS, Use
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.frozen import find_pattern_value
@@ -99,7 +100,7 @@ def adapted(peft_type: str, i: int, line: Any, targets: tuple[str, ...] = ("q",)
     found = selection.select_sites(config, KeyMap("t", (weight,), order=ORDER), {"w": shape})
     w = random(shape, 1)
     values = initial_values.init_values(config, found, jax.random.key(0), base={"w": w})
-    trained = {t.name for t in sites.all_tensors(found) if t.trained}
+    trained = {t.name for t in all_tensors(found) if t.trained}
     if noise:  # what no file holds is zero
         forms = {e.path: e.form for site in found for e in site.entries}
         values = {p: forms[p].clear_gaps(x) if p in forms else x for p, x in changed(values, trained).items()}
@@ -148,7 +149,7 @@ def test_a_method_is_stateless_and_its_tensors_are_consistent(peft_type: str, i:
     again = selection.select_sites(config.replace(), KeyMap("t", (PLAIN[0],)), {"w": PLAIN[1]})
     assert found == again
     assert hash(found[0].hparams) == hash(again[0].hparams)
-    tensors = sites.all_tensors(found)
+    tensors = all_tensors(found)
     assert len({t.name for t in tensors}) == len(tensors)
     for t in tensors:
         role = method.role(found[0].hparams, t.name)
@@ -204,8 +205,8 @@ def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i
     plain_sites, _, plain_values = adapted(peft_type, i, PLAIN)
     form = methods_layout(found)
     torch_w = form.weight_to_torch(w)
-    file = dict(sites.make_file_plan(found).encode(values))
-    plain = {**plain_values, **sites.make_file_plan(plain_sites).decode(file)}
+    file = dict(make_file_plan(found).encode(values))
+    plain = {**plain_values, **make_file_plan(plain_sites).decode(file)}
     with_w = initial_values_from(config_of(peft_type, i), plain_sites, plain, torch_w)
     want = hook_of(plain_sites, with_w).weight(torch_w)
     hook = hook_of(found, values)
@@ -222,8 +223,8 @@ def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i
 def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, name: str):
     found, w, values = adapted(peft_type, i, LINES[name])
     plain_sites, _, plain_values = adapted(peft_type, i, PLAIN)
-    file = dict(sites.make_file_plan(found).encode(values))
-    plain = hook_of(plain_sites, {**plain_values, **sites.make_file_plan(plain_sites).decode(file)})
+    file = dict(make_file_plan(found).encode(values))
+    plain = hook_of(plain_sites, {**plain_values, **make_file_plan(plain_sites).decode(file)})
     want = plain.merged_bias(jnp.zeros(OUT), 1)
     assert float(abs(want).max()) > 0.1
     np.testing.assert_allclose(plain.merged_bias(want, -1), jnp.zeros(OUT), atol=1e-6)
@@ -241,7 +242,7 @@ def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, nam
 
 def methods_layout(found: Any) -> Any:
     """PyTorch's layout of the weight, for methods that do not ask for it too."""
-    return sites.torch_layout(found[0])
+    return torch_layout(found[0])
 
 
 def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:
@@ -262,7 +263,7 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
     hook = hook_of(found, values)
     whole = hook.weight(w)
     axis, names = hook.axes.batch_axes[0], line[0].index_names("{p}")
-    file = dict(sites.make_file_plan(found).encode(values))
+    file = dict(make_file_plan(found).encode(values))
     for n, name in enumerate(names):
         old, new = (jnp.take(x, n, axis) for x in (w, whole))
         if name not in targets:
@@ -272,7 +273,7 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
             continue
         single = (Weight("w", f"{name}.weight", "i o -> o i"), (IN, OUT))
         one, _, fresh = adapted(peft_type, i, single, (name,))
-        plan = sites.make_file_plan(one)
+        plan = make_file_plan(one)
         values_of = {**fresh, **plan.decode({key: file[key] for key in plan.keys})}
         single_config = without_idle_patterns(config_of(peft_type, i, (name,)), (name,))
         values_of = initial_values_from(single_config, one, values_of, old)
@@ -292,7 +293,7 @@ def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, STACKED)
     (site,) = found
     own = {path.rpartition(".")[2]: x for path, x in values.items()}
-    whole = sites.map_stack(site, lambda a, w: a.weight(w), own, w)
+    whole = map_stack(site, lambda a, w: a.weight(w), own, w)
     for l in range(3):
         one = {name: jnp.take(x, l, 1) if name in site.shapes else x for name, x in own.items()}
         hook = AppliedMethod(site.method, site.hparams, {**one, **{k: v[l] for k, v in site.data.items()}}, site.axes)
@@ -331,7 +332,7 @@ def test_outputs_and_weights_keep_the_bases_dtype(peft_type: str, i: int, dtypes
 @every_case
 def test_transformations_of_jax(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN)
-    trained = {t.name for t in sites.all_tensors(found) if t.trained}
+    trained = {t.name for t in all_tensors(found) if t.trained}
     (site,) = found
     own = {path.rpartition(".")[2]: x for path, x in values.items()}
     use = use_of(hook_of(found, values))
@@ -395,7 +396,7 @@ def network(peft_type: str, i: int, name: str = "default", seed: int = 2, model:
     config = config_of(peft_type, i, ("q", "up"))
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), name=name, keymap=keymap_of(peft_type))
     adapter = jaxadapt.extract(model, name)
-    trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
     values = paths.unflatten(changed(adapter.flat(), trained, seed))
     jaxadapt.inject(jaxadapt.Adapter(adapter.config, values, adapter.keymap), model, name)
     return model
@@ -485,7 +486,7 @@ def test_training_in_nnx_changes_the_trained_tensors_only(peft_type: str, i: int
 
     model = network(peft_type, i)
     before = jaxadapt.extract(model).flat()
-    trained = {t.name for t in sites.all_tensors(sites.sites_of(jaxadapt.extract(model))) if t.trained}
+    trained = {t.name for t in all_tensors(sites.sites_of(jaxadapt.extract(model))) if t.trained}
     roles = optim.roles(nnx.state(model, jaxadapt.AdapterParam))
     assert set(jax.tree.leaves(roles)) <= ROLES
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=jaxadapt.AdapterParam)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt.adapters import sites
+from jaxadapt.adapters.site import all_tensors
 from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_linen, llama_nnx
@@ -82,7 +83,7 @@ def begun(config: Any, api: str, spread: bool) -> tuple[Any, Any, Any]:
 
 def trained(adapter: Any) -> Any:
     """The adapter with noise on what training changes, where its tensors lie."""
-    names = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    names = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
     values = {
         path: x + 0.5 * np.random.default_rng(zlib.crc32(path.encode())).standard_normal(x.shape).astype("f4")
         if path.rpartition(".")[2] in names

@@ -19,6 +19,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AttachError, configs, methods
 from jaxadapt.adapters import selection, sites
+from jaxadapt.adapters.site import all_tensors
 from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, llama_nnx
@@ -171,7 +172,7 @@ def check_gradients(found: Any, want: dict[str, np.ndarray], peft_type: str) -> 
 
 
 def tensors_of(adapter: Any) -> Any:
-    return sites.all_tensors(sites.sites_of(adapter))
+    return all_tensors(sites.sites_of(adapter))
 
 
 @pytest.mark.parametrize("scan_axis", [0, 1])

@@ -12,7 +12,8 @@ import pytest
 
 import jaxadapt
 from jaxadapt import ConfigError, LoKrConfig, Weight
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.lokr import split_size
@@ -36,7 +37,7 @@ def test_a_tensor_for_the_window_of_a_1d_convolution():
     }  # fmt: skip
     rng = np.random.default_rng(0)
     file = {f"{KEY}{name}": rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
-    plan = sites.make_file_plan(found)
+    plan = make_file_plan(found)
     values = {path.rpartition(".")[2]: x for path, x in plan.decode(file).items()}
     t = {name: file[f"{KEY}{name}"] for name in shapes}
     w1 = t["lokr_w1_a"] @ t["lokr_w1_b"]

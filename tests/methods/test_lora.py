@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.keymaps.keymap import KeyMap, Match
@@ -194,7 +195,7 @@ def test_lora_on_a_convolution_is_the_convolution_with_a_and_then_b(groups):
     x, w = jnp.asarray(numbers(1, 3, 4)), jnp.asarray(numbers(1, 4 // groups, 6))
     hook = AppliedMethod(site.method, site.hparams, params, site.axes)
     y = hook.output(Operation(run, 2, site.axes), x, run(x, w), w)
-    file = {key.rpartition(".lora_")[2][0]: np.asarray(v) for key, v in sites.make_file_plan([site]).encode(
+    file = {key.rpartition(".lora_")[2][0]: np.asarray(v) for key, v in make_file_plan([site]).encode(
         {f"w.{name}": value for name, value in params.items()}).items()}  # fmt: skip
     a, b = file["A"][:, :, 0], file["B"][:, :, 0]  # (r, in) of all channels, (out, r / groups)
     expected = np.array(run(x, w))

@@ -11,7 +11,8 @@ import pytest
 
 import jaxadapt
 from jaxadapt import ConfigError, KeyMapError, configs, methods
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Use
 from jaxadapt.configs.base import class_of
@@ -434,9 +435,9 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
             p: np.asarray(x)
             for p, x in small.noisy(initial_values.init_values(config, [one], jax.random.key(0)), 1).items()
         }
-        file = dict(sites.make_file_plan([one]).encode(leaves))
-        there = sites.make_file_plan([other]).decode(file)
-        for key, value in dict(sites.make_file_plan([other]).encode(there)).items():
+        file = dict(make_file_plan([one]).encode(leaves))
+        there = make_file_plan([other]).decode(file)
+        for key, value in dict(make_file_plan([other]).encode(there)).items():
             np.testing.assert_allclose(value, file[key], rtol=3e-7)  # twice rounded
 
         def effective(bound, leaves, w, config=config):

@@ -12,7 +12,8 @@ import pytest
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.configs.base import class_of
 from jaxadapt.keymaps.keymap import KeyMap
@@ -78,7 +79,7 @@ def peft_convolution(peft_type, fields, adapters=("default",), **options):
 
 def hook_from(site, state):
     """The method with the tensors of a file."""
-    plan = sites.make_file_plan([site])
+    plan = make_file_plan([site])
     assert set(plan.keys) == set(state)
     return hook_of(site, **{path.rpartition(".")[2]: value for path, value in plan.decode(state).items()})
 

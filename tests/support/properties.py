@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.core.errors import KeyMapError
 from tests.support import entries
 
@@ -25,7 +26,7 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=slow)
 
 
-def site_of(case: entries.Case) -> sites.Site:
+def site_of(case: entries.Case) -> Site:
     try:
         (site,) = selection.select_sites(case.config, case.entry.keymap, {"w": case.entry.shape})
     except KeyMapError as error:  # documented: A has fewer axes than the leaf
@@ -37,7 +38,7 @@ def site_of(case: entries.Case) -> sites.Site:
 def file_and_back(peft_type: str, data: st.DataObject) -> None:
     """Decoding and encoding are inverse, bit for bit, in both directions."""
     case = data.draw(entries.cases(peft_type))
-    plan = sites.make_file_plan([site_of(case)])
+    plan = make_file_plan([site_of(case)])
     plan.check({key: x.shape for key, x in case.tensors.items()})
     leaves = plan.decode(case.tensors)
     back = dict(plan.encode(leaves))

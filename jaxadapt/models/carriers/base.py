@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.site import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.compare import compare, shapes_of

@@ -8,13 +8,14 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name, integers_name
-from jaxadapt.adapters.sites import Site, make_file_plan, sites_of
+from jaxadapt.adapters.site import Site, make_file_plan
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_fit, check_free, check_name, refuse
 from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
 from jaxadapt.models.foreign import tree as foreign
@@ -141,7 +142,7 @@ class Params(Carrier):
                     floats = {k: v for k, v in value.items() if k != CONFIG_NODE}
                     new[name] = {**_pick(values, floats), CONFIG_NODE: value[CONFIG_NODE]}
                     new_integers |= {name: _pick(values, own)} if own else {}
-                elif name in methods.COLLECTIONS:
+                elif name in COLLECTIONS:
                     key = integers_name(name)
                     new[name], changed = walk(value, tree.get(key, {}))
                     new |= {key: changed} if changed else {}

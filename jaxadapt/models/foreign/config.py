@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt import methods
 from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import fields_set
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.foreign.dialect import Dialect
 from jaxadapt.models.foreign.survey import ForeignSites
 
@@ -87,7 +87,7 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
             f"the configuration and the {dialect.name} tree contradict each other:\n"
             + paths.bullets(problems + target_problems)
         )
-    methods.get_method(config)
+    get_method(config)
     return config
 
 
@@ -141,7 +141,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
     dialect = sites.dialect
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
-    methods.get_method(config)
+    get_method(config)
     if unsupported := fields_set(config, "tensor", "copy"):
         raise ConfigError(
             f"cannot store this adapter in {dialect.name} leaves: they hold only A and B, and it has"

@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import methods
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.configs import LoraConfig
@@ -23,6 +22,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, torch_axes
 from jaxadapt.keymaps.weight import MethodTensor, Weight
+from jaxadapt.methods.base import Target
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
 
 Shape = tuple[int, ...]
@@ -283,7 +284,7 @@ def _solve_sizes(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) 
 def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
     """Return PEFT's two tensors of a site. Their rank is a symbolic axis, so its value in the config is arbitrary."""
     config = LoraConfig(r=1)
-    a, b = methods.get_method(config).tensors(config, methods.Target(match))
+    a, b = get_method(config).tensors(config, Target(match))
     return a, b
 
 

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.sites import make_file_plan
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import finite
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config

@@ -12,7 +12,6 @@ from flax import serialization
 from flax.core import meta as meta  # re-exported
 from flax.linen import spmd
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import (
     CONFIG_NODE,
@@ -28,6 +27,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import families
+from jaxadapt.methods.registry import COLLECTIONS
 
 
 def unbox_tree(tree: Any) -> Any:
@@ -165,7 +165,7 @@ def adapter_trees(tree: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, A
 
 def adapter_names(tree: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapters with a configuration in Linen variables, or in one collection of them."""
-    candidates = [tree, *(tree.get(name, {}) for name in methods.COLLECTIONS)]
+    candidates = [tree, *(tree.get(name, {}) for name in COLLECTIONS)]
     return sorted(
         name
         for collection in candidates
@@ -177,7 +177,7 @@ def adapter_names(tree: Mapping[str, Any]) -> list[str]:
 
 def collection_names(tree: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapter collections in Linen variables, without those of integer tensors."""
-    return [name for name in methods.COLLECTIONS if name in tree]
+    return [name for name in COLLECTIONS if name in tree]
 
 
 def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:

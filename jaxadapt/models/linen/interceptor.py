@@ -15,13 +15,14 @@ import jax
 from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
-from jaxadapt import methods
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import Kind
-from jaxadapt.methods.applied import AppliedMethod, AppliedMethods
+from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases
+from jaxadapt.methods.base import Drop, Method
+from jaxadapt.methods.rows import Implementation, apply_rows, split_rows
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.uses import describe_uses
@@ -214,12 +215,12 @@ class LeafAdapter:
         shared: the names in `params` of tensors that all rows have in common.
     """
 
-    method: methods.Method
+    method: Method
     hparams: Any
     axes: Axes
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    rows: methods.Implementation | None = None
+    rows: Implementation | None = None
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     @property
@@ -227,7 +228,7 @@ class LeafAdapter:
         """The dropout rate."""
         return self.method.dropout(self.hparams)
 
-    def make_hook(self, scope: Any, drop: methods.Drop | None) -> AppliedMethod:
+    def make_hook(self, scope: Any, drop: Drop | None) -> AppliedMethod:
         """Return the method with the tensors that `scope` holds."""
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
         if self.whole and any("jit(" in part for part in scope.debug_path):
@@ -238,9 +239,7 @@ class LeafAdapter:
             )
         if self.rows is not None:
             shared = {tensor: scope.get_variable("params", key) for tensor, key in self.shared.items()}
-            return methods.apply_rows(
-                self.rows, self.method, self.hparams, tensors, self.axes, {**shared, **self.whole}
-            )
+            return apply_rows(self.rows, self.method, self.hparams, tensors, self.axes, {**shared, **self.whole})
         return AppliedMethod.in_call(self.method, self.hparams, {**tensors, **self.whole}, self.axes, drop)
 
 
@@ -266,7 +265,7 @@ class Interceptor:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
         hooks, known = self._active_hooks(module.scope), known_use(module, method)
-        outer, inner = methods.split_rows(hooks) if known is not None and list(hooks) == ["kernel"] else ({}, hooks)
+        outer, inner = split_rows(hooks) if known is not None and list(hooks) == ["kernel"] else ({}, hooks)
         if known is not None and outer:
             use = self._known_use(module, outer["kernel"], known, args, kwargs)
 
@@ -356,7 +355,7 @@ class Interceptor:
                 return call(fixed, *args, **kwargs)
         others = {k: v for k, v in params.items() if k not in fixed and k not in hooks and k != "bias"}
         try:
-            methods.check_biases(hooks.values(), others)
+            check_biases(hooks.values(), others)
         except AttachError as error:
             raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
         forward = [leaf for leaf, hook in hooks.items() if hook.forward] if method == "__call__" else ()
@@ -377,7 +376,7 @@ class Interceptor:
             hooks[leaf] = applied[0] if len(applied) == 1 else AppliedMethods(applied)
         return hooks
 
-    def _make_dropout(self, rate: float, scope: Scope) -> methods.Drop | None:
+    def _make_dropout(self, rate: float, scope: Scope) -> Drop | None:
         """Return a dropout with a key from the scope's stream, or None if dropout is off."""
         if not rate or not self.dropout:
             return None
@@ -389,7 +388,7 @@ class Interceptor:
                 " or turn the adapters' dropout off with model.clone(deterministic=True)"
             )
         key = scope.make_rng(DROPOUT)
-        return methods.Drop(rate, lambda: key)
+        return Drop(rate, lambda: key)
 
     def _layers_without_stream(self, scope: Scope) -> list[str]:
         """Return the layers with dropout in the scope's lifted transform, which all see the same random streams."""

@@ -15,15 +15,18 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
-from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
+from jaxadapt.adapters.site import Site, map_stack
+from jaxadapt.adapters.sites import sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.methods.applied import refuse_rivals
+from jaxadapt.methods.base import Method
+from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
@@ -91,7 +94,7 @@ def build_overlay(
     configuration.
     """
     names = {collection_name(config) for config in configs.values()}
-    names |= {c for c in methods.COLLECTIONS if _has_adapters(variables.get(c))}
+    names |= {c for c in COLLECTIONS if _has_adapters(variables.get(c))}
     names |= set(map(integers_name, names))
     adapters = {c: variables[c] for c in variables if c in names}
     base = {c: tree for c, tree in variables.items() if c not in names}
@@ -99,13 +102,13 @@ def build_overlay(
     keys_by_leaf = key_paths(params) if active else {}
     leaves: dict[Keys, Any] = {}
     leaf_adapters: dict[Keys, dict[str, list[LeafAdapter]]] = {}
-    replacing: dict[str, dict[str, methods.Method]] = {}
+    replacing: dict[str, dict[str, Method]] = {}
     with_dropout: list[str] = []
     prompts: dict[str, Prompt] = {}
     for order, name in enumerate(active):
         adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
         values, shared = adapter.sites, adapter.shared
-        if methods.get_method(adapter.config).scope == "model":
+        if get_method(adapter.config).scope == "model":
             prompts[name] = Prompt(adapter.recipe, shared, data.get(name, {}))
         shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
         for site in _cached_sites(adapter.recipe, shapes):
@@ -148,7 +151,7 @@ def build_overlay(
                 leaves |= {(*path, added[tensor]): shared[tensor] for tensor in shared}
             leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added, whole)
             leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
-    methods.refuse_rivals(replacing)
+    refuse_rivals(replacing)
     interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)
     require_one(prompts)
     return Overlay(base, adapters, leaves, interceptor, with_dropout, next(iter(prompts.values()), None))

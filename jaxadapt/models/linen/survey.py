@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jaxadapt import methods
 from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
@@ -23,6 +22,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Kind, Weight
+from jaxadapt.methods.base import as_computable
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
@@ -276,7 +276,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
             x, rest = interceptor.call_input(args, kwargs)
             use = kernel_use(module, x, rest, kernel_roles(module, rest))
             w = meta.unbox(module.scope.get_variable("params", "kernel" + SEP))
-            y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, methods.as_computable(w))
+            y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, as_computable(w))
             return y if module.dtype is None else y.astype(module.dtype)
         call = interceptor.isolate_method(module, context.method_name)
         copies = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}

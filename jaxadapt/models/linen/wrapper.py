@@ -16,17 +16,17 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
 from jaxadapt.adapters.selection import make_recipe
-from jaxadapt.adapters.sites import Sites
+from jaxadapt.adapters.site import Sites
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
@@ -129,7 +129,7 @@ class Adapted:
 
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
-        has_prompt = any(methods.get_method(config).scope == "model" for _, config in self.adapters)
+        has_prompt = any(get_method(config).scope == "model" for _, config in self.adapters)
         sizes = prompt.measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
         own = {collection_name(config) for _, config in self.adapters}
@@ -143,7 +143,7 @@ class Adapted:
         entries = model.entries(keymap)
         plans: dict[str, tuple[Recipe, Sites]] = {}
         for name, config in self.adapters:
-            method = methods.get_method(config)
+            method = get_method(config)
             if isinstance(method, PromptMethod):
                 config = method.complete(config, with_width(sizes, keymap, model.shapes))
             plans[name] = make_recipe(config, keymap, model.shapes, entries, check=model.check)

@@ -25,15 +25,17 @@ from flax.nnx import graphlib
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import methods
-from jaxadapt.adapters import initial_values, sites
+from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapters.site import Site, shared_tensors
 from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
+from jaxadapt.methods.applied import refuse_rivals
 from jaxadapt.methods.base import Method
+from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import (
     AdapterParam,
@@ -74,7 +76,7 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | Non
     return shardings
 
 
-def _sharding_metadata(site: sites.Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
+def _sharding_metadata(site: Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata from which `nnx.get_partition_spec` derives the sharding of an adapter parameter."""
     spec = base.get("out_sharding")
     if isinstance(spec, NamedSharding):
@@ -140,7 +142,7 @@ def require_current_trace(modules: Iterable[Any]) -> None:
 def attach(
     model: nnx.Module,
     recipe: Recipe,
-    adapter_sites: Sequence[sites.Site],
+    adapter_sites: Sequence[Site],
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
@@ -162,11 +164,11 @@ def attach(
         require_stream(rngs, "dropout")
     shared = {
         each.tensor.name: (SharedAdapterParam if each.tensor.trained else SharedFrozenParam)(
-            values[each.entry.path], adapter=Attached(recipe, methods.get_method(recipe.config), None, each.entry.shape)
+            values[each.entry.path], adapter=Attached(recipe, get_method(recipe.config), None, each.entry.shape)
         )
-        for each in sites.shared_tensors(adapter_sites)
+        for each in shared_tensors(adapter_sites)
     }
-    if methods.get_method(recipe.config).scope == "model":
+    if get_method(recipe.config).scope == "model":
         require_current_trace([model])
         prompt.attach_prompt(model, collection, name, shared)
         _apply_adapters(model, name)
@@ -201,7 +203,7 @@ def _apply_adapters(module: nnx.Module, name: str) -> None:
         setattr(module, ACTIVE, (name,))
 
 
-def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
+def _layer_numbers(site: Site, base: NamedSharding | None) -> dict[str, Any]:
     """Return the layer numbers of a site that needs them, replicated over the devices of its base weight."""
     if not site.data:
         return {}
@@ -209,7 +211,7 @@ def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, An
     return {name: LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
 
 
-def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
+def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
     """Return a message for each site whose module cannot hold the adapter."""
     scaled = [site.leaf for site in adapter_sites if site.effects.bias == "scales"]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
@@ -222,7 +224,7 @@ def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owne
     return problems
 
 
-def list_contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner]) -> list[str]:
+def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, Owner]) -> list[str]:
     """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
     problems: list[str] = []
     for site in adapter_sites:
@@ -293,13 +295,13 @@ def activate(model: Model, names: Sequence[str]) -> None:
 def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
     methods_by_leaf: dict[str, dict[str, Method]] = {}
     for path, layer in layers if len(names) > 1 else ():
-        for name, collection in itertools.product(names, methods.COLLECTIONS):
+        for name, collection in itertools.product(names, COLLECTIONS):
             for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
                 if leaf == SHARED_NODE:
                     continue
                 attached = attached_to(tensors)
                 methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached.method
-    methods.refuse_rivals(methods_by_leaf)
+    refuse_rivals(methods_by_leaf)
     for _, layer in layers:
         if getattr(layer, ACTIVE) != names:
             setattr(layer, ACTIVE, names)
@@ -318,12 +320,12 @@ def delete(model: Model, *names: str) -> None:
     _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
-        for name, attr in itertools.product(names, (*methods.COLLECTIONS, DROPOUT)):
+        for name, attr in itertools.product(names, (*COLLECTIONS, DROPOUT)):
             if name in attributes.get(attr, ()):
                 del attributes[attr][name]
                 if not attributes[attr]:
                     delattr(layer, attr)
-        if attributes.keys().isdisjoint(methods.COLLECTIONS):
+        if attributes.keys().isdisjoint(COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
     prompt.restore_attention(walk.model)

@@ -20,10 +20,10 @@ from flax import nnx
 from flax.nnx import graphlib
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.registry import COLLECTIONS
 
 # ---------------------------------------------------------------- params
 
@@ -74,7 +74,7 @@ class AdapterParam(nnx.LoRAParam[Any]):
 
 def _adapter_names(path: tuple[Any, ...]) -> list[Any]:
     """Return the possible adapter names in a parameter's path: every key after a collection's ("lora", "ia3", ...)."""
-    return [name for collection, name in itertools.pairwise(path) if collection in methods.COLLECTIONS]
+    return [name for collection, name in itertools.pairwise(path) if collection in COLLECTIONS]
 
 
 @dataclasses.dataclass(frozen=True)

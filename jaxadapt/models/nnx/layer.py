@@ -11,11 +11,13 @@ from typing import Any
 import jax
 from flax import errors, nnx
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
+from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases
+from jaxadapt.methods.base import Drop, Method
+from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.methods.rows import split_rows
 from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.graph import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
@@ -98,7 +100,7 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
     hooks: dict[str, list[AppliedMethod]] = {}
     attributes = vars(module)
     for name in attributes.get(ACTIVE, ()):
-        for collection in methods.COLLECTIONS:
+        for collection in COLLECTIONS:
             adapters = attributes.get(collection)
             if adapters is None or name not in adapters:
                 continue
@@ -115,7 +117,7 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
                         " Load it with load(…, rngs=nnx.Rngs(seed)) to train it, or call model.eval() to use it"
                     )
                 assert attached.axes is not None, "only a shared tensor has no axes"
-                drop = None if dropout is None else methods.Drop(dropout.rate, dropout.rngs)
+                drop = None if dropout is None else Drop(dropout.rate, dropout.rngs)
                 hook = AppliedMethod.in_call(attached.method, attached.hparams, params, attached.axes, drop)
                 hooks.setdefault(leaf, []).append(hook)
     for leaf, sites in attributes.get(ROWS, {}).items():
@@ -165,7 +167,7 @@ def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any
 def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with the adapters of its own weights."""
     hooks, known_use = _active_hooks(module), kernel_use(module)
-    outer, inner = methods.split_rows(hooks) if known_use is not None else ({}, hooks)
+    outer, inner = split_rows(hooks) if known_use is not None else ({}, hooks)
     if known_use is None or not outer:
         return _call_hooked(module, base, f, args, kwargs, hooks)
 
@@ -287,7 +289,7 @@ def _call_pure(
     weights = {leaf: attributes[leaf].get_value() for leaf in hooks}
     params = {attr: v.get_value() for attr, v in attributes.items() if isinstance(v, nnx.Param)}
     try:
-        methods.check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
+        check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
         # Methods other than __call__ may use a weight in reverse, as an output head tied to an embedding does.
         forward = [leaf for leaf, hook in hooks.items() if hook.forward] if f is base.__call__ else ()
         return rewrite.rewrite(call, weights, hooks, state, *args, forward=forward)

@@ -11,10 +11,10 @@ from typing import Any
 
 from flax import nnx
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.graph import CallData
 from jaxadapt.models.prompt import calling
@@ -43,7 +43,7 @@ def _mark(function: Any) -> Any:
 def restore_attention(model: nnx.Module) -> None:
     """Give the attention layers their own functions back, if a model has no adapter of a prompt method."""
     attributes = vars(model)
-    if not any(SHARED_NODE in adapter for c in methods.COLLECTIONS for adapter in attributes.get(c, {}).values()):
+    if not any(SHARED_NODE in adapter for c in COLLECTIONS for adapter in attributes.get(c, {}).values()):
         _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
 
 
@@ -66,7 +66,7 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
 def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
     attributes = vars(module)
     for name in names:
-        for collection in methods.COLLECTIONS:
+        for collection in COLLECTIONS:
             tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
             if tensors:
                 values = {t: var.get_value() for t, var in tensors.items()}

@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt import methods
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models.prompt import rewriting
 from jaxadapt.models.prompt.attention import AttentionCall, RelativeBias, add_gated, causal_mask, gated_layers
 from jaxadapt.models.prompt.rewriting import TakesEmbeddings, TakesKeys
@@ -289,7 +288,7 @@ class Prompt:
 
     @property
     def method(self) -> PromptMethod:
-        method = methods.METHODS[self.recipe.config.peft_type]
+        method = METHODS[self.recipe.config.peft_type]
         assert isinstance(method, PromptMethod)
         return method
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, integers_name, name_donated_arrays
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
@@ -166,7 +167,7 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
     """Return the adapter, abstract or not, under PEFT's names."""
     host = all(isinstance(leaf, np.ndarray) for leaf in adapter.flat().values())
     return PeftTensors(
-        adapter.config, sites.make_file_plan(sites.sites_of(adapter)).encode(adapter.flat(), host), str(source)
+        adapter.config, make_file_plan(sites.sites_of(adapter)).encode(adapter.flat(), host), str(source)
     )
 
 

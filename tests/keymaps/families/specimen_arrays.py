@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt.adapters import sites
+from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
@@ -50,5 +50,5 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
     _, bounds = planning.plan_adapter(base_params(tree), config, specimen.table)
-    tensors = {key: adapter_values(key, shape) for key, shape in whole(sites.make_file_plan(bounds)).items()}
+    tensors = {key: adapter_values(key, shape) for key, shape in whole(make_file_plan(bounds)).items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
