@@ -9,73 +9,36 @@ numpy. The packages listed first hold the further public names.
 16
 """
 
-from typing import TYPE_CHECKING
-
 from jaxadapt.configs.table import CLASSES
 from jaxadapt.core.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from jaxadapt import analysis as analysis
-    from jaxadapt import export as export
-    from jaxadapt import initializers as initializers
-    from jaxadapt import keymaps as keymaps
-    from jaxadapt import merging as merging
-    from jaxadapt import methods as methods
-    from jaxadapt import models as models
-    from jaxadapt import persistence as persistence
-    from jaxadapt import training as training
-    from jaxadapt.adapters.adapter import Adapter as Adapter
-    from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
-    from jaxadapt.configs.base import Config as Config
-    from jaxadapt.configs.fixed_bases import *  # noqa: F403
-    from jaxadapt.configs.full_rank import *  # noqa: F403
-    from jaxadapt.configs.lora import *  # noqa: F403
-    from jaxadapt.configs.low_rank import *  # noqa: F403
-    from jaxadapt.configs.prompts import *  # noqa: F403
-    from jaxadapt.core.errors import AdapterError as AdapterError
-    from jaxadapt.core.errors import AttachError as AttachError
-    from jaxadapt.core.errors import ConfigError as ConfigError
-    from jaxadapt.core.errors import FileError as FileError
-    from jaxadapt.core.errors import FormatError as FormatError
-    from jaxadapt.core.errors import KeyMapError as KeyMapError
-    from jaxadapt.core.errors import MismatchError as MismatchError
-    from jaxadapt.core.errors import TargetError as TargetError
-    from jaxadapt.keymaps.keymap import KeyMap as KeyMap
-    from jaxadapt.keymaps.weight import Weight as Weight
-    from jaxadapt.merging.base_merge import merge as merge
-    from jaxadapt.merging.base_merge import unmerge as unmerge
-    from jaxadapt.merging.combination import combine as combine
-    from jaxadapt.models.activation import activate as activate
-    from jaxadapt.models.activation import disable as disable
-    from jaxadapt.models.attachment import adapt as adapt
-    from jaxadapt.models.attachment import delete as delete
-    from jaxadapt.models.attachment import detach as detach
-    from jaxadapt.models.attachment import extract as extract
-    from jaxadapt.models.attachment import init as init
-    from jaxadapt.models.attachment import inject as inject
-    from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
-    from jaxadapt.models.nnx.graph import BaseParam as BaseParam
-    from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam
-    from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
-    from jaxadapt.models.nnx.graph import SharedParam as SharedParam
-    from jaxadapt.models.prompt.attention import attention as attention
-    from jaxadapt.models.summary_table import summary as summary
-    from jaxadapt.models.target_selection import select as select
-    from jaxadapt.persistence.folder import read as read
-    from jaxadapt.persistence.folder import read_config as read_config
-    from jaxadapt.persistence.folder import write as write
-    from jaxadapt.persistence.inspect_folder import inspect as inspect
-    from jaxadapt.persistence.load_adapter import load as load
-    from jaxadapt.persistence.peft import from_peft as from_peft
-    from jaxadapt.persistence.peft import to_peft as to_peft
-    from jaxadapt.persistence.save_adapter import save as save
-    from jaxadapt.persistence.upload import push as push
-    from jaxadapt.persistence.verify_folder import repair as repair
-    from jaxadapt.persistence.verify_folder import verify as verify
-    from jaxadapt.storage.hub import pull as pull
-    from jaxadapt.training import optim as optim
-    from jaxadapt.training.checkpoint.manager import CheckpointManager as CheckpointManager
-else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__, CLASSES.values())
+_NAMES = {
+    "adapters.adapter": "Adapter",
+    "adapters.peft_tensors": "PeftTensors",
+    "configs.base": "Config",
+    "core.errors": "AdapterError AttachError ConfigError FileError FormatError KeyMapError MismatchError TargetError",
+    "keymaps.keymap": "KeyMap",
+    "keymaps.weight": "Weight",
+    "merging.base_merge": "merge unmerge",
+    "merging.combination": "combine",
+    "models.activation": "activate disable",
+    "models.attachment": "adapt delete detach extract init inject",
+    "models.nnx.graph": "AdapterParam BaseParam FrozenParam LayerNumber SharedParam",
+    "models.prompt.attention": "attention",
+    "models.summary_table": "summary",
+    "models.target_selection": "select",
+    "persistence.folder": "read read_config write",
+    "persistence.inspect_folder": "inspect",
+    "persistence.load_adapter": "load",
+    "persistence.peft": "from_peft to_peft",
+    "persistence.save_adapter": "save",
+    "persistence.upload": "push",
+    "persistence.verify_folder": "repair verify",
+    "storage.hub": "pull",
+    "training": "optim",
+    "training.checkpoint.manager": "CheckpointManager",
+}
+_PACKAGES = "analysis export initializers keymaps merging methods models persistence serving training"
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _PACKAGES, CLASSES.values())

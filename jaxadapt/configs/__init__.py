@@ -1,25 +1,11 @@
 """PEFT-compatible configuration classes, read from and written to `adapter_config.json`. Imports no JAX."""
 
-from typing import TYPE_CHECKING
-
 from jaxadapt.configs.table import CLASSES
 from jaxadapt.core.lazy import lazy_names
 
-if TYPE_CHECKING:
-    from jaxadapt.configs.base import PEFT_VERSION as PEFT_VERSION
-    from jaxadapt.configs.base import Config as Config
-    from jaxadapt.configs.base import GenericConfig as GenericConfig
-    from jaxadapt.configs.base import dumps as dumps
-    from jaxadapt.configs.base import from_dict as from_dict
-    from jaxadapt.configs.base import loads as loads
-    from jaxadapt.configs.fixed_bases import *  # noqa: F403
-    from jaxadapt.configs.frozen import FrozenDict as FrozenDict
-    from jaxadapt.configs.frozen import freeze as freeze
-    from jaxadapt.configs.frozen import thaw as thaw
-    from jaxadapt.configs.full_rank import *  # noqa: F403
-    from jaxadapt.configs.lora import *  # noqa: F403
-    from jaxadapt.configs.low_rank import *  # noqa: F403
-    from jaxadapt.configs.prompts import *  # noqa: F403
-    from jaxadapt.configs.validation import TASK_TYPES as TASK_TYPES
-else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__, CLASSES.values())
+_NAMES = {
+    "configs.base": "PEFT_VERSION Config GenericConfig dumps from_dict loads",
+    "configs.frozen": "FrozenDict freeze thaw",
+    "configs.validation": "TASK_TYPES",
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, "", CLASSES.values())

@@ -5,34 +5,33 @@ Names of PEFT, Tunix and Qwix with their counterparts in jaxadapt, for error mes
 
 from __future__ import annotations
 
-import ast
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 # ---------------------------------------------------------------- lazy
 
 
 def lazy_names(
-    package: str, others: Iterable[tuple[str, str]] = ()
+    package: str, names: Mapping[str, str], packages: str = "", others: Iterable[tuple[str, str]] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return `__getattr__`, `__dir__` and `__all__` for the names that a package imports under `TYPE_CHECKING`.
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose names load on first use.
 
-    A package lists each public name once, as an import that only type checkers follow. This function reads these
-    imports from the package's source and runs each import on first use of its name.
+    The package's `__init__.pyi` lists the same names for type checkers.
 
     Args:
-        package: the package's `__name__`. Its `__init__.py` holds one `if TYPE_CHECKING:` block, whose imports have the
-            form `from module import name as name`. An import of `*` there only serves type checkers.
-        others: the (module, name) of the names that `*` stands for.
+        package: the package's `__name__`.
+        names: `{module below jaxadapt: its public names, separated by spaces}`. A name may be a module in that package.
+        packages: the public packages inside this one, separated by spaces.
+        others: `(module, name)` of further names.
 
-    >>> import jaxadapt.core
-    >>> load, names, public = lazy_names("jaxadapt")
-    >>> "Config" in public, load("Config").__name__
-    (True, 'Config')
+    >>> load, names, public = lazy_names("jaxadapt", {"configs.lora": "LoraConfig"})
+    >>> public, load("LoraConfig").__name__
+    (['LoraConfig'], 'LoraConfig')
     """
-    homes = typed_imports(package) | {name: (module, name) for module, name in others}
+    homes = {name: f"jaxadapt.{module}" for module, words in names.items() for name in words.split()}
+    homes |= {name: module for module, name in others} | dict.fromkeys(packages.split(), package)
     public = sorted(homes)
 
     def load(name: str) -> Any:
@@ -45,13 +44,8 @@ def lazy_names(
             if hint and caller in ("importlib._bootstrap", "_frozen_importlib"):
                 raise ImportError(text, name=package)
             raise AttributeError(text, name=name)
-        module, attribute = home
-        if module == package:  # a package or module inside this one
-            value = importlib.import_module(f"{module}.{attribute}")
-        else:
-            source = importlib.import_module(module)
-            is_loaded = attribute in vars(source)
-            value = vars(source)[attribute] if is_loaded else importlib.import_module(f"{module}.{attribute}")
+        found = {} if home == package else vars(importlib.import_module(home))
+        value = found[name] if name in found else importlib.import_module(f"{home}.{name}")
         setattr(sys.modules[package], name, value)  # the next use does not call this function
         return value
 
@@ -65,19 +59,6 @@ def _explain(name: str, public: list[str]) -> str:
         return f"; here it is {OTHER_NAMES[name]}"
     similar = next((known for known in public if known.lower() == name.lower()), None)
     return f"; did you mean {similar!r}?" if similar else ""
-
-
-def typed_imports(package: str) -> dict[str, tuple[str, str]]:
-    """Return {name: (module, name there)} of the imports in a module's `if TYPE_CHECKING:` block."""
-    spec = sys.modules[package].__spec__
-    loader: Any = spec.loader if spec else None
-    homes: dict[str, tuple[str, str]] = {}
-    for node in ast.parse(loader.get_source(package)).body:
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            for statement in node.body:
-                if isinstance(statement, ast.ImportFrom) and statement.module:
-                    homes |= {a.asname or a.name: (statement.module, a.name) for a in statement.names if a.name != "*"}
-    return homes
 
 
 # ---------------------------------------------------------------- other names

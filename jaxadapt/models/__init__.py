@@ -1,35 +1,18 @@
 """Adapters on NNX modules, Linen modules and the trees of other libraries. Only this package and `demo` import Flax."""
 
-from typing import TYPE_CHECKING
-
 from jaxadapt.core.lazy import lazy_names
 
-if TYPE_CHECKING:
-    from jaxadapt.models.activation import activate as activate
-    from jaxadapt.models.activation import disable as disable
-    from jaxadapt.models.activation import rescale as rescale
-    from jaxadapt.models.attachment import adapt as adapt
-    from jaxadapt.models.attachment import delete as delete
-    from jaxadapt.models.attachment import detach as detach
-    from jaxadapt.models.attachment import extract as extract
-    from jaxadapt.models.attachment import init as init
-    from jaxadapt.models.attachment import inject as inject
-    from jaxadapt.models.foreign.tree import slot as slot
-    from jaxadapt.models.invocation import invoke as invoke
-    from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
-    from jaxadapt.models.nnx.graph import BaseParam as BaseParam
-    from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
-    from jaxadapt.models.prompt.attention import RelativeBias as RelativeBias
-    from jaxadapt.models.prompt.attention import attention as attention
-    from jaxadapt.models.prompt.calling import extend_labels as extend_labels
-    from jaxadapt.models.prompt.rewriting import TakesEmbeddings as TakesEmbeddings
-    from jaxadapt.models.prompt.rewriting import TakesKeys as TakesKeys
-    from jaxadapt.models.quantization import dequantize as dequantize
-    from jaxadapt.models.quantization import from_qwix as from_qwix
-    from jaxadapt.models.quantization import quantize as quantize
-    from jaxadapt.models.summary_table import summary as summary
-    from jaxadapt.models.target_selection import Selection as Selection
-    from jaxadapt.models.target_selection import Target as Target
-    from jaxadapt.models.target_selection import select as select
-else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__)
+_NAMES = {
+    "models.activation": "activate disable rescale",
+    "models.attachment": "adapt delete detach extract init inject",
+    "models.foreign.tree": "slot",
+    "models.invocation": "invoke",
+    "models.nnx.graph": "AdapterParam BaseParam LayerNumber",
+    "models.prompt.attention": "RelativeBias attention",
+    "models.prompt.calling": "extend_labels",
+    "models.prompt.rewriting": "TakesEmbeddings TakesKeys",
+    "models.quantization": "dequantize from_qwix quantize",
+    "models.summary_table": "summary",
+    "models.target_selection": "Selection Target select",
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

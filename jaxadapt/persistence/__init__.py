@@ -1,21 +1,15 @@
 """PEFT's adapter folder: save, load, read, write, inspect, verify, repair and push."""
 
-from typing import TYPE_CHECKING
-
 from jaxadapt.core.lazy import lazy_names
 
-if TYPE_CHECKING:
-    from jaxadapt.persistence.folder import read as read
-    from jaxadapt.persistence.folder import read_config as read_config
-    from jaxadapt.persistence.folder import write as write
-    from jaxadapt.persistence.inspect_folder import inspect as inspect
-    from jaxadapt.persistence.load_adapter import load as load
-    from jaxadapt.persistence.peft import from_peft as from_peft
-    from jaxadapt.persistence.peft import to_peft as to_peft
-    from jaxadapt.persistence.save_adapter import save as save
-    from jaxadapt.persistence.upload import push as push
-    from jaxadapt.persistence.verify_folder import repair as repair
-    from jaxadapt.persistence.verify_folder import verify as verify
-    from jaxadapt.storage.hub import pull as pull
-else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__)
+_NAMES = {
+    "persistence.folder": "read read_config write",
+    "persistence.inspect_folder": "inspect",
+    "persistence.load_adapter": "load",
+    "persistence.peft": "from_peft to_peft",
+    "persistence.save_adapter": "save",
+    "persistence.upload": "push",
+    "persistence.verify_folder": "repair verify",
+    "storage.hub": "pull",
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,25 +1,12 @@
 """Many adapters on one base: a bank on the devices, a route for a batch's rows, a pool of folders, and generation."""
 
-from typing import TYPE_CHECKING
-
 from jaxadapt.core.lazy import lazy_names
 
-if TYPE_CHECKING:
-    from jaxadapt.models.row_sites import Rows as Rows
-    from jaxadapt.serving.bank import Bank as Bank
-    from jaxadapt.serving.bank import create as create
-    from jaxadapt.serving.bank import get as get
-    from jaxadapt.serving.bank import prepare as prepare
-    from jaxadapt.serving.bank import put as put
-    from jaxadapt.serving.generation import Decoder as Decoder
-    from jaxadapt.serving.generation import KVCache as KVCache
-    from jaxadapt.serving.generation import Sampling as Sampling
-    from jaxadapt.serving.generation import linen_forward as linen_forward
-    from jaxadapt.serving.generation import nnx_forward as nnx_forward
-    from jaxadapt.serving.pool import AdapterPool as AdapterPool
-    from jaxadapt.serving.pool import Lease as Lease
-    from jaxadapt.serving.routing import attach as attach
-    from jaxadapt.serving.routing import detach as detach
-    from jaxadapt.serving.routing import route as route
-else:
-    __getattr__, __dir__, __all__ = lazy_names(__name__)
+_NAMES = {
+    "models.row_sites": "Rows",
+    "serving.bank": "Bank create get prepare put",
+    "serving.generation": "Decoder KVCache Sampling linen_forward nnx_forward",
+    "serving.pool": "AdapterPool Lease",
+    "serving.routing": "attach detach route",
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

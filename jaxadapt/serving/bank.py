@@ -399,7 +399,9 @@ def weights_read(bank: Bank, base: Any) -> dict[str, Any]:
 
 
 def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
-    """Return an adapter's tensors as arrays of numpy with the bank's shapes, for `put`; raise its errors.
+    """Return an adapter's tensors as NumPy arrays with the bank's shapes, for `put`.
+
+    Raises the errors of `put`.
 
     >>> import jaxadapt
     >>> base = {"q": {"kernel": jnp.ones((4, 6))}}

@@ -248,6 +248,11 @@ def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, 
         model: an NNX model with the interface of the demo's Llama (see docs/serving.md), also with adapters or a bank.
         embedded_prompt: True if the active adapter is a prompt of embeddings (PROMPT_TUNING, P_TUNING, …): its virtual
             tokens then stay in the cache after the first call.
+
+    A call of the function raises the errors of `route` and of the model.
+
+        forward, state = jaxadapt.serving.nnx_forward(model)
+        decoder = jaxadapt.serving.Decoder(config, forward, state, rows=8, length=512)
     """
     rebuild, state = Model(model).split()
 
@@ -259,7 +264,13 @@ def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, 
 
 
 def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
-    """Return the forward function of a Linen module, whose state is the module's variables; see `nnx_forward`."""
+    """Return the forward function of a Linen module, whose state is the module's variables; see `nnx_forward`.
+
+    A call of the function raises the errors of `route` and of the module.
+
+        forward = jaxadapt.serving.linen_forward(module)
+        decoder = jaxadapt.serving.Decoder(config, forward, variables, rows=8, length=512)
+    """
 
     def forward(variables: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
         with _called(module, route, embedded_prompt and not first) as called:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxadapt import IA3Config, LoraConfig, MismatchError
 from jaxadapt.keymaps import pytorch
-from jaxadapt.methods import file_sizes
+from jaxadapt.methods.registry import file_sizes
 
 
 def lora(module, out, inputs, r=2):

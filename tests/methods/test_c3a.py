@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxadapt import C3AConfig, ConfigError
-from jaxadapt.methods import AppliedMethods
+from jaxadapt.methods.applied import AppliedMethods
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # transforms of float32

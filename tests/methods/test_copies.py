@@ -15,7 +15,8 @@ from jaxadapt.arrays.axes import Axes, Use
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import METHODS, AppliedMethod, AppliedMethods, Start, Target, check_biases, refuse_rivals
+from jaxadapt.methods import METHODS, AppliedMethod, Start, Target
+from jaxadapt.methods.applied import AppliedMethods, check_biases, refuse_rivals
 from jaxadapt.methods.full_copy import CopyHparams, FullCopy
 from jaxadapt.methods.trainable_tokens import TokensHparams, TrainableTokens
 

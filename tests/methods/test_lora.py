@@ -15,9 +15,11 @@ from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.per_entry import LAYER
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import LAYER, METHODS, AppliedMethod, lora, needs_layer_number
+from jaxadapt.methods import METHODS, AppliedMethod, lora
+from jaxadapt.methods.base import needs_layer_number
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 TABLE = Weight("w", "a.q.weight", "v d -> v d", kind="embedding")

@@ -13,7 +13,8 @@ from jaxadapt import AttachError, DeftConfig, DeloraConfig, FourierFTConfig, Pea
 from jaxadapt.arrays.random_draws import TorchRandom
 from jaxadapt.configs.base import class_of
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods import METHODS, AppliedMethods, waveft
+from jaxadapt.methods import METHODS, waveft
+from jaxadapt.methods.applied import AppliedMethods
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
 
 CASES = {

@@ -20,7 +20,7 @@ PACKAGE = Path(jaxadapt.__file__).parent
 # imports, 60 functions over 15 branches and none over 25, 1 with more than 10 parameters, a chain of 18, no circle.
 FILES, STATEMENTS, IMPORTS = 274, 30_788, 0.12
 OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 133, 24, 10
-CHAIN, CIRCLES = 30, (16,)
+CHAIN, CIRCLES = 30, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
     "load": (47, 573),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import os
 import subprocess
@@ -13,11 +15,21 @@ from typing import Any
 import pytest
 
 import jaxadapt
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs import table
 
+VALUES = {"jaxadapt.BaseParam", "jaxadapt.methods.METHODS"}
+# Functions return these, and methods are built from those of `jaxadapt.methods` (CONTRIBUTING.md has the example).
+RETURNED = {"jaxadapt.serving.Bank", "jaxadapt.serving.Lease", "jaxadapt.serving.Rows"} | {
+    f"jaxadapt.methods.{name}"
+    for name in (
+        *("AppliedMethod", "Change", "Drop", "Effects", "MatrixMethod", "Method", "MethodInfo", "Start", "Target"),
+        *("describe_methods", "get_method"),
+    )
+}
+CLASSES = {name for _, name in table.CLASSES.values()}
 PUBLIC = {
     # configuration
-    "Config", *(name for _, name in CLASSES.values()),
+    "Config", *CLASSES,
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     "SharedParam", "FrozenParam",
@@ -40,7 +52,10 @@ PACKAGES = {
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},
     "merging": {"combine", "merge", "plain_lora", "resize_rank", "to_lora", "unmerge"},
-    "methods": None,
+    "methods": {
+        "METHODS", "AppliedMethod", "Change", "Drop", "Effects", "MatrixMethod", "Method", "MethodInfo", "Start",
+        "Target", "describe_methods", "get_method", "register",
+    },
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
         "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
@@ -51,11 +66,30 @@ PACKAGES = {
         "from_peft", "inspect", "load", "pull", "push", "read", "read_config", "repair", "save", "to_peft", "verify",
         "write",
     },
+    "serving": {
+        "AdapterPool", "Bank", "Decoder", "KVCache", "Lease", "Rows", "Sampling", "attach", "create", "detach", "get",
+        "linen_forward", "nnx_forward", "prepare", "put", "route",
+    },
     "training": {"CheckpointManager"},
 }  # fmt: skip
 EVERY = {f"jaxadapt.{name}" for name in PUBLIC} | {
     f"jaxadapt.{package}.{name}" for package, names in PACKAGES.items() for name in (names or ()) if name not in PUBLIC
 }
+
+
+@pytest.mark.parametrize("package", ["", "configs", *PACKAGES])
+def test_type_checkers_see_the_names_that_load(root: Path, package: str):
+    """`__init__.pyi` lists the names of `__init__.py`, from the same modules."""
+    found: dict[str, str] = {}
+    for node in ast.parse((root / "jaxadapt" / package / "__init__.pyi").read_text(encoding="utf-8")).body:
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if alias.name != "*":
+                found[alias.name] = str(getattr(node, "module", ""))
+    loaded = importlib.import_module(f"jaxadapt.{package}".rstrip("."))
+    assert found.keys() | (CLASSES if package in ("", "configs") else set()) == set(loaded.__all__)
+    for name, module in found.items():
+        value = getattr(loaded, name)
+        assert value is getattr(importlib.import_module(module), name)
 
 
 def value_of(path: str) -> Any:
@@ -80,11 +114,11 @@ def test_names_of_a_package(package: str):
 @pytest.mark.parametrize("name", sorted(EVERY))
 def test_each_name_is_there(name: str):
     value = value_of(name)
-    assert callable(value)
-    assert name == "jaxadapt.BaseParam" or value.__doc__, f"{name} has no docstring"  # a filter is a value
+    assert name in VALUES or callable(value)
+    assert name in VALUES or value.__doc__, f"{name} has no docstring"  # a filter is a value
 
 
-@pytest.mark.parametrize("name", sorted(EVERY - {"jaxadapt.BaseParam"}))
+@pytest.mark.parametrize("name", sorted(EVERY - VALUES - RETURNED))
 def test_each_docstring_has_an_example_and_says_what_is_raised(name: str):
     """Examples run as doctests, but for those that need the Hub or another library."""
     value = value_of(name)

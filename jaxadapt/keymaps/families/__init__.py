@@ -1,41 +1,44 @@
-"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and an entry of `_KEYMAPS`."""
+"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and a row of `_TABLE`."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import KeyMapError
-from jaxadapt.keymaps.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, openpi, tunix
-from jaxadapt.keymaps.families.bert import BERT, ROBERTA
-from jaxadapt.keymaps.families.clip import CLIP
-from jaxadapt.keymaps.families.gpt2 import GPT2, GPT2_DENSE
-from jaxadapt.keymaps.families.gpt_neo import GPT_NEO, GPTJ
-from jaxadapt.keymaps.families.llama import LLAMA
-from jaxadapt.keymaps.families.t5 import T5
-from jaxadapt.keymaps.families.vit import VIT
-from jaxadapt.keymaps.families.whisper import WHISPER
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
-_KEYMAPS = (
-    *(LLAMA, GPT2, GPT2_DENSE, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
-    *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
-    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, tunix.QWEN3_MOE),
-    *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
-    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N, gemma.GEMMA4, gemma.GEMMA4_MOE),
-    *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
-    *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
-    *(maxtext_gemma.GEMMA3_4B, maxtext_gemma.GEMMA3_12B, maxtext_gemma.GEMMA3_27B),
-    *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS, maxtext_moe.GPT_OSS_BLOCKS),
-    *(maxtext_moe.DEEPSEEK_V3, maxtext_moe.KIMI_K2),
-    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA, openpi.PI0),
-)
-FAMILIES: dict[str, KeyMap] = {keymap.name: keymap for keymap in _KEYMAPS}
+_TABLE = {
+    "llama": "LLAMA",
+    "gpt2": "GPT2 GPT2_DENSE",
+    "gpt_neo": "GPT_NEO GPTJ",
+    "bert": "BERT ROBERTA",
+    "t5": "T5",
+    "vit": "VIT",
+    "clip": "CLIP",
+    "whisper": "WHISPER",
+    "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
+    "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
+    "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4 GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
+    "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3",
+    "maxtext_gemma": "GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B",
+    "maxtext_moe": "MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
+    "keras": "LLAMA QWEN3 GEMMA3",
+    "easydel": "LLAMA",
+    "openpi": "PI0",
+}
+"""`{file of this package: its keymaps}`, in the order in which families are tried."""
+FAMILIES: dict[str, KeyMap] = {
+    keymap.name: keymap
+    for file, names in _TABLE.items()
+    for keymap in map(vars(importlib.import_module(f"{__name__}.{file}")).__getitem__, names.split())
+}
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")

@@ -1,0 +1,3 @@
+"""The names of this package, for type checkers."""
+
+from jaxadapt.analysis.differences import diff as diff

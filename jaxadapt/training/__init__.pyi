@@ -1,0 +1,3 @@
+"""The names of this package, for type checkers."""
+
+from jaxadapt.training.checkpoint.manager import CheckpointManager as CheckpointManager
