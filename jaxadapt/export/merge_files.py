@@ -22,7 +22,7 @@ from jaxadapt.export import base_export, conversion, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
-from jaxadapt.methods import file_sizes
+from jaxadapt.methods.registry import file_sizes
 from jaxadapt.persistence import base_checks, fingerprint, folder, peft
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.location import Location

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt import methods
-from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, key_names, sites
+from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, key_names
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries, make_file_plan, repeated_keys, tensor_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.configs import lora
@@ -35,6 +35,7 @@ from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Plan, PlanEntry, cut_parts, has_parts
 from jaxadapt.methods.lora import is_newer_attention_file
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT
@@ -340,7 +341,7 @@ def adapter_from_tensors(
     on_shared: str | None = None,
     strict: bool = True,
     check: bool = False,
-) -> tuple[Adapter, sites.Sites]:
+) -> tuple[Adapter, Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
     With `check`, NaN and infinity in the tensors are a warning.
@@ -350,14 +351,14 @@ def adapter_from_tensors(
     """
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
-        methods.get_method(tensors.config)
+        get_method(tensors.config)
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, on_shared)
         found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}
         recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
         planning.check_kernels(recipe.config, base, adapter_sites)
-        plan = sites.make_file_plan(adapter_sites)
+        plan = make_file_plan(adapter_sites)
     except AdapterError as error:
         hint = _attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
@@ -375,7 +376,7 @@ def adapter_from_tensors(
     specs = as_source(tensors.tensors).specs
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     requested, dtype = dtype, None if dtype == AUTOCAST else dtype
-    integers = {key: t.dtype for t, e in sites.file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
+    integers = {key: t.dtype for t, e in file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
     non_floats = {d for d in set(dtypes.values()) if not jnp.issubdtype(d, jnp.floating)}
     unusable = [
         f"{k}: {d.name}, expected {'integers' if k in integers else 'floats'}"
@@ -399,12 +400,12 @@ def adapter_from_tensors(
             base.leaves, tensors.source, strict,
         )  # fmt: skip
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
-    repeats = sites.repeated_keys(adapter_sites)
+    repeats = repeated_keys(adapter_sites)
     full_copies.require_equal(tensors.tensors, repeats, tensors.source)
     for key, original in repeats.items():
         if original in shapes and key not in shapes:
             shapes[key], dtypes[key] = shapes[original], dtypes[original]
-    optional = (entry for tensor, entry in sites.file_entries(adapter_sites) if tensor.optional)
+    optional = (entry for tensor, entry in file_entries(adapter_sites) if tensor.optional)
     missing = [key for entry in optional for key in entry.keys if key not in shapes]
     if strict or not plan.keys.keys() & shapes.keys():
         assumed = {key: plan.shapes[key] for key in missing}
@@ -434,7 +435,7 @@ def adapter_from_tensors(
         for entry in plan.entries:
             if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
                 leaves[entry.path] = leaves[entry.path].astype(entry.dtype(new_dtypes))
-    if any(not tensor.in_file for tensor in sites.all_tensors(adapter_sites)):
+    if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
         leaves = initial_values.init_values(
             recipe.config,
             adapter_sites,
@@ -446,7 +447,7 @@ def adapter_from_tensors(
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def _copied_keys(adapter_sites: Sequence[sites.Site]) -> set[str]:
+def _copied_keys(adapter_sites: Sequence[Site]) -> set[str]:
     """Return the keys of full copies (`modules_to_save`), which keep the file's dtype."""
     return {key for site in adapter_sites if site.method.copies for entry in site.entries for key in entry.keys}
 
@@ -486,7 +487,7 @@ _CREATED = 2**24
 def _require_bounded(
     missing: Iterable[str],
     plan: plans.Plan,
-    adapter_sites: sites.Sites,
+    adapter_sites: Sites,
     base: Mapping[str, Sequence[int]],
     source: str,
 ) -> None:
@@ -495,7 +496,7 @@ def _require_bounded(
     Only the configuration states their sizes, so that a rank of 10^8 would take all memory.
     """
     created = sum(math.prod(plan.shapes[key]) for key in missing)
-    created += sum(math.prod(e.shape) for tensor, e in sites.tensor_entries(adapter_sites) if not tensor.in_file)
+    created += sum(math.prod(e.shape) for tensor, e in tensor_entries(adapter_sites) if not tensor.in_file)
     weights = sum(math.prod(base[leaf]) for leaf in {site.leaf for site in adapter_sites})
     if created > (limit := max(_CREATED, 4 * weights)):
         raise MismatchError(
@@ -509,12 +510,12 @@ def _created_tensors(
     plan: plans.Plan,
     missing: Sequence[str],
     config: Config,
-    adapter_sites: sites.Sites,
+    adapter_sites: Sites,
     base: planning.BaseParams,
 ) -> dict[str, Any]:
     """Return the tensors that a file lacks, as in a new adapter."""
     absent = set(missing)
-    incomplete = sites.Sites(
+    incomplete = Sites(
         (s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)),
         (each for each in adapter_sites.shared if not absent.isdisjoint(each.entry.keys)),
         adapter_sites.method,
@@ -526,7 +527,7 @@ def _created_tensors(
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
     traced = any(isinstance(tensors.tensors[key], jax.Array) for key in plan.keys if key in tensors.tensors)
-    encoded = sites.make_file_plan(incomplete).encode(leaves, host=not traced)
+    encoded = make_file_plan(incomplete).encode(leaves, host=not traced)
     dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
     copied = _copied_keys(incomplete)
     common = dtypes.pop() if len(dtypes) == 1 else None
@@ -553,7 +554,7 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     return np.dtype("float32" if narrow else stored)
 
 
-def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[sites.Site]) -> dict[str, Any]:
+def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
     """Return {path: sharding}: the requested shardings, else those that follow from the base."""
     if shardings is not None:
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings
