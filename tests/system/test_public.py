@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -169,6 +171,15 @@ def test_import_loads_nothing_heavy(root: Path):
     logged = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "jaxadapt" in logged
     assert not HEAVY & logged
+
+
+def test_the_package_imports_without_its_sources(root: Path, tmp_path: Path):
+    """Packagers ship compiled files only."""
+    shutil.copytree(root / "jaxadapt", tmp_path / "jaxadapt", ignore=shutil.ignore_patterns("__pycache__", "*.pyi"))
+    assert compileall.compile_dir(tmp_path / "jaxadapt", quiet=2, legacy=True)
+    for path in (tmp_path / "jaxadapt").rglob("*.py"):
+        path.unlink()
+    fresh(tmp_path, "import jaxadapt; jaxadapt.LoraConfig(r=2), jaxadapt.load, jaxadapt.methods.METHODS['VERA']")
 
 
 def test_errors_load_nothing_heavy(root: Path):
