@@ -24,7 +24,7 @@ from jaxadapt.core.progress import escape_text
 
 GROUPS = {
     "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),
-    "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "start", "convert", "extract")),
+    "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "undo-start", "convert", "extract")),
     "Merge and combine": ("adapter_changes", ("merge", "combine")),
     "Share": ("sharing", ("export", "push", "pull")),
     "Train and serve": ("runs", ("demo", "checkpoints", "serve")),

@@ -134,15 +134,15 @@ def rename_command(adapter: str, out: str, old: str | None, new: str | None, bas
         output.print_line(f"  … and {len(changed) - _MAX_NAMES} more (--json lists all)")
 
 
-# ---------------------------------------------------------------- start
+# ---------------------------------------------------------------- undo start
 
 
-@click.command("start", short_help="Undo the change of the base by PiSSA, OLoRA and others.")
+@click.command("undo-start", short_help="Undo the change of the base by PiSSA, OLoRA and others.")
 @click.argument("adapter", type=click.Path())
-@click.option("--undo", "first", required=True, type=click.Path(), help="The adapter as it was before the training.")
+@click.option("--first", required=True, type=click.Path(), help="The adapter as it was before the training.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write.")
 @output.as_json
-def start_command(adapter: str, first: str, out: str, as_json: bool) -> None:
+def undo_start_command(adapter: str, first: str, out: str, as_json: bool) -> None:
     """Write the trained ADAPTER as a plain LoRA for the original base.
 
     PiSSA, OLoRA, CorDA and others move a part of each base weight into the adapter, and train it beside the changed
@@ -151,7 +151,7 @@ def start_command(adapter: str, first: str, out: str, as_json: bool) -> None:
 
     \b
     Example:
-      jaxadapt start out/ --undo before-training/ --out plain/
+      jaxadapt undo-start out/ --first before-training/ --out plain/
     """
     from jaxadapt.export import adapter_files
 

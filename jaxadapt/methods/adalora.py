@@ -29,6 +29,8 @@ from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
+__all__ = ["Allocation", "allocate_ranks", "orthogonality_loss", "prune"]
+
 _PREFIX = "base_model.model."
 
 
@@ -182,7 +184,10 @@ def allocate_ranks(
         ConfigError: `total_step` is missing, or `target_r` is larger than `init_r`.
     """
     if config.total_step is None or config.target_r > config.init_r:
-        raise ConfigError("cannot allocate ranks: set total_step, and target_r to at most init_r")
+        raise ConfigError(
+            f"cannot allocate ranks with total_step={config.total_step}, target_r={config.target_r} and"
+            f" init_r={config.init_r}: set total_step to the number of updates, and target_r to at most init_r"
+        )
     last = config.total_step - config.tfinal
     importance, uncertainty, masks = dict(state.importance), dict(state.uncertainty), state.masks
     if step < last:

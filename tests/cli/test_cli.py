@@ -380,7 +380,7 @@ def test_long_work_shows_bars_with_bytes_per_second_on_a_terminal_alone(seen, fo
 
 
 def test_every_command_has_a_test_of_its_json():
-    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "start", "export", "serve"}
+    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull", "undo-start", "export", "serve"}
     assert tested == set(COMMANDS)
 
 

@@ -172,9 +172,9 @@ def test_pissa_trained_in_16_bits_keeps_its_float32_start(how, tmp_path):
     np.testing.assert_allclose(read_back(model_of("llama"), tmp_path / "out"), want, atol=1e-4)
     if how == "first":
         arguments = [
-            "start",
+            "undo-start",
             str(tmp_path / "in"),
-            "--undo",
+            "--first",
             str(tmp_path / "first"),
             "--out",
             str(tmp_path / "undone"),

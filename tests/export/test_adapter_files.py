@@ -169,13 +169,13 @@ def test_an_empty_name_is_not_the_working_directory(folder: Path, tmp_path: Path
     assert not list((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize("command", ["resize", "rename", "combine", "export", "start", "convert"])
+@pytest.mark.parametrize("command", ["resize", "rename", "combine", "export", "undo-start", "convert"])
 def test_a_command_does_not_replace_what_it_reads(command: str, folder: Path, tmp_path: Path):
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     options = {
         "resize": ["--rank", "2"], "rename": ["--from", "model.", "--to", "x."], "combine": ["--weights", "1"],
-        "start": ["--undo", str(folder)],
+        "undo-start": ["--first", str(folder)],
     }.get(command, [])  # fmt: skip
     target = [str(tmp_path / "link")] if command == "convert" else ["--out", str(tmp_path / "link")]
     result = CliRunner().invoke(main, [command, str(folder), *target, *options])
@@ -208,7 +208,7 @@ def test_start_undo_gives_a_plain_lora(tmp_path: Path):
     first, trained = (jaxadapt.PeftTensors(config, tensors(seed)) for seed in (1, 2))
     jaxadapt.write(first, tmp_path / "first")
     jaxadapt.write(trained, tmp_path / "trained")
-    result = run("start", tmp_path / "trained", "--undo", tmp_path / "first", "--out", tmp_path / "plain", "--json")
+    result = run("undo-start", tmp_path / "trained", "--first", tmp_path / "first", "--out", tmp_path / "plain", "--json")
     assert json.loads(result.output)["rank"] == 8
     plain = jaxadapt.read(tmp_path / "plain")
     assert plain.config.init_lora_weights is True
@@ -216,7 +216,7 @@ def test_start_undo_gives_a_plain_lora(tmp_path: Path):
         wanted = change(trained, module) - change(first, module)
         np.testing.assert_allclose(change(plain, module), wanted, rtol=1e-5, atol=1e-5)
     again = CliRunner().invoke(
-        main, ["start", f"{tmp_path}/plain", "--undo", f"{tmp_path}/first", "--out", f"{tmp_path}/x"]
+        main, ["undo-start", f"{tmp_path}/plain", "--first", f"{tmp_path}/first", "--out", f"{tmp_path}/x"]
     )
     assert "nothing to undo" in again.output
 

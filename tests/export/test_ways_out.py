@@ -267,7 +267,7 @@ def test_the_ways_out_of_load_for_an_adapter_of_a_changed_base_work(tmp_path: Pa
     with pytest.raises(AdapterError, match=r"(?s)base='original'.*base='changed'.*for_original_base"):
         jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP)
     wanted = jaxadapt.merge(started.base, trained)["q"]["kernel"]
-    run("start", tmp_path / "adapter", "--undo", tmp_path / "first", "--out", tmp_path / "plain")
+    run("undo-start", tmp_path / "adapter", "--first", tmp_path / "first", "--out", tmp_path / "plain")
     for folder, base, options in (
         ("adapter", parameters(), {"base": "original"}), ("adapter", started.base, {"base": "changed"}),
         ("plain", parameters(), {}),

@@ -18,6 +18,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt.configs import table
+from jaxadapt.methods import adalora
 
 VALUES = {"jaxadapt.BaseParam", "jaxadapt.methods.METHODS"}
 # Functions return these, and methods are built from those of `jaxadapt.methods` (CONTRIBUTING.md has the example).
@@ -137,6 +138,13 @@ def test_no_public_name_is_also_a_module(root: Path, package: str):
     """Importing a submodule binds its name on the package, over a public function of that name."""
     names = PUBLIC if not package else PACKAGES[package] or set()
     assert not {path.stem for path in (root / "jaxadapt" / package).iterdir()} & names, "rename these modules"
+
+
+def test_names_of_modules_that_are_public():
+    assert set(jaxadapt.optim.__all__) == {
+        "decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "roles", "scale_by_rank"
+    }  # fmt: skip
+    assert set(adalora.__all__) == {"Allocation", "allocate_ranks", "orthogonality_loss", "prune"}
 
 
 def test_optim_is_reached_through_the_package(root: Path):
