@@ -319,7 +319,8 @@ def _stack_factors(
     if on_shared != "concat":
         raise MismatchError(
             f"{name}: the model stores gate and up in one array with one A for both, but the file has two As, and they"
-            ' differ (or cannot be compared inside jit). Pass on_shared="concat": it concatenates the ranks of the two,'
+            ' differ (or cannot be compared inside jit). Pass jaxadapt.models.LoraTree(model, on_shared="concat")'
+            " instead of the model (jaxadapt convert: --on-shared concat): it concatenates the ranks of the two,"
             f" which is exact, and multiplies the rank by {count}"
         )
     joint_a, joint_b = joint_tensors.concatenate_ranks(

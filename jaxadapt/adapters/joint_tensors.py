@@ -35,8 +35,6 @@ def join_tensors(
 
     Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
     """
-    if on_shared not in (None, "concat"):
-        raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
     raise_listed(
         MismatchError,
@@ -50,7 +48,9 @@ def join_tensors(
         raise MismatchError(
             "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
             " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
-            f' compared inside jit):\n{paths.bullets(different)}\nPass on_shared="concat": it concatenates the ranks,'
+            f" compared inside jit):\n{paths.bullets(different)}\nPass"
+            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the'
+            " tree: it concatenates the ranks,"
             f" which is exact, and multiplies the rank by {counts}. For experts, keymap='FAMILY/per-expert' writes one"
             " LoRA for each expert instead"
         )

@@ -467,11 +467,11 @@ def _read(
         lora_alpha = note["lora_alpha"]
     if not any(map(is_like, leaves)):
         raise FileError(f"{path}: expected a tree with LoRA leaves, found no leaf that looks like one")
-    tree = foreign.find_lora(leaves)
+    tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=lora_alpha, on_shared=on_shared))
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
-    tensors, _ = foreign.tree_to_peft(tree, None, keymap, lora_alpha, on_shared)
+    tensors, _ = foreign.tree_to_peft(tree, None, keymap)
     return dataclasses.replace(tensors, source=str(path))
 
 
@@ -561,29 +561,22 @@ def _write_tree(
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
     adapted = blank.find_adapted_leaves(layer_keymap, shapes, known_shapes)
 
-    def blank_tree(rank: int) -> foreign.ForeignTree:
+    def blank_tree(rank: int, alpha: float | None = None) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
         for leaf in adapted:
             arrays |= blank.blank_arrays(dialect, leaf, shapes, rank, known_shapes.get(leaf.match.leaf), sizes)
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
-        return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
+        given = foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=on_shared)
+        return foreign.ForeignTree(given, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
     if on_shared is not None or dialect.heads:
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
-    tree = foreign.fill_tree(
-        blank_tree(rank),
-        config,
-        tensors.tensors,
-        keymap=keymap,
-        lora_alpha=alpha,
-        on_shared=on_shared,
-        source=tensors.source,
-    )
+    tree = foreign.fill_tree(blank_tree(rank, alpha), config, tensors.tensors, keymap=keymap, source=tensors.source)
     arrays = {p: np.asarray(x) for p, x in tree.items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}

@@ -5,7 +5,7 @@ from jaxadapt.core.lazy import lazy_names
 _NAMES = {
     "models.activation": "activate disable rescale",
     "models.attachment": "adapt delete detach extract init inject",
-    "models.foreign.tree": "slot",
+    "models.foreign.tree": "LoraTree",
     "models.invocation": "invoke",
     "models.nnx.graph": "AdapterParam BaseParam LayerNumber",
     "models.prompt.attention": "RelativeBias attention",

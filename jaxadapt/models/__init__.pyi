@@ -9,7 +9,7 @@ from jaxadapt.models.attachment import detach as detach
 from jaxadapt.models.attachment import extract as extract
 from jaxadapt.models.attachment import init as init
 from jaxadapt.models.attachment import inject as inject
-from jaxadapt.models.foreign.tree import slot as slot
+from jaxadapt.models.foreign.tree import LoraTree as LoraTree
 from jaxadapt.models.invocation import invoke as invoke
 from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
 from jaxadapt.models.nnx.graph import BaseParam as BaseParam

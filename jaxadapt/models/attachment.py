@@ -122,16 +122,15 @@ def extract(
     *,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
-    lora_alpha: float | None = None,
 ) -> Adapter:
     """Return the adapter called `name` of a model, state or variables.
 
     Args:
         tree: an NNX model or `nnx.State`, Linen variables (or their adapter collection), an `Adapter`, or any pytree
-            with the LoRA leaves of another library, which are recognised by their paths.
+            with the LoRA leaves of another library, which are recognised by their paths. A `LoraTree` wraps a tree
+            that does not store its alpha.
         config: required if the tree has lost its configuration, or comes from another library.
         keymap: as `config`; for another library's tree the default is the family recognised from its base weights.
-        lora_alpha: the alpha of another library's tree that stores none; an alternative to `config`.
 
     Raises `AttachError` if the tree has no adapter of that name, or its configuration is lost and not passed.
     Raises `KeyMapError` listing the leaves of another library that have no exact equivalent.
@@ -144,22 +143,15 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    return lora_carrier(tree).extract(name, config, keymap, lora_alpha)
+    return lora_carrier(tree).extract(name, config, keymap)
 
 
-def inject(
-    adapter: Adapter,
-    tree: Any,
-    name: str = DEFAULT,
-    *,
-    lora_alpha: float | None = None,
-    on_shared: str | None = None,
-) -> Any:
+def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
     """Write an adapter's values into the attached adapter of that name.
 
     NNX models are changed in place. Any other tree is copied, and keeps its `jax.tree.structure`: the same boxes,
-    recipe and mapping types. In a tree with another library's LoRA leaves the values go into those leaves, and
-    `lora_alpha` and `on_shared` are as in `load`.
+    recipe and mapping types. In a tree with another library's LoRA leaves the values go into those leaves; a `LoraTree`
+    wraps a tree that does not store its alpha.
 
     Raises `AttachError` if the shapes or the configurations differ.
 
@@ -186,7 +178,7 @@ def inject(
         " jax.tree.map(jnp.copy, adapter):",
         gone,
     )
-    return lora_carrier(tree).inject(adapter, name, lora_alpha, on_shared)
+    return lora_carrier(tree).inject(adapter, name)
 
 
 def delete(model: Any, name: str) -> Any:

@@ -188,7 +188,8 @@ def _explain_missing(
             error(
                 "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
                 f" expert, such as {missing[0]}", "target_parameters, as transformers 5 names experts",
-                "transformers 5 converts such an adapter on loading; jaxadapt loads it with on_shared='concat'",
+                "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
+                " jaxadapt.models.LoraTree(model, on_shared='concat')",
             ),
             {m: m for m in modules},
         )  # fmt: skip

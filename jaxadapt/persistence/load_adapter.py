@@ -49,8 +49,6 @@ def load(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
     shardings: Any = None,
-    lora_alpha: float | None = None,
-    on_shared: str | None = None,
     on_mismatch: str | None = None,
     base: str | None = None,
     strict: bool = True,
@@ -61,14 +59,16 @@ def load(
     """Read an adapter folder, written by jaxadapt or PEFT, into a model.
 
     If the target already contains LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …), they are filled in
-    place and nothing is attached.
+    place and nothing is attached. Wrap the target in a `LoraTree` if its tree does not store its alpha. If the file's
+    scale differs, B is multiplied accordingly.
 
     Args:
         path: the folder; an address of an object store ("s3://bucket/folder", "gs://…") or of the Hub
             ("hf://org/name@revision/subfolder"). For a `name` other than "default", the subfolder of that name if it
             exists.
         target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
-            (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
+            (`{"params": base}` is enough), returned with the collection added. Abstract ones work too. A `LoraTree` of
+            one says what happens where it has one A for several modules of the file.
         name: the adapter's name on this model; the adapter becomes the active one.
         keymap: the model's family, a `KeyMap`, or None to recognise it.
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
@@ -83,13 +83,8 @@ def load(
         shardings: the parameters' shardings: one `Sharding` for all, or a tree of them like the adapter's (an
             `Adapter` or nested dicts). By default each follows the base weight it adapts, axis by axis; the rank is
             replicated. A process reads only the bytes that its own devices hold.
-        lora_alpha: the alpha by which another library's target scales, if its tree does not store one. If the file's
-            scale differs, B is multiplied accordingly.
         on_mismatch: "skip" loads, from tensors for another vocabulary, the rows that the model has, with a warning;
             rows that the file lacks keep the base's values. By default such a file is refused.
-        on_shared: "concat" concatenates different As along the rank: where such a target has one A for several modules,
-            if its rank is large enough; and where a model has gate and up of all experts in one array and the file has
-            a LoRA for each. By default they are refused.
         base: for an unconverted adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …).
             "original": the target has the original weights, and load changes them as PEFT does. "changed": the target
             has the changed weights already. Without it such a file is refused.
@@ -145,10 +140,8 @@ def load(
                     _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
                 )
         return foreign.fill_tree(
-            held.foreign, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
-            dtype=dtype, source=tensors.source,
-        )  # fmt: skip
-    refuse({"lora_alpha": lora_alpha}, "applies only to targets with another library's LoRA leaves")
+            held.foreign, tensors.config, tensors.tensors, keymap=keymap, dtype=dtype, source=tensors.source
+        )
     if not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if base not in (None, "original", "changed"):
@@ -169,7 +162,7 @@ def load(
         open_folder = verify_folder.open_repaired if repair else folder.open_adapter
         with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(
-                tensors, parameters, *options, report, on_shared, strict, check=True
+                tensors, parameters, *options, report, held.on_shared, strict, check=True
             )
         source = tensors.source
         _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)

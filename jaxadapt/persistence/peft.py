@@ -39,6 +39,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import save_adapter
@@ -246,16 +247,13 @@ def to_peft(
     *,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
-    lora_alpha: float | None = None,
-    on_shared: str | None = None,
 ) -> PeftTensors:
     """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
 
     Args:
-        tree: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`.
+        tree: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
+            or a `LoraTree` of one.
         config, keymap: needed only if the tree does not store them, or to rename by another keymap.
-        lora_alpha: the alpha of another library's tree that stores none.
-        on_shared: as in `save`.
 
     Each tensor is encoded on access, as a numpy view where the layouts allow (inside jit: as a traced array).
     Raises `AttachError` or `KeyMapError`.
@@ -270,7 +268,7 @@ def to_peft(
         raise AttachError(
             "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
         )
-    return save_adapter.encode_tree(tree, name, config, keymap, lora_alpha, on_shared, in_memory=True)
+    return save_adapter.encode_tree(tree, name, config, keymap, in_memory=True)
 
 
 def from_peft(
@@ -283,14 +281,13 @@ def from_peft(
     example: Sequence[Any] | None = None,
     shardings: Any = None,
     base: str | None = None,
-    on_shared: str | None = None,
     strict: bool = True,
 ) -> Adapter:
     """Convert PEFT's tensors to an adapter in the layout of `target`.
 
     Args:
-        target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
-        keymap, dtype, stack_axes, example, shardings, on_shared, strict: as in `load`.
+        target: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
+        keymap, dtype, stack_axes, example, shardings, strict: as in `load`.
         base: as in `load`, but only "changed" is possible here.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
@@ -315,10 +312,11 @@ def from_peft(
     if base is None:
         lora.require_original_base(tensors.config, tensors.source)
     dtype = requested_dtype(dtype)
-    parameters = carrier(target).base()
+    given = LoraTree.of(target)
+    parameters = carrier(given.tree).base()
     adapter, _ = adapter_from_tensors(
         key_names.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
-        on_shared=on_shared, strict=strict,
+        on_shared=given.on_shared, strict=strict,
     )  # fmt: skip
     return collections.box_like_base(adapter, parameters.held)
 

@@ -293,7 +293,6 @@ def take_adapter(
     name: str,
     config: Config | None,
     keymap: KeyMap | str | None,
-    lora_alpha: float | None = None,
     *,
     in_memory: bool,
 ) -> Source:
@@ -301,7 +300,7 @@ def take_adapter(
 
     Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
     """
-    adapter = held.extract(name, config, keymap, lora_alpha)
+    adapter = held.extract(name, config, keymap)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
     if keymap in (None, "auto"):
@@ -316,8 +315,6 @@ def encode_tree(
     name: str,
     config: Config | None,
     keymap: KeyMap | str | None,
-    lora_alpha: float | None,
-    on_shared: str | None,
     *,
     in_memory: bool,
     save_embedding_layers: bool | str = False,
@@ -338,14 +335,14 @@ def encode_tree(
     held = lora_carrier(tree)
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
-        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, on_shared)
+        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap)
         base_weights.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         return dataclasses.replace(
             tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
         )
-    source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
+    source = take_adapter(held, name, config, keymap, in_memory=in_memory)
     if stored := get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
         params = {**source.adapter.params, SHARED_NODE: stored}
         source = Source(held, dataclasses.replace(source.adapter, params=params))
@@ -353,7 +350,7 @@ def encode_tree(
     config, keymap = source.adapter.config, source.adapter.keymap
     leaves = held.leaves() if held.has_base else None
     encoded = _repeat_for_heads(config, encoded, keymap, leaves)
-    tensors = _join_or_split(source, encoded, on_shared)
+    tensors = _join_or_split(source, encoded)
     return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
 
 
@@ -437,7 +434,7 @@ def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Enco
     return base_weights.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
 
 
-def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> tuple[Config, Mapping[str, Any]]:
+def _join_or_split(source: Source, encoded: Encoded) -> tuple[Config, Mapping[str, Any]]:
     """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
     config, keymap = source.adapter.config, source.adapter.keymap
     has_parts = plan.has_parts(encoded.plan.keys)
@@ -451,7 +448,7 @@ def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> t
         )
     if keymap.per_expert:
         return experts.split_experts(config, encoded, keymap)
-    return joint_tensors.join_tensors(config, source.sites, encoded, on_shared)
+    return joint_tensors.join_tensors(config, source.sites, encoded, source.held.on_shared)
 
 
 def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
@@ -472,7 +469,6 @@ def save(
     name: str = DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
-    lora_alpha: float | None = None,
     base_model: str | None = None,
     dtype: Any = None,
     save_embedding_layers: bool | str = "auto",
@@ -480,7 +476,6 @@ def save(
     plain: bool = False,
     shared: bool | None = None,
     timeout: float = 300,
-    on_shared: str | None = None,
     progress: Progress = None,
 ) -> None:
     """Write an adapter, without its base model, as a folder that PEFT reads.
@@ -490,12 +485,12 @@ def save(
     PEFT.
 
     LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …) are recognised by their paths; rank and
-    `target_modules` follow from the tree.
+    `target_modules` follow from the tree. Wrap it in a `LoraTree` if it does not store its alpha. The same value says
+    what happens to different As where PyTorch has one A for several of our weights.
 
     Args:
         config: the configuration, if the tree does not store one (the error says so).
         keymap: names the tensors by another keymap than the one the model was adapted with.
-        lora_alpha: the alpha of another library's tree that stores none; instead of `config`.
         base_model: written as `base_model_name_or_path`; never looked up.
         dtype: the floating-point dtype of the tensors in the file, such as "bfloat16" or "bf16"; by default their dtype
             in memory. A dtype in which finite values become infinite or NaN is an error.
@@ -513,8 +508,6 @@ def save(
             writes its own bytes to the one file. `shared=False`: the processes share no file system (None: detect it),
             and process 0 writes everything, one leaf at a time. If a process fails, dies or does not call, the save
             ends with an error in all of them, within twice `timeout` seconds.
-        on_shared: "concat" concatenates different As along the rank where PyTorch has one A for several of our weights
-            (queries, keys and values of an `nn.MultiheadAttention`). By default they are refused.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
             With several processes each counts the bytes that it writes. An Orbax checkpoint is reported once, when it
             is written.
@@ -547,9 +540,10 @@ def save(
         changes["base_model_name_or_path"] = base_model
     target = folder.adapter_folder(path, name)
     if format == "orbax":
-        if lora_alpha is not None:
+        held = lora_carrier(tree)
+        if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = take_adapter(lora_carrier(tree), name, config, keymap, in_memory=False).adapter
+        adapter = take_adapter(held, name, config, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
@@ -560,9 +554,8 @@ def save(
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode_tree(
-        tree, name, config, keymap, lora_alpha, on_shared, in_memory=False,
-        save_embedding_layers=save_embedding_layers, timeout=timeout,
-    )  # fmt: skip
+        tree, name, config, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=timeout
+    )
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     is_spread = isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())
     if is_spread and (plain or format == "bin"):

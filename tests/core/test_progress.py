@@ -18,6 +18,7 @@ from jaxadapt.core import progress
 from jaxadapt.core.progress import LOGGER
 from jaxadapt.export import merge_files
 from jaxadapt.export.conversion import convert
+from jaxadapt.models import LoraTree
 from tests.support import small
 from tests.support.small import WEIGHTS
 
@@ -72,7 +73,7 @@ WORK = {
     "save, Linen": (lambda p: jaxadapt.save(small.variables(), "new", progress=p), "save", ADAPTER),
     "save, dtype": (lambda p: jaxadapt.save(small.adapter(), "new", dtype="float16", progress=p), "save", ADAPTER // 2),
     "save, Orbax": (lambda p: jaxadapt.save(small.adapter(), "new", format="orbax", progress=p), "save", ADAPTER),
-    "save, Qwix": (lambda p: jaxadapt.save(qwix(), "new", lora_alpha=2, progress=p), "save", ADAPTER),
+    "save, Qwix": (lambda p: jaxadapt.save(LoraTree(qwix(), lora_alpha=2), "new", progress=p), "save", ADAPTER),
     "write": (lambda p: jaxadapt.write(jaxadapt.read("peft"), "new", progress=p), "save", ADAPTER),
     "read": (lambda p: jaxadapt.read("peft", progress=p), "read", ADAPTER),
     "read, Orbax": (lambda p: jaxadapt.read("orbax", progress=p), "read", ADAPTER),
@@ -80,7 +81,7 @@ WORK = {
     "load, Linen": (lambda p: jaxadapt.load("peft", small.base(), progress=p), "load", ADAPTER),
     "load, dtype": (lambda p: jaxadapt.load("peft", small.net(), dtype="bfloat16", progress=p), "load", ADAPTER // 2),
     "load, Orbax": (lambda p: jaxadapt.load("orbax", small.net(), progress=p), "load", ADAPTER),
-    "load, Qwix": (lambda p: jaxadapt.load("peft", qwix(), lora_alpha=6, progress=p), "load", ADAPTER),
+    "load, Qwix": (lambda p: jaxadapt.load("peft", LoraTree(qwix(), lora_alpha=6), progress=p), "load", ADAPTER),
     "merge": (merged, "merge", KERNELS),
     "unmerge": (lambda p: jaxadapt.unmerge(small.base()["params"], small.adapter(), progress=p), "unmerge", KERNELS),
     "export": (lambda p: jaxadapt.export.export_base(small.net(), "new", keymap=TABLE, progress=p), "export", BASE),

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from tests.support import small
 from tests.system.test_house import PACKAGE
 
@@ -60,7 +61,7 @@ def base(at: Path) -> None:
         (Path.exists, lambda at: jaxadapt.init(NO_K, small.base()["params"], key=jax.random.key(0))),
         (Path.exists, lambda at: jaxadapt.adapt(small.LinenNet(), NO_K).init(jax.random.key(0), small.X)),
         (Path.exists, lambda at: jaxadapt.export.export_base(Q, at, keymap=UNPROVED)),
-        (Path.exists, lambda at: jaxadapt.save(QWIX, at, keymap=UNPROVED, lora_alpha=2)),
+        (Path.exists, lambda at: jaxadapt.save(LoraTree(QWIX, lora_alpha=2), at, keymap=UNPROVED)),
         (base, lambda at: jaxadapt.export.import_base(at, MORE, keymap=TABLE, strict=False)),
     ],
 )  # fmt: skip

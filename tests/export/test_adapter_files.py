@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import merge_files
+from jaxadapt.models import LoraTree
 from jaxadapt.storage import orbax
 
 P = "base_model.model."
@@ -287,7 +288,8 @@ def test_extract_another_librarys_lora_from_an_orbax_checkpoint(tmp_path: Path):
     orbax.save(tmp_path / "run", {"state": nested}, {}, True)
     run("extract", tmp_path / "run", "--lora-alpha", 6, "--keymap", "tunix:qwen3", "--out", tmp_path / "out")
     expected = jaxadapt.to_peft(
-        {f"{layer}{end}": tree[f"w{end}"] for end in ("", "_lora_a", "_lora_b")}, keymap="tunix:qwen3", lora_alpha=6.0
+        LoraTree({f"{layer}{end}": tree[f"w{end}"] for end in ("", "_lora_a", "_lora_b")}, lora_alpha=6.0),
+        keymap="tunix:qwen3",
     )
     found = jaxadapt.read(tmp_path / "out")
     assert found.config.lora_alpha == 6

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export.conversion import convert
+from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import values
 from tests.models.foreign import real
@@ -45,7 +46,7 @@ def test_a_tree_becomes_a_folder_as_save_writes_it(tmp_path):
     assert json.loads(found.output) == {
         "path": str(tmp_path / "out"), "tensors": 2 * 7 * 3, "dialect": None, "rank": 3, "lora_alpha": 6.0
     }  # fmt: skip
-    jaxadapt.save(tree, tmp_path / "saved", keymap="maxtext:qwen3/scan0", lora_alpha=6.0)
+    jaxadapt.save(LoraTree(tree, lora_alpha=6.0), tmp_path / "saved", keymap="maxtext:qwen3/scan0")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
 
@@ -94,7 +95,7 @@ def test_the_same_tree_as_load_fills(tmp_path):
         for path, shape in real.recorded(name)["lora"].items()
     }
     with pytest.warns(UserWarning, match="rounded once"):
-        expected = jaxadapt.load(folder, target, keymap="gemma:gemma3", on_shared="concat")
+        expected = jaxadapt.load(folder, LoraTree(target, on_shared="concat"), keymap="gemma:gemma3")
     found = load_file(tmp_path / "x.safetensors")
     assert set(found) == set(expected)
     for path, x in flat(expected).items():
@@ -228,10 +229,19 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
         ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
         ("peft x.safetensors --to llama", "is ambiguous: pass --dialect"),
         ("peft x.safetensors --format orbax", "--format orbax"),
-        ("tree.safetensors new --from maxtext:qwen3/scan0", "as lora_alpha, for example lora_alpha=16"),
+        (
+            "tree.safetensors new --from maxtext:qwen3/scan0",
+            r"for example jaxadapt.models.LoraTree\(tree, lora_alpha=16\)",
+        ),
         ("odd.safetensors new --lora-alpha 2", "Pass the model's family as keymap="),
-        ("peft x.safetensors --to gemma:gemma3 --like like.safetensors", 'pass on_shared="concat", which'),
-        ("heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors", 'Pass on_shared="concat"'),
+        (
+            "peft x.safetensors --to gemma:gemma3 --like like.safetensors",
+            r'pass\s+jaxadapt.models.LoraTree\(target,\s+on_shared="concat"\), which',
+        ),
+        (
+            "heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors",
+            'LoraTree.tree, on_shared="concat"',
+        ),
         ("pissa x.safetensors --to maxtext:qwen3", "convert it to a plain LoRA with the base it was trained on"),
     ],
 )

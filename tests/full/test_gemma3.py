@@ -26,6 +26,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 
 pytest.importorskip("torch")  # the extra `test`
 pytest.importorskip("peft")
@@ -173,11 +174,11 @@ def test_what_tunix_trains_in_peft_and_back(gemma: Gemma, tmp_path: Path):
         losses.append(float(value))
     assert losses[-1] < losses[0] - 0.03
     expected = np.asarray(logits(model, ids))
-    jaxadapt.save(model, tmp_path, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(model, lora_alpha=ALPHA), tmp_path)
     assert set(jaxadapt.read_config(tmp_path).target_modules) == set(TARGETS)
     loaded = harness.load(gemma.torch, tmp_path)
     assert not loaded.complaints
     np.testing.assert_allclose(harness.logits(loaded.model, gemma.ids), expected, **CLOSE)
     fresh = qwix.apply_lora_to_model(in_tunix(gemma), provider, *inputs, causal, rngs=nnx.Rngs(1))
-    jaxadapt.load(tmp_path, fresh, lora_alpha=ALPHA)
+    jaxadapt.load(tmp_path, LoraTree(fresh, lora_alpha=ALPHA))
     np.testing.assert_array_equal(logits(fresh, ids), expected)

@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.export import export_base
+from jaxadapt.models import LoraTree
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -185,7 +186,7 @@ def test_two_experts_with_lora(gemma: Any, tmp_path: Path) -> None:
     for key, x in wanted.items():
         np.testing.assert_array_equal(found[key], x, err_msg=key)
     lora = {path: x for path, x in tree.items() if "lora" in path}
-    jaxadapt.save(lora, tmp_path / "peft", keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat")
+    jaxadapt.save(LoraTree(lora, lora_alpha=ALPHA, on_shared="concat"), tmp_path / "peft", keymap="openpi:pi0")
     rng = np.random.default_rng(1)
     inputs = [rng.standard_normal((2, 5, width)).astype("float32") for width in (WIDTH, OTHER)]
     without = {path: x if "lora" not in path else x * 0 for path, x in flat.items()}

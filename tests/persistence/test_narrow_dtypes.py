@@ -19,6 +19,7 @@ from jaxadapt.export import export_adapter, export_base
 from jaxadapt.export.conversion import convert_format
 from jaxadapt.export.merge_files import merge_folder
 from jaxadapt.merging import to_lora
+from jaxadapt.models import LoraTree
 from jaxadapt.serving import bank
 
 CONFIG = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q", "v"])
@@ -55,7 +56,9 @@ def doors(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "save bin": lambda dtype: jaxadapt.save(made, out, dtype=dtype, format="bin"),
         "save orbax": lambda dtype: jaxadapt.save(made, out, dtype=dtype, format="orbax"),
         "load": lambda dtype: jaxadapt.load(folder / "in", {"params": BASE}, keymap=TABLE, dtype=dtype),
-        "load into a tree": lambda dtype: jaxadapt.load(folder / "in", qwix, keymap=TABLE, lora_alpha=2, dtype=dtype),
+        "load into a tree": lambda dtype: jaxadapt.load(
+            folder / "in", LoraTree(qwix, lora_alpha=2), keymap=TABLE, dtype=dtype
+        ),
         "load orbax": lambda dtype: jaxadapt.load(folder / "orbax", {"params": BASE}, keymap=TABLE, dtype=dtype),
         "from_peft": lambda dtype: jaxadapt.from_peft(jaxadapt.read(folder / "in"), BASE, keymap=TABLE, dtype=dtype),
         "from_peft of JAX arrays": lambda dtype: jaxadapt.from_peft(

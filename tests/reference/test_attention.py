@@ -22,6 +22,7 @@ import torch
 import jaxadapt
 from jaxadapt import Weight
 from jaxadapt.core import paths
+from jaxadapt.models import LoraTree
 from tests.support import peft_harness as harness
 from tests.support.twins import trees
 
@@ -204,7 +205,7 @@ def test_different_as_go_side_by_side(fields, api, tmp_path):
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)one A for .*layers\.0\.attn\.lora_A.*on_shared"):
         jaxadapt.save(twin.tree, tmp_path)
     assert not any(tmp_path.iterdir())
-    jaxadapt.save(twin.tree, tmp_path, on_shared="concat")
+    jaxadapt.save(LoraTree(twin.tree, on_shared="concat"), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no base model's name
         loaded = harness.load(torch_net(), tmp_path)

@@ -47,7 +47,7 @@ def test_the_error_names_the_lines_and_they_serve(targets, tmp_path):
     with pytest.raises(jaxadapt.MismatchError, match="missing") as caught:
         jaxadapt.from_peft(dataclasses.replace(tensors, tensors=some), params(), keymap=table)
     assert "Weight.attention" not in str(caught.value)
-    adapter = jaxadapt.from_peft(tensors, params(), keymap=table, on_shared=None)
+    adapter = jaxadapt.from_peft(tensors, params(), keymap=table)
     back = jaxadapt.to_peft(adapter)
     assert set(back.tensors) == set(tensors.tensors)
     assert all(np.array_equal(back.tensors[key], x) for key, x in tensors.tensors.items())

@@ -27,6 +27,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
+from jaxadapt.models import LoraTree
 from jaxadapt.storage import safetensors
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
 from tests.keymaps.families.specimens import BY_NAME, recorded
@@ -301,7 +302,7 @@ def test_gate_and_up_apart_are_one_parameter_in_peft(name, more, tmp_path):
     adapter = trained(fresh)
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)one A for .*experts\.base_layer\.lora_A.*on_shared"):
         jaxadapt.save(adapter, tmp_path)
-    jaxadapt.save(adapter, tmp_path, on_shared="concat")
+    jaxadapt.save(LoraTree(adapter, on_shared="concat"), tmp_path)
     loaded = harness.load(torch_side.base(name), tmp_path)
     # (PEFT looks for patterns among modules alone, and warns of those of parameters, which it follows.)
     assert not [text for text in loaded.complaints if "pattern keys did not match any targeted module" not in text]
@@ -332,7 +333,7 @@ def test_where_the_parts_are_what_a_reads_the_b_is_shared():
     adapter = trained(jaxadapt.init(config, base, key=jax.random.key(0), keymap=table))
     with pytest.raises(jaxadapt.MismatchError, match="lora_B"):
         jaxadapt.to_peft(adapter)
-    held = jaxadapt.to_peft(adapter, on_shared="concat")
+    held = jaxadapt.to_peft(LoraTree(adapter, on_shared="concat"))
     a, b = (np.asarray(held.tensors[f"base_model.model.experts.lora_{side}.weight"]) for side in "AB")
     assert (held.config.r, a.shape, b.shape) == (4, (E * 4, 2 * F), (D, 4 * E))
     delta = np.einsum("okE,Eki->Eoi", b.reshape(D, 4, E), a.reshape(E, 4, 2 * F)) * held.config.lora_alpha / 4

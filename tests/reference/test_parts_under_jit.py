@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families
+from jaxadapt.models import LoraTree
 from tests.reference import test_attention as attention
 from tests.reference import test_per_expert as experts
 from tests.support import peft_harness as harness
@@ -32,13 +33,13 @@ def attention_adapter() -> jaxadapt.Adapter:
     return jaxadapt.extract(twin.tree)
 
 
-def traced_to_peft(adapter: jaxadapt.Adapter, **options: Any) -> jaxadapt.PeftTensors:
+def traced_to_peft(adapter: jaxadapt.Adapter, on_shared: str | None = None, **options: Any) -> jaxadapt.PeftTensors:
     """What `to_peft` gives inside jit."""
     configs: list[Any] = []
 
     @jax.jit
     def run(adapter: jaxadapt.Adapter) -> dict[str, jax.Array]:
-        held = jaxadapt.to_peft(adapter, **options)
+        held = jaxadapt.to_peft(LoraTree(adapter, on_shared=on_shared), **options)
         assert all(isinstance(x, jax.core.Tracer) for x in held.tensors.values())
         configs.append(held.config)
         return dict(held.tensors)
@@ -67,7 +68,7 @@ def test_peft_computes_with_what_was_put_together_inside_jit(tmp_path: Any) -> N
         attention.LinenNet().apply({"params": jax.jit(jaxadapt.merge)(base, adapter)}, attention.X),
         attention.peft_output(loaded.model),
     )
-    same(held.tensors, jaxadapt.to_peft(adapter, on_shared="concat").tensors)
+    same(held.tensors, jaxadapt.to_peft(LoraTree(adapter, on_shared="concat")).tensors)
     back = jax.jit(lambda t: jaxadapt.from_peft(jaxadapt.PeftTensors(held.config, t), base, keymap=attention.TABLE))
     again = jaxadapt.from_peft(held, base, keymap=attention.TABLE)
     same(back(held.tensors).flat(), again.flat())
@@ -78,13 +79,16 @@ def test_differentiated_and_mapped_it_is_the_same() -> None:
     adapter = attention_adapter()
 
     def penalty(adapter: jaxadapt.Adapter) -> jax.Array:
-        return sum(jnp.sum(x**2) for x in jaxadapt.to_peft(adapter, on_shared="concat").tensors.values()) / 2
+        return sum(jnp.sum(x**2) for x in jaxadapt.to_peft(LoraTree(adapter, on_shared="concat")).tensors.values()) / 2
 
     for path, slope in jax.grad(penalty)(adapter).flat().items():  # of Σx²/2 it is x
         np.testing.assert_array_equal(np.asarray(slope), np.asarray(adapter.flat()[path]), err_msg=path)
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
-    mapped = jax.vmap(lambda a: dict(jaxadapt.to_peft(a, on_shared="concat").tensors))(many)
-    same({k: x[0] for k, x in mapped.items()}, jaxadapt.to_peft(adapter, on_shared="concat").tensors)
+    mapped = jax.vmap(lambda a: dict(jaxadapt.to_peft(LoraTree(a, on_shared="concat")).tensors))(many)
+    same(
+        {k: x[0] for k, x in mapped.items()},
+        jaxadapt.to_peft(LoraTree(adapter, on_shared="concat")).tensors,
+    )
 
 
 def test_whether_leaves_share_a_factor_nobody_can_tell_inside_jit() -> None:
@@ -107,7 +111,7 @@ def test_experts_inside_jit(name: str) -> None:
 
     def read(tensors: Any, on_shared: str | None) -> jaxadapt.Adapter:
         held = jaxadapt.PeftTensors(file.config, tensors)
-        return jaxadapt.from_peft(held, base, keymap=table, on_shared=on_shared)
+        return jaxadapt.from_peft(held, LoraTree(base, on_shared=on_shared), keymap=table)
 
     if name in experts.FUSED:
         with pytest.raises(jaxadapt.MismatchError, match=rf'(?s){NOBODY}.*on_shared="concat"'):
@@ -122,7 +126,10 @@ def test_experts_inside_jit(name: str) -> None:
         np.testing.assert_allclose(flat[path], x, rtol=0, atol=2e-7, err_msg=path)  # a sum's order
     experts.close(experts.merged(name, adapter), experts.expected(name, False))
     # And back under PEFT's names, together and apart.
-    same(traced_to_peft(adapter, on_shared="concat").tensors, jaxadapt.to_peft(adapter, on_shared="concat").tensors)
+    same(
+        traced_to_peft(adapter, on_shared="concat").tensors,
+        jaxadapt.to_peft(LoraTree(adapter, on_shared="concat")).tensors,
+    )
     assert families.get_family(f"{table}/per-expert").per_expert
     apart = traced_to_peft(adapter, keymap=f"{table}/per-expert")
     same(apart.tensors, jaxadapt.to_peft(adapter, keymap=f"{table}/per-expert").tensors)

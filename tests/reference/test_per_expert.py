@@ -19,6 +19,7 @@ from jaxadapt.core import paths
 from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps import plan as pieces
 from jaxadapt.keymaps.families import get_family
+from jaxadapt.models import LoraTree
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
 from tests.keymaps.families.specimens import BY_NAME, recorded
 from tests.support import peft_harness as harness
@@ -129,7 +130,9 @@ def close(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_such_a_file_computes_what_each_expert_says(name, equal):
     on_shared = "concat" if name in FUSED and not equal else None
-    adapter = jaxadapt.from_peft(file_of(name, equal), base(name), keymap=BY_NAME[name].table, on_shared=on_shared)
+    adapter = jaxadapt.from_peft(
+        file_of(name, equal), LoraTree(base(name), on_shared=on_shared), keymap=BY_NAME[name].table
+    )
     close(merged(name, adapter), expected(name, equal))
     ranks = {x.shape for path, x in adapter.flat().items() if path.endswith(("gate_up_proj.lora_A", "wi_0.lora_A"))}
     assert all((2 * R if on_shared else R) in shape for shape in ranks)
@@ -150,7 +153,7 @@ def test_it_is_saved_as_it_was(name, tmp_path):
     again = jaxadapt.from_peft(jaxadapt.read(tmp_path), base(name), keymap=table)
     assert after.config.get("target_parameters") is None
     close({key: np.asarray(x) for key, x in again.flat().items()}, adapter.flat())
-    new = jaxadapt.to_peft(adapter, on_shared="concat")
+    new = jaxadapt.to_peft(LoraTree(adapter, on_shared="concat"))
     assert not any(".experts.0." in key for key in new.tensors)
     close(merged(name, jaxadapt.from_peft(new, base(name), keymap=table)), expected(name, equal))
 
@@ -225,7 +228,7 @@ def test_rslora_where_the_rank_is_doubled():
     held = file_of("mixtral")
     config = held.config.replace(use_rslora=True, lora_alpha=ALPHA / R**0.5)
     held = jaxadapt.PeftTensors(config, held.tensors)
-    adapter = jaxadapt.from_peft(held, base("mixtral"), keymap="mixtral", on_shared="concat")
+    adapter = jaxadapt.from_peft(held, LoraTree(base("mixtral"), on_shared="concat"), keymap="mixtral")
     close(merged("mixtral", adapter), expected("mixtral", False))
 
 

@@ -22,6 +22,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.keymaps import families
+from jaxadapt.models import LoraTree
 from tests.keymaps.families.specimens import values
 from tests.models.foreign.cases import nest
 
@@ -266,7 +267,7 @@ def test_rslora_and_patterns_into_a_tree_that_knows_neither(tmp_path: Path):
     )
     changes = written(config, {"up": 4, "down": 2, "q": 4}, tmp_path)
     with pytest.warns(UserWarning, match="rounded once"):
-        tree = jaxadapt.load(tmp_path, qwix(4, "up", "down", "q"), keymap=PLAIN, lora_alpha=10)
+        tree = jaxadapt.load(tmp_path, LoraTree(qwix(4, "up", "down", "q"), lora_alpha=10), keymap=PLAIN)
     for name, change in changes.items():
         found = tree[name]["kernel_lora_a"] @ tree[name]["kernel_lora_b"] * (10 / 4)
         np.testing.assert_allclose(found.T, change, rtol=1e-5, atol=1e-6)
@@ -278,7 +279,7 @@ def test_what_such_a_tree_cannot_hold_is_refused(tmp_path: Path):
     base = {"up": {"kernel": jnp.ones((10, 14))}}
     jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0), keymap=PLAIN), tmp_path)
     with pytest.raises(jaxadapt.AdapterError, match="use_dora|magnitude"):
-        jaxadapt.load(tmp_path, qwix(2, "up"), keymap=PLAIN, lora_alpha=10)
+        jaxadapt.load(tmp_path, LoraTree(qwix(2, "up"), lora_alpha=10), keymap=PLAIN)
 
 
 def test_the_dropout_that_was_trained_with_is_in_the_file(tmp_path: Path):

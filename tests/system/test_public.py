@@ -62,7 +62,7 @@ PACKAGES = {
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
         "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
-        "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys", "RelativeBias",
+        "LoraTree", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys", "RelativeBias",
         "extend_labels",
     },
     "persistence": {

@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from tests.models.foreign import real
 from tests.support.small import same
 
@@ -120,8 +121,8 @@ def test_resuming_inside_tunix(example: ModuleType, accumulate: int | None, tmp_
 
     # Every kept step is a PEFT folder away, without the model.
     told = real.told(NAME)
-    manager.export(4, tmp_path / "peft", **told)
-    jaxadapt.save(again.model, tmp_path / "direct", **told)
+    manager.export(4, tmp_path / "peft", keymap=real.specimen(NAME).keymap, **told)
+    jaxadapt.save(LoraTree(again.model, **told), tmp_path / "direct", keymap=real.specimen(NAME).keymap)
     assert same(jaxadapt.read(tmp_path / "peft").tensors, jaxadapt.read(tmp_path / "direct").tensors)
     with pytest.raises(jaxadapt.AttachError, match=r"contains qwix LoRA leaves.*use export"):
         manager.adapter(4)

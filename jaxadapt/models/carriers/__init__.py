@@ -19,7 +19,7 @@ from jaxadapt.models.carriers.nnx_kinds import Object, State
 from jaxadapt.models.carriers.tree_kinds import Foreign, Params, Value, Variables
 from jaxadapt.models.carriers.tree_kinds import Module as Module
 from jaxadapt.models.carriers.tree_kinds import Wrapper as Wrapper
-from jaxadapt.models.foreign.tree import ForeignTree, find_lora
+from jaxadapt.models.foreign.tree import LoraTree, describe_unknown, find_lora
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.planning import BaseParams
 
@@ -43,13 +43,22 @@ def carrier(tree: Any) -> Carrier:
 def lora_carrier(tree: Any) -> Carrier:
     """Return the carrier of a tree, for its adapters: those of jaxadapt, else the LoRA leaves of another library.
 
-    Raises `KeyMapError` if a known layout matches only some of the LoRA leaves.
+    Raises `KeyMapError` if a known layout matches only some of the LoRA leaves, and `AttachError` for options of a
+    `LoraTree` that apply only to trees of other libraries.
     """
-    if isinstance(tree, ForeignTree):
-        return Foreign(tree, Carrier(tree))
-    own = carrier(tree)
-    found = None if own.has_adapters() else find_lora(own.walk() or tree)
-    return own if found is None else Foreign(found, own)
+    given = tree if isinstance(tree, LoraTree) else None
+    own = carrier(tree if given is None else given.tree)
+    found = None if own.has_adapters() else find_lora(given or LoraTree(tree), own.walk())
+    if found is not None:
+        return Foreign(found, own)
+    if given is None:
+        return own
+    own.on_shared = given.on_shared
+    near = "" if own.has_adapters() else describe_unknown(given.tree)
+    why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
+    refuse({"lora_alpha": given.lora_alpha}, why)
+    refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA leaves{near}")
+    return own
 
 
 def base_params(tree: Any) -> BaseParams:

@@ -36,6 +36,8 @@ class Carrier:
     """The end of the errors for this kind: another value to pass."""
     foreign: ForeignTree | None = None
     """The LoRA leaves of another library, if the tree has them."""
+    on_shared: str | None = None
+    """`on_shared` of the `LoraTree` that wraps the tree."""
     has_base = False
     """True if the tree may hold base parameters beside adapters: a model, or variables."""
     in_place = False
@@ -128,13 +130,11 @@ class Carrier:
         """Attach a new adapter; `options` are the arguments of `jaxadapt.adapt` that only some kinds have."""
         raise self.unsupported("an NNX model, a Linen module or an adapted Linen module")
 
-    def extract(
-        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
-    ) -> Adapter:
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
         """Return the adapter called `name`, as `jaxadapt.extract` does."""
         raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
 
-    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+    def inject(self, adapter: Adapter, name: str) -> Any:
         """Write an adapter's values into the attached adapter of that name."""
         raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
 

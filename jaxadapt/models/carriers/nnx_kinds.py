@@ -57,15 +57,12 @@ class _Variables(Carrier):
     def names(self) -> list[str]:
         return list(attach.adapter_variables(self._contents))
 
-    def extract(
-        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
-    ) -> Adapter:
-        refuse_alpha(lora_alpha, self.tree)
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
         if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
 
-    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+    def inject(self, adapter: Adapter, name: str) -> Any:
         variables = attach.adapter_variables(self._contents).get(name)
         if variables is None:
             raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
@@ -246,11 +243,3 @@ class Model(_Variables, Object):
 def is_same(present: Adapter, adapter: Adapter) -> bool:
     """Return True if two adapters have one configuration, and would be saved with the same origin."""
     return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
-
-
-def refuse_alpha(lora_alpha: float | None, tree: Any) -> None:
-    """Raise `AttachError` for a `lora_alpha`, which only trees of other libraries need; name leaves like theirs."""
-    if lora_alpha is not None:
-        near = foreign.describe_unknown(tree)
-        why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
-        refuse({"lora_alpha": lora_alpha}, why)

@@ -17,7 +17,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_fit, check_free, check_name, refuse
-from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
+from jaxadapt.models.carriers.nnx_kinds import is_same
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted
@@ -92,10 +92,7 @@ class Params(Carrier):
     def names(self) -> list[str]:
         return collections.adapter_names(self.tree)
 
-    def extract(
-        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
-    ) -> Adapter:
-        refuse_alpha(lora_alpha, self.tree)
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
         present = collections.adapter_tree(self.tree, name)
         if present is not None and (config is None or (keymap is None and collections.has_config(present))):
             adapter = collections.read_adapter(present, name)
@@ -105,7 +102,7 @@ class Params(Carrier):
             raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
         return collections.adapter_from_arrays(self.tree, name, config, keymap)
 
-    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+    def inject(self, adapter: Adapter, name: str) -> Any:
         present = self.extract(name)
         check_fit(adapter, present.config, present.flat(), name)
         return collections.replace_adapter_values(self.tree, name, adapter.flat())
@@ -201,13 +198,10 @@ class Value(Carrier):
     def names(self) -> list[str]:
         return [DEFAULT]
 
-    def extract(
-        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
-    ) -> Adapter:
-        refuse_alpha(lora_alpha, {})
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
         return self.tree
 
-    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+    def inject(self, adapter: Adapter, name: str) -> Any:
         check_fit(adapter, self.tree.config, self.tree.flat(), name)
         return dataclasses.replace(self.tree, params=collections.replace_values(self.tree.params, adapter.flat()))
 
@@ -219,24 +213,21 @@ class Foreign(Carrier):
     """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
 
     def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
-        super().__init__(found.tree)
+        super().__init__(found.given.tree)
         self.foreign = self.found = found
         self.whole = whole
 
-    def extract(
-        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
-    ) -> Adapter:
-        return foreign.extract_adapter(self.found, config, keymap, lora_alpha)
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        return foreign.extract_adapter(self.found, config, keymap)
 
-    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+    def inject(self, adapter: Adapter, name: str) -> Any:
         leaves, dialect = adapter.flat(), self.found.dialect
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
         same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
         return foreign.fill_tree(
-            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
-            on_shared=on_shared, source="this adapter",
-        )  # fmt: skip
+            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, source="this adapter"
+        )
 
     def rest(self) -> Any:
         return self.whole.rest()

@@ -24,7 +24,8 @@ def missing_alpha(dialect: Dialect) -> ConfigError:
     """Return the error for a missing scale."""
     return ConfigError(
         f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r and stores no alpha. Pass"
-        f" {dialect.scale} as lora_alpha, for example lora_alpha=16"
+        f" {dialect.scale}, for example jaxadapt.models.LoraTree(tree, lora_alpha=16) instead of the tree (jaxadapt"
+        " convert: --lora-alpha 16)"
     )
 
 

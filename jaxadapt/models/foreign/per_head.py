@@ -74,7 +74,7 @@ def require_one_a(dialect: Dialect, unequal: Sequence[str], on_shared: str | Non
         raise MismatchError(
             "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
             f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
-            ' on_shared="concat" to save or to_peft (extract has no such argument): it concatenates the ranks of the'
+            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks of the'
             " heads, which is exact, and multiplies the rank by their number"
         )
 
@@ -123,7 +123,8 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
             " has one for"
             " each head:\n"
             + paths.bullets(differ)
-            + f'\nBuild the target with rank={need}, and pass on_shared="concat", which concatenates the heads'
+            + f'\nBuild the target with rank={need}, and pass jaxadapt.models.LoraTree(target, on_shared="concat"),'
+            " which concatenates the heads"
         )
     ranks = {b: leaves[b].shape[0] for b in made}
     small = [f"{b}: rank {ranks[b]}, needed {len(rows)}" for b, (_, _, rows, _) in made.items() if len(rows) > ranks[b]]

@@ -80,8 +80,8 @@ def place_tensors(
             f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file,"
             " which differ:\n"
             + paths.bullets(dict.fromkeys(differ))
-            + '\nTrain the modules with one A, or build the target with a larger rank and pass on_shared="concat",'
-            " which concatenates the tensors"
+            + "\nTrain the modules with one A, or build the target with a larger rank and pass"
+            ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors'
         )
     small = {half.path: half for g in sites.sites for half in (g.a, g.b) if need[half.path] > half.rank}
     require_rank(
@@ -261,21 +261,64 @@ _NEARLY = re.compile(r"(?<![a-z])lora", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignTree:
-    """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
+class LoraTree:
+    """A tree with LoRA, and the options that say how to read and fill it.
 
-    `stored` is the alpha of each base leaf, if the tree stores it; `sizes` are axis sizes passed by the caller; `slot`
-    is the selected slot, if the arrays hold several adapters.
+    `save`, `load`, `to_peft`, `from_peft`, `extract`, `inject` and checkpoints take it as they take the tree. Functions
+    that fill a tree return the tree itself.
+
+    Args:
+        tree: a tree with the LoRA leaves of another library, or any tree with an adapter of jaxadapt.
+        lora_alpha: the alpha by which another library's tree scales, if the tree does not store one (Qwix, keras, …).
+        on_shared: "concat" concatenates different As along the rank: where PyTorch has one A for several weights of the
+            tree (the heads of keras and openpi; queries, keys and values of an `nn.MultiheadAttention`), and where the
+            tree has one A for several modules of the file. By default they are refused.
+        slot: the number, from 0, of one adapter of a tree whose arrays hold several (SkyRL-tx). `load` and `inject`
+            change only that slot, and set its rank and scale.
+
+    Raises `MismatchError` for any other `on_shared`. Functions that take the value raise `AttachError` for options that
+    its tree does not need, and `MismatchError` if the slot does not exist or is empty.
+
+    >>> import jaxadapt
+    >>> tree = {"q": {"kernel": np.ones((4, 6)), "kernel_lora_a": np.ones((4, 2)), "kernel_lora_b": np.ones((2, 6))}}
+    >>> jaxadapt.to_peft(LoraTree(tree, lora_alpha=4)).config
+    LoraConfig(r=2, target_modules=['q'], lora_alpha=4)
+    >>> tree = {"q_proj": {"kernel": np.ones((4, 6)), "lora_A": np.zeros((3, 4, 8)), "lora_B": np.zeros((3, 8, 6)),
+    ...                    "lora_ranks": np.array([8, 2, 0]), "lora_scaling": np.ones(3, "float32")}}
+    >>> {key: x.shape for key, x in jaxadapt.to_peft(LoraTree(tree, slot=1)).tensors.items()}
+    {'base_model.model.q_proj.lora_A.weight': (2, 4), 'base_model.model.q_proj.lora_B.weight': (6, 2)}
     """
 
     tree: Any
+    _: dataclasses.KW_ONLY
+    lora_alpha: float | None = None
+    on_shared: str | None = None
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_shared not in (None, "concat"):
+            raise MismatchError(f'on_shared: expected None or "concat", found {self.on_shared!r}')
+
+    @classmethod
+    def of(cls, tree: Any) -> LoraTree:
+        """Return a tree as a `LoraTree`, without options unless it is one."""
+        return tree if isinstance(tree, cls) else cls(tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignTree:
+    """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
+
+    `stored` is the alpha of each base leaf, if the tree stores it; `sizes` are axis sizes passed by the caller.
+    """
+
+    given: LoraTree
     dialect: Dialect
     leaves: Leaves
     put: Put
     base: dict[str, tuple[int, ...]]
     stored: dict[str, float]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
-    slot: int | None = None
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
@@ -283,15 +326,18 @@ class ForeignTree:
         return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
 
 
-def find_lora(tree: Any) -> ForeignTree | None:
-    """Return the foreign tree in `tree`; None if it has no LoRA leaves of a known dialect.
+def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> ForeignTree | None:
+    """Return the foreign tree in a tree; None if it has no LoRA leaves of a known dialect.
 
-    Raises `KeyMapError` if a dialect matches only some of the LoRA leaves.
+    `walked`: the walk over an NNX model, if it was made already. Raises `KeyMapError` if a dialect matches only some of
+    the LoRA leaves, and `AttachError` for a slot of a tree whose arrays hold one adapter.
     """
+    if isinstance(given.tree, ForeignTree):
+        return dataclasses.replace(given.tree, given=dataclasses.replace(given, tree=given.tree.given.tree))
+    tree = given.tree if walked is None else walked
     if not trees.may_have_path(tree, is_like):
         return None
     leaves, put = trees.open_tree(tree)
-    tree = graph.model_of(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     if not any(map(is_like, leaves)) or not any(
         d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()
@@ -303,8 +349,13 @@ def find_lora(tree: Any) -> ForeignTree | None:
     if not _has_slots(dialect, lora):
         return None
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
+    if given.slot is not None and not dialect.slots:
+        raise AttachError(
+            f"slot={given.slot}: expected a tree whose arrays hold several adapters, found {dialect.name} leaves, which"
+            " hold one adapter"
+        )
     return ForeignTree(
-        tree, dialect, {p: leaf for p, leaf in leaves.items() if p in lora}, put, base, trees.lorax_alphas(tree)
+        given, dialect, {p: leaf for p, leaf in leaves.items() if p in lora}, put, base, trees.lorax_alphas(given.tree)
     )
 
 
@@ -312,40 +363,16 @@ def _has_slots(dialect: Dialect, leaves: Collection[str]) -> bool:
     return not dialect.slots or any(path.endswith(dialect.slots) for path in leaves)
 
 
-def slot(tree: Any, number: int) -> ForeignTree:
-    """Select one adapter of a tree whose arrays hold several (SkyRL-tx), for `save`, `load`, `to_peft` and the like.
-
-    Args:
-        tree: the model, its state, or any pytree with its LoRA leaves, ranks and scales.
-        number: the number of the slot, from 0.
-
-    `load` and `inject` change only that slot, set its rank and scale, and return the tree (NNX in place). Raises
-    `AttachError` for any other tree. Functions that take the result raise `MismatchError` if the slot does not exist or
-    is empty.
-
-    >>> tree = {"q_proj": {"kernel": np.ones((4, 6)), "lora_A": np.zeros((3, 4, 8)), "lora_B": np.zeros((3, 8, 6)),
-    ...                    "lora_ranks": np.array([8, 2, 0]), "lora_scaling": np.ones(3, "float32")}}
-    >>> import jaxadapt
-    >>> {key: x.shape for key, x in jaxadapt.to_peft(slot(tree, 1)).tensors.items()}
-    {'base_model.model.q_proj.lora_A.weight': (2, 4), 'base_model.model.q_proj.lora_B.weight': (6, 2)}
-    """
-    found = find_lora(tree)
-    if found is None or not found.dialect.slots:
-        kind = "no LoRA leaves" if found is None else f"{found.dialect.name} leaves, which hold one adapter"
-        raise AttachError(f"expected a tree whose arrays hold several adapters, found {kind}")
-    return dataclasses.replace(found, slot=number)
-
-
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
     """Return the tree with only the arrays of its slot; unchanged if the dialect has no slots."""
     if not foreign_tree.dialect.slots:
         return foreign_tree
-    if foreign_tree.slot is None:
+    if foreign_tree.given.slot is None:
         raise AttachError(
             f"cannot select an adapter: each array of this {foreign_tree.dialect.name} tree holds several. Pass"
-            " jaxadapt.models.slot(tree, 0) instead of tree"
+            " jaxadapt.models.LoraTree(tree, slot=0) instead of tree"
         )
-    leaves, stored = slots.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.slot, room)
+    leaves, stored = slots.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.given.slot, room)
     return dataclasses.replace(foreign_tree, leaves=leaves, stored=stored)
 
 
@@ -366,9 +393,9 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     )
     if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(foreign_tree.tree, nnx.Module):
+    if isinstance(foreign_tree.given.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
-        owners = nnx_survey.base_leaves(foreign_tree.tree)
+        owners = nnx_survey.base_leaves(foreign_tree.given.tree)
         entries = nnx_survey.class_entries(owners, nnx_survey.base_shapes(owners), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
     known = survey_sites(
@@ -417,15 +444,17 @@ def tree_to_peft(
     foreign_tree: ForeignTree,
     config: Config | None,
     keymap: KeyMap | str | None,
-    lora_alpha: float | None,
-    on_shared: str | None = None,
     parts: bool = False,
 ) -> tuple[PeftTensors, ForeignSites]:
     """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    foreign_tree = _select_slot(foreign_tree)
+    foreign_tree, lora_alpha, on_shared = (
+        _select_slot(foreign_tree),
+        foreign_tree.given.lora_alpha,
+        foreign_tree.given.on_shared,
+    )
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if per_head_sites or _is_mixed(foreign_tree):
         if lora_alpha is None and config is None:
@@ -455,11 +484,9 @@ def tree_to_peft(
     return peft, sites
 
 
-def extract_adapter(
-    foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
-) -> Adapter:
+def extract_adapter(foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    peft, sites = tree_to_peft(foreign_tree, config, keymap, lora_alpha, parts=True)
+    peft, sites = tree_to_peft(foreign_tree, config, keymap, parts=True)
     shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
     unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:
@@ -481,8 +508,6 @@ def fill_tree(
     tensors: Mapping[str, Any],
     *,
     keymap: KeyMap | str | None = None,
-    lora_alpha: float | None = None,
-    on_shared: str | None = None,
     dtype: Any = None,
     source: str = "the file",
 ) -> Any:
@@ -491,9 +516,8 @@ def fill_tree(
     If the file adapts fewer modules than the tree, or has a smaller rank, the rest of B is zero and the rest of A is
     unchanged.
     """
-    if on_shared not in (None, "concat"):
-        raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     require_original_base(config, source)
+    lora_alpha, on_shared = foreign_tree.given.lora_alpha, foreign_tree.given.on_shared
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if (per_head_sites or _is_mixed(foreign_tree)) and lora_alpha is not None:
@@ -504,7 +528,7 @@ def fill_tree(
     if sites.real is not None:
         fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared)
         config, tensors = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
-    if foreign_tree.slot is not None and isinstance(
+    if foreign_tree.given.slot is not None and isinstance(
         config, LoraConfig
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
@@ -515,13 +539,13 @@ def fill_tree(
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
     if traced and on_shared is None and any(half.shared > 1 for half in _factor_arrays(sites)):
         raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass on_shared="concat", or fill the'
-            f" {foreign_tree.dialect.name} tree outside jit"
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {foreign_tree.dialect.name} tree outside jit"
         )
     placed = place_tensors(sites, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
-    kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.slot is None}
+    kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.given.slot is None}
     dtypes = choose_dtypes(foreign_tree.leaves, placed, dtype, source)
     rounded = foreign_config.first_inexact(ratios)
     if rounded is not None:
@@ -545,8 +569,10 @@ def fill_tree(
             foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat"
         )
     new = {path: place_like(tree.leaves[path], x) for path, x in new.items()}
-    if foreign_tree.slot is not None:
-        new = slots.with_slot(foreign_tree.dialect, tree.leaves, foreign_tree.slot, new, _used_ranks(sites, placed))
+    if foreign_tree.given.slot is not None:
+        new = slots.with_slot(
+            foreign_tree.dialect, tree.leaves, foreign_tree.given.slot, new, _used_ranks(sites, placed)
+        )
     return foreign_tree.put(new)
 
 
@@ -600,12 +626,12 @@ def _factor_arrays(sites: ForeignSites) -> list[FactorArray]:
 
 __all__ = [
     "ForeignTree",
+    "LoraTree",
     "describe_unknown",
     "extract_adapter",
     "fill_tree",
     "find_lora",
     "needed_rank",
-    "slot",
     "survey_tree",
     "tree_to_peft",
 ]

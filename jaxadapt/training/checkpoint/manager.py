@@ -36,6 +36,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
+from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
@@ -476,25 +477,38 @@ class CheckpointManager(RunFolder):
         tree = paths.unflatten({n.removeprefix(prefix): value for n, value in flat.items()})
         return Adapter(recipe.config, tree, recipe.keymap)
 
-    def export(self, step: int | None, path: str | os.PathLike[str], **options: Any) -> None:
+    def export(
+        self,
+        step: int | None,
+        path: str | os.PathLike[str],
+        *,
+        lora_alpha: float | None = None,
+        on_shared: str | None = None,
+        **options: Any,
+    ) -> None:
         """Write the adapters of a step (None: the latest) to a folder that PEFT can load. No model is needed.
 
-        `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. A tree of another library needs
-        `lora_alpha=` or `config=`.
+        `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. `lora_alpha` and `on_shared`
+        are those of `jaxadapt.models.LoraTree`: a tree of another library needs `lora_alpha=` or `config=`.
         """
         self.wait()
         options.setdefault("progress", self.progress)
-        self._run_on_leader("export", lambda: self._export(step, path, options))
+        self._run_on_leader(
+            "export", lambda: self._export(step, path, {"lora_alpha": lora_alpha, "on_shared": on_shared}, options)
+        )
 
-    def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
+    def _export(
+        self, step: int | None, path: str | os.PathLike[str], wrap: Mapping[str, Any], options: dict[str, Any]
+    ) -> None:
         number = self._existing_step(step, "cannot export: ")
         stored = step_files.read_stored_step(self._path(number))
         if stored.snapshot.foreign:
             flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            save(snapshot.stored_foreign_tree(stored.snapshot, leaves), path, **options)
+            tree = snapshot.stored_foreign_tree(stored.snapshot, leaves)
+            save(LoraTree(tree, **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
-            save(self.adapter(number, name), path, name=name, **options)
+            save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
 
     def _existing_step(self, step: int | None, problem: str = "") -> int:
         number = self.latest if step is None else run_folder.step_number(step)

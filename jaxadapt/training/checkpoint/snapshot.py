@@ -440,6 +440,7 @@ def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.
     try:
         dialect = dialects.get_dialect(stored.foreign["dialect"])
         base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
-        return foreign.ForeignTree(None, dialect, dict(leaves), lambda new: new, base, dict(stored.foreign["stored"]))
+        given = foreign.LoraTree(None)
+        return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, dict(stored.foreign["stored"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jaxadapt
 from jaxadapt.keymaps import families, plan
+from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, IDS, PROJ, values
 
@@ -68,7 +68,7 @@ def write_peft(name: str, shapes: dict[str, tuple[int, ...]], folder: Any) -> No
 
 def tree_of(name: str, leaves: Any) -> Any:
     """What the verbs take as the tree."""
-    return jaxadapt.models.slot(leaves, SLOT) if name.startswith("skyrl") else leaves
+    return LoraTree(leaves, slot=SLOT) if name.startswith("skyrl") else leaves
 
 
 def recorded(name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import dialect
 from tests.keymaps.families import jax_side, specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, HEADS, IDS, Specimen, values
@@ -45,7 +46,7 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """A model with its library's LoRA: the tree, how it runs, and what the verbs must be told."""
+    """A model with its library's LoRA: the tree, how it runs, and the options of its `LoraTree`."""
 
     tree: Any
     logits: Callable[[Any], Any]
@@ -66,7 +67,7 @@ def here(name: str) -> bool:
 def told(name: str, rank: int = RANK) -> dict[str, Any]:
     scale = {} if name.startswith("gemma") else {"lora_alpha": ALPHA * rank / RANK}
     apart = {"on_shared": "concat"} if name.startswith("keras") else {}  # each head has an A
-    return {**scale, **apart, **({"keymap": specimen(name).table} if specimen(name).rivals else {})}
+    return {**scale, **apart}
 
 
 def make(name: str, rank: int = RANK) -> Real:
@@ -156,7 +157,7 @@ def unpacked(leaves: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
 def loaded(name: str, folder: Path) -> tuple[Real, Any]:
     """A model of keras' whose rank has room for the heads, and its tree with the PEFT file of a folder."""
     made = make(name, RANK * HEADS)
-    return made, jaxadapt.load(folder, made.tree, **made.told)
+    return made, jaxadapt.load(folder, LoraTree(made.tree, **made.told), keymap=specimen(name).keymap)
 
 
 def crcs(tree: Any) -> dict[str, int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import per_head, survey
 from jaxadapt.models.foreign.dialect import Dialect, Pair
 from jaxadapt.models.foreign.dialects import DIALECTS
@@ -67,7 +68,7 @@ def test_every_dialect_has_cases():
 @each
 def test_out(case: Case):
     tree = case.tree()
-    tensors = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    tensors = jaxadapt.to_peft(LoraTree(tree, **alpha(case)), keymap=case.table)
     assert tensors.config.r == R
     close(computed(tensors), wanted(case, tree))
 
@@ -76,18 +77,20 @@ def test_out(case: Case):
 def test_file_and_back(case: Case, tmp_path):
     """Into a tree of other values: exact, and the base untouched."""
     tree, other = case.tree(0), case.tree(1)
-    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
-    back = jaxadapt.load(tmp_path, other, keymap=case.table, **alpha(case))
+    jaxadapt.save(LoraTree(tree, **alpha(case)), tmp_path, keymap=case.table)
+    back = jaxadapt.load(tmp_path, LoraTree(other, **alpha(case)), keymap=case.table)
     expected = flat(tree) | {case.base[0]: flat(other)[case.base[0]]}
     equal(back, nest(expected))
-    assert set(jaxadapt.read(tmp_path).tensors) == set(jaxadapt.to_peft(tree, keymap=case.table, **alpha(case)).tensors)
+    assert set(jaxadapt.read(tmp_path).tensors) == set(
+        jaxadapt.to_peft(LoraTree(tree, **alpha(case)), keymap=case.table).tensors
+    )
 
 
 @each
 def test_as_an_adapter_of_ours(case: Case):
     """`extract` gives our layout (`merge` computes the same delta), and `inject` the very tree again."""
     tree = case.tree()
-    adapter = jaxadapt.extract(tree, keymap=case.table, **alpha(case))
+    adapter = jaxadapt.extract(LoraTree(tree, **alpha(case)), keymap=case.table)
     leaf = case.leaf or case.base[0]
     zero = nest({leaf: np.zeros(case.base[1], np.float32)})
     merged = flat(jaxadapt.merge(zero, adapter))[leaf]
@@ -95,7 +98,7 @@ def test_as_an_adapter_of_ours(case: Case):
     expected = scale(case) * case.delta(leaves[case.a[0]], leaves[case.b[0]])
     np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-6 * abs(expected).max())
     other = case.tree(1)
-    back = jaxadapt.inject(adapter, other, **alpha(case))
+    back = jaxadapt.inject(adapter, LoraTree(other, **alpha(case)))
     equal(back, nest(leaves | {case.base[0]: flat(other)[case.base[0]]}))
 
 
@@ -103,7 +106,7 @@ def test_as_an_adapter_of_ours(case: Case):
 def test_without_the_base(case: Case):
     """LoRA leaves alone do too, where PyTorch flattens as the dialect does."""
     tree = case.tree(base=False)
-    tensors = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    tensors = jaxadapt.to_peft(LoraTree(tree, **alpha(case)), keymap=case.table)
     close(computed(tensors), wanted(case, tree))
 
 
@@ -115,16 +118,16 @@ def test_inside_jit(case: Case):
 
     @jax.jit
     def out(tree: Any) -> Any:
-        return dict(jaxadapt.to_peft(tree, keymap=case.table, **alpha(case)).tensors)
+        return dict(jaxadapt.to_peft(LoraTree(tree, **alpha(case)), keymap=case.table).tensors)
 
-    outside = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    outside = jaxadapt.to_peft(LoraTree(tree, **alpha(case)), keymap=case.table)
     equal(out(tree), dict(outside.tensors))
 
     @jax.jit
     def through(adapter: Any, other: Any) -> Any:
-        return jaxadapt.inject(adapter, other, **alpha(case))
+        return jaxadapt.inject(adapter, LoraTree(other, **alpha(case)))
 
-    adapter = jaxadapt.extract(tree, keymap=case.table, **alpha(case))
+    adapter = jaxadapt.extract(LoraTree(tree, **alpha(case)), keymap=case.table)
     if case.shared:
         with pytest.raises(jaxadapt.MismatchError, match="cannot compare the shared A tensors inside jit"):
             through(adapter, other)
@@ -140,29 +143,31 @@ def test_the_scale(case: Case):
     if DIALECTS[case.dialect].unscaled:
         assert jaxadapt.to_peft(tree, keymap=case.table).config.lora_alpha == R
         with pytest.raises(jaxadapt.ConfigError, match="does not scale"):
-            jaxadapt.to_peft(tree, keymap=case.table, lora_alpha=3)
+            jaxadapt.to_peft(LoraTree(tree, lora_alpha=3), keymap=case.table)
     else:
-        with pytest.raises(jaxadapt.ConfigError, match="Pass .* as lora_alpha, for example lora_alpha=16"):
+        with pytest.raises(
+            jaxadapt.ConfigError, match=r"Pass .*, for example jaxadapt.models.LoraTree\(tree, lora_alpha=16\)"
+        ):
             jaxadapt.to_peft(tree, keymap=case.table)
         config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
         found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
         assert (found.r, found.lora_alpha, found.task_type) == (R, 5, "CAUSAL_LM")
         with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=16 contradicts lora_alpha=5 of the configuration"):
-            jaxadapt.to_peft(tree, keymap=case.table, config=config, lora_alpha=16)
+            jaxadapt.to_peft(LoraTree(tree, lora_alpha=16), keymap=case.table, config=config)
 
 
 @each
 def test_another_scale_in_the_file(case: Case, tmp_path):
     """The file's scale over the tree's own goes into B: exactly for a power of two, else with a warning."""
     tree = case.tree()
-    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
+    jaxadapt.save(LoraTree(tree, **alpha(case)), tmp_path, keymap=case.table)
     tensors = jaxadapt.read(tmp_path)
     for factor, told in ((4, False), (3, True)):
         changed = tensors.config.replace(lora_alpha=factor * tensors.config.lora_alpha)
         jaxadapt.write(jaxadapt.PeftTensors(changed, tensors.tensors), tmp_path / str(factor))
 
         def load(path=tmp_path / str(factor)) -> Any:
-            return jaxadapt.load(path, case.tree(1), keymap=case.table, **alpha(case))
+            return jaxadapt.load(path, LoraTree(case.tree(1), **alpha(case)), keymap=case.table)
 
         if told:
             with pytest.warns(UserWarning, match="rounded once"):
@@ -176,16 +181,16 @@ def test_another_scale_in_the_file(case: Case, tmp_path):
 @each
 def test_a_tree_of_larger_rank_takes_a_smaller_file(case: Case, tmp_path):
     tree = case.tree()
-    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
+    jaxadapt.save(LoraTree(tree, **alpha(case)), tmp_path, keymap=case.table)
     large = case.tree(1, rank=11)
     told = {} if not alpha(case) else {"lora_alpha": 22.0}
-    back = jaxadapt.load(tmp_path, large, keymap=case.table, **told)
+    back = jaxadapt.load(tmp_path, LoraTree(large, **told), keymap=case.table)
     leaves = {path: np.asarray(x) for path, x in flat(back).items()}
     delta = case.delta(leaves[case.a[0]], leaves[case.b[0]])
     expected = case.delta(flat(tree)[case.a[0]], flat(tree)[case.b[0]])
     np.testing.assert_allclose(delta, expected, rtol=0, atol=2e-6 * abs(expected).max())
     with pytest.raises(jaxadapt.MismatchError, match=f"rank 2, needed {R}\nBuild it with rank={R}"):
-        jaxadapt.load(tmp_path, case.tree(1, rank=2), keymap=case.table, **told and {"lora_alpha": 4})
+        jaxadapt.load(tmp_path, LoraTree(case.tree(1, rank=2), **told and {"lora_alpha": 4}), keymap=case.table)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.shared], ids=str)
@@ -193,7 +198,7 @@ class TestShared:
     """One array for several modules: exact where the file agrees, else refused or put side by side."""
 
     def differing(self, case: Case, path) -> jaxadapt.PeftTensors:
-        jaxadapt.save(case.tree(), path / "same", keymap=case.table, **alpha(case))
+        jaxadapt.save(LoraTree(case.tree(), **alpha(case)), path / "same", keymap=case.table)
         tensors = jaxadapt.read(path / "same")
         changed = {key: np.array(x) for key, x in tensors.tensors.items()}
         rng = np.random.RandomState(3)
@@ -204,18 +209,26 @@ class TestShared:
     def test_refused(self, case: Case, tmp_path):
         self.differing(case, tmp_path)
         with pytest.raises(jaxadapt.MismatchError, match='(?s)several tensors of the file.*on_shared="concat"'):
-            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, **alpha(case))
+            jaxadapt.load(tmp_path / "other", LoraTree(case.tree(1), **alpha(case)), keymap=case.table)
         with pytest.raises(jaxadapt.MismatchError, match="on_shared: expected"):
-            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, on_shared="x", **alpha(case))
+            jaxadapt.load(
+                tmp_path / "other",
+                LoraTree(case.tree(1), on_shared="x", **alpha(case)),
+                keymap=case.table,
+            )
 
     def test_concat(self, case: Case, tmp_path):
         tensors = self.differing(case, tmp_path)
         count = len(tensors.tensors) // 2
         with pytest.raises(jaxadapt.MismatchError, match=f"Build it with rank={count * R}"):
-            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, on_shared="concat", **alpha(case))
+            jaxadapt.load(
+                tmp_path / "other",
+                LoraTree(case.tree(1), on_shared="concat", **alpha(case)),
+                keymap=case.table,
+            )
         told = {} if not alpha(case) else {"lora_alpha": 2.0 * count * R}
         large = case.tree(1, rank=count * R)
-        back = jaxadapt.load(tmp_path / "other", large, keymap=case.table, on_shared="concat", **told)
+        back = jaxadapt.load(tmp_path / "other", LoraTree(large, on_shared="concat", **told), keymap=case.table)
         leaves = flat(back)
         found = case.torch(scale(case) * case.delta(leaves[case.a[0]], leaves[case.b[0]]))
         close(found, computed(tensors))
@@ -225,12 +238,12 @@ def test_one_part_of_a_fused_weight(tmp_path):
     """A file for k alone: v keeps its A, and its B is zero."""
     (case,) = (c for c in CASES if str(c) == "qwix-einsum-kv")
     tree = case.tree()
-    jaxadapt.save(tree, tmp_path / "both", keymap=case.table, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(tree, lora_alpha=ALPHA), tmp_path / "both", keymap=case.table)
     tensors = jaxadapt.read(tmp_path / "both")
     mine = {key: x for key, x in tensors.tensors.items() if ".k." in key}
     config = tensors.config.replace(target_modules=["k"])
     jaxadapt.write(jaxadapt.PeftTensors(config, mine), tmp_path / "k")
-    back = flat(jaxadapt.load(tmp_path / "k", case.tree(1), keymap=case.table, lora_alpha=ALPHA))
+    back = flat(jaxadapt.load(tmp_path / "k", LoraTree(case.tree(1), lora_alpha=ALPHA), keymap=case.table))
     expected = flat(tree)[case.b[0]].copy()
     expected[:, 1] = 0
     np.testing.assert_array_equal(back[case.b[0]], expected)
@@ -251,25 +264,25 @@ TABLE = jaxadapt.KeyMap("case", (jaxadapt.Weight("{path}.kernel", "m.{path}.weig
 def test_a_leaf_nobody_claims_is_listed():
     tree = dense(**{"up.kernel_lora_magnitude": np.zeros(F), "x.lora_B": np.zeros((R, F))})
     with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)no dialect matches these.*up.kernel_lora_magnitude.*x.lora_B"):
-        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_half_a_pair_is_listed():
     tree = dense(**{"down.kernel_lora_a": np.zeros((D, R))})
     with pytest.raises(jaxadapt.KeyMapError, match=r"down.kernel_lora_a"):
-        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_two_dialects_in_one_tree():
     tree = dense(**{"x.kernel": np.zeros((D, F)), "x.lora.a": np.zeros((D, R)), "x.lora.b": np.zeros((R, F))})
     with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)x.lora.a.*x.lora.b"):
-        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_a_leaf_without_a_line_is_listed():
     tree = dense(**{"x.w": np.zeros((D, F)), "x.w_lora_a": np.zeros((D, R)), "x.w_lora_b": np.zeros((R, F))})
     with pytest.raises(jaxadapt.KeyMapError, match=r"x.w_lora_a, x.w_lora_b: the keymap 'case' has no entry for 'x.w'"):
-        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_ragged_dot_is_refused():
@@ -277,7 +290,7 @@ def test_ragged_dot_is_refused():
     line = jaxadapt.Weight("e.w", "m.experts.{e}.up.weight", "{e} d f -> f d")
     tree = nest({"e.w": np.zeros((E, D, F)), "e.w_lora_a": np.zeros((E * D, R)), "e.w_lora_b": np.zeros((R, F))})
     with pytest.raises(jaxadapt.KeyMapError, match=r"e.w_lora_a \(60, 7\).*expected .*A \(\{e\} d r\), B \(r f\)"):
-        jaxadapt.to_peft(tree, keymap=jaxadapt.KeyMap("case", (line,)), lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=jaxadapt.KeyMap("case", (line,)))
 
 
 def test_a_configuration_that_contradicts_the_tree():
@@ -307,10 +320,10 @@ def test_target_modules_name_what_is_adapted_and_nothing_else():
         flat_tree |= {
             f"{leaf}.kernel_lora_a": np.zeros((D, R), np.float32), f"{leaf}.kernel_lora_b": np.zeros((R, F), np.float32)
         }  # fmt: skip
-    found = jaxadapt.to_peft(nest(flat_tree), keymap=TABLE, lora_alpha=1).config
+    found = jaxadapt.to_peft(LoraTree(nest(flat_tree), lora_alpha=1), keymap=TABLE).config
     assert set(found.target_modules) == {"up", "1.gate"}
     bare = {path: x for path, x in flat_tree.items() if not path.endswith("kernel")}
-    found = jaxadapt.to_peft(nest(bare), keymap=TABLE, lora_alpha=1).config
+    found = jaxadapt.to_peft(LoraTree(nest(bare), lora_alpha=1), keymap=TABLE).config
     assert set(found.target_modules) == {"m.0.up", "m.1.up", "m.1.gate"}
 
 
@@ -321,38 +334,39 @@ def test_ranks_that_differ_become_a_pattern():
         "x.kernel": np.zeros((F, D), np.float32),
         "x.kernel_lora_a": np.ones((F, 3), np.float32), "x.kernel_lora_b": np.ones((3, D), np.float32),
     })  # fmt: skip
-    tensors = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4)
+    tensors = jaxadapt.to_peft(LoraTree(tree, lora_alpha=4), keymap=TABLE)
     assert (tensors.config.r, dict(tensors.config.rank_pattern)) == (3, {"up": R})
-    adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=4)
+    adapter = jaxadapt.extract(LoraTree(tree, lora_alpha=4), keymap=TABLE)
     assert {p: x.shape for p, x in adapter.flat().items()}["up.kernel.lora_A"] == (R, D)
 
 
 def test_dtypes_are_kept_or_refused(tmp_path):
     """bfloat16 into float32 leaves is exact; the other way is rounding, which must be asked for."""
     (case,) = (c for c in CASES if str(c) == "qwix-dense")
-    told = {"keymap": case.table, "lora_alpha": ALPHA}
-    jaxadapt.save(case.tree(dtype="bfloat16"), tmp_path / "16", **told)
-    jaxadapt.save(case.tree(), tmp_path / "32", **told)
-    up = flat(jaxadapt.load(tmp_path / "16", case.tree(1), **told))[case.a[0]]
+    told, table = {"lora_alpha": ALPHA}, case.table
+    jaxadapt.save(LoraTree(case.tree(dtype="bfloat16"), **told), tmp_path / "16", keymap=table)
+    jaxadapt.save(LoraTree(case.tree(), **told), tmp_path / "32", keymap=table)
+    up = flat(jaxadapt.load(tmp_path / "16", LoraTree(case.tree(1), **told), keymap=table))[case.a[0]]
     assert up.dtype == "float32"
     np.testing.assert_array_equal(up, np.asarray(flat(case.tree(dtype="bfloat16"))[case.a[0]], np.float32))
     with pytest.raises(jaxadapt.MismatchError, match="(?s)represent these tensors exactly. Pass dtype=.*bfloat16"):
-        jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), **told)
-    down = jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), dtype="bfloat16", **told)
+        jaxadapt.load(tmp_path / "32", LoraTree(case.tree(1, dtype="bfloat16"), **told), keymap=table)
+    target = LoraTree(case.tree(1, dtype="bfloat16"), **told)
+    down = jaxadapt.load(tmp_path / "32", target, keymap=table, dtype="bfloat16")
     assert flat(down)[case.a[0]].dtype == "bfloat16"
 
 
 def test_a_file_of_another_model_changes_nothing(tmp_path):
     (case,) = (c for c in CASES if str(c) == "qwix-dense")
-    jaxadapt.save(case.tree(), tmp_path, keymap=case.table, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(case.tree(), lora_alpha=ALPHA), tmp_path, keymap=case.table)
     wide = {"up.kernel": (D, F + 1), "up.kernel_lora_a": (D, R), "up.kernel_lora_b": (R, F + 1)}
     other = nest({path: np.zeros(shape) for path, shape in wide.items()})
     wrong = r"(?s)wrongly shaped.*m.up.lora_B.weight: expected \[15, any\], found \[14, 7\]"
     with pytest.raises(jaxadapt.MismatchError, match=wrong):
-        jaxadapt.load(tmp_path, other, keymap=case.table, lora_alpha=ALPHA)
+        jaxadapt.load(tmp_path, LoraTree(other, lora_alpha=ALPHA), keymap=case.table)
     renamed = jaxadapt.KeyMap("other", (jaxadapt.Weight("up.kernel", "n.up.weight", "i o -> o i"),))
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)missing.*n.up.lora_A.*unexpected.*m.up.lora_A"):
-        jaxadapt.load(tmp_path, case.tree(1), keymap=renamed, lora_alpha=ALPHA)
+        jaxadapt.load(tmp_path, LoraTree(case.tree(1), lora_alpha=ALPHA), keymap=renamed)
 
 
 def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_adapted(tmp_path):
@@ -361,23 +375,23 @@ def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_ada
     adapter = jaxadapt.init(config, {"up": tree["up"]}, key=jax.random.key(0), keymap=TABLE)
     jaxadapt.save(adapter, tmp_path)
     with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
-        jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA)
-    jaxadapt.save(tree, tmp_path / "plain", keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.load(tmp_path, LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
+    jaxadapt.save(LoraTree(tree, lora_alpha=ALPHA), tmp_path / "plain", keymap=TABLE)
     with pytest.raises(jaxadapt.ConfigError, match="in qwix leaves with lora_alpha=0"):
-        jaxadapt.load(tmp_path / "plain", tree, keymap=TABLE, lora_alpha=0)
+        jaxadapt.load(tmp_path / "plain", LoraTree(tree, lora_alpha=0), keymap=TABLE)
 
 
 def test_arguments_for_other_trees_are_refused(tmp_path):
     tree = dense()
-    jaxadapt.save(tree, tmp_path, keymap=TABLE, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(tree, lora_alpha=ALPHA), tmp_path, keymap=TABLE)
     with pytest.raises(jaxadapt.AttachError, match="rngs"):
-        jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA, rngs=1)
+        jaxadapt.load(tmp_path, LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE, rngs=1)
     plain = {"params": {"up": {"kernel": jnp.zeros((D, F))}}}
-    with pytest.raises(jaxadapt.AttachError, match="lora_alpha: applies only to targets with another library's"):
-        jaxadapt.load(tmp_path, plain, keymap=TABLE, lora_alpha=ALPHA)
-    adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.AttachError, match="lora_alpha: applies only to trees of other libraries"):
+        jaxadapt.load(tmp_path, LoraTree(plain, lora_alpha=ALPHA), keymap=TABLE)
+    adapter = jaxadapt.extract(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
     with pytest.raises(jaxadapt.AttachError, match="store their own"):
-        jaxadapt.to_peft(adapter, lora_alpha=3)
+        jaxadapt.to_peft(LoraTree(adapter, lora_alpha=3))
 
 
 @pytest.mark.parametrize("size", [D - 1, D + 1])
@@ -385,7 +399,7 @@ def test_arrays_that_contradict_their_base_are_refused(size):
     shapes = {"up.kernel": (D, F), "up.kernel_lora_a": (size, R), "up.kernel_lora_b": (R, F)}
     tree = nest({path: np.zeros(shape) for path, shape in shapes.items()})
     with pytest.raises(jaxadapt.KeyMapError, match=rf"up.kernel_lora_a \({size}, {R}\)(.|\n)*expected A \(i r\)"):
-        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_arrays_that_can_be_read_in_two_ways_are_refused():

@@ -16,6 +16,7 @@ from jaxadapt.core import paths
 from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
+from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, recorded
 
@@ -114,8 +115,8 @@ def test_out(name, shared):
     table = BY_NAME[name].table
     if concat:
         with pytest.raises(jaxadapt.MismatchError, match=r'(?s)gate_up_proj.*on_shared="concat"'):
-            jaxadapt.to_peft(tree(name, shared), keymap=table, lora_alpha=ALPHA)
-    held = jaxadapt.to_peft(tree(name, shared), keymap=table, lora_alpha=ALPHA, on_shared=concat)
+            jaxadapt.to_peft(LoraTree(tree(name, shared), lora_alpha=ALPHA), keymap=table)
+    held = jaxadapt.to_peft(LoraTree(tree(name, shared), lora_alpha=ALPHA, on_shared=concat), keymap=table)
     assert held.config.get("target_modules") in (None, (), [])
     assert set(held.config.get("target_parameters")) == {"experts.gate_up_proj", "experts.down_proj"}
     before, after = in_torch(name, base(name)), in_torch(name, merged(name, shared))
@@ -126,7 +127,7 @@ def test_out(name, shared):
 @each
 @shared_b
 def test_as_an_adapter_of_ours(name, shared):
-    adapter = jaxadapt.extract(tree(name, shared), keymap=BY_NAME[name].table, lora_alpha=ALPHA)
+    adapter = jaxadapt.extract(LoraTree(tree(name, shared), lora_alpha=ALPHA), keymap=BY_NAME[name].table)
     found = paths.flatten(jaxadapt.merge(paths.unflatten(base(name)), adapter))
     for leaf, x in merged(name, shared).items():
         np.testing.assert_allclose(found[leaf], x, rtol=0, atol=2e-5, err_msg=leaf)
@@ -137,21 +138,21 @@ def test_as_an_adapter_of_ours(name, shared):
 def test_file_and_back(name, shared, tmp_path):
     """Into a tree of other values."""
     table, mine = BY_NAME[name].table, tree(name, shared, equal=True)
-    jaxadapt.save(mine, tmp_path, keymap=table, lora_alpha=ALPHA)
-    back = jaxadapt.load(tmp_path, tree(name, shared, seed=1), keymap=table, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(mine, lora_alpha=ALPHA), tmp_path, keymap=table)
+    back = jaxadapt.load(tmp_path, LoraTree(tree(name, shared, seed=1), lora_alpha=ALPHA), keymap=table)
     for path, x in paths.flatten(mine).items():
         np.testing.assert_array_equal(paths.flatten(back)[path], x, err_msg=path)
 
 
 def test_with_a_lora_for_each_expert():
     mine = tree("maxtext-mixtral", False)
-    held = jaxadapt.to_peft(mine, keymap="maxtext:mixtral/per-expert", lora_alpha=ALPHA)
+    held = jaxadapt.to_peft(LoraTree(mine, lora_alpha=ALPHA), keymap="maxtext:mixtral/per-expert")
     flat = paths.flatten(mine)
     key = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_A.weight"
     np.testing.assert_array_equal(held.tensors[key], flat["decoder.layers_1.MoeBlock_0.wi_1_lora_a"][3].T)
     assert len(held.tensors) == 3 * 3 * E * 2
     back = jaxadapt.from_peft(held, paths.unflatten(base("maxtext-mixtral")), keymap="maxtext:mixtral")
-    again = jaxadapt.inject(back, tree("maxtext-mixtral", False, seed=1), lora_alpha=ALPHA)
+    again = jaxadapt.inject(back, LoraTree(tree("maxtext-mixtral", False, seed=1), lora_alpha=ALPHA))
     for path, x in flat.items():
         np.testing.assert_array_equal(paths.flatten(again)[path], x, err_msg=path)
 
@@ -168,7 +169,7 @@ def test_files_alone(name, tmp_path):
     save_file({path: np.ascontiguousarray(x) for path, x in base(name).items()}, tmp_path / "base.safetensors")
     like = tmp_path / "base.safetensors"
     convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=ALPHA, like=like)
-    jaxadapt.save(mine, tmp_path / "saved", keymap=table, lora_alpha=ALPHA)
+    jaxadapt.save(LoraTree(mine, lora_alpha=ALPHA), tmp_path / "saved", keymap=table)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
     done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, dialect="qwix", like=like)
@@ -210,7 +211,7 @@ def test_from_one_family_to_another(tmp_path):
     assert done.rank == 2 * R
     merged_there = in_torch("maxtext-mixtral", merged("maxtext-mixtral", False))
     leaves = paths.unflatten({**base("mixtral"), **load_file(tmp_path / "c.safetensors")})
-    held = jaxadapt.to_peft(leaves, keymap=target, lora_alpha=done.lora_alpha)
+    held = jaxadapt.to_peft(LoraTree(leaves, lora_alpha=done.lora_alpha), keymap=target)
     before = in_torch("maxtext-mixtral", base("maxtext-mixtral"))
     for key, delta in computed(held, "mixtral").items():
         np.testing.assert_allclose(before[key] + delta, merged_there[key], rtol=0, atol=2e-5, err_msg=key)
@@ -237,7 +238,7 @@ def test_qwix_itself(foreign_model):
             var.set_value(jnp.asarray(rng.standard_normal(var.shape), "float32"))
     line = jaxadapt.Weight("up", "experts.up", "e d f -> e f d", kind="experts")
     table = jaxadapt.KeyMap("mine", (line,))
-    held = jaxadapt.to_peft(model, keymap=table, lora_alpha=ALPHA)
+    held = jaxadapt.to_peft(LoraTree(model, lora_alpha=ALPHA), keymap=table)
     a, b = (np.asarray(held.tensors[f"base_model.model.experts.lora_{s}.weight"]) for s in "AB")
     assert (a.shape, b.shape) == ((E * R, 3), (5, R * E))
     delta = np.einsum("oke,eki->eio", b.reshape(5, R, E), a.reshape(E, R, 3)) * ALPHA / R

@@ -19,6 +19,7 @@ from flax import serialization
 from jax.tree_util import GetAttrKey
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from tests.models.foreign.cases import CASES, D, F, R, flat
 
 TABLE = jaxadapt.KeyMap("case", (jaxadapt.Weight("{path}.kernel", "m.{path}.weight", "i o -> o i"),))
@@ -65,7 +66,7 @@ def test_lorax(tmp_path):
     np.testing.assert_array_equal(new.a, node.a / 2)  # the file's scale is half of the tree's
     np.testing.assert_array_equal(new.w, lorax(1)["up"]["kernel"].w)
     with pytest.raises(jaxadapt.ConfigError, match="lorax stores its alpha; leave it out"):
-        jaxadapt.save(tree, tmp_path, keymap=TABLE, lora_alpha=3)
+        jaxadapt.save(LoraTree(tree, lora_alpha=3), tmp_path, keymap=TABLE)
 
 
 def test_lorax_weights_of_different_alphas():
@@ -116,11 +117,11 @@ def test_levanter(tmp_path):
         lora = Fields(lora_A=Fields(weight=a), lora_B=Fields(weight=b), dropout=Fields(inference=False))
         return Fields(q=Fields(wrapped=Fields(weight=w), lora=lora))
 
-    jaxadapt.save(model(0), tmp_path, keymap=case.table, lora_alpha=14)
-    plain = jaxadapt.to_peft(case.tree(0), keymap=case.table, lora_alpha=14)
+    jaxadapt.save(LoraTree(model(0), lora_alpha=14), tmp_path, keymap=case.table)
+    plain = jaxadapt.to_peft(LoraTree(case.tree(0), lora_alpha=14), keymap=case.table)
     for key, x in jaxadapt.read(tmp_path).tensors.items():
         np.testing.assert_array_equal(x, plain.tensors[key])
-    back: Any = jaxadapt.load(tmp_path, model(1), keymap=case.table, lora_alpha=14)
+    back: Any = jaxadapt.load(tmp_path, LoraTree(model(1), lora_alpha=14), keymap=case.table)
     assert back.q.lora.dropout.inference is False
     assert back.q.lora.lora_A.weight.axes == ("x",)
     np.testing.assert_array_equal(back.q.lora.lora_B.weight.array, flat(case.tree(0))[case.b[0]])
@@ -138,8 +139,8 @@ def test_boxes_are_opened_and_kept(tmp_path):
         }
         return {"params": {"up": boxed}, "cache": {"n": np.zeros(1)}}
 
-    jaxadapt.save(tree(0), tmp_path, keymap=TABLE, lora_alpha=14)
-    back = jaxadapt.load(tmp_path, tree(1), keymap=TABLE, lora_alpha=14)
+    jaxadapt.save(LoraTree(tree(0), lora_alpha=14), tmp_path, keymap=TABLE)
+    back = jaxadapt.load(tmp_path, LoraTree(tree(1), lora_alpha=14), keymap=TABLE)
     box = back["params"]["up"]["kernel_lora_a"]
     assert isinstance(box, nn.LogicallyPartitioned)
     assert box.names == ("x", "y")
@@ -150,16 +151,16 @@ def test_boxes_are_opened_and_kept(tmp_path):
 def test_arrays_stay_on_their_devices(tmp_path):
     """New values go where the old ones were."""
     (case,) = (c for c in CASES if str(c) == "qwix-dense")
-    jaxadapt.save(case.tree(), tmp_path, keymap=case.table, lora_alpha=14)
+    jaxadapt.save(LoraTree(case.tree(), lora_alpha=14), tmp_path, keymap=case.table)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     other = case.tree(1)
     other["up"]["kernel_lora_a"] = jax.device_put(other["up"]["kernel_lora_a"], sharding)
-    back = jaxadapt.load(tmp_path, other, keymap=case.table, lora_alpha=14)
+    back = jaxadapt.load(tmp_path, LoraTree(other, lora_alpha=14), keymap=case.table)
     assert back["up"]["kernel_lora_a"].sharding == sharding
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), other)
     spec["up"]["kernel_lora_a"] = jax.ShapeDtypeStruct((D, R), np.float32, sharding=sharding)
-    abstract = jaxadapt.load(tmp_path, spec, keymap=case.table, lora_alpha=14)
+    abstract = jaxadapt.load(tmp_path, LoraTree(spec, lora_alpha=14), keymap=case.table)
     assert abstract["up"]["kernel_lora_a"].sharding == sharding
     np.testing.assert_array_equal(abstract["up"]["kernel_lora_a"], flat(case.tree())[case.a[0]])
     assert isinstance(abstract["up"]["kernel"], jax.ShapeDtypeStruct)
@@ -173,10 +174,10 @@ def test_an_optimizers_moments_are_no_adapter(tmp_path):
     }
     moments = serialization.to_state_dict(optax.adam(1e-3).init({"up": up}))
     tree = {"model": {"up": up}, "opt_state": moments}
-    found = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4.0)
+    found = jaxadapt.to_peft(LoraTree(tree, lora_alpha=4.0), keymap=TABLE)
     assert sorted(found.tensors) == [f"base_model.model.m.model.up.lora_{side}.weight" for side in "AB"]
     doubled = dataclasses.replace(found, tensors={key: 2 * x for key, x in found.tensors.items()})
     jaxadapt.write(doubled, tmp_path)
-    back = jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=4.0)
+    back = jaxadapt.load(tmp_path, LoraTree(tree, lora_alpha=4.0), keymap=TABLE)
     np.testing.assert_array_equal(back["model"]["up"]["kernel_lora_b"], 2 * up["kernel_lora_b"])
     jax.tree.map(np.testing.assert_array_equal, back["opt_state"], moments)

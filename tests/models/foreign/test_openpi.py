@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.export.conversion import convert
+from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import dialects
 
 L, D, F, N, K, H, R, ALPHA = 3, 10, 14, 4, 1, 6, 2, 8.0
@@ -79,7 +80,7 @@ def peft_changes(tensors: jaxadapt.PeftTensors) -> Arrays:
 def test_every_layer_computes_the_same_in_peft():
     tree = leaves()
     with pytest.warns(UserWarning, match="openpi:pi0"):
-        tensors = jaxadapt.to_peft(tree, keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat")
+        tensors = jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA, on_shared="concat"), keymap="openpi:pi0")
     found = peft_changes(tensors)
     expert = [name for name in found if "gemma_expert" in name]
     assert len(expert) == L
@@ -92,9 +93,9 @@ def test_every_layer_computes_the_same_in_peft():
 
 def test_heads_that_differ_ask(tmp_path: Path):
     with pytest.raises(jaxadapt.MismatchError, match='Pass on_shared="concat"'):
-        jaxadapt.to_peft(leaves(), keymap="openpi:pi0", lora_alpha=ALPHA)
+        jaxadapt.to_peft(LoraTree(leaves(), lora_alpha=ALPHA), keymap="openpi:pi0")
     with pytest.raises(jaxadapt.ConfigError, match="times √rank with rslora"):
-        jaxadapt.to_peft(leaves(), keymap="openpi:pi0", on_shared="concat")
+        jaxadapt.to_peft(LoraTree(leaves(), on_shared="concat"), keymap="openpi:pi0")
 
 
 @pytest.mark.filterwarnings("ignore:.*not been verified")
@@ -106,7 +107,7 @@ def test_there_and_back(tmp_path: Path):
         tmp_path / "a.safetensors", tmp_path / "peft", from_keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat"
     )
     target = {path: np.zeros_like(x) for path, x in tree.items()}
-    back = jaxadapt.load(tmp_path / "peft", target, keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat")
+    back = jaxadapt.load(tmp_path / "peft", LoraTree(target, lora_alpha=ALPHA, on_shared="concat"), keymap="openpi:pi0")
     for path, x in tree.items():
         if "attn_vec" in path and path.endswith("_b"):
             np.testing.assert_array_equal(back[path].sum(1), x.sum(1))
@@ -142,11 +143,11 @@ def test_a_file_of_pefts_fills_a_tree(tmp_path: Path):
     adapter = jaxadapt.PeftTensors(config, tensors)
     jaxadapt.write(adapter, tmp_path)
     target = {path: np.zeros_like(x) for path, x in leaves().items() if "_1." not in path}
-    filled = jaxadapt.load(tmp_path, target, keymap="openpi:pi0", lora_alpha=ALPHA)
+    filled = jaxadapt.load(tmp_path, LoraTree(target, lora_alpha=ALPHA), keymap="openpi:pi0")
     found, expected = changes(filled), peft_changes(adapter)
     for module, change in expected.items():
         np.testing.assert_allclose(found[module], change, rtol=1e-5, atol=1e-5, err_msg=module)
-    back = jaxadapt.to_peft(filled, keymap="openpi:pi0", lora_alpha=ALPHA)  # all heads have one A
+    back = jaxadapt.to_peft(LoraTree(filled, lora_alpha=ALPHA), keymap="openpi:pi0")  # all heads have one A
     for key, x in tensors.items():
         np.testing.assert_array_equal(back.tensors[key], x)
 
@@ -167,7 +168,7 @@ def whole() -> Arrays:
 
 def test_without_a_keymap_the_one_choice_is_named():
     with pytest.raises(jaxadapt.KeyMapError, match="pass keymap='openpi:pi0' to use it"):
-        jaxadapt.to_peft(whole(), lora_alpha=ALPHA, on_shared="concat")
+        jaxadapt.to_peft(LoraTree(whole(), lora_alpha=ALPHA, on_shared="concat"))
 
 
 @pytest.mark.filterwarnings("ignore:.*not been verified")
@@ -189,13 +190,13 @@ def test_the_paths_of_openpis_checkpoints_end_in_value(tmp_path: Path):
 def test_pi0_fast_has_the_names_of_the_one_expert():
     """As LeRobot's PI0FastPytorch: paligemma_with_expert.paligemma, without gemma_expert."""
     tree = {path: x for path, x in whole().items() if "_1." not in path}
-    tensors = jaxadapt.to_peft(tree, keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat").tensors
+    tensors = jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA, on_shared="concat"), keymap="openpi:pi0").tensors
     assert {key.partition(".layers.")[0] for key in tensors} == {P.removesuffix(".layers.")}
 
 
 def test_extract_refers_to_functions_that_take_on_shared():
     with pytest.raises(jaxadapt.MismatchError, match=r"to save or to_peft \(extract has no such argument\)"):
-        jaxadapt.extract(whole(), keymap="openpi:pi0", lora_alpha=ALPHA)
+        jaxadapt.extract(LoraTree(whole(), lora_alpha=ALPHA), keymap="openpi:pi0")
 
 
 def test_it_is_recognised_before_dialects_with_any_module():

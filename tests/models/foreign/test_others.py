@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from tests.keymaps.families.specimens import IDS, PROJ
 from tests.models.foreign import others
 from tests.models.foreign.cases import flat, nest
@@ -71,7 +72,7 @@ def test_they_compute_what_peft_computes(name: str, tmp_path):
     others.write_peft(name, {p.replace(".base_module", ""): shape for p, shape in found["base"].items()}, tmp_path)
     tree = nest(leaves_of(name))
     if "skyrl" in name:
-        back = jaxadapt.load(tmp_path, jaxadapt.models.slot(tree, others.INTO))
+        back = jaxadapt.load(tmp_path, LoraTree(tree, slot=others.INTO))
     else:
         with pytest.warns(UserWarning, match="rounded once"):  # EasyDeL does not scale: 5/3 goes into B
             back = jaxadapt.load(tmp_path, tree, keymap="llama")
@@ -105,13 +106,13 @@ def moved(tree: Any) -> dict[str, np.ndarray]:
 def test_one_slot_out_and_into_another(tmp_path):
     """The rank in use and the scale go along; no other slot, and nothing of the base, changes by a bit."""
     tree = skyrl()
-    jaxadapt.save(jaxadapt.models.slot(tree, 1), tmp_path)
+    jaxadapt.save(LoraTree(tree, slot=1), tmp_path)
     found = jaxadapt.read(tmp_path)
     assert (found.config.r, found.config.lora_alpha) == (3, 5)
     np.testing.assert_array_equal(
         found.tensors["base_model.model.q_proj.lora_A.weight"], tree["q_proj"]["lora_A"][1, :, :3].T
     )
-    back = moved(jaxadapt.load(tmp_path, jaxadapt.models.slot(skyrl(seed=1), 2)))
+    back = moved(jaxadapt.load(tmp_path, LoraTree(skyrl(seed=1), slot=2)))
     for path, x in moved(skyrl(seed=1)).items():
         if "lora_" not in path:
             np.testing.assert_array_equal(back[path], x)
@@ -119,22 +120,22 @@ def test_one_slot_out_and_into_another(tmp_path):
         np.testing.assert_array_equal(back[path][:2], x[:2])
         np.testing.assert_array_equal(back[path][2], moved(tree)[path][1], err_msg=path)
         assert back[path].dtype == x.dtype
-    again = jaxadapt.to_peft(jaxadapt.models.slot(nest(back), 2))
-    assert again.config == jaxadapt.to_peft(jaxadapt.models.slot(tree, 1)).config
+    again = jaxadapt.to_peft(LoraTree(nest(back), slot=2))
+    assert again.config == jaxadapt.to_peft(LoraTree(tree, slot=1)).config
     for key, x in again.tensors.items():
         np.testing.assert_array_equal(x, found.tensors[key])
 
 
 def test_a_module_the_file_does_not_adapt_gets_rank_0(tmp_path):
-    jaxadapt.save(jaxadapt.models.slot(skyrl(), 1), tmp_path)
+    jaxadapt.save(LoraTree(skyrl(), slot=1), tmp_path)
     whole = jaxadapt.read(tmp_path)
     some = {key: x for key, x in whole.tensors.items() if "q_proj" in key}
     jaxadapt.write(jaxadapt.PeftTensors(whole.config.replace(target_modules=["q_proj"]), some), tmp_path / "q")
-    back = jaxadapt.load(tmp_path / "q", jaxadapt.models.slot(skyrl(), 0))
+    back = jaxadapt.load(tmp_path / "q", LoraTree(skyrl(), slot=0))
     assert (back["o_proj"]["lora_ranks"][0], back["o_proj"]["lora_scaling"][0]) == (0, 0)
     assert not back["o_proj"]["lora_A"][0].any()
     assert not back["o_proj"]["lora_B"][0].any()
-    (key,) = {key.split(".")[2] for key in jaxadapt.to_peft(jaxadapt.models.slot(back, 0)).tensors}
+    (key,) = {key.split(".")[2] for key in jaxadapt.to_peft(LoraTree(back, slot=0)).tensors}
     assert key == "q_proj"
 
 
@@ -152,12 +153,12 @@ def test_a_model_is_filled_in_place(tmp_path):
         def __init__(self, leaves: dict[str, Any]):
             self.q_proj, self.o_proj = Linear(leaves["q_proj"]), Linear(leaves["o_proj"])
 
-    jaxadapt.save(jaxadapt.models.slot(skyrl(), 1), tmp_path)
+    jaxadapt.save(LoraTree(skyrl(), slot=1), tmp_path)
     model = Net(skyrl())
-    adapter = jaxadapt.extract(jaxadapt.models.slot(model, 1))
-    assert jaxadapt.load(tmp_path, jaxadapt.models.slot(model, 2)) is model
+    adapter = jaxadapt.extract(LoraTree(model, slot=1))
+    assert jaxadapt.load(tmp_path, LoraTree(model, slot=2)) is model
     other = Net(skyrl())
-    assert jaxadapt.inject(adapter, jaxadapt.models.slot(other, 2)) is other
+    assert jaxadapt.inject(adapter, LoraTree(other, slot=2)) is other
     for one in (model, other):
         assert int(one.q_proj.lora_ranks[2]) == 3
         np.testing.assert_array_equal(one.q_proj.lora_B[2], one.q_proj.lora_B[1])
@@ -169,7 +170,7 @@ def test_layers_may_be_stacked_before_the_slots():
     one = moved(skyrl())
     stacked = nest({f"layers.{path}": np.stack([x, x + ("lora_A" in path and x != 0)]) for path, x in one.items()})
     table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("layers.{path}.kernel", "{l}.{path}.weight", "{l} i o -> o i"),))
-    tensors = jaxadapt.to_peft(jaxadapt.models.slot(stacked, 1), keymap=table).tensors
+    tensors = jaxadapt.to_peft(LoraTree(stacked, slot=1), keymap=table).tensors
     key = "base_model.model.{}.q_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors[key.format(1)], tensors[key.format(0)] + 1)
     np.testing.assert_array_equal(tensors[key.format(0)], one["q_proj.lora_A"][1, :, :3].T)
@@ -190,7 +191,7 @@ def test_experts_and_embeddings():
     }
     for module in (at, "embed_tokens."):
         leaves |= {f"{module}lora_ranks": np.array([3, 3]), f"{module}lora_scaling": np.ones(2, "f4")}
-    tree = jaxadapt.models.slot(nest(leaves), 1)
+    tree = LoraTree(nest(leaves), slot=1)
     tensors = jaxadapt.to_peft(tree, keymap=jaxadapt.KeyMap("mine", (line, embed))).tensors
     for e in range(5):
         delta = (
@@ -205,42 +206,42 @@ def test_experts_and_embeddings():
 
 def test_what_cannot_be_is_refused(tmp_path):
     tree = skyrl()
-    with pytest.raises(jaxadapt.AttachError, match=r"holds several. Pass jaxadapt.models.slot\(tree, 0\)"):
+    with pytest.raises(jaxadapt.AttachError, match=r"holds several. Pass jaxadapt.models.LoraTree\(tree, slot=0\)"):
         jaxadapt.save(tree, tmp_path)
     with pytest.raises(jaxadapt.MismatchError, match="slot 2 .*is empty"):
-        jaxadapt.to_peft(jaxadapt.models.slot(tree, 2))
+        jaxadapt.to_peft(LoraTree(tree, slot=2))
     with pytest.raises(jaxadapt.MismatchError, match="expected a slot from 0 to 2, found 3"):
-        jaxadapt.to_peft(jaxadapt.models.slot(tree, 3))
+        jaxadapt.to_peft(LoraTree(tree, slot=3))
     with pytest.raises(jaxadapt.MismatchError, match="found -1"):
-        jaxadapt.to_peft(jaxadapt.models.slot(tree, -1))
+        jaxadapt.to_peft(LoraTree(tree, slot=-1))
     with pytest.raises(jaxadapt.AttachError, match="found no LoRA leaves"):
-        jaxadapt.models.slot({"q": {"kernel": np.ones((2, 2))}}, 0)
+        jaxadapt.to_peft(LoraTree({"q": {"kernel": np.ones((2, 2))}}, slot=0))
     with pytest.raises(jaxadapt.ConfigError, match="SkyRL-tx stores its alpha; leave it out"):
-        jaxadapt.to_peft(jaxadapt.models.slot(tree, 1), lora_alpha=3)
+        jaxadapt.to_peft(LoraTree(tree, slot=1, lora_alpha=3))
     stale = moved(skyrl())
     stale["q_proj.lora_A"][1, 0, 5], stale["q_proj.lora_B"][1, 5, 0] = 1, 1
     with pytest.raises(jaxadapt.MismatchError, match="expected zeros beyond the rank 3"):
-        jaxadapt.to_peft(jaxadapt.models.slot(nest(stale), 1))
+        jaxadapt.to_peft(LoraTree(nest(stale), slot=1))
     del stale["q_proj.lora_ranks"]
     with pytest.raises(jaxadapt.MismatchError, match="q_proj.lora_ranks: missing"):
-        jaxadapt.to_peft(jaxadapt.models.slot(nest(stale), 0))
-    jaxadapt.save(jaxadapt.models.slot(tree, 0), tmp_path)
+        jaxadapt.to_peft(LoraTree(nest(stale), slot=0))
+    jaxadapt.save(LoraTree(tree, slot=0), tmp_path)
     with pytest.raises(jaxadapt.MismatchError, match="rank is too small"):
-        jaxadapt.load(tmp_path, jaxadapt.models.slot(skyrl(room=4), 1))
+        jaxadapt.load(tmp_path, LoraTree(skyrl(room=4), slot=1))
     with pytest.raises(jaxadapt.MismatchError, match="expected a concrete array"):
-        jax.jit(lambda t: dict(jaxadapt.to_peft(jaxadapt.models.slot(t, 1)).tensors))(jax.tree.map(jnp.asarray, tree))
+        jax.jit(lambda t: dict(jaxadapt.to_peft(LoraTree(t, slot=1)).tensors))(jax.tree.map(jnp.asarray, tree))
 
 
 def test_a_scale_that_the_tree_cannot_hold(tmp_path):
     """bfloat16 has no 5/3: the nearest there is, and what is left goes into B, with a warning."""
-    tensors = jaxadapt.to_peft(jaxadapt.models.slot(skyrl(), 1))
+    tensors = jaxadapt.to_peft(LoraTree(skyrl(), slot=1))
     jaxadapt.write(jaxadapt.PeftTensors(tensors.config.replace(lora_alpha=5), tensors.tensors), tmp_path)
     half = {p: jnp.asarray(x, "bfloat16") if "scaling" in p else x for p, x in flat(skyrl()).items()}
     with pytest.warns(UserWarning, match="rounded once"):
-        back = jaxadapt.load(tmp_path, jaxadapt.models.slot(nest(half), 0))
+        back = jaxadapt.load(tmp_path, LoraTree(nest(half), slot=0))
     scale = float(back["q_proj"]["lora_scaling"][0])
     found = scale * back["q_proj"]["lora_B"][0, :3].astype("f8")
     # B is float32
     np.testing.assert_allclose(found, 5 / 3 * skyrl()["q_proj"]["lora_B"][1, :3].astype("f8"), rtol=1e-7)
     assert scale == float(jnp.bfloat16(5 / 3))
-    assert jaxadapt.to_peft(jaxadapt.models.slot(back, 0)).config.lora_alpha == 3 * scale
+    assert jaxadapt.to_peft(LoraTree(back, slot=0)).config.lora_alpha == 3 * scale

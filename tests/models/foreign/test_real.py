@@ -16,6 +16,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.keymaps import families
+from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import IDS, values
 from tests.models.foreign import real
@@ -61,7 +62,7 @@ def test_what_was_recorded_is_what_the_library_does(name: str):
 def test_peft_computes_what_they_compute(name: str, tmp_path):
     """No head is lost or moved, nothing is scaled twice, every key finds its place."""
     tree, expected = theirs(name)
-    jaxadapt.save(tree, tmp_path, **real.told(name))
+    jaxadapt.save(LoraTree(tree, **real.told(name)), tmp_path, keymap=real.specimen(name).keymap)
     loaded = harness.load(torch_side.base(name), tmp_path)
     assert not loaded.complaints
     with np.errstate(all="raise"):
@@ -118,10 +119,10 @@ def test_they_compute_what_peft_computes(name: str, tmp_path):
     more = {"on_shared": "concat"} if fused else {}
     if fused:
         with pytest.raises(jaxadapt.MismatchError, match="kv_einsum|qkv_einsum"):
-            jaxadapt.load(tmp_path, made.tree, **made.told)
+            jaxadapt.load(tmp_path, LoraTree(made.tree, **made.told), keymap=real.specimen(name).keymap)
     # gemma has no scale, and Tunix and MaxText here another than the file's: 5/3 against 2.
     with pytest.warns(UserWarning, match="rounded once"):
-        tree = jaxadapt.load(tmp_path, made.tree, **made.told, **more)
+        tree = jaxadapt.load(tmp_path, LoraTree(made.tree, **made.told, **more), keymap=real.specimen(name).keymap)
     np.testing.assert_allclose(np.asarray(made.logits(tree)), expected, **CLOSE)
 
 
@@ -137,15 +138,15 @@ def test_keras_computes_what_peft_computes(name: str, tmp_path):
     tree, _ = theirs(name)
     wide = {path: wider(path, x) for path, x in flat(tree).items()}
     as_filed = {"lora_alpha": 5.0}  # of rank 3: the file's own scale
-    differ = r'(?s)one B for all heads.*query.*rank=12, and pass on_shared="concat'
+    differ = r'(?s)one B for all heads.*query.*rank=12, and pass .*on_shared="concat'
     with pytest.raises(jaxadapt.MismatchError, match=differ):
-        jaxadapt.load(tmp_path, tree, **as_filed)
+        jaxadapt.load(tmp_path, LoraTree(tree, **as_filed))
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)rank is too small.*query.*rank 3, needed 12.*rank=12"):
-        jaxadapt.load(tmp_path, tree, on_shared="concat", **as_filed)
+        jaxadapt.load(tmp_path, LoraTree(tree, on_shared="concat", **as_filed))
     with pytest.warns(UserWarning, match="rounded once"):
-        back = jaxadapt.load(tmp_path, nest(wide), lora_alpha=4 * real.ALPHA, on_shared="concat")
+        back = jaxadapt.load(tmp_path, LoraTree(nest(wide), lora_alpha=4 * real.ALPHA, on_shared="concat"))
     assert real.crcs({"params": back}) == found["crc"]
-    again = jaxadapt.to_peft(back, lora_alpha=4 * real.ALPHA, on_shared="concat")
+    again = jaxadapt.to_peft(LoraTree(back, lora_alpha=4 * real.ALPHA, on_shared="concat"))
     for key, x in jaxadapt.read(tmp_path).tensors.items():  # at the larger rank, the same product
         other = key.replace("lora_A", "lora_B")
         if key != other:
@@ -166,9 +167,9 @@ def test_an_a_for_each_head(name: str, tmp_path):
     tree, _ = theirs(name)
     differ = r'(?s)one A for all heads.*query.lora_kernel_a.*on_shared="concat"'
     with pytest.raises(jaxadapt.MismatchError, match=differ):
-        jaxadapt.save(tree, tmp_path / "no", lora_alpha=real.ALPHA)
+        jaxadapt.save(LoraTree(tree, lora_alpha=real.ALPHA), tmp_path / "no")
     with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
-        jaxadapt.save(tree, tmp_path / "no", on_shared="concat")
+        jaxadapt.save(LoraTree(tree, on_shared="concat"), tmp_path / "no")
     assert not (tmp_path / "no").exists()
     leaves = flat(tree)
     table = families.get_family(real.specimen(name).table)
@@ -179,14 +180,14 @@ def test_an_a_for_each_head(name: str, tmp_path):
             if "attention_output" not in path and len(left) == 3:
                 leaves[path] = np.repeat(np.take(x, [0], heads), x.shape[heads], heads)
     for one, mine, more in ((False, flat(tree), {"on_shared": "concat"}), (True, leaves, {})):
-        jaxadapt.save(nest(mine), tmp_path, lora_alpha=real.ALPHA, **more)
+        jaxadapt.save(LoraTree(nest(mine), lora_alpha=real.ALPHA, **more), tmp_path)
         config = jaxadapt.read_config(tmp_path)
         assert dict(config.rank_pattern) == ({} if one else dict.fromkeys(("k_proj", "v_proj"), 6) | {"q_proj": 12})
         zeros = {path: np.zeros_like(x) if "lora_" in path else x for path, x in mine.items()}
-        back = flat(jaxadapt.load(tmp_path, nest(zeros), lora_alpha=real.ALPHA))
+        back = flat(jaxadapt.load(tmp_path, LoraTree(nest(zeros), lora_alpha=real.ALPHA)))
         for path, x in mine.items():
             np.testing.assert_array_equal(back[path], x, err_msg=path)
-    adapter = jaxadapt.extract(nest(leaves), lora_alpha=real.ALPHA)
+    adapter = jaxadapt.extract(LoraTree(nest(leaves), lora_alpha=real.ALPHA))
     base = {path: x for path, x in leaves.items() if "lora_" not in path}
     for path, x in flat(jaxadapt.merge(nest(base), adapter)).items():
         at = path.removesuffix("kernel") + "lora_kernel_"
@@ -213,9 +214,9 @@ def test_trained_and_loaded_again(name: str, tmp_path):
         base = {path: x for path, x in flat(made.tree["params"]).items() if ".lora." not in path}
         grads = jax.grad(lambda lora: loss({"params": nest({**base, **lora})}))(lora)
         tree = {"params": nest({**base, **{path: lora[path] - 0.1 * g for path, g in grads.items()}})}
-    jaxadapt.save(tree, tmp_path, **made.told)
+    jaxadapt.save(LoraTree(tree, **made.told), tmp_path, keymap=real.specimen(name).keymap)
     fresh = real.make(name)
-    again = jaxadapt.load(tmp_path, fresh.tree, **fresh.told)
+    again = jaxadapt.load(tmp_path, LoraTree(fresh.tree, **fresh.told), keymap=real.specimen(name).keymap)
     np.testing.assert_array_equal(fresh.logits(again), made.logits(tree))
     assert np.abs(np.asarray(fresh.logits(again)) - before).max() > 1e-3
 
@@ -241,9 +242,9 @@ def test_the_tree_of_keras_paths_with_slashes_is_read():
     """`{v.path: v.value for v in backbone.variables}`, as docs/libraries.md shows it."""
     shapes = specimens.recorded("keras-llama")["leaves"] | real.recorded("keras-llama")["lora"]
     dotted = {path: specimens.values(path, shape) for path, shape in shapes.items()}
-    wanted = jaxadapt.to_peft(dotted, lora_alpha=6, on_shared="concat").tensors
+    wanted = jaxadapt.to_peft(LoraTree(dotted, lora_alpha=6, on_shared="concat")).tensors
     tree = {path.replace(".", "/"): x for path, x in dotted.items()}
-    found = jaxadapt.to_peft(tree, lora_alpha=6, on_shared="concat").tensors
+    found = jaxadapt.to_peft(LoraTree(tree, lora_alpha=6, on_shared="concat")).tensors
     assert found.keys() == wanted.keys()
     for key, x in wanted.items():
         np.testing.assert_array_equal(found[key], x)
@@ -253,4 +254,4 @@ def test_the_tree_of_keras_paths_with_slashes_is_read():
 def test_a_tree_that_is_nearly_a_dialects_is_named(names: tuple[str, str], tmp_path):
     tree = {"q": {"kernel": np.ones((4, 4)), names[0]: np.ones((4, 2)), names[1]: np.ones((2, 4))}}
     with pytest.raises(jaxadapt.AttachError, match=rf"(?s)match no known dialect.*q\.{names[0]}.*q\.{names[1]}"):
-        jaxadapt.save(tree, tmp_path, lora_alpha=2)
+        jaxadapt.save(LoraTree(tree, lora_alpha=2), tmp_path)

@@ -22,6 +22,7 @@ pytest.importorskip("qwix")
 import qwix
 
 import jaxadapt
+from jaxadapt.models import LoraTree
 from tests.support import peft_harness as harness
 from tests.support.twins import llama
 
@@ -128,7 +129,7 @@ def test_peft_opens_what_they_trained(kind: str, tmp_path):
     theirs.train()
     expected = np.asarray(theirs.logits(theirs.tree))
     assert abs(expected - before).max() > 0.1  # it learnt something
-    jaxadapt.save(theirs.tree, tmp_path, **theirs.told)
+    jaxadapt.save(LoraTree(theirs.tree, **theirs.told), tmp_path)
     config = jaxadapt.read_config(tmp_path)
     assert set(config.target_modules) == set(NAMES)
     assert config.lora_alpha == (ALPHA if theirs.told else RANK)
@@ -151,9 +152,9 @@ def test_they_run_what_peft_trained(kind: str, alpha: float, tmp_path):
     rounds = not theirs.told  # what does not scale has 1.5 and 3 multiplied into B
     if rounds:
         with pytest.warns(UserWarning, match="rounded once"):
-            tree = jaxadapt.load(tmp_path, theirs.tree, **theirs.told)
+            tree = jaxadapt.load(tmp_path, LoraTree(theirs.tree, **theirs.told))
     else:
-        tree = jaxadapt.load(tmp_path, theirs.tree, **theirs.told)
+        tree = jaxadapt.load(tmp_path, LoraTree(theirs.tree, **theirs.told))
     assert (tree is theirs.tree) == isinstance(tree, nnx.Module)
     close(theirs.logits(tree), harness.logits(model, IDS))
 
@@ -162,19 +163,19 @@ def test_they_run_what_peft_trained(kind: str, alpha: float, tmp_path):
 def test_a_state_of_the_lora_leaves_will_do(kind: str, tmp_path):
     """What their users keep of a model: `nnx.state(model, nnx.LoRAParam)`, or the LoRA leaves of `params`."""
     theirs = KINDS[kind]()
-    jaxadapt.save(theirs.tree, tmp_path / "whole", **theirs.told)
+    jaxadapt.save(LoraTree(theirs.tree, **theirs.told), tmp_path / "whole")
     if isinstance(theirs.tree, nnx.Module):
         part: Any = nnx.state(theirs.tree, nnx.LoRAParam)
     else:
         leaves = jax.tree_util.tree_leaves_with_path(theirs.tree["params"])
         part = {".".join(k.key for k in path): x for path, x in leaves if "lora" in path[-1].key}
     keymap = "llama" if "scan" not in kind else f"llama/{kind[-5:]}"
-    jaxadapt.save(part, tmp_path / "part", keymap=keymap, **theirs.told)
+    jaxadapt.save(LoraTree(part, **theirs.told), tmp_path / "part", keymap=keymap)
     whole, some = (jaxadapt.read(tmp_path / name).tensors for name in ("whole", "part"))
     assert set(whole) == set(some)
     for key, x in whole.items():
         np.testing.assert_array_equal(x, some[key])
     if isinstance(theirs.tree, nnx.Module):
         fresh = KINDS[kind]()
-        jaxadapt.load(tmp_path / "whole", nnx.state(fresh.tree, nnx.LoRAParam), keymap=keymap, **theirs.told)
+        jaxadapt.load(tmp_path / "whole", LoraTree(nnx.state(fresh.tree, nnx.LoRAParam), **theirs.told), keymap=keymap)
         close(fresh.logits(fresh.tree), theirs.logits(theirs.tree))
