@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,8 +172,3 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
             ratio = config.scale_of(module) / (stored.get(module, lora_alpha or 0.0) / rank)
             out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
     return out
-
-
-def first_inexact(ratios: Mapping[str, float]) -> float | None:
-    """Return the first ratio that is not a power of two, so that multiplication rounds; None if there is none."""
-    return next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)

@@ -129,7 +129,12 @@ class Dialect:
         return out
 
     def owned(self, paths: Collection[str]) -> set[str]:
-        """Return the paths of all arrays of this dialect."""
+        """Return the paths of all arrays of this dialect; none if it has slots and no path is that of a slot's rank.
+
+        (An adapter of jaxadapt without its configuration has the other paths of SkyRL-tx.)
+        """
+        if self.slots and not any(path.endswith(self.slots) for path in paths):
+            return set()
         pairs = [pair for pairs in self.claim(paths).values() for pair in pairs]
         return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.slot_paths(a) if p in paths))}
 

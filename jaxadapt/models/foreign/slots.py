@@ -34,7 +34,7 @@ def slot_arrays(
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
-        slot_paths = _slot_paths(dialect, a)
+        slot_paths = dialect.slot_paths(a)
         missing = [path for path in slot_paths if path not in leaves]
         unread = [p for p in slot_paths if isinstance(leaves.get(p), Tracer | jax.ShapeDtypeStruct)]
         if missing or unread:
@@ -79,7 +79,7 @@ def with_slot(
     out: dict[str, Any] = {}
     for pairs in dialect.claim(leaves).values():
         for a, b, _ in pairs[:1]:
-            ranks, scales = _slot_paths(dialect, a)
+            ranks, scales = dialect.slot_paths(a)
             index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
             rank, scale = used.get(a, (0, 0.0))
             for path, value in ((a, new[a]), (b, new[b]), (ranks, rank), (scales, scale)):
@@ -89,11 +89,6 @@ def with_slot(
 
 def _nonzero(x: Any) -> bool:
     return not isinstance(x, Tracer) and bool(np.any(np.asarray(x)))
-
-
-def _slot_paths(dialect: Dialect, a: str) -> tuple[str, str]:
-    ranks, scales = dialect.slot_paths(a)
-    return ranks, scales
 
 
 def _shortest_alpha(scale: Any, rank: int) -> float:

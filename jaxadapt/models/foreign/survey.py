@@ -139,9 +139,14 @@ class ForeignSites:
         return frozenset(site.match.leaf for site in self.sites)
 
     @functools.cached_property
+    def arrays(self) -> list[FactorArray]:
+        """The arrays of all sites, A before B."""
+        return [half for site in self.sites for half in (site.a, site.b)]
+
+    @functools.cached_property
     def plan(self) -> plan.Plan:
         """The bijection of arrays and file keys; a shared array has one key for each module that shares it."""
-        return plan.make_plan([half for site in self.sites for half in (site.a, site.b)])
+        return plan.make_plan(self.arrays)
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:

@@ -12,6 +12,8 @@ Uses only shapes, and a comparison of tensors that the caller passes.
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -83,7 +85,7 @@ def place_tensors(
             + "\nTrain the modules with one A, or build the target with a larger rank and pass"
             ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors'
         )
-    small = {half.path: half for g in sites.sites for half in (g.a, g.b) if need[half.path] > half.rank}
+    small = {half.path: half for half in sites.arrays if need[half.path] > half.rank}
     require_rank(
         [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()],
         max(need.values(), default=0),
@@ -99,11 +101,6 @@ def place_tensors(
                 },
             )
     return out
-
-
-def needed_tree_rank(sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any) -> int:
-    """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
-    return max(_assign_rows(sites, tensors, ratios, same)[2].values())
 
 
 def _assign_rows(
@@ -163,7 +160,7 @@ def check_tensors(
     """
     expected: dict[str, Spec] = {}
     optional: set[str] = set()
-    for half in (half for site in sites.sites for half in (site.a, site.b)):
+    for half in sites.arrays:
         sizes = tuple(None if i == half.form.file_rank else size for i, size in enumerate(half.form.file_shape))
         expected |= dict.fromkeys(half.keys, Spec(sizes))
         optional |= {key for key, module in zip(half.keys, half.modules, strict=True) if module not in modules}
@@ -187,11 +184,6 @@ def bitwise_same(a: Any, b: Any) -> bool:
     """Return True if two arrays are bitwise equal, so that a NaN equals itself and 0.0 differs from -0.0."""
     x, y = np.asarray(a), np.asarray(b)
     return x.dtype == y.dtype and x.tobytes() == y.tobytes()
-
-
-def same_object(a: Any, b: Any) -> bool:
-    """Return True for one object; traced arrays cannot be compared by value."""
-    return a is b
 
 
 def choose_dtypes(
@@ -339,33 +331,26 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
         return None
     leaves, put = trees.open_tree(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
-    if not any(map(is_like, leaves)) or not any(
-        d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()
-    ):
-        return None  # an adapter of jaxadapt without its configuration has the paths of SkyRL-tx
+    if not any(d.owned(leaves) for d in dialects.DIALECTS.values()):
+        return None
     dialect = dialects.recognize_dialect(leaves)
-    assert dialect is not None
-    lora = dialect.owned(leaves)
-    if not _has_slots(dialect, lora):
+    lora = set[str]() if dialect is None else dialect.owned(leaves)
+    if dialect is None or not lora:
         return None
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
-    if given.slot is not None and not dialect.slots:
-        raise AttachError(
-            f"slot={given.slot}: expected a tree whose arrays hold several adapters, found {dialect.name} leaves, which"
-            " hold one adapter"
-        )
     return ForeignTree(
         given, dialect, {p: leaf for p, leaf in leaves.items() if p in lora}, put, base, trees.lorax_alphas(given.tree)
     )
 
 
-def _has_slots(dialect: Dialect, leaves: Collection[str]) -> bool:
-    return not dialect.slots or any(path.endswith(dialect.slots) for path in leaves)
-
-
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
     """Return the tree with only the arrays of its slot; unchanged if the dialect has no slots."""
     if not foreign_tree.dialect.slots:
+        if foreign_tree.given.slot is not None:
+            raise AttachError(
+                f"slot={foreign_tree.given.slot}: expected a tree whose arrays hold several adapters, found"
+                f" {foreign_tree.dialect.name} leaves, which hold one adapter"
+            )
         return foreign_tree
     if foreign_tree.given.slot is None:
         raise AttachError(
@@ -535,19 +520,19 @@ def fill_tree(
     ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
     shapes = as_source(tensors).shapes
     check_tensors(sites, ratios, shapes, source)
-    values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
+    values = {key: tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
-    if traced and on_shared is None and any(half.shared > 1 for half in _factor_arrays(sites)):
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
         raise MismatchError(
             'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
             f" instead of the tree, or fill the {foreign_tree.dialect.name} tree outside jit"
         )
-    placed = place_tensors(sites, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
+    placed = place_tensors(sites, values, ratios, on_shared == "concat", operator.is_ if traced else bitwise_same)
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.given.slot is None}
     dtypes = choose_dtypes(foreign_tree.leaves, placed, dtype, source)
-    rounded = foreign_config.first_inexact(ratios)
+    rounded = next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)  # no power of two
     if rounded is not None:
         warn(
             f"{source}: its scale is {rounded:g} times that of the {foreign_tree.dialect.name} tree, not a"
@@ -587,7 +572,7 @@ def needed_rank(
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:
-        return needed_tree_rank(sites, tensors, ratios, bitwise_same)
+        return max(_assign_rows(sites, tensors, ratios, bitwise_same)[2].values())
     placed = place_tensors(sites, tensors, ratios, True, bitwise_same)
     ranks = {
         path: max((rows.stop for _, rows, _ in contents.values()), default=0) for path, (_, contents) in placed.items()
@@ -618,20 +603,3 @@ def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Pla
         g.a.path: (max(rows.stop for _, rows, _ in contents), sites.stored[g.match.leaf] / g.a.rank)
         for g, contents in filled
     }
-
-
-def _factor_arrays(sites: ForeignSites) -> list[FactorArray]:
-    return [half for site in sites.sites for half in (site.a, site.b)]
-
-
-__all__ = [
-    "ForeignTree",
-    "LoraTree",
-    "describe_unknown",
-    "extract_adapter",
-    "fill_tree",
-    "find_lora",
-    "needed_rank",
-    "survey_tree",
-    "tree_to_peft",
-]

@@ -70,6 +70,3 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
         + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
         " adapter"
     )
-
-
-__all__ = ["DIALECTS", "get_dialect", "recognize_dialect"]
