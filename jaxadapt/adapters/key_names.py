@@ -19,6 +19,7 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.storage.source import as_source, rename
 
 # The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
 _OTHER_PREFIXES: Mapping[str, str] = {
@@ -360,5 +361,5 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
     names = keys_without_names(tensors.tensors, tensors.source)
     if not names:
         return tensors
-    arrays = tensors.tensors
-    return dataclasses.replace(tensors, tensors={name: arrays[key] for key, name in names.items() if name is not None})
+    kept = {name: key for key, name in names.items() if name is not None}
+    return dataclasses.replace(tensors, tensors=rename(as_source(tensors.tensors), kept))

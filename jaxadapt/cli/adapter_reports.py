@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxadapt.analysis.differences import Difference
     from jaxadapt.analysis.norms import Norms
     from jaxadapt.configs.base import Config
-    from jaxadapt.persistence.inspect_folder import Info
+    from jaxadapt.persistence.folder import Info
     from jaxadapt.persistence.stored_adapter import Finding
 
 
@@ -70,8 +70,7 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
       jaxadapt inspect out/ --json | jq .config.r
       jaxadapt inspect out/ --plot norms.png
     """
-    from jaxadapt.persistence.folder import read
-    from jaxadapt.persistence.inspect_folder import inspect
+    from jaxadapt.persistence.folder import inspect, read
 
     info = inspect(folder, progress=True)
     changes = None

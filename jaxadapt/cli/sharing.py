@@ -127,7 +127,7 @@ def push_command(
     """
     from jaxadapt.cli.adapter_reports import reader_rows
     from jaxadapt.persistence import consumers
-    from jaxadapt.persistence.inspect_folder import inspect
+    from jaxadapt.persistence.folder import inspect
     from jaxadapt.persistence.upload import push
 
     result = push(

@@ -1,133 +1,27 @@
 """Export an adapter to a file with which another program computes what PEFT computes.
 
 PEFT folder ──plain_form──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
-
-The programs for which adapters are exported, and what each of them reads.
-
-An adapter as mlx-lm's folder: adapters.safetensors and adapter_config.json, for LoRA and DoRA.
-
-mlx-lm adapts the modules that `keys` names, with one rank and one scale, and computes x·lora_a·lora_b: both are the
-transposes of PEFT's. `persistence/formats/mlx_files.py` reads such a folder. Read in mlx-lm 0.32.2 (`tuner/utils.py`,
-`tuner/lora.py`, `tuner/dora.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
-import math
 import os
-import re
 from collections.abc import Generator
 from typing import Any
 
-import numpy as np
-
 from jaxadapt.adapters.adapter import PeftTensors
-from jaxadapt.adapters.peft_tensors import require_floats
 from jaxadapt.configs import lora
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
-from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
+from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
+from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.export import conversion, gguf_model, nearest_lora, untying
 from jaxadapt.export.programs import PROGRAMS, Program
-from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs, plain_form
-from jaxadapt.persistence import consumers, folder, peft
-from jaxadapt.persistence.formats import image_files, mlx_files
-from jaxadapt.storage import atomic, location, safetensors
-from jaxadapt.storage.source import TensorSource, as_source
+from jaxadapt.merging.plain_form import plain_form
+from jaxadapt.persistence import consumers, folder, formats, peft
+from jaxadapt.persistence.formats import Wanted
+from jaxadapt.storage import atomic, location
 from jaxadapt.storage.strided import float_dtype
-
-# ---------------------------------------------------------------- mlx folder
-
-
-_TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
-
-
-def write_adapter(tensors: PeftTensors, path: str | os.PathLike[str], tied: bool | None, report: Report) -> int:
-    """Write a LoRA or DoRA in its plain form as mlx-lm's folder. Return the number of its tensors.
-
-    Args:
-        tensors: the adapter in its plain form, with DoRA's magnitudes.
-        path: the folder.
-        tied: True if the base's head is its token embedding; None if unknown.
-        report: called with ("export", bytes done, total bytes).
-
-    Raises:
-        MismatchError: mlx-lm has no form for a tensor; the message lists all of them.
-        FileError: the folder contains a PEFT adapter, or cannot be written.
-    """
-    folder = location.to_location(path)
-    if location.exists(folder / "adapter_model.safetensors"):
-        raise FileError(
-            f"{folder}: contains a PEFT adapter, whose configuration has the same name; choose another folder"
-        )
-    arrays, config = as_source(tensors.tensors), _config(tensors)
-    modules = lora_pairs(arrays)
-    require_floats(tensors.config, arrays.specs, folder)
-    _refuse_modules(tensors, arrays, modules, tied, bool(config.use_dora))
-    keys = {name: mlx_files.mlx_name(name) for name in modules}
-    plan: dict[str, tuple[str, bool]] = {}  # {name in the file: (key, True to transpose)}
-    for module, pair in modules.items():
-        for side in "AB":
-            plan[f"{keys[module]}.lora_{side.lower()}"] = pair[side], True
-        if config.use_dora:
-            plan[f"{keys[module]}.m"] = f"{PEFT_PREFIX}{module}{MAGNITUDE}", False
-    specs = {name: _spec(arrays, *item) for name, item in plan.items()}
-    document: dict[str, Any] = {
-        "fine_tune_type": "dora" if config.use_dora else "lora",
-        "num_layers": 0,  # no layers by position: `keys` has full names
-        "lora_parameters": {"rank": config.r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys.values())},
-    }
-    if config.base_model_name_or_path:
-        document["model"] = config.base_model_name_or_path
-    count = byte_counter(report, "export", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    atomic.make_folder(folder)
-    with atomic.replacing_all([folder / mlx_files.WEIGHTS, folder / mlx_files.CONFIG]) as (weights, text):
-        get = functools.partial(_value, arrays, plan)
-        safetensors.write_to(weights, specs, get, {"format": "mlx"}, progress=count, ahead=True)
-        text.write(memoryview(json.dumps(document, indent=4, sort_keys=True).encode()))
-    return len(specs)
-
-
-def _config(tensors: PeftTensors) -> Any:
-    return tensors.config
-
-
-def _refuse_modules(
-    tensors: PeftTensors, arrays: TensorSource, modules: dict[str, dict[str, str]], tied: bool | None, dora: bool
-) -> None:
-    problems: list[str] = []
-    for module, keys in modules.items():
-        a, b = (arrays.specs[keys[side]].shape for side in "AB")
-        if tensors.config.get("target_parameters"):
-            problems.append(f"{module}: mlx-lm adapts modules, and this is a parameter (target_parameters)")
-        elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
-        elif _TABLES.search(module) and tied is not False:
-            why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
-            problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
-        elif dora and "lora_embedding" in keys["A"]:
-            problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
-    advice = lora.merge_advice(tensors.config)
-    raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {advice}:", problems)
-
-
-def _spec(arrays: TensorSource, key: str, turned: bool) -> tuple[Any, tuple[int, ...]]:
-    shape, dtype = arrays.specs[key]
-    return dtype, tuple(shape[::-1] if turned else shape)
-
-
-def _value(arrays: TensorSource, plan: dict[str, tuple[str, bool]], name: str) -> np.ndarray:
-    key, turned = plan[name]
-    values = np.asarray(arrays[key])
-    return np.ascontiguousarray(safetensors.little_bits(values).T).view(values.dtype) if turned else values
-
-
-# ---------------------------------------------------------------- adapter export
-
 
 Path = str | os.PathLike[str]
 
@@ -214,12 +108,12 @@ def export_adapter(
     dtype = None if dtype is None else float_dtype(dtype).name
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
-    if chosen.form == "gguf" and base is None:
+    if chosen.style == "gguf" and base is None:
         raise ConfigError(
             "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder, its"
             " config.json or a .gguf file"
         )
-    facts = gguf_model.read_base(base) if chosen.form == "gguf" and base is not None else None
+    facts = gguf_model.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:
         error: dict[str, float] = {}
@@ -229,7 +123,11 @@ def export_adapter(
         _check_reader(plain, chosen, tied)
         config: Any = plain.config.replace(inference_mode=True)
         plain = dataclasses.replace(plain, config=config)
-        count = _write(plain, path, chosen, facts, tied, dtype, report)
+        if facts is not None:
+            count = gguf_model.write_adapter(plain, path, facts, dtype, report)
+        else:
+            wanted = Wanted(chosen.style, tied=tied, ahead=True)
+            count = formats.writer(chosen.style).write(plain, location.to_location(path), wanted, report)
     return Exported(os.fspath(path), chosen.name, chosen.version, config.r, count, error)
 
 
@@ -238,8 +136,8 @@ def _find_program(name: str, path: Path) -> Program:
         raise ConfigError(f"program: expected one of {', '.join(PROGRAMS)}, found {name!r}")
     program = PROGRAMS[name]
     suffix = location.to_location(path).suffix
-    if (suffix == ".gguf") != (program.form == "gguf"):
-        expected = "a file name ending in .gguf" if program.form == "gguf" else "a folder"
+    if (suffix == ".gguf") != (program.style == "gguf"):
+        expected = "a file name ending in .gguf" if program.style == "gguf" else "a folder"
         raise FileError(f"{os.fspath(path)}: cannot write an adapter for {name} here: expected {expected}")
     return program
 
@@ -250,13 +148,13 @@ def _open(source: Any, report: Report) -> Generator[PeftTensors]:
         yield source
     elif isinstance(source, str | os.PathLike):
         path: Path = source
-        if image_files.is_image_file(path):
-            raise ConfigError(
-                f"{os.fspath(path)}: an image adapter may change several models, and these programs read an adapter of"
-                " one. `jaxadapt convert` writes PEFT's folder for each; export one of them"
-            )
-        with folder.open_adapter(path, report) as tensors:
-            yield tensors
+        with formats.open_place(formats.look(path, report)) as opened:
+            if opened.split is not None:
+                raise ConfigError(
+                    f"{os.fspath(path)}: an image adapter may change several models, and these programs read an adapter"
+                    " of one. `jaxadapt convert` writes PEFT's folder for each; export one of them"
+                )
+            yield opened.tensors
     else:
         yield peft.to_peft(source)
 
@@ -275,7 +173,7 @@ def _plain(
     tensors: PeftTensors, program: Program, base: Path | None, first: Path | None, dtype: str | None
 ) -> PeftTensors:
     keeps = program.keeps
-    if program.form == "folder" and program.reader and consumers.reads_copies(program.reader, tensors.config):
+    if program.style == "safetensors" and program.reader and consumers.reads_copies(program.reader, tensors.config):
         keeps = (*keeps, "modules_to_save")
     start = None if first is None else folder.read(first)
     from_base = lora.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
@@ -292,7 +190,7 @@ def _plain(
 
 def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> None:
     """Raise `ConfigError` if a program that reads PEFT's folders refuses or misreads the plain form."""
-    if program.form != "folder":
+    if program.style != "safetensors":
         return
     for reader in consumers.judge_readers(plain.config, plain.tensors, tied):
         if reader.name != program.reader or reader.verdict == consumers.RIGHT:
@@ -309,20 +207,3 @@ def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> No
             f"{plain.source}: {reader.name} ({reader.version}) {words}; {reader.remedy or 'there is no other form'}:",
             reader.reasons,
         )
-
-
-def _write(
-    plain: PeftTensors,
-    path: Path,
-    program: Program,
-    facts: gguf_model.Base | None,
-    tied: bool | None,
-    dtype: str | None,
-    report: Report,
-) -> int:
-    if facts is not None:
-        return gguf_model.write_adapter(plain, path, facts, dtype, report)
-    if program.form == "mlx":
-        return write_adapter(plain, path, tied, report)
-    folder.write_with(plain, path, None, report, ahead=True)
-    return len(plain.tensors)

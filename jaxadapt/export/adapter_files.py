@@ -27,9 +27,9 @@ from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
-from jaxadapt.persistence import base_checks, folder, peft, tensor_checks, verify_folder
+from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks, verify_folder
 from jaxadapt.persistence.stored_adapter import open_stored
-from jaxadapt.storage import location
+from jaxadapt.storage import hub, location
 from jaxadapt.storage.source import as_source, rename
 
 Path = str | os.PathLike[str]
@@ -52,17 +52,17 @@ def resize_files(
         adapter: the adapter's folder, address or file.
         r: the rank of every module; as in `jaxadapt.merging.resize_rank`.
         out: the folder or file to write.
-        dtype: the dtype of the file, as in `file_formats.convert_format`; by default that of the adapter.
+        dtype: the dtype of the file, as in `conversion.convert_format`; by default that of the adapter.
         progress: as in `jaxadapt.read` and `jaxadapt.write`.
 
     Raises `ConfigError` for an adapter that is not a plain LoRA, `FileError` if `out` has an adapter already.
     """
     conversion.refuse_same(adapter, out)
     place = location.to_location(out)
-    if location.is_file(place) or location.exists(place / folder.CONFIG):
+    if location.is_file(place) or location.exists(place / hub.CONFIG):
         raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
-    with reporter(progress) as report:
-        tensors = folder.read(adapter, progress=report)
+    with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
+        tensors = folder.in_memory(origin.tensors, report)
         if tensors.config.get("target_parameters"):
             raise ConfigError(
                 f"{tensors.source}: cannot resize the files of an adapter with target_parameters, because they do not"
@@ -76,10 +76,10 @@ def resize_files(
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
         _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
-        reduced, error = rank_reduction.resize_rank(conversion.with_pytorch_names(tensors), r)
+        reduced, error = rank_reduction.resize_rank(peft.with_pytorch_names(tensors), r)
         result = _kept(peft.to_peft(reduced), tensors)
         _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
-        conversion.write_like(result, out, adapter, dtype, report)
+        conversion.write_like(result, out, origin, dtype, report)
         return error
 
 
@@ -115,7 +115,7 @@ def _on_changed_base(tensors: PeftTensors) -> Adapter:
     """Return the adapter of a base that its start changed, which a model's own base is not."""
     config: Any = tensors.config
     plain = dataclasses.replace(tensors, config=config.with_default_init())
-    return dataclasses.replace(conversion.with_pytorch_names(plain), config=tensors.config)
+    return dataclasses.replace(peft.with_pytorch_names(plain), config=tensors.config)
 
 
 # ---------------------------------------------------------------- names
@@ -135,7 +135,9 @@ def rename_files(
 
     Raises `MismatchError` if no name changes, two names become equal, or the base has no such modules.
     """
-    with reporter(progress) as report, folder.open_adapter(adapter, report) as tensors:
+    conversion.refuse_same(adapter, out)
+    with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
+        tensors = origin.tensors
         modules, copied = _named_modules(tensors)
         if base is not None:
             names = _names_in_base(tensors, modules, copied, base)
@@ -151,7 +153,7 @@ def rename_files(
             )
             raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
         result = _renamed(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
-        conversion.write_like(result, out, adapter, None, report)
+        conversion.write_like(result, out, origin, None, report)
         return changed
 
 

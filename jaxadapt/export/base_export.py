@@ -30,9 +30,8 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph, survey
-from jaxadapt.persistence import folder
 from jaxadapt.persistence.save_adapter import require_values
-from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import cast
@@ -352,7 +351,7 @@ def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[s
         raise file_error("read", str(source), error) from error
     for path in members:
         name = path.name
-        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != folder.CONFIG
+        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != hub.CONFIG
         if is_copied and location.is_file(path):
             files[name] = _read_bytes(path)
     path = (source if is_folder else source.parent) / CONFIG

@@ -1,64 +1,45 @@
-"""Convert adapter files between families, spellings and libraries, without a model.
+"""Convert adapter files between formats, dtypes, families and libraries, without a model.
 
-Every conversion is from or to a PEFT folder. The other side may be a tree: a safetensors file of the LoRA leaves of
-another library under their dotted paths, `save_file({".".join(path): leaf, …})`.
+path ──formats.look──► Place ──open──► PeftTensors ──with_dtype, other names──► PeftTensors ──write──► path
 
-The same adapter in another file format: PEFT's folder, PyTorch's .bin, Orbax, or one file of an image adapter.
-
-    source ──open_source──► {part: PeftTensors} ──with_dtype──► _WRITERS[format]
-
-A source is an adapter's folder or address, a folder of such folders, an Orbax checkpoint, mlx-lm's folder, or an image
-adapter in one file. One tensor is in memory at a time (all of a `.bin` file and of an Orbax checkpoint).
+One side may be a tree: the LoRA leaves of another JAX library in a safetensors file, under their dotted paths
+(`save_file({".".join(path): leaf, …})`). The other is then PEFT's folder. One tensor is in memory at a time (all of a
+`.bin` file and of an Orbax checkpoint).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxadapt.adapters import experts
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import (
-    AdapterError,
-    ConfigError,
-    FileError,
-    FormatError,
-    KeyMapError,
-    MismatchError,
-    raise_listed,
-)
-from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
-from jaxadapt.keymaps import families, pytorch
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed
+from jaxadapt.core.progress import Progress, Report, reporter
+from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.methods.registry import file_sizes
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.persistence import folder
-from jaxadapt.persistence.formats import image_files, mlx_files, orbax_folder
-from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import atomic, hub, location, orbax, safetensors
+from jaxadapt.persistence import folder, formats
+from jaxadapt.persistence.formats import Opened, Place, Wanted
+from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import as_source, cast
+from jaxadapt.storage.source import cast
 from jaxadapt.storage.strided import float_dtype
 
-# ---------------------------------------------------------------- file formats
-
-
-FOLDERS, FILES = ("safetensors", "bin", "orbax"), (KOHYA, DIFFUSERS)
-FORMATS = (*FOLDERS, *FILES)
-"""The formats of a target: folders, and single files."""
+FOLDERS, FILES = ("safetensors", "bin", "orbax"), ("kohya-ss", "diffusers")
+"""The styles of a target: folders, and single files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +55,6 @@ class Written:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An open source.
-
-    Attributes:
-        parts: {subfolder, or "" for the source itself: its adapter}. An image adapter is one part.
-        layout: the names of an image adapter's file.
-        metadata: the strings in that file's header.
-    """
-
-    parts: Mapping[str, PeftTensors]
-    layout: Layout | None = None
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @atomic.cleans("target")
@@ -128,25 +94,27 @@ def convert_format(
     ...     jaxadapt.inspect(f"{tmp}/b").dtypes
     ('BF16',)
     """
-    is_single = image_files.is_file(target)
-    if format is not None and (format not in FORMATS or (format in FILES) != is_single):
+    place = location.to_location(target)
+    is_single = place.suffix == ".safetensors"
+    if format is not None and format not in (FILES if is_single else FOLDERS):
         raise ConfigError(
             f"--format {format}: expected {', '.join(FOLDERS)} with a folder as the target, or {' or '.join(FILES)}"
             " with a file whose name ends in .safetensors"
         )
     refuse_same(source, target)
-    with reporter(progress) as report, open_source(source, report) as opened:
-        parts = {name: with_dtype(tensors, dtype) for name, tensors in opened.parts.items()}
-        if is_single:
-            whole = parts[""] if "" in parts else image_files.join_models(parts, os.fspath(source))
-            return [_write_single(whole, target, format, opened, report)]
-        if opened.layout is not None:
-            parts = image_files.split_models(parts[""])
-        place = location.to_location(target)
-        return [
-            _write_folder(tensors, place / name if name else place, format or "safetensors", report)
-            for name, tensors in parts.items()
-        ]
+    with reporter(progress) as report, _open_parts(source, report) as opened:
+        origin = next(iter(opened.values()))
+        style = format or (origin.style if is_single else "safetensors")
+        if not style:
+            raise ConfigError(
+                "the names in the target file are not decided: pass --format kohya-ss or --format diffusers, or --to"
+                " for the tree of a JAX library"
+            )
+        parts = {name: with_dtype(each.tensors, dtype) for name, each in opened.items()}
+        join = formats.writer(style).join
+        if join is not None and "" not in parts:
+            parts = {"": join(parts, os.fspath(source))}
+        return _write_parts(parts, place, origin, style, report)
 
 
 def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -158,34 +126,16 @@ def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
 
 @contextlib.contextmanager
-def open_source(path: str | os.PathLike[str], report: Report) -> Generator[Source]:
-    """Open what a path holds; see `convert_format`."""
-    if image_files.is_image_file(path):
-        with image_files.open_file(path) as file:
-            yield Source({"": file.tensors}, file.layout, file.metadata)
-        return
+def _open_parts(path: str | os.PathLike[str], report: Report) -> Generator[dict[str, Opened]]:
+    """Open an adapter, as {"": it}, or the adapters of a folder by the names of their subfolders."""
+    place = formats.look(path, report)
+    places = {"": place}
+    if place.names is not None and hub.CONFIG not in place.names and formats.find(place) is None:
+        inner = [name for name in sorted(place.names) if location.is_dir(place.at / name)]
+        found = {name: formats.look(place.at / name) for name in inner}
+        places = {name: each for name, each in found.items() if formats.find(each) is not None} or places
     with contextlib.ExitStack() as stack:
-        names = [""] if hub.is_address(path) else _subfolders(location.to_location(path))
-        opened = {name: stack.enter_context(folder.open_adapter(_joined(path, name), report)) for name in names}
-        yield Source(opened)
-
-
-def _joined(path: str | os.PathLike[str], name: str) -> Any:
-    return location.to_location(path) / name if name else path
-
-
-def _subfolders(place: Location) -> list[str]:
-    """Return [""] for an adapter's folder, or the names of the subfolders that are adapters."""
-    if orbax.is_checkpoint(place) or not location.is_dir(place):
-        return [""]
-    names = (folder.CONFIG, folder.WEIGHTS, folder.WEIGHTS_BIN)
-    if any(location.exists(place / name) for name in names):
-        return [""]
-    inner = sorted(p.name for p in place.iterdir() if location.exists(p / folder.CONFIG) or orbax.is_checkpoint(p))
-    return inner or [""]
-
-
-# ---------------------------------------------------------------- dtype
+        yield {name: stack.enter_context(formats.open_place(each)) for name, each in places.items()}
 
 
 def with_dtype(tensors: PeftTensors, dtype: str | None) -> PeftTensors:
@@ -195,109 +145,41 @@ def with_dtype(tensors: PeftTensors, dtype: str | None) -> PeftTensors:
     return dataclasses.replace(tensors, tensors=cast(tensors.tensors, float_dtype(dtype)))
 
 
-# ---------------------------------------------------------------- writing
-
-
-def _write_single(
-    tensors: PeftTensors, target: str | os.PathLike[str], style: str | None, opened: Source, report: Report
-) -> Written:
-    layout = opened.layout
-    if style is None and layout is None:
-        raise ConfigError(
-            "the names in the target file are not decided: pass --format kohya-ss or --format diffusers, or --to for"
-            " the tree of a JAX library"
-        )
-    keeps = layout is not None and style in (None, layout.style)
-    source = as_source(tensors.tensors)
-    count = byte_counter(report, "save", sum(map(source.nbytes, source)))
-    number = image_files.write_file(
-        tensors, target, style or (layout.style if layout is not None else KOHYA), layout if keeps else None,
-        opened.metadata, count,
-    )  # fmt: skip
-    return _written(tensors, target, number)
-
-
-def _write_folder(tensors: PeftTensors, target: Location, format: str, report: Report) -> Written:  # noqa: A002
-    _WRITERS[format](tensors, target, report)
-    return _written(tensors, target, len(tensors.tensors))
-
-
 def write_like(
-    tensors: PeftTensors,
-    target: str | os.PathLike[str],
-    source: str | os.PathLike[str],
-    dtype: str | None,
-    report: Report,
+    tensors: PeftTensors, target: str | os.PathLike[str], origin: Opened, dtype: str | None, report: Report
 ) -> None:
     """Write the result of a command: a folder, or a file with the names of the image adapter it came from.
 
     Args:
         tensors: the result.
         target: a folder, or a file whose name ends in .safetensors.
-        source: the first adapter that the command read.
+        origin: the first adapter that the command read.
         dtype: as in `convert_format`.
         report: the progress.
     """
-    refuse_same(source, target)
-    tensors = with_dtype(tensors, dtype)
-    is_image, is_single = image_files.is_image_file(source), image_files.is_file(target)
-    if is_single and not is_image:
-        raise FileError(f"{os.fspath(target)}: expected a folder; only an image adapter is one file")
-    if is_single:
-        with image_files.open_file(source) as file:
-            _write_single(tensors, target, None, Source({}, file.layout, file.metadata), report)
-        return
     place = location.to_location(target)
-    parts = image_files.split_models(tensors) if is_image else {"": tensors}
-    for name, part in parts.items():
-        folder.write(part, place / name if name else place, progress=report)
+    is_single = place.suffix == ".safetensors"
+    if is_single and not origin.style:
+        raise FileError(f"{os.fspath(target)}: expected a folder; only an image adapter is one file")
+    style = origin.style if is_single else "safetensors"
+    _write_parts({"": with_dtype(tensors, dtype)}, place, origin, style, report)
 
 
-def _written(tensors: PeftTensors, target: str | os.PathLike[str], number: int) -> Written:
-    rank, alpha = tensors.config.get("r"), tensors.config.get("lora_alpha")
-    return Written(os.fspath(target), tensors.config.peft_type, number, rank, None if alpha is None else float(alpha))
-
-
-def _write_orbax(tensors: PeftTensors, target: Location, report: Report) -> None:
-    arrays = dataclasses.replace(tensors, tensors={key: np.asarray(tensors.tensors[key]) for key in tensors.tensors})
-    try:
-        adapter = with_pytorch_names(arrays)
-    except AdapterError as error:
-        raise MismatchError(
-            f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
-            f" into its model, and call jaxadapt.save(model, path, format='orbax'). {error}"
-        ) from error
-    orbax_folder.write(adapter, target, alone=True)
-    orbax_folder.report_total(report, "save", adapter)
-
-
-_WRITERS: Mapping[str, Callable[[PeftTensors, Location, Report], None]] = {
-    "safetensors": lambda tensors, target, report: folder.write(tensors, target, progress=report),
-    "bin": lambda tensors, target, report: folder.write(tensors, target, format="bin", progress=report),
-    "orbax": _write_orbax,
-}
-
-
-def with_pytorch_names(tensors: PeftTensors) -> Adapter:
-    """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
-    import jax
-
-    from jaxadapt.persistence import peft  # imports Flax, which the rest of this file does not need
-
-    shapes = as_source(tensors.tensors).shapes
-    weights = pytorch.weight_shapes(shapes)
-    base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(file_sizes, tensors.config)
-    return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
-
-
-def base_keymap(
-    tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
-) -> KeyMap:
-    """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
-    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(file_sizes, tensors.config)
-    turned = bool(tensors.config.get("fan_in_fan_out"))
-    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)
+def _write_parts(
+    parts: Mapping[str, PeftTensors], place: Location, origin: Opened, style: str, report: Report
+) -> list[Written]:
+    """Write adapters by the names of their subfolders; a file that changes several models becomes several folders."""
+    chosen = formats.writer(style)
+    if origin.split is not None and not chosen.suffix:
+        parts = origin.split(parts[""])
+    done: list[Written] = []
+    for name, tensors in parts.items():
+        target, config = place / name if name else place, tensors.config
+        number = chosen.write(tensors, target, Wanted(style, origin), report)
+        alpha = config.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+        done.append(Written(os.fspath(target), config.peft_type, number, config.get("r"), alpha))
+    return done
 
 
 def convert_several(
@@ -329,13 +211,6 @@ def _last_name(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
     is_remote = location.is_address(source)
     return (text.rstrip("/") if is_remote else os.path.abspath(text)).rpartition("/")[2]  # noqa: PTH100 (keeps links)
-
-
-# ---------------------------------------------------------------- conversion
-
-
-NOTE = "jaxadapt_tree"
-"""The metadata key for the scale of a tree, which its leaves do not contain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +246,7 @@ def convert(
     """Convert an adapter from a PEFT folder or a tree (`*.safetensors`) to a PEFT folder or a tree.
 
     An Orbax checkpoint written by `save` and mlx-lm's folder are read like a folder. Without a tree, only the format
-    changes: `file_formats.convert_format`.
+    changes: `convert_format`.
 
     Args:
         source: the PEFT folder, Orbax checkpoint, mlx-lm folder or tree to read.
@@ -393,96 +268,132 @@ def convert(
         AdapterError: the conversion is impossible, and nothing is written. The message names the options of
             `jaxadapt convert`.
     """
-    trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
-    if not any(trees) and (like is not None or sizes):
-        raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-    keymaps_given = from_keymap is not None or to_keymap is not None
-    is_adapter = trees[0] and (image_files.is_image_file(source) or mlx_files.is_file(source))
-    if is_adapter or (not keymaps_given and not trees[0] and (not trees[1] or format in FILES)):
-        given = {"--from": from_keymap, "--to": to_keymap, "--dialect": dialect, "--on-shared": on_shared}
-        _refuse_tree_options(given | {"--lora-alpha": lora_alpha}, source)
-        (done, *more) = convert_format(source, target, format=format, dtype=dtype, progress=progress)
-        return ConvertedFile(str(target), sum(part.tensors for part in (done, *more)), None, done.rank, done.lora_alpha)
+    options = TreeOptions(from_keymap, to_keymap, dialect, lora_alpha, like, sizes or {}, on_shared)
+    is_adapter = _is_adapter_file(source)
+    from_tree = _is_single(source) and not is_adapter
+    to_tree = _is_single(target) and not is_adapter and format not in FILES
+    if not from_tree and not to_tree:
+        if like is not None or sizes:
+            raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
+        if is_adapter or (from_keymap is None and to_keymap is None):
+            options.refuse(source)
+            done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
+            total = sum(part.tensors for part in done)
+            return ConvertedFile(str(target), total, None, done[0].rank, done[0].lora_alpha)
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
-    format = format or "safetensors"  # noqa: A001
-    if format not in FOLDERS or (trees[1] and format != "safetensors"):
-        raise ConfigError(f"--format {format}: expected safetensors, or bin or orbax with a folder as the target")
-    tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
-    if not trees[1]:
-        respell = from_keymap is not None and to_keymap is not None and not trees[0]
-        keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
-        converts_experts = respell and keymaps[0].per_expert != keymaps[1].per_expert
-        if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
-            raise ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
-        if converts_experts and keymaps[1].per_expert:
-            tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
-        elif converts_experts:
-            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, parts=False)
-        elif respell:
-            tensors = _respell(tensors, *keymaps)
-        elif to_keymap is not None:
-            raise ConfigError("--to needs a tree (.safetensors) as target; to rename a folder's modules, add --from")
-        config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
-        tensors = dataclasses.replace(tensors, config=config)
-        if format == "orbax":
-            orbax_folder.write(with_pytorch_names(tensors), target, alone=True)
-        else:
-            folder.write(tensors, target, format=format, progress=progress)
-        return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
-    if to_keymap is None:
-        raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
-    keymap = families.resolve_keymap(to_keymap, {})
-    return _write_tree(tensors, location.to_location(target), keymap, dialect, like, sizes or {}, on_shared)
+    style = format or "safetensors"
+    if style not in FOLDERS or (to_tree and style != "safetensors"):
+        raise ConfigError(f"--format {style}: expected safetensors, or bin or orbax with a folder as the target")
+    if from_tree:
+        tensors = _read_tree(location.to_location(source), options, like=None if to_tree else like)
+    else:
+        TreeOptions(lora_alpha=lora_alpha).refuse(source)
+        tensors = folder.read(source, progress=progress)
+    if to_tree:
+        number, name, rank, alpha = _write_tree(tensors, location.to_location(target), options)
+        return ConvertedFile(os.fspath(target), number, name, rank, alpha)
+    tensors = _under_other_names(tensors, options, from_tree)
+    config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
+    with reporter(progress) as report:
+        adapter = dataclasses.replace(tensors, config=config)
+        number = formats.writer(style).write(adapter, location.to_location(target), Wanted(style), report)
+    return ConvertedFile(os.fspath(target), number, None, config.r, config.lora_alpha)
 
 
-def _refuse_tree_options(options: Mapping[str, Any], source: Any) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given == ["--lora-alpha"]:
-        raise ConfigError(f"{source}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)}: --dialect and --on-shared need a tree (a file ending in .safetensors), and --from and"
-            " --to a tree or a folder of PEFT's"
-        )
+def _is_single(path: str | os.PathLike[str]) -> bool:
+    return location.to_location(path).suffix == ".safetensors"
 
 
-def _read(
-    source: str | os.PathLike[str],
-    keymap: KeyMap | str | None,
-    lora_alpha: float | None,
-    like: Any,
-    sizes: Mapping[str, int],
-    progress: Progress,
-    on_shared: str | None = None,
-) -> PeftTensors:
-    path = location.to_location(source)
-    if path.suffix != ".safetensors":
-        if lora_alpha is not None:
-            raise ConfigError(f"{path}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
-        return folder.read(source, progress=progress)
+def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
+    """Return True for one file with an adapter of a format, in place of a tree."""
+    place = location.to_location(path)
+    return _is_single(path) and location.is_file(place) and formats.find(Place(path, place, None)) is not None
+
+
+def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bool) -> PeftTensors:
+    """Return the adapter of a folder under the names of another spelling of its family, if one is wanted."""
+    old, new, on_shared = options.from_keymap, options.to_keymap, options.on_shared
+    needs_tree = ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
+    if options.dialect is not None:
+        raise needs_tree
+    if new is None and (from_tree or on_shared is None):
+        return tensors
+    if from_tree or old is None or new is None:
+        raise ConfigError("--to needs a tree (.safetensors) as target; to rename a folder's modules, add --from")
+    source, target = families.resolve_keymap(old, {}), families.resolve_keymap(new, {})
+    if target.per_expert and not source.per_expert:
+        return PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, target), tensors.source)
+    if source.per_expert != target.per_expert:
+        return experts.fuse_experts(tensors, source, on_shared, parts=False)
+    if on_shared is not None:
+        raise needs_tree
+    return _respell(tensors, source, target)
+
+
+# ---------------------------------------------------------------- trees
+
+
+NOTE = "jaxadapt_tree"
+"""The metadata key for the scale of a tree, which its leaves do not contain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeOptions:
+    """The options of `convert` for trees; see there."""
+
+    from_keymap: KeyMap | str | None = None
+    to_keymap: KeyMap | str | None = None
+    dialect: str | None = None
+    lora_alpha: float | None = None
+    like: str | os.PathLike[str] | None = None
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    on_shared: str | None = None
+
+    def refuse(self, source: object) -> None:
+        """Raise `ConfigError` for options that need a tree, where neither side is one."""
+        names = {
+            "--from": self.from_keymap, "--to": self.to_keymap, "--dialect": self.dialect,
+            "--on-shared": self.on_shared, "--lora-alpha": self.lora_alpha,
+        }  # fmt: skip
+        given = [name for name, value in names.items() if value is not None]
+        if given == ["--lora-alpha"]:
+            raise ConfigError(f"{source}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: --dialect and --on-shared need a tree (a file ending in .safetensors), and --from"
+                " and --to a tree or a folder of PEFT's"
+            )
+
+
+def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str] | None) -> PeftTensors:
+    """Read a tree under PEFT's names.
+
+    Args:
+        path: the file.
+        options: the keymap and alpha of the tree, and the sizes of its axes.
+        like: the file with the shapes of the base.
+    """
     leaves = _with_dotted_paths(safetensors.read(path), path)
-    note = _read_note(path)
-    if lora_alpha is None and note:
-        lora_alpha = note["lora_alpha"]
+    alpha = options.lora_alpha if options.lora_alpha is not None else _noted_alpha(path)
     if not any(map(is_like, leaves)):
         raise FileError(f"{path}: expected a tree with LoRA leaves, found no leaf that looks like one")
-    tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=lora_alpha, on_shared=on_shared))
+    tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=options.on_shared))
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
-    tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
-    tensors, _ = foreign.tree_to_peft(tree, None, keymap)
+    base = {**tree.base, **_base_shapes(like, tree.dialect)}
+    tree = dataclasses.replace(tree, base=base, sizes=options.sizes)
+    tensors, _ = foreign.tree_to_peft(tree, None, options.from_keymap)
     return dataclasses.replace(tensors, source=str(path))
 
 
-def _read_note(path: Location) -> dict[str, Any]:
+def _noted_alpha(path: Location) -> float | None:
     text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
-        note = json.loads(text)
-        alpha = note.get("lora_alpha")
+        alpha = json.loads(text).get("lora_alpha")
     except (ValueError, AttributeError):
-        return {}
-    return note if isinstance(alpha, int | float) and not isinstance(alpha, bool) else {}
+        return None
+    return alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None
 
 
 def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
@@ -525,16 +436,12 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
     return PeftTensors(config, new, tensors.source)
 
 
-def _write_tree(
-    tensors: PeftTensors,
-    path: Location,
-    keymap: KeyMap,
-    name: str | None,
-    like: Any,
-    sizes: Mapping[str, int],
-    on_shared: str | None,
-) -> ConvertedFile:
-    """Write a tree for the dialect `name` of the model family `keymap`."""
+def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> tuple[int, str, int, float]:
+    """Write a tree of a model family; return the number of its leaves, its dialect, its rank and its alpha."""
+    if options.to_keymap is None:
+        raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
+    keymap, name = families.resolve_keymap(options.to_keymap, {}), options.dialect
+    sizes, on_shared = options.sizes, options.on_shared
     config = _require_lora(tensors.config, "a tree")
     library = keymap.name.partition(":")[0]
     if name is None and library not in dialects.USED:
@@ -547,7 +454,7 @@ def _write_tree(
         raise ConfigError(
             f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"
         )
-    known_shapes = _base_shapes(like, dialect)
+    known_shapes = _base_shapes(options.like, dialect)
     leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
     layer_keymap, layer_tensors = keymap, tensors
@@ -581,7 +488,7 @@ def _write_tree(
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}
     safetensors.write(path, specs, arrays.__getitem__, {} if alpha is None else note)
-    return ConvertedFile(str(path), len(arrays), dialect.name, rank, float(rank if alpha is None else alpha))
+    return len(arrays), dialect.name, rank, float(rank if alpha is None else alpha)
 
 
 def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:

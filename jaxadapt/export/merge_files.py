@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,8 +24,8 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.methods.registry import file_sizes
-from jaxadapt.persistence import base_checks, fingerprint, folder, peft
-from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.persistence import base_checks, fingerprint, folder, formats, peft
+from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
 from jaxadapt.storage.strided import dtype_name, float_dtype, numpy_dtype
@@ -77,7 +78,7 @@ def merge_folder(
         )
     if location.is_same(base_folder, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another folder")
-    if location.exists(target / folder.CONFIG):
+    if location.exists(target / hub.CONFIG):
         raise FileError(
             f"{target}: cannot write the merged model here: the folder contains an adapter, which transformers would"
             " load instead; choose another folder"
@@ -172,7 +173,7 @@ def plan_merge(
     untied = untying.untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
-    keymap = conversion.base_keymap(tensors, untied.tensors.shapes, untied.tied)
+    keymap = peft.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
@@ -196,19 +197,21 @@ def combine_folders(
         weights: one factor for each adapter.
         out: the folder to write to; for image adapters also a file, with the names of the first one.
         resize: the rank of the result. Default: decided by the method.
-        dtype: the dtype of the file, as in `file_formats.convert_format`.
+        dtype: the dtype of the file, as in `conversion.convert_format`.
         allow_nan: accept a NaN or an infinity in the adapters.
         progress: as in `merge_folder`, for reading and writing.
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
     """
-    with reporter(progress) as report:
-        tensors = [folder.read(path, progress=report) for path in adapters]
+    with reporter(progress) as report, contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(formats.open_place(formats.look(path, report))) for path in adapters]
+        tensors = [folder.in_memory(each.tensors, report) for each in opened]
         if not allow_nan:
             refuse_nan(tensors, "combine")
         combined = _replace_base(_combine_tensors(tensors, weights, resize, options), tensors)
         if not allow_nan:
             refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
-        conversion.write_like(combined, out, adapters[0], dtype, report)
+        conversion.refuse_same(adapters[0], out)
+        conversion.write_like(combined, out, opened[0], dtype, report)
         return combined
 
 

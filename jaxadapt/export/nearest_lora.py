@@ -16,7 +16,6 @@ from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.export import conversion
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
@@ -51,11 +50,11 @@ def nearest_lora(
             " (base=, `--base FOLDER`)"
         )
     if base is None or is_product:
-        reduced = rank_reduction.to_lora(conversion.with_pytorch_names(tensors), rank)
+        reduced = rank_reduction.to_lora(peft.with_pytorch_names(tensors), rank)
     else:
         with hf_model.open_model(location.to_location(base)) as source:
             hf_model.refuse_packed(source)
-            keymap = conversion.base_keymap(tensors, source.shapes)
+            keymap = peft.base_keymap(tensors, source.shapes)
             names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
             # none in a file of tensors of the whole adapter only (UNILORA)
             if modules := _modules(as_source(tensors.tensors).shapes):
@@ -103,7 +102,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
         )
     with hf_model.open_model(location.to_location(base)) as weights:
         hf_model.refuse_packed(weights)
-        keymap = conversion.base_keymap(tensors, weights.shapes)
+        keymap = peft.base_keymap(tensors, weights.shapes)
         adapted = {f"{module}.weight" for module in pytorch.adapted_keys(tensors.tensors)}
         read = [key for key in weights if (match := keymap.match(key)) and ".".join(match.parameter({})) in adapted]
         leaves = {key: np.asarray(weights[key]) for key in read}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxadapt.persistence import consumers
 
-Form = Literal["folder", "gguf", "mlx"]
+Style = Literal["safetensors", "gguf", "mlx"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,14 @@ class Program:
 
     Attributes:
         name: its name on the command line.
-        form: "folder" (PEFT's folder, with the adapter in its plain form), "gguf" or "mlx".
+        style: that of its files in `formats`: "safetensors" (PEFT's folder, with the adapter in its plain form), "gguf"
+            or "mlx".
         reader: its name in `consumers`; "" for every reader of PEFT's folders.
         keeps: fields of the configuration that it reads although a plain LoRA has none.
     """
 
     name: str
-    form: Form
+    style: Style
     reader: str
     keeps: tuple[str, ...] = ()
 
@@ -36,14 +37,14 @@ class Program:
 PROGRAMS: Mapping[str, Program] = {
     program.name: program
     for program in (
-        Program("plain", "folder", ""),
-        Program("transformers", "folder", "transformers load_adapter"),
-        Program("vllm", "folder", "vLLM"),
+        Program("plain", "safetensors", ""),
+        Program("transformers", "safetensors", "transformers load_adapter"),
+        Program("vllm", "safetensors", "vLLM"),
         Program("gguf", "gguf", "llama.cpp"),
         Program("mlx", "mlx", "MLX", keeps=("use_dora",)),
-        Program("sglang", "folder", "SGLang"),
-        Program("tgi", "folder", "TGI and LoRAX"),
-        Program("tensorrt-llm", "folder", "TensorRT-LLM"),
+        Program("sglang", "safetensors", "SGLang"),
+        Program("tgi", "safetensors", "TGI and LoRAX"),
+        Program("tensorrt-llm", "safetensors", "TensorRT-LLM"),
     )
 }
 """{name: program}, in the order of the command's help."""

@@ -3,8 +3,7 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "persistence.folder": "read read_config write",
-    "persistence.inspect_folder": "inspect",
+    "persistence.folder": "inspect read read_config write",
     "persistence.load_adapter": "load",
     "persistence.peft": "from_peft to_peft",
     "persistence.save_adapter": "save",

@@ -1,9 +1,9 @@
 """The names of this package, for type checkers."""
 
+from jaxadapt.persistence.folder import inspect as inspect
 from jaxadapt.persistence.folder import read as read
 from jaxadapt.persistence.folder import read_config as read_config
 from jaxadapt.persistence.folder import write as write
-from jaxadapt.persistence.inspect_folder import inspect as inspect
 from jaxadapt.persistence.load_adapter import load as load
 from jaxadapt.persistence.peft import from_peft as from_peft
 from jaxadapt.persistence.peft import to_peft as to_peft

@@ -14,7 +14,6 @@ from jaxadapt.adapters import key_names
 from jaxadapt.configs import PEFT_VERSION, Config
 from jaxadapt.configs.base import GenericConfig, class_of
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.persistence import folder
 from jaxadapt.persistence.stored_adapter import (
     Finding,
     Fix,
@@ -26,6 +25,7 @@ from jaxadapt.persistence.stored_adapter import (
     parse_json,
     warning,
 )
+from jaxadapt.storage import hub
 
 # Fields of PEFT up to 0.2, with the value that changes nothing.
 _OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
@@ -43,7 +43,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     if values is not None and (foreign := foreign_config(values)) is not None:
         return None, [foreign]
     try:
-        config = configs.loads(stored.text, folder.CONFIG)
+        config = configs.loads(stored.text, hub.CONFIG)
     except ConfigError as problem:
         found = _unreadable(stored, values or {}, repairs, problem)
         if found.fix is None or (config := found.fix.config) is None:
@@ -52,14 +52,14 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         return config, [found, *([] if is_copy else _check_alpha(config, values or {})), *_versions(config)]
     findings = [*_check_alpha(config, values or {}), *_versions(config)]
     if stored.header is not None and (changed := config.changed_keys(stored.header)):
-        text = f"{folder.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
+        text = f"{hub.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
         expected = "two equal configurations: it was edited, or a save was interrupted"
         remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
         findings.insert(0, warning("edited", changed, text, expected, remedy))
     return config, findings
 
 
-_FROM_COPY = f"{folder.CONFIG} written again from the copy in the weights' header"
+_FROM_COPY = f"{hub.CONFIG} written again from the copy in the weights' header"
 
 
 def _unreadable(stored: StoredAdapter, values: Mapping[str, Any], repairs: list[str], problem: ConfigError) -> Finding:
@@ -67,14 +67,14 @@ def _unreadable(stored: StoredAdapter, values: Mapping[str, Any], repairs: list[
     mended, more = mend_values(values, stored.specs or {})
     done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
     with contextlib.suppress(ConfigError, ValueError):
-        config = configs.loads(json.dumps(mended), folder.CONFIG) if done else None
+        config = configs.loads(json.dumps(mended), hub.CONFIG) if done else None
     if config is not None:
         remedy = "jaxadapt repair corrects it"
     elif stored.header is not None:
         remedy = "jaxadapt repair corrects it from the copy in the weights' header"
         config, done = stored.header, (_FROM_COPY,)
     fix = None if config is None else Fix(done, {}, config)
-    return error("configuration", (folder.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
+    return error("configuration", (hub.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
 
 
 def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
@@ -95,8 +95,8 @@ def _check_alpha(config: Config, values: Mapping[str, Any]) -> list[Finding]:
 def _without_file(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     if stored.header is not None:
         found = warning(
-            "configuration-lost", (folder.CONFIG,), f"there is no {folder.CONFIG}, but the weights' header has a copy",
-            f"{folder.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+            "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
+            f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
             Fix((_FROM_COPY,), {}, stored.header),
         )  # fmt: skip
         return stored.header, [found, *_versions(stored.header)]
@@ -104,10 +104,10 @@ def _without_file(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         return None, []
     ranks = sorted({shape[0] for key, (_, shape) in stored.specs.items() if "lora_A" in key.split(".") and shape})
     known = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
-    text = f"there is no {folder.CONFIG} beside the weights"
-    expected = f"{folder.CONFIG}: the tensors do not contain the scale or the method's settings"
+    text = f"there is no {hub.CONFIG} beside the weights"
+    expected = f"{hub.CONFIG}: the tensors do not contain the scale or the method's settings"
     remedy = f"copy it from where the adapter was trained, or write one{known}"
-    return None, [error("configuration-missing", (folder.CONFIG,), text, expected, remedy)]
+    return None, [error("configuration-missing", (hub.CONFIG,), text, expected, remedy)]
 
 
 def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:

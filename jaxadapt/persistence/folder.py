@@ -1,9 +1,4 @@
-"""An adapter's folder on disk, in PEFT's layout: `PeftTensors` ↔ files. Needs no model and no Flax.
-
-    adapter_config.json          the configuration
-    adapter_model.safetensors    the tensors; jaxadapt repeats the configuration in the header, because two files
-                                 cannot be replaced at the same instant
-    README.md                    the model card, rewritten at each save until a person edits it
+"""Read, describe and write adapter files in any format of `formats`: paths ↔ `PeftTensors`. Needs no model and no Flax.
 
 A path may be an address: of an object store, `s3://bucket/folder` (see `storage.location`), or of the Hub,
 `hf://org/name@revision/subfolder`; its files are then read from the cache.
@@ -13,35 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 import os
-from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from jaxadapt import configs
 from jaxadapt.adapters import key_names
-from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card, fingerprint, reconcile, run_folder
-from jaxadapt.persistence.formats import image_files, mlx_files
-from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin, torch_bin_write
-from jaxadapt.storage.local_files import file_error
+from jaxadapt.core.errors import FileError, MismatchError
+from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
+from jaxadapt.persistence import formats, reconcile, stored_adapter
+from jaxadapt.persistence.formats import peft_folder
+from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, as_source
-from jaxadapt.storage.strided import dtype_name
-
-CONFIG = hub.CONFIG
-WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
-CARD = hub.CARD
-_NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
-
-
-# ---------------------------------------------------------------- reading
+from jaxadapt.storage.source import as_source, dtypes_and_shapes
 
 
 def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
@@ -53,48 +35,6 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
     return location.to_location(path) / name
-
-
-def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Location, Location]:
-    """Return the paths of a folder's configuration and weights, which may be mlx-lm's (`mlx_files`).
-
-    Raises `FileError` naming those that are missing.
-    """
-    if mlx_files.is_file(path):
-        place = location.to_location(path)
-        return place.parent / CONFIG, place
-    remote = isinstance(path, str) and hub.is_address(path)
-    folder: Location = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
-    try:
-        present = sorted(p.name for p in folder.iterdir())
-    except FileNotFoundError as error:
-        why = error.strerror if isinstance(folder, location.Address) else "no such folder"
-        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.could_be_repository(str(path)) else ""
-        raise FileError(f"{folder}: {why}; expected a folder that contains {CONFIG} and {WEIGHTS}{on_hub}") from None
-    except NotADirectoryError:
-        raise FileError(
-            f"{folder}: expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise file_error("read", str(folder), error) from error
-    weights = next((name for name in (WEIGHTS, WEIGHTS_BIN, mlx_files.WEIGHTS) if name in present), None)
-    if (
-        CONFIG not in present
-        and weights == WEIGHTS
-        and reconcile.META in safetensors.read_header(folder / weights).metadata
-    ):
-        return folder / CONFIG, folder / weights  # `resolve_config` takes the copy in the header
-    missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
-    if missing or weights is None:
-        adapters: list[str] = []
-        with contextlib.suppress(FileError):
-            adapters = [name for name in present[:64] if location.exists(folder / name / CONFIG)]
-        hint = f"; these subfolders contain adapters: {', '.join(adapters)}" if adapters else ""
-        if any(map(run_folder.NAME.fullmatch, present)):
-            hint = f"; it contains training checkpoints: `jaxadapt checkpoints {folder}` lists and exports them{hint}"
-        files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
-        raise FileError(f"{folder}: no {' and no '.join(missing)}; found {files or 'an empty folder'}{hint}")
-    return folder / CONFIG, folder / weights
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -111,28 +51,20 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     ...     read_config(folder)
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
-    if isinstance(path, str) and hub.is_address(path):
-        path = mlx_files.fetch_config(path)
-    if orbax.is_checkpoint(path):
-        from jaxadapt.persistence.formats import orbax_folder
-
-        return orbax_folder.read_config(path)
-    if image_files.is_image_file(path):
-        with image_files.open_file(path) as file:
-            return file.tensors.config
-    target = location.to_location(path)
-    if location.is_file(target) and not mlx_files.is_file(target):
-        return configs.loads(reconcile.read_text(target), str(target))
-    if location.exists(target / CONFIG) and not any(
-        location.exists(target / name) for name in (WEIGHTS, WEIGHTS_BIN, mlx_files.WEIGHTS)
-    ):
-        return configs.loads(reconcile.read_text(target / CONFIG), str(target / CONFIG))
-    config, weights = find_files(path)
-    if mlx_files.is_weights(weights):
-        with mlx_files.open_files(config, weights, os.fspath(path)) as tensors:
-            return tensors.config
-    header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
-    return reconcile.resolve_config(config, header, weights)
+    if hub.is_address(path):
+        file = hub.fetch_config(str(path))
+        path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(reconcile.read_text(file)) else file
+    place = formats.look(path)
+    file_format = formats.find(place)
+    if file_format is None:
+        config = place.at if place.names is None else place.at / peft_folder.CONFIG
+        if place.names is None or peft_folder.CONFIG in place.names:
+            return configs.loads(reconcile.read_text(config), str(config))
+        raise peft_folder.missing(place)
+    if file_format.read_config is not None:
+        return file_format.read_config(place)
+    with file_format.open(place) as opened:
+        return opened.tensors.config
 
 
 def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTensors:
@@ -158,46 +90,98 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
     with reporter(progress) as report, open_adapter(path, report) as adapter:
-        source = as_source(adapter.tensors)
-        count = byte_counter(report, "read", sum(map(source.nbytes, source)))
-        return dataclasses.replace(adapter, tensors=source.read_many(source, count))
+        return in_memory(adapter, report)
+
+
+def in_memory(adapter: PeftTensors, report: Report) -> PeftTensors:
+    """Return an open adapter with all its tensors in memory. Reports ("read", bytes done, bytes in all)."""
+    source = as_source(adapter.tensors)
+    count = byte_counter(report, "read", sum(map(source.nbytes, source)))
+    return dataclasses.replace(adapter, tensors=source.read_many(source, count))
 
 
 @contextlib.contextmanager
 def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
-    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open."""
-    if orbax.is_checkpoint(path):
-        from jaxadapt.persistence.formats import orbax_folder
-
-        yield orbax_folder.adapter_tensors(orbax_folder.read(path, orbax_folder.find_adapter(path)), path)
-        return
-    if image_files.is_image_file(path):
-        with image_files.open_file(path) as file:
-            yield file.tensors
-        return
-    config, weights = find_files(path, report)
-    if mlx_files.is_weights(weights):
-        with mlx_files.open_files(config, weights, os.fspath(path)) as adapter:
-            yield adapter
-        return
-    with contextlib.ExitStack() as stack:
-        if weights.name == WEIGHTS:
-            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
-            resolved = reconcile.resolve_config(config, tensors.header, weights)
-            base = reconcile.stored_fingerprint(tensors.header)
-        else:
-            resolved, base = reconcile.resolve_config(config, None, weights), None
-            tensors = torch_bin.read(weights)
-        if not tensors:
-            raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
-        yield key_names.without_names(PeftTensors(resolved, tensors, str(path), base))
+    """Open an adapter: like `read`, but read each tensor on demand while it is open."""
+    with formats.open_place(formats.look(path, report)) as opened:
+        yield opened.tensors
 
 
-# ---------------------------------------------------------------- writing
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """A summary of an adapter folder.
+
+    Attributes:
+        tensors: `{key: (dtype, shape)}`.
+        nbytes: the size of the tensors in bytes.
+        file_bytes: the size of their file in bytes.
+        form: "PEFT", "mlx-lm's folder" or "an image adapter's file". Of the last two, the configuration and the names
+            are those after `jaxadapt convert`.
+    """
+
+    path: str
+    config: Config
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = dataclasses.field(repr=False)
+    nbytes: int
+    file_bytes: int
+    form: str = "PEFT"
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the tensors, under safetensors' names."""
+        return tuple(sorted({dtype for dtype, _ in self.tensors.values()}))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The last segments of the adapted modules' names; empty for methods that adapt no module."""
+        modules = {reconcile.tensor_module(self.config, key) for key in self.tensors}
+        return tuple(sorted({name.rpartition(".")[2] for name in modules if name is not None}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, for `jaxadapt inspect --json`."""
+        return {
+            "path": self.path,
+            "form": self.form,
+            "config": self.config.to_dict(),
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "file_bytes": self.file_bytes,
+            "dtypes": list(self.dtypes),
+            "modules": list(self.modules),
+            "tensors": {k: {"dtype": d, "shape": list(s)} for k, (d, s) in self.tensors.items()},
+        }
 
 
-Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensors.Header]
-"""Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
+def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
+    """Return the method, targets, sizes and base model of an adapter folder; read no tensor.
+
+    Accepts an Orbax checkpoint too, mlx-lm's folder, and the one file of an image adapter (kohya-ss, LyCORIS,
+    diffusers), and lists their tensors under the names that PEFT's file would have.
+    An adapter on the Hub is fetched, with `progress` as in `pull`.
+    Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` if it holds no adapter.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder, base_model="org/name")
+    ...     info = inspect(folder)
+    >>> info.config.base_model_name_or_path, info.parameters, info.modules, info.dtypes
+    ('org/name', 20, ('q',), ('F32',))
+    """
+    with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
+        config, source = opened.tensors.config, as_source(opened.tensors.tensors)
+        tensors, nbytes = dtypes_and_shapes(source), sum(map(source.nbytes, source))
+    found = stored_adapter.not_an_adapter(tensors, str(path)) if key_names.is_known_method(config.peft_type) else None
+    if found is not None:
+        raise MismatchError(f"{path}: {found.found}; {found.remedy}")
+    return Info(os.fspath(path), config, tensors, nbytes, location.total_size(opened.weights), opened.form)
 
 
 def write(
@@ -230,171 +214,4 @@ def write(
     """
     if format not in ("safetensors", "bin"):
         raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
-    write_with(tensors, path, None, progress, as_bin=format == "bin")
-
-
-def write_with(
-    tensors: PeftTensors,
-    path: str | os.PathLike[str],
-    put: Put | None,
-    progress: Progress,
-    *,
-    as_bin: bool = False,
-    ahead: bool = False,
-) -> None:
-    """Write an adapter folder as `write` does.
-
-    Args:
-        put: writes the file of tensors, if given.
-        ahead: True for tensors that a thread may read and compute while others are written.
-    """
-    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(
-            f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
-            " write models, variables and Adapters with jaxadapt.save"
-        )
-    if hub.is_address(path):
-        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
-    folder = location.to_location(path)
-    if not tensors.tensors:
-        raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    made = atomic.make_folder(folder)
-    try:
-        with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report, as_bin, ahead)
-    except BaseException:
-        for new in made:  # remove the empty folders that this call created
-            with contextlib.suppress(OSError):
-                new.rmdir()
-        raise
-
-
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
-    import numpy as np
-
-    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
-    if as_bin and location.exists(folder / WEIGHTS):
-        raise FileError(
-            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
-            " folder, or delete that file"
-        )
-    adapter_config = with_integral_alpha(tensors.config)
-    if location.is_dir(config):
-        raise FileError(f"{config}: expected a file, found a folder; save to another path")
-    text = adapter_config.to_json()
-    exists = location.exists(config)
-    old_text = reconcile.read_text(config) if exists else text
-    if mlx_files.is_config(old_text):
-        raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
-    replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
-    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
-    if tensors.base is not None:
-        document[fingerprint.FIELD] = dict(tensors.base)
-    specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
-    parts = [key for key in specs if key.endswith("]")]
-    raise_listed(
-        MismatchError,
-        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
-        " a model and save that:",
-        parts,
-    )
-    require_floats(tensors.config, array_specs(tensors.tensors), folder)
-    metadata = {"format": "pt", reconcile.META: json.dumps(document)}
-    # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
-    # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
-    replaced = [weights] if exists and old_text == text else [weights, config]
-    with atomic.replacing_all(replaced) as (writer, *others):
-        for other in others:
-            other.write(memoryview(text.encode()))
-        if put is None:
-            count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
-            get = functools.partial(_value, tensors.tensors)
-            if as_bin:
-                size = torch_bin_write.write_to(writer, specs, get, count)
-            else:
-                size = safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
-        else:
-            size = put(writer, specs, metadata).size
-    if replaces != _NOTHING and not as_bin:
-        _blank_digest(weights, replaces)
-    stale = folder / WEIGHTS_BIN
-    with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
-        if not as_bin and location.exists(stale):
-            warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
-    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
-    shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
-
-
-def with_integral_alpha(config: Config) -> Config:
-    """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
-
-    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
-    16
-    """
-    alpha = config.get("lora_alpha")
-    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
-        return config.replace(lora_alpha=int(alpha))
-    return config
-
-
-def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
-    """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
-    try:
-        new = card.card_text(config, facts)
-        if isinstance(path, Path) and path.is_symlink():
-            return  # a person made it
-        old = reconcile.read_text(path) if location.exists(path) else None
-        text = new if old is None else card.refresh_card(old, new)
-        if text != old:
-            atomic.write_bytes(path, text.encode())
-    except Exception as error:  # any error: the adapter itself is complete
-        warn(f"the adapter in {path.parent} is saved, but not its model card: {str(error) or repr(error)}")
-
-
-def _value(tensors: Mapping[str, Any], key: str) -> Any:
-    """Return one tensor on the host. Raises `AttachError` if it was donated since the save began."""
-    import numpy as np
-
-    try:
-        return np.asarray(tensors[key])
-    except RuntimeError as error:  # JAX has no class for this error
-        if "deleted" not in str(error):
-            raise
-        raise AttachError(
-            f"{key}: the array was donated to a jitted function, and so deleted, during the save. Save before the step"
-            " that donates it, or save a copy (jax.tree.map(jnp.copy, adapter))"
-        ) from error
-
-
-def _blank_digest(weights: Location, replaces: str) -> None:
-    """Overwrite the digest of the replaced JSON with zeros, so that equal content gives equal bytes.
-
-    Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An
-    object of a store cannot be changed in place and is written again.
-    """
-    if isinstance(weights, location.Address):
-        with contextlib.suppress(OSError, FileError):
-            data = weights.read_bytes()
-            start = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
-            if start >= 0:
-                atomic.write_bytes(weights, data[:start] + _NOTHING.encode() + data[start + len(replaces) :])
-        return
-    with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
-        header = file.read(safetensors.read_header(weights).data_start)
-        start = header.find(replaces.encode())
-        if start >= 0:
-            file.seek(start)
-            file.write(_NOTHING.encode())
-
-
-def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
-    from jaxadapt.adapters.adapter import is_array
-
-    if isinstance(tensors, TensorSource):
-        return tensors.specs
-    others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
-    raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
-    return tensors
+    peft_folder.write_with(tensors, path, None, progress, as_bin=format == "bin")

@@ -236,7 +236,7 @@ def _check_base(
 def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Location:
     """Return the subfolder if it contains an adapter, else the folder itself."""
     parent = location.to_location(path)
-    return subfolder if subfolder == parent or location.exists(subfolder / folder.CONFIG) else parent
+    return subfolder if subfolder == parent or location.exists(subfolder / hub.CONFIG) else parent
 
 
 def _promote(adapter: Adapter, attached: Adapter) -> Adapter:

@@ -32,10 +32,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps import plan as plans
+from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Plan, PlanEntry, cut_parts, has_parts
 from jaxadapt.methods.lora import is_newer_attention_file
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.registry import file_sizes, get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT
@@ -558,3 +559,24 @@ def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings
         return initial_values.requested_shardings(requested, adapter_sites)
     return initial_values.adapter_shardings(adapter_sites, base.shardings)
+
+
+# ---------------------------------------------------------------- models in files
+
+
+def with_pytorch_names(tensors: PeftTensors) -> Adapter:
+    """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
+    shapes = as_source(tensors.tensors).shapes
+    weights = pytorch.weight_shapes(shapes)
+    base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
+    sizes = functools.partial(file_sizes, tensors.config)
+    return from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+
+
+def base_keymap(
+    tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
+) -> KeyMap:
+    """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(file_sizes, tensors.config)
+    turned = bool(tensors.config.get("fan_in_fan_out"))
+    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)

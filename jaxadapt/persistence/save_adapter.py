@@ -47,9 +47,9 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import lora_carrier
 from jaxadapt.models.carriers.base import DEFAULT, Carrier
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import fingerprint, folder
-from jaxadapt.persistence.formats import orbax_folder
-from jaxadapt.storage import location, sharded_write
+from jaxadapt.persistence import fingerprint, folder, formats
+from jaxadapt.persistence.formats import peft_folder
+from jaxadapt.storage import hub, location, sharded_write
 from jaxadapt.storage.sharded_write import Group, TensorPart
 from jaxadapt.storage.source import cast
 from jaxadapt.storage.strided import float_dtype
@@ -100,10 +100,10 @@ def write_shared(
         return total, _gathered_parts(encoded, group.index, dtype)
 
     def commit(put: sharded_write.Put) -> None:
-        folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
+        peft_folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
 
     alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
-    sharded_write.write(target / folder.WEIGHTS, specs, parts, group, commit, shared=shared, alike=alike, report=report)
+    sharded_write.write(target / hub.WEIGHTS[0], specs, parts, group, commit, shared=shared, alike=alike, report=report)
 
 
 def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
@@ -549,8 +549,7 @@ def save(
             with name_donated_arrays(adapter.flat()):
                 adapter = finite.cast_tree(adapter, dtype, "this adapter")
         with reporter(progress) as report:
-            orbax_folder.write(adapter, target, alone=jax.process_count() == 1)
-            orbax_folder.report_total(report, "save", adapter)
+            formats.write_adapter("orbax", adapter, target, report)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode_tree(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -15,21 +14,20 @@ from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import fingerprint, folder, reconcile, run_folder
-from jaxadapt.persistence.formats import image_files, image_names, mlx_files
-from jaxadapt.persistence.formats.image_names import Layout
-from jaxadapt.storage import hf_model, hub, location, orbax, safetensors, torch_bin
-from jaxadapt.storage.local_files import file_error
+from jaxadapt.persistence import fingerprint, formats, reconcile, run_folder
+from jaxadapt.persistence.formats import Format, Place, peft_folder
+from jaxadapt.storage import hf_model, hub, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, TensorSpec, as_source
+from jaxadapt.storage.source import TensorSource, as_source, dtypes_and_shapes
 
 if TYPE_CHECKING:
     pass
 
+CONFIG = hub.CONFIG
+WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
 
 SEVERITIES = ("error", "warning", "note")
 """From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""
@@ -115,7 +113,7 @@ def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Fi
 # ---------------------------------------------------------------- foreign files
 
 
-_EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
+EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
 _MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX)
 
 # {library: (pattern of its keys, remedy)}. The first one with a matching key applies.
@@ -127,7 +125,6 @@ _IMAGE = (
     "give the file a name of its own, without a configuration beside it: diffusers (pipe.load_lora_weights) and"
     " jaxadapt then read it, and jaxadapt convert writes PEFT's folders"
 )
-_FUSE = "correct what the message names; otherwise fuse the adapter into its base with mlx_lm.fuse"
 _LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "mlx-lm": (
         re.compile(r".+\.(lora_[ab]|switch_mlp\..+\.lora_[ab])"),
@@ -171,29 +168,6 @@ def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
     return None
 
 
-def image_file(layout: Layout) -> Finding:
-    """Return the finding for the one file of an image adapter, which is sound."""
-    models = ", ".join(layout.models)
-    if layout.method == image_names.LYCORIS:
-        types = image_names.lycoris_types(layout.keys)
-        text = f"a file of {layout.style} whose method PEFT does not have ({types}); it passes through as it is"
-    elif layout.unknown:
-        text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
-    else:
-        text = f"a file of {layout.style} for {models}"
-    return note("image-file", layout.unknown, text)
-
-
-def mlx_folder(source: str, problem: AdapterError | None) -> Finding:
-    """Return the finding for mlx-lm's folder: how to convert it, or why it cannot be."""
-    if problem is not None:
-        return error("other-library", (), str(problem), "an adapter of mlx-lm that PEFT has a form for", _FUSE)
-    return error(
-        "other-library", (), "the folder is mlx-lm's, which PEFT and vLLM do not read; jaxadapt does", _EXPECTED,
-        f"run: jaxadapt convert {source} OUT",
-    )  # fmt: skip
-
-
 def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
     """Return a finding if no tensor belongs to an adapter."""
     if not keys or key_names.has_adapter_tensors(keys):
@@ -227,7 +201,7 @@ def foreign_config(values: Mapping[str, Any]) -> Finding | None:
 def training_step(folder: Location, name: str) -> Finding:
     """Return the finding for a checkpoint of a run."""
     return error(
-        "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", _EXPECTED,
+        "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", EXPECTED,
         f"run: jaxadapt checkpoints {folder} --step {name.removeprefix('step-').partition('.')[0].lstrip('0') or '0'}"
         " --export OUT",
     )  # fmt: skip
@@ -237,12 +211,12 @@ def by_name(names: Sequence[str]) -> Finding | None:
     """Return a finding for the file names of other libraries."""
     if "adapters.safetensors" in names or "adapters.npz" in names:
         return error(
-            "other-library", names, "the weights are mlx-lm's (adapters.safetensors)", _EXPECTED,
+            "other-library", names, "the weights are mlx-lm's (adapters.safetensors)", EXPECTED,
             _MLX,
         )  # fmt: skip
     if any(name.startswith("pytorch_lora_weights.") for name in names):
         return error(
-            "other-library", names, "the weights are diffusers' (pytorch_lora_weights)", _EXPECTED,
+            "other-library", names, "the weights are diffusers' (pytorch_lora_weights)", EXPECTED,
             _LIBRARIES["diffusers"][1],
         )  # fmt: skip
     return None
@@ -254,11 +228,11 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
     if steps:
         return error(
             "training-run", steps, f"a training run: {count(steps, 'checkpoint')}, no exported adapter",
-            _EXPECTED, f"run: jaxadapt checkpoints {source} --step latest --export OUT",
+            EXPECTED, f"run: jaxadapt checkpoints {source} --step latest --export OUT",
         )  # fmt: skip
     if adapters:
         return error(
-            "subfolders", adapters, f"no adapter here, but in these subfolders: {', '.join(adapters)}", _EXPECTED,
+            "subfolders", adapters, f"no adapter here, but in these subfolders: {', '.join(adapters)}", EXPECTED,
             "pass one of them",
         )  # fmt: skip
     found = by_name(names)
@@ -267,11 +241,11 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
     model = [name for name in names if name in _MODEL_FILES]
     if model:
         return error(
-            "whole-model", model, f"the folder of a whole model ({', '.join(model)})", _EXPECTED,
+            "whole-model", model, f"the folder of a whole model ({', '.join(model)})", EXPECTED,
             "pass the adapter's folder, and this one as --base",
         )  # fmt: skip
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return error("no-adapter", (), f"no adapter: found {listed or 'an empty folder'}", _EXPECTED, "check the path")
+    return error("no-adapter", (), f"no adapter: found {listed or 'an empty folder'}", EXPECTED, "check the path")
 
 
 # ---------------------------------------------------------------- stored adapter
@@ -313,111 +287,65 @@ def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Gen
 
     Raises `FileError` if nothing at the path can be read at all.
     """
-    is_remote = isinstance(path, str) and hub.is_address(path)
-    place = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
-    source = os.fspath(path)
-    if not is_remote and orbax.is_checkpoint(place):
-        with folder.open_adapter(source) as adapter:
-            yield _under_pefts_names(adapter, source)
-    elif location.is_file(place):
-        with _open_file(place, source) as stored:
-            yield stored
-    else:
-        with _open_folder(place, source) as stored:
-            yield stored
-
-
-@contextlib.contextmanager
-def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
-    """Open one file: a configuration, or weights with the configuration beside them."""
-    if place.suffix == ".json":
-        yield StoredAdapter(source, reconcile.read_text(place), None, None)
-        return
-    if run_folder.NAME.fullmatch(place.name):
-        yield _not_an_adapter(source, training_step(place.parent, place.name))
-        return
-    if mlx_files.is_file(place):
-        with _open_mlx(place.parent / folder.CONFIG, place, source) as stored:
-            yield stored
-        return
-    if place.name != folder.WEIGHTS and image_files.is_image_file(place):
-        with _open_image_file(place, source) as stored:
-            yield stored
-        return
-    beside = place.parent / folder.CONFIG
-    config = beside if place.name in (folder.WEIGHTS, folder.WEIGHTS_BIN) and location.exists(beside) else None
-    with _open_weights(source, config, place, ()) as stored:
-        yield stored
-
-
-@contextlib.contextmanager
-def _open_image_file(place: Location, source: str) -> Generator[StoredAdapter]:
-    """Open the one file of an image adapter under PEFT's names."""
-    with image_files.open_file(place) as file:
-        yield _under_pefts_names(file.tensors, source, image_file(file.layout))
-
-
-def _under_pefts_names(adapter: PeftTensors, source: str, *found: Finding) -> StoredAdapter:
-    from jaxadapt.storage.strided import dtype_name
-
-    tensors = as_source(adapter.tensors)
-    specs = {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
-    text = adapter.config.to_json()
-    return StoredAdapter(source, text, None, specs, tensors, found)
-
-
-@contextlib.contextmanager
-def _open_mlx(config: Location, weights: Location, source: str) -> Generator[StoredAdapter]:
-    """Open mlx-lm's files under PEFT's names; a file that PEFT has no form for is a finding."""
+    place = formats.look(path, report)
     with contextlib.ExitStack() as stack:
-        try:
-            adapter = stack.enter_context(mlx_files.open_files(config, weights, source))
-        except AdapterError as problem:
-            yield _not_an_adapter(source, mlx_folder(source, problem))
-            return
-        yield _under_pefts_names(adapter, source, mlx_folder(source, None))
+        yield _open(place, stack)
 
 
-@contextlib.contextmanager
-def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
+def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
+    source, at = os.fspath(place.path), place.at
+    if place.names is None and at.suffix == ".json":
+        return StoredAdapter(source, reconcile.read_text(at), None, None)
+    if place.names is None and run_folder.NAME.fullmatch(at.name):
+        return _not_an_adapter(source, training_step(at.parent, at.name))
+    found = None if place.names is None and at.name == WEIGHTS else formats.find(place)
+    if found is not None and found is not peft_folder.FORMAT:
+        return _open_other(found, place, stack)
+    if place.names is not None:
+        return _open_folder(place, place.names, stack)
+    beside = at.parent / CONFIG
+    config = beside if at.name in hub.WEIGHTS and location.exists(beside) else None
+    return _open_weights(source, config, at, [], stack)
+
+
+def _open_other(found: Format, place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
+    """Open files of another format than PEFT's, under PEFT's names; the format may make a finding of a refusal."""
+    source = os.fspath(place.path)
     try:
-        names = sorted(entry.name for entry in place.iterdir())
-    except FileNotFoundError:
-        raise FileError(f"{source}: no such file or folder; pass the folder of an adapter") from None
-    except (OSError, ValueError) as problem:
-        raise file_error("read", source, problem) from problem
-    weights = next((name for name in (folder.WEIGHTS, folder.WEIGHTS_BIN) if name in names), None)
-    if weights is None and folder.CONFIG not in names:
-        inner = [name for name in names[:64] if location.exists(place / name / folder.CONFIG)]
-        yield _not_an_adapter(source, other_folder(source, names, inner))
-        return
-    config = place / folder.CONFIG if folder.CONFIG in names else None
-    if weights is None and config is not None and mlx_files.WEIGHTS in names:
-        with _open_mlx(config, place / mlx_files.WEIGHTS, source) as stored:
-            yield stored
-        return
+        opened = stack.enter_context(found.open(place))
+    except AdapterError as problem:
+        if found.describe is None:
+            raise
+        return _not_an_adapter(source, found.describe(source, problem))
+    tensors = as_source(opened.tensors.tensors)
+    findings = () if found.describe is None else (found.describe(source, opened),)
+    return StoredAdapter(source, opened.tensors.config.to_json(), None, dtypes_and_shapes(tensors), tensors, findings)
+
+
+def _open_folder(place: Place, present: Collection[str], stack: contextlib.ExitStack) -> StoredAdapter:
+    source, names = os.fspath(place.path), sorted(present)
+    weights = next((name for name in hub.WEIGHTS if name in names), None)
+    config = place.at / CONFIG if CONFIG in names else None
+    if weights is None and config is None:
+        inner = [name for name in names[:64] if location.exists(place.at / name / CONFIG)]
+        return _not_an_adapter(source, other_folder(source, names, inner))
     findings: list[Finding] = []
-    if folder.WEIGHTS in names and folder.WEIGHTS_BIN in names:
-        findings.append(
-            warning(
-                "two-files",
-                (folder.WEIGHTS, folder.WEIGHTS_BIN),
-                "the folder holds two files of weights",
-                f"one; readers take {folder.WEIGHTS}",
-                f"delete {folder.WEIGHTS_BIN} if it is older",
-            )
-        )
     if weights is None:
         others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".npz"))]
         found = by_name(others) or error(
-            "no-weights", (), f"no {folder.WEIGHTS} and no {folder.WEIGHTS_BIN}; found {', '.join(names[:8])}",
+            "no-weights", (), f"no {WEIGHTS} and no {WEIGHTS_BIN}; found {', '.join(names[:8])}",
             "a file of weights beside the configuration", "fetch or copy the weights as well",
         )  # fmt: skip
         text = None if config is None else _read_text(config, findings)
-        yield StoredAdapter(source, text, None, None, findings=(*findings, found))
-        return
-    with _open_weights(source, config, place / weights, findings) as stored:
-        yield stored
+        return StoredAdapter(source, text, None, None, findings=(*findings, found))
+    if WEIGHTS_BIN in names and weights == WEIGHTS:
+        findings.append(
+            warning(
+                "two-files", hub.WEIGHTS, "the folder holds two files of weights", f"one; readers take {WEIGHTS}",
+                f"delete {WEIGHTS_BIN} if it is older",
+            )
+        )  # fmt: skip
+    return _open_weights(source, config, place.at / weights, findings, stack)
 
 
 def _not_an_adapter(source: str, found: Finding) -> StoredAdapter:
@@ -428,63 +356,36 @@ def _read_text(config: Location, findings: list[Finding]) -> str | None:
     try:
         return reconcile.read_text(config)
     except (ConfigError, FileError) as problem:
-        findings.append(
-            error("configuration", (folder.CONFIG,), str(problem), "a JSON object in UTF-8", "save it as UTF-8")
-        )
+        findings.append(error("configuration", (CONFIG,), str(problem), "a JSON object in UTF-8", "save it as UTF-8"))
         return None
 
 
-@contextlib.contextmanager
 def _open_weights(
-    source: str, config: Location | None, weights: Location, before: list[Finding] | tuple[Finding, ...]
-) -> Generator[StoredAdapter]:
-    findings = list(before)
+    source: str, config: Location | None, weights: Location, findings: list[Finding], stack: contextlib.ExitStack
+) -> StoredAdapter:
     text = None if config is None else _read_text(config, findings)
-    with contextlib.ExitStack() as stack:
-        header: Config | None = None
-        specs: Specs | None = None
-        base: fingerprint.Fingerprint | None = None
-        tensors = _NO_TENSORS
-        try:
-            if weights.suffix == ".safetensors":
-                file = stack.enter_context(safetensors.open_tensors(weights))
-                specs = {key: (info.dtype, info.shape) for key, info in file.header.tensors.items()}
-                tensors = file
-                header = _header_config(file.header, weights, findings)
-                base = reconcile.stored_fingerprint(file.header)
-            else:
-                specs = torch_bin.keys_and_shapes(weights)
-                tensors = _LazyBin(weights)
-        except FileError as problem:
-            findings.append(
-                error(
-                    "unreadable", (weights.name,), str(problem), "a complete file of tensors", "fetch or save it again"
-                )
-            )
-        if specs is not None and not specs:
-            findings.append(
-                error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
-                              "save the adapter again")
-            )  # fmt: skip
-        yield StoredAdapter(source, text, header, specs, tensors, tuple(findings), base=base)
-
-
-class _LazyBin(TensorSource):
-    """The tensors of a `.bin` file, all read on the first access: its storages are not addressable one by one."""
-
-    def __init__(self, path: Location) -> None:
-        self._path = path
-
-    @functools.cached_property
-    def _tensors(self) -> TensorSource:
-        return as_source(torch_bin.read(self._path))
-
-    @functools.cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._tensors.specs
-
-    def read(self, key: str) -> Any:
-        return self._tensors[key]
+    header: Config | None = None
+    specs: Specs | None = None
+    base: fingerprint.Fingerprint | None = None
+    tensors = _NO_TENSORS
+    try:
+        if weights.suffix == ".safetensors":
+            tensors = file = stack.enter_context(safetensors.open_tensors(weights))
+            header = _header_config(file.header, weights, findings)
+            base = reconcile.stored_fingerprint(file.header)
+        else:
+            tensors = torch_bin.open_tensors(weights)
+        specs = dtypes_and_shapes(tensors)
+    except FileError as problem:
+        findings.append(
+            error("unreadable", (weights.name,), str(problem), "a complete file of tensors", "fetch or save it again")
+        )
+    if specs is not None and not specs:
+        findings.append(
+            error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
+                          "save the adapter again")
+        )  # fmt: skip
+    return StoredAdapter(source, text, header, specs, tensors, tuple(findings), base=base)
 
 
 def _header_config(header: safetensors.Header, weights: Location, findings: list[Finding]) -> Config | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError
 from jaxadapt.core.progress import LOGGER, Progress
-from jaxadapt.persistence import card, folder, inspect_folder
+from jaxadapt.persistence import card, folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
 
@@ -126,7 +126,7 @@ class _Page(NamedTuple):
 
 
 def _push(source: Location, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
-    info = inspect_folder.inspect(source)  # raises for unreadable files before anything is sent
+    info = folder.inspect(source)  # raises for unreadable files before anything is sent
     weights = next((name for name in hub.WEIGHTS if location.exists(source / name)), None)
     if weights is None:
         raise FileError(
@@ -176,7 +176,7 @@ def _read_card(path: Location) -> str:
         raise FileError(f"{error}; delete it to have a new card written") from error
 
 
-def _picture(source: Location, info: inspect_folder.Info, wanted: bool | None) -> bytes | None:
+def _picture(source: Location, info: folder.Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
     from jaxadapt.analysis import heat_map, norms

@@ -361,7 +361,7 @@ def _is_same(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bo
 def _require_free(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Raise `FileError` if another adapter is in the folder to write to."""
     place = location.to_location(target)
-    names = (folder.CONFIG, folder.WEIGHTS, folder.WEIGHTS_BIN)
+    names = (hub.CONFIG, *hub.WEIGHTS)
     if not _is_same(target, path) and any(location.exists(place / name) for name in names):
         raise FileError(
             f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter; choose"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Address(NamedTuple):
 
 def is_address(path: object) -> bool:
     """Return True if a path is an explicit Hub address: it begins with `hf://`."""
-    return isinstance(path, str) and path.startswith(SCHEME)
+    return isinstance(path, str | os.PathLike) and str(path).startswith(SCHEME)
 
 
 def could_be_repository(path: str) -> bool:

@@ -448,6 +448,11 @@ class TensorFile(TensorSource):
         self._file.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
+    @property
+    def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtypes, as the file names them, and the shapes by key."""
+        return {key: (info.dtype, info.shape) for key, info in self.header.tensors.items()}
+
     def nbytes(self, key: str) -> int:
         """Return the number of bytes of one tensor, also of a dtype that numpy lacks."""
         return self.header.tensors[key].nbytes

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.storage import local_files
-from jaxadapt.storage.safetensors import problems_text
-from jaxadapt.storage.strided import is_float
+from jaxadapt.storage.safetensors import TensorFile, problems_text
+from jaxadapt.storage.strided import dtype_name, is_float, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "cast", "combine", "cut", "rename", "stack", "transpose"]
+__all__ = [
+    "TensorSource", "TensorSpec", "View", "Whole", "as_source", "cast", "combine", "cut", "dtypes_and_shapes", "rename",
+    "stack", "transpose",
+]  # fmt: skip
+
+Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
+"""{key: (dtype, shape)}, with safetensors' names of dtypes."""
 
 
 def as_source(tensors: Mapping[str, Any]) -> TensorSource:
@@ -38,6 +44,32 @@ class _Arrays(TensorSource):
 
     def read(self, key: str) -> Any:
         return self._arrays[key]
+
+
+class Whole(TensorSource):
+    """Tensors that can only be read together: all of them are, at the first access."""
+
+    def __init__(self, source: str, kinds: Kinds, read: Callable[[], Mapping[str, Any]]) -> None:
+        """Create a source of the tensors that `read` returns."""
+        self.source, self.kinds, self._read = source, kinds, read
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: TensorSpec(shape, numpy_dtype(dtype)) for key, (dtype, shape) in self.kinds.items()}
+
+    @functools.cached_property
+    def _tensors(self) -> Mapping[str, Any]:
+        return self._read()
+
+    def read(self, key: str) -> Any:
+        return self._tensors[key]
+
+
+def dtypes_and_shapes(tensors: TensorSource) -> Kinds:
+    """Return {key: (dtype, shape)} with safetensors' names of dtypes. Of files, also dtypes that NumPy lacks."""
+    if isinstance(tensors, TensorFile | Whole):
+        return tensors.kinds
+    return {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in tensors.specs.items()}
 
 
 class View(TensorSource):

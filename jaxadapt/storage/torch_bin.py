@@ -13,6 +13,7 @@ state dicts use, and passes the arguments of a call to its own `rebuild`. Any ot
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import math
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 from jaxadapt.core.errors import FormatError
 from jaxadapt.storage import local_files, location
 from jaxadapt.storage.safetensors import BITS, problems_text
+from jaxadapt.storage.source import Whole
 from jaxadapt.storage.strided import NAMES, numpy_dtype
 
 if TYPE_CHECKING:
@@ -527,6 +529,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     name = os.fspath(path)
     return _load(path, lambda reader, tensors: _to_arrays(reader, tensors, name))
+
+
+def open_tensors(path: str | os.PathLike[str]) -> Whole:
+    """Return the tensors of a state dict, all read at the first access. Raises the errors of `read`."""
+    return Whole(os.fspath(path), keys_and_shapes(path), functools.partial(read, path))
 
 
 def _to_arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -> dict[str, np.ndarray]:

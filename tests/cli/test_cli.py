@@ -152,7 +152,7 @@ def test_exit_statuses(folder, monkeypatch):
     def stopped(path, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxadapt.persistence.inspect_folder.inspect", stopped)
+    monkeypatch.setattr("jaxadapt.persistence.folder.inspect", stopped)
     assert run("inspect", folder).exit_code == 130
 
 

@@ -116,7 +116,7 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_and_logs(evil, monkeypatch):
-    from jaxadapt.persistence import inspect_folder
+    from jaxadapt.persistence import folder
 
     def inspect(*args: object, **options: object) -> None:
         warnings.warn(EVIL, stacklevel=1)
@@ -124,7 +124,7 @@ def test_warnings_and_logs(evil, monkeypatch):
         raise jaxadapt.FileError(EVIL)
 
     monkeypatch.setattr(jaxadapt, "inspect", inspect)  # first: what it was is looked up in the module
-    monkeypatch.setattr(inspect_folder, "inspect", inspect)
+    monkeypatch.setattr(folder, "inspect", inspect)
     said: list[str] = []
     heard = logging.Handler()
     heard.emit = lambda record: said.append(heard.format(record))

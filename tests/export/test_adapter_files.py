@@ -209,7 +209,9 @@ def test_start_undo_gives_a_plain_lora(tmp_path: Path):
     first, trained = (jaxadapt.PeftTensors(config, tensors(seed)) for seed in (1, 2))
     jaxadapt.write(first, tmp_path / "first")
     jaxadapt.write(trained, tmp_path / "trained")
-    result = run("undo-start", tmp_path / "trained", "--first", tmp_path / "first", "--out", tmp_path / "plain", "--json")
+    result = run(
+        "undo-start", tmp_path / "trained", "--first", tmp_path / "first", "--out", tmp_path / "plain", "--json"
+    )
     assert json.loads(result.output)["rank"] == 8
     plain = jaxadapt.read(tmp_path / "plain")
     assert plain.config.init_lora_weights is True

@@ -20,7 +20,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.persistence import folder
-from jaxadapt.storage import atomic, local_files, safetensors
+from jaxadapt.storage import atomic, hub, local_files, safetensors
 from jaxadapt.storage import atomic as flush_module
 from tests.support import small
 from tests.support.small import CONFIG, IA3, LORA, WEIGHTS, files, same
@@ -119,8 +119,8 @@ def test_weights_without_a_configuration(good):
     (good / CONFIG).unlink()
     with pytest.warns(UserWarning, match=f"{CONFIG} is missing; using the copy"):  # in the header of our files
         assert jaxadapt.read_config(good) == LORA
-    (good / WEIGHTS).rename(good / folder.WEIGHTS_BIN)
-    everywhere(good, FileError, f"no {CONFIG}", folder.WEIGHTS_BIN)
+    (good / WEIGHTS).rename(good / hub.WEIGHTS[1])
+    everywhere(good, FileError, f"no {CONFIG}", hub.WEIGHTS[1])
 
 
 def test_a_file_where_a_folder_should_be(good):

@@ -18,7 +18,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt.core.errors import FileError
-from jaxadapt.persistence import folder
+from jaxadapt.persistence.formats import peft_folder as folder
 from jaxadapt.storage import atomic, location, safetensors
 from tests.support import small
 from tests.support.small import CARD, CONFIG, LORA, WEIGHTS

@@ -21,7 +21,8 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs, serving
-from jaxadapt.persistence import folder, reconcile
+from jaxadapt.persistence import reconcile
+from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import safetensors, torch_bin
 from jaxadapt.storage.safetensors import parse
 from tests.support import small
@@ -387,12 +388,12 @@ def interrupted(path: Path, before: jaxadapt.Adapter, after: jaxadapt.Adapter) -
     """A folder as it is when a save of `after` over `before` dies between its two files."""
     jaxadapt.save(before, path)
     old = (path / CONFIG).read_bytes()
-    forget = folder._blank_digest
-    folder._blank_digest = lambda *args: None
+    forget = peft_folder._blank_digest
+    peft_folder._blank_digest = lambda *args: None
     try:
         jaxadapt.save(after, path)
     finally:
-        folder._blank_digest = forget
+        peft_folder._blank_digest = forget
     (path / CONFIG).write_bytes(old)
 
 

@@ -393,7 +393,7 @@ def test_other_folders_are_recognized(tmp_path: Path):
     assert (found.severity, found.code) == ("error", "other-library")
     assert "scale: expected a number, found None" in found.found
     assert codes(tmp_path / "run" / "step-000000100.safetensors") == ["training-run"]
-    with pytest.raises(jaxadapt.FileError, match="no such file or folder"):
+    with pytest.raises(jaxadapt.FileError, match="no such folder"):
         jaxadapt.verify(tmp_path / "nothing")
 
 

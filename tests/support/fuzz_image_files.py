@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ def check(arrays: Arrays) -> str:
     if layout is None:
         return "no image adapter"
     try:
-        read = image_files.read_tensors(as_source(arrays), layout, {})
-        specs, get, _ = image_files.file_tensors(read.tensors, read.layout.style, read.layout)
+        read = image_files.read_tensors(as_source(arrays), layout, {}, Path("a file"))
+        specs, get, _ = image_files.file_tensors(read.tensors, read.names.style, read.names)
     except AdapterError:
         return "refused"
     extra = {key for key in specs if key not in arrays}
@@ -82,13 +83,13 @@ def check(arrays: Arrays) -> str:
     assert all(key.endswith(".alpha") for key in extra), extra  # of a module that has none: its rank
     for key, value in arrays.items():
         again = np.asarray(get(key))
-        if read.layout.alphas and key in read.layout.alphas.values():
-            lokr = read.layout.method == "LOKR"  # two full matrices are not scaled
+        if read.names.alphas and key in read.names.alphas.values():
+            lokr = read.names.method == "LOKR"  # two full matrices are not scaled
             assert lokr or float(again) == float(value.reshape(())), key
         else:
             assert (again.dtype, again.shape) == (value.dtype, value.shape), key
             assert again.tobytes() == value.tobytes(), key
-    return read.layout.method
+    return read.names.method
 
 
 def main(count: int, seed: int = 0) -> dict[str, int]:

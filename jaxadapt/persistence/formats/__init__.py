@@ -1,1 +1,165 @@
-"""Formats of adapter files, one file each."""
+"""The file formats of adapters: one file each, and one row of `FORMATS`.
+
+A format recognises the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
+a `Place` once; the formats decide by the names in it. No other file asks what a path holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.configs import Config
+from jaxadapt.core.errors import AdapterError, FileError
+from jaxadapt.core.progress import Report, no_report
+from jaxadapt.storage import hub, location, orbax
+from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.location import Location
+
+if TYPE_CHECKING:
+    from jaxadapt.adapters.adapter import Adapter
+    from jaxadapt.persistence.stored_adapter import Finding
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "peft_folder": hub.WEIGHTS,
+    "mlx_files": (hub.MLX_WEIGHTS,),
+    "image_files": (".safetensors",),
+    "orbax_folder": orbax.MARKERS,
+}
+"""{module of a format: ends of file names}, in the order in which they are asked what a path holds.
+
+A module is imported when the path, or a name in its folder, has one of these ends, or when the format is to be written.
+"""
+
+
+class Place(NamedTuple):
+    """A path and its content.
+
+    Attributes:
+        path: the path as given, for messages.
+        at: its location; for an address of the Hub, the folder in the cache.
+        names: the names in the folder; None for a file.
+    """
+
+    path: str | os.PathLike[str]
+    at: Location
+    names: frozenset[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An open adapter.
+
+    Attributes:
+        tensors: its content under PEFT's names, read on demand.
+        weights: the file of its tensors, or the folder of them.
+        form: the words for its format.
+        style: the style of a single file, which a new file keeps; "" for a folder.
+        names: the names in a single file, which a new file of this style keeps.
+        metadata: the strings in the header of a single file.
+        split: returns one adapter for each model, if a file may change several.
+    """
+
+    tensors: PeftTensors
+    weights: Location
+    form: str = "PEFT"
+    style: str = ""
+    names: Any = None
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    split: Callable[[PeftTensors], dict[str, PeftTensors]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The choices for a file to write.
+
+    Attributes:
+        style: one of the format's styles.
+        origin: the open adapter from which the tensors come, whose names may be kept.
+        tied: True if the base ties its head to the token embedding; None if that is unknown.
+        ahead: True for tensors that a thread may read and compute while others are written.
+    """
+
+    style: str
+    origin: Opened | None = None
+    tied: bool | None = None
+    ahead: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    Attributes:
+        recognises: tells if a place holds this format, by its names or by a header.
+        open: opens a place.
+        write: writes tensors to a location and returns their number.
+        read_config: reads only the configuration; None to open the place for it.
+        join: makes one adapter of one for each model, for a file that may change several.
+        write_adapter: writes an adapter in its model's layout, for a format that keeps it.
+        describe: returns the finding of `verify` about an open file, or about one that `open` refused.
+        styles: the names by which a user chooses the format.
+        suffix: the end of the name of a single file; "" for a folder.
+    """
+
+    recognises: Callable[[Place], bool]
+    open: Callable[[Place], AbstractContextManager[Opened]]
+    write: Callable[[PeftTensors, Location, Wanted, Report], int]
+    read_config: Callable[[Place], Config] | None = None
+    write_adapter: Callable[[Adapter, Location, Report], None] | None = None
+    describe: Callable[[str, Opened | AdapterError], Finding] | None = None
+    join: Callable[[Mapping[str, PeftTensors], str], PeftTensors] | None = None
+    styles: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+def look(path: str | os.PathLike[str], report: Report = no_report) -> Place:
+    """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
+    is_remote = hub.is_address(path)
+    at: Location = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
+    try:
+        return Place(path, at, frozenset(entry.name for entry in at.iterdir()))
+    except NotADirectoryError:
+        return Place(path, at, None)
+    except FileNotFoundError as error:
+        why = error.strerror if isinstance(at, location.Address) else "no such folder"
+        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.could_be_repository(str(path)) else ""
+        expected = f"expected a folder that contains {hub.CONFIG} and {hub.WEIGHTS[0]}"
+        raise FileError(f"{at}: {why}; {expected}{on_hub}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise file_error("read", str(at), error) from error
+
+
+def _format(name: str) -> Format:
+    return importlib.import_module(f"{__name__}.{name}").FORMAT
+
+
+def find(place: Place) -> Format | None:
+    """Return the format of a place; None if no format recognises it."""
+    names = place.names if place.names is not None else [place.at.name]
+    for module, ends in FORMATS.items():
+        if any(name.endswith(ends) for name in names) and (found := _format(module)).recognises(place):
+            return found
+    return None
+
+
+def open_place(place: Place) -> AbstractContextManager[Opened]:
+    """Open an adapter. Raises `FileError` if no format recognises the place, and what its format raises."""
+    return (find(place) or _format("peft_folder")).open(place)  # its error names the missing files
+
+
+def writer(style: str) -> Format:
+    """Return the format that writes a style, one of the `styles` of a format."""
+    return next(each for each in map(_format, FORMATS) if style in each.styles)
+
+
+def write_adapter(style: str, adapter: Adapter, target: Location, report: Report) -> None:
+    """Write an adapter in its model's layout, in a style that keeps it; every process calls this."""
+    write = writer(style).write_adapter
+    assert write is not None
+    write(adapter, target, report)

@@ -15,21 +15,24 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxadapt import configs
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import FormatError, MismatchError, raise_listed
+from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise_listed
+from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.formats import image_names
+from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, image_names
 from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import hub, location, safetensors
+from jaxadapt.storage import safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
+
+if TYPE_CHECKING:
+    from jaxadapt.persistence.stored_adapter import Finding
 
 # ---------------------------------------------------------------- image configs
 
@@ -237,40 +240,18 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
 # ---------------------------------------------------------------- image files
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFile:
-    """An open file: its content as PEFT's tensors, and the names in it."""
-
-    tensors: PeftTensors
-    layout: Layout
-    metadata: Mapping[str, str]
-
-
-def is_file(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path names one file of tensors in place of a folder."""
-    return location.to_location(path).suffix == ".safetensors"
-
-
-def is_image_file(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path is a file with the names of an image adapter. Reads only the header."""
-    if not is_file(path) or hub.is_address(path):
-        return False
-    place = location.to_location(path)
-    return location.is_file(place) and find_layout(place) is not None
-
-
-def find_layout(path: Location) -> Layout | None:
-    """Return the layout of a file; None if it is no image adapter. Reads only the header."""
-    return image_names.find_layout(safetensors.read_header(path).tensors)
+def recognises(place: Place) -> bool:
+    """Return True for a file with the names of an image adapter. Reads only the header."""
+    is_file = place.names is None and place.at.suffix == ".safetensors"
+    return is_file and image_names.find_layout(safetensors.read_header(place.at).tensors) is not None
 
 
 @contextlib.contextmanager
-def open_file(path: str | os.PathLike[str]) -> Generator[ImageFile]:
+def open_file(place: Location) -> Generator[Opened]:
     """Open an image adapter; its tensors are read on demand.
 
     Raises `FormatError` if the file is not one, or `FileError` if it cannot be read.
     """
-    place = location.to_location(path)
     with safetensors.open_tensors(place) as file:
         layout = image_names.find_layout(file.header.tensors)
         if layout is None:
@@ -278,10 +259,10 @@ def open_file(path: str | os.PathLike[str]) -> Generator[ImageFile]:
                 f"{place}: expected the keys of an image adapter of kohya-ss, LyCORIS or diffusers, such as"
                 f" lora_unet_….lora_down.weight or unet.….lora_A.weight, found {next(iter(file), 'no tensor')}"
             )
-        yield read_tensors(file, layout, file.header.metadata)
+        yield read_tensors(file, layout, file.header.metadata, place)
 
 
-def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]) -> ImageFile:
+def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str], place: Location) -> Opened:
     """Return the content of an open file; its tensors are read on demand.
 
     Raises `FormatError` for an alpha that is no number, and for metadata of diffusers that contradicts the tensors.
@@ -294,7 +275,8 @@ def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str]
     if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
         layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
         tensors = rename(file, layout.keys)
-    return ImageFile(PeftTensors(config, tensors, file.source), layout, metadata)
+    adapter = PeftTensors(config, tensors, file.source)
+    return Opened(adapter, place, "an image adapter's file", layout.style, layout, dict(metadata), split_models)
 
 
 def _rename(file: TensorSource, layout: Layout) -> View:
@@ -322,29 +304,27 @@ Specs = dict[str, tuple[Any, Sequence[int]]]
 _NAMED = "\nkohya-ss has names for LoRA, LoHa and LoKr (--format kohya-ss); keep PEFT's folder for all else"
 
 
-def write_file(
-    tensors: PeftTensors, path: str | os.PathLike[str], style: str = KOHYA, layout: Layout | None = None,
-    metadata: Mapping[str, str] | None = None, progress: Any = None,
-) -> int:  # fmt: skip
+def write_file(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
     """Write an image adapter as one file, durably and atomically; return the number of its tensors.
 
     Args:
         tensors: the modules have the names of a pipeline's models: unet.…, text_encoder.…
-        path: the file.
-        style: "kohya-ss" or "diffusers".
-        layout: the names of the file that the adapter came from; its modules keep them.
-        metadata: strings for the header.
-        progress: called with the number of bytes written since its last call.
+        target: the file.
+        wanted: the style, "kohya-ss" or "diffusers"; in the style of its origin, the modules keep their names.
+        report: called with ("save", bytes done, total bytes).
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
-    require_floats(tensors.config, as_source(tensors.tensors).specs, os.fspath(path))
-    specs, get, alphas = file_tensors(tensors, style, layout)
-    header = dict(metadata or {"format": "pt"})
+    source, origin = as_source(tensors.tensors), wanted.origin
+    require_floats(tensors.config, source.specs, target)
+    layout = origin.names if origin is not None and origin.style == wanted.style else None
+    specs, get, alphas = file_tensors(tensors, wanted.style, layout)
+    header = dict(origin.metadata if origin is not None and origin.metadata else {"format": "pt"})
     stated = header.pop(METADATA, None) if tensors.config.peft_type == "LORA" else None
     if alphas and (stated is not None or any(rank != alpha for rank, alpha in alphas.values())):
         header[METADATA] = diffusers_metadata(alphas, bool(tensors.config.get("use_dora")))
-    safetensors.write(path, specs, get, header, progress=progress)
+    count = byte_counter(report, "save", sum(map(source.nbytes, source)))
+    safetensors.write(target, specs, get, header, progress=count)
     return len(specs)
 
 
@@ -518,3 +498,31 @@ def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
         "target_modules": sorted(ranks), "auto_mapping": None, "base_model_name_or_path": None,
     }  # fmt: skip
     return PeftTensors(Config.from_dict(values), View(source, origins), source)
+
+
+def describe(source: str, opened: Opened | AdapterError) -> Finding:
+    """Return the finding about a file, which is sound. Raises the error that refused it."""
+    from jaxadapt.persistence.stored_adapter import note
+
+    if isinstance(opened, AdapterError):
+        raise opened
+    layout = opened.names
+    if layout.method == image_names.LYCORIS:
+        types = image_names.lycoris_types(layout.keys)
+        text = f"a file of {layout.style} whose method PEFT does not have ({types}); it passes through as it is"
+    elif layout.unknown:
+        text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
+    else:
+        text = f"a file of {layout.style} for {', '.join(layout.models)}"
+    return note("image-file", layout.unknown, text)
+
+
+FORMAT = Format(
+    recognises,
+    lambda place: open_file(place.at),
+    write_file,
+    describe=describe,
+    join=join_models,
+    styles=(KOHYA, DIFFUSERS),
+    suffix=".safetensors",
+)

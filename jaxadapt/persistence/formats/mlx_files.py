@@ -1,10 +1,10 @@
-"""mlx-lm's adapter folder as `PeftTensors`: adapters.safetensors and an adapter_config.json of its own.
+"""mlx-lm's adapter folder ↔ `PeftTensors`: adapters.safetensors and an adapter_config.json of its own.
 
 mlx-lm computes y + scale·(x·lora_a)·lora_b with lora_a (in, r) and lora_b (r, out), the transposes of PEFT's A and B.
 A DoRA multiplies the result by m / ‖W + ΔW‖, as PEFT's does. One rank and one scale hold for all modules. The tensors
-name the modules, so that `num_layers` and `keys` of the configuration are not needed.
+name the modules, so that a reader does not need `num_layers` and `keys` of the configuration.
 
-Read in mlx-lm 0.32.2 (`tuner/utils.py`, `tuner/lora.py`, `tuner/dora.py`) and in its history.
+The source is mlx-lm 0.32.2 (`tuner/utils.py`, `tuner/lora.py`, `tuner/dora.py`) and its history.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ import math
 import os
 import re
 from collections.abc import Generator, Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import LoraConfig
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.configs import LoraConfig, lora
 from jaxadapt.configs.base import mlx_keys
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
+from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs
 from jaxadapt.persistence import reconcile
-from jaxadapt.storage import hub, location, safetensors
+from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
+from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, View, transpose
+from jaxadapt.storage.source import TensorSource, View, as_source, combine, rename, transpose
+
+if TYPE_CHECKING:
+    from jaxadapt.persistence.stored_adapter import Finding
 
 CONFIG, WEIGHTS = hub.CONFIG, hub.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
@@ -81,35 +86,11 @@ def torch_name(module: str) -> str:
 # ---------------------------------------------------------------- finding
 
 
-def is_file(path: str | os.PathLike[str]) -> bool:
-    """Return True for a file of mlx-lm's weights (also "0000100_adapters.safetensors") beside a configuration."""
-    if hub.is_address(path) or not is_weights(place := location.to_location(path)):
-        return False
-    return location.is_file(place) and location.exists(place.parent / CONFIG)
-
-
-def is_weights(path: Location) -> bool:
-    """Return True for the name of mlx-lm's weights."""
-    return path.name.endswith(WEIGHTS)
-
-
-def is_config(text: str) -> bool:
-    """Return True if an adapter_config.json is mlx-lm's.
-
-    >>> is_config('{"lora_parameters": {"rank": 8, "scale": 20.0}}'), is_config('{"peft_type": "LORA"}')
-    (True, False)
-    """
-    try:
-        values: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and bool(mlx_keys(cast("dict[str, Any]", values)))
-
-
-def fetch_config(address: str) -> Path:
-    """Fetch the configuration of an adapter on the Hub; the folder if it is mlx-lm's, whose tensors name modules."""
-    path = hub.fetch_config(address)
-    return hub.fetch_folder(address) if is_config(reconcile.read_text(path)) else path
+def recognises(place: Place) -> bool:
+    """Return True for a folder of mlx-lm, or a file of its weights (also "0000100_adapters.safetensors") in one."""
+    if place.names is not None:
+        return {CONFIG, WEIGHTS} <= place.names
+    return place.at.name.endswith(WEIGHTS) and location.exists(place.at.parent / CONFIG)
 
 
 # ---------------------------------------------------------------- the configuration
@@ -210,22 +191,19 @@ def alpha_of(scale: float, rank: int) -> float:
 
 
 @contextlib.contextmanager
-def open_files(config: Location, weights: Location, source: str) -> Generator[PeftTensors]:
+def open_files(place: Place) -> Generator[Opened]:
     """Open an adapter of mlx-lm under PEFT's names; its tensors are read, and transposed, on demand.
-
-    Args:
-        config: mlx-lm's adapter_config.json.
-        weights: its adapters.safetensors.
-        source: the path that messages name.
 
     Raises:
         ConfigError: see `parse_settings`.
         MismatchError: PEFT has no form for a tensor, or a tensor contradicts the configuration; all are listed.
         FileError: a file cannot be read.
     """
+    folder, weights = (place.at.parent, place.at) if place.names is None else (place.at, place.at / WEIGHTS)
+    config = folder / CONFIG
     settings = parse_settings(reconcile.read_text(config), str(config))
     with safetensors.open_tensors(weights) as file:
-        yield read_tensors(file, settings, source)
+        yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
 
 def read_tensors(file: TensorSource, settings: Settings, source: str) -> PeftTensors:
@@ -298,3 +276,88 @@ def _config(settings: Settings, modules: list[str]) -> LoraConfig:
         use_dora=settings.dora,
         fan_in_fan_out=all(map(_CONV1D.fullmatch, modules)),
     )
+
+
+# ---------------------------------------------------------------- writing
+
+
+_TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
+
+
+def write_folder(tensors: PeftTensors, folder: Location, wanted: Wanted, report: Report) -> int:
+    """Write a LoRA or DoRA in its plain form as mlx-lm's folder. Return the number of its tensors.
+
+    Args:
+        tensors: the adapter in its plain form, with DoRA's magnitudes.
+        folder: the folder.
+        wanted: whether the base's head is its token embedding.
+        report: called with ("export", bytes done, total bytes).
+
+    Raises:
+        MismatchError: mlx-lm has no form for a tensor; the message lists all of them.
+        FileError: the folder contains a PEFT adapter, or cannot be written.
+    """
+    if location.exists(folder / hub.WEIGHTS[0]):
+        raise FileError(
+            f"{folder}: contains a PEFT adapter, whose configuration has the same name; choose another folder"
+        )
+    config: Any = tensors.config
+    arrays = as_source(tensors.tensors)
+    modules = lora_pairs(arrays)
+    require_floats(tensors.config, arrays.specs, folder)
+    _refuse_modules(tensors, arrays, modules, wanted.tied, bool(config.use_dora))
+    keys = {name: mlx_name(name) for name in modules}
+    sides = {f"{keys[name]}.lora_{side.lower()}": pair[side] for name, pair in modules.items() for side in "AB"}
+    vectors = {f"{keys[name]}.m": f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in modules if config.use_dora}
+    file = combine(tensors.source, [transpose(arrays, sides), rename(arrays, vectors)])
+    document: dict[str, Any] = {
+        "fine_tune_type": "dora" if config.use_dora else "lora",
+        "num_layers": 0,  # no layers by position: `keys` has full names
+        "lora_parameters": {"rank": config.r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys.values())},
+    }
+    if config.base_model_name_or_path:
+        document["model"] = config.base_model_name_or_path
+    specs = {name: (spec.dtype, spec.shape) for name, spec in file.specs.items()}
+    count = byte_counter(report, "export", sum(map(file.nbytes, file)))
+    atomic.make_folder(folder)
+    with atomic.replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, text):
+        safetensors.write_to(weights, specs, file.read, {"format": "mlx"}, progress=count, ahead=True)
+        text.write(memoryview(json.dumps(document, indent=4, sort_keys=True).encode()))
+    return len(specs)
+
+
+def _refuse_modules(
+    tensors: PeftTensors, arrays: TensorSource, modules: dict[str, dict[str, str]], tied: bool | None, dora: bool
+) -> None:
+    problems: list[str] = []
+    for module, keys in modules.items():
+        a, b = (arrays.specs[keys[side]].shape for side in "AB")
+        if tensors.config.get("target_parameters"):
+            problems.append(f"{module}: mlx-lm adapts modules, and this is a parameter (target_parameters)")
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
+        elif _TABLES.search(module) and tied is not False:
+            why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
+            problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
+        elif dora and "lora_embedding" in keys["A"]:
+            problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
+    advice = lora.merge_advice(tensors.config)
+    raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {advice}:", problems)
+
+
+def describe(source: str, opened: Opened | AdapterError) -> Finding:
+    """Return the finding about a folder: how to convert it, or why it cannot be converted."""
+    from jaxadapt.persistence.stored_adapter import EXPECTED, error
+
+    if isinstance(opened, AdapterError):
+        return error(
+            "other-library", (), str(opened), "an adapter of mlx-lm that PEFT has a form for",
+            "correct what the message names; otherwise fuse the adapter into its base with mlx_lm.fuse",
+        )  # fmt: skip
+    return error(
+        "other-library", (), "the folder is mlx-lm's, which PEFT and vLLM do not read; jaxadapt does", EXPECTED,
+        f"run: jaxadapt convert {source} OUT",
+    )  # fmt: skip
+
+
+FORMAT = Format(recognises, open_files, write_folder, describe=describe, styles=("mlx",))

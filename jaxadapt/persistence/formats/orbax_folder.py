@@ -8,9 +8,11 @@ Also reads the adapter's parameters out of another program's training checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -21,9 +23,12 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_n
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import Report
+from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import orbax
+from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import Whole, as_source, dtypes_and_shapes
 
 _ADAPTER, _RECIPE = "adapter", "recipe"
 _SCHEMA = 1
@@ -46,12 +51,13 @@ class StoredAdapter:
     keys: Mapping[str, tuple[str, ...]]
 
 
-def write(adapter: Adapter, path: Path, alone: bool) -> None:
-    """Write an adapter; see `orbax.save`."""
+def write(adapter: Adapter, path: Location, report: Report) -> None:
+    """Write an adapter; every process calls this, with the same path. See `orbax.save`."""
     flat = adapter.flat()
     document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
     with name_donated_arrays(flat):
-        orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, {_RECIPE: document}, alone)
+        orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, {_RECIPE: document}, jax.process_count() == 1)
+    report_total(report, "save", adapter)
 
 
 def read_recipe(path: Path) -> Recipe | None:
@@ -171,7 +177,56 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
     )
 
 
+def recognises(place: Place) -> bool:
+    """Return True for a complete Orbax checkpoint."""
+    names = place.names or frozenset()
+    is_complete = isinstance(place.at, pathlib.Path) or orbax.COMMITTED in names
+    return is_complete and not names.isdisjoint(orbax.MARKERS)
+
+
+@contextlib.contextmanager
+def open_checkpoint(place: Place) -> Generator[Opened]:
+    """Open a checkpoint under PEFT's names; all arrays are read at the first access to one."""
+    stored = find_adapter(place.at)
+    abstract = adapter_tensors(stored.adapter, place.path)
+
+    def read_all() -> Mapping[str, Any]:
+        return adapter_tensors(read(place.at, stored), place.path).tensors
+
+    kinds = dtypes_and_shapes(as_source(abstract.tensors))
+    yield Opened(dataclasses.replace(abstract, tensors=Whole(abstract.source, kinds, read_all)), place.at)
+
+
+def write_tensors(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
+    """Write tensors as the adapter of a model whose parameters have PyTorch's names and layouts.
+
+    Raises `MismatchError` for tensors that only the model itself has places for.
+    """
+    from jaxadapt.persistence import peft  # imports Flax, which a reader does not need
+
+    arrays = dataclasses.replace(tensors, tensors={key: np.asarray(tensors.tensors[key]) for key in tensors.tensors})
+    try:
+        adapter = peft.with_pytorch_names(arrays)
+    except AdapterError as error:
+        raise MismatchError(
+            f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
+            f" into its model, and call jaxadapt.save(model, path, format='orbax'). {error}"
+        ) from error
+    write(adapter, target, report)
+    return len(tensors.tensors)
+
+
 def report_total(report: Report, stage: str, adapter: Adapter) -> None:
     """Report all bytes of an adapter at once: Orbax reports no progress of its own."""
     total = sum(x.nbytes for x in adapter.flat().values())
     report(stage, total, total)
+
+
+FORMAT = Format(
+    recognises,
+    open_checkpoint,
+    write_tensors,
+    read_config=lambda place: read_config(place.at),
+    write_adapter=write,
+    styles=("orbax",),
+)

@@ -1,0 +1,296 @@
+"""PEFT's folder of an adapter ↔ `PeftTensors`.
+
+adapter_config.json          the configuration
+adapter_model.safetensors    the tensors; jaxadapt repeats the configuration in the header, because two files
+                             cannot be replaced at the same instant
+README.md                    the model card, rewritten at each save until a person edits it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from jaxadapt import configs
+from jaxadapt.adapters import key_names
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.configs import Config
+from jaxadapt.configs.base import mlx_keys
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
+from jaxadapt.persistence import card, fingerprint, reconcile, run_folder
+from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
+from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
+from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource
+from jaxadapt.storage.strided import dtype_name
+
+CONFIG = hub.CONFIG
+WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
+CARD = hub.CARD
+_NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
+
+
+# ---------------------------------------------------------------- reading
+
+
+def recognises(place: Place) -> bool:
+    """Return True for a folder with a file of PEFT's weights."""
+    return place.names is not None and not place.names.isdisjoint(hub.WEIGHTS)
+
+
+def missing(place: Place) -> FileError:
+    """Return the error for a place without PEFT's files; it names them, and the files that are."""
+    names = place.names
+    if names is None:
+        return FileError(
+            f"{place.at}: expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
+        )
+    absent = [CONFIG] if CONFIG not in names else []
+    absent += [WEIGHTS] if names.isdisjoint((*hub.WEIGHTS, hub.MLX_WEIGHTS)) else []
+    present, adapters = sorted(names), list[str]()
+    with contextlib.suppress(FileError):
+        adapters = [name for name in present[:64] if location.exists(place.at / name / CONFIG)]
+    hint = f"; these subfolders contain adapters: {', '.join(adapters)}" if adapters else ""
+    if any(map(run_folder.NAME.fullmatch, present)):
+        hint = f"; it contains training checkpoints: `jaxadapt checkpoints {place.at}` lists and exports them{hint}"
+    files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
+    return FileError(f"{place.at}: no {' and no '.join(absent)}; found {files or 'an empty folder'}{hint}")
+
+
+def is_mlx_config(text: str) -> bool:
+    """Return True if the text of an adapter_config.json is mlx-lm's, whose file has the same name.
+
+    >>> is_mlx_config('{"lora_parameters": {"rank": 8, "scale": 20.0}}'), is_mlx_config('{"peft_type": "LORA"}')
+    (True, False)
+    """
+    try:
+        values: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and bool(mlx_keys(cast("dict[str, Any]", values)))
+
+
+def read_config(place: Place) -> Config:
+    """Read the configuration that belongs to the tensors of a folder."""
+    is_bin = place.names is None or WEIGHTS not in place.names
+    return _resolve(place, None if is_bin else safetensors.read_header(place.at / WEIGHTS))
+
+
+def _resolve(place: Place, header: safetensors.Header | None) -> Config:
+    """Return the configuration; with a copy of it in the header, the JSON may be missing."""
+    names = place.names
+    has_copy = header is not None and reconcile.META in header.metadata
+    if names is None or not recognises(place) or (CONFIG not in names and not has_copy):
+        raise missing(place)
+    return reconcile.resolve_config(place.at / CONFIG, header, place.at / (WEIGHTS if header else WEIGHTS_BIN))
+
+
+@contextlib.contextmanager
+def open_folder(place: Place) -> Generator[Opened]:
+    """Open a folder. A tensor of a `.safetensors` file is read on demand, those of a `.bin` file all at once.
+
+    Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` for a file without tensors.
+    """
+    if place.names is None or WEIGHTS not in place.names:
+        config, weights = _resolve(place, None), place.at / WEIGHTS_BIN
+        yield _opened(PeftTensors(config, torch_bin.open_tensors(weights), str(place.path)), weights)
+        return
+    weights = place.at / WEIGHTS
+    with safetensors.open_tensors(weights) as file:
+        config, base = _resolve(place, file.header), reconcile.stored_fingerprint(file.header)
+        yield _opened(PeftTensors(config, file, str(place.path), base), weights)
+
+
+def _opened(tensors: PeftTensors, weights: Location) -> Opened:
+    if not tensors.tensors:
+        raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
+    return Opened(key_names.without_names(tensors), weights)
+
+
+# ---------------------------------------------------------------- writing
+
+
+Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensors.Header]
+"""Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
+
+
+def write_with(
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    put: Put | None,
+    progress: Progress,
+    *,
+    as_bin: bool = False,
+    ahead: bool = False,
+) -> None:
+    """Write an adapter folder as `write` does.
+
+    Args:
+        put: writes the file of tensors, if given.
+        ahead: True for tensors that a thread may read and compute while others are written.
+    """
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " write models, variables and Adapters with jaxadapt.save"
+        )
+    if hub.is_address(path):
+        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
+    folder = location.to_location(path)
+    if not tensors.tensors:
+        raise MismatchError(f"{folder}: cannot write an adapter without tensors")
+    made = atomic.make_folder(folder)
+    try:
+        with reporter(progress) as report, atomic.lock_directory(folder):
+            _write(tensors, folder, put, report, as_bin, ahead)
+    except BaseException:
+        for new in made:  # remove the empty folders that this call created
+            with contextlib.suppress(OSError):
+                new.rmdir()
+        raise
+
+
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
+    import numpy as np
+
+    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
+    if as_bin and location.exists(folder / WEIGHTS):
+        raise FileError(
+            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
+            " folder, or delete that file"
+        )
+    adapter_config = with_integral_alpha(tensors.config)
+    if location.is_dir(config):
+        raise FileError(f"{config}: expected a file, found a folder; save to another path")
+    text = adapter_config.to_json()
+    exists = location.exists(config)
+    old_text = reconcile.read_text(config) if exists else text
+    if is_mlx_config(old_text):
+        raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
+    replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
+    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
+    if tensors.base is not None:
+        document[fingerprint.FIELD] = dict(tensors.base)
+    specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
+    parts = [key for key in specs if key.endswith("]")]
+    raise_listed(
+        MismatchError,
+        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+        " a model and save that:",
+        parts,
+    )
+    require_floats(tensors.config, array_specs(tensors.tensors), folder)
+    metadata = {"format": "pt", reconcile.META: json.dumps(document)}
+    # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
+    # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
+    replaced = [weights] if exists and old_text == text else [weights, config]
+    with atomic.replacing_all(replaced) as (writer, *others):
+        for other in others:
+            other.write(memoryview(text.encode()))
+        if put is None:
+            count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
+            get = functools.partial(_value, tensors.tensors)
+            if as_bin:
+                size = torch_bin_write.write_to(writer, specs, get, count)
+            else:
+                size = safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
+        else:
+            size = put(writer, specs, metadata).size
+    if replaces != _NOTHING and not as_bin:
+        _blank_digest(weights, replaces)
+    stale = folder / WEIGHTS_BIN
+    with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
+        if not as_bin and location.exists(stale):
+            warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
+    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
+    shapes = {key: shape for key, (_, shape) in specs.items()}
+    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+
+
+def with_integral_alpha(config: Config) -> Config:
+    """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
+
+    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
+    16
+    """
+    alpha = config.get("lora_alpha")
+    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
+        return config.replace(lora_alpha=int(alpha))
+    return config
+
+
+def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
+    """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
+    try:
+        new = card.card_text(config, facts)
+        if isinstance(path, Path) and path.is_symlink():
+            return  # a person made it
+        old = reconcile.read_text(path) if location.exists(path) else None
+        text = new if old is None else card.refresh_card(old, new)
+        if text != old:
+            atomic.write_bytes(path, text.encode())
+    except Exception as error:  # any error: the adapter itself is complete
+        warn(f"the adapter in {path.parent} is saved, but not its model card: {str(error) or repr(error)}")
+
+
+def _value(tensors: Mapping[str, Any], key: str) -> Any:
+    """Return one tensor on the host. Raises `AttachError` if it was donated since the save began."""
+    import numpy as np
+
+    try:
+        return np.asarray(tensors[key])
+    except RuntimeError as error:  # JAX has no class for this error
+        if "deleted" not in str(error):
+            raise
+        raise AttachError(
+            f"{key}: the array was donated to a jitted function, and so deleted, during the save. Save before the step"
+            " that donates it, or save a copy (jax.tree.map(jnp.copy, adapter))"
+        ) from error
+
+
+def _blank_digest(weights: Location, replaces: str) -> None:
+    """Overwrite the digest of the replaced JSON with zeros, so that equal content gives equal bytes.
+
+    Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An
+    object of a store cannot be changed in place and is written again.
+    """
+    if isinstance(weights, location.Address):
+        with contextlib.suppress(OSError, FileError):
+            data = weights.read_bytes()
+            start = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
+            if start >= 0:
+                atomic.write_bytes(weights, data[:start] + _NOTHING.encode() + data[start + len(replaces) :])
+        return
+    with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
+        header = file.read(safetensors.read_header(weights).data_start)
+        start = header.find(replaces.encode())
+        if start >= 0:
+            file.seek(start)
+            file.write(_NOTHING.encode())
+
+
+def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
+    from jaxadapt.adapters.adapter import is_array
+
+    if isinstance(tensors, TensorSource):
+        return tensors.specs
+    others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
+    raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
+    return tensors
+
+
+def _write_wanted(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
+    write_with(tensors, target, None, report, as_bin=wanted.style == "bin", ahead=wanted.ahead)
+    return len(tensors.tensors)
+
+
+FORMAT = Format(recognises, open_folder, _write_wanted, read_config, styles=("safetensors", "bin"))
