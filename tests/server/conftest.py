@@ -83,11 +83,14 @@ def server(base: Base, root: Path) -> Iterator[Any]:
     made.pool.close()
 
 
+call = nnx.jit(lambda model, tokens: model(tokens))
+
+
 def alone(base: Base, folder: Path | None, prompt: str, count: int) -> list[int]:
     """The greedy answer of the uncached model, with one adapter loaded by `jaxadapt.load`."""
     model = llama_nnx.to_nnx(base.config, base.weights)
     model = model if folder is None else jaxadapt.load(folder, model)
-    call, tokens = nnx.jit(lambda model, tokens: model(tokens)), base.encode(prompt)
+    tokens = base.encode(prompt)
     for _ in range(count):
         padded = np.zeros((1, LENGTH), np.int32)
         padded[0, : len(tokens)] = tokens

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from tests.server.conftest import alone, write_base
+from tests.support import compiling
 
 pytestmark = pytest.mark.network
 
@@ -28,7 +29,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[tuple
     """The process and its URL. At the end SIGTERM must end it in order, also among requests; see `end`."""
     folder = write_base(tmp_path_factory.mktemp("live") / "tiny")
     words = ["serve", "--base", folder, "--adapters", root, "--port", "0", "--rows", "2", "--length", "64", "--json"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": "", **compiling.ENV}
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxadapt", *map(str, words)], env=env, text=True, stdout=subprocess.PIPE, stderr=log

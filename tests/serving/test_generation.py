@@ -39,9 +39,12 @@ def make(api: str, scan: bool = False, **options: Any) -> Decoder:
     return Decoder(config, linen_forward(llama_linen.Llama(config)), llama_linen.to_linen(config, WEIGHTS), **options)
 
 
+call = nnx.jit(lambda model, tokens: model(tokens))
+
+
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """The answer without a cache: one call of the whole model for each token, always of the same length."""
-    call, tokens = nnx.jit(lambda model, tokens: model(tokens)), list(prompt)
+    tokens = list(prompt)
     for _ in range(count):
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(tokens)] = tokens
