@@ -77,7 +77,7 @@ FOLDER = pytest.StashKey[str]()
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose how the test's programs are compiled. Each folder begins without programs, which otherwise take 6 GB."""
     compiling.optimize(not compiling.is_quick(item.nodeid))
-    folder = item.nodeid.rpartition("/")[0]
+    folder = item.nodeid.split("/")[1 if item.nodeid.startswith("tests/") else 0]
     if item.config.stash.get(FOLDER, folder) != folder:
         jax.clear_caches()
     item.config.stash[FOLDER] = folder

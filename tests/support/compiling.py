@@ -12,8 +12,9 @@ ENV = {_FLAG.upper(): "1"}  # for a process of its own
 # Tests whose programs are compiled without optimisations, in half the time: folders and files. Not those that train
 # for long, read the compiled program, compare bit for bit with another process, or compare closely large values.
 QUICK = (
-    "tests/demo/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/", "tests/models/",
-    "tests/reference/", "tests/server/", "tests/serving/", "tests/storage/hub/test_notebooks.py",
+    "jaxadapt/", "tests/demo/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/",
+    "tests/models/", "tests/reference/", "tests/server/", "tests/serving/", "tests/storage/hub/test_notebooks.py",
+    "tests/system/test_readme.py", "tests/training/test_optim.py",
 )  # fmt: skip
 
 

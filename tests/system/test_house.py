@@ -7,6 +7,7 @@ only have to name modules that exist.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -90,7 +91,12 @@ def nodes(tree: ast.AST, typing_only: bool = False) -> Iterator[tuple[ast.AST, b
             yield from nodes(node, typing_only)
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[str, bool, int]]:
+    return list(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool, int]]:
     """(dotted name, only for type checkers, line) of every import in a file; relative ones made absolute."""
     here = ["jaxadapt", *module_of(path).split(".")] if module_of(path) else ["jaxadapt"]
     package = here if path.name == "__init__.py" else here[:-1]
