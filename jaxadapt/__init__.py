@@ -9,7 +9,7 @@ numpy. The packages listed first hold the further public names.
 16
 """
 
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.table import config_places
 from jaxadapt.core.lazy import lazy_names
 
 __version__ = "0.1.0"
@@ -40,4 +40,4 @@ _NAMES = {
     "training.checkpoint.manager": "CheckpointManager",
 }
 _PACKAGES = "analysis export initializers keymaps merging methods models persistence serving training"
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _PACKAGES, CLASSES.values())
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _PACKAGES, config_places())

@@ -17,6 +17,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.table import facts_of
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage.source import as_source, rename
@@ -63,14 +64,12 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
 
 
 def _prefix(peft_type: str) -> str | None:
-    cls = class_of(peft_type)
-    return _OTHER_PREFIXES.get(peft_type) if cls is None else matching.prefix_of(cls)
+    return matching.prefix_of(peft_type) if class_of(peft_type) else _OTHER_PREFIXES.get(peft_type)
 
 
 def has_no_modules(peft_type: str) -> bool:
     """Return True for a method whose file has no tensor of a module, such as a prompt."""
-    cls = class_of(peft_type)
-    return cls is not None and bool(cls.file_tensors)
+    return bool(facts_of(peft_type).file_tensors)
 
 
 def is_known_method(peft_type: str) -> bool:

@@ -4,8 +4,6 @@ Reading of `peft_type`, with errors for files that are not PEFT configurations.
 
 The size of the change that an adapter makes to a weight. NumPy is imported where it is used.
 
-Facts about a method besides its computation: for `jaxadapt methods`, the demo and servers. No JAX.
-
 Conversion between the text of `adapter_config.json` and configurations.
 """
 
@@ -20,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.table import facts_of
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
@@ -142,38 +140,6 @@ def change_of_matrix(delta: np.ndarray[Any, Any], rank: int | None = None) -> Ch
     return Change(float(np.sqrt((s**2).sum())), effective_rank(np.where(s > 1e-12 * s.max(), s, 0.0)), rank)
 
 
-# ---------------------------------------------------------------- facts
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodFacts:
-    """The facts of one method, a class variable `facts` of its configuration.
-
-    PEFT's figures are those of its benchmark `method_comparison/MetaMathQA`: Llama 3.2 3B, 5,000 steps of 4 examples.
-
-    Attributes:
-        trains: the trained tensors of the demo's configuration; "" if not stated.
-        rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
-            prepare the adapter for it; "no" if they cannot.
-        merges: False if no weight has the method's effect.
-        merges_files: False if only a model in memory can be merged: the change depends on the order of the modules, or
-            starts from values of the base.
-        learning_rate: AdamW's peak learning rate in `jaxadapt demo`.
-        demo: the fields of the configuration there, besides the targets.
-        accuracy: the share of right answers in PEFT's benchmark; None if it has no figure. LoRA's is 0.478.
-        time: the training time in PEFT's benchmark, divided by LoRA's; None if it has no figure.
-    """
-
-    trains: str = ""
-    rows: Literal["call", "put", "no"] = "no"
-    merges: bool = True
-    merges_files: bool = True
-    learning_rate: float = 1e-3
-    demo: Mapping[str, Any] = FrozenDict()
-    accuracy: float | None = None
-    time: float | None = None
-
-
 # ---------------------------------------------------------------- base
 
 
@@ -222,34 +188,9 @@ class Config:
     inference_mode: bool = field(default=False, compare=False)
     extra: Mapping[str, Any] = field(default_factory=FrozenDict)
 
-    # {peft_type: class} of every loaded subclass for one type, the default of its field `peft_type`; `class_of` loads
+    # {peft_type: class} of every loaded subclass for one type, the default of its field `peft_type`. `class_of` loads
     # those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
-
-    # The method's facts for lists, the demo and servers.
-    facts: ClassVar[MethodFacts] = MethodFacts()
-
-    # The names of the method's file tensors begin with this; None for the type in lower case and "_".
-    tensor_prefix: ClassVar[str | None] = None
-    # The keys of the file's tensors if they belong to the whole adapter and no module has any.
-    file_tensors: ClassVar[tuple[str, ...]] = ()
-    # {tensor of a module in a file: its value in a new adapter that changes nothing}; training changes it.
-    new_values: ClassVar[Mapping[str, float]] = {}
-    # Tensors of a module that a file has only together, in pairs.
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
-    # False if a string in target_modules is the end of a name and no expression.
-    target_is_expression: ClassVar[bool] = True
-    # Names of file tensors that consist of parts: the name is followed by the part's, not by an adapter's.
-    tensor_parts: ClassVar[tuple[str, ...]] = ()
-
-    # The fields that a card shows also where they have their default.
-    main_fields: ClassVar[tuple[str, ...]] = ("r", "alpha")
-
-    # False if PEFT stores the full names of the modules that "all-linear" selects, however many they are.
-    shortens_targets: ClassVar[bool] = True
-
-    # {pattern of a keymap's name: field values}: PEFT's defaults for models of that type, if no targets are given.
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
@@ -440,13 +381,14 @@ class Config:
         """
         plain = {item.name: _default(item) for item in dataclasses.fields(self)}
         hidden = {item.name for item in dataclasses.fields(Config)} | {"target_modules"}
+        main = facts_of(self.peft_type).main_fields
         values = {name: thaw(getattr(self, name)) for name in plain} | thaw(self.extra)
         return {
             name: value
             for name, value in values.items()
             if name not in hidden
             and value not in (None, [], {})
-            and ((value and name in self.main_fields) or value != thaw(plain.get(name, False)))
+            and ((value and name in main) or value != thaw(plain.get(name, False)))
         }
 
     def describe_change(self) -> str | None:
@@ -517,8 +459,8 @@ def class_of(peft_type: str) -> type[Config] | None:
     >>> class_of("IA3").__name__, class_of("XLORA")
     ('IA3Config', None)
     """
-    if peft_type not in Config.classes and peft_type in CLASSES:
-        importlib.import_module(CLASSES[peft_type][0])
+    if peft_type not in Config.classes and (module := facts_of(peft_type).module):
+        importlib.import_module(f"{__package__}.{module}")
     return Config.classes.get(peft_type)
 
 

@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig
+from jaxadapt.configs.method_config import LayersConfig
 from jaxadapt.configs.validation import Problems
 
 __all__ = [
@@ -49,24 +48,11 @@ class C3AConfig(LayersConfig):
     256
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"c3a_kernel": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="c3a_kernel",
-        rows="call",
-        learning_rate=0.1,
-        demo=FrozenDict({"block_size": 64}),
-        accuracy=0.487,
-        time=1.24,
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "block_size": "rank",
         "block_size_pattern": "ranks",
         "bias": ("none", "all", "c3a_only"),
         "init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
-    }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **QUERY_AND_VALUE,
-        "gpt2": {"target_modules": ("mlp.c_proj",)},
     }
 
     peft_type: str = "C3A"
@@ -114,18 +100,10 @@ class FourierFTConfig(LayersConfig):
     1000
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"fourierft_spectrum": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="fourierft_spectrum", rows="call", learning_rate=0.1, accuracy=0.096, time=1.83
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",
         "bias": ("none", "all", "fourier_only"),
-    }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **QUERY_AND_VALUE,
-        "gpt2": {"target_modules": ("mlp.c_proj",)},
     }
 
     peft_type: str = "FOURIERFT"
@@ -169,17 +147,12 @@ class PveraConfig(LayersConfig):
     256
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"pvera_lambda_b": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="pvera_lambda_b, pvera_lambda_d", rows="call", learning_rate=2e-2, accuracy=0.353, time=1.15
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "pvera_dropout": "probability",
         "bias": ("none", "all", "pvera_only"),
         "generator_seed": "integer",
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PVERA"
     r: int = 256
@@ -218,16 +191,11 @@ class RandLoraConfig(LayersConfig):
     640
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"randlora_lambda": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="randlora_gamma, randlora_lambda", rows="call", accuracy=0.478, time=1.51
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "randlora_dropout": "probability",
         "bias": ("none", "all", "randlora_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "RANDLORA"
     r: int = 32
@@ -269,10 +237,6 @@ class TinyLoraConfig(LayersConfig):
     64
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="tinylora_v", rows="put", merges_files=False, learning_rate=1e-3, accuracy=0.012, time=1.1
-    )
-    tensor_parts: ClassVar[tuple[str, ...]] = ("tinylora_v",)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "u": "rank",
@@ -281,7 +245,6 @@ class TinyLoraConfig(LayersConfig):
         "init_weights": (True, False, "uniform"),
         "bias": ("none", "all", "tinylora_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "TINYLORA"
     r: int = 2
@@ -325,16 +288,12 @@ class UniLoraConfig(LayersConfig):
     256
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="unilora_theta_d", rows="put", merges_files=False, learning_rate=1.0, accuracy=0.002, time=1.14
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "theta_d_length": "rank",
         "unilora_dropout": "probability",
         "bias": ("none", "all", "unilora_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "UNILORA"
     r: int = 4
@@ -379,14 +338,6 @@ class VBLoRAConfig(LayersConfig):
     256
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="vblora_logits_A, vblora_logits_B, vblora_vector_bank",
-        rows="put",
-        learning_rate=1e-2,
-        demo=FrozenDict({"vector_length": 64}),
-        accuracy=0.334,
-        time=1.27,
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "num_vectors": "rank",
@@ -394,10 +345,6 @@ class VBLoRAConfig(LayersConfig):
         "topk": "rank",
         "vblora_dropout": "probability",
         "bias": ("none", "all", "vblora_only"),
-    }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **QUERY_AND_VALUE,
-        "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
     }
 
     peft_type: str = "VBLORA"
@@ -442,21 +389,11 @@ class VeraConfig(LayersConfig):
     256
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"vera_lambda_b": 0.0}
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("vera_lambda_b", "vera_lambda_d"),)
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="vera_lambda_b, vera_lambda_d",
-        rows="call",
-        learning_rate=2e-2,
-        accuracy=0.354,
-        time=1.07,
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "vera_dropout": "probability",
         "bias": ("none", "all", "vera_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "VERA"
     r: int = 256
@@ -495,16 +432,10 @@ class WaveFTConfig(LayersConfig):
     'db1'
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"waveft_spectrum": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="waveft_spectrum", rows="call", accuracy=0.403, time=2.24)
     checks: ClassVar[Mapping[str, Any]] = {
         "n_frequency": "rank",
         "n_frequency_pattern": "ranks",
         "bias": ("none", "all", "waveft_only"),
-    }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **QUERY_AND_VALUE,
-        "gpt2": {"target_modules": ("mlp.c_proj",)},
     }
 
     peft_type: str = "WAVEFT"

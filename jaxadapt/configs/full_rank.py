@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from jaxadapt.configs.base import Change, Config, MethodFacts
-from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.base import Change, Config
 from jaxadapt.configs.matching import is_feedforward
-from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig, MethodConfig, TargetsConfig
+from jaxadapt.configs.method_config import LayersConfig, MethodConfig, TargetsConfig
 from jaxadapt.configs.validation import Problems, is_int, is_ints, is_number
 
 __all__ = [
@@ -48,16 +47,7 @@ class BeftConfig(TargetsConfig):
     True
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"beft_bias": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="beft_bias", rows="call", learning_rate=1e-2, accuracy=0.321, time=0.94
-    )
     checks: ClassVar[Mapping[str, Any]] = {}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "bert|roberta": {"target_modules": ("value",)},
-        "t5": {"target_modules": ("v",)},
-        r"gpt_neo(?!x)|gptj|llama|mi[sx]tral|qwen(?!\d_moe)|gemma": {"target_modules": ("v_proj",)},
-    }
 
     peft_type: str = "BEFT"
     init_weights: bool = True
@@ -86,13 +76,11 @@ class BOFTConfig(LayersConfig):
     4
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="boft_R, boft_s", rows="call", accuracy=0.343, time=7.35)
     checks: ClassVar[Mapping[str, Any]] = {
         "boft_n_butterfly_factor": "rank",
         "boft_dropout": "probability",
         "bias": ("none", "all", "boft_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "BOFT"
     boft_block_size: int = 4
@@ -131,9 +119,7 @@ class HRAConfig(LayersConfig):
     8
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="hra_u", rows="call")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "HRA"
     r: int = 8
@@ -183,35 +169,6 @@ class IA3Config(Config):
     'IA3'
     """
 
-    shortens_targets: ClassVar[bool] = False
-    new_values: ClassVar[Mapping[str, float]] = {"ia3_l": 1.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="ia3_l",
-        rows="call",
-        learning_rate=2e-2,
-        demo=FrozenDict({"target_modules": ("k_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)}),
-        accuracy=0.455,
-        time=1.13,
-    )
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},
-        "bert|roberta": {
-            "target_modules": ("key", "value", "output.dense"),
-            "feedforward_modules": ("output.dense",),
-        },
-        "gpt_neo(?!x)": {"target_modules": ("q_proj", "v_proj", "c_proj"), "feedforward_modules": ("c_proj",)},
-        "gptj": {"target_modules": ("q_proj", "v_proj", "fc_out"), "feedforward_modules": ("fc_out",)},
-        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
-        r"llama[123]|mistral": {
-            "target_modules": ("k_proj", "v_proj", "down_proj"),
-            "feedforward_modules": ("down_proj",),
-        },
-        r"qwen(?!\d_moe)|gemma": {
-            "target_modules": ("q_proj", "v_proj", "down_proj"),
-            "feedforward_modules": ("down_proj",),
-        },
-    }
-
     peft_type: str = "IA3"
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
@@ -245,9 +202,6 @@ class IA3Config(Config):
                 problems.add("feedforward_modules", "a subset of target_modules", untargeted, way_out)
 
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LNTuningConfig(MethodConfig):
     """LN tuning (arXiv:2312.11420): full training of the norms of a model.
@@ -266,25 +220,7 @@ class LNTuningConfig(MethodConfig):
     'LN_TUNING'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="all tensors of the target modules",
-        demo=FrozenDict({"target_modules": (*_NORMS, "norm")}),
-        learning_rate=5e-3,
-        accuracy=0.0,
-        time=0.97,
-    )
     checks: ClassVar[Mapping[str, Any]] = {}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gpt2": {"target_modules": ("ln_1", "ln_2", "ln_f")},
-        "gptj": {"target_modules": ("ln_1", "ln_f")},
-        "t5": {"target_modules": ("layer_norm", "final_layer_norm")},
-        "gemma[23]": {
-            "target_modules": (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
-        },
-        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
-        r"llama[123]|mistral|gemma": {"target_modules": (*_NORMS, "norm")},
-        r"qwen[23](?!_moe)": {"target_modules": ("post_attention_layernorm",)},
-    }
 
     peft_type: str = "LN_TUNING"
     target_modules: str | Collection[str] | None = None
@@ -319,15 +255,11 @@ class OFTConfig(LayersConfig):
     32
     """
 
-    main_fields: ClassVar[tuple[str, ...]] = ("r", "oft_block_size")
-    new_values: ClassVar[Mapping[str, float]] = {"oft_R.weight": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="oft_R", rows="call", accuracy=0.491, time=1.27)
     checks: ClassVar[Mapping[str, Any]] = {
         "module_dropout": "probability",
         "bias": ("none", "all", "oft_only"),
         "num_cayley_neumann_terms": "rank",
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "OFT"
     r: int = 0
@@ -347,9 +279,6 @@ class OFTConfig(LayersConfig):
         super()._check(problems)
         if (self.r == 0) == (self.oft_block_size == 0):
             problems.add("r", "0 if oft_block_size is given, else the number of blocks", self.r, "set one of them to 0")
-
-
-_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -374,21 +303,7 @@ class OSFConfig(TargetsConfig):
     >>> OSFConfig(target_modules=["q_proj"]).effective_rank
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="osf_svd_params_S_low, osf_svd_params_U_low, osf_svd_params_V_low",
-        merges_files=False,
-        learning_rate=1e-4,
-        accuracy=0.427,
-        time=2.82,
-    )
-    tensor_parts: ClassVar[tuple[str, ...]] = ("osf_svd_params",)
     checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": (True, False, None)}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gpt2": {"target_modules": ("c_attn", "c_proj")},
-        "gptj": {"target_modules": ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out")},
-        r"llama|mi[sx]tral|qwen[23](?!_moe)|gemma": {"target_modules": _LLAMA},
-        ".*": {"target_modules": "all-linear"},
-    }
 
     peft_type: str = "OSF"
     effective_rank: int | float | None = None
@@ -428,11 +343,7 @@ class RoadConfig(TargetsConfig):
     'road_1'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="road_alpha, road_theta", rows="call", learning_rate=1e-2, accuracy=0.385, time=1.04
-    )
     checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "ROAD"
     variant: str = "road_1"
@@ -466,10 +377,7 @@ class ShiraConfig(TargetsConfig):
     32
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"shira_weight": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="shira_weight", accuracy=0.51, time=1.06)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "SHIRA"
     r: int = 32
@@ -503,9 +411,7 @@ class SupertuningConfig(TargetsConfig):
     8
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="supertuning_values", learning_rate=1e-2)
     checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "SUPERTUNING"
     sparsity: float = 0.99
@@ -552,20 +458,7 @@ class TrainableTokensConfig(MethodConfig):
     (5, 7)
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="trainable_tokens_delta",
-        demo=FrozenDict({"target_modules": ("embed_tokens",), "token_indices": tuple(range(64))}),
-        accuracy=0.246,
-        time=1.04,
-    )
     checks: ClassVar[Mapping[str, Any]] = {}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gpt2|gptj|gpt_neo(?!x)": {"target_modules": ("wte",)},
-        "gpt_neox": {"target_modules": ("embed_in",)},
-        "bert|roberta|bloom|falcon": {"target_modules": ("word_embeddings",)},
-        "t5": {"target_modules": ("shared",)},
-        "": {"target_modules": ("embed_tokens",)},
-    }
 
     peft_type: str = "TRAINABLE_TOKENS"
     token_indices: Collection[int] = ()

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.configs.base import Config, MethodFacts, class_of
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.base import Config, class_of
+from jaxadapt.configs.table import FACTS, MethodFacts, facts_of
 
 PASSING: Mapping[str, str] = {
     "ADAMSS": "its rows come from scikit-learn's KMeans on PyTorch's SVD and are not in the file",
@@ -34,6 +34,9 @@ PEFT_TYPES = (
 """The types of PEFT 0.21.2, and those announced for the next."""
 
 
+_SHOWN = ("trains", "rows", "merges", "merges_files", "learning_rate", "demo", "accuracy", "time")
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodInfo:
     """One method.
@@ -54,12 +57,9 @@ class MethodInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        facts = dataclasses.asdict(self.facts)
-        return {
-            **{k: v for k, v in dataclasses.asdict(self).items() if k != "facts"},
-            **facts,
-            "demo": dict(facts["demo"]),
-        }
+        own = {name: value for name, value in vars(self).items() if name != "facts"}
+        facts = {name: getattr(self.facts, name) for name in _SHOWN}
+        return {**own, **facts, "demo": dict(self.facts.demo)}
 
 
 def describe_methods() -> tuple[MethodInfo, ...]:
@@ -68,7 +68,7 @@ def describe_methods() -> tuple[MethodInfo, ...]:
     >>> [info.paper for info in describe_methods() if info.peft_type == "VERA"]
     ['https://arxiv.org/abs/2310.11454']
     """
-    types = sorted({*CLASSES, *Config.classes})
+    types = sorted({*FACTS, *Config.classes})
     return tuple(_describe(peft_type, cls) for peft_type in types if (cls := class_of(peft_type)) is not None)
 
 
@@ -99,4 +99,6 @@ def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:
     title, colon, text = first.partition(": ")
     summary = (text if colon else title).removesuffix(".")
     source = f"peft/tuners/{peft_type.lower()}" if peft_type in PEFT_TYPES else ""
-    return MethodInfo(peft_type, summary, f"https://arxiv.org/abs/{number[1]}" if number else "", source, cls.facts)
+    return MethodInfo(
+        peft_type, summary, f"https://arxiv.org/abs/{number[1]}" if number else "", source, facts_of(peft_type)
+    )

@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from jaxadapt.configs.base import Change, Config, MethodFacts, class_of, effective_rank
+from jaxadapt.configs.base import Change, Config, class_of, effective_rank
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
-from jaxadapt.configs.method_config import QUERY_AND_VALUE
+from jaxadapt.configs.table import facts_of
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError, raise_listed
 
@@ -115,14 +115,14 @@ def merge_advice(config: Config) -> str:
     >>> merge_advice(LoraConfig(bias="all"))
     'merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)'
     """
-    cls = class_of(config.peft_type)
-    if cls is None:
+    facts = facts_of(config.peft_type)
+    if class_of(config.peft_type) is None:
         return "only PEFT runs this method"
-    if not cls.facts.merges:
+    if not facts.merges:
         return "it changes no weight, so that no merged model has its effect either; PEFT and jaxadapt.load run it"
     if config.get("alora_invocation_tokens") is not None:
         return "it changes some tokens only, so that no merged model has its effect; PEFT and jaxadapt.load run it"
-    if config.get("target_parameters") or config.get("layer_replication") or not cls.facts.merges_files:
+    if config.get("target_parameters") or config.get("layer_replication") or not facts.merges_files:
         return "merge it into its model in memory (jaxadapt.export.export_base(model, folder, adapter))"
     if config.get("kasa_config") is not None:
         return 'merge it into its base in memory (jaxadapt.load(…, base="original"), jaxadapt.merge)'
@@ -281,18 +281,7 @@ class LoraConfig(Config):
     jaxadapt.core.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"lora_B.weight": 0.0, "lora_embedding_A": 0.0}
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("lora_A.weight", "lora_B.weight"),
-        ("lora_embedding_A", "lora_embedding_B"),
-    )
-    tensor_parts: ClassVar[tuple[str, ...]] = ("lora_monteclora_sampler",)
-    main_fields: ClassVar[tuple[str, ...]] = ("r", "lora_alpha")
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="lora_A, lora_B", rows="put", demo=FrozenDict({"r": 8, "lora_alpha": 16}), accuracy=0.478, time=1.0
-    )
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LORA"
     r: int = 8

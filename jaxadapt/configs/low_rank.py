@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
-from jaxadapt.configs.base import MethodFacts
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import QUERY_AND_VALUE, LayersConfig, RanksConfig
+from jaxadapt.configs.method_config import LayersConfig, RanksConfig
 from jaxadapt.configs.validation import CHECKS, Problems
 
 __all__ = [
@@ -25,14 +24,6 @@ __all__ = [
     "MissConfig",
     "PeanutConfig",
 ]
-
-
-_TARGETS: Mapping[str, Mapping[str, Any]] = {
-    "mt5": {"target_modules": ("q", "k", "v", "o", "wi_0", "wi_1", "wo")},
-    "t5": {"target_modules": ("q", "k", "v", "o", "wi", "wo")},
-    "roberta": {"target_modules": ("query", "key", "value", "dense")},
-    **QUERY_AND_VALUE,
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -71,18 +62,11 @@ class AdaLoraConfig(LayersConfig):
     12
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"lora_E": 0.0}
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("lora_A", "lora_B"), ("lora_A", "lora_E"))
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="lora_A, lora_B, lora_E", rows="call", learning_rate=3e-2, accuracy=0.373, time=1.24
-    )
-    tensor_prefix: ClassVar[str | None] = "lora_"
     checks: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),
         "rank_pattern": "any",
         "total_step": "any",
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = _TARGETS
     ignored: ClassVar[tuple[str, ...]] = (
         "r", "use_rslora", "alpha_pattern", "megatron_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
@@ -202,7 +186,6 @@ class DeftConfig(LayersConfig):
     'relu'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="deft_P, deft_R", rows="call", accuracy=0.482, time=1.1)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "decomposition_method": ("relu", "qr"),
@@ -210,7 +193,6 @@ class DeftConfig(LayersConfig):
         "bias": ("none", "all", "deft_only"),
         "alpha": "integer",
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "DEFT"
     r: int = 8
@@ -247,14 +229,6 @@ class DeloraConfig(RanksConfig):
     15
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"delora_B": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="delora_A, delora_B, delora_lambda",
-        rows="call",
-        demo=FrozenDict({"delora_lambda": 2.0}),
-        accuracy=0.468,
-        time=1.1,
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "delora_lambda": "number",
@@ -262,7 +236,6 @@ class DeloraConfig(RanksConfig):
         "lambda_pattern": "numbers",
         "bias": ("none", "all", "delora_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "DELORA"
     delora_lambda: int | float = 15
@@ -295,7 +268,6 @@ class GraloraConfig(LayersConfig):
     2
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="gralora_A, gralora_B", rows="call", accuracy=0.495, time=1.16)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "hybrid_r": "size",
@@ -304,7 +276,6 @@ class GraloraConfig(LayersConfig):
         "gralora_dropout": "probability",
         "bias": ("none", "all", "gralora_only"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "GRALORA"
     r: int = 32
@@ -344,11 +315,7 @@ class HiraConfig(LayersConfig):
     32
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"hira_B": 0.0, "hira_embedding_A": 0.0}
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (("hira_A", "hira_B"),)
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="hira_A, hira_B", learning_rate=1e-2, accuracy=0.513, time=1.4)
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "HIRA"
     r: int = 32
@@ -387,23 +354,12 @@ class LoHaConfig(RanksConfig):
     8
     """
 
-    tensor_prefix: ClassVar[str | None] = "hada_"
-    new_values: ClassVar[Mapping[str, float]] = {"hada_w2_b": 0.0}
-    tensor_pairs: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("hada_w1_a", "hada_w1_b"),
-        ("hada_w2_a", "hada_w2_b"),
-        ("hada_w1_a", "hada_w2_a"),
-    )
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b", rows="put", learning_rate=2e-2, accuracy=0.393, time=1.48
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",
         "rank_dropout": "probability",
         "module_dropout": "probability",
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LOHA"
     alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
@@ -443,10 +399,6 @@ class LoKrConfig(RanksConfig):
     -1
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"lokr_w1": 0.0, "lokr_w1_a": 0.0, "lokr_w2": 0.0, "lokr_w2_b": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="lokr_w1, lokr_w2_a, lokr_w2_b", rows="call", learning_rate=1e-2, accuracy=0.466, time=1.37
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "alpha": "number",
@@ -454,7 +406,6 @@ class LoKrConfig(RanksConfig):
         "module_dropout": "probability",
         "init_weights": (True, False, "lycoris"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LOKR"
     alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
@@ -490,8 +441,6 @@ class MissConfig(LayersConfig):
     64
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"miss_block": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="miss_block", rows="call", accuracy=0.487, time=0.95)
     checks: ClassVar[Mapping[str, Any]] = {
         "r": "rank",
         "mini_r": "rank",
@@ -499,7 +448,6 @@ class MissConfig(LayersConfig):
         "bias": ("none", "all", "MiSS_only"),
         "init_weights": (True, False, "bat", "mini"),
     }
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "MISS"
     r: int = 64
@@ -532,11 +480,7 @@ class PeanutConfig(LayersConfig):
     32
     """
 
-    new_values: ClassVar[Mapping[str, float]] = {"peanut_B.weight": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="peanut_A, peanut_B", accuracy=0.449, time=1.42)
-    tensor_parts: ClassVar[tuple[str, ...]] = ("peanut_encoders", "peanut_decoders")
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "PEANUT"
     r: int = 32

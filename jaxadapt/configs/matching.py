@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from jaxadapt.configs.base import Config, class_of
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.table import FACTS, facts_of
 from jaxadapt.configs.validation import match
 from jaxadapt.core import errors
 from jaxadapt.core.errors import TargetError
@@ -108,7 +108,7 @@ def with_default_targets(config: _C, family: str) -> _C:
     """
     if config.get("target_modules") is not None:
         return config
-    for pattern, values in config.default_targets.items():
+    for pattern, values in facts_of(config.peft_type).default_targets.items():
         if re.search(rf"\b({pattern})", family):
             return config.replace(**{name: value for name, value in values.items() if config.get(name) is None})
     return config
@@ -190,7 +190,7 @@ def resolve_targets(
             'target_modules: "all-linear" matches nothing: the model has no linear layer besides the output layer;'
             " list the modules instead"
         )
-    if len(chosen) >= _COLLAPSE_FROM and config.shortens_targets:
+    if len(chosen) >= _COLLAPSE_FROM and facts_of(config.peft_type).shortens_targets:
         # A suffix must not match a parent module either (such as the layer "0"), which PEFT would fail to adapt.
         shorter = shortest_suffixes(chosen, all_modules.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
@@ -340,14 +340,14 @@ def _without(config: Config, key: str) -> Config:
 # ---------------------------------------------------------------- tensor names
 
 
-def prefix_of(cls: type[Config]) -> str | None:
+def prefix_of(peft_type: str) -> str | None:
     """Return the start of the names of a method's tensors in modules; None if no module has any.
 
-    >>> from jaxadapt.configs import LoHaConfig, PrefixTuningConfig
-    >>> prefix_of(LoHaConfig), prefix_of(PrefixTuningConfig)
+    >>> prefix_of("LOHA"), prefix_of("PREFIX_TUNING")
     ('hada_', None)
     """
-    return None if cls.file_tensors else cls.tensor_prefix or f"{cls.peft_type.lower()}_"
+    facts = facts_of(peft_type)
+    return None if facts.file_tensors else facts.tensor_prefix or f"{peft_type.lower()}_"
 
 
 def tensor_prefixes() -> tuple[str, ...]:
@@ -356,7 +356,7 @@ def tensor_prefixes() -> tuple[str, ...]:
     >>> {"lora_", "ia3_", "vera_"} <= set(tensor_prefixes())
     True
     """
-    return _names_of(tuple(Config.classes))[0]
+    return _names_of(tuple(FACTS))[0]
 
 
 def file_tensors() -> frozenset[str]:
@@ -365,7 +365,7 @@ def file_tensors() -> frozenset[str]:
     >>> "prompt_embeddings" in file_tensors()
     True
     """
-    return _names_of(tuple(Config.classes))[2]
+    return _names_of(tuple(FACTS))[2]
 
 
 def tensors_with_parts() -> frozenset[str]:
@@ -374,7 +374,7 @@ def tensors_with_parts() -> frozenset[str]:
     >>> "osf_svd_params" in tensors_with_parts()
     True
     """
-    return _names_of(tuple(Config.classes))[1]
+    return _names_of(tuple(FACTS))[1]
 
 
 def has_fractions(key: str) -> bool:
@@ -387,11 +387,9 @@ def has_fractions(key: str) -> bool:
 
 
 @cache
-def _names_of(loaded: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
-    """Return the three results, for the types of the table and the loaded ones."""
-    types = dict.fromkeys([*CLASSES, *loaded])
-    classes = {name: cls for name in types if (cls := class_of(name)) is not None}
-    prefixes = {prefix for cls in classes.values() if (prefix := prefix_of(cls)) is not None}
-    parts = frozenset(part for cls in classes.values() for part in cls.tensor_parts)
-    whole = frozenset(key for cls in classes.values() for key in cls.file_tensors)
+def _names_of(types: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
+    """Return the three results for these types of the table."""
+    prefixes = {prefix for peft_type in types if (prefix := prefix_of(peft_type)) is not None}
+    parts = frozenset(part for peft_type in types for part in FACTS[peft_type].tensor_parts)
+    whole = frozenset(key for peft_type in types for key in FACTS[peft_type].file_tensors)
     return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))), parts, whole

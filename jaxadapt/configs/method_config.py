@@ -1,9 +1,5 @@
 """The base class of configurations whose values need no checks besides those that follow from fields and defaults.
 
-PEFT's default targets that several methods share, by a pattern of the model type.
-
-PEFT has no defaults for GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4.
-
 The fields that all prompt methods have: `PromptLearningConfig`, with those of PEFT 0.21.2.
 """
 
@@ -15,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from jaxadapt.configs.base import Config, MethodFacts
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects, is_int, one_of
 
@@ -111,19 +107,6 @@ _BY_DEFAULT: Mapping[type, Check] = {
 }
 
 
-# ---------------------------------------------------------------- default targets
-
-
-QUERY_AND_VALUE: Mapping[str, Mapping[str, Any]] = {
-    "gpt2": {"target_modules": ("c_attn",)},
-    "bert|roberta": {"target_modules": ("query", "value")},
-    "t5": {"target_modules": ("q", "v")},
-    "gpt_neo(?!x)|gptj": {"target_modules": ("q_proj", "v_proj")},
-    r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": {"target_modules": ("q_proj", "v_proj")},
-}
-"""The projections of queries and values."""
-
-
 # ---------------------------------------------------------------- prompt
 
 
@@ -144,8 +127,6 @@ class PromptLearningConfig(MethodConfig):
         modules_to_save: modules that are trained in full beside the virtual tokens.
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(merges=False)
-    file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
     checks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
         ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), "rank"
     )

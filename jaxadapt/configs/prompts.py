@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.base import MethodFacts
-from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.configs.validation import Problems, is_int, is_ints
 
@@ -44,20 +42,7 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    tensor_prefix: ClassVar[str | None] = "adaption_"
-    target_is_expression: ClassVar[bool] = False
-    new_values: ClassVar[Mapping[str, float]] = {"adaption_gate": 0.0}
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="adaption_gate, adaption_prompt",
-        merges=False,
-        learning_rate=0.1,
-        demo=FrozenDict({"target_modules": "self_attn", "adapter_len": 10, "adapter_layers": 20}),
-        accuracy=0.384,
-        time=1.21,
-    )
     checks: ClassVar[Mapping[str, Any]] = {"target_modules": "text", "adapter_len": "rank", "adapter_layers": "rank"}
-    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {"target_modules": "self_attn"}}
-    main_fields: ClassVar[tuple[str, ...]] = ("adapter_len", "adapter_layers")
 
     peft_type: str = "ADAPTION_PROMPT"
     target_modules: str | None = None
@@ -83,7 +68,6 @@ class CartridgeConfig(PromptLearningConfig):
     1
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(trains="trainable_embedding", merges=False, learning_rate=3e-2)
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {**PromptLearningConfig.checks, "num_frozen_tokens": "size"}
 
@@ -127,12 +111,6 @@ class CPTConfig(PromptLearningConfig):
     3
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="delta_embedding",
-        merges=False,
-        learning_rate=1e-2,
-        demo=FrozenDict({"cpt_token_ids": tuple(range(32, 48)), "opt_projection_epsilon": 10.0}),
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         **dict.fromkeys(_LISTS, "any"),
@@ -204,9 +182,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     'MLP'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="all tensors of the encoder", merges=False, accuracy=0.35, time=0.97
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         "encoder_reparameterization_type": ("MLP", "LSTM"),
@@ -245,14 +220,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     'PREFIX_TUNING'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="prompt_embeddings",
-        merges=False,
-        learning_rate=1e-2,
-        demo=FrozenDict({"init_weights": "zero"}),
-        accuracy=0.416,
-        time=0.93,
-    )
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
@@ -288,14 +255,6 @@ class PromptTuningConfig(PromptLearningConfig):
     'RANDOM'
     """
 
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="prompt_embeddings",
-        merges=False,
-        learning_rate=3e-2,
-        demo=FrozenDict({"prompt_tuning_init": "SAMPLE_VOCAB"}),
-        accuracy=0.343,
-        time=1.52,
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptLearningConfig.checks,
         "prompt_tuning_init": ("TEXT", "SAMPLE_VOCAB", "RANDOM"),
@@ -344,10 +303,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     1
     """
 
-    file_tensors: ClassVar[tuple[str, ...]] = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
-    facts: ClassVar[MethodFacts] = MethodFacts(
-        trains="prefix_task_cols, prefix_task_rows, prompt_embeddings", merges=False, learning_rate=3e-2
-    )
     checks: ClassVar[Mapping[str, Any]] = {
         **PromptTuningConfig.checks,
         "prompt_tuning_init": ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),

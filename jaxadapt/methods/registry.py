@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.listing import reason_not_applied
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts, facts_of
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import Modules, Weight
@@ -27,21 +27,21 @@ class Methods(Mapping[str, Method]):
         self._loaded: dict[str, Method] = {}
 
     def __getitem__(self, peft_type: str) -> Method:
-        if peft_type not in self._loaded and peft_type in CLASSES:
+        if peft_type not in self._loaded and peft_type in FACTS:
             module = importlib.import_module(f"jaxadapt.methods.{peft_type.lower()}")
             self._loaded[peft_type] = vars(module)["METHOD"]
         return self._loaded[peft_type]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*CLASSES, *self._loaded]))
+        return iter(dict.fromkeys([*FACTS, *self._loaded]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, peft_type: object) -> bool:
-        return peft_type in CLASSES or peft_type in self._loaded
+        return peft_type in FACTS or peft_type in self._loaded
 
-    def add(self, method: Method) -> None:
+    def add(self, method: Method, facts: MethodFacts = NO_FACTS) -> None:
         """Add a method; raise `ConfigError` if its type is taken or has no configuration class."""
         if method.peft_type in self and self[method.peft_type] != method:
             raise ConfigError(
@@ -54,6 +54,8 @@ class Methods(Mapping[str, Method]):
                 f' jaxadapt.Config first, with peft_type: str = "{method.peft_type}"'
             )
         self._loaded[method.peft_type] = method
+        if not facts_of(method.peft_type).module:
+            FACTS[method.peft_type] = facts
 
 
 class _Collections(Collection[str]):
@@ -86,18 +88,22 @@ def get_method(config: Config) -> Method:
     return method
 
 
-def register(method: Method) -> Method:
+def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
     """Add a method of another package for this process, and return it.
 
     Its configuration is a subclass of `jaxadapt.Config` with the same `peft_type` by default. Files of this type then
     read into that class, and `adapt`, `save`, `load`, `merge` and the other functions accept it.
+
+    Args:
+        method: the method.
+        facts: what lists, cards, `jaxadapt verify`, the demo and servers read about it; see `MethodFacts`.
 
     Raises `ConfigError` if the type has a method already, or no configuration class.
 
     >>> register(METHODS["IA3"]).peft_type
     'IA3'
     """
-    METHODS.add(method)
+    METHODS.add(method, facts)
     return method
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from jaxadapt.adapters import key_names
 from jaxadapt.configs import Config, lora
 from jaxadapt.configs.base import class_of
+from jaxadapt.configs.table import facts_of
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 RIGHT, REFUSED, WRONG, UNKNOWN = "right", "refused", "wrong", "unknown"
@@ -231,11 +232,12 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     if _is_exported(name, properties):
         return f"{export}{start}"
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
-    cls = class_of(properties.get("method") or properties.get("type", "LORA"))
-    if {"alora", "kasa", "init"} & properties.keys() or cls is None or not cls.facts.merges:
+    peft_type = properties.get("method") or properties.get("type", "LORA")
+    facts = facts_of(peft_type)
+    if {"alora", "kasa", "init"} & properties.keys() or class_of(peft_type) is None or not facts.merges:
         return ""
     variant = properties.get("variant", "")
-    if "parameters" in properties or "layer_replication" in variant or not cls.facts.merges_files:
+    if "parameters" in properties or "layer_replication" in variant or not facts.merges_files:
         return _MERGE_IN_MEMORY
     return _MERGE
 

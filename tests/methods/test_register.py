@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ import jaxadapt
 from jaxadapt import ConfigError, configs, methods
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import listing
-from jaxadapt.configs.base import Config, MethodFacts
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
+from jaxadapt.configs.table import FACTS, MethodFacts, facts_of
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method
 from jaxadapt.methods.matrix import MatrixMethod
@@ -32,12 +33,13 @@ X = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
 
 
 @contextlib.contextmanager
-def registered(method: Method) -> Generator[Method]:
+def registered(method: Method, **facts: Any) -> Generator[Method]:
     """A method of this process, and none afterwards."""
     try:
-        yield methods.register(method)
+        yield methods.register(method, MethodFacts(**facts))
     finally:
         METHODS._loaded.pop(method.peft_type, None)
+        FACTS.pop(method.peft_type, None)
         Config.classes.pop(method.peft_type, None)
 
 
@@ -87,7 +89,6 @@ def make_shared() -> Method:
     class CodeConfig(MethodConfig):
         """Code: every row of a weight gets a multiple of one row that all modules share."""
 
-        facts: ClassVar[MethodFacts] = MethodFacts(rows="call")
         peft_type: str = "CODE"
         target_modules: str | Collection[str] | None = None
 
@@ -123,9 +124,9 @@ def make_shared() -> Method:
 
 def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path):
     method = make_shared()
-    with registered(method):
+    with registered(method, rows="call"):
         config = method.config(target_modules=["q", "up"])  # type: ignore[attr-defined]
-        assert "CODE" in [info.peft_type for info in listing.describe_methods()]
+        assert {info.peft_type: info.facts.rows for info in listing.describe_methods()}["CODE"] == "call"
         model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
         np.testing.assert_array_equal(model(X), Net()(X))
         adapter = jaxadapt.extract(model)
@@ -208,7 +209,7 @@ class LinenReader(nn.Module):
 
 def test_a_method_on_the_model_works_everywhere_and_leaves_no_trace(tmp_path: Path):
     method, tokens = make_model_scope(), jnp.array([[3, 1, 4], [1, 5, 8]])
-    with registered(method):
+    with registered(method, merges=False, file_tensors=(EMBEDDINGS,)):
         config = method.config(num_virtual_tokens=2)  # type: ignore[attr-defined]
         model = jaxadapt.adapt(Reader(), config, rngs=nnx.Rngs(1))
         adapter, table = jaxadapt.extract(model), np.asarray(model.embed.embedding)
@@ -227,7 +228,7 @@ def test_a_method_on_the_model_works_everywhere_and_leaves_no_trace(tmp_path: Pa
                                       adapter.shared[EMBEDDINGS])  # fmt: skip
         with pytest.raises(jaxadapt.AttachError, match="NOTE adds virtual tokens to the input and changes no weight"):
             jaxadapt.merge(model)
-        assert (method.rows, config.facts.merges) == ("no", False)
+        assert (method.rows, facts_of("NOTE").merges) == ("no", False)
     assert "NOTE" not in METHODS
 
 

@@ -28,6 +28,7 @@ from jaxadapt.cli import main
 from jaxadapt.configs import listing, lora
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes
+from jaxadapt.configs.table import facts_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
@@ -134,7 +135,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
         with pytest.raises(KeyMapError, match="depends on the order of PyTorch's modules"):  # files are not ordered
             merge_files.merge_folder(base, folder, tmp_path / "merged")
         np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
-    elif adapter.config.facts.merges:
+    elif facts_of(adapter.config.peft_type).merges:
         merge_files.merge_folder(base, folder, tmp_path / "merged")
         merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
         for name in ("q", "up"):
@@ -202,10 +203,11 @@ def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
         variables = jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)
     adapter = jaxadapt.extract(variables)
     assert adapter.flat()
-    if not config.facts.trains.startswith("all tensors of"):
+    trains = facts_of(config.peft_type).trains
+    if not trains.startswith("all tensors of"):
         held = {path.rpartition(".")[2] for path in adapter.flat()}
         tensors = {t.name: t.trained for t in all_tensors(sites.sites_of(adapter))}
-        assert {*config.facts.trains.split(", ")} == {n.rpartition(":")[2] for n in held if tensors[n]}
+        assert {*trains.split(", ")} == {n.rpartition(":")[2] for n in held if tensors[n]}
 
 
 def test_the_table_of_the_page_follows_the_results(tmp_path: Path):

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from jaxadapt.configs.listing import PEFT_TYPES
-from jaxadapt.configs.table import CLASSES
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
@@ -298,7 +298,7 @@ def test_only_its_own_files_name_a_method():
     A method's own are its file in `methods` and the class of its configuration, among others in one file.
     """
     own = {peft_type.lower() for peft_type in PEFT_TYPES} - {"lora"}
-    types = {(module.removeprefix("jaxadapt."), name): peft_type for peft_type, (module, name) in CLASSES.items()}
+    types = {(f"configs.{facts.module}", facts.config): peft_type for peft_type, facts in FACTS.items()}
     classes = {name for _, name in types} - {"LoraConfig"}
     found = set()
     for path in files():

@@ -29,7 +29,7 @@ RETURNED = {"jaxadapt.serving.Bank", "jaxadapt.serving.Lease", "jaxadapt.serving
         *("describe_methods", "get_method"),
     )
 }
-CLASSES = {name for _, name in table.CLASSES.values()}
+CLASSES = {facts.config for facts in table.FACTS.values()}
 PUBLIC = {
     # configuration
     "Config", *CLASSES,
