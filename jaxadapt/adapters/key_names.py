@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
-from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage.source import as_source, rename
@@ -64,17 +63,17 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
 
 
 def _prefix(peft_type: str) -> str | None:
-    return matching.prefix_of(peft_type) if class_of(peft_type) else _OTHER_PREFIXES.get(peft_type)
+    return matching.prefix_of(peft_type) if peft_type in FACTS else _OTHER_PREFIXES.get(peft_type)
 
 
 def has_no_modules(peft_type: str) -> bool:
     """Return True for a method whose file has no tensor of a module, such as a prompt."""
-    return bool(facts_of(peft_type).file_tensors)
+    return bool(FACTS[peft_type].file_tensors)
 
 
 def is_known_method(peft_type: str) -> bool:
     """Return True if the tensor names of this method are known."""
-    return class_of(peft_type) is not None or peft_type in _OTHER_PREFIXES
+    return peft_type in FACTS or peft_type in _OTHER_PREFIXES
 
 
 def has_adapter_tensors(keys: Iterable[str]) -> bool:

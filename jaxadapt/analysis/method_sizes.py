@@ -13,7 +13,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import all_tensors
 from jaxadapt.configs import Config, matching
 from jaxadapt.configs.base import class_of
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, TargetError
 from jaxadapt.methods.registry import METHODS
@@ -55,7 +55,7 @@ def _size(peft_type: str, base: Any) -> int | str:
 
 
 def _everywhere(cls: type[Config]) -> Config:
-    defaults = facts_of(cls.peft_type).default_targets
+    defaults = FACTS[cls.peft_type].default_targets
     fields: dict[str, Any] = {name: () for values in defaults.values() for name in values}
     fields["target_modules"] = matching.ALL_LINEAR
     return cls(**fields)

@@ -21,7 +21,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
@@ -381,7 +381,7 @@ class Config:
         """
         plain = {item.name: _default(item) for item in dataclasses.fields(self)}
         hidden = {item.name for item in dataclasses.fields(Config)} | {"target_modules"}
-        main = facts_of(self.peft_type).main_fields
+        main = FACTS[self.peft_type].main_fields
         values = {name: thaw(getattr(self, name)) for name in plain} | thaw(self.extra)
         return {
             name: value
@@ -459,7 +459,7 @@ def class_of(peft_type: str) -> type[Config] | None:
     >>> class_of("IA3").__name__, class_of("XLORA")
     ('IA3Config', None)
     """
-    if peft_type not in Config.classes and (module := facts_of(peft_type).module):
+    if peft_type not in Config.classes and (module := FACTS[peft_type].module):
         importlib.import_module(f"{__package__}.{module}")
     return Config.classes.get(peft_type)
 

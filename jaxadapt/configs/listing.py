@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt.configs.base import Config, class_of
-from jaxadapt.configs.table import FACTS, MethodFacts, facts_of
+from jaxadapt.configs.table import FACTS, MethodFacts
 
 PASSING: Mapping[str, str] = {
     "ADAMSS": "its rows come from scikit-learn's KMeans on PyTorch's SVD and are not in the file",
@@ -100,5 +100,5 @@ def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:
     summary = (text if colon else title).removesuffix(".")
     source = f"peft/tuners/{peft_type.lower()}" if peft_type in PEFT_TYPES else ""
     return MethodInfo(
-        peft_type, summary, f"https://arxiv.org/abs/{number[1]}" if number else "", source, facts_of(peft_type)
+        peft_type, summary, f"https://arxiv.org/abs/{number[1]}" if number else "", source, FACTS[peft_type]
     )

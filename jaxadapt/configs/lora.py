@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from jaxadapt.configs.base import Change, Config, class_of, effective_rank
+from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError, raise_listed
 
@@ -115,8 +115,8 @@ def merge_advice(config: Config) -> str:
     >>> merge_advice(LoraConfig(bias="all"))
     'merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)'
     """
-    facts = facts_of(config.peft_type)
-    if class_of(config.peft_type) is None:
+    facts = FACTS[config.peft_type]
+    if config.peft_type not in FACTS:
         return "only PEFT runs this method"
     if not facts.merges:
         return "it changes no weight, so that no merged model has its effect either; PEFT and jaxadapt.load run it"

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.table import FACTS, facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import match
 from jaxadapt.core import errors
 from jaxadapt.core.errors import TargetError
@@ -108,7 +108,7 @@ def with_default_targets(config: _C, family: str) -> _C:
     """
     if config.get("target_modules") is not None:
         return config
-    for pattern, values in facts_of(config.peft_type).default_targets.items():
+    for pattern, values in FACTS[config.peft_type].default_targets.items():
         if re.search(rf"\b({pattern})", family):
             return config.replace(**{name: value for name, value in values.items() if config.get(name) is None})
     return config
@@ -190,7 +190,7 @@ def resolve_targets(
             'target_modules: "all-linear" matches nothing: the model has no linear layer besides the output layer;'
             " list the modules instead"
         )
-    if len(chosen) >= _COLLAPSE_FROM and facts_of(config.peft_type).shortens_targets:
+    if len(chosen) >= _COLLAPSE_FROM and FACTS[config.peft_type].shortens_targets:
         # A suffix must not match a parent module either (such as the layer "0"), which PEFT would fail to adapt.
         shorter = shortest_suffixes(chosen, all_modules.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
@@ -346,7 +346,7 @@ def prefix_of(peft_type: str) -> str | None:
     >>> prefix_of("LOHA"), prefix_of("PREFIX_TUNING")
     ('hada_', None)
     """
-    facts = facts_of(peft_type)
+    facts = FACTS[peft_type]
     return None if facts.file_tensors else facts.tensor_prefix or f"{peft_type.lower()}_"
 
 

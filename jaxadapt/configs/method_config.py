@@ -5,10 +5,9 @@ The fields that all prompt methods have: `PromptLearningConfig`, with those of P
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
@@ -18,7 +17,7 @@ from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects
 # ---------------------------------------------------------------- method config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MethodConfig(Config):
     """A configuration that checks each field by its name or by the type of its default.
 
@@ -54,7 +53,7 @@ class MethodConfig(Config):
             _BY_DEFAULT[type(default)](problems, name, value)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TargetsConfig(MethodConfig):
     """A configuration that selects modules; its fields are as in `LoraConfig`."""
 
@@ -62,7 +61,7 @@ class TargetsConfig(MethodConfig):
     modules_to_save: Collection[str] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LayersConfig(TargetsConfig):
     """A configuration that selects modules of some layers; its fields are as in `LoraConfig`."""
 
@@ -70,12 +69,12 @@ class LayersConfig(TargetsConfig):
     layers_pattern: str | Collection[str] | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RanksConfig(LayersConfig):
     """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
 
     r: int = 8
-    rank_pattern: Mapping[str, int] | None = dataclasses.field(default_factory=FrozenDict)
+    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module."""
@@ -84,7 +83,7 @@ class RanksConfig(LayersConfig):
 
 @functools.cache
 def _defaults(cls: type[Config]) -> Mapping[str, Any]:
-    return {item.name: item.default for item in dataclasses.fields(cls)}
+    return {item.name: item.default for item in fields(cls)}
 
 
 _BY_KIND: Mapping[str, Check] = {

@@ -18,7 +18,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import initializers
 from jaxadapt.configs.base import class_of
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
@@ -52,7 +52,7 @@ def adapter_config(method: str, steps: int = 40) -> Any:
     known = {item.name for item in dataclasses.fields(cls)}
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16}
     fields["total_step"] = steps
-    return cls(**{name: value for name, value in fields.items() if name in known} | dict(facts_of(cls.peft_type).demo))
+    return cls(**{name: value for name, value in fields.items() if name in known} | dict(FACTS[cls.peft_type].demo))
 
 
 def _is_started(config: Any) -> bool:
@@ -83,7 +83,7 @@ def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformat
     `decays` is the mask of the weight decay. It is for matrices only: it would pull vectors such as IA3's, which start
     at one, to zero.
     """
-    peak = facts_of(adapter_config(method, steps).peft_type).learning_rate
+    peak = FACTS[adapter_config(method, steps).peft_type].learning_rate
     warmup = min(5, max(1, steps // 4))
     schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1), peak / 10)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01, mask=decays))

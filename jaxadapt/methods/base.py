@@ -32,7 +32,7 @@ from jaxadapt.arrays.pattern import split_sizes
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Change as Change
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
 from jaxadapt.keymaps.weight import MethodTensor, Modules
@@ -353,7 +353,7 @@ class Method(abc.ABC):
     @property
     def rows(self) -> Literal["call", "put", "no"]:
         """The way in which the rows of a batch may each have their own adapter; see `MethodFacts`."""
-        return facts_of(self.peft_type).rows
+        return FACTS[self.peft_type].rows
 
     @property
     def has_shared(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.listing import reason_not_applied
-from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts, facts_of
+from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import Modules, Weight
@@ -54,7 +54,7 @@ class Methods(Mapping[str, Method]):
                 f' jaxadapt.Config first, with peft_type: str = "{method.peft_type}"'
             )
         self._loaded[method.peft_type] = method
-        if not facts_of(method.peft_type).module:
+        if not FACTS[method.peft_type].module:
             FACTS[method.peft_type] = facts
 
 

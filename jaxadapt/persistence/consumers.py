@@ -14,8 +14,7 @@ from typing import Any
 
 from jaxadapt.adapters import key_names
 from jaxadapt.configs import Config, lora
-from jaxadapt.configs.base import class_of
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 RIGHT, REFUSED, WRONG, UNKNOWN = "right", "refused", "wrong", "unknown"
@@ -233,8 +232,8 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
         return f"{export}{start}"
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
-    facts = facts_of(peft_type)
-    if {"alora", "kasa", "init"} & properties.keys() or class_of(peft_type) is None or not facts.merges:
+    facts = FACTS[peft_type]
+    if {"alora", "kasa", "init"} & properties.keys() or peft_type not in FACTS or not facts.merges:
         return ""
     variant = properties.get("variant", "")
     if "parameters" in properties or "layer_replication" in variant or not facts.merges_files:

@@ -16,7 +16,7 @@ from jaxadapt.analysis.norms import named_parameter
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import FileError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.stored_adapter import Finding, count, error, warning
@@ -101,7 +101,7 @@ def check_empty(shapes: Shapes) -> list[Finding]:
 
 def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
     missing: list[str] = []
-    pairs = facts_of(config.peft_type).tensor_pairs
+    pairs = FACTS[config.peft_type].tensor_pairs
     for module, tensors in modules.items():
         wanted = [other for pair in pairs for name, other in (pair, pair[::-1]) if name in tensors]
         if config.peft_type == "LORA" and tensors.keys() & {"lora_A.weight", "lora_embedding_A"}:
@@ -161,7 +161,7 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
     other: list[str] = []
     example = ""
     for module, tensors in modules.items():
-        for a_name, b_name in facts_of(config.peft_type).tensor_pairs:
+        for a_name, b_name in FACTS[config.peft_type].tensor_pairs:
             a, b = tensors.get(a_name), tensors.get(b_name)
             if not a or not b or 0 in a or 0 in b:
                 continue
@@ -198,7 +198,7 @@ def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
         dtypes: safetensors' names of dtypes by PEFT's names of tensors.
         config: the configuration.
     """
-    facts = facts_of(config.peft_type)
+    facts = FACTS[config.peft_type]
     trained = {*facts.new_values, *(name for pair in facts.tensor_pairs for name in pair)}
     splits = {key: key_names.split_key(key, config.peft_type) for key in dtypes}
     wrong = [
@@ -219,7 +219,7 @@ def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
 
 def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> list[Finding]:
     """Check the modules of a configuration without targets, for which PEFT takes a default by the base's type."""
-    if not facts_of(config.peft_type).default_targets or config.get("target_parameters") or not adapted:
+    if not FACTS[config.peft_type].default_targets or config.get("target_parameters") or not adapted:
         return []
     resolved = matching.with_default_targets(config, family)
     if matching.is_all_linear(resolved):  # as of OSF, where PEFT has no other default
@@ -245,7 +245,7 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
     targets = config.get("target_modules")
     if matching.is_all_linear(config) or key_names.has_no_modules(config.peft_type):
         return []
-    if not facts_of(config.peft_type).target_is_expression:
+    if not FACTS[config.peft_type].target_is_expression:
         return []
     names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
     adapted = [name for name in names if name and name != "base_model"]
@@ -434,7 +434,7 @@ def check_values(
         if config is None or split is None or not values.size:
             continue
         module, tensor = split
-        new = facts_of(config.peft_type).new_values.get(tensor)
+        new = FACTS[config.peft_type].new_values.get(tensor)
         if new is not None and (values == new).all():
             unchanged.setdefault(new, []).append(name)
         if module in settings and (gram := _gram(tensor, values)) is not None:

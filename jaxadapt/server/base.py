@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jaxadapt
 from jaxadapt import serving
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.demo.llama_nnx import to_nnx
@@ -279,7 +279,7 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
             config: Any = info.config
             largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
             # A number in a JSON file must not take all memory.
-            if facts_of(config.peft_type).rows == "no" or max(_ranks(config), default=0) > largest:
+            if FACTS[config.peft_type].rows == "no" or max(_ranks(config), default=0) > largest:
                 continue
             if becomes_lora(config):
                 config = plain_config(config, get_method(config).plain_rank(config) or rank)

@@ -23,7 +23,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import listing
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
-from jaxadapt.configs.table import FACTS, MethodFacts, facts_of
+from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method
 from jaxadapt.methods.matrix import MatrixMethod
@@ -228,7 +228,7 @@ def test_a_method_on_the_model_works_everywhere_and_leaves_no_trace(tmp_path: Pa
                                       adapter.shared[EMBEDDINGS])  # fmt: skip
         with pytest.raises(jaxadapt.AttachError, match="NOTE adds virtual tokens to the input and changes no weight"):
             jaxadapt.merge(model)
-        assert (method.rows, facts_of("NOTE").merges) == ("no", False)
+        assert (method.rows, FACTS["NOTE"].merges) == ("no", False)
     assert "NOTE" not in METHODS
 
 

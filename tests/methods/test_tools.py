@@ -28,7 +28,7 @@ from jaxadapt.cli import main
 from jaxadapt.configs import listing, lora
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
@@ -135,7 +135,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
         with pytest.raises(KeyMapError, match="depends on the order of PyTorch's modules"):  # files are not ordered
             merge_files.merge_folder(base, folder, tmp_path / "merged")
         np.testing.assert_allclose(jaxadapt.merge(network(peft_type))(X), want, rtol=1e-4, atol=1e-5)
-    elif facts_of(adapter.config.peft_type).merges:
+    elif FACTS[adapter.config.peft_type].merges:
         merge_files.merge_folder(base, folder, tmp_path / "merged")
         merged, inside = load_file(tmp_path / "merged" / "model.safetensors"), jaxadapt.merge(network(peft_type))
         for name in ("q", "up"):
@@ -203,7 +203,7 @@ def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
         variables = jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)
     adapter = jaxadapt.extract(variables)
     assert adapter.flat()
-    trains = facts_of(config.peft_type).trains
+    trains = FACTS[config.peft_type].trains
     if not trains.startswith("all tensors of"):
         held = {path.rpartition(".")[2] for path in adapter.flat()}
         tensors = {t.name: t.trained for t in all_tensors(sites.sites_of(adapter))}

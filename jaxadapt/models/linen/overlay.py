@@ -22,7 +22,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.method_config import PromptLearningConfig
-from jaxadapt.configs.table import facts_of
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import refuse_rivals
@@ -186,7 +186,7 @@ def _resolve_like(config: Config, resolved: Config) -> Config:
     """
     changes: dict[str, Any] = {}
     config = matching.with_task_heads(config)
-    for name in {name for defaults in facts_of(config.peft_type).default_targets.values() for name in defaults}:
+    for name in {name for defaults in FACTS[config.peft_type].default_targets.values() for name in defaults}:
         if config.get(name) is None and name in config.to_dict():
             changes[name] = resolved.get(name)
     if isinstance(config, PromptLearningConfig):
