@@ -25,8 +25,7 @@ _NAMES = {
     "merging.combination": "combine",
     "models.activation": "activate disable",
     "models.attachment": "adapt delete detach extract init inject",
-    "models.nnx.graph": "AdapterParam BaseParam FrozenParam LayerNumber SharedParam",
-    "models.prompt.attention": "attention",
+    "models.nnx.graph": "AdapterParam",
     "models.summary_table": "summary",
     "models.target_selection": "select",
     "persistence.folder": "inspect read read_config write",
@@ -39,5 +38,5 @@ _NAMES = {
     "training": "optim",
     "training.checkpoint.manager": "CheckpointManager",
 }
-_PACKAGES = "analysis export initializers keymaps merging methods models persistence serving training"
+_PACKAGES = "analysis export initializers merging methods models serving"
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _PACKAGES, config_places())

@@ -3,13 +3,10 @@
 from jaxadapt import analysis as analysis
 from jaxadapt import export as export
 from jaxadapt import initializers as initializers
-from jaxadapt import keymaps as keymaps
 from jaxadapt import merging as merging
 from jaxadapt import methods as methods
 from jaxadapt import models as models
-from jaxadapt import persistence as persistence
 from jaxadapt import serving as serving
-from jaxadapt import training as training
 from jaxadapt.adapters.adapter import Adapter as Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
 from jaxadapt.configs.base import Config as Config
@@ -40,11 +37,6 @@ from jaxadapt.models.attachment import extract as extract
 from jaxadapt.models.attachment import init as init
 from jaxadapt.models.attachment import inject as inject
 from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
-from jaxadapt.models.nnx.graph import BaseParam as BaseParam
-from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam
-from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
-from jaxadapt.models.nnx.graph import SharedParam as SharedParam
-from jaxadapt.models.prompt.attention import attention as attention
 from jaxadapt.models.summary_table import summary as summary
 from jaxadapt.models.target_selection import select as select
 from jaxadapt.persistence.folder import inspect as inspect

@@ -56,7 +56,7 @@ class PerEntry:
             raise AttachError(
                 f"cannot run a layer: the {self.layers} layers of this adapter differ in rank, scale or selection, so"
                 f" each needs its own layer number, but {found}. Make the model's nnx.scan or nnx.vmap split variables"
-                " of type jaxadapt.LayerNumber along axis 0, as nnx.StateAxes({nnx.Param: 0, ...: 0}) does"
+                " of type jaxadapt.models.LayerNumber along axis 0, as nnx.StateAxes({nnx.Param: 0, ...: 0}) does"
             )
         return jnp.asarray(by_layer)[number.reshape(())]
 

@@ -3,8 +3,6 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "merging.base_merge": "merge unmerge",
-    "merging.combination": "combine",
     "merging.plain_form": "plain_lora",
     "merging.rank_reduction": "resize_rank to_lora",
 }

@@ -1,8 +1,5 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.merging.base_merge import merge as merge
-from jaxadapt.merging.base_merge import unmerge as unmerge
-from jaxadapt.merging.combination import combine as combine
 from jaxadapt.merging.plain_form import plain_lora as plain_lora
 from jaxadapt.merging.rank_reduction import resize_rank as resize_rank
 from jaxadapt.merging.rank_reduction import to_lora as to_lora

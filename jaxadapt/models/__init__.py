@@ -3,16 +3,14 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "models.activation": "activate disable rescale",
-    "models.attachment": "adapt delete detach extract init inject",
+    "models.activation": "rescale",
     "models.foreign.tree": "LoraTree",
     "models.invocation": "invoke",
-    "models.nnx.graph": "AdapterParam BaseParam LayerNumber",
+    "models.nnx.graph": "BaseParam FrozenParam LayerNumber SharedParam",
     "models.prompt.attention": "RelativeBias attention",
     "models.prompt.calling": "extend_labels",
     "models.prompt.rewriting": "TakesEmbeddings TakesKeys",
     "models.quantization": "dequantize from_qwix quantize",
-    "models.summary_table": "summary",
-    "models.target_selection": "Selection Target select",
+    "models.target_selection": "Selection Target",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,19 +1,12 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.models.activation import activate as activate
-from jaxadapt.models.activation import disable as disable
 from jaxadapt.models.activation import rescale as rescale
-from jaxadapt.models.attachment import adapt as adapt
-from jaxadapt.models.attachment import delete as delete
-from jaxadapt.models.attachment import detach as detach
-from jaxadapt.models.attachment import extract as extract
-from jaxadapt.models.attachment import init as init
-from jaxadapt.models.attachment import inject as inject
 from jaxadapt.models.foreign.tree import LoraTree as LoraTree
 from jaxadapt.models.invocation import invoke as invoke
-from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
 from jaxadapt.models.nnx.graph import BaseParam as BaseParam
+from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam
 from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
+from jaxadapt.models.nnx.graph import SharedParam as SharedParam
 from jaxadapt.models.prompt.attention import RelativeBias as RelativeBias
 from jaxadapt.models.prompt.attention import attention as attention
 from jaxadapt.models.prompt.calling import extend_labels as extend_labels
@@ -22,7 +15,5 @@ from jaxadapt.models.prompt.rewriting import TakesKeys as TakesKeys
 from jaxadapt.models.quantization import dequantize as dequantize
 from jaxadapt.models.quantization import from_qwix as from_qwix
 from jaxadapt.models.quantization import quantize as quantize
-from jaxadapt.models.summary_table import summary as summary
 from jaxadapt.models.target_selection import Selection as Selection
 from jaxadapt.models.target_selection import Target as Target
-from jaxadapt.models.target_selection import select as select

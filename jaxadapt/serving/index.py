@@ -61,7 +61,7 @@ class Version:
     @functools.cached_property
     def config(self) -> Any:
         """The configuration, which has the rank (`r`) and the base's name. It is read when it is first asked for."""
-        from jaxadapt.persistence import read_config
+        from jaxadapt.persistence.folder import read_config
 
         return read_config(self.path)
 

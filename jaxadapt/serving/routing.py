@@ -48,8 +48,10 @@ def attach(model: Any, bank: Bank) -> Any:
 def detach(model: Any) -> Any:
     """Remove the bank of a model, and return the model: NNX in place, Linen the module or wrapper before `attach`.
 
-    >>> import flax.linen, jaxadapt
-    >>> base = {"kernel": jaxadapt.serving.bank.np.zeros((4, 6))}
+    A model without a bank raises no error and is returned unchanged.
+
+    >>> import flax.linen, jaxadapt, numpy
+    >>> base = {"kernel": numpy.zeros((4, 6))}
     >>> bank = jaxadapt.serving.create({"q": base}, jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=2)
     >>> detach(attach(flax.linen.Dense(6), bank)).features
     6

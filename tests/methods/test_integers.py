@@ -97,7 +97,7 @@ def test_the_trained_part_alone_is_refused_by_save(variables: Any, tmp_path: Any
 def test_nnx_holds_integers_in_frozen_variables(tmp_path: Any):
     model = jaxadapt.adapt(Net(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     indices = model.q.shira["default"]["kernel"]["shira_indices"]
-    assert isinstance(indices, jaxadapt.FrozenParam)
+    assert isinstance(indices, jaxadapt.models.FrozenParam)
     optimizer = nnx.Optimizer(model, optax.adamw(0.1), wrt=jaxadapt.AdapterParam)
 
     @nnx.jit

@@ -238,7 +238,7 @@ def test_training_keeps_unused_entries_at_zero(name):
         step(model, optimizer)
     after = jaxadapt.to_peft(model).tensors
     assert all(not np.array_equal(after[key], value) for key, value in before.items())
-    numbers = [v for _, v in nnx.to_flat_state(nnx.state(model, jaxadapt.LayerNumber))]
+    numbers = [v for _, v in nnx.to_flat_state(nnx.state(model, jaxadapt.models.LayerNumber))]
     assert all(np.array_equal(v.get_value(), [0, 1, 2]) for v in numbers)
 
 
@@ -259,7 +259,7 @@ def test_a_scan_that_does_not_cut_the_numbers_is_refused():
     plain = LoraConfig(**FIELDS, target_modules=r"h\.1\.q")
     model = jaxadapt.adapt(nnx_like(params, 0, others=None), plain, keymap=table(0), rngs=nnx.Rngs(0))
     assert model(x()).shape == (2, 5, WIDTH)
-    assert not list(nnx.to_flat_state(nnx.state(model, jaxadapt.LayerNumber)))
+    assert not list(nnx.to_flat_state(nnx.state(model, jaxadapt.models.LayerNumber)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

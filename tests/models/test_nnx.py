@@ -135,7 +135,7 @@ def test_detach_gives_the_very_same_model(case):
 
 def test_base_filter_is_the_frozen_rest():
     model = adapt(block(), R1)
-    base = {path for path, _ in nnx.to_flat_state(nnx.state(model, jaxadapt.BaseParam))}
+    base = {path for path, _ in nnx.to_flat_state(nnx.state(model, jaxadapt.models.BaseParam))}
     assert base == {path for path, _ in nnx.to_flat_state(nnx.state(block(), nnx.Param))}
 
 

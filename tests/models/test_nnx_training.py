@@ -114,7 +114,7 @@ def test_the_compiled_step_holds_no_gradient_of_a_frozen_weight(method):
     model = llama(CONFIG if method == "lora" else ia3)
     kernels = {
         tuple(v.shape)
-        for p, v in nnx.to_flat_state(nnx.state(model, jaxadapt.BaseParam))
+        for p, v in nnx.to_flat_state(nnx.state(model, jaxadapt.models.BaseParam))
         if p[-1] in ("kernel", "embedding")
     }
     shapes = "|".join(f"{a},{b}" for s in kernels for a, b in (s, s[::-1]))

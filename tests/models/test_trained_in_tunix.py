@@ -28,13 +28,13 @@ def test_tunix_trains_our_adapter_and_nothing_else(tmp_path):
     model = side.make(specimen_arrays.base_leaves(specimen, side.shapes))
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(0))
-    base = jax.tree.map(np.asarray, nnx.state(model, jaxadapt.BaseParam))
+    base = jax.tree.map(np.asarray, nnx.state(model, jaxadapt.models.BaseParam))
     before = {path: np.asarray(x) for path, x in jaxadapt.extract(model).flat().items()}
 
     training = peft_trainer.TrainingConfig(eval_every_n_steps=10_000, max_steps=3)
     trainer = peft_trainer.PeftTrainer(model, optax.adam(1e-2), training).with_gen_model_input_fn(model_input)
     trainer.train(Data(3))
-    assert same(jax.tree.map(np.asarray, nnx.state(trainer.model, jaxadapt.BaseParam)), base)
+    assert same(jax.tree.map(np.asarray, nnx.state(trainer.model, jaxadapt.models.BaseParam)), base)
     after = jaxadapt.extract(trainer.model).flat()
     assert before.keys() == after.keys()
     assert all(np.abs(after[path] - x).max() > 1e-4 for path, x in before.items())  # three steps of about 1e-2

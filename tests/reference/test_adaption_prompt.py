@@ -134,7 +134,8 @@ def test_bad_input() -> None:
         jaxadapt.merge(model)
     bias = {"model.layers.0.self_attn.o_proj.bias": jnp.zeros(32)}
     base = {
-        ".".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(nnx.state(twin, jaxadapt.BaseParam))
+        ".".join(map(str, path)): x.get_value()
+        for path, x in nnx.to_flat_state(nnx.state(twin, jaxadapt.models.BaseParam))
     }
     with pytest.raises(AttachError, match="has a bias, which PEFT adds once more"):
         attention.gated_layers(adapter.recipe, adapter.shared, base | bias)

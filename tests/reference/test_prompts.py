@@ -182,7 +182,7 @@ def test_bfloat16(case: Case, folders: Any, tmp_path: Path) -> None:
     """Base and adapter in bfloat16 give float32's logits within the rounding, and the file keeps the dtype."""
     want = prompts.peft_logits(case, "full")
     model = jaxadapt.load(folders(case), llama.twin_of(prompts.torch_base()), dtype=jnp.bfloat16)
-    params = nnx.state(model, jaxadapt.BaseParam)
+    params = nnx.state(model, jaxadapt.models.BaseParam)
     nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     found = model(jnp.asarray(IDS))
     assert np.abs(np.asarray(found, "float32") - want).max() < 0.05 * np.abs(want).max()

@@ -98,7 +98,7 @@ class Blocks(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.scanned:
-            axes = nnx.StateAxes({jaxadapt.SharedParam: None, ...: 0})
+            axes = nnx.StateAxes({jaxadapt.models.SharedParam: None, ...: 0})
             return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)(x, self.blocks)
         for block in self.blocks:
             x = block(x)

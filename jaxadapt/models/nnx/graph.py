@@ -100,8 +100,8 @@ class FrozenParam(nnx.Param[Any]):
 class SharedParam(nnx.Param[Any]):
     """A tensor that belongs to a whole adapter, such as VeRA's projections: one variable that all its layers hold.
 
-    A scan over layers must not slice it: `nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})`. A layer
-    that gets a slice raises `AttachError` when it is called.
+    A scan over layers must not slice it: `nnx.StateAxes({jaxadapt.models.SharedParam: None, nnx.Param: 0, ...: 0})`. A
+    layer that gets a slice raises `AttachError` when it is called.
 
     >>> from flax import nnx
     >>> issubclass(SharedAdapterParam, AdapterParam), issubclass(SharedFrozenParam, AdapterParam)

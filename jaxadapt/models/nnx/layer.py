@@ -140,8 +140,9 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
     if isinstance(variable, SharedParam) and value.shape != (shape := _whole_shape(variable.get_metadata())):
         raise AttachError(
             f"cannot run a layer: {tensor} belongs to the whole adapter and has shape {list(shape)}, but this layer got"
-            f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type jaxadapt.SharedParam"
-            " whole: nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})"
+            f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type"
+            " jaxadapt.models.SharedParam whole: nnx.StateAxes({jaxadapt.models.SharedParam: None, nnx.Param: 0,"
+            " ...: 0})"
         )
     return value
 

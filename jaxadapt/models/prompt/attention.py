@@ -172,7 +172,7 @@ def attention(
     Pass it as `attention_fn` to `nnx.MultiHeadAttention` or `nn.MultiHeadDotProductAttention`, or call it in a layer of
     your own. Its arguments are those of `flax.nnx.dot_product_attention`; besides, several heads of the queries may
     share one head of keys and values (grouped-query attention). For the cross attention of Flax's layers, pass
-    `functools.partial(jaxadapt.attention, prefix=False)`.
+    `functools.partial(jaxadapt.models.attention, prefix=False)`.
 
     Args:
         query: (..., T, H, h).
@@ -199,7 +199,9 @@ def attention(
     (1, 3, 4, 8)
     """
     if module is not None:  # pyright: ignore[reportUnnecessaryComparison]
-        raise AttachError("jaxadapt.attention records no weights in a module; call the layer without sow_weights")
+        raise AttachError(
+            "jaxadapt.models.attention records no weights in a module; call the layer without sow_weights"
+        )
     arguments = {
         "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dropout_rng": dropout_rng,
         "broadcast_dropout": broadcast_dropout, "dropout_rate": dropout_rate, "deterministic": deterministic,

@@ -97,7 +97,7 @@ def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> No
     if not count:
         raise AttachError(
             "this call of the model computes no attention to which keys and values can be added. Call"
-            " jaxadapt.attention in its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
+            " jaxadapt.models.attention in its layers, or use nnx.MultiHeadAttention or nn.MultiHeadDotProductAttention"
         )
     text = (
         f"the adapter has keys and values for {expected} attention layers (num_layers), and this call of the model"
@@ -107,9 +107,9 @@ def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> No
         raise AttachError(f"{text}. Use an adapter of a model with as many layers")
     raise AttachError(
         f"{text} with a prefix, and {calls.others} without one. Only the self-attention of the decoder has a prefix:"
-        " call jaxadapt.attention with prefix=False in the encoder and in the cross attention. A decoder may have fewer"
-        " layers than num_layers, which PEFT takes from the encoder; for one with more layers, where PEFT fails, train"
-        " an adapter with its number"
+        " call jaxadapt.models.attention with prefix=False in the encoder and in the cross attention. A decoder may"
+        " have fewer layers than num_layers, which PEFT takes from the encoder; for one with more layers, where PEFT"
+        " fails, train an adapter with its number"
     )
 
 

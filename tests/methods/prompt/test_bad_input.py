@@ -65,8 +65,8 @@ def test_a_cross_attention_that_takes_a_prefix_too() -> None:
 
         def __call__(self, tokens: Any, decoder_tokens: Any, decoder_positions: Any = None) -> Any:
             x, y = (self.embed(each)[:, :, None] for each in (tokens, decoder_tokens))
-            y = y + jaxadapt.attention(y, y, y, is_causal=True)
-            return y + jaxadapt.attention(y, x, x, prefix=not self.marked)
+            y = y + jaxadapt.models.attention(y, y, y, is_causal=True)
+            return y + jaxadapt.models.attention(y, x, x, prefix=not self.marked)
 
     config = PREFIX.replace(task_type="SEQ_2_SEQ_LM", token_dim=8, num_layers=4)
     for marked, text in ((False, "computes 2 with a prefix, and 0 without one"), (True, None)):

@@ -46,7 +46,7 @@ class Net(nnx.Module):
         seen = jnp.arange(LENGTH)[None] <= (used + jnp.arange(time))[:, None]
         bias = RelativeBias(distances, jnp.array([0.5, 2.0]), used + jnp.arange(time), jnp.arange(LENGTH))
         bias = bias if self.relative else None
-        y = jaxadapt.attention(q, self.keys[...], self.values[...], bias=bias, mask=seen[None, None])
+        y = jaxadapt.models.attention(q, self.keys[...], self.values[...], bias=bias, mask=seen[None, None])
         return self.head(y.reshape(x.shape))
 
 

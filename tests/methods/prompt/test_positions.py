@@ -42,9 +42,9 @@ class NnxNet(nnx.Module):
 
 
 def test_attention_is_an_attention_function_of_flaxs_layers() -> None:
-    """With `attention_fn=jaxadapt.attention` the outputs are those of Flax's own function, also with a prefix."""
+    """The outputs are those of Flax's own function, also with a prefix."""
     outputs: list[Any] = []
-    for function in (nnx.dot_product_attention, jaxadapt.attention):
+    for function in (nnx.dot_product_attention, jaxadapt.models.attention):
         plain = NnxNet(function)(X)
         net = jaxadapt.adapt(NnxNet(function), PREFIX, rngs=nnx.Rngs(1), example=[X])
         outputs.append((plain, jax.jit(net)(X)))
@@ -53,7 +53,7 @@ def test_attention_is_an_attention_function_of_flaxs_layers() -> None:
     assert np.abs(outputs[0][0] - outputs[0][1]).max() > 1e-2
 
     outputs.clear()
-    for function in (nn.dot_product_attention, jaxadapt.attention):
+    for function in (nn.dot_product_attention, jaxadapt.models.attention):
         module = jaxadapt.adapt(LinenNet(function), PREFIX)
         variables = module.init(jax.random.key(0), X)
         plain = module.module.apply({"params": variables["params"]}, X)
@@ -73,7 +73,7 @@ def test_linens_layer_keeps_its_arguments_beside_a_prefix() -> None:
 
 
 def test_cross_attention_in_flaxs_layers_gets_no_prefix() -> None:
-    cross = functools.partial(jaxadapt.attention, prefix=False)
+    cross = functools.partial(jaxadapt.models.attention, prefix=False)
     net = NnxNet(cross)
     with pytest.raises(ConfigError, match="token_dim, num_layers, num_attention_heads must be set"):
         jaxadapt.adapt(net, PREFIX, rngs=nnx.Rngs(1), example=[X])
@@ -84,7 +84,7 @@ def test_cross_attention_in_flaxs_layers_gets_no_prefix() -> None:
 
 def test_a_layer_that_records_its_weights_is_refused() -> None:
     with pytest.raises(AttachError, match="without sow_weights"):
-        NnxNet(jaxadapt.attention).layer(X, sow_weights=True)
+        NnxNet(jaxadapt.models.attention).layer(X, sow_weights=True)
 
 
 class Biased(nnx.Module):
@@ -98,7 +98,7 @@ class Biased(nnx.Module):
         q, places = x.reshape(*x.shape[:2], H, S), jnp.arange(x.shape[1])
         bias: Any = RelativeBias(distance_bias, self.slopes[...], places, places)
         bias = bias if self.relative else bias.values()
-        return jaxadapt.attention(q, q, q, bias=bias, is_causal=True).reshape(x.shape)
+        return jaxadapt.models.attention(q, q, q, bias=bias, is_causal=True).reshape(x.shape)
 
 
 def distance_bias(slopes: Any, queries: Any, keys: Any) -> Any:

@@ -27,7 +27,7 @@ def stack(model: Any, name: str, x: Any, mask: Any, positions: Any, other: Any =
                 model.layer(f"{at}.{part}.{p}_proj")(y).reshape(*y.shape[:2], HEADS, -1)
                 for p, y in (("q", x), ("k", source), ("v", source))
             )
-            y = jaxadapt.attention(q, k, v, **options).reshape(x.shape)
+            y = jaxadapt.models.attention(q, k, v, **options).reshape(x.shape)
             return model.layer(f"{at}.{part}_layer_norm")(x + model.layer(f"{at}.{part}.out_proj")(y))
 
         x = attend("self_attn", x, x, mask=mask, is_causal=decoder, prefix=decoder)

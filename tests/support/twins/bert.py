@@ -29,7 +29,7 @@ def forward(model: Any, tokens: Any, mask: Any, token_type_ids: Any, positions: 
             model.layer(f"{at}.attention.self.{part}")(x).reshape(batch, time, HEADS, -1)
             for part in ("query", "key", "value")
         )
-        y = jaxadapt.attention(q, k, v, mask=seen).reshape(x.shape)
+        y = jaxadapt.models.attention(q, k, v, mask=seen).reshape(x.shape)
         x = model.layer(f"{at}.attention.output.LayerNorm")(x + model.layer(f"{at}.attention.output.dense")(y))
         y = jax.nn.gelu(model.layer(f"{at}.intermediate.dense")(x), approximate=False)
         x = model.layer(f"{at}.output.LayerNorm")(x + model.layer(f"{at}.output.dense")(y))

@@ -23,7 +23,7 @@ def forward(model: Any, tokens: Any, mask: Any, positions: Any, embeddings: Any)
         at = f"transformer.h.{i}"
         qkv = jnp.split(model.layer(f"{at}.attn.c_attn")(model.layer(f"{at}.ln_1")(x)), 3, axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], HEADS, -1) for part in qkv)
-        y = jaxadapt.attention(q, k, v, mask=seen, is_causal=True).reshape(x.shape)
+        y = jaxadapt.models.attention(q, k, v, mask=seen, is_causal=True).reshape(x.shape)
         x = x + model.layer(f"{at}.attn.c_proj")(y)
         y = jax.nn.gelu(model.layer(f"{at}.mlp.c_fc")(model.layer(f"{at}.ln_2")(x)), approximate=True)
         x = x + model.layer(f"{at}.mlp.c_proj")(y)

@@ -52,7 +52,7 @@ def stack(model: Any, name: str, x: Any, mask: Any, other: Any = None, other_mas
 
         def attend(part: str, x: Any, source: Any, at: str = at, **options: Any) -> Any:
             q, k, v = (heads(model.layer(f"{at}.{part}.{p}")(y)) for p, y in (("q", x), ("k", source), ("v", source)))
-            y = jaxadapt.attention(q * SIZE**0.5, k, v, **options)  # T5 does not scale
+            y = jaxadapt.models.attention(q * SIZE**0.5, k, v, **options)  # T5 does not scale
             return model.layer(f"{at}.{part}.o")(y.reshape(*y.shape[:2], -1))
 
         y = model.layer(f"{at}.0.layer_norm")(x)
