@@ -1,9 +1,4 @@
-"""Heat maps by layer and module, drawn with matplotlib.
-
-Heat map of an adapter's norms by layer and module.
-
-Heat maps of the difference of two adapters, by layer and module.
-"""
+"""Heat maps by layer and module, drawn with matplotlib: an adapter's norms, and the difference of two adapters."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """The base class of all configurations, and `GenericConfig` for methods without a class of their own.
 
-Reading of `peft_type`, with errors for files that are not PEFT configurations.
-
-The size of the change that an adapter makes to a weight. NumPy is imported where it is used.
-
-Conversion between the text of `adapter_config.json` and configurations.
+`loads` and `dumps` convert between configurations and the text of `adapter_config.json`. A file that is no PEFT
+configuration is an error that says what it is. `Change` measures how much an adapter changes a weight; NumPy is
+imported where it is used.
 """
 
 from __future__ import annotations

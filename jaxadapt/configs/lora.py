@@ -1,10 +1,7 @@
-"""LORA: `LoraConfig`, with the fields and defaults of PEFT 0.21.2.
+"""LORA: `LoraConfig`, with the fields and defaults of PEFT 0.21.2, and what each field adds to W + s·B·A.
 
-The fields of a LoRA configuration that make an adapter more than W + s·B·A, and what each of them changes.
-
-The size of LoRA's change of a weight, from its factors, with NumPy.
-
-ΔW = s·B·A is not computed: with B = Qb·Rb and Aᵀ = Qa·Ra, its singular values are those of the small matrix s·Rb·Raᵀ.
+The size of LoRA's change of a weight follows from its factors. ΔW = s·B·A is not computed: with B = Qb·Rb and
+Aᵀ = Qa·Ra, its singular values are those of the small matrix s·Rb·Raᵀ.
 """
 
 from __future__ import annotations

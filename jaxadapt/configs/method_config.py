@@ -1,7 +1,4 @@
-"""The base class of configurations whose values need no checks besides those that follow from fields and defaults.
-
-The fields that all prompt methods have: `PromptLearningConfig`, with those of PEFT 0.21.2.
-"""
+"""The base classes of configurations whose values need no checks besides those that follow from fields and defaults."""
 
 from __future__ import annotations
 

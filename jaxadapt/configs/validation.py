@@ -1,7 +1,5 @@
 """Validation of configuration values; one error lists all problems of a configuration.
 
-Detection of regular expressions that take too long to match a module name.
-
 Python's `re` backtracks: it tries one way to match after the other, and "(a+)+$" has 2^n ways on n letters. PEFT has
 the same weakness. An untrusted file must not stop the program, so a slow expression is refused before it is used.
 """

@@ -1,4 +1,4 @@
-"""Every error the library raises on purpose.
+"""Every error the library raises on purpose, and the names that an error suggests.
 
     AdapterError
     ├── ConfigError        a configuration (file or object) is invalid, contradictory or not supported
@@ -10,9 +10,8 @@
     └── AttachError        a layer cannot carry the adapter exactly, or the tree carries no (or another) adapter
 
 A message names the file, path or tensor, the expected and the found value, and a way out. One error lists all problems
-of one kind. `warn` reports a fact that the user should know although no call failed.
-
-Suggestions for errors about names that matched nothing: similar names and available names.
+of one kind. `warn` reports a fact that the user should know although no call failed. `close_matches` finds names that
+are similar to one that matched nothing.
 """
 
 from __future__ import annotations

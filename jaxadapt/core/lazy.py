@@ -1,6 +1,6 @@
 """Names of a package that load on first use (PEP 562), so that importing the package stays fast.
 
-Names of PEFT, Tunix and Qwix with their counterparts in jaxadapt, for error messages.
+`OTHER_NAMES` has the names of PEFT, Tunix and Qwix with their counterparts in jaxadapt, for error messages.
 """
 
 from __future__ import annotations

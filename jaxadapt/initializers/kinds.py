@@ -1,8 +1,7 @@
 """The initializations of LoRA that read the base, data or gradients: what each needs, computes and leaves of the base.
 
-A new initialization is a function from `SiteValues` to factors, and its entry in `KINDS`.
-
-Compute an adapter's initial A and B at each site, and the changed base weights.
+A new initialization is a function from `SiteValues` to factors, and its entry in `KINDS`. `Initialization` computes A
+and B at each site, and the changed base weights.
 """
 
 from __future__ import annotations

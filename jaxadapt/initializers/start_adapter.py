@@ -1,11 +1,8 @@
-"""Start an adapter with an initialisation that reads the base, data or gradients.
+"""Start an adapter with an initialisation that reads the base, data or gradients, and convert it back.
 
 PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter, and LoftQ quantises the base. So
-`start` returns both the adapter and its base; `for_original_base` converts back.
-
-The token embeddings of a base, from which a prompt may start.
-
-Undo the change that an initialisation makes to the base: convert to a plain LoRA, or change the base again.
+`start` returns both the adapter and its base. `for_original_base` converts the trained adapter to a plain LoRA for the
+original base; loading can change the base again instead. A prompt may start from the base's token embeddings.
 """
 
 from __future__ import annotations

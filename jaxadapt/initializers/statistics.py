@@ -4,11 +4,10 @@ A probe at each site stores a statistic as a parameter. It changes no output, an
 statistic. So statistics are computed on the device, inside the model's scan, jit and remat, in NNX and Linen, at the
 cost of one backward pass.
 
-EVA (arXiv:2410.07170): A starts as the principal components of a layer's inputs. Ranks follow the variance.
-
-Follows PEFT 0.21.2 (`tuners/lora/eva.py`): iterates over the batches, repeatedly if necessary, until the components of
-every layer converge from one batch to the next. PEFT leaves the order of equal explained variances open; here the
-first layer wins.
+With EVA (arXiv:2410.07170), A starts as the principal components of a layer's inputs, and the ranks follow the
+variance. As PEFT 0.21.2 (`tuners/lora/eva.py`), it iterates over the batches, repeatedly if necessary, until the
+components of every layer converge from one batch to the next. PEFT leaves the order of equal explained variances open;
+here the first layer wins.
 """
 
 from __future__ import annotations

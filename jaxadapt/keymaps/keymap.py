@@ -1,11 +1,8 @@
 """Keymaps, which map the leaves of a JAX model to PyTorch's names: a `KeyMap` has the `Weight` entries of one family.
 
-A `Match` is one leaf matched by one entry. `plan.py` applies a keymap to shapes. Pure: strings and shapes only; no
-arrays, no files, no devices.
-
-Recognition of a model's family: whether its leaves and shapes are those of a keymap. Pure: strings and shapes.
-
-The order of PyTorch's modules, on which the meaning of some adapters depends.
+A `Match` is one leaf matched by one entry. `coverage` and `misfits` tell whether a model's leaves and shapes are those
+of a keymap. The meaning of some adapters depends on the order of PyTorch's modules (`KeyMap.order`). `plan.py` applies
+a keymap to shapes. Pure: strings and shapes only; no arrays, no files, no devices.
 """
 
 from __future__ import annotations

@@ -3,24 +3,17 @@
     sites + a method's tensors ──make_plan──► PlanEntry per leaf ──encode──► {key: array}
                                                                  ◄─decode──
 
-It works on shapes, and on NumPy and JAX arrays: anything with `transpose`, `reshape` and indexing.
-
-The layout of one method tensor at one matched leaf: its axes and keys, and the sizes of the base leaf's axes.
-
-`plan.py` combines these layouts into a plan. Pure: names and shapes only.
-
-Parts of file tensors: the keys of file tensors that hold several leaves of a model.
+It works on shapes, and on NumPy and JAX arrays: anything with `transpose`, `reshape` and indexing. A `PlanEntry` has
+the layout of one method tensor at one matched leaf: its axes and keys, and the sizes of the base leaf's axes.
 
 PyTorch's `nn.MultiheadAttention` stores queries, keys and values in one tensor, and mixtures of experts store gate and
 up in one (concatenated; in GPT-OSS interleaved). JAX libraries use an array for each. So that a plan remains a
 bijection, its keys denote parts of such tensors: "key[0/3]" is the first third of the rows, "key[1:0/2]" the first half
-along axis 1, "key[0::2]" every second row, and "key[=0/3]" a tensor that all parts share. This module splits and joins
-the tensors when a file is read or written.
+along axis 1, "key[0::2]" every second row, and "key[=0/3]" a tensor that all parts share. The tensors are split and
+joined when a file is read or written.
 
     plan.encode ──► {"attn.lora_B.weight[0/3]": …, …} ──join_parts──► {"attn.lora_B.weight": …}
     plan.decode ◄──                                   ◄──cut_parts──
-
-It works on anything with a shape and indexing.
 """
 
 from __future__ import annotations

@@ -1,20 +1,15 @@
-"""The names of PyTorch's modules and weights: as leaves of a keymap, of single experts, and of diffusion models.
-
-Keymaps for PyTorch state dicts, whose leaves are PyTorch's parameters in PyTorch's layout.
+"""Keymaps for PyTorch state dicts, whose leaves are PyTorch's parameters in PyTorch's layout.
 
 With such a keymap, files of adapters are merged and combined by the same arithmetic as in a model, without a model.
 
-Names of experts' weights: one tensor for each expert in model folders, one tensor for all experts in keymaps.
-
     {"…experts.3.w1.weight": (f, d), …} ──expert_rows──► {"…experts.gate_up_proj": names by expert and part}
 
-transformers 5 joins the tensors of a folder when it loads them, to (e, 2f, d), and splits them when it saves (its
-`conversion_mapping.py`). `KeyMap.expert_modules` has their names. Pure: names and shapes.
+transformers 5 joins the tensors of a folder's experts when it loads them, to (e, 2f, d), and splits them when it saves
+(its `conversion_mapping.py`). `KeyMap.expert_modules` has their names.
 
-The modules of Stable Diffusion 1, 2 and XL and of CLIP, as diffusers names them, for files that flatten the names.
-
-kohya-ss replaces the dots of a module's name by underscores ("down_blocks_0_…_to_q"). Only a list of the modules can
-undo that. For SDXL it also uses the names of Stability AI's own UNet ("input_blocks.4.1.…").
+Files of image adapters flatten the names of Stable Diffusion 1, 2 and XL and of CLIP: kohya-ss replaces the dots of a
+module's name by underscores ("down_blocks_0_…_to_q"). Only a list of diffusers' modules can undo that. For SDXL it also
+uses the names of Stability AI's own UNet ("input_blocks.4.1.…"). Pure: names and shapes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """One entry of a keymap: the path of a base weight in the JAX tree, its PyTorch name, and both layouts.
 
 PyTorch stores (out, in), so the pattern determines which axes are inputs, outputs, stacked layers or fused parts. The
-keys, shapes and transposes of every method's tensors follow from it. `keymap.py` combines entries into keymaps. Pure:
-strings only; no arrays, no files, no devices.
-
-Regular expressions of names with holes, such as `layers.{l}.{path}.kernel`.
-
-Specifications of the tensors that a method stores for one base weight: names and axes, no values.
+keys, shapes and transposes of every method's tensors (`MethodTensor`) follow from it. Paths are templates with holes,
+such as `layers.{l}.{path}.kernel`. `keymap.py` combines entries into keymaps. Pure: strings only; no arrays, no files,
+no devices.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 A method defines the tensors of a target (`tensors`), their initial values (`init`), what it changes (`effects`), and
 the change itself: of one use of the weight (`input`, `output`) or of the weight (`weight`). Keys, transposes, sharding,
-attaching and merging follow from these. Most methods subclass `matrix.MatrixMethod`, which sees PyTorch's layout.
+attaching and merging follow from these. Most methods subclass `matrix.MatrixMethod`, which sees PyTorch's layout. A
+`Target` is one target of a configuration as a method sees it, before its tensors are known.
 
-One target of a configuration as a method sees it, before its tensors are known.
-
-Hyperparameters that differ between the entries of one leaf: between stacked layers, or between fused parts.
-
-All layers of a scan run the same code, each with its own slice of every array. A value that differs between layers is
-therefore an entry of a constant for all layers, indexed by the layer's number. That number is an array (`LAYER`) that
-is stacked and sliced as the parameters are.
+Hyperparameters may differ between stacked layers, or between fused parts. All layers of a scan run the same code, each
+with its own slice of every array. A value that differs between layers is therefore an entry of a constant for all
+layers, indexed by the layer's number. That number is an array (`LAYER`) that is stacked and sliced as the parameters
+are.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Each site has one tensor, `copy`, with the shape of the base leaf; the file uses the name and layout of the base weight.
 The copy of an active adapter replaces the leaf wherever its module reads it, and the base leaf does not change. In PEFT
-a token embedding and the head tied to it are two modules, so a copy of one does not affect the other.
-
-The base class of methods that train copies of their targets' parameters, such as LN_TUNING.
+a token embedding and the head tied to it are two modules, so a copy of one does not affect the other. Methods that
+train copies of their targets' parameters, such as LN_TUNING, have the same base class.
 """
 
 from __future__ import annotations

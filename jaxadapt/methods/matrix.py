@@ -1,9 +1,8 @@
 """Methods in PyTorch's layout: one weight (out, in) and tensors in the shapes of their files.
 
 `MatrixMethod` converts a site's arrays to PyTorch's layout inside the computation, so that a method is written as its
-paper or PEFT writes it, and works for every keymap: split heads, fused parts, scaled and interleaved weights.
-
-Methods whose change of a weight is a product B·A of two matrices that they compute from their tensors.
+paper or PEFT writes it, and works for every keymap: split heads, fused parts, scaled and interleaved weights. Methods
+whose change of a weight is a product B·A of two matrices compute only these.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The methods by type: those of `configs.table`, loaded on first use, and those that other packages register.
 
-The sizes of a module, from the shapes of its adapter's file tensors alone.
+`file_sizes` computes the sizes of a module from the shapes of its adapter's file tensors alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""One method on one weight where each row of a batch has an adapter of its own.
+"""One method on one weight where each row of a batch, or each token, has an adapter of its own.
 
-The tensors have a leading axis of rows, and the method runs under `jax.vmap`, so no method has code for it.
+For rows, the tensors have a leading axis of rows, and the method runs under `jax.vmap`, so no method has code for it.
 
-One method on one weight where every token chooses among all slots of a bank: by a mask, or in sorted segments.
-
-The tensors have a leading axis of slots instead of rows. `AppliedMask` computes every slot for every token, so its cost
-grows with the slots. `AppliedSegments` sorts the tokens by slot and calls a grouped product, such as `lax.ragged_dot`.
+For tokens that choose among all slots of a bank, the tensors have a leading axis of slots. `AppliedMask` computes every
+slot for every token, so its cost grows with the slots. `AppliedSegments` sorts the tokens by slot and calls a grouped
+product, such as `lax.ragged_dot`.
 """
 
 from __future__ import annotations

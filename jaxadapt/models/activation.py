@@ -1,8 +1,6 @@
 """Which adapters of a model are active, and how strongly.
 
-Which adapters of a model are active: `activate` and `disable`.
-
-Rescaling of adapters at run time: the trained values are multiplied, so that jitted functions are not recompiled.
+`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Data of a call that some adapters need, and gradients of a function of a model.
+"""Data of a call that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
 
-Data of a call for adapters that need it: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
-
-Gradients of a function of an NNX model, with respect to some of its adapter parameters.
+It also has the gradients of a function of an NNX model with respect to some of its adapter parameters.
 """
 
 from __future__ import annotations

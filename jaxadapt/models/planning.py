@@ -1,6 +1,6 @@
 """Planning of an adapter: binds a configuration to a model or to a tree of base parameters, for NNX and Linen.
 
-The base parameters of a model or of a tree, by dotted path, traversed once.
+`BaseParams` has the base parameters of a model or of a tree by dotted path, traversed once.
 """
 
 from __future__ import annotations

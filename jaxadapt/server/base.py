@@ -1,8 +1,7 @@
-"""The base model of a server: the demo's SmolLM2, or a folder with a Llama of Hugging Face.
+"""The base model of a server and its adapters: the demo's SmolLM2, or a folder with a Llama of Hugging Face.
 
-Names and paths of adapters that come from clients: each is a folder inside one root, and nothing else.
-
-Choose the configurations for which a server's bank has room, from the adapters of its folder.
+The names and paths of adapters come from clients: each is a folder inside one root, and nothing else. The server's bank
+has room for the configurations that `make_room` finds in the folder of adapters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Continuous batching: one thread owns the batch; requests enter and leave it between two tokens.
 
-Counters of a server, in Prometheus' text format.
+The engine counts requests and tokens, in Prometheus' text format.
 """
 
 from __future__ import annotations

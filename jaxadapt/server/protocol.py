@@ -1,8 +1,7 @@
 """OpenAI's requests and answers: JSON to values and back. Pure functions.
 
-Log-probabilities of tokens, in the two forms of OpenAI's interface.
-
-Text from tokens, piece by piece, up to a stop string.
+An answer has the text of its tokens, piece by piece, up to a stop string, and their log-probabilities in the two forms
+of OpenAI's interface.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Many adapters of one base as arrays with an axis of slots.
-
-The rows of a batch, from a bank and the ids of slots.
-"""
+"""Many adapters of one base as arrays with an axis of slots, and the rows of a batch that choose among the slots."""
 
 from __future__ import annotations
 

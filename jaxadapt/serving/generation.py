@@ -2,8 +2,7 @@
 
 Two functions are compiled: one reads the prompt of one row (once for each bucket of lengths), the other decodes a
 token in every row. Rows, adapters and settings of sampling are arguments, so no request compiles anything again.
-
-How the next token of a row is chosen from its logits, and how probable tokens are.
+`Sampling` states how the next token of a row is chosen from its logits.
 """
 
 from __future__ import annotations

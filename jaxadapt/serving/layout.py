@@ -1,8 +1,7 @@
 """The places of a bank: one method at one base leaf, with the shapes that every adapter is padded to.
 
-Why an adapter cannot go into a bank, and what can be done with it instead.
-
-The tensors that the adapters of a bank have in common, such as VeRA's random projections: one copy for all slots.
+Tensors that the adapters of a bank have in common, such as VeRA's random projections, have one copy for all slots. An
+adapter that no place fits is refused with what can be done instead.
 """
 
 from __future__ import annotations

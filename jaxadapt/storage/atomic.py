@@ -1,17 +1,14 @@
 """Durable, atomic replacement of files: at any moment a reader finds either the old bytes or the new ones.
 
 The new bytes go to a temporary file in the same directory. It is flushed to the disk and renamed over the target; then
-the directory is flushed. Files that belong together (`replacing_all`) are all flushed before the first rename.
+the directory is flushed. Files that belong together (`replacing_all`) are all flushed before the first rename. Folders
+are created and flushed in the same way, so that they survive a crash.
 
 A writer holds a lock on its temporary file. An unlocked temporary file is therefore a leftover of a killed writer, even
-on a disk that several machines share, and the next write of the same target removes it. A target that is a symbolic
-link is replaced, not followed: it may point into a cache.
+on a disk that several machines share. The next write of the same target removes these leftovers, and the empty folders
+beside them. A target that is a symbolic link is replaced, not followed: it may point into a cache.
 
 An address (see `location`) is replaced by one PUT of the store, which is also atomic and leaves no leftovers.
-
-Creating folders and flushing files to the disk, so that they survive a crash.
-
-Removal of what killed writers left: temporary files and folders that no process locks, and empty folders.
 """
 
 from __future__ import annotations

@@ -6,14 +6,10 @@
 Only an adapter's own files are fetched, all from one commit. The client handles the cache, resumed downloads, offline
 work (`HF_HUB_OFFLINE`), the token (`HF_TOKEN`, or the one that `hf auth login` stored) and the server (`HF_ENDPOINT`).
 
-Checks of a server's answer about a file, before the client uses it.
-
 The client builds cache paths from the headers `ETag` and `X-Repo-Commit`, and sends the token to any address that the
-server names for Xet. A mirror is therefore trusted no more than a file is.
-
-Errors of the Hub's client, as this library's own errors: the repository, the reason and the remedy.
-
-Progress of the Hub's client: its bars are shown, hidden, or turned into calls of a `progress.Report`.
+server names for Xet. So a server's answer is checked before the client uses it: a mirror is trusted no more than a file
+is. The client's errors become this library's errors, with the repository, the reason and the remedy. Its progress bars
+are shown, hidden, or turned into calls of a `progress.Report`.
 """
 
 from __future__ import annotations

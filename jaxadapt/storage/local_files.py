@@ -1,6 +1,6 @@
 """Opening and reading files: every `OSError` becomes a `FileError` that names the path and the remedy.
 
-Threads for work that waits in the kernel, such as reading and page faults.
+Work that waits in the kernel, such as reading and page faults, runs in threads (`map_ahead`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 """Locations of files: a path of this machine, or an address such as s3://bucket/folder. The only module with fsspec.
 
-An `Address` is for fsspec what a `Path` is for the disk, reduced to the methods this library needs. Its errors are
+An `Address` is for fsspec what a `Path` is for the disk, reduced to the methods this library needs. Ranges of its
+objects are read with the interface of `local_files`. Its errors, also those of the stores' own packages, are
 `FileError`s that name the address, except for `FileNotFoundError`, which a `Path` raises too. Credentials and endpoints
 come from the store's own configuration (environment variables, files, fsspec's configuration). Listings are not cached.
 
 A write goes to a temporary file of this machine, and from there to the store in one PUT (a large file in parts, which
 the store joins at the end). So a reader finds the old object or the new one, even if a process is killed.
-
-Errors of the packages of object stores, as this library's own errors.
-
-Reading ranges of objects of a store, with the interface of `local_files`.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ the temporary file at its full size and sends its name; a process that finds the
 process writes and flushes its parts; then process 0 flushes and renames the file. If a process fails or dies, the file
 is not renamed and all processes raise an error. Without a shared file system, process 0 writes the whole file.
 
-Coordination of the processes of one job: short messages through JAX's coordination service, with timeouts.
-
-Process 0 is the leader, the others are followers. No message passes through devices, so a process that has died delays
-the others by at most the timeout. (JAX itself ends the others when it misses heartbeats of one process.)
+The processes of a job send short messages through JAX's coordination service, with timeouts. Process 0 is the leader,
+the others are followers. No message passes through devices, so a process that has died delays the others by at most the
+timeout. (JAX itself ends the others when it misses heartbeats of one process.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The dtypes of tensors, and the conversion between arrays of any memory layout and flat bytes.
+"""The dtypes of tensors, and the conversion between arrays of any memory layout and a file's flat bytes.
 
-Conversion between arrays of any memory layout and a file's flat bytes: reading regions, writing strided arrays.
-
-Dtypes of tensors by safetensors' names and by numpy's. numpy is imported only when it is needed.
+Dtypes have safetensors' names and numpy's. numpy is imported only when it is needed. `read` and `write` below convert
+regions of flat bytes to arrays, and strided arrays to flat bytes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
 
-This module only reads; `torch_bin_write` writes. No code in a file is executed (see `pickle_ops`), the bounds of
-storages are checked, and a file cannot cause allocations much larger than itself.
+This module only reads; `torch_bin_write` writes. The bounds of storages are checked, and a file cannot cause
+allocations much larger than itself.
 
-A pickle reader that builds only strings, numbers, tuples, lists and dicts.
-
-Python's unpickler calls the functions that a file names. This reader accepts only a list of names, those that PyTorch's
-state dicts use, and passes the arguments of a call to its own `rebuild`. Any other name or opcode is an error.
-`pickletools` only splits the bytes into opcodes; it executes nothing.
+No code in a file is executed. Python's unpickler calls the functions that a file names. This reader builds only
+strings, numbers, tuples, lists and dicts. It accepts only a list of names, those that PyTorch's state dicts use, and
+passes the arguments of a call to its own `rebuild`. Any other name or opcode is an error. `pickletools` only splits the
+bytes into opcodes; it executes nothing.
 """
 
 from __future__ import annotations

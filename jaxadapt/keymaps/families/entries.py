@@ -1,10 +1,8 @@
-"""Parts that several families share: entries, spellings of keys, orders of modules.
+"""Parts that several families share: entries of Flax's built-in layers, spellings of keys, orders of modules.
 
-Entries of Flax's built-in layers, for keymaps whose paths are PyTorch's names: kernels, norms, embeddings.
-
-Other prefixes of the same keys in PyTorch, for `KeyMap.spellings`.
-
-The order of the linear layers and embeddings in PyTorch's classes, for `KeyMap.order`.
+The entries are for keymaps whose paths are PyTorch's names: kernels, norms, embeddings. The spellings are other
+prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the linear layers and embeddings
+in PyTorch's classes, for `KeyMap.order`.
 """
 
 from __future__ import annotations

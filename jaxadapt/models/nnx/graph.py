@@ -1,9 +1,8 @@
 """A walk over the object graph of an NNX model: its modules, variables and arrays, with Flax's paths, in Flax's order.
 
 `nnx.iter_graph` takes about eight times as long, because it also lists every static attribute, and asks Flax about
-each value instead of each type. `nnx.state` takes as long, and copies the tree.
-
-Variable types of an adapted NNX model, and filters for its adapter and base parameters.
+each value instead of each type. `nnx.state` takes as long, and copies the tree. The types of an adapted model's
+variables tell adapter and base parameters apart.
 """
 
 from __future__ import annotations

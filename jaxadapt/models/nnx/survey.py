@@ -1,6 +1,6 @@
 """Survey of an NNX model: its base leaves and their owners, the roles of their axes, and obstacles to adapters.
 
-Abstract calls of an NNX model: they show how its layers use their weights, and which uses no adapter can follow.
+Abstract calls of the model show how its layers use their weights, and which uses no adapter can follow.
 """
 
 from __future__ import annotations

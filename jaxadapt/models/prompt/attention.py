@@ -4,7 +4,7 @@ A call is marked by `jax.checkpoint` with an `AttentionCall` as its policy. As t
 computed twice, and the compiled program is the same. The equation of the jaxpr holds the policy, and with it the
 function that was called and the names of its arguments, whatever scan, jit, remat or grad surround it.
 
-Attention to trained tokens beside a layer's own, through a gate (ADAPTION_PROMPT).
+With ADAPTION_PROMPT, attention to trained tokens is added beside a layer's own, through a gate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A call of a model with the virtual tokens of an adapter. Pure functions, for NNX and Linen alike.
+"""A call of a model with the virtual tokens of an adapter: the changed embeddings, masks and positions.
 
-The arguments of a model's call, changed for virtual tokens: embeddings, masks and positions.
+Pure functions, for NNX and Linen alike.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Evaluation of a function with changes to its calls of `attention`, by interpreting its jaxpr.
 
 Only equations that contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated
-unchanged.
-
-Two methods by which a model tells how virtual tokens enter it, where jaxadapt cannot do it by itself.
-
-Which base parameter is the table of the token embeddings.
+unchanged. Two methods of a model (`TakesEmbeddings`, `TakesKeys`) tell how virtual tokens enter it, where jaxadapt
+cannot do it by itself.
 """
 
 from __future__ import annotations

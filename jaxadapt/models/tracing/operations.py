@@ -1,12 +1,9 @@
-"""Operations other than a matrix product that are linear in a weight and keep its output axis as a separate axis.
+"""Operations that are linear in a weight, and the interface of an adapter on one weight, for the interpreter of jaxprs.
 
-These are a convolution, a lookup, and a product of tokens with their experts' matrices.
-
-Positions of a weight's axes in a rearranged view of it, and in the `dot_general` that contracts the view.
-
-Uses only the shapes and axis numbers of an equation; evaluates nothing.
-
-The interface of an adapter on one weight, as the interpreter of jaxprs calls it.
+Beside a `dot_general` of a rearranged view of the weight, these are a convolution, a lookup, and a product of tokens
+with their experts' matrices, which keep the weight's output axis as a separate axis. The positions of a weight's axes
+follow from the shapes and axis numbers of an equation; nothing is evaluated. `Hook` is the interface of an adapter on
+one weight.
 """
 
 from __future__ import annotations

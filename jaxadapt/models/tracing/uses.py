@@ -1,6 +1,6 @@
 """Conclusions from the uses of a weight: the roles of its axes, and the uses that an adapter follows.
 
-Dependence of a function's outputs on its weights, determined without running it.
+The dependence of a function's outputs on its weights is determined without running the function.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ Each step is one safetensors file, which needs one write and one flush and is re
 times as long for the same bytes: benchmarks/README.md.) If several processes share the arrays, each writes its own
 bytes of the file, and process 0 commits it. For an object store, process 0 gathers and uploads all arrays.
 
-Background work for the training loop, one task at a time, which is completed even if the program ends.
-
-Handling of SIGTERM in a training loop, with a signal handler that is installed for one `with` block.
+A save runs in the background, one at a time, and is completed even if the program ends. On SIGTERM, a loop saves its
+last step with a signal handler that is installed for one `with` block.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Snapshots of training state as named arrays and plain values; `restore` does the reverse.
+"""Snapshots of training state as named arrays and plain values, and the way back into a model.
 
     model, opt_state, rng, data ──take_snapshot──► {"adapter/default/q.kernel.lora_A": array, "opt_state/0/count": …}
                                 ◄───fill_parts───
 
 This file does not know about files. An adapter's arrays are named by their dotted paths, so that Linen and NNX use the
 same names. Every other part is a pytree (an NNX object is replaced by its state) whose leaves are named by key paths.
-
-Restoring of checkpoints: fill a model and other training state from the arrays of a snapshot.
 """
 
 from __future__ import annotations

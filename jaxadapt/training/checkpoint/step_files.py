@@ -1,9 +1,7 @@
-"""Writing of one training step to disk or to an object store, as one safetensors file, durably and atomically.
+"""The file of one training step: one safetensors file on disk or in an object store, written durably and atomically.
 
 If several processes share the arrays, each writes its own part of the file. Object stores do not support this: there
 process 0 gathers all arrays and uploads one object.
-
-Reading of one training step that `step_files` wrote.
 """
 
 from __future__ import annotations
