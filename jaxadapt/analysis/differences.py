@@ -10,7 +10,7 @@ factors are nearly equal, would lose their digits in this sum. With the scales i
 ΔW₁ − ΔW₂ = (B₁ − B₂)·A₁ + B₂·(A₁ − A₂) keeps them. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
 orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
 
-The Gram matrices are sums over blocks in float64, so that the factors are read once and never stored in float64.
+The Gram matrices are in float64.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.analysis.norms import Norm, as_float64, named_parameter, norms_grid
-from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.merging.pairs import PairKeys, read_pairs
 from jaxadapt.storage import local_files
 from jaxadapt.storage.source import TensorSource, as_source
 
@@ -62,8 +62,6 @@ class ProductDifference(NamedTuple):
     input_angles: tuple[float, float] | None
 
 
-_BLOCK = 1 << 16
-"""Elements that are converted to float64 at a time, so that they stay in the processor's cache."""
 _NEAR = 1e-4
 """Ratio of the squared distance to the squared norms below which it is computed from the factors' differences."""
 
@@ -76,49 +74,37 @@ class _Grams(NamedTuple):
     y: np.ndarray
 
 
-def _grams(x: np.ndarray, y: np.ndarray, s: np.ndarray | None, t: np.ndarray | None, differ: bool) -> _Grams:
+def _grams(
+    x: np.ndarray, y: np.ndarray, s: np.ndarray | float = 1.0, t: np.ndarray | float = 1.0, differ: bool = False
+) -> _Grams:
     """Return the Gram matrices of the rows of s·x and t·y; those of s·x − t·y and t·y if `differ`.
 
     Args:
         x, y: (experts, rows, n), in any memory layout.
-        s, t: (experts, rows, 1); None for 1.
+        s, t: (experts, rows, 1), or a number.
         differ: True to take the difference for s·x. It is formed before it is multiplied, so it keeps its digits.
     """
     import numpy as np
 
-    experts, rows, n = x.shape
-    total = rows + y.shape[1]
-    sums = np.zeros((experts, total, total))
-    step = max(1, _BLOCK // total)
-    # The blocks have the memory layout of the factors: A's rows are contiguous, and so are those of B, transposed.
-    by_rows = x.strides[2] <= x.strides[1]
-    memory = np.empty((total, step) if by_rows else (step, total))
-    for i in range(experts):
-        for start in range(0, n, step):
-            size = min(step, n - start)
-            both = memory[:, :size] if by_rows else memory[:size].T
-            for part, factor, scale in ((both[:rows], x, s), (both[rows:], y, t)):
-                part[...] = factor[i, :, start : start + size]
-                if scale is not None:
-                    part *= scale[i]
-            if differ:
-                both[:rows] -= both[rows:]
-            sums[i] += both @ both.T
-    return _Grams(sums[:, :rows, :rows], sums[:, :rows, rows:], sums[:, rows:, rows:])
+    # In one memory layout, so that equal values have equal sums.
+    x, y = (np.array(factor, np.float64, order="C") * scale for factor, scale in ((x, s), (y, t)))
+    x = x - y if differ else x
+    columns = y.swapaxes(1, 2)
+    return _Grams(x @ x.swapaxes(1, 2), x @ columns, y @ columns)
 
 
 def compare_products(one: Factors, other: Factors) -> ProductDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
-    a = _grams(one.a, other.a, one.scale, other.scale, False)
-    b = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), None, None, False)
+    a = _grams(one.a, other.a, one.scale, other.scale)
+    b = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2))
     squares = [max(float((p * q).sum()), 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
     norms = math.sqrt(squares[0]), math.sqrt(squares[1])
     product = float((a.xy * b.xy).sum())
     square = squares[0] + squares[1] - 2 * product
     if one.a.shape == other.a.shape and square < _NEAR * (squares[0] + squares[1]):
         # ΔW₁ − ΔW₂ = F·A₁ + B₂·E, with F = B₁ − B₂, E = A₁ − A₂ and A₁ = A₂ + E
-        e = _grams(one.a, other.a, one.scale, other.scale, True)
-        f = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), None, None, True)
+        e = _grams(one.a, other.a, one.scale, other.scale, differ=True)
+        f = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), differ=True)
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
     cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
     cosine = cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))
@@ -438,18 +424,14 @@ def _compare_stored(name: str, x: _Arrays, y: _Arrays) -> ModuleDifference | str
 def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
     import numpy as np
 
+    assert isinstance(config, LoraConfig)
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
-    a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
-    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    alpha = find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    rank = find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
-    scale = np.full((len(a), 1), alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    pair = read_pairs(arrays, {module: PairKeys(f"{kind}_A", f"{kind}_B")}, config)[module]
+    a, b = (x if x.ndim == 3 else x[None] for x in (pair.a, pair.b))
+    scale = np.full((len(a), pair.rank, 1), pair.scale)
     if "lora_diag" in arrays:
         scale *= as_float64(arrays["lora_diag"])[:, None]  # KaSA
-    experts = a.shape[0] // rank if matching.is_parameter(config, module) and a.shape[0] % rank == 0 else 1
-    # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
-    b = np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
-    return Factors(a.reshape(experts, -1, a.shape[1]), b, scale.reshape(experts, -1, 1))
+    return Factors(a, b, scale)
 
 
 def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> ModuleDifference | str:

@@ -1,6 +1,8 @@
 """Export an adapter to a file with which another program computes what PEFT computes.
 
-PEFT folder ──plain_form──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
+    PEFT folder ──plain_form──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
+
+An adapter of another method becomes the nearest plain LoRA, and a start that changed the base is undone.
 """
 
 from __future__ import annotations
@@ -11,16 +13,26 @@ import os
 from collections.abc import Generator
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.configs import lora
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
-from jaxadapt.export import conversion, gguf_model, nearest_lora, untying
+from jaxadapt.export import conversion, gguf_model, untying
 from jaxadapt.export.programs import PROGRAMS, Program
+from jaxadapt.initializers.kinds import init_kind
+from jaxadapt.initializers.start_adapter import start
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.persistence import consumers, folder, formats, peft
 from jaxadapt.persistence.formats import Wanted
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.storage.source import as_source
 from jaxadapt.storage.strided import float_dtype
 
 Path = str | os.PathLike[str]
@@ -118,7 +130,7 @@ def export_adapter(
     with reporter(progress) as report, _open(source, report) as tensors:
         error: dict[str, float] = {}
         if rank is not None:
-            tensors, error = nearest_lora.nearest_lora(tensors, rank, base)
+            tensors, error = nearest_lora(tensors, rank, base)
         plain = _plain(tensors, chosen, base, first, dtype)
         _check_reader(plain, chosen, tied)
         config: Any = plain.config.replace(inference_mode=True)
@@ -178,7 +190,7 @@ def _plain(
     start = None if first is None else folder.read(first)
     from_base = lora.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
     if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
-        start = nearest_lora.initial_adapter(tensors, base)
+        start = initial_adapter(tensors, base)
     if start is not None and dtype in ("float16", "bfloat16"):
         warn(
             f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
@@ -207,3 +219,74 @@ def _check_reader(plain: PeftTensors, program: Program, tied: bool | None) -> No
             f"{plain.source}: {reader.name} ({reader.version}) {words}; {reader.remedy or 'there is no other form'}:",
             reader.reasons,
         )
+
+
+# ---------------------------------------------------------------- nearest lora and original start
+
+
+def nearest_lora(
+    tensors: PeftTensors, rank: int, base: str | os.PathLike[str] | None
+) -> tuple[PeftTensors, dict[str, float]]:
+    """Return a plain LoRA of a rank, and `{module: ‖ΔW − ΔW'‖ / ‖ΔW‖}`.
+
+    Args:
+        tensors: the adapter, of any method.
+        rank: the rank of the result. For a LoRA, its largest rank or more loses nothing.
+        base: the base model's folder, which methods other than LoRA need.
+
+    Raises:
+        ConfigError: the change is not one of weights alone, or the base is missing.
+        MismatchError: the base has other modules.
+    """
+    lora.require_original_base(tensors.config, tensors.source)
+    if not lora.reasons_not_a_product(tensors.config):
+        return rank_reduction.resize_plain(tensors, rank)
+    if base is None:
+        raise ConfigError(
+            f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"
+            " (base=, `--base FOLDER`)"
+        )
+    keymap, params = _read_adapted_weights(tensors, base)
+    reduced = rank_reduction.to_lora(peft.from_peft(tensors, params, keymap=keymap), rank, params=params)
+    encoded = dataclasses.replace(peft.to_peft(reduced.adapter), source=tensors.source, base=tensors.base)
+    return encoded, {name: float(e) for name, e in reduced.error.items()}
+
+
+def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftTensors:
+    """Return the initial adapter of a configuration whose initialization reads only the base weights, as PEFT does.
+
+    Args:
+        tensors: the trained adapter.
+        base: the folder of the original base model, whose adapted weights are read.
+
+    Raises:
+        ConfigError: the initialization cannot be repeated, because it depends on data, gradients or random numbers.
+        MismatchError: the base has other modules.
+    """
+    config = tensors.config
+    assert isinstance(config, lora.LoraConfig)
+    kind = init_kind(config)
+    if kind.from_run or config.init_lora_weights == "loftq":
+        raise ConfigError(
+            f"{tensors.source}: init_lora_weights={config.init_lora_weights!r} cannot be repeated from the base: it"
+            f" depends on {kind.from_run or 'the rounding of the quantized base'}. Pass the initial adapter"
+            " (first=, `--first FOLDER`)"
+        )
+    keymap, params = _read_adapted_weights(tensors, base)
+    with jax.default_matmul_precision("highest"):
+        first = start(config, params, keymap=keymap, dtype="float32").adapter
+    return dataclasses.replace(peft.to_peft(first), config=config, source=f"the start of {tensors.source}")
+
+
+def _read_adapted_weights(tensors: PeftTensors, base: str | os.PathLike[str]) -> tuple[KeyMap, dict[str, Any]]:
+    """Return the keymap of a base model's folder, and the parameters of the modules that an adapter adapts."""
+    shapes = as_source(tensors.tensors).shapes
+    own = [key.removeprefix(PEFT_PREFIX) for key in shapes if key.startswith(PEFT_PREFIX)]
+    modules = {*pytorch.adapted_shapes(shapes), *(name.replace(".base_layer", "").rpartition(".")[0] for name in own)}
+    with hf_model.open_model(location.to_location(base)) as source:
+        hf_model.refuse_packed(source)
+        keymap = peft.base_keymap(tensors, source.shapes)
+        names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
+        # A file of tensors of the whole adapter only (UNILORA) names no module.
+        read = [key for key, name in names.items() if not modules or name.rpartition(".")[0] in modules]
+        return keymap, paths.unflatten({key: np.asarray(source[key]) for key in read})

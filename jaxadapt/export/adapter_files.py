@@ -13,7 +13,6 @@ from typing import Any
 
 from jaxadapt import configs
 from jaxadapt.adapters import key_names
-from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora, matching
@@ -76,8 +75,8 @@ def resize_files(
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
         _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
-        reduced, error = rank_reduction.resize_rank(peft.with_pytorch_names(tensors), r)
-        result = _kept(peft.to_peft(reduced), tensors)
+        resized, error = rank_reduction.resize_plain(tensors, r)
+        result = _kept(resized, tensors)
         _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
         conversion.write_like(result, out, origin, dtype, report)
         return error
@@ -105,17 +104,9 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
-        plain = start_adapter.for_original_base(_on_changed_base(new), _on_changed_base(as_start(old, new.config)))
-        result = _kept(peft.to_peft(plain), new)
+        result = _kept(start_adapter.convert_start(new, as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result
-
-
-def _on_changed_base(tensors: PeftTensors) -> Adapter:
-    """Return the adapter of a base that its start changed, which a model's own base is not."""
-    config: Any = tensors.config
-    plain = dataclasses.replace(tensors, config=config.with_default_init())
-    return dataclasses.replace(peft.with_pytorch_names(plain), config=tensors.config)
 
 
 # ---------------------------------------------------------------- names
@@ -213,21 +204,9 @@ def _renamed_config(
         modules: {adapted module: its name}, also of those that keep it.
         beginning: the beginning to replace, and its replacement.
     """
-    config, (old, new) = tensors.config, beginning
+    config = tensors.config
 
-    def one(name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        renamed = _rename(name, changed)
-        return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
-
-    values = config.to_dict()
-    for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
-        if isinstance(values.get(field), list):
-            values[field] = [one(name) for name in values[field]]
-    for field in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-        if isinstance(values.get(field), dict):
-            values[field] = {one(name): value for name, value in values[field].items()}
+    values = _renamed_fields(config, changed, beginning)
     targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
     renamed = Config.from_dict(values)
     is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
@@ -252,6 +231,25 @@ def _renamed_config(
             lost.append(f"those of {field}")
     raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
     return result
+
+
+def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple[str, str]) -> dict[str, Any]:
+    """Return the fields of a configuration with the names in them renamed; the arguments are `_renamed_config`'s."""
+    values, (old, new) = config.to_dict(), beginning
+
+    def one(name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        renamed = _rename(name, changed)
+        return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
+
+    for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
+        if isinstance(values.get(field), list):
+            values[field] = [one(name) for name in values[field]]
+    for field in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        if isinstance(values.get(field), dict):
+            values[field] = {one(name): value for name, value in values[field].items()}
+    return values
 
 
 def _pattern_values(config: Config, field: str, names: Iterable[str]) -> list[Any]:

@@ -145,13 +145,26 @@ def _find_sources(
             or (key in ties and ties[key] in shapes and untying.bitwise_same(tensors, key, ties[key]))
         )
     }
+    given = {key: shapes[name] for key, name in sources.items()}
+    given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
+    _check_sources(tensors, keymap, base_plan, given, strict, describe_nearest)
+    return sources
+
+
+def _check_sources(
+    tensors: TensorSource,
+    keymap: KeyMap,
+    base_plan: plan.Plan,
+    given: Mapping[str, tuple[int, ...]],
+    strict: bool,
+    describe_nearest: Callable[[], str],
+) -> None:
+    """Raise `MismatchError` with all problems of the shapes that a file gives; warn of tensors that are not used."""
     wrong_dtypes = [
         f"{key}: {spec.dtype.name}, expected floats"
         for key, spec in tensors.specs.items()
         if key in base_plan.shapes and not jnp.issubdtype(spec.dtype, jnp.floating)
     ]
-    given = {key: shapes[name] for key, name in sources.items()}
-    given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
     if not strict:
         extra = [key for key in given if key not in base_plan.shapes]
         if extra:
@@ -171,7 +184,6 @@ def _find_sources(
             )
             + describe_nearest()
         )
-    return sources
 
 
 def _load_leaves(

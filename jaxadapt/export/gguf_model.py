@@ -29,7 +29,7 @@ from jaxadapt.configs.validation import is_int
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.export import gguf_files, merge_files, untying
-from jaxadapt.merging.plain_form import lora_pairs
+from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.persistence import folder
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.source import TensorSource, TensorSpec, as_source

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,11 @@ from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_export, conversion, untying
-from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
-from jaxadapt.methods.registry import file_sizes
 from jaxadapt.persistence import base_checks, fingerprint, folder, formats, peft
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
@@ -223,33 +220,12 @@ def _combine_tensors(
 ) -> PeftTensors:
     for adapter in tensors:
         _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
-    if combination.summed_type(adapter.config for adapter in tensors) is not None:
-        if resize is not None:
-            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
-        nested = [
-            Adapter(adapter.config, paths.unflatten(dict(adapter.tensors)), KeyMap("files", ())) for adapter in tensors
-        ]
-        summed = combination.combine(nested, weights, **options).flat()
-        return dataclasses.replace(tensors[0], tensors=summed)
-    reasons = [
-        f"{adapter.source}: {reason}" for adapter in tensors for reason in lora.reasons_not_a_product(adapter.config)
-    ]
-    raise_listed(ConfigError, "cannot combine these adapters: they are not plain LoRA:", reasons)
-    file_shapes = [as_source(adapter.tensors).shapes for adapter in tensors]
-    shapes = {key: shape for each in file_shapes for key, shape in pytorch.weight_shapes(each).items()}
-    specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
-    # One keymap for all adapters, so that a module that one of them does not target is no missing weight.
-    all_shapes = {key: shape for each in file_shapes for key, shape in each.items()}
-    keymap = pytorch.state_dict_keymap(
-        shapes,
-        all_shapes,
-        " and ".join(adapter.source for adapter in tensors),
-        functools.partial(file_sizes, tensors[0].config),
-    )
-    combined = combination.combine([_load_adapter(adapter, specs, keymap) for adapter in tensors], weights, **options)
-    if resize is not None:
-        combined = rank_reduction.resize_rank(combined, resize).adapter
-    return peft.to_peft(combined)
+    if combination.summed_type(adapter.config for adapter in tensors) is not None and resize is not None:
+        raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
+    for adapter in tensors:
+        lora.require_original_base(adapter.config, adapter.source)
+    combined = combination.combine_plain(tensors, weights, combination.Options(**options))
+    return combined if resize is None else rank_reduction.resize_plain(combined, resize)[0]
 
 
 def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:

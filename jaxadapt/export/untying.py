@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import PeftTensors
@@ -120,84 +120,181 @@ def untie_base(
     Raises:
         MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
     """
-    shapes, adapter_shapes = base_tensors.shapes, as_source(adapter.tensors).shapes
-    adapted, ensures_tying = pytorch.adapted_shapes(adapter_shapes), bool(adapter.config.get("ensure_weight_tying"))
-    heads = {head for group, _ in _groups() for head, _ in group}
-    adapter_names = pytorch.match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+    adapter_names = _adapter_names(base_tensors.shapes, adapter)
     known = _find_group(adapter_names)
     if known is None:
-        lookups = [module for module, names in adapted.items() if "lora_embedding_A" in names]
-        missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in adapter_names.values()]
-        if ensures_tying:
-            return UntiedBase(
-                base_tensors, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
-            )
-        _refuse_unknown_head(adapter, path, {adapter_names[key]: shape for key, shape in shapes.items()}, lookups)
-        return UntiedBase(base_tensors)
-
+        return _without_group(base_tensors, path, adapter, adapter_names)
     group, names = known
-    rows = {f"{module}.weight" for module in pytorch.token_row_modules(adapter_shapes)}
-    pairs = [pair for pair in group if pair[0].endswith(".weight")]
-    changed = {
-        key
-        for key in dict.fromkeys(key for pair in pairs for key in pair)
-        if (module := key.removesuffix(".weight")) in adapted or matching.is_saved(adapter.config, module)
-    }
-    saved = {key.removeprefix(PEFT_PREFIX) for key in adapter_shapes}
-    changed |= {head for head, _ in pairs if ensures_tying and head in saved}  # the configuration lists only embeddings
-    adapted_keys = sorted(changed | {head for head, _ in pairs if head in rows})
     file_keys = {name: key for key, name in adapter_names.items()}
     without_head = tuple(pair for pair in group if pair[0] not in file_keys)
-    if not adapted_keys and not any(table in rows for _, table in pairs):
+    pairs = [pair for pair in group if pair[0].endswith(".weight")]
+    changed, rows = _changed_weights(adapter, pairs)
+    if not changed and rows.isdisjoint(dict(pairs).values()):
         return UntiedBase(base_tensors, without_head)
-
-    # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
-    changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
     tied = read_tied(path) if ties_head is None else ties_head
-    stored = [pair for pair in pairs if pair not in without_head]
-    equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
-    problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
-    ambiguous = MismatchError(
-        f"{problem}, because {path} does not state whether"
-        f" {' and '.join(dict.fromkeys(key for pair in pairs for key in pair))} are tied. Set {FIELD} in it to true or"
-        " false (also in its text_config, if it has one)"
+    equal, different = _compare_heads(base_tensors, pairs, file_keys)
+    case = _Case(
+        tied,
+        _describe_change(changed, rows, pairs, bool(adapter.config.get("ensure_weight_tying"))),
+        _HEADS[bool(equal), bool(different)],
+        len(pairs) > 1 and _place_of_changed(changed, without_head),
     )
-    is_shared = len(pairs) > 1 and any(key in adapted_keys for pair in without_head for key in pair)
-    if tied is False and (changed_together or not is_shared):
+    outcome = case.outcome()
+    if outcome in _PROBLEMS:
+        weights, reason = (
+            " and ".join(sorted(changed or rows)),
+            _PROBLEMS[outcome](path, pairs, (different or pairs)[0]),
+        )
+        raise MismatchError(f"{adapter.source}: cannot merge changes of {weights}, because {reason}")
+    if outcome == "tie":
+        return _tie(base_tensors, without_head, equal, file_keys)
+    is_headless = ties_head is None and pairs[0][0] not in changed and _is_headless(path)
+    if outcome == "keep" or (outcome == "add" and is_headless):
         return UntiedBase(base_tensors)
-    different = [pair for pair in stored if pair not in equal]
-    if tied is True and different:
-        raise MismatchError(
-            f"{problem}, because the base's folder contradicts itself: {path} ties the head to the embedding ({FIELD}),"
-            f" but {' and '.join(different[0])} differ. Set {FIELD} to false to keep {different[0][0]}, or remove that"
-            " tensor"
-        )
-    if changed_together or not adapted_keys:
-        if tied is None and equal:
-            raise ambiguous
-        duplicates = {file_keys[head] for head, _ in equal}
-        tensors = rename(base_tensors, {key: key for key in base_tensors if key not in duplicates})
-        return UntiedBase(tensors, (*without_head, *equal))
-    if len(pairs) > 1:
-        raise MismatchError(
-            f"{problem}, because other modules share this weight and no config.json unties all of them in such a"
-            " model. Keep the adapter unmerged, or train it with ensure_weight_tying"
-        )
-    ((head, table),) = pairs
-    if table in rows and head not in rows:
-        raise MismatchError(
-            f"{problem}, because trainable_token_indices changes rows of {table} and the head shares them: no tensor is"
-            " correct for both. Keep the adapter unmerged"
-        )
-    if head in file_keys:
-        return UntiedBase(base_tensors, is_untied=True)
-    if tied is None:
-        raise ambiguous
-    if ties_head is None and head not in adapted_keys and _is_headless(path):
-        return UntiedBase(base_tensors)
-    all_names = {name: leaf for leaf, name in names.items()}
-    all_names |= {first: file_keys[second] for first, second in without_head}
-    return UntiedBase(rename(base_tensors, all_names), is_untied=True)
+    if outcome == "add":
+        more = {head: file_keys[table] for head, table in without_head}
+        base_tensors = rename(base_tensors, {name: leaf for leaf, name in names.items()} | more)
+    return UntiedBase(base_tensors, is_untied=True)
+
+
+def _compare_heads(
+    base_tensors: TensorSource, pairs: Sequence[tuple[str, str]], keys: Mapping[str, str]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the heads in the folder that equal their embeddings, and those that differ; `keys` are the folder's."""
+    equal: list[tuple[str, str]] = []
+    different: list[tuple[str, str]] = []
+    for head, table in pairs:
+        if head in keys:
+            (equal if bitwise_same(base_tensors, keys[head], keys[table]) else different).append((head, table))
+    return equal, different
+
+
+def _tie(
+    base_tensors: TensorSource, absent: Pairs, equal: Sequence[tuple[str, str]], keys: Mapping[str, str]
+) -> UntiedBase:
+    """Return the tensors without the heads that equal their embeddings; `keys` are those of the folder."""
+    duplicates = {keys[head] for head, _ in equal}
+    return UntiedBase(
+        rename(base_tensors, {key: key for key in base_tensors if key not in duplicates}), (*absent, *equal)
+    )
+
+
+class _Case(NamedTuple):
+    """The facts that decide what becomes of a head.
+
+    Attributes:
+        tied: what config.json states; None if it is ambiguous.
+        changes: "together", of head and embedding as of one (PEFT recognizes embeddings by two names only, and writes
+            those that it ties under both names); "rows", of the embedding alone, which the head shares; "apart rows",
+            of the embedding, beside other changes; "apart".
+        head: the head in the folder beside the embedding: "absent", "equal", "different", or "both" for several heads.
+        more: for more heads than one: "absent" if a changed one is absent, else "stored"; False for one head.
+    """
+
+    tied: bool | None
+    changes: str
+    head: str
+    more: str | bool
+
+    def outcome(self) -> str:
+        """Return the outcome of the first row of the table whose values include the case."""
+        fields = self._asdict()
+        rows = ((all(fields[name] in of for name, of in values.items()), outcome) for values, outcome in _OUTCOMES)
+        return next(outcome for matches, outcome in rows if matches)
+
+
+_HEADS = {
+    (False, False): "absent", (True, False): "equal", (False, True): "different", (True, True): "both",
+}  # fmt: skip
+_TOGETHER = ("together", "rows")
+_OUTCOMES: tuple[tuple[Mapping[str, tuple[Any, ...]], str], ...] = (
+    ({"tied": (False,), "changes": ("together",)}, "keep"),
+    ({"tied": (False,), "more": (False, "stored")}, "keep"),
+    ({"tied": (True,), "head": ("different", "both")}, "contradiction"),
+    ({"tied": (None,), "changes": _TOGETHER, "head": ("equal", "both")}, "ambiguous"),
+    ({"changes": _TOGETHER}, "tie"),
+    ({"more": ("absent", "stored")}, "shared"),
+    ({"changes": ("apart rows",)}, "shared rows"),
+    ({"head": ("equal", "different")}, "untie"),
+    ({"tied": (None,)}, "ambiguous"),
+    ({}, "add"),
+)
+"""The first row whose values include the case decides: tie the head, keep the tensors, untie or add the head."""
+
+_Problem = Callable[[Location, Sequence[tuple[str, str]], tuple[str, str]], str]
+_PROBLEMS: Mapping[str, _Problem] = {
+    "ambiguous": lambda path, pairs, _: (
+        f"{path} does not state whether {' and '.join(dict.fromkeys(key for pair in pairs for key in pair))} are tied."
+        f" Set {FIELD} in it to true or false (also in its text_config, if it has one)"
+    ),
+    "contradiction": lambda path, _, pair: (
+        f"the base's folder contradicts itself: {path} ties the head to the embedding ({FIELD}), but"
+        f" {' and '.join(pair)} differ. Set {FIELD} to false to keep {pair[0]}, or remove that tensor"
+    ),
+    "shared": lambda *_: (
+        "other modules share this weight and no config.json unties all of them in such a model. Keep the adapter"
+        " unmerged, or train it with ensure_weight_tying"
+    ),
+    "shared rows": lambda _, pairs, __: (
+        f"trainable_token_indices changes rows of {pairs[0][1]} and the head shares them: no tensor is correct for"
+        " both. Keep the adapter unmerged"
+    ),
+}
+"""{outcome: the reason, from config.json, the pairs of head and embedding, and the first pair that differs}."""
+
+
+def _adapter_names(shapes: Mapping[str, tuple[int, ...]], adapter: PeftTensors) -> dict[str, str]:
+    """Return `{key in the folder: the adapter's name for it}`."""
+    heads = {head for group, _ in _groups() for head, _ in group}
+    adapted = pytorch.adapted_shapes(as_source(adapter.tensors).shapes)
+    return pytorch.match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+
+
+def _without_group(
+    base_tensors: TensorSource, path: Location, adapter: PeftTensors, adapter_names: Mapping[str, str]
+) -> UntiedBase:
+    """Return the tensors of a model whose tied weights no family names."""
+    adapted = pytorch.adapted_shapes(as_source(adapter.tensors).shapes)
+    lookups = [module for module, names in adapted.items() if "lora_embedding_A" in names]
+    if adapter.config.get("ensure_weight_tying"):
+        missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in adapter_names.values()]
+        one = lookups if len(lookups) == 1 else []
+        return UntiedBase(base_tensors, tuple((head, f"{module}.weight") for head in missing for module in one))
+    shapes = {adapter_names[key]: shape for key, shape in base_tensors.shapes.items()}
+    _refuse_unknown_head(adapter, path, shapes, lookups)
+    return UntiedBase(base_tensors)
+
+
+def _changed_weights(adapter: PeftTensors, pairs: Pairs | Sequence[tuple[str, str]]) -> tuple[set[str], set[str]]:
+    """Return the heads and embeddings that an adapter changes, and the weights whose rows it changes."""
+    shapes = as_source(adapter.tensors).shapes
+    adapted, saved = pytorch.adapted_shapes(shapes), {key.removeprefix(PEFT_PREFIX) for key in shapes}
+    rows = {f"{module}.weight" for module in pytorch.token_row_modules(shapes)}
+    changed = {
+        key
+        for pair in pairs
+        for key in pair
+        if (module := key.removesuffix(".weight")) in adapted or matching.is_saved(adapter.config, module)
+    }
+    # With ensure_weight_tying, the configuration lists only embeddings.
+    ensured = saved if adapter.config.get("ensure_weight_tying") else set[str]()
+    return changed | {head for head, _ in pairs if head in rows or head in ensured}, rows
+
+
+def _place_of_changed(changed: Collection[str], absent: Pairs) -> str:
+    """Return "absent" if a head that the folder lacks is changed, or its embedding; else "stored"."""
+    return "absent" if any(key in changed for pair in absent for key in pair) else "stored"
+
+
+def _describe_change(
+    changed: Collection[str], rows: Collection[str], pairs: Sequence[tuple[str, str]], ensures_tying: bool
+) -> str:
+    """Return the field `changes` of a case with changes."""
+    if ensures_tying and any(head in changed and table in changed for head, table in pairs):
+        return "together"
+    if not changed:
+        return "rows"
+    return "apart rows" if any(table in rows and head not in rows for head, table in pairs) else "apart"
 
 
 def resolve_untied_config(config: Config, base: UntiedBase) -> Config:

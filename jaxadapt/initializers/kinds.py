@@ -11,6 +11,7 @@ import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,8 +29,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.initializers.decompositions import Factors
-from jaxadapt.merging import base_merge
-from jaxadapt.merging import factors as low_rank
+from jaxadapt.merging import base_merge, factors
+from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.lora import DIAGONAL
@@ -178,7 +179,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomised SVD, which differs in each run"),
         InitKind("olora", lambda x: [decompositions.olora(w, x.r) for w in x.weights], conv1d=False),
         InitKind("mica", _mica, kinds=("linear", "embedding"), in_8_bits=True),
-        InitKind("loftq", _loftq, base=lambda x, factors: [pair.left for pair in factors], conv1d=False),
+        InitKind("loftq", _loftq, base=lambda x, pairs: [pair.left for pair in pairs], conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
         InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
         InitKind("eva", _eva, ("batches",), ("mask",), in_8_bits=True, per_entry=True),
@@ -193,7 +194,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind(
             "kasa",
             needs=("key",),
-            base=lambda x, factors: [decompositions.truncated(w, x.r) for w in x.weights],
+            base=lambda x, pairs: [decompositions.truncated(w, x.r) for w in x.weights],
             limit=lambda size: size - 1,
         ),
     )
@@ -209,9 +210,6 @@ def init_kind(config: LoraConfig) -> InitKind:
 
 
 # ---------------------------------------------------------------- initialize
-
-
-FactorList = list[Factors]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +247,7 @@ class Initialization:
             return [f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more"]
         if not self.kind.per_entry and isinstance(b.hparams.scale, PerEntry):
             return ["its layers or parts differ in rank or scale; use an unrolled model"]
-        out_size, in_size = low_rank.matrix_sizes(b)
+        out_size, in_size = factors.matrix_sizes(b)
         if self.kind.limit is None:
             return [f"expected an even rank, found {r}"] if r % 2 else []
         if not self.kind.conv1d and b.match.weight.fan_in_fan_out:
@@ -264,55 +262,59 @@ class Initialization:
 
     def _has_matrices(self, b: Site) -> bool:
         replaces = b.effects.weight == "replaces"
-        return not replaces and b.match.weight.kind in self.kind.kinds and low_rank.has_one_pair(_pair(b))
+        return not replaces and b.match.weight.kind in self.kind.kinds and factors.has_one_pair(_pair(b))
 
-    def site_values(self, b: Site, data: Sequence[Array] = ()) -> SiteValues:
-        """Return the values of a site that the initialization reads; `data` are one array for each module."""
+    def site_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> SiteValues:
+        """Return the values of a site that the initialization reads; `data` are those of each module."""
         leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
         assert isinstance(config, LoraConfig)
         if self.key is not None:  # independent of the other sites
             site_key = jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
-            keys = jax.random.split(site_key, len(low_rank.site_modules(b, keymap)))
+            keys = jax.random.split(site_key, len(b.modules))
 
         def read() -> Array:
-            return low_rank.weight_matrices(keymap, b, at_least_float32(jnp.asarray(leaf)))
+            weights = factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf)))
+            return jnp.stack(list(weights.values()))
 
-        out, turned = low_rank.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
-        return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, data, turned)
+        out, turned = factors.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
+        own = [data[module] for module in b.modules if module in data]
+        return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, own, turned)
 
-    def factors(self, data: Callable[[Site], Sequence[Array]] = lambda _: ()) -> dict[str, FactorList]:
-        """Compute the factors by leaf; empty if they are random.
+    def factors(self, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, Factors]:
+        """Compute the factors of each module; empty if they are random.
 
         Args:
-            data: returns one array for each module of a site: covariances, gradients or components.
+            data: `{module: array}`: covariances, gradients or components.
 
         Raises `AttachError` naming the leaf whose data no factors fit.
         """
-        out: dict[str, FactorList] = {}
+        out: dict[str, Factors] = {}
         compute = self.kind.factors
         if compute is None:
             return out
         for b in self.pairs:
             try:
-                out[b.leaf] = compute(self.site_values(b, data(b)))
+                out |= zip(b.modules, compute(self.site_values(b, data)), strict=True)
             except AttachError as error:
                 raise AttachError(f"{b.leaf}: {error}") from error
         return out
 
-    def gradient_rows(self, b: Site, gradients: Mapping[str, Array]) -> Array:
-        """Return the gradient (modules, out, in) of a site's PyTorch weight from the gradients of the base leaves."""
-        keymap, expected, found = self.recipe.keymap, tuple(self.weights[b.leaf].shape), gradients.get(b.leaf)
-        if found is None or tuple(found.shape) != expected:
-            text = "none" if found is None else f"one of shape {tuple(found.shape)}"
-            raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
-        # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's gradient times that factor.
-        rows = low_rank.weight_matrices(keymap, b, at_least_float32(jnp.asarray(found)), scaled=False)
-        return rows * low_rank.base_factor(keymap, b, expected)
+    def gradients(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the gradient (out, in) of each module's PyTorch weight from the gradients of the base leaves."""
+        out: dict[str, Array] = {}
+        for b in self.pairs:
+            expected, found = tuple(self.weights[b.leaf].shape), leaves.get(b.leaf)
+            if found is None or tuple(found.shape) != expected:
+                text = "none" if found is None else f"one of shape {tuple(found.shape)}"
+                raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
+            wide = at_least_float32(jnp.asarray(found))
+            out |= factors.site_weights(self.recipe.keymap, b, wide, power=-1)
+        return out
 
     def assemble(
-        self, factors: Mapping[str, FactorList], dtype: Any, shardings: Mapping[str, Any]
+        self, computed: Mapping[str, Factors], dtype: Any, shardings: Mapping[str, Any]
     ) -> tuple[Adapter, dict[str, Any]]:
-        """Return the adapter with these factors at its sites, and the changed base weights {leaf: array}.
+        """Return the adapter with these factors of modules, and the changed base weights {leaf: array}.
 
         Args:
             shardings: of the base leaves, by path.
@@ -322,40 +324,37 @@ class Initialization:
         plain = config.replace(init_lora_weights=init, kasa_config=None)
         key = jax.random.key(0) if self.key is None else self.key  # all random values are replaced below
         values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, base_shardings=shardings)
-        computed = [b for b in self.pairs if factors.get(b.leaf)]
-        new: dict[str, Array] = {}
-        for b in computed:
-            rank = _rank(b)
-            padded = [low_rank.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), rank) for f in factors[b.leaf]]
-            a_matrices, b_matrices = (jnp.stack(side) for side in zip(*padded, strict=True))
-            new |= low_rank.matrices_to_leaves(b, a_matrices, b_matrices)[1]
-        values |= regions.put_on_devices(
-            {path: x.astype(values[path].dtype) for path, x in new.items()},
-            initial_values.adapter_shardings(computed, dict(shardings)),
-        )
-        base: dict[str, Any] = {}
+        pairs = {
+            module: Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
+            for module, f in computed.items()
+        }
+        started = self.pairs if computed else []
+        new = {path: x.astype(values[path].dtype) for path, x in factors.pair_leaves(started, pairs).items()}
+        values |= regions.put_on_devices(new, initial_values.adapter_shardings(started, dict(shardings)))
+        base = self._changed_base(plain, computed, paths.unflatten({path: values[path] for path in new}))
+        for b, tensor in [(site, t) for site in self.sites for t in site.tensors if computed and t.from_base]:
+            # DoRA's magnitudes follow from the changed base
+            pair = {e.path: values[e.path] for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base}
+            path, w = paths.join(b.leaf, tensor.name), jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
+            values[path] = initial_values.derive_tensor(config, b, tensor, pair, w).astype(values[path].dtype)
+        return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
+
+    def _changed_base(
+        self, plain: LoraConfig, computed: Mapping[str, Factors], pairs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the base weights {leaf: array} that the initialization changes; `pairs` is the tree of As and Bs."""
+        keymap, base = self.recipe.keymap, dict[str, Any]()
         if self.kind.base is not None:
             for b in self.pairs:
-                rows = jnp.stack(self.kind.base(self.site_values(b), factors.get(b.leaf, [])))
-                leaf = self.weights[b.leaf]
-                base[b.leaf] = low_rank.with_weight_matrices(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
-        elif lora.changes_base(config):
-            pairs = paths.unflatten({p: values[p] for p in new})
-            removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
+                own = [computed[module] for module in b.modules if module in computed]
+                weights = dict(zip(b.modules, self.kind.base(self.site_values(b), own), strict=True))
+                base[b.leaf] = factors.with_site_weights(keymap, b, self.weights[b.leaf], weights)
+        elif lora.changes_base(self.recipe.config):
+            removed = Adapter(plain.replace(use_dora=False), pairs, keymap)
             with jax.default_matmul_precision("highest"):
                 changes = base_merge.plan_changes(self.weights, removed, AppliedMethod.unweight, lambda _, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
-        for b in (b for b in self.sites if factors.get(b.leaf)):
-            derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
-            if derived:
-                kept = {paths.join(b.leaf, t.name) for t in b.tensors if not t.from_base}
-                pair = {path: values[path] for path in kept}
-                w = jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
-                for tensor in derived:
-                    path = paths.join(b.leaf, tensor.name)
-                    new_values = initial_values.derive_tensor(config, b, tensor, pair, w)
-                    values[path] = new_values.astype(values[path].dtype)
-        return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
+        return base
 
 
 def _pair(b: Site) -> Site:

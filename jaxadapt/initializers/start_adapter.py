@@ -15,20 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, sites
+from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
 from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
-from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import statistics
 from jaxadapt.initializers.kinds import Initialization, init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
+from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
@@ -178,7 +177,7 @@ def start(
         )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
         return _attach(held, adapter, adapter_sites, name, rngs, base)
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, lora.LoraConfig):
         _check_arguments(type(config).__name__, given, ("key",))
         recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
         values = initial_values.init_values(
@@ -189,7 +188,7 @@ def start(
     kind = init_kind(config)
     _check_arguments(lora.init_field(config), given, kind.needs, kind.takes)
 
-    def plan(config: LoraConfig) -> tuple[Recipe, tuple[Site, ...]]:
+    def plan(config: lora.LoraConfig) -> tuple[Recipe, tuple[Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
 
     recipe, adapter_sites = plan(config)
@@ -201,14 +200,12 @@ def start(
             initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
         else:
             by_module = _covariances(initialization, base, batches, run)
-        names = recipe.keymap
-        factors_by_leaf = initialization.factors(lambda b: [by_module[m] for m in factors.site_modules(b, names)])
+        computed = initialization.factors(by_module)
     elif gradients is not None:
-        leaf_gradients = _leaves(gradients)
-        factors_by_leaf = initialization.factors(lambda b: initialization.gradient_rows(b, leaf_gradients))
+        computed = initialization.factors(initialization.gradients(_leaves(gradients)))
     else:
-        factors_by_leaf = initialization.factors()
-    adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
+        computed = initialization.factors()
+    adapter, new = initialization.assemble(computed, dtype, parameters.shardings)
     new_base = held.replace(new) if new else base
     return _attach(held, adapter, initialization.sites, name, rngs, new_base)
 
@@ -324,8 +321,35 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
     >>> bool(np.allclose(jaxadapt.merge(params, plain)["q"]["kernel"], params["q"]["kernel"], atol=1e-4))
     True
     """
-    adapter = lora_carrier(trained).extract(name)
-    config = adapter.config
+    return convert_start(lora_carrier(trained).extract(name), first)
+
+
+def convert_start(trained: factors.Plain, first: factors.Plain) -> factors.Plain:
+    """Convert a trained adapter as `for_original_base` does, in a model's layout or as PEFT's tensors."""
+    config = _require_product_start(trained.config)
+    new, old = factors.pairs_of(trained), factors.pairs_of(first, "first")
+    sizes = [{name: (pair.rank, *pair.sizes) for name, pair in pairs.items()} for pairs in (new, old)]
+    differ = sorted(name for name in sizes[0].keys() | sizes[1].keys() if sizes[0].get(name) != sizes[1].get(name))
+    if differ or config != first.config:
+        raise MismatchError(
+            "first: expected an adapter of the same shapes and configuration as the trained one"
+            + ("; they differ at:\n" + paths.bullets(differ) if differ else "")
+        )
+    doubled = config.with_default_init().replace(
+        r=2 * config.r,
+        lora_alpha=config.lora_alpha * config.scale_divisor(2),
+        rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
+        alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )
+    pairs: dict[str, Pair] = {}
+    for name, pair in new.items():
+        a, b = jnp.concatenate([pair.a, old[name].a], -2), jnp.concatenate([pair.b, -old[name].b], -1)
+        pairs[name] = dataclasses.replace(pair, a=a, b=b)
+    return factors.build(pairs, doubled, [trained, first], "for_original_base")
+
+
+def _require_product_start(config: Config) -> lora.LoraConfig:
+    """Return the configuration; raise `ConfigError` if the change since the start is no product of twice the rank."""
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
             "cannot convert a LoftQ adapter: LoftQ quantized the base, and the adapter does not contain the rounding"
@@ -333,7 +357,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
             " base again"
         )
     why = lora.reasons_not_a_product(config)
-    if why or not isinstance(config, LoraConfig):
+    if why or not isinstance(config, lora.LoraConfig):
         raise ConfigError(
             "cannot convert: the change since the start is not a product of two matrices: " + "; ".join(why)
         )
@@ -342,38 +366,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
             "cannot convert use_rslora with rank_pattern or alpha_pattern: no patterns of the doubled rank have the"
             " same scales (PEFT refuses it too). jaxadapt.merging.to_lora((original, merged), r) approximates it"
         )
-    new, old = adapter.flat(), first.flat()
-    differ = [p for p in new.keys() | old.keys() if p not in new or p not in old or new[p].shape != old[p].shape]
-    if differ or config != first.config:
-        raise MismatchError(
-            "first: expected an adapter of the same shapes and configuration as the trained one"
-            + ("; they differ at:\n" + paths.bullets(sorted(differ)) if differ else "")
-        )
-    out: dict[str, Array] = {}
-    for site in sites.sites_of(adapter):
-        for tensor, entry in zip(site.tensors, site.entries, strict=True):
-            start = -old[entry.path] if tensor.name in site.method.scaled else old[entry.path]
-            out[entry.path] = _concatenate_ranks(entry.form, new[entry.path], start)
-    doubled = config.with_default_init().replace(
-        r=2 * config.r,
-        lora_alpha=config.lora_alpha * config.scale_divisor(2),
-        rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
-        alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
-    )
-    return Adapter(doubled, paths.unflatten(out), adapter.keymap)
-
-
-def _concatenate_ranks(form: FileLayout, new: Any, old: Any) -> Any:
-    """Concatenate two arrays of one layout along the rank; per tensor if the tensors differ in rank."""
-    axis = form.left.index(RANK)
-    if form.ranks is None:
-        return jnp.concatenate([new, old], axis)
-    out = jnp.zeros([2 * n if i == axis else n for i, n in enumerate(form.shape)], new.dtype)
-    for i, rank in enumerate(form.ranks):
-        first = form.index(i)
-        second = tuple(slice(rank, 2 * rank) if j == axis else part for j, part in enumerate(first))
-        out = out.at[first].set(new[first]).at[second].set(old[first])
-    return out
+    return config
 
 
 def residual_base(recipe: Recipe, adapter_sites: Sequence[Site], weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -333,57 +333,57 @@ def find_components(
         raise AttachError("EVA needs at least one batch: batches= is empty")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
     wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
-    seen = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})(
-        {}, batches[0], tokens(batches[0])
-    )
-    groups = _group_equal_inputs(adapter_sites, seen)
-    most = {m: round(wanted[m] * settings.rho) for m in wanted}
-    for group in groups.values():
-        most |= dict.fromkeys(group, max(most[m] for m in group))
+    observe_moments = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})
+    groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
+    most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
     places = {m: (site, layer) for site in adapter_sites for m, layer in site.layers.items()}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
+    k = _component_counts(group_sites, most)
+    observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
+    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
+    converged = {m: np.zeros(most[m], bool) for m in groups}
+    ranks = dict(most)
+    for batch in itertools.islice(itertools.cycle(batches), _LIMIT):
+        state_of = {m: states[places[m][0].leaf][places[m][1]] for m in groups}
+        if all(state[-1, 1] > 0 for state in state_of.values()):
+            ranks = _distribute_ranks(groups, most, sum(wanted.values()), state_of)
+        going_on = [m for m in groups if not converged[m][: ranks[m]].all()]
+        if not going_on:
+            return _select_components(groups, state_of, ranks, settings)
+        after = _next_states(observe, group_sites, states, batch, tokens(batch))
+        for module in going_on:
+            site, layer = places[module]
+            before, state = state_of[module], after[site.leaf][layer]
+            if 0 < before[-1, 1] < state[-1, 1]:
+                converged[module] = _cosines(before, state, most[module]) >= settings.tau
+            states[site.leaf][layer] = state
+    raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
+
+
+def _component_counts(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
+    """Return {leaf: number of components}; raise `ConfigError` for layers with fewer inputs."""
     k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
     raise_listed(
         ConfigError,
         "r * rho exceeds the inputs of these layers; lower r or rho:",
         [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
     )
-    observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
-    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
-    converged = {m: np.zeros(most[m], bool) for m in groups}
-    ranks = dict(most)
+    return k
 
-    def state_of(module: str) -> np.ndarray:
-        site, layer = places[module]
-        return states[site.leaf][layer]
 
-    for batch in itertools.islice(itertools.cycle(batches), _LIMIT):
-        done = {m: bool(converged[m][: ranks[m]].all()) for m in groups}
-        if all(done.values()):
-            return {
-                m: _select_components(state_of(head), ranks[m], settings)
-                for head, group in groups.items()
-                for m in group
-            }
-        new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in group_sites}, batch, tokens(batch))
-        for site in group_sites:
-            if float(np.max(split_layers(site, new[site.leaf])[:, -1, 0])) > 1:
-                raise AttachError(
-                    f"{site.leaf}: EVA does not support a layer that runs several times in one call of the model;"
-                    " exclude it with exclude_modules"
-                )
-        for module in groups:
-            if not done[module]:
-                site, layer = places[module]
-                before, after = state_of(module), np.asarray(split_layers(site, new[site.leaf])[layer])
-                if 0 < before[-1, 1] < after[-1, 1]:
-                    converged[module] = _cosines(before, after, most[module]) >= settings.tau
-                states[site.leaf][layer] = after
-        if all(state_of(m)[-1, 1] > 0 for m in groups):
-            ranks = _distribute_ranks(
-                groups, most, sum(wanted.values()), {m: _explained_variance(state_of(m), most[m]) for m in groups}
-            )
-    raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
+def _next_states(
+    observe: Observer, group_sites: Sequence[Site], states: Mapping[str, np.ndarray], batch: Any, tokens: Any
+) -> dict[str, np.ndarray]:
+    """Return the states, by leaf, after another batch; raise `AttachError` for layers that ran several times in it."""
+    new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in group_sites}, batch, tokens)
+    after = {b.leaf: np.asarray(split_layers(b, new[b.leaf])) for b in group_sites}
+    raise_listed(
+        AttachError,
+        "EVA does not support a layer that runs several times in one call of the model; exclude these with"
+        " exclude_modules:",
+        [leaf for leaf, state in after.items() if state[:, -1, 0].max() > 1],
+    )
+    return after
 
 
 def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -420,9 +420,10 @@ def _explained_variance(state: np.ndarray, k: int) -> np.ndarray:
 
 
 def _distribute_ranks(
-    groups: Mapping[str, Sequence[str]], most: Mapping[str, int], budget: int, explained: Mapping[str, np.ndarray]
+    groups: Mapping[str, Sequence[str]], most: Mapping[str, int], budget: int, states: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
     """Distribute the budget to the components that explain the most variance; return {module: rank}."""
+    explained = {m: _explained_variance(state, most[m]) for m, state in states.items()}
     head = {m: first for first, group in groups.items() for m in group}
     order = [*groups, *(m for first, group in groups.items() for m in group if m != first)]
     keys = [m for m in order for _ in range(most[m])]
@@ -436,9 +437,17 @@ def _distribute_ranks(
     return counts
 
 
-def _select_components(state: np.ndarray, rank: int, settings: Settings) -> np.ndarray:
-    # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
-    return state[:rank] / np.sqrt(state[-4, :rank, None]) if settings.whiten else state[:rank]
+def _select_components(
+    groups: Mapping[str, Sequence[str]], states: Mapping[str, np.ndarray], ranks: Mapping[str, int], settings: Settings
+) -> dict[str, np.ndarray]:
+    """Return {module: components (rank, in)}, from the state of each group."""
+    selected: dict[str, np.ndarray] = {}
+    for head, group in groups.items():
+        state, sizes = states[head], np.sqrt(states[head][-4])
+        for m in group:
+            # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
+            selected[m] = state[: ranks[m]] / sizes[: ranks[m], None] if settings.whiten else state[: ranks[m]]
+    return selected
 
 
 def _token_mask(batch: Any, settings: Settings) -> Any:

@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.full_copies import tied_heads
-from jaxadapt.adapters.site import Site, map_layers
+from jaxadapt.adapters.site import Site, Sites, map_layers
 from jaxadapt.adapters.sites import require_complete, sites_of
 from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.axes import Axes
@@ -430,6 +430,38 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
+    _check_fit(sites, base, adapter)
+    own, shared = adapter.sites, adapter.shared
+    tensors_of = {site.leaf: {**own[site.leaf], **({} if site.method.copies else shared)} for site in sites}
+    changes: dict[str, ChangedLeaf] = {}
+    without_bias: list[str] = []
+    for site in sorted(sites, key=lambda site: not site.method.copies):  # a copied bias comes before an addition to it
+        changes[site.leaf] = ChangedLeaf(site, tensors_of[site.leaf], base[site.leaf], weight)
+        bias_path = paths.join(site.leaf.rpartition(".")[0], "bias")
+        if site.effects.bias is not None:
+            if bias_path in base:
+                changes[bias_path] = ChangedLeaf(
+                    site, tensors_of[site.leaf], changes.get(bias_path, base[bias_path]), bias
+                )
+            elif site.effects.bias == "adds":
+                without_bias.append(site.leaf)
+    raise_listed(
+        AttachError,
+        "cannot merge: the adapter adds a bias to these layers, which have none. Build the model with biases, or keep"
+        " the adapter beside it:",
+        without_bias,
+    )
+    for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
+        try:  # a method's errors are raised before any change
+            arrays = {**leaf.params, **leaf.site.data}
+            jax.eval_shape(change, leaf.spec, {name: spec_of(x) for name, x in arrays.items()})
+        except AttachError as error:
+            raise AttachError(f"{leaf.site.leaf}: {error}") from error
+    return changes
+
+
+def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
+    """Raise an error unless an adapter can be merged into these weights; warn of doubtful ties."""
     require_complete(adapter.flat(), sites)
     require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
@@ -479,33 +511,6 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_unknown_ties(sites, base)
-    own, shared = adapter.sites, adapter.shared
-    tensors_of = {site.leaf: {**own[site.leaf], **({} if site.method.copies else shared)} for site in sites}
-    changes: dict[str, ChangedLeaf] = {}
-    without_bias: list[str] = []
-    for site in sorted(sites, key=lambda site: not site.method.copies):  # a copied bias comes before an addition to it
-        changes[site.leaf] = ChangedLeaf(site, tensors_of[site.leaf], base[site.leaf], weight)
-        bias_path = paths.join(site.leaf.rpartition(".")[0], "bias")
-        if site.effects.bias is not None:
-            if bias_path in base:
-                changes[bias_path] = ChangedLeaf(
-                    site, tensors_of[site.leaf], changes.get(bias_path, base[bias_path]), bias
-                )
-            elif site.effects.bias == "adds":
-                without_bias.append(site.leaf)
-    raise_listed(
-        AttachError,
-        "cannot merge: the adapter adds a bias to these layers, which have none. Build the model with biases, or keep"
-        " the adapter beside it:",
-        without_bias,
-    )
-    for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
-        try:  # a method's errors are raised before any change
-            arrays = {**leaf.params, **leaf.site.data}
-            jax.eval_shape(change, leaf.spec, {name: spec_of(x) for name, x in arrays.items()})
-        except AttachError as error:
-            raise AttachError(f"{leaf.site.leaf}: {error}") from error
-    return changes
 
 
 def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> None:

@@ -1,12 +1,8 @@
 """Combine several adapters of one base into one, as PEFT's `add_weighted_adapter` does.
 
 PEFT has it for LoRA and IA3. The operators follow PEFT's `utils/merge_utils.py` and `tuners/lora/model.py`: TIES (Yadav
-et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099), magnitude pruning, and weighted sums.
-
-The operators that combine the factors of several LoRA adapters, leaf by leaf.
-
-They follow PEFT's `utils/merge_utils.py`: TIES (Yadav et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023,
-arXiv:2311.03099), magnitude pruning, and weighted sums.
+et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099), magnitude pruning, and weighted sums. They work
+on pairs of matrices, module by module, for adapters of a model and for PEFT's tensors.
 """
 
 from __future__ import annotations
@@ -18,22 +14,21 @@ import numbers
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxadapt import methods
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_listed
-from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.merging.factors import FactorRows, Factors, JointMatrix, joint_matrices
+from jaxadapt.merging.pairs import Pair, module_name
 from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.registry import METHODS as KNOWN
 
 # ---------------------------------------------------------------- operators
 
@@ -51,84 +46,46 @@ class Combination:
     total: bool
 
 
-def combine_leaf(
-    factors_of: Mapping[int, Factors], weights: Sequence[Any], combination: Combination, noise: Any
-) -> FactorRows:
-    """Return the new matrices of one leaf, from the factors of the adapters (by index) that have it.
-
-    Modules with the same adapters, ranks and scales are computed together.
-    """
-    groups: dict[tuple[tuple[int, int, float], ...], list[str]] = {}
-    for module in dict.fromkeys(module for leaf_factors in factors_of.values() for module in leaf_factors.modules):
-        present = {i: leaf_factors for i, leaf_factors in factors_of.items() if module in leaf_factors.modules}
-        signature = tuple(
-            (i, leaf_factors.rank_of(module), leaf_factors.scales_of([module])[0])
-            for i, leaf_factors in present.items()
-        )
-        groups.setdefault(signature, []).append(module)
-    rows: list[FactorRows] = []
-    for signature, modules in groups.items():
-        indices, ranks, scales = zip(*signature, strict=True)
-        pairs = [factors_of[i] for i in indices]
-        a = tuple(one_factors.rows_of("a", modules)[:, :r] for one_factors, r in zip(pairs, ranks, strict=True))
-        b = tuple(one_factors.rows_of("b", modules)[:, :, :r] for one_factors, r in zip(pairs, ranks, strict=True))
-        chosen_masks = [noise[i] for i in indices] if noise else None
-        masks = chosen_masks and [
-            tuple(one_factors.rows_at(mask, modules) for mask in mask_rows)
-            for mask_rows, one_factors in zip(chosen_masks, pairs, strict=True)
-        ]
-        if masks and not combination.method.endswith("svd"):
-            masks = [(mask_a[:, :r], mask_b[:, :, :r]) for (mask_a, mask_b), r in zip(masks, ranks, strict=True)]
-        module_weights = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in indices])
-        rows.append(FactorRows(tuple(modules), *_combine_modules(combination, scales, a, b, module_weights, masks)))
-    return FactorRows.concatenate(rows)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _combine_modules(
+def _combine_matrices(
     combination: Combination, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
 ) -> tuple[Array, Array]:
-    """Return A (n, r, in) and B (n, out, r) of n modules, from those of each adapter."""
+    """Return A (r, in) and B (out, r) of one matrix, or of each expert's, from those of each adapter.
+
+    Args:
+        masks: DARE's masks of A and B of each adapter, or of its weight change; None for other methods.
+    """
+    if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
+        return jax.lax.map(
+            lambda each: _combine_matrices(combination, scales, *each[:2], weights, each[2]), (a, b, masks)
+        )
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
     if combination.method == "cat":
         # PEFT puts the weight and the scale on A.
         scaled = [x * s for x, s in zip(a, scaled_weights, strict=True)]
-        return factors.pad_rank(jnp.concatenate(scaled, 1), jnp.concatenate(b, 2), combination.r)
+        return factors.pad_rank(jnp.concatenate(scaled), jnp.concatenate(b, 1), combination.r)
     if combination.method == "svd":
-        stacked = jnp.concatenate([x * s for x, s in zip(b, scaled_weights, strict=True)], 2), jnp.concatenate(a, 1)
-        u, s, vh = factors.product_svd(*stacked)
-        return factors.truncate_svd(u, s, vh, combination.r)
+        scaled = [x * s for x, s in zip(b, scaled_weights, strict=True)]
+        return factors.truncate_svd(*factors.product_svd(jnp.concatenate(scaled, 1), jnp.concatenate(a)), combination.r)
     if combination.method.endswith("_svd"):
-
-        def combine_module(row: Any) -> tuple[Array, Array]:
-            a, b, masks = row
-            deltas = jnp.stack([s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)])
-            mixed = _combine_tensors(
-                combination, deltas, weights, None if masks is None else jnp.stack([m for (m,) in masks])
-            )
-            u, s, vh = factors.svd(mixed)
-            return factors.truncate_svd(u, s, vh, combination.r)
-
-        return jax.lax.map(combine_module, (a, b, masks))  # one by one: a change is as large as its weight
+        changes = [s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)]
+        mixed = _combine_tensors(combination, changes, weights, masks and [mask for mask, _ in masks])
+        return factors.truncate_svd(*factors.svd(mixed), combination.r)
     roots = [jnp.sqrt(jnp.abs(s)) for s in scaled_weights]
     # The sign is on A only.
     signed_roots = jnp.stack([r * jnp.where(s >= 0, 1, -1) for r, s in zip(roots, scaled_weights, strict=True)])
-    combined: list[Array] = []
-    for side, tensors, side_weights in ((0, a, signed_roots), (1, b, jnp.stack(roots))):
-        side_masks = None if masks is None else jnp.stack([m[side] for m in masks], 1)
-        combined.append(
-            jax.vmap(functools.partial(_combine_tensors, combination), (0, None, 0))(
-                jnp.stack(tensors, 1), side_weights, side_masks
-            )
-        )
-    return factors.pad_rank(combined[0], combined[1], combination.r)
+    mixed_a = _combine_tensors(combination, a, signed_roots, masks and [mask for mask, _ in masks])
+    mixed_b = _combine_tensors(combination, b, jnp.stack(roots), masks and [mask for _, mask in masks])
+    return factors.pad_rank(mixed_a, mixed_b, combination.r)
 
 
-def _combine_tensors(combination: Combination, tensors: Array, weights: Array, masks: Array | None) -> Array:
-    """Combine the adapters' tensors (k, …) of one module into one."""
-    broadcast_weights = weights.reshape((-1,) + (1,) * (tensors.ndim - 1))
+def _combine_tensors(
+    combination: Combination, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
+) -> Array:
+    """Combine the adapters' matrices of one module into one."""
+    tensors, broadcast_weights = jnp.stack(of_adapters), weights.reshape(-1, 1, 1)
     if masks is not None:  # DARE: the kept values are scaled up for the dropped ones
-        tensors = tensors * masks.astype(tensors.dtype) / combination.density
+        tensors = tensors * jnp.stack(masks).astype(tensors.dtype) / combination.density
     elif combination.density < 1:
         tensors = jnp.stack([_keep_largest(tensor, int(combination.density * tensor.size)) for tensor in tensors])
     if "ties" not in combination.method:
@@ -153,7 +110,19 @@ METHODS = (
     "svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+_PRUNING = ("ties", "dare", "magnitude")
 _SIGNS = ("total", "frequency")
+
+
+class Options(NamedTuple):
+    """The options of `combine`."""
+
+    method: str = "svd"
+    svd_rank: Any = None
+    density: Any = None
+    majority_sign_method: str = "total"
+    key: Any = None
+    masks: Sequence[Mapping[str, Any]] | None = None
 
 
 def combine(
@@ -186,9 +155,9 @@ def combine(
         masks: DARE's masks instead of `key`, one tree for each adapter: shaped as its `params`, or for "dare…_svd" with
             one mask (of the base weight's shape) in place of each adapted leaf.
 
-    Leaves that are one matrix in PyTorch are joined (queries, keys and values that share one A, as in PEFT's files; see
-    `joint`). The result has scale 1 (`lora_alpha = r`, no patterns, `use_rslora=False`), float32 arithmetic, the
-    adapters' dtype, and the union of their targets.
+    Leaves that are one matrix in PyTorch are joined: queries, keys and values that share one A, as in PEFT's files. The
+    result has scale 1 (`lora_alpha = r`, no patterns, `use_rslora=False`), float32 arithmetic, the adapters' dtype, and
+    the union of their targets.
 
     Deliberate differences from PEFT: PEFT keeps the first adapter's `use_rslora`, which scales the result by √r. It
     uses the first's `exclude_modules` and `layers_to_transform` for all, and drops the modules they leave out. With
@@ -206,60 +175,75 @@ def combine(
     >>> both.config.r, both.params["q"]["kernel"]["lora_A"].shape
     (4, (4, 4))
     """
-    adapters, weights = list(adapters), list(weights)
-    _check_arguments(adapters, weights, method, svd_rank, density, majority_sign_method, key, masks)
-    if summed_type(adapter.config for adapter in adapters) is not None:
-        flat = [adapter.flat() for adapter in adapters]
-        return dataclasses.replace(adapters[0], params=paths.unflatten(sum_tensors(flat, weights, method)))
-    by_adapter = [factors.lora_factors(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
-    keymap = factors.common_keymap(
-        (adapter.keymap for adapter in adapters), (leaf for by_leaf in by_adapter for leaf in by_leaf)
-    )
-    leaf_factors = {
-        leaf: [by_leaf[leaf] for by_leaf in by_adapter if leaf in by_leaf] for by_leaf in by_adapter for leaf in by_leaf
-    }
-    _check_sizes(leaf_factors, by_adapter, method)
-    configs: list[Any] = [adapter.config for adapter in adapters]
-    ranks = [config.largest_rank for config in configs]
-    r = sum(ranks) if method == "cat" else int(svd_rank) if svd_rank and method.endswith("svd") else max(ranks)
+    options = Options(method, svd_rank, density, majority_sign_method, key, masks)
+    return combine_plain(list(adapters), list(weights), options)
 
-    combination = Combination(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
-    rows: dict[str, FactorRows] = {}
+
+def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], options: Options) -> factors.Plain:
+    """Combine adapters as `combine` does, in a model's layout or as PEFT's tensors."""
+    _check_arguments(adapters, weights, options)
+    configs: list[Any] = [adapter.config for adapter in adapters]
+    first, method, density = adapters[0], options.method, options.density
+    if summed_type(configs) is not None:
+        summed = _sum_tensors([a.flat() if isinstance(a, Adapter) else a.tensors for a in adapters], weights, method)
+        if isinstance(first, Adapter):
+            return dataclasses.replace(first, params=paths.unflatten(summed))
+        return dataclasses.replace(first, tensors=summed)
+    by_adapter = [factors.pairs_of(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
+    _check_sizes(by_adapter, method)
+    ranks = [config.largest_rank for config in configs]
+    r = sum(ranks) if method == "cat" else max(ranks)
+    r = int(options.svd_rank) if options.svd_rank and method.endswith("svd") else r
+    is_total = options.majority_sign_method == "total"
+    combination = Combination(method, r, 1.0 if density is None else float(density), is_total)
+    masks = None
+    if options.masks is not None:
+        given = zip(adapters, by_adapter, options.masks, strict=True)
+        masks = [_given_masks(*each, i, method) for i, each in enumerate(given)]
+    combined = combine_pairs(by_adapter, weights, combination, options.key, masks)
+    return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")
+
+
+def combine_pairs(
+    adapters: Sequence[Mapping[str, Pair]],
+    weights: Sequence[Any],
+    combination: Combination,
+    key: Any = None,
+    masks: Sequence[Mapping[str, Pair]] | None = None,
+) -> dict[str, Pair]:
+    """Return the combined pairs of `{module: pair}` of each adapter, with scale 1.
+
+    Args:
+        key, masks: DARE's; the masks are pairs of masks, or have the mask of the weight change for both factors.
+    """
+    elementwise = combination.method in ("cat", "linear")  # joining the parts of one matrix makes no difference
+    names = dict.fromkeys(name for pairs in adapters for name in pairs)
+    parts_of = {name: [name] for name in names} if elementwise else factors.find_parts(adapters)
+    whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
+    kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
+    combined: dict[str, Pair] = {}
     with jax.default_matmul_precision("highest"):
-        first = {leaf: several_factors[0] for leaf, several_factors in leaf_factors.items()}
-        elementwise = method in ("cat", "linear")  # joining the leaves of one matrix makes no difference
-        for matrix in [JointMatrix((leaf,)) for leaf in leaf_factors] if elementwise else joint_matrices(by_adapter):
-            present = {i: matrix.factors(by_leaf) for i, by_leaf in enumerate(by_adapter) if matrix.is_present(by_leaf)}
-            svd = method.endswith("svd")
-            noise = (
-                _dare_masks(matrix, by_adapter, keymap, svd, float(density or 0), key, masks)
-                if method.startswith("dare")
-                else {}
-            )
-            rows |= matrix.split(combine_leaf(present, weights, combination, noise), first)
-    named_modules = [
-        (module, site_factors.site.method.on_parameters)
-        for several_factors in leaf_factors.values()
-        for site_factors in several_factors
-        for module in site_factors.site.modules
-    ]
-    modules, parameters = (
-        [module for module, is_parameter in dict.fromkeys(named_modules) if is_parameter == wanted]
-        for wanted in (False, True)
-    )
-    config = _combined_config(configs, r, modules, parameters)
-    dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
-    return factors.build_adapter(config, keymap, first, rows, dtype)
+        for matrix in parts_of:
+            having = {i: pairs[matrix] for i, pairs in enumerate(whole) if matrix in pairs}
+            noise = None if kept is None else [(kept[i][matrix].a, kept[i][matrix].b) for i in having]
+            if key is not None:
+                matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
+                noise = [_draw_masks(combination, p, jax.random.fold_in(matrix_key, i)) for i, p in having.items()]
+            scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
+            shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
+            a, b = _combine_matrices(combination, scales, a, b, shares, noise)
+            combined[matrix] = dataclasses.replace(next(iter(having.values())), a=a, b=b, scale=1.0)
+    return factors.split_parts(combined, parts_of)
 
 
 def summed_type(configs: Iterable[Config]) -> str | None:
     """Return the type of adapters that PEFT combines by the weighted sum of their tensors; None for other adapters."""
     types = {config.peft_type for config in configs}
     peft_type = types.pop() if len(types) == 1 else ""
-    return peft_type if peft_type in methods.METHODS and methods.METHODS[peft_type].sums else None
+    return peft_type if peft_type in KNOWN and KNOWN[peft_type].sums else None
 
 
-def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], method: str) -> dict[str, Array]:
+def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], method: str) -> dict[str, Array]:
     """Return the weighted sum of the tensors of several adapters, which all have the same ones, in their dtype.
 
     Raises `ConfigError` for another method than "linear", `MismatchError` for tensors that differ.
@@ -287,99 +271,104 @@ def sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], 
 # ---------------------------------------------------------------- checks
 
 
-def _check_arguments(
-    adapters: Sequence[Any],
-    weights: Sequence[Any],
-    method: str,
-    svd_rank: Any,
-    density: Any,
-    signs: str,
-    key: Any,
-    masks: Any,
-) -> None:
+def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: Options) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    prunes, is_dare = method.startswith(("ties", "dare", "magnitude")), method.startswith("dare")
-    is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
-    is_rank = isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0
-    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    count, has_noise = len(adapters), key is not None or masks is not None
-    masks_found = count if masks is None else len(masks)
-    rules = {
-        "adapters: expected at least one": not adapters,
-        f"weights: expected one for each of the {count} adapters, found {len(weights)}": len(weights) != count,
-        **{f"weights: expected finite numbers, found {w!r}": True for w in invalid},
-        f"method: expected one of {', '.join(METHODS)}, found {method!r}": method not in METHODS,
-        f"svd_rank={svd_rank!r}: has no effect with method {method!r}": svd_rank is not None
-        and not method.endswith("svd"),
-        f"svd_rank: expected a positive integer, found {svd_rank!r}": method.endswith("svd")
-        and svd_rank is not None
-        and not is_rank,
-        f"density: method {method!r} needs a number from 0 to 1, found {density!r}": prunes and not is_density,
-        f"density={density!r}: has no effect with method {method!r}": not prunes and density is not None,
-        "density: DARE divides by it, so it cannot be 0": is_dare and density == 0,
-        f"method {method!r} needs key= (a JAX random key) or masks=, and not both": is_dare
-        and (key is None) == (masks is None),
-        f"masks: expected one tree for each of the {count} adapters, found {masks_found}": is_dare
-        and masks_found != count,
-        f"key and masks are for DARE; they have no effect with method {method!r}": has_noise and not is_dare,
-        f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}": signs not in _SIGNS,
-        f"majority_sign_method={signs!r}: has no effect with method {method!r}": signs == "frequency"
-        and "ties" not in method,
-    }
-    problems = [problem for problem, applies in rules.items() if applies]
-    is_summed = summed_type(x.config for x in adapters if isinstance(x, Adapter)) is not None
+    problems = [*_option_problems(options, len(adapters)), *_weight_problems(weights, len(adapters))]
+    known = {i: each.config for i, each in enumerate(adapters) if isinstance(each, Adapter | PeftTensors)}
+    is_summed = summed_type(known.values()) is not None
     for i, adapter in enumerate(adapters):
-        if isinstance(adapter, Adapter):
-            if is_summed:
-                continue
-            reasons = lora.reasons_not_a_product(adapter.config)
-            if isinstance(adapter.config, LoraConfig) and lora.changes_base(adapter.config):
-                reasons.append(f"{lora.init_field(adapter.config)}: its base differs from the others'")
-            problems += [f"adapter {i}: {reason}" for reason in reasons]
-        else:
+        if i not in known:
             type_name = type(adapter).__name__
             problems.append(f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type_name}")
+        elif not is_summed:
+            label = adapter.source if isinstance(adapter, PeftTensors) else f"adapter {i}"
+            problems += [f"{label}: {reason}" for reason in lora.reasons_not_a_product(known[i])]
+            if lora.changes_base(known[i]):
+                problems.append(f"{label}: {lora.init_field(known[i])}: its base differs from the others'")
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
-def _check_sizes(
-    leaf_factors: Mapping[str, Sequence[Factors]], by_adapter: Sequence[Mapping[str, Factors]], method: str
-) -> None:
+def _weight_problems(weights: Sequence[Any], count: int) -> list[str]:
+    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
+    problems = [] if count else ["adapters: expected at least one"]
+    problems += [f"weights: expected one for each of the {count} adapters, found {len(weights)}"] * (
+        len(weights) != count
+    )
+    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
+
+
+def _option_problems(options: Options, count: int) -> list[str]:
+    method, svd_rank, density, signs, key, masks = options
+    is_svd, is_dare, prunes = method.endswith("svd"), method.startswith("dare"), method.startswith(_PRUNING)
+    is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
+    is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
+    masks_found = count if masks is None else len(masks)
+    rules = (
+        (method not in METHODS, f"method: expected one of {', '.join(METHODS)}, found {method!r}"),
+        (svd_rank is not None and not is_svd, f"svd_rank={svd_rank!r}: has no effect with method {method!r}"),
+        (is_svd and not is_rank, f"svd_rank: expected a positive integer, found {svd_rank!r}"),
+        (
+            prunes and not is_density,
+            f"density: method {method!r} needs a number from 0 to 1, found {density!r}",
+        ),
+        (not prunes and density is not None, f"density={density!r}: has no effect with method {method!r}"),
+        (is_dare and density == 0, "density: DARE divides by it, so it cannot be 0"),
+        (
+            is_dare and (key is None) == (masks is None),
+            f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
+        ),
+        (
+            is_dare and masks_found != count,
+            f"masks: expected one tree for each of the {count} adapters, found {masks_found}",
+        ),
+        (
+            not is_dare and not (key is None and masks is None),
+            f"key and masks are for DARE; they have no effect with method {method!r}",
+        ),
+        (signs not in _SIGNS, f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}"),
+        (
+            signs == "frequency" and "ties" not in method,
+            f"majority_sign_method={signs!r}: has no effect with method {method!r}",
+        ),
+    )
+    return [problem for applies, problem in rules if applies]
+
+
+def _check_sizes(adapters: Sequence[Mapping[str, Pair]], method: str) -> None:
     """Raise an error if the adapters differ in a weight's sizes, or in its rank for methods on A and B separately."""
     problems: list[str] = []
     ranks: list[str] = []
-    for leaf, several_factors in leaf_factors.items():
-        sizes = {(one_factors.a.shape[2], one_factors.b.shape[1]) for one_factors in several_factors}
+    for name in dict.fromkeys(name for pairs in adapters for name in pairs):
+        having = {i: pairs[name] for i, pairs in enumerate(adapters) if name in pairs}
+        sizes = {pair.sizes for pair in having.values()}
         if len(sizes) > 1:
-            problems.append(f"{leaf}: sizes (in, out) " + " and ".join(str(list(size)) for size in sorted(sizes)))
-        if method == "cat" or method.endswith("svd"):
-            continue
-        ranks_of: dict[str, set[int]] = {}
-        for module, rank in (
-            (module, rank)
-            for one_factors in several_factors
-            for module, rank in zip(one_factors.modules, one_factors.ranks, strict=True)
-        ):
-            ranks_of.setdefault(module, set()).add(rank)
-        if any(len(module_ranks) > 1 for module_ranks in ranks_of.values()):
-            leaf_ranks = [
-                (i, sorted(set(by_leaf[leaf].ranks))) for i, by_leaf in enumerate(by_adapter) if leaf in by_leaf
-            ]
-            ranks.append(
-                f"{leaf}: " + ", ".join(f"{' or '.join(map(str, values))} in adapter {i}" for i, values in leaf_ranks)
-            )
-    raise_listed(MismatchError, "cannot combine adapters of models of different sizes:", problems)
+            problems.append(f"{name}: sizes (in, out) " + " and ".join(str(list(size)) for size in sorted(sizes)))
+        if len({pair.rank for pair in having.values()}) > 1:
+            ranks.append(f"{name}: " + ", ".join(f"{pair.rank} in adapter {i}" for i, pair in having.items()))
+    raise_listed(
+        MismatchError,
+        "cannot combine adapters of models of different sizes; convert each for one model with"
+        " from_peft(to_peft(adapter), model):",
+        problems,
+    )
     raise_listed(
         ConfigError,
         f"method {method!r} works on A and B separately, so a weight must have one rank in all adapters:",
-        ranks,
+        [] if method == "cat" or method.endswith("svd") else ranks,
         '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank',
     )
 
 
-def _combined_config(configs: Sequence[Any], r: int, modules: list[str], parameters: list[str]) -> LoraConfig:
-    """Return the first configuration with scale 1 and the union of the targets, in PEFT's form where that is exact."""
-    first: LoraConfig = configs[0].with_scale_one(r).with_default_init()
+def _combined_config(configs: Sequence[Any], r: int, names: Iterable[str]) -> lora.LoraConfig:
+    """Return the first configuration with scale 1 and the union of the targets, in PEFT's form where that is exact.
+
+    Args:
+        names: the modules and parameters of all adapters.
+    """
+    modules = {module_name(name) for name in names}
+    parameters = {name for name in modules if any(matching.is_parameter(config, name) for config in configs)}
+    modules -= parameters
+    first: lora.LoraConfig = configs[0].with_scale_one(r).with_default_init()
     if parameters:
         names = sorted({name for config in configs for name in config.target_parameters or ()})
         first = first.replace(target_parameters=names)
@@ -410,60 +399,50 @@ def _join_expressions(expressions: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------- masks
 
 
-def _dare_masks(
-    matrix: JointMatrix,
-    by_adapter: Sequence[Mapping[str, Factors]],
-    keymap: KeyMap,
-    svd: bool,
-    density: float,
-    key: Any,
-    masks: Any,
-) -> dict[int, tuple[Array, ...]]:
-    """Return DARE's masks of one matrix: for each adapter those of A and B, or that of the weight change."""
-    masks_of: dict[int, tuple[Array, ...]] = {}
-    for i, by_leaf in enumerate(by_adapter):
-        if not matrix.is_present(by_leaf):
-            continue
-        joint = matrix.factors(by_leaf)
-        if masks is not None:
-            flat = paths.flatten(masks[i])
-            parts = [_given_masks(leaf, by_leaf[leaf], keymap, svd, i, flat) for leaf in matrix.leaves]
-            masks_of[i] = parts[0] if svd else matrix.join(*zip(*parts, strict=True))
-            continue
-        shapes = [(len(joint.modules), joint.b.shape[1], joint.a.shape[2])] if svd else [joint.a.shape, joint.b.shape]
-        matrix_key = jax.random.fold_in(jax.random.fold_in(key, i), zlib.crc32(matrix.leaves[0].encode()))
-        keys = jax.random.split(matrix_key, len(shapes))
-        masks_of[i] = tuple(jax.random.bernoulli(k, density, shape) for k, shape in zip(keys, shapes, strict=True))
-    return masks_of
+def _draw_masks(combination: Combination, pair: Pair, key: Any) -> tuple[Array, Array]:
+    """Return DARE's masks of A and B of one matrix, or twice the mask of its weight change."""
+    if combination.method.endswith("svd"):
+        mask = jax.random.bernoulli(key, combination.density, (*pair.b.shape[:-1], pair.a.shape[-1]))
+        return mask, mask
+    key_a, key_b = jax.random.split(key)
+    a, b = (jax.random.bernoulli(k, combination.density, x.shape) for k, x in ((key_a, pair.a), (key_b, pair.b)))
+    return a, b
 
 
 def _given_masks(
-    leaf: str, leaf_factors: Factors, keymap: KeyMap, svd: bool, i: int, flat: Mapping[str, Any]
-) -> tuple[Array, ...]:
-    """Return the caller's masks of one leaf, as matrices.
+    adapter: factors.Plain, pairs: Mapping[str, Pair], masks: Mapping[str, Any], i: int, method: str
+) -> dict[str, Pair]:
+    """Return the caller's masks by module, as `combine_pairs` takes them.
 
     Raises `MismatchError` if they are missing or have other shapes.
     """
-    expected = [leaf] if svd else [entry.path for entry in leaf_factors.entries]
+    assert isinstance(adapter, Adapter)
+    shapes, flat, on_change = (
+        {path: x.shape for path, x in adapter.flat().items()},
+        paths.flatten(masks),
+        sites_of(adapter) if method.endswith("svd") else (),
+    )
+    raise_listed(
+        ConfigError,
+        "masks of weight changes are for linear layers and embeddings; leave these out, or pass key=:",
+        [site.leaf for site in on_change if not factors.has_one_pair(site)],
+    )
+    expected = [site.leaf for site in on_change] or list(shapes)
     missing = [path for path in expected if path not in flat]
     if missing:
         raise MismatchError(f"masks[{i}]: expected a mask at {', '.join(missing)}, found {paths.bullets(flat)}")
+    own = {path: jnp.asarray(flat[path], jnp.float32) for path in expected}
+    wrong = [path for path, x in own.items() if x.shape != shapes.get(path, x.shape)]
+    chosen: dict[str, Pair] = {}
     try:
-        if svd:
-            mask = factors.weight_matrices(keymap, leaf_factors.site, jnp.asarray(flat[leaf]), scaled=False)
-            leaf_masks, shapes = (
-                (mask,),
-                [(len(leaf_factors.modules), leaf_factors.b.shape[1], leaf_factors.a.shape[2])],
-            )
-        else:
-            leaf_masks = factors.site_matrices(
-                leaf_factors.site, {path.rpartition(".")[2]: jnp.asarray(flat[path]) for path in expected}, False
-            )
-            shapes = [leaf_factors.a.shape, leaf_factors.b.shape]
-    except (ValueError, TypeError, KeyMapError) as error:
-        raise MismatchError(
-            f"masks[{i}] at {leaf}: its shape differs from that of the masked tensor ({error})"
-        ) from error
-    if [mask.shape for mask in leaf_masks] != shapes:
-        raise MismatchError(f"masks[{i}] at {leaf}: its shape differs from that of the masked tensor")
-    return leaf_masks
+        for site in on_change:
+            for name, x in factors.site_weights(adapter.keymap, site, own[site.leaf]).items():
+                chosen[name] = Pair(x, x, 1.0)
+                wrong += [] if x.shape == pairs[name].sizes[::-1] else [name]
+        if not wrong and not on_change:
+            chosen = factors.site_pairs(adapter.config, sites_of(adapter), own)
+    except (ValueError, TypeError, KeyMapError, MismatchError) as error:
+        raise MismatchError(f"masks[{i}]: its shape differs from that of the masked tensor ({error})") from error
+    raise_listed(MismatchError, f"masks[{i}]: its shape differs from that of the masked tensor at:", wrong)
+    # A keymap's factor is for values.
+    return {name: dataclasses.replace(pair, a=pair.a != 0, b=pair.b != 0) for name, pair in chosen.items()}

@@ -1,11 +1,8 @@
 """The plain form of a LoRA file, which every reader of PEFT's files understands: one rank, the scales inside B.
 
-It has `lora_alpha = r`, no patterns, no rsLoRA and no variant. numpy only; no model is needed. Tensors are computed
-when they are read, so that one of them is in memory at a time.
-
-Variants of LoRA that are trained differently but compute what a plain LoRA does: convert their files to plain LoRA.
-
-They follow PEFT 0.21.2 (`tuners/lora/variants.py`). numpy only; no model is needed.
+It has `lora_alpha = r`, no patterns, no rsLoRA and no variant. Variants of LoRA that are trained differently but
+compute what a plain LoRA does are converted, as PEFT 0.21.2 computes them (`tuners/lora/variants.py`). numpy only; no
+model is needed. Tensors are computed when they are read, so that one of them is in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
@@ -24,6 +20,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.merging.pairs import PairKeys, lora_pairs, module_name, pair_keys
 from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
@@ -103,12 +100,7 @@ def _repeat_inputs(a: Array, size: int) -> Array:
 # ---------------------------------------------------------------- plain form
 
 
-MAGNITUDE = ".lora_magnitude_vector"
-"""The end of the key of DoRA's magnitudes."""
-
-_PAIR = re.compile(r"(?P<module>.+)\.(?:lora|lora_embedding)_(?P<side>[AB])(?:\.weight)?")
 _SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-_BLOCK = 1 << 17  # elements
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 
 
@@ -149,37 +141,25 @@ def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
         config = tensors.config
         assert isinstance(config, LoraConfig)
     arrays = as_source(tensors.tensors)
-    pairs = _find_pairs(arrays, tensors.source, keep)
+    pairs = pair_keys(tensors, keep)
     start = None if first is None else _check_first(tensors, first, arrays)
-    ranks = _find_ranks(config, pairs, arrays, tensors.source, first is not None)
+    ranks = _padded_ranks(config, pairs, arrays, tensors.source, first is not None)
     r = (1 if first is None else 2) * max(ranks.values(), default=config.r)
-    parts: dict[str, _Part] = {}
+    parts: dict[str, _Part] = {
+        key: (TensorSpec(*spec), functools.partial(arrays.read, key)) for key, spec in arrays.specs.items()
+    }
     for module, keys in pairs.items():
         scale = config.lora_alpha / config.scale_divisor(config.r)
-        scale = scale if config.target_parameters else config.scale_of(module)
-        rank = ranks.get(module, 0)
-        specs = {side: _common_spec(key, arrays, start) for side, key in keys.items()}
-        parts |= {key: _make_part(side, scale, specs[side], rank, r) for side, key in keys.items()}
+        scale = scale if config.target_parameters else config.scale_of(module_name(module))
+        size = r if module in ranks else None
+        parts[keys.a] = _plain_tensor(arrays, start, keys.a, 0, 1.0, size)
+        parts[keys.b] = _plain_tensor(arrays, start, keys.b, 1, scale, size)
     plain = config.with_scale_one(r).with_default_init()
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         plain = plain.replace(
             target_modules=sorted(pairs), exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
-    return dataclasses.replace(tensors, config=plain, tensors=PlainTensors(tensors.source, arrays, start, parts))
-
-
-def lora_pairs(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return `{module: {"A": key, "B": key}}` of the pairs in a file.
-
-    >>> lora_pairs(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight", "base_model.model.norm"])
-    {'q': {'A': 'base_model.model.q.lora_A.weight', 'B': 'base_model.model.q.lora_B.weight'}}
-    """
-    pairs: dict[str, dict[str, str]] = {}
-    for key in keys:
-        match = _PAIR.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if match is not None:
-            pairs.setdefault(match["module"], {})[match["side"]] = key
-    return pairs
+    return dataclasses.replace(tensors, config=plain, tensors=PlainTensors(tensors.source, parts))
 
 
 def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collection[str]) -> None:
@@ -201,51 +181,23 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
     raise_listed(ConfigError, f"{source}: a plain LoRA cannot express this adapter:", problems)
 
 
-def _find_pairs(arrays: TensorSource, source: str, keep: Collection[str]) -> dict[str, dict[str, str]]:
-    """Return `{module: {side: key}}`. Raises `MismatchError` for tensors that are no pairs."""
-    pairs = lora_pairs(arrays)
-    known = {key for keys in pairs.values() for key in keys.values()}
-    problems = [f"{module}: expected A and B, found only {next(iter(k))}" for module, k in pairs.items() if len(k) < 2]
-    problems += [
-        f"{key}: not a tensor of a plain LoRA"
-        for key in arrays
-        if key not in known
-        and not key.endswith(".base_layer.weight")
-        and not (key.endswith(MAGNITUDE) and "use_dora" in keep)
-        and "modules_to_save" not in keep
-    ]
-    raise_listed(MismatchError, f"{source}: cannot read these tensors as LoRA:", problems)
-    return pairs
-
-
-def _find_ranks(
-    config: LoraConfig, pairs: Mapping[str, Mapping[str, str]], arrays: TensorSource, source: str, doubles: bool
+def _padded_ranks(
+    config: LoraConfig, pairs: Mapping[str, PairKeys], arrays: TensorSource, source: str, doubles: bool
 ) -> dict[str, int]:
     """Return `{module: rank}` of the modules that are padded: not those of experts and grouped convolutions.
 
-    Raises `MismatchError` if a tensor has another rank than the configuration's.
+    Raises `MismatchError` if one rank for all modules is impossible.
     """
-    ranks: dict[str, int] = {}
-    problems: list[str] = []
-    fixed: list[str] = []
-    for module, keys in pairs.items():
-        a, b = (arrays.specs[keys[side]].shape for side in "AB")
-        if config.target_parameters:
-            continue
-        expected = config.rank_of(module)
-        if a[0] != expected or expected % max(b[1], 1):
-            problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
-        elif a[0] == b[1]:
-            ranks[module] = a[0]
-        else:
-            fixed.append(module)
-    raise_listed(MismatchError, f"{source}: the configuration has other ranks than the file:", problems)
-    uneven = fixed if doubles else [m for m in fixed if config.rank_of(m) != max(ranks.values(), default=config.r)]
+    if config.target_parameters:
+        return {}
+    sizes = {module: (arrays.specs[keys.a].shape[0], arrays.specs[keys.b].shape[1]) for module, keys in pairs.items()}
+    ranks = {module: rank for module, (rank, columns) in sizes.items() if rank == columns}
+    largest = max(ranks.values(), default=config.r)
     raise_listed(
         MismatchError,
         f"{source}: one rank for all modules is impossible, because these are grouped convolutions, whose ranks belong"
         f" to their groups; {lora.merge_advice(config)}:",
-        uneven,
+        [module for module, (rank, _) in sizes.items() if module not in ranks and (doubles or rank != largest)],
     )
     return ranks
 
@@ -285,25 +237,43 @@ def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
     return first if is_zero else dataclasses.replace(first, config=first.config.replace(init_lora_weights=init))
 
 
-class _Part(NamedTuple):
-    """The conversion of one tensor: its rank is on `axis`, and `scale` multiplies it."""
-
-    axis: int
-    scale: float
-    spec: TensorSpec
+_Part = tuple[TensorSpec, Callable[[], Any]]
+"""A tensor's spec, and the function that computes the tensor."""
 
 
-def _make_part(side: str, scale: float, spec: TensorSpec, rank: int, r: int) -> _Part:
-    """Return the part for A or B of rank `rank`; 0 for a tensor whose rank stays."""
-    axis = "AB".index(side)
-    shape = tuple(r if rank and i == axis else n for i, n in enumerate(spec.shape))
-    return _Part(axis, scale if side == "B" else 1.0, TensorSpec(shape, _product_dtype(spec.dtype, side, scale)))
+def _plain_tensor(
+    arrays: TensorSource, start: TensorSource | None, key: str, axis: int, scale: float, size: int | None
+) -> _Part:
+    """Return the plain form of A or B.
 
+    Args:
+        start: the initial adapter, whose tensor lies beside that of `arrays` along the rank, B's subtracted.
+        axis: the axis of the rank.
+        scale: the factor that multiplies it.
+        size: the new rank; None for a tensor whose rank stays.
+    """
+    import numpy as np
 
-def _common_spec(key: str, arrays: TensorSource, start: TensorSource | None) -> TensorSpec:
-    """Return the spec of a tensor, in a dtype that holds the values of the initial adapter too."""
-    spec = TensorSpec(*arrays.specs[key])
-    return spec if start is None else TensorSpec(spec.shape, _common_dtype(spec.dtype, start.specs[key].dtype))
+    shape, dtype = arrays.specs[key]
+    dtype = dtype if start is None else _common_dtype(dtype, start.specs[key].dtype)
+    new = TensorSpec(
+        tuple(size if size and i == axis else n for i, n in enumerate(shape)), _product_dtype(dtype, scale)
+    )
+
+    def read() -> Any:
+        values = np.asarray(arrays[key])
+        if start is not None:
+            first = np.asarray(start[key])
+            both = values, first if axis == 0 else -first
+            values = np.concatenate([x.astype(dtype, copy=False) for x in both], axis)
+        if scale != 1:
+            wide = values if values.dtype.itemsize >= 4 else values.astype("float32")
+            values = (wide * wide.dtype.type(scale)).astype(new.dtype, copy=False)
+        missing = new.shape[axis] - values.shape[axis]
+        padding = [(0, missing if i == axis else 0) for i in range(values.ndim)]
+        return np.pad(values, padding) if missing else values
+
+    return new, read
 
 
 def _common_dtype(one: Any, other: Any) -> Any:
@@ -312,68 +282,23 @@ def _common_dtype(one: Any, other: Any) -> Any:
     return one if one == other else np.dtype(f"f{max(4, one.itemsize, other.itemsize)}")
 
 
-def _product_dtype(dtype: Any, side: str, scale: float) -> Any:
-    """Return the dtype that holds B·scale: bfloat16 has the exponents of float32, so a power of two is exact in it."""
+def _product_dtype(dtype: Any, scale: float) -> Any:
+    """Return the dtype that holds x·scale: bfloat16 has the exponents of float32, so a power of two is exact in it."""
     import numpy as np
 
     is_exact = scale == 1 or (dtype.name == "bfloat16" and math.frexp(scale)[0] == 0.5)
-    return dtype if side == "A" or dtype.itemsize >= 4 or is_exact else np.dtype("float32")
-
-
-def _multiply(values: np.ndarray, scale: float, dtype: Any) -> np.ndarray:
-    """Return values·scale, computed in float32 or float64, in new memory.
-
-    Only a block is in float32 at a time. Whole tensors take new memory each, and 20 ms more for an export of 100 MB.
-    """
-    import numpy as np
-
-    flat = values.reshape(-1)
-    out = np.empty(flat.shape, dtype)
-    block = np.empty(min(flat.size, _BLOCK), flat.dtype if flat.dtype.itemsize >= 4 else "float32")
-    for start in range(0, flat.size, _BLOCK):
-        part = block[: flat.size - start]
-        part[...] = flat[start : start + _BLOCK]
-        part *= scale
-        out[start : start + _BLOCK] = part
-    return out.reshape(values.shape)
+    return dtype if dtype.itemsize >= 4 or is_exact else np.dtype("float32")
 
 
 class PlainTensors(TensorSource):
     """The tensors of a plain form, computed when they are read."""
 
-    def __init__(
-        self, source: str, arrays: TensorSource, start: TensorSource | None, parts: Mapping[str, _Part]
-    ) -> None:
-        self.source = source
-        self._arrays, self._start, self._parts = arrays, start, parts
+    def __init__(self, source: str, parts: Mapping[str, _Part]) -> None:
+        self.source, self._parts = source, parts
 
     @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        return {
-            key: self._parts[key].spec if key in self._parts else TensorSpec(*spec)
-            for key, spec in self._arrays.specs.items()
-        }
+        return {key: spec for key, (spec, _) in self._parts.items()}
 
     def read(self, key: str) -> np.ndarray:
-        import numpy as np
-
-        x = np.asarray(self._arrays[key])
-        part = self._parts.get(key)
-        if part is None or (part.scale == 1 and part.spec == (x.shape, x.dtype)):
-            return x
-        values = x if self._start is None else self._with_start(key, x, part.axis)
-        values = values if part.scale == 1 else _multiply(values, part.scale, part.spec.dtype)
-        missing = part.spec.shape[part.axis] - values.shape[part.axis]
-        if not missing:
-            return values
-        return np.pad(values, [(0, missing if i == part.axis else 0) for i in range(values.ndim)])
-
-    def _with_start(self, key: str, x: np.ndarray, axis: int) -> np.ndarray:
-        """Return a tensor with that of the initial adapter beside it along the rank, B's subtracted."""
-        import numpy as np
-
-        assert self._start is not None
-        start = np.asarray(self._start[key])
-        dtype = _common_dtype(x.dtype, start.dtype)
-        both = x.astype(dtype, copy=False), (start if axis == 0 else -start).astype(dtype, copy=False)
-        return np.concatenate(both, axis)
+        return self._parts[key][1]()

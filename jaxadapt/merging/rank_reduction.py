@@ -1,6 +1,6 @@
 """Change the rank of a LoRA adapter, and approximate any change of weights by a plain LoRA, with the error it costs.
 
-The plain LoRA of an adapter whose method computes the factors of its change, such as VeRA or LoHa.
+The plain LoRA of a method that computes the factors of its change, such as VeRA or LoHa, is exact.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import math
 import numbers
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +17,18 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt.adapters import selection
-from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.site import Site, Sites
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
+from jaxadapt.adapters.site import Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging import base_merge, factors
-from jaxadapt.merging.factors import FactorRows, entry_stems, factor_entries, joint_matrices, select_rows, tensor_name
+from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
@@ -43,15 +42,15 @@ Array = Any
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def plain_config(config: Config, r: int) -> LoraConfig:
+def plain_config(config: Config, r: int) -> lora.LoraConfig:
     """Return a plain LoRA configuration for the same modules of the same base."""
     names = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "auto_mapping")
     further_names = ("layers_to_transform", "layers_pattern", "fan_in_fan_out")
     fields = {name: value for name in names + further_names if (value := config.get(name)) is not None}
-    return LoraConfig(r=r, lora_alpha=r, **fields)
+    return lora.LoraConfig(r=r, lora_alpha=r, **fields)
 
 
-def plain_sites(adapter: Adapter, sites: Sites, r: int, shapes: Shapes) -> tuple[LoraConfig, Sites]:
+def plain_sites(adapter: Adapter, sites: Sites, r: int, shapes: Shapes) -> tuple[lora.LoraConfig, Sites]:
     """Return the configuration and the sites of a plain LoRA on the weights that an adapter changes.
 
     Args:
@@ -76,43 +75,25 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     if rank is None or any(site.method.copies or site.match.weight.kind != "linear" for site in sites):
         return None
     config, made = plain_sites(adapter, sites, rank, shapes)
-    by_leaf = {site.leaf: site for site in sites}
     if not all(factors.has_one_pair(site) for site in made):
         return None
-    params: dict[str, Array] = {}
-    shared = {name: at_least_float32(jnp.asarray(x)) for name, x in adapter.shared.items()}
+    leaves = {path: at_least_float32(jnp.asarray(x)) for path, x in adapter.flat().items()}
+    shared = {name: leaves[paths.join(SHARED_NODE, name)] for name in adapter.shared}
+    tensors: dict[str, dict[str, Array]] = {}
+    for site in sites:
+        for tensor, entry in zip(site.tensors, site.entries, strict=True):
+            for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True):
+                module = key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix)
+                tensors.setdefault(module, {})[tensor.name] = row
+    by_leaf = {site.leaf: site for site in sites}
+    pairs: dict[str, Pair] = {}
     with jax.default_matmul_precision("highest"):
-        for site in made:
-            tensors = adapter.sites[site.leaf] | shared
-            a, b = _site_factors(by_leaf[site.leaf], site, tensors, adapter)
-            _, leaves = factors.matrices_to_leaves(site, *factors.pad_rank(a, b, rank))
-            params |= leaves
-    return Adapter(config, paths.unflatten(params), adapter.keymap)
-
-
-def _site_factors(site: Site, plain: Site, tensors: Mapping[str, Array], adapter: Adapter) -> tuple[Array, Array]:
-    """Return A (n, r, in) and B (n, out, r) of one site's modules, in the order of the plain LoRA's A.
-
-    Args:
-        plain: the same leaf's site of the plain LoRA.
-        tensors: the site's tensors and the shared ones.
-    """
-    method: Any = site.method
-    stems, shape = entry_stems(plain, factor_entries(plain)[0]), factors.matrix_sizes(plain)
-    rows = {
-        name: select_rows(entry.form.to_rows(x), entry_stems(site, entry), stems)
-        for entry in site.entries
-        for name in [tensor_name(entry)]
-        for x in [at_least_float32(jnp.asarray(tensors[name]))]
-    }
-    shared = {name: x for name, x in tensors.items() if name not in rows}
-    pairs: list[tuple[Array, Array]] = []
-    for number, stem in enumerate(stems):
-        module = Modules((stem.removeprefix(adapter.keymap.prefix),))
-        own = method.own(adapter.config, dataclasses.replace(site.target, modules=module))
-        pairs.append(method.factors(own, {name: x[number] for name, x in rows.items()} | shared, shape))
-    a, b = (jnp.stack(side) for side in zip(*pairs, strict=True))
-    return a, b
+        for plain, module in [(each, name) for each in made for name in each.modules]:
+            site: Any = by_leaf[plain.leaf]
+            own = site.method.own(adapter.config, dataclasses.replace(site.target, modules=Modules((module,))))
+            a, b = site.method.factors(own, shared | tensors.get(module, {}), factors.matrix_sizes(plain))
+            pairs[module] = Pair(*factors.pad_rank(a, b, rank), 1.0)
+    return Adapter(config, paths.unflatten(factors.pair_leaves(made, pairs)), adapter.keymap)
 
 
 # ---------------------------------------------------------------- rank reduction
@@ -150,31 +131,34 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     >>> smaller.config.r, smaller.params["q"]["kernel"]["lora_B"].shape, error
     (2, (6, 2), {'q': 0.0})
     """
+    return Reduced(*resize_plain(adapter, r, key))
+
+
+def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[factors.Plain, dict[str, Any]]:
+    """Resize a plain LoRA as `resize_rank` does, in a model's layout or as PEFT's tensors; return the errors too."""
     _check_rank(r)
-    factors_by_leaf = factors.lora_factors(adapter)
-    rows: dict[str, FactorRows] = {}
-    error: dict[str, Any] = {}
+    pairs = factors.pairs_of(adapter)
+    parts_of = factors.find_parts([pairs])
+    resized: dict[str, Pair] = {}
+    errors: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for matrix in joint_matrices([factors_by_leaf]):
-            joint = matrix.factors(factors_by_leaf)
-            b = joint.b * joint.scale
-            if joint.rank <= r:
-                a, b = factors.pad_rank(joint.a, b, r)
-                if key is not None:
-                    # min: independent of the leaves' order
-                    matrix_key = jax.random.fold_in(key, zlib.crc32(min(matrix.leaves).encode()))
-                    a = a.at[:, joint.rank :].set(_draw_rows(matrix_key, a[:, joint.rank :].shape))
-                matrix_error = jnp.zeros(len(joint.modules))
+        for matrix, pair in factors.join_parts(pairs, parts_of).items():
+            b, error = pair.b * pair.scale, jnp.zeros(pair.a.shape[:-2])
+            if pair.rank > r:
+                u, s, vh = factors.product_svd(b, pair.a)
+                (a, b), error = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
             else:
-                u, s, vh = factors.product_svd(b, joint.a)
-                (a, b), matrix_error = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
-            rows |= matrix.split(FactorRows(joint.modules, a, b), factors_by_leaf)
-            error |= _error_by_module(joint.modules, adapter.keymap, matrix_error)
+                a, b = factors.pad_rank(pair.a, b, r)
+                if key is not None:
+                    matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
+                    a = a.at[..., pair.rank :, :].set(_draw_rows(matrix_key, a[..., pair.rank :, :].shape))
+            resized[matrix] = dataclasses.replace(pair, a=a, b=b, scale=1.0)
+            names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
+            errors |= _error_by_module(names, error.reshape(-1))
     config: Any = adapter.config
     config = config.with_scale_one(r)
     config = config if lora.changes_base(config) else config.with_default_init()
-    dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
-    return Reduced(factors.build_adapter(config, adapter.keymap, factors_by_leaf, rows, dtype), error)
+    return factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors
 
 
 def to_lora(
@@ -213,10 +197,8 @@ def to_lora(
     if isinstance(source, Adapter) and params is not None and lora.reasons_not_a_product(source.config):
         source = low_rank_form(source, base_params(params).shapes) or source
     if isinstance(source, Adapter) and not lora.reasons_not_a_product(source.config):
-        factors_by_leaf = factors.lora_factors(source)
-        reduced = resize_rank(
-            source, max(leaf_factors.rank for leaf_factors in factors_by_leaf.values()) if r is None else r
-        )
+        ranks = [pair.rank for pair in factors.pairs_of(source).values()]
+        reduced = resize_rank(source, max(ranks) if r is None else r)
         return reduced if dtype is None else _cast(reduced, dtype)
     if isinstance(source, Adapter) and params is None:
         raise AttachError(
@@ -240,7 +222,7 @@ def to_lora(
         config, sites = plain_sites(source, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
     else:
         base, tuned = _flat_pair(source)
-        config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
+        config = lora.LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
         recipe, sites = planning.plan_adapter(base_params(paths.unflatten(base)), config, keymap)
         config, source_keymap = recipe.config, recipe.keymap
     return _cast(_from_change(base, tuned, config, source_keymap, sites, r), dtype or float_dtype("float32"))
@@ -262,10 +244,9 @@ def _draw_rows(key: Any, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
 
-def _error_by_module(stems: Any, keymap: KeyMap, values: Array) -> dict[str, Any]:
+def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
     """Return `{module: value}`, with Python floats unless traced."""
-    errors = values if isinstance(values, Tracer) else [float(v) for v in values]
-    return {stem.removeprefix(keymap.prefix): value for stem, value in zip(stems, errors, strict=True)}
+    return dict(zip(modules, values if isinstance(values, Tracer) else values.tolist(), strict=True))
 
 
 def _flat_params(params: Any) -> dict[str, Any]:
@@ -316,25 +297,15 @@ def _from_change(
     r: int,
 ) -> Reduced:
     """Return the adapter and its errors, from the difference of two flat trees."""
-    params: dict[str, Any] = {}
+    pairs: dict[str, Pair] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
         for site in sites:
-            change = factors.weight_matrices(keymap, site, tuned[site.leaf] - base[site.leaf])
-            a, b, site_error = _approximate(change, r)
-            modules, leaves = factors.matrices_to_leaves(site, a, b)
-            params |= leaves
-            error |= _error_by_module(modules, keymap, site_error)
+            change = tuned[site.leaf] - base[site.leaf]
+            for module, w in factors.site_weights(keymap, site, change).items():
+                u, s, vh = factors.svd(w)
+                pairs[module] = Pair(*factors.truncate_svd(u, s, vh, r), 1.0)
+                error |= _error_by_module([module], factors.truncation_error(s, r).reshape(1))
     covered = {site.leaf for site in sites}
     error |= {path: 1.0 for path in base if path not in covered and not _is_equal(tuned[path], base[path])}
-    return Reduced(Adapter(config, paths.unflatten(params), keymap), error)
-
-
-def _approximate(change: Array, r: int) -> tuple[Array, Array, Array]:
-    """Return A, B and the errors of the best approximations of rank r."""
-
-    def approximate_matrix(w: Array) -> tuple[Array, Array, Array]:
-        u, s, vh = factors.svd(w)
-        return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
-
-    return jax.lax.map(approximate_matrix, change)  # layer by layer: an SVD needs the memory of several weights
+    return Reduced(Adapter(config, paths.unflatten(factors.pair_leaves(sites, pairs)), keymap), error)

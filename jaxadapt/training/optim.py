@@ -150,20 +150,14 @@ def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     if kasa is None:
         raise ConfigError(f"kasa_loss needs an adapter with kasa_config; the adapter {name!r} has none")
     unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
-    total: Any = jnp.zeros((), jnp.float32)
-    for site in sites_of(unboxed):
-        if site.method.copies:
-            continue
-        values = {t: at_least_float32(x) for t, x in unboxed.sites[site.leaf].items()}
-        pair = [(t, e) for t, e in zip(site.tensors, site.entries, strict=True) if t.name in ("lora_A", "lora_B")]
-        tensors, entries = zip(*pair, strict=True)
-        a, b = factors.site_matrices(dataclasses.replace(site, tensors=tensors, entries=entries), values)
-        eye = jnp.eye(a.shape[1])[None]
-        with jax.default_matmul_precision("highest"):
-            grams = jnp.swapaxes(b, 1, 2) @ b, a @ jnp.swapaxes(a, 1, 2)
-        distance = sum(jnp.sum(jnp.linalg.norm(gram - eye, axis=(1, 2))) for gram in grams)
-        total += kasa.get("beta", 1e-4) * jnp.sum(values["lora_diag"] ** 2) + kasa.get("gamma", 1e-3) * distance
-    return total
+    values = {path: at_least_float32(x) for path, x in unboxed.flat().items()}
+    squares = sum(jnp.sum(x**2) for path, x in values.items() if path.endswith(".lora_diag"))
+    distance: Any = jnp.zeros((), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        for pair in factors.site_pairs(unboxed.config, sites_of(unboxed), values).values():
+            eye = jnp.eye(pair.rank)
+            distance += jnp.linalg.norm(pair.b.T @ pair.b - eye) + jnp.linalg.norm(pair.a @ pair.a.T - eye)
+    return kasa.get("beta", 1e-4) * squares + kasa.get("gamma", 1e-3) * distance
 
 
 # ---------------------------------------------------------------- optimizers
@@ -299,7 +293,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for tensors in sites.values():
             a, b = tensors["lora_A"], tensors["lora_B"]
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
-            new = _correct_gradient(flat[a].site, a_value, grad)
+            new = _correct_gradient(flat[a].site, flat[a].config, a_value, grad)
             grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [new])
         return structure.unflatten(grads)
 
@@ -315,15 +309,18 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(split.init, update)
 
 
-def _correct_gradient(site: Site, a: Array, grad: Array) -> Array:
+def _correct_gradient(site: Site, config: Config, a: Array, grad: Array) -> Array:
     """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
+    tensors = {"lora_A": at_least_float32(a), "lora_B": at_least_float32(grad)}
+    pairs = factors.site_pairs(config, [site], {paths.join(site.leaf, name): x for name, x in tensors.items()})
+    r = max(pair.rank for pair in pairs.values())
+    padded = [factors.pad_rank(pair.a, pair.b, r) for pair in pairs.values()]
     with jax.default_matmul_precision("highest"):
-        tensors = {"lora_A": at_least_float32(a), "lora_B": at_least_float32(grad)}
-        a_rows, rows = factors.site_matrices(site, tensors, scaled=False)
-        gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
-        new = rows @ jnp.linalg.pinv(gram) / factors.scale(site) ** 2
-        _, leaves = factors.matrices_to_leaves(site, a_rows, new, scaled=False)
-    return leaves[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
+        rows, grads = (jnp.stack(side) for side in zip(*padded, strict=True))
+        inverse = jnp.linalg.pinv(rows @ jnp.swapaxes(rows, 1, 2) + 1e-8 * jnp.eye(r)[None])
+        new = zip(pairs.items(), grads @ inverse, strict=True)
+        scaled = {name: dataclasses.replace(pair, b=x[:, : pair.rank] / pair.scale**2) for (name, pair), x in new}
+    return factors.pair_leaves([site], scaled)[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
 
 
 # ---------------------------------------------------------------- many adapters at once

@@ -299,6 +299,16 @@ def test_dtypes_and_host_arrays():
     np.testing.assert_array_equal(mix.flat()["q.kernel.lora_A"].astype("f4"), np.float32(jnp.bfloat16(exact)))
 
 
+def test_a_result_that_overflows_names_its_tensor():
+    """In float16, whose largest value is 65504; inside jit nobody can tell."""
+    base = {"q": {"kernel": np.zeros((4, 6), "f4")}}
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q"])
+    half = jaxadapt.init(config, base, key=jax.random.key(0), dtype="float16")
+    large = jax.tree.map(lambda x: jnp.full_like(x, 6e4), half)
+    with pytest.raises(MismatchError, match=r"(?s)combine: 8 finite values overflow float16.*q\.kernel\.lora_A: 8"):
+        jaxadapt.combine([large], [2], method="cat")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------
 
 
@@ -343,13 +353,13 @@ def test_adapters_that_do_not_go_together_are_refused_by_name():
     with pytest.raises(ConfigError, match="adapter 1: peft_type is IA3"):
         jaxadapt.combine([one, small.adapter(small.IA3)], [1, 1])
     three = small.adapter(small.LORA.replace(r=3))
-    with pytest.raises(ConfigError, match=r"q_proj.kernel: 2 in adapter 0, 3 in adapter 1") as caught:
+    with pytest.raises(ConfigError, match=r"q_proj: 2 in adapter 0, 3 in adapter 1") as caught:
         jaxadapt.combine([one, three], [1, 1], method="ties", density=0.5)
     assert "up_proj" in str(caught.value)
     assert "resize_rank" in str(caught.value)
     base = {"q_proj": {"kernel": np.zeros((6, 9), "f4")}, "up_proj": {"kernel": np.zeros((8, 6), "f4")}}
     wide = small.noisy(jaxadapt.init(small.LORA, base, key=jax.random.key(0)))
-    with pytest.raises(MismatchError, match=r"q_proj.kernel: sizes \(in, out\) \[6, 8\] and \[6, 9\]"):
+    with pytest.raises(MismatchError, match=r"q_proj: sizes \(in, out\) \[6, 8\] and \[6, 9\]"):
         jaxadapt.combine([one, wide], [1, 1], method="cat")
     other = KeyMap("other", (Weight("{path}.kernel", "model.{path}.weight", "i o -> o i"),))
     renamed = jaxadapt.Adapter(one.config, one.params, other)

@@ -522,12 +522,13 @@ def test_the_matrices_of_three_layers_of_fused_parts_and_back(pattern):
     shape = tuple(sizes[axis] for axis in pattern.partition(" ->")[0].split())
     (site,) = selection.select_sites(jaxadapt.LoraConfig(r=2, target_modules=["k", "v"]), keymap, {"w": shape})
     leaf = jnp.asarray(rand(*shape))
-    matrices = factors.weight_matrices(keymap, site, leaf)
+    weights = factors.site_weights(keymap, site, leaf)
+    matrices = np.stack(list(weights.values()))
     moved = jnp.moveaxis(leaf, [pattern.split().index(axis) for axis in ("{l}", "{p}", "o", "i")], range(4))
-    assert {matrix.tobytes() for matrix in np.asarray(matrices)} == {
+    assert {matrix.tobytes() for matrix in matrices} == {
         matrix.tobytes() for matrix in np.asarray(moved).reshape(6, 5, 4)
     }
-    np.testing.assert_array_equal(factors.with_weight_matrices(keymap, site, jnp.zeros_like(leaf), matrices), leaf)
+    np.testing.assert_array_equal(factors.with_site_weights(keymap, site, jnp.zeros_like(leaf), weights), leaf)
 
 
 def test_nothing_of_a_zero_matrix_is_lost():

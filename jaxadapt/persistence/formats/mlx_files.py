@@ -25,7 +25,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.merging.plain_form import MAGNITUDE, lora_pairs
+from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
 from jaxadapt.persistence import reconcile
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import atomic, hub, location, safetensors
