@@ -1,6 +1,6 @@
 """Export of whole models to Hugging Face folders, with the keymaps that also name their adapters' weights.
 
-    parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
+parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
 """
 
 from __future__ import annotations
