@@ -366,7 +366,7 @@ def _from_orbax(
             arrays = orbax.load(path, item, dict.fromkeys(wanted))
             values = {names[key]: np.asarray(x) for key, x in arrays.items()}
             filled = dataclasses.replace(tree, leaves=values)
-            tensors, _ = foreign.tree_to_peft(filled, config, keymap)
+            tensors, _ = foreign.read_tree(filled, config, keymap)
             return dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True))
     if config is None:
         raise ConfigError(f"{os.fspath(path)}: the checkpoint has no configuration of an adapter; pass --config")

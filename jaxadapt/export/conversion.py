@@ -383,7 +383,7 @@ def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     base = {**tree.base, **_base_shapes(like, tree.dialect)}
     tree = dataclasses.replace(tree, base=base, sizes=options.sizes)
-    tensors, _ = foreign.tree_to_peft(tree, None, options.from_keymap)
+    tensors, _ = foreign.read_tree(tree, None, options.from_keymap)
     return dataclasses.replace(tensors, source=str(path))
 
 
@@ -483,7 +483,7 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
-    tree = foreign.fill_tree(blank_tree(rank, alpha), config, tensors.tensors, keymap=keymap, source=tensors.source)
+    tree = foreign.fill_tree(blank_tree(rank, alpha), tensors, keymap)
     arrays = {p: np.asarray(x) for p, x in tree.items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}

@@ -139,9 +139,7 @@ def load(
                 tensors = folder.read(
                     _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
                 )
-        return foreign.fill_tree(
-            held.foreign, tensors.config, tensors.tensors, keymap=keymap, dtype=dtype, source=tensors.source
-        )
+        return foreign.fill_tree(held.foreign, tensors, keymap, dtype)
     if not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if base not in (None, "original", "changed"):

@@ -335,7 +335,7 @@ def encode_tree(
     held = lora_carrier(tree)
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
-        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap)
+        tensors, known = foreign.read_tree(held.foreign, config, keymap)
         base_weights.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name, integers_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, PeftTensors, collection_name, integers_name
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
@@ -225,9 +225,8 @@ class Foreign(Carrier):
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
         same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
-        return foreign.fill_tree(
-            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, source="this adapter"
-        )
+        tensors = PeftTensors(adapter.config, tensors, "this adapter")
+        return foreign.fill_tree(self.found, tensors, adapter.keymap if same else None)
 
     def rest(self) -> Any:
         return self.whole.rest()

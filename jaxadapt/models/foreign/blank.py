@@ -13,8 +13,8 @@ from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
-from jaxadapt.models.foreign import per_head
 from jaxadapt.models.foreign.dialect import RANK, Dialect, layouts
+from jaxadapt.models.foreign.heads import head_axes
 from jaxadapt.models.foreign.survey import hinted_sizes
 
 Shape = tuple[int, ...]
@@ -100,7 +100,7 @@ def blank_arrays(
         raise KeyMapError(f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no path for it")
     path_a, path_b, pair = lora_paths
     choices = layouts(pair, weight, dialect.shares)
-    if dialect.heads == "shared" and per_head.head_axes(weight):
+    if dialect.heads == "shared" and head_axes(weight, True):
         *rest, last = weight.left
         choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     elif dialect.heads == "own":

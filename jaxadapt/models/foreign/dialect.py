@@ -96,8 +96,8 @@ class Dialect:
         moved: base leaves with another path in its trees, `(pattern, the family's path)`.
         slots: names of two arrays beside `a`, if the arrays hold several adapters on a leading axis: the rank that
             each slot uses, and its scale.
-        heads: "shared": B is shared by all heads (r, last axis), A has one matrix per head (`per_head.py`). "own": both
-            have one per head (`own_heads.py`). "" otherwise.
+        heads: "shared": B is shared by all heads (r, last axis), A has one matrix per head. "own": both have one per
+            head. See `heads.py`. "" otherwise.
         named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
             paths have any module.
         proved: True if tested against the library, or against trees recorded from it.

@@ -1,12 +1,7 @@
-"""Foreign trees: export of their LoRA leaves as PEFT's tensors, and import of a file's tensors.
+"""Foreign trees: `read_tree` converts their LoRA leaves to PEFT's tensors, and `fill_tree` writes such tensors.
 
-The paths and layouts are in `dialects/`, the sites in `survey.py`, access to the trees in `models/trees.py`.
-
-Arrays of a foreign tree built from a file's tensors: their dtypes, contents and devices.
-
-Placement of a file's tensors in the LoRA leaves of a foreign tree, and the checks that it is exact.
-
-Uses only shapes, and a comparison of tensors that the caller passes.
+The paths and layouts are in `dialects/`, the sites in `survey.py`, heads with an A each in `heads.py`, trees with
+several adapters in `slots.py`, access to the trees in `models/trees.py`.
 """
 
 from __future__ import annotations
@@ -39,9 +34,9 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as foreign_config
-from jaxadapt.models.foreign import dialects, own_heads, per_head, slots
+from jaxadapt.models.foreign import dialects, heads, slots
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.models.foreign.per_head import require_rank
+from jaxadapt.models.foreign.heads import require_rank
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
@@ -403,54 +398,48 @@ def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> K
     return families.family_of_leaves(leaves)  # the tree has only LoRA leaves
 
 
-def _find_per_head(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> per_head.Several:
-    """Return the leaves with one A for each head and one B."""
+def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[heads.HeadPair]:
+    """Return the pairs of leaves with head axes."""
     if not foreign_tree.dialect.heads:
-        return {}
-    keymap = _resolve_keymap(foreign_tree, keymap)
-    return _head_functions(foreign_tree.dialect).find_leaves(foreign_tree.dialect, keymap, foreign_tree.leaves)
+        return []
+    return heads.find_heads(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
 
 
-def _head_functions(dialect: Dialect) -> Any:
-    """Return the module that converts the heads of a dialect."""
-    return own_heads if dialect.heads == "own" else per_head
-
-
-def _is_mixed(foreign_tree: ForeignTree) -> bool:
+def _scales_some(foreign_tree: ForeignTree) -> bool:
     """Return True if the library scales some of the tree's sites and not others, so that each needs its own alpha."""
     claimed = foreign_tree.dialect.claim(foreign_tree.leaves).values()
     return any(foreign_tree.dialect.pairs[number].unscaled for ((_, _, number), *_) in claimed)
 
 
+def _with_leaves(foreign_tree: ForeignTree, new: Leaves, alpha: float) -> ForeignTree:
+    """Return the tree with leaves of other ranks, and for each site the alpha that keeps its scale."""
+    stored: dict[str, float] = {}
+    for leaf, ((a, _, number), *_) in foreign_tree.dialect.claim(foreign_tree.leaves).items():
+        old_rank, rank = foreign_tree.leaves[a].shape[-1], new[a].shape[-1]
+        stored[leaf] = float(rank) if foreign_tree.dialect.pairs[number].unscaled else alpha * rank / old_rank
+    return dataclasses.replace(foreign_tree, leaves=new, stored=stored)
+
+
 # ---------------------------------------------------------------- export
 
 
-def tree_to_peft(
-    foreign_tree: ForeignTree,
-    config: Config | None,
-    keymap: KeyMap | str | None,
-    parts: bool = False,
+def read_tree(
+    foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, parts: bool = False
 ) -> tuple[PeftTensors, ForeignSites]:
     """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    foreign_tree, lora_alpha, on_shared = (
-        _select_slot(foreign_tree),
-        foreign_tree.given.lora_alpha,
-        foreign_tree.given.on_shared,
-    )
-    per_head_sites = _find_per_head(foreign_tree, keymap)
-    if per_head_sites or _is_mixed(foreign_tree):
+    lora_alpha, on_shared = foreign_tree.given.lora_alpha, foreign_tree.given.on_shared
+    foreign_tree = _select_slot(foreign_tree)
+    pairs = _find_heads(foreign_tree, keymap)
+    if pairs or _scales_some(foreign_tree):
         if lora_alpha is None and config is None:
             raise foreign_config.missing_alpha(foreign_tree.dialect)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
-        leaves = _head_functions(foreign_tree.dialect).widen_leaves(
-            foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared
-        )
-        stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, alpha)
-        foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
+        wide = heads.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
+        foreign_tree, lora_alpha = _with_leaves(foreign_tree, wide, alpha), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     sites = survey_tree(foreign_tree, keymap)
     warn_unproved(sites.keymap)
@@ -471,7 +460,7 @@ def tree_to_peft(
 
 def extract_adapter(foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    peft, sites = tree_to_peft(foreign_tree, config, keymap, parts=True)
+    peft, sites = read_tree(foreign_tree, config, keymap, parts=True)
     shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
     unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:
@@ -488,101 +477,104 @@ def extract_adapter(foreign_tree: ForeignTree, config: Config | None, keymap: Ke
 
 
 def fill_tree(
-    foreign_tree: ForeignTree,
-    config: Config,
-    tensors: Mapping[str, Any],
-    *,
-    keymap: KeyMap | str | None = None,
-    dtype: Any = None,
-    source: str = "the file",
+    foreign_tree: ForeignTree, tensors: PeftTensors, keymap: KeyMap | str | None = None, dtype: Any = None
 ) -> Any:
-    """Write a file's tensors into the LoRA leaves of a tree (NNX in place). On an error nothing is changed.
+    """Write PEFT's tensors into the LoRA leaves of a tree (NNX in place). On an error nothing is changed.
 
-    If the file adapts fewer modules than the tree, or has a smaller rank, the rest of B is zero and the rest of A is
+    If the tensors adapt fewer modules than the tree, or have a smaller rank, the rest of B is zero and the rest of A is
     unchanged.
     """
-    require_original_base(config, source)
-    lora_alpha, on_shared = foreign_tree.given.lora_alpha, foreign_tree.given.on_shared
-    tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
-    per_head_sites = _find_per_head(foreign_tree, keymap)
-    if (per_head_sites or _is_mixed(foreign_tree)) and lora_alpha is not None:
-        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
-        stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
-        foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
-    sites = survey_tree(foreign_tree, keymap, tensors)
+    require_original_base(tensors.config, tensors.source)
+    given, dialect, leaves = foreign_tree.given, foreign_tree.dialect, foreign_tree.leaves
+    room, alpha = _select_slot(foreign_tree, room=True), given.lora_alpha
+    pairs = _find_heads(room, keymap)
+    if (pairs or _scales_some(room)) and alpha is not None:
+        wide = heads.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs)
+        room, alpha = _with_leaves(room, wide, alpha), None
+    sites = survey_tree(room, keymap, tensors.tensors)
     if sites.real is not None:
-        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared)
-        config, tensors = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
-    if foreign_tree.given.slot is not None and isinstance(
-        config, LoraConfig
-    ):  # `scale_ratios` raises for other configurations
-        sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
-    ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
-    shapes = as_source(tensors).shapes
-    check_tensors(sites, ratios, shapes, source)
-    values = {key: tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
-    traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
+        fused = experts.fuse_experts(tensors, sites.real, given.on_shared)
+        split = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
+        tensors = PeftTensors(*split, tensors.source)
+    if given.slot is not None and isinstance(tensors.config, LoraConfig):  # `scale_ratios` refuses other methods
+        sites = dataclasses.replace(sites, stored=_slot_alphas(foreign_tree, sites, tensors.config))
+    ratios = foreign_config.scale_ratios(sites, tensors.config, alpha)
+    shapes = as_source(tensors.tensors).shapes
+    check_tensors(sites, ratios, shapes, tensors.source)
+    values = {key: tensors.tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
+    placed, new = _build_arrays(room, sites, values, ratios, dtype, tensors.source)
+    if pairs:
+        new |= heads.narrow_leaves(dialect, pairs, leaves, new, given.on_shared == "concat")
+    new = {path: place_like(leaves[path], x) for path, x in new.items()}
+    if given.slot is not None:
+        new = slots.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
+    return foreign_tree.put(new)
+
+
+def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
+    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
+    traced = any(isinstance(x, Tracer) for x in arrays)
     if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
         raise MismatchError(
             'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {foreign_tree.dialect.name} tree outside jit"
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
         )
+    return traced
+
+
+def _build_arrays(
+    room: ForeignTree,
+    sites: ForeignSites,
+    values: Mapping[str, Array],
+    ratios: Mapping[str, float],
+    dtype: Any,
+    source: str,
+) -> tuple[dict[str, tuple[FactorArray, Placed]], dict[str, Array]]:
+    """Return the content of each array, and the arrays, `{path: array}`; warn of rounding and of NaN and infinity.
+
+    `values` are the file's tensors by key, and `ratios` the factors of each module's B.
+    """
+    on_shared = room.given.on_shared
+    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
     placed = place_tensors(sites, values, ratios, on_shared == "concat", operator.is_ if traced else bitwise_same)
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
-    kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.given.slot is None}
-    dtypes = choose_dtypes(foreign_tree.leaves, placed, dtype, source)
+    kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
+    dtypes = choose_dtypes(room.leaves, placed, dtype, source)
     rounded = next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)  # no power of two
     if rounded is not None:
         warn(
-            f"{source}: its scale is {rounded:g} times that of the {foreign_tree.dialect.name} tree, not a"
-            " power of two: B is"
-            " multiplied by it and rounded once",
+            f"{source}: its scale is {rounded:g} times that of the {sites.dialect.name} tree, not a power of two: B is"
+            " multiplied by it and rounded once"
         )
     with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
         new = {
-            path: build_array(half, contents, foreign_tree.leaves[path], path in kept, dtypes[path], traced)
+            path: build_array(half, contents, room.leaves[path], path in kept, dtypes[path], traced)
             for path, (half, contents) in placed.items()
         }
-    bad = finite.names_not_finite(new)
-    keys = [[key for key in placed[path][0].keys if key in values] for path in bad]
-    numbers = [0 if path in kept else finite.count_not_finite(new[path]) for path in bad]
-    found = zip(keys, (dtypes[path] for path in bad), numbers, strict=True)
+    bad = [(path, placed[path][0].keys) for path in finite.names_not_finite(new)]
+    numbers = [0 if path in kept else finite.count_not_finite(new[path]) for path, _ in bad]
+    found = [
+        ([*filter(values.__contains__, keys)], dtypes[path], number)
+        for (path, keys), number in zip(bad, numbers, strict=True)
+    ]
     finite.warn_not_finite(finite.explain_not_finite(found, lambda key: np.asarray(values[key]), source), source)
-    if per_head_sites:
-        new |= _head_functions(foreign_tree.dialect).narrow_leaves(
-            foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat"
-        )
-    new = {path: place_like(tree.leaves[path], x) for path, x in new.items()}
-    if foreign_tree.given.slot is not None:
-        new = slots.with_slot(
-            foreign_tree.dialect, tree.leaves, foreign_tree.given.slot, new, _used_ranks(sites, placed)
-        )
-    return foreign_tree.put(new)
+    return placed, new
 
 
 def needed_rank(
     foreign_tree: ForeignTree, keymap: KeyMap | str | None, tensors: Mapping[str, Any], modules: Collection[str]
 ) -> int:
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
-    per_head_sites = _find_per_head(foreign_tree, keymap)
-    heads = _head_functions(foreign_tree.dialect)
-    room = dataclasses.replace(
-        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
-    )
-    sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
-    if not per_head_sites:
-        return max(_assign_rows(sites, tensors, ratios, bitwise_same)[2].values())
-    placed = place_tensors(sites, tensors, ratios, True, bitwise_same)
-    ranks = {
-        path: max((rows.stop for _, rows, _ in contents.values()), default=0) for path, (_, contents) in placed.items()
-    }
-    for a, b, w in per_head_sites.values():
-        wide_a, wide_b = (
-            build_array(*placed[path], room.leaves[path], False, room.leaves[path].dtype, False) for path in (a, b)
-        )
-        ranks[a] = ranks[b] = heads.needed_rank(wide_a, wide_b, w, foreign_tree.leaves[b].shape)
-    return max(ranks.values())
+    pairs = _find_heads(foreign_tree, keymap)
+    wide = heads.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
+    sites, ratios = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap), dict.fromkeys(modules, 1.0)
+    _, needed = _assign_rows(sites, tensors, ratios, bitwise_same)[1:]
+    placed = place_tensors(sites, tensors, ratios, True, bitwise_same) if pairs else {}
+    for pair in pairs:
+        filled = (build_array(*placed[at], wide[at], False, wide[at].dtype, False) for at in (pair.a, pair.b))
+        needed[pair.a] = needed[pair.b] = pair.narrow(*filled)[0].shape[-1]
+    return max(needed.values())
 
 
 def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> dict[str, float]:

@@ -92,7 +92,7 @@ def test_every_layer_computes_the_same_in_peft():
 
 
 def test_heads_that_differ_ask(tmp_path: Path):
-    with pytest.raises(jaxadapt.MismatchError, match='Pass on_shared="concat"'):
+    with pytest.raises(jaxadapt.MismatchError, match='LoraTree.tree, on_shared="concat"'):
         jaxadapt.to_peft(LoraTree(leaves(), lora_alpha=ALPHA), keymap="openpi:pi0")
     with pytest.raises(jaxadapt.ConfigError, match="times √rank with rslora"):
         jaxadapt.to_peft(LoraTree(leaves(), on_shared="concat"), keymap="openpi:pi0")

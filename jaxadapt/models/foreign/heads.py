@@ -1,0 +1,266 @@
+"""Heads with an A each, as one A and one B of PyTorch, and back. Two dialects have them:
+
+    keras   a (d, n, r), b (r, h)        ──widen──►  A (d, R), B (R, n, h)   B is shared by the heads
+    openpi  a (n, d, r), b (n, r, h)     ──widen──►  A (d, R), B (R, n, h)   heads of the output: q, k, v
+            a (n, h, r), b (n, r, d)     ──widen──►  A (n, h, r), B (r, d)   heads of the input: the output projection
+                                         ◄─narrow──
+
+If all heads have the same A, R is r. Otherwise the ranks of the heads are concatenated: R is n · r, and B is block
+diagonal over the heads. Heads of the input share the hidden vector, so that B is the sum over them. All is exact, but
+for the rounding of that sum. Axes of stacked layers and of fused parts (k and v) stay in front.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxadapt.adapters.adapter import is_array
+from jaxadapt.core import paths
+from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models.foreign.dialect import Dialect
+
+Array = Any
+Leaves = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPair:
+    """The two arrays of a weight with heads: their paths, the weight's entry and the sizes of its axes.
+
+    `shares_b`: the heads share one B, (r, last). Inside this class arrays are (layers, heads, inputs, r) and
+    (layers, heads, r, last); heads of the input count as inputs.
+    """
+
+    a: str
+    b: str
+    weight: Weight
+    sizes: Mapping[str, int]
+    shares_b: bool
+
+    @functools.cached_property
+    def heads(self) -> list[str]:
+        """The head axes."""
+        return [*head_axes(self.weight, self.shares_b)]
+
+    @functools.cached_property
+    def is_input(self) -> bool:
+        """True if the heads are axes of the input."""
+        return all(axis in self.weight.roles["in"] for axis in self.heads)
+
+    @functools.cached_property
+    def _order(self) -> tuple[list[str], list[str], list[str]]:
+        """The axes of A but the rank: of layers, of heads of the output, of the input."""
+        own = self.weight.left[:-1]
+        lead = [] if self.shares_b else [axis for axis in own if axis.startswith("{")]
+        heads = [] if self.is_input else self.heads
+        return lead, heads, [axis for axis in own if axis not in (*lead, *heads)]
+
+    def _shape(self, axes: Sequence[str]) -> tuple[int, ...]:
+        return tuple(self.sizes[axis] for axis in axes)
+
+    def wide_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of one A and one B of all heads."""
+        lead, heads, inputs = map(self._shape, self._order)
+        return (*lead, *inputs, rank), (*lead, rank, *heads, self.sizes[self.weight.left[-1]])
+
+    def _by_head(self, a: Array, b: Array) -> tuple[Array, Array]:
+        lead, heads, inputs = map(self._shape, self._order)
+        order = [self.weight.left.index(axis) for axes in self._order for axis in axes]
+        layers, count, last = math.prod(lead), math.prod(heads), b.shape[-1]
+        a = a.transpose(*order, a.ndim - 1).reshape(layers, count, math.prod(inputs), a.shape[-1])
+        if self.shares_b:
+            xp = jnp if isinstance(b, jax.Array) else np
+            return a, xp.broadcast_to(b[None, None], (layers, count, *b.shape))
+        if self.is_input:
+            b = b.sum(tuple(range(len(lead), len(lead) + len(self.heads))), dtype=b.dtype)
+        return a, b.reshape(layers, count, b.shape[-2], last)
+
+    def heads_agree(self, a: Array) -> bool:
+        """Return True if all heads have the same A; False for traced arrays, which cannot be compared."""
+        if self.is_input or isinstance(a, Tracer):
+            return self.is_input
+        first = self.weight.left.index
+        x = np.moveaxis(np.asarray(a), [first(axis) for axis in self.heads], range(len(self.heads)))
+        by_head = x.reshape(-1, *x.shape[len(self.heads) :])
+        return all(np.array_equal(by_head[0], other) for other in by_head[1:])
+
+    def widen(self, a: Array, b: Array, agree: bool) -> tuple[Array, Array]:
+        """Return one A (layers…, inputs…, R) and one B (layers…, R, heads…, last); `agree`: the heads have one A."""
+        xp: Any = jnp if isinstance(a, jax.Array) else np
+        a, b = self._by_head(a, b)
+        layers, count, inputs, rank = a.shape
+        if agree:
+            wide_a, wide_b = a[:, 0], xp.moveaxis(b, 1, 2)
+        else:
+            wide_a = xp.moveaxis(a, 1, 2).reshape(layers, inputs, count * rank)
+            wide_b = xp.eye(count, dtype=b.dtype)[:, None, :, None] * b[:, :, :, None, :]
+        shape_a, shape_b = self.wide_shapes(wide_a.shape[-1])
+        return wide_a.reshape(shape_a), wide_b.reshape(shape_b)
+
+    def narrow(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Invert `widen` at the smallest exact rank; also return False if the heads share one B and differ in it.
+
+        Rows of a head's B that are zero are dropped, with the columns of A that they multiply. Of heads of the input
+        the first gets B, and the others zero.
+        """
+        lead, heads, inputs = map(self._shape, self._order)
+        layers, rank, last = math.prod(lead), a.shape[-1], b.shape[-1]
+        by_head, rows = _compress(a.reshape(layers, -1, rank), b.reshape(layers, rank, -1, last))
+        alike = True
+        if self.shares_b:
+            by_head, new_b, alike = _share_rows(by_head[0], rows[0])
+        else:
+            count = math.prod(self._shape(self.heads))
+            new_b = np.zeros((layers, count, *rows.shape[2:]), b.dtype)
+            new_b[:, : rows.shape[1]] = rows
+            new_b = new_b.reshape(*lead, *self._shape(self.heads), *rows.shape[2:])
+        axes = [axis for axes in self._order for axis in axes]
+        new_a = by_head.reshape(*lead, *heads, *inputs, by_head.shape[-1])
+        return new_a.transpose(*(axes.index(axis) for axis in self.weight.left[:-1]), len(axes)), new_b, alike
+
+
+def head_axes(weight: Weight, shares_b: bool) -> tuple[str, ...]:
+    """Return the head axes of a weight; () for an ordinary A and B.
+
+    If the heads share one B, it lacks them: the output axes but the last.
+
+    >>> q, o = Weight("q.kernel", "q.weight", "d n h -> (n h) d"), Weight("o.kernel", "o.weight", "n h d -> d (n h)")
+    >>> head_axes(q, True), head_axes(o, True), head_axes(o, False)
+    (('n',), (), ('n',))
+    """
+    if not shares_b:
+        return tuple(axis for axis in weight.left[:-2] if not axis.startswith("{"))
+    own = [axis for axis in weight.left if axis in weight.roles["out"]]
+    return tuple(own[:-1]) if own and own[-1] == weight.left[-1] else ()
+
+
+def find_heads(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> list[HeadPair]:
+    """Return the LoRA leaves of a tree that have head axes."""
+    out: list[HeadPair] = []
+    shares_b = dialect.heads == "shared"
+    for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
+        match = keymap.match(leaf)
+        if match is None or len(leaves[a].shape) != len(match.weight.left) or not head_axes(match.weight, shares_b):
+            continue
+        sizes = dict(zip(match.weight.left, (*leaves[a].shape[:-1], leaves[b].shape[-1]), strict=True))
+        out.append(HeadPair(a, b, match.weight, sizes, shares_b))
+    return out
+
+
+def widen_leaves(dialect: Dialect, found: Sequence[HeadPair], leaves: Leaves, concat: bool) -> dict[str, Array]:
+    """Return the leaves with one A and one B for all heads.
+
+    Raises `MismatchError` if the As of heads differ, unless `concat` is True.
+    """
+    agree = {pair.a: pair.heads_agree(leaves[pair.a]) for pair in found}
+    unequal = [path for path, same in agree.items() if not same]
+    if unequal and not concat:
+        raise MismatchError(
+            "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
+            f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
+            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks of the'
+            " heads, which is exact, and multiplies the rank by their number"
+        )
+    out = dict(leaves)
+    for pair in found:
+        out[pair.a], out[pair.b] = pair.widen(leaves[pair.a], leaves[pair.b], agree[pair.a])
+    return out
+
+
+def reserve_rank(found: Sequence[HeadPair], leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the leaves with those of heads replaced by specs of one A and one B, of a file's largest rank."""
+    rank = max((x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")), default=1)
+    specs = {
+        path: shape for pair in found for path, shape in zip((pair.a, pair.b), pair.wide_shapes(rank), strict=True)
+    }
+    return {**leaves, **{path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in specs.items()}}
+
+
+def narrow_leaves(
+    dialect: Dialect, found: Sequence[HeadPair], leaves: Leaves, new: Leaves, concat: bool
+) -> dict[str, Array]:
+    """Convert leaves filled after `reserve_rank` to the layout of the tree's `leaves`; keep A where B is zero.
+
+    Raises one `MismatchError` with every leaf whose heads share a B and differ in it, unless `concat` is True, or with
+    every leaf whose rank is too small.
+    """
+    if any(isinstance(x, Tracer) for x in new.values()):
+        raise MismatchError(
+            f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
+        )
+    made = {pair.a: (pair, *pair.narrow(np.asarray(new[pair.a]), np.asarray(new[pair.b]))) for pair in found}
+    need = max((a.shape[-1] for _, a, _, _ in made.values()), default=0)
+    differ = [pair.b for pair, _, _, alike in made.values() if not alike]
+    if differ and not concat:
+        raise MismatchError(
+            f"cannot fill these {dialect.name} leaves: they have one B for all heads of a weight, and the file has one"
+            f" for each head:\n{paths.bullets(differ)}\nBuild the target with rank={need}, and pass"
+            ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the heads'
+        )
+    ranks = {path: (leaves[path].shape[-1], a.shape[-1]) for path, (_, a, _, _) in made.items()}
+    require_rank([f"{path}: rank {have}, needed {used}" for path, (have, used) in ranks.items() if used > have], need)
+    out: dict[str, Array] = {}
+    for path, (pair, a, b, _) in made.items():
+        padding, current = (0, ranks[path][0] - ranks[path][1]), leaves[path]
+        keeps = not a.shape[-1] and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
+        out[path] = np.asarray(current, a.dtype) if keeps else np.pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
+        out[pair.b] = np.pad(b, [*[(0, 0)] * (b.ndim - 2), padding, (0, 0)])
+    return out
+
+
+def require_rank(small: Sequence[str], need: int) -> None:
+    """Raise `MismatchError` for leaves whose rank is too small."""
+    raise_listed(
+        MismatchError, "the target's rank is too small:", small, f"\nBuild it with rank={need}; unused rows are zero"
+    )
+
+
+def _compress(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (layers, heads, d, r) and B (layers, heads, r, last) of (layers, d, R) and (layers, R, heads, last)."""
+    layers, d, rank = a.shape
+    heads = b.shape[2]
+    used: np.ndarray = np.any(b != 0, axis=-1)  # (layer, rank, head)
+    most = max(int(used.sum(1).max(initial=0)), 1)
+    if most == rank:  # nothing to drop: all heads keep the whole A, in its order
+        return np.broadcast_to(a[:, None], (layers, heads, d, rank)).copy(), np.moveaxis(b, 1, 2).copy()
+    new_a = np.zeros((layers, heads, d, most), a.dtype)
+    new_b = np.zeros((layers, heads, most, b.shape[-1]), b.dtype)
+    for layer, head in np.ndindex(layers, heads):
+        rows = np.flatnonzero(used[layer, :, head])
+        new_a[layer, head, :, : len(rows)] = a[layer][:, rows]
+        new_b[layer, head, : len(rows)] = b[layer, rows, head]
+    return new_a, new_b
+
+
+def _share_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return A (heads, d, k) and one B (k, last) of (heads, d, r) and (heads, r, last); True if no head lacks a row.
+
+    Equal rows of different heads are shared; two equal rows of one head stay apart.
+    """
+    kept: list[np.ndarray] = []
+    columns: list[dict[int, np.ndarray]] = []  # of each head, by the number of their row
+    for by_head, rows in zip(a, b, strict=True):
+        own: dict[int, np.ndarray] = {}
+        for i in np.flatnonzero(rows.any(axis=1)):
+            equal = (k for k, row in enumerate(kept) if k not in own and np.array_equal(row, rows[i]))
+            number = next(equal, len(kept))
+            kept += [rows[i]] if number == len(kept) else []
+            own[number] = by_head[:, i]
+        columns.append(own)
+    new_a = np.zeros((*a.shape[:2], len(kept)), a.dtype)
+    for head, own in enumerate(columns):
+        for number, column in own.items():
+            new_a[head, :, number] = column
+    shared = np.stack(kept) if kept else np.zeros((0, b.shape[-1]), b.dtype)
+    return new_a, shared, all(len(own) == len(kept) for own in columns)
