@@ -444,12 +444,12 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     sizes, on_shared = options.sizes, options.on_shared
     config = _require_lora(tensors.config, "a tree")
     library = keymap.name.partition(":")[0]
-    if name is None and library not in dialects.USED:
+    dialect = dialects.dialect_of(library) if name is None else dialects.get_dialect(name)
+    if dialect is None:
         raise ConfigError(
             f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
             f" {', '.join(dialects.DIALECTS)}"
         )
-    dialect = dialects.get_dialect(name or dialects.USED[library])
     if dialect.slots is not None:
         raise ConfigError(
             f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"

@@ -100,6 +100,7 @@ class Dialect:
             head. See `heads.py`. "" otherwise.
         named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
             paths have any module.
+        trains: the libraries whose models it trains; "maxtext/flat" if the layers call dot_general there.
         proved: True if tested against the library, or against trees recorded from it.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
@@ -115,6 +116,7 @@ class Dialect:
     slots: tuple[str, str] | None = None
     heads: str = ""
     named: bool = False
+    trains: tuple[str, ...] = ()
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:

@@ -423,3 +423,21 @@ def test_equal_rows_of_one_head_stay_apart():
     pair = heads.HeadPair("a", "b", weight, {"d": 5, "n": 2, "h": 3}, True)
     by_head, rows, _ = pair.narrow(a, b)
     np.testing.assert_allclose(np.einsum("dnk,kh->dnh", by_head, rows), np.einsum("dr,rnh->dnh", a, b), rtol=1e-12)
+
+
+@pytest.mark.parametrize("hidden", DIALECTS)
+def test_a_dialect_hidden_leaves_the_rest_working(hidden: str, monkeypatch, tmp_path):
+    """Nothing outside its file and its row needs it: the other dialects, and adapters of jaxadapt."""
+    monkeypatch.delitem(DIALECTS, hidden)
+    first = {case.dialect: case for case in reversed(CASES) if case.leaf == ""}
+    for case in (case for name, case in first.items() if name != hidden):
+        scale = {} if DIALECTS[case.dialect].unscaled or case.dialect == "lorax" else {"lora_alpha": ALPHA}
+        assert jaxadapt.to_peft(LoraTree(case.tree(), **scale), keymap=case.table).config.r == R
+    if hidden in first:
+        with pytest.raises(jaxadapt.AdapterError):
+            jaxadapt.to_peft(first[hidden].tree(), keymap=first[hidden].table)
+    base = {"up": {"kernel": np.ones((4, 6), "float32")}}
+    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["up"]), base, key=jax.random.key(0))
+    jaxadapt.save({"params": base, **adapter.collection}, tmp_path)
+    back = jaxadapt.extract(jaxadapt.load(tmp_path, {"params": base}))
+    jax.tree.map(np.testing.assert_array_equal, back.params, adapter.params)

@@ -173,16 +173,17 @@ def test_without_a_keymap_the_one_choice_is_named():
 
 @pytest.mark.filterwarnings("ignore:.*not been verified")
 def test_the_paths_of_openpis_checkpoints_end_in_value(tmp_path: Path):
-    options: Any = {"keymap": "openpi:pi0", "lora_alpha": ALPHA, "on_shared": "concat"}
+    keymap, options = "openpi:pi0", {"lora_alpha": ALPHA, "on_shared": "concat"}
     stored = {f"{path}.value": x for path, x in whole().items()}
-    wanted = jaxadapt.to_peft(whole(), **options).tensors
+    wanted = jaxadapt.to_peft(LoraTree(whole(), **options), keymap=keymap).tensors
     for tree in (stored, paths.unflatten(stored)):
-        found = jaxadapt.to_peft(tree, **options).tensors
+        found = jaxadapt.to_peft(LoraTree(tree, **options), keymap=keymap).tensors
         assert found.keys() == wanted.keys()
         for key, x in wanted.items():
             np.testing.assert_array_equal(found[key], x)
-    jaxadapt.save(stored, tmp_path, **options)
-    back = jaxadapt.load(tmp_path, {path: np.zeros_like(x) for path, x in stored.items()}, **options)
+    jaxadapt.save(LoraTree(stored, **options), tmp_path, keymap=keymap)
+    zeros = {path: np.zeros_like(x) for path, x in stored.items()}
+    back = jaxadapt.load(tmp_path, LoraTree(zeros, **options), keymap=keymap)
     np.testing.assert_array_equal(back[f"{ROOT}mlp.linear_lora_a.value"], stored[f"{ROOT}mlp.linear_lora_a.value"])
 
 
@@ -194,9 +195,14 @@ def test_pi0_fast_has_the_names_of_the_one_expert():
     assert {key.partition(".layers.")[0] for key in tensors} == {P.removesuffix(".layers.")}
 
 
-def test_extract_refers_to_functions_that_take_on_shared():
-    with pytest.raises(jaxadapt.MismatchError, match=r"to save or to_peft \(extract has no such argument\)"):
+@pytest.mark.filterwarnings("ignore:.*not been verified")
+def test_extract_takes_heads_that_differ():
+    with pytest.raises(jaxadapt.MismatchError, match=r'LoraTree\(tree, on_shared="concat"\) instead'):
         jaxadapt.extract(LoraTree(whole(), lora_alpha=ALPHA), keymap="openpi:pi0")
+    tree = LoraTree(whole(), lora_alpha=ALPHA, on_shared="concat")
+    found, wanted = (f(tree, keymap="openpi:pi0") for f in (jaxadapt.extract, jaxadapt.to_peft))
+    for key, x in jaxadapt.to_peft(found).tensors.items():
+        np.testing.assert_array_equal(x, wanted.tensors[key])
 
 
 def test_it_is_recognised_before_dialects_with_any_module():

@@ -1,33 +1,31 @@
-"""The dialects, one file for each library that trains LoRA. A new dialect is a file and an item of `DIALECTS`."""
+"""The dialects, one file for each library that trains LoRA. A new dialect is a file and a row of `_TABLE`."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection
 
 from jaxadapt.core.errors import KeyMapError
 from jaxadapt.core.paths import bullets
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.models.foreign.dialects.flax import NNX_LORA
-from jaxadapt.models.foreign.dialects.gemma import GEMMA
-from jaxadapt.models.foreign.dialects.keras import KERAS
-from jaxadapt.models.foreign.dialects.levanter import LEVANTER
-from jaxadapt.models.foreign.dialects.lorax import LORAX
-from jaxadapt.models.foreign.dialects.maxtext import MAXTEXT
-from jaxadapt.models.foreign.dialects.openpi import OPENPI
-from jaxadapt.models.foreign.dialects.qwix import QWIX
-from jaxadapt.models.foreign.dialects.skyrl import SKYRL
 
+_TABLE = {
+    "qwix": "QWIX",
+    "flax": "NNX_LORA",
+    "gemma": "GEMMA",
+    "maxtext": "MAXTEXT",
+    "levanter": "LEVANTER",
+    "lorax": "LORAX",
+    "skyrl": "SKYRL",
+    "keras": "KERAS",
+    "openpi": "OPENPI",
+}
+"""`{file of this package: its dialect}`."""
 DIALECTS: dict[str, Dialect] = {
-    d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL, KERAS, OPENPI)
+    dialect.name: dialect
+    for file, name in _TABLE.items()
+    for dialect in (vars(importlib.import_module(f"{__name__}.{file}"))[name],)
 }
-USED = {
-    "tunix": QWIX.name,
-    "maxtext": f"{QWIX.name}/flat",
-    "gemma": GEMMA.name,
-    "keras": KERAS.name,
-    "openpi": OPENPI.name,
-}
-"""The dialect that trains the models of a family's library (the part of the family's name before the colon)."""
 
 
 def get_dialect(name: str) -> Dialect:
@@ -39,6 +37,20 @@ def get_dialect(name: str) -> Dialect:
             " layers call dot_general, so that inputs and outputs are one axis each)"
         )
     return DIALECTS[base].flattened() if change else DIALECTS[base]
+
+
+def dialect_of(library: str) -> Dialect | None:
+    """Return the dialect that trains the models of a library (the part of a family's name before the colon).
+
+    >>> dialect_of("gemma").name
+    'gemma'
+    """
+    for dialect in DIALECTS.values():
+        if library in dialect.trains:
+            return dialect
+        if f"{library}/flat" in dialect.trains:
+            return dialect.flattened()
+    return None
 
 
 def recognize_dialect(paths: Collection[str]) -> Dialect | None:

@@ -17,4 +17,5 @@ GEMMA = Dialect(
     ),
     unscaled=True,
     shares=True,
+    trains=("gemma",),
 )

@@ -14,4 +14,5 @@ KERAS = Dialect(
     ),
     scale="the lora_alpha of enable_lora (the rank by default)",
     heads="shared",
+    trains=("keras",),
 )

@@ -29,4 +29,5 @@ OPENPI = Dialect(
     scale="the alpha of its LoRAConfig (times √rank with rslora)",
     heads="own",
     named=True,
+    trains=("openpi",),
 )  # fmt: skip

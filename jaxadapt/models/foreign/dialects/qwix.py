@@ -23,5 +23,6 @@ QWIX = Dialect(
     ),
     scale="the alpha of its LoraProvider",
     shares=True,
+    trains=("tunix", "maxtext/flat"),
     moved=(("{leaf}.array.qvalue", "{leaf}"),),
 )
