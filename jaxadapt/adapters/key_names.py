@@ -10,12 +10,11 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import matching
-from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs import Config, matching
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -66,6 +65,16 @@ def _prefix(peft_type: str) -> str | None:
     return matching.prefix_of(peft_type) if peft_type in FACTS else _OTHER_PREFIXES.get(peft_type)
 
 
+def is_saved_by_peft(key: str, config: Config) -> bool:
+    """Return True if PEFT saves a tensor of its complete model, by its name without the adapter's name."""
+    bias: str = config.get("bias") or "none"  # "all", or "lora_only" and the like: of the adapted modules
+    is_bias = key.endswith(".bias" if bias == "all" else ".base_layer.bias") and bias != "none"
+    is_saved = is_bias or matching.is_saved(
+        matching.with_task_heads(config), key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
+    )
+    return split_key(key, config.peft_type) is not None or (is_saved and ".original_module." not in key)
+
+
 def has_no_modules(peft_type: str) -> bool:
     """Return True for a method whose file has no tensor of a module, such as a prompt."""
     return bool(FACTS[peft_type].file_tensors)
@@ -104,7 +113,10 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
 
 
 def _is_tensor(name: str) -> bool:
-    return name.startswith((*tensor_prefixes(), "trainable_tokens_delta")) and name not in tensors_with_parts()
+    return (
+        name.startswith((*matching.tensor_prefixes(), "trainable_tokens_delta"))
+        and name not in matching.tensors_with_parts()
+    )
 
 
 def unwrapped_key(key: str) -> str:
@@ -319,21 +331,18 @@ def wrappers_in(keys: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------- reading
 
 
-def keys_without_names(keys: Collection[str], source: str) -> Mapping[str, str | None]:
-    """Return `{key: key without the adapter's name}` for all keys; empty if no key contains an adapter's name.
+def without_names(tensors: PeftTensors) -> PeftTensors:
+    """Return the tensors with the adapter's name removed from their keys, as PEFT removes it when it saves.
 
-    PEFT removes the name when it saves. It loads the keys of a complete PEFT model's state dict
-    (`torch.save(model.state_dict(), …)`), unchanged, into an adapter of the same name. The value is None for rows of
-    the base. Warns if the keys contain one adapter's name. Raises `MismatchError` if they contain several.
-
-    >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
-    {}
+    The keys of a complete PEFT model's state dict (`torch.save(model.state_dict(), …)`) contain the name. PEFT loads
+    them, unchanged, into an adapter of the same name. Rows of the base are left out. Warns if the keys contain one
+    adapter's name. Raises `MismatchError` if they contain several.
     """
-    whole = {key: key for key in keys}
+    whole, source = {key: key for key in tensors.tensors}, tensors.source
     owners = _adapter_names(whole)
     adapters = sorted(set(owners.values()))
     if not adapters:
-        return {}
+        return tensors
     if len(adapters) > 1:
         raise MismatchError(
             f"{source} holds several adapters, {', '.join(map(repr, adapters))}, as the state dict of a complete PEFT"
@@ -351,13 +360,5 @@ def keys_without_names(keys: Collection[str], source: str) -> Mapping[str, str |
         f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
         find_duplicates(names),
     )
-    return names
-
-
-def without_names(tensors: PeftTensors) -> PeftTensors:
-    """Return the tensors with the adapter's name removed from their keys."""
-    names = keys_without_names(tensors.tensors, tensors.source)
-    if not names:
-        return tensors
-    kept = {name: key for key, name in names.items() if name is not None}
-    return dataclasses.replace(tensors, tensors=rename(as_source(tensors.tensors), kept))
+    keys = {name: key for key, name in names.items() if name is not None}
+    return dataclasses.replace(tensors, tensors=rename(as_source(tensors.tensors), keys))

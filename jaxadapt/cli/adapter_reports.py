@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxadapt.analysis.differences import Difference
     from jaxadapt.analysis.norms import Norms
     from jaxadapt.configs.base import Config
+    from jaxadapt.persistence.findings import Finding
     from jaxadapt.persistence.folder import Info
-    from jaxadapt.persistence.stored_adapter import Finding
 
 
 # ---------------------------------------------------------------- inspect

@@ -26,8 +26,8 @@ from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
-from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks, verify_folder
-from jaxadapt.persistence.stored_adapter import open_stored
+from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks
+from jaxadapt.persistence.stored_adapter import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.source import as_source, rename
 
@@ -297,15 +297,15 @@ def extract_files(
         if not location.is_file(location.to_location(checkpoint)):
             raise FileError(f"{os.fspath(checkpoint)}: expected a file of weights or an Orbax checkpoint")
         with open_stored(checkpoint, report) as stored:
-            if stored.specs is None:
+            if stored.tensors is None:
                 raise FileError("; ".join(found.found for found in stored.findings))
             if any(found.code == "image-file" for found in stored.findings):
                 raise FileError(
                     f"{os.fspath(checkpoint)}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
                 )
             if settings is None and stored.text is not None:
-                settings = configs.loads(stored.text, os.fspath(checkpoint))
-            settings = settings or stored.header
+                settings = configs.loads(stored.text(), os.fspath(checkpoint))
+            settings = settings or check_config(stored)[0]
             if settings is None:
                 raise ConfigError(
                     f"{os.fspath(checkpoint)}: the file does not contain the adapter's configuration; pass --config,"
@@ -327,7 +327,7 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
         raise MismatchError(
             f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
-    left_out = verify_folder.left_out_by_peft(names, config)
+    left_out = left_out_by_peft(names, config)
     keys = {new: key for new, key in names.keys_of(name).items() if key not in left_out}
     kept = {new: stored.specs[key][1] for new, key in keys.items()}
     wrong = [found.found for found in tensor_checks.check_tensors(kept, config) if found.code == "rank"]

@@ -1,33 +1,32 @@
-"""Checks of an adapter's modules against its base model, or against the names of a model family.
+"""Checks of an adapter by its base model, or by the names of a model family.
 
-The check that a base model is the one that an adapter was trained on, by the fingerprint in the adapter's file.
+The names and sizes of its modules are compared with those of the base, and the fingerprint in its file with a few
+of the base's values. A base may be a folder, a file, a mapping of shapes, or a family.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.configs import matching
-from jaxadapt.configs.base import Config
+from jaxadapt.configs import Config, matching
 from jaxadapt.core import errors
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint
-from jaxadapt.persistence.stored_adapter import Finding, count, error, note, parse_json, warning
+from jaxadapt.persistence.findings import MODEL_FILES, Finding, count, error, note, warning
+from jaxadapt.persistence.formats.peft_folder import parse_json
 from jaxadapt.persistence.tensor_checks import Shapes
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
-
-# ---------------------------------------------------------------- base checks
-
 
 # Renames of transformers between versions: (prefix of the older names, prefix of the newer ones).
 _RENAMES = (
@@ -43,6 +42,7 @@ _LEFT_OUT = frozenset(
     ("model transformer backbone bert roberta distilbert electra albert deberta mpnet esm gpt_neox vit deit beit dinov2"
      " swin clip siglip wav2vec2 hubert wavlm").split()
 )  # fmt: skip
+_IS_THE_BASE = "check that the adapter belongs to this base model"
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
 
@@ -59,16 +59,16 @@ def base_shapes(base: Any) -> Shapes | KeyMap:
         items = cast("Mapping[str, Any]", base).items()
         return {key: tuple(value) if isinstance(value, list | tuple) else tuple(value.shape) for key, value in items}
     place = location.to_location(cast("str | os.PathLike[str]", base))
-    if not location.exists(place):
+    if location.exists(place):
+        return _stored_shapes(place)
+    if isinstance(place, Path) and len(place.parts) == 1:
         from jaxadapt.keymaps import families
 
-        if isinstance(place, Path) and len(place.parts) == 1:
-            try:
-                return families.get_family(str(base))
-            except KeyMapError as problem:
-                raise FileError(f"{base}: no such folder or file, and {problem}") from problem
-        raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
-    return _folder_shapes(place) if location.is_dir(place) else _file_shapes(place)
+        try:
+            return families.get_family(str(base))
+        except KeyMapError as problem:
+            raise FileError(f"{base}: no such folder or file, and {problem}") from problem
+    raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
 
 
 def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
@@ -90,42 +90,33 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
     return str(values.get("model_type") or "")
 
 
-def _file_shapes(path: Location) -> Shapes:
-    if path.suffix == ".json":
-        return _read_shapes(path)
-    if path.suffix == ".safetensors":
-        return {key: info.shape for key, info in safetensors.read_header(path).tensors.items()}
-    return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(path).items()}
-
-
-def _read_shapes(path: Location) -> Shapes:
+def _stored_shapes(place: Location) -> Shapes:
+    """Return the shapes in a folder of weights, or in one file."""
+    if location.is_dir(place):
+        name = next((name for name in MODEL_FILES if location.exists(place / name)), None)
+        if name is None:
+            expected = f"{hf_model.SINGLE_FILE}, {hf_model.INDEX} or {hf_model.BIN}"
+            raise FileError(f"{place}: expected {expected}, found none of them")
+        is_index = name in (hf_model.INDEX, hf_model.BIN_INDEX)
+        files = dict.fromkeys(hf_model.read_index(place / name).values()) if is_index else (name,)
+        return {key: shape for file in files for key, shape in _stored_shapes(place / file).items()}
+    if place.suffix == ".safetensors":
+        return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}
+    if place.suffix != ".json":
+        return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(place).items()}
     try:
-        values: Any = json.loads(location.read_text_bytes(path))
+        values: Any = json.loads(location.read_text_bytes(place))
         return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as problem:
-        raise FormatError(
-            f"{path}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
-        ) from problem
-
-
-def _folder_shapes(folder: Location) -> Shapes:
-    for name in (hf_model.SINGLE_FILE, hf_model.BIN):
-        if location.exists(folder / name):
-            return _file_shapes(folder / name)
-    for name in (hf_model.INDEX, hf_model.BIN_INDEX):
-        if location.exists(folder / name):
-            files = dict.fromkeys(hf_model.read_index(folder / name).values())
-            return {key: shape for file in files for key, shape in _file_shapes(folder / file).items()}
-    raise FileError(
-        f"{folder}: expected {hf_model.SINGLE_FILE}, {hf_model.INDEX} or {hf_model.BIN}, found none of them"
-    )
+        text = f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
+        raise FormatError(text) from problem
 
 
 # ---------------------------------------------------------------- findings
 
 
-def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: str) -> list[Finding]:
-    """Return findings about the modules of an adapter that do not fit the base.
+def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: str) -> Iterator[Finding]:
+    """Find the modules of an adapter that do not fit the base.
 
     Args:
         shapes: the adapter's tensors, by PEFT's names.
@@ -134,21 +125,19 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
         source: the base, for messages.
     """
     if key_names.has_no_modules(config.peft_type):
-        return []
+        return
     modules = _modules(shapes, config)
     if isinstance(base, KeyMap):
-        return _check_family(modules, base)
+        yield from _check_family(modules, base)
+        return
     is_tied = not any(key.endswith("lm_head.weight") for key in base)  # such a file does not repeat the embedding
     missing = [m for m in modules if not _has_module(base, m) and not (is_tied and m.rpartition(".")[2] == "lm_head")]
-    findings: list[Finding] = []
-    names = dict(zip(modules, modules, strict=True))
+    names = (_renamed_modules(modules, base) or _prefixed_modules(modules, base) or {}) if missing else {}
     if missing:
-        found, names = _explain_missing(modules, missing, base, config, source)
-        findings.append(found)
-    findings += _check_shapes(shapes, config, base, names)
+        yield _explain_missing(modules, missing, names, base, source)
+    yield from _check_shapes(shapes, config, base, names)
     if not missing:
-        findings += _check_completeness(modules, config, base, source)
-    return findings
+        yield from _check_completeness(modules, config, base, source)
 
 
 def _modules(shapes: Shapes, config: Config) -> list[str]:
@@ -164,45 +153,30 @@ def _has_module(base: Shapes, module: str) -> bool:
 
 
 def _explain_missing(
-    modules: Sequence[str], missing: Sequence[str], base: Shapes, config: Config, source: str
-) -> tuple[Finding, dict[str, str]]:
-    """Return the finding for modules that the base lacks, and {module: its name in the base} as far as known."""
-    renamed = _renamed_modules(modules, base)
-    if renamed is not None:
-        first = missing[0]
-        return (
-            error(
-                "renamed", missing, f"{source} has these modules under other names of transformers:"
-                f" {first} is {renamed[first]} there", "the names of the transformers version that loads the base",
-                "rename them (jaxadapt rename --base), or load the adapter with the transformers version of its"
-                " training",
-            ),
-            renamed,
+    modules: Sequence[str], missing: Sequence[str], names: Mapping[str, str], base: Shapes, source: str
+) -> Finding:
+    """Return the finding for modules that the base lacks; `names` are those that it has in their place, if known."""
+    first = missing[0]
+    if names and names == _renamed_modules(modules, base):
+        return error(
+            "renamed", missing, f"{source} has these modules under other names of transformers: {first} is"
+            f" {names[first]} there", "the names of the transformers version that loads the base",
+            "rename them (jaxadapt rename --base), or load the adapter with the transformers version of its training",
         )  # fmt: skip
-    names = _prefixed_modules(modules, base)
-    if names is not None:
-        return _explain_prefix(missing[0], names, missing, source), names
+    if names:
+        return _explain_prefix(first, names, missing, source)
     experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
     if len(experts) == len(missing):
-        return (
-            error(
-                "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
-                f" expert, such as {missing[0]}", "target_parameters, as transformers 5 names experts",
-                "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
-                " jaxadapt.models.LoraTree(model, on_shared='concat')",
-            ),
-            {m: m for m in modules},
+        return error(
+            "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
+            f" expert, such as {first}", "target_parameters, as transformers 5 names experts",
+            "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
+            " jaxadapt.models.LoraTree(model, on_shared='concat')",
         )  # fmt: skip
-    weights = [key.removesuffix(".weight") for key in base if key.endswith(".weight")]
-    close = errors.close_matches(missing[:3], weights)
-    hint = f"; it has {', '.join(close[:4])}" if close else ""
-    return (
-        error(
-            "base", missing, f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as"
-            f" {missing[0]}{hint}", "modules of this base", "check that the adapter belongs to this base model",
-        ),
-        {m: m for m in modules},
-    )  # fmt: skip
+    close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
+    text = f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as {first}"
+    text += f"; it has {', '.join(close[:4])}" if close else ""
+    return error("base", missing, text, "modules of this base", _IS_THE_BASE)
 
 
 def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str], source: str) -> Finding:
@@ -210,8 +184,13 @@ def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str]
     there = names[first]
     text = f"the names have another prefix in {source}: {first} is {there} there"
     if len(there) > len(first):
-        remedy = f"put {there.removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: jaxadapt rename --base"
-        return error("prefix", missing, text, "PEFT's names of the whole model, with its head", remedy)
+        return error(
+            "prefix",
+            missing,
+            text,
+            "PEFT's names of the whole model, with its head",
+            f"put {there.removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: jaxadapt rename --base",
+        )
     prefix = first.removesuffix(there).rstrip(".")
     is_whole = {name.partition(".")[0] for name in names.values()} <= {"model", "transformer"}
     if prefix in _LEFT_OUT and not is_whole:  # transformers writes the files of a model without its head like this
@@ -261,87 +240,79 @@ def _prefixed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | 
     return {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
 
 
-def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> list[Finding]:
+def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> Iterator[Finding]:
     """Compare the sizes of the tensors with the base's weights."""
-    wrong: list[str] = []
-    vocabulary: list[str] = []
-    if config.peft_type == "LORA" and not config.get("use_qalora") and not config.get("use_bdlora"):
-        for key, shape in pytorch.weight_shapes(shapes).items():
-            module = key.removesuffix(".weight")
-            have = base.get(f"{names.get(module, module)}.weight")
-            if have is None or sorted(have) == sorted(shape) or len(have) != len(shape):
-                continue
-            text = f"{module}: {list(shape)} by its tensors, {list(have)} in the base"
-            is_rows = _is_embedding(module) and have[1:] == shape[1:]
-            (vocabulary if is_rows else wrong).append(text)
+    compared: list[tuple[str, str, tuple[int, ...], tuple[int, ...], str]] = []
+    has_own_layout = config.get("use_qalora") or config.get("use_bdlora")
+    by_tensors = pytorch.weight_shapes(shapes) if config.peft_type == "LORA" and not has_own_layout else {}
+    for key, shape in by_tensors.items():
+        module = key.removesuffix(".weight")
+        have = base.get(f"{names.get(module, module)}.weight", shape)
+        if sorted(have) != sorted(shape) and len(have) == len(shape):
+            compared.append((module, module, shape, have, "by its tensors"))
     for key, shape in shapes.items():
         name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
-        have = base.get(name)
-        if have is not None and tuple(have) != tuple(shape):
-            text = f"{name}: {list(shape)} in the file, {list(have)} in the base"
-            is_rows = _is_embedding(name.rpartition(".")[0]) and have[1:] == shape[1:]
-            (vocabulary if is_rows else wrong).append(text)
-    findings: list[Finding] = []
-    if vocabulary:
-        findings.append(
-            error(
-                "vocabulary",
-                vocabulary,
-                f"embeddings of another vocabulary: {vocabulary[0]}",
-                "as many rows as the base has tokens",
-                "resize the base's embeddings to the adapter's number of rows"
-                " before loading (resize_token_embeddings), or load with on_mismatch='skip'",
-            )
+        have = base.get(name, shape)
+        if tuple(have) != tuple(shape):
+            compared.append((name, name.rpartition(".")[0], shape, have, "in the file"))
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for label, module, shape, have, where in compared:
+        is_vocabulary = _is_embedding(module) and have[1:] == shape[1:]
+        texts[is_vocabulary].append(f"{label}: {list(shape)} {where}, {list(have)} in the base")
+    if vocabulary := texts[True]:
+        yield error(
+            "vocabulary",
+            vocabulary,
+            f"embeddings of another vocabulary: {vocabulary[0]}",
+            "as many rows as the base has tokens",
+            "resize the base's embeddings to the adapter's number of rows"
+            " before loading (resize_token_embeddings), or load with on_mismatch='skip'",
         )
-    if wrong:
-        findings.append(
-            error("shape", wrong, f"{count(wrong, 'size')} unlike the base: {wrong[0]}",
-                          "sizes of the base's weights", "check that the adapter belongs to this base model")
-        )  # fmt: skip
-    return findings
+    if wrong := texts[False]:
+        yield error(
+            "shape",
+            wrong,
+            f"{count(wrong, 'size')} unlike the base: {wrong[0]}",
+            "sizes of the base's weights",
+            _IS_THE_BASE,
+        )
 
 
 def _is_embedding(module: str) -> bool:
     return any(word in module.rpartition(".")[2] for word in ("embed", "wte", "lm_head", "shared", "word_embeddings"))
 
 
-def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> list[Finding]:
+def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> Iterator[Finding]:
     """Find targets of the configuration in the base for which the file has no tensors."""
     if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
-        return []
+        return
     candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
     absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
-    if not absent:
-        return []
-    return [
-        error(
+    if absent:
+        yield error(
             "missing",
             absent,
             f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
             "tensors for every target",
             "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
         )
-    ]
 
 
-def _check_family(modules: Iterable[str], keymap: KeyMap) -> list[Finding]:
+def _check_family(modules: Sequence[str], keymap: KeyMap) -> Iterator[Finding]:
     """Compare the modules with the names of a family, in the spelling that fits best."""
-    modules = list(modules)
     spellings = [keymap, *(keymap.with_spelling(name) for name, _ in keymap.spellings)]
     unknown = {s.name: [m for m in modules if not _is_known(s, m)] for s in spellings}
     best = min(unknown, key=lambda name: len(unknown[name]))
-    missing = unknown[best]
-    if not missing:
-        return [] if best == keymap.name else [note("renamed", modules, f"the names are those of {best}")]
-    return [
-        error(
+    if missing := unknown[best]:
+        yield error(
             "base",
             missing,
             f"{keymap.name} lacks {len(missing)} of {count(modules, 'module')}, such as {missing[0]}",
             "PyTorch's module names of the family",
             f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
         )
-    ]
+    elif best != keymap.name:
+        yield note("renamed", modules, f"the names are those of {best}")
 
 
 def _is_known(keymap: KeyMap, module: str) -> bool:
@@ -360,8 +331,8 @@ def weight_names(stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int
 
 def check_identity(
     stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]], base: str | os.PathLike[str]
-) -> list[Finding]:
-    """Return a finding if a base has other values than the one of the training, or cannot be compared.
+) -> Iterator[Finding]:
+    """Tell whether a base has the values of the base of the training.
 
     Args:
         stored: the fingerprint in the adapter's file.
@@ -370,26 +341,24 @@ def check_identity(
     """
     place = location.to_location(base)
     if place.suffix == ".json":
-        return []
-    keys = weight_names(stored, shapes)
-    found = None
-    if keys is not None:
-        try:
+        return
+    keys, found = weight_names(stored, shapes), None
+    with contextlib.suppress(FileError, FormatError):  # the other checks report it, or the base is quantized
+        if keys is not None:
             with hf_model.open_model(place) as tensors:
                 hf_model.refuse_packed(tensors)
                 found = fingerprint.of_file(tensors, keys)
-        except (FileError, FormatError):  # the other checks have reported it, or the base is quantized
-            found = None
     if found is None:
-        return [note("base-not-compared", stored, f"the values of {base} were not compared: it is quantized or"
-                             " lacks modules of the adapter")]  # fmt: skip
-    different = fingerprint.differences(stored, found)
-    if not different:
-        return [note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")]
-    return [
-        error(
+        yield note(
+            "base-not-compared",
+            stored,
+            f"the values of {base} were not compared: it is quantized or lacks modules of the adapter",
+        )
+    elif different := fingerprint.differences(stored, found):
+        yield error(
             "other-base", different, f"the adapter was trained on another base than {base}: {len(different)} of"
             f" {len(stored)} compared weights differ, such as {different[0]}", "the base of the training",
             "find the base that the adapter was trained on; on this one its outputs may be wrong",
-        )
-    ]  # fmt: skip
+        )  # fmt: skip
+    else:
+        yield note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")

@@ -19,7 +19,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import formats, reconcile, stored_adapter
+from jaxadapt.persistence import findings, formats, reconcile
 from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
@@ -60,7 +60,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         config = place.at if place.names is None else place.at / peft_folder.CONFIG
         if place.names is None or peft_folder.CONFIG in place.names:
             return configs.loads(reconcile.read_text(config), str(config))
-        raise peft_folder.missing(place)
+        findings.refuse(peft_folder.missing(place))
     if file_format.read_config is not None:
         return file_format.read_config(place)
     with file_format.open(place) as opened:
@@ -178,7 +178,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
         config, source = opened.tensors.config, as_source(opened.tensors.tensors)
         tensors, nbytes = dtypes_and_shapes(source), sum(map(source.nbytes, source))
-    found = stored_adapter.not_an_adapter(tensors, str(path)) if key_names.is_known_method(config.peft_type) else None
+    found = findings.not_an_adapter(tensors, str(path)) if key_names.is_known_method(config.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
     return Info(os.fspath(path), config, tensors, nbytes, location.total_size(opened.weights), opened.form)

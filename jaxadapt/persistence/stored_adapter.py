@@ -1,284 +1,36 @@
-"""A tolerant reader of adapter files: it opens also what `read` refuses, and keeps the reason as a finding.
+"""The tolerant reading of adapter files: also what `read` refuses is read, and the reason is a finding.
 
-Recognition of files that are no PEFT adapter: other libraries' adapters, whole models, checkpoints of a run.
+path ──open_stored──► StoredAdapter ──check_config, key rules──► Reading: a configuration, keys, findings with fixes
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any, cast
 
+from jaxadapt import configs
 from jaxadapt.adapters import key_names
-from jaxadapt.configs.base import Config, mlx_keys
+from jaxadapt.adapters.key_names import NormalKeys
+from jaxadapt.configs import PEFT_VERSION, Config
+from jaxadapt.configs.base import GenericConfig, class_of
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.persistence import fingerprint, formats, reconcile, run_folder
-from jaxadapt.persistence.formats import Format, Place, peft_folder
-from jaxadapt.storage import hf_model, hub, location, safetensors, torch_bin
-from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, as_source, dtypes_and_shapes
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import findings, formats, reconcile, run_folder
+from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning
+from jaxadapt.persistence.formats import Place, peft_folder
+from jaxadapt.persistence.formats.image_names import LYCORIS
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter
+from jaxadapt.storage import hub
+from jaxadapt.storage.source import Kinds, as_source
 
-if TYPE_CHECKING:
-    pass
-
-CONFIG = hub.CONFIG
-WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
-
-SEVERITIES = ("error", "warning", "note")
-"""From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""
-
-
-class Fix(NamedTuple):
-    """The one possible remedy of a finding.
-
-    Attributes:
-        done: a sentence for each change.
-        names: {key of the file: PEFT's name}, of the keys that change; None for a tensor to leave out.
-        config: the configuration to write; None if the finding is not about it.
-    """
-
-    done: tuple[str, ...]
-    names: Mapping[str, str | None]
-    config: Config | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One finding of `verify`. All problems of one kind are one finding.
-
-    Attributes:
-        severity: "error" if readers refuse the adapter, lose a part of it or compute something else; "warning" if the
-            adapter loads but something is suspicious; "note" for a fact about a sound adapter.
-        code: the kind of the finding, one word for programs, such as "missing" or "not-finite".
-        subjects: the tensors, modules, fields or files concerned, in the file's order.
-        found: a sentence about the file.
-        expected: what a sound file has; "" for a note.
-        remedy: what to do; "" if there is nothing to do.
-        fix: the change that `repair` makes, if only one original is possible.
-    """
-
-    severity: str
-    code: str
-    subjects: tuple[str, ...]
-    found: str
-    expected: str = ""
-    remedy: str = ""
-    fix: Fix | None = dataclasses.field(default=None, repr=False, compare=False)
-
-    @property
-    def repairable(self) -> bool:
-        """True if `repair` corrects it."""
-        return self.fix is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        names = ("severity", "code", "subjects", "found", "expected", "remedy", "repairable")
-        return {name: getattr(self, name) for name in names} | {"subjects": list(self.subjects)}
-
-
-def count(items: int | Collection[object], noun: str) -> str:
-    """Return a number with its noun.
-
-    >>> count(1, "module"), count(["a", "b"], "module")
-    ('1 module', '2 modules')
-    """
-    number = items if isinstance(items, int) else len(items)
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def error(
-    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, fix: Fix | None = None
-) -> Finding:
-    """Return a finding of severity "error"."""
-    return Finding("error", code, tuple(subjects), found, expected, remedy, fix)
-
-
-def warning(
-    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, fix: Fix | None = None
-) -> Finding:
-    """Return a finding of severity "warning"."""
-    return Finding("warning", code, tuple(subjects), found, expected, remedy, fix)
-
-
-def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Finding:
-    """Return a finding of severity "note"."""
-    return Finding("note", code, tuple(subjects), found, "", remedy)
-
-
-# ---------------------------------------------------------------- foreign files
-
-
-EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
-_MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX)
-
-# {library: (pattern of its keys, remedy)}. The first one with a matching key applies.
-_MLX = (
-    "name the weights adapters.safetensors, with mlx-lm's own adapter_config.json beside them; jaxadapt convert FOLDER"
-    " OUT then writes PEFT's folder"
-)
-_IMAGE = (
-    "give the file a name of its own, without a configuration beside it: diffusers (pipe.load_lora_weights) and"
-    " jaxadapt then read it, and jaxadapt convert writes PEFT's folders"
-)
-_LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
-    "mlx-lm": (
-        re.compile(r".+\.(lora_[ab]|switch_mlp\..+\.lora_[ab])"),
-        _MLX,
-    ),
-    "kohya-ss": (
-        re.compile(
-            r"(lora_(unet|te\d?|transformer|prior)_|lycoris_).+\.(lora_(down|up|mid)\.weight|alpha|hada_.*|lokr_.*)"
-        ),
-        _IMAGE,
-    ),
-    "diffusers": (
-        re.compile(
-            r"(unet|text_encoder(_2)?|transformer|prior|denoiser)\..+\.(lora_[AB](\.[^.]+)?\.weight"
-            r"|lora(_linear_layer)?\.(down|up)\.weight)|.+\.processor\..+_lora\.(down|up)\.weight"
-        ),
-        _IMAGE,
-    ),
-    "an image trainer": (
-        re.compile(r".+\.lora_(down|up)(\.weight)?"),
-        "rename lora_down to lora_A and lora_up to lora_B with the program that wrote it, and add the configuration",
-    ),
-}  # fmt: skip
-
-
-def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
-    """Return a finding if most keys are those of another library's adapter format.
-
-    With a configuration of PEFT, names such as "transformer.h.0.q.lora_A.weight" are PEFT's without their prefix, and
-    not diffusers'.
-    """
-    for library, (pattern, remedy) in _LIBRARIES.items():
-        if library == "diffusers" and has_config:
-            continue
-        matching = [key for key in keys if pattern.fullmatch(key)]
-        if 2 * len(matching) > len(keys):
-            return error(
-                "other-library", matching, f"the tensors are named as {library} names them, such as {matching[0]}",
-                "PEFT's names, such as base_model.model.<module>.lora_A.weight", remedy,
-            )  # fmt: skip
-    return None
-
-
-def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
-    """Return a finding if no tensor belongs to an adapter."""
-    if not keys or key_names.has_adapter_tensors(keys):
-        return None
-    text = f"none of the {len(keys)} tensors belongs to an adapter of PEFT, such as {next(iter(keys))}"
-    if not any(key.endswith(".weight") for key in keys):
-        return error("no-adapter", (), text, "an adapter's tensors", "check the path")
-    return error(
-        "whole-model", (), f"{text}: these seem to be the weights of a whole model", "an adapter's tensors",
-        f"if {source} is a complete model, load it as one",
-    )  # fmt: skip
-
-
-def foreign_config(values: Mapping[str, Any]) -> Finding | None:
-    """Return a finding if a JSON object is another library's configuration."""
-    if "peft_type" in values:
-        return None
-    if mlx := mlx_keys(values):
-        return error(
-            "other-library", mlx, f"adapter_config.json is mlx-lm's (no peft_type, but {', '.join(mlx)})",
-            "a configuration with peft_type", _MLX,
-        )  # fmt: skip
-    if "architectures" in values or "model_type" in values:
-        return error(
-            "whole-model", (), "the configuration is that of a whole model (architectures, model_type)",
-            "a configuration with peft_type", "pass the adapter's folder",
-        )  # fmt: skip
-    return None
-
-
-def training_step(folder: Location, name: str) -> Finding:
-    """Return the finding for a checkpoint of a run."""
-    return error(
-        "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", EXPECTED,
-        f"run: jaxadapt checkpoints {folder} --step {name.removeprefix('step-').partition('.')[0].lstrip('0') or '0'}"
-        " --export OUT",
-    )  # fmt: skip
-
-
-def by_name(names: Sequence[str]) -> Finding | None:
-    """Return a finding for the file names of other libraries."""
-    if "adapters.safetensors" in names or "adapters.npz" in names:
-        return error(
-            "other-library", names, "the weights are mlx-lm's (adapters.safetensors)", EXPECTED,
-            _MLX,
-        )  # fmt: skip
-    if any(name.startswith("pytorch_lora_weights.") for name in names):
-        return error(
-            "other-library", names, "the weights are diffusers' (pytorch_lora_weights)", EXPECTED,
-            _LIBRARIES["diffusers"][1],
-        )  # fmt: skip
-    return None
-
-
-def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> Finding:
-    """Return the finding for a folder without a PEFT adapter: what it holds instead, and where the adapter may be."""
-    steps = [name for name in names if run_folder.NAME.fullmatch(name)]
-    if steps:
-        return error(
-            "training-run", steps, f"a training run: {count(steps, 'checkpoint')}, no exported adapter",
-            EXPECTED, f"run: jaxadapt checkpoints {source} --step latest --export OUT",
-        )  # fmt: skip
-    if adapters:
-        return error(
-            "subfolders", adapters, f"no adapter here, but in these subfolders: {', '.join(adapters)}", EXPECTED,
-            "pass one of them",
-        )  # fmt: skip
-    found = by_name(names)
-    if found is not None:
-        return found
-    model = [name for name in names if name in _MODEL_FILES]
-    if model:
-        return error(
-            "whole-model", model, f"the folder of a whole model ({', '.join(model)})", EXPECTED,
-            "pass the adapter's folder, and this one as --base",
-        )  # fmt: skip
-    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return error("no-adapter", (), f"no adapter: found {listed or 'an empty folder'}", EXPECTED, "check the path")
-
-
-# ---------------------------------------------------------------- stored adapter
-
-
-_NO_TENSORS = as_source({})
-Specs = Mapping[str, tuple[str, tuple[int, ...]]]
-"""{key: (dtype, shape)}, with safetensors' names of dtypes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredAdapter:
-    """The content of adapter files, as far as they can be read.
-
-    Attributes:
-        source: the path, for messages.
-        text: the text of adapter_config.json; None if there is none.
-        header: jaxadapt's copy of the configuration in the header of the weights; None if there is none.
-        specs: dtypes and shapes by key; None if the weights cannot be read.
-        tensors: the tensors, read on demand; empty if the weights cannot be read.
-        findings: the facts about the files themselves.
-        is_adapter: False if the path holds something else, which the findings name.
-        base: the fingerprint of the base in the header; None without one.
-    """
-
-    source: str
-    text: str | None
-    header: Config | None
-    specs: Specs | None
-    tensors: TensorSource = dataclasses.field(default_factory=lambda: _NO_TENSORS)
-    findings: tuple[Finding, ...] = ()
-    is_adapter: bool = True
-    base: fingerprint.Fingerprint | None = None
+# ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
@@ -287,132 +39,373 @@ def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Gen
 
     Raises `FileError` if nothing at the path can be read at all.
     """
-    place = formats.look(path, report)
     with contextlib.ExitStack() as stack:
-        yield _open(place, stack)
+        yield _open(formats.look(path, report), stack)
 
 
 def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     source, at = os.fspath(place.path), place.at
     if place.names is None and at.suffix == ".json":
-        return StoredAdapter(source, reconcile.read_text(at), None, None)
+        return StoredAdapter(source, functools.partial(reconcile.read_text, at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
-        return _not_an_adapter(source, training_step(at.parent, at.name))
-    found = None if place.names is None and at.name == WEIGHTS else formats.find(place)
-    if found is not None and found is not peft_folder.FORMAT:
-        return _open_other(found, place, stack)
-    if place.names is not None:
-        return _open_folder(place, place.names, stack)
-    beside = at.parent / CONFIG
-    config = beside if at.name in hub.WEIGHTS and location.exists(beside) else None
-    return _open_weights(source, config, at, [], stack)
-
-
-def _open_other(found: Format, place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
-    """Open files of another format than PEFT's, under PEFT's names; the format may make a finding of a refusal."""
-    source = os.fspath(place.path)
+        return StoredAdapter(source, findings=(findings.training_step(at.parent, at.name),))
+    is_named = place.names is None and at.name in hub.WEIGHTS  # a file with PEFT's name, whatever its keys are
+    file_format = None if is_named else formats.find(place)
+    if file_format is None or file_format is peft_folder.FORMAT:
+        return peft_folder.open_files(place, stack)
     try:
-        opened = stack.enter_context(found.open(place))
+        opened = stack.enter_context(file_format.open(place))
     except AdapterError as problem:
-        if found.describe is None:
+        if file_format.describe is None:
             raise
-        return _not_an_adapter(source, found.describe(source, problem))
-    tensors = as_source(opened.tensors.tensors)
-    findings = () if found.describe is None else (found.describe(source, opened),)
-    return StoredAdapter(source, opened.tensors.config.to_json(), None, dtypes_and_shapes(tensors), tensors, findings)
+        return StoredAdapter(source, findings=(file_format.describe(source, problem),))
+    found = () if file_format.describe is None else (file_format.describe(source, opened),)
+    return StoredAdapter(source, opened.tensors.config.to_json, as_source(opened.tensors.tensors), findings=found)
 
 
-def _open_folder(place: Place, present: Collection[str], stack: contextlib.ExitStack) -> StoredAdapter:
-    source, names = os.fspath(place.path), sorted(present)
-    weights = next((name for name in hub.WEIGHTS if name in names), None)
-    config = place.at / CONFIG if CONFIG in names else None
-    if weights is None and config is None:
-        inner = [name for name in names[:64] if location.exists(place.at / name / CONFIG)]
-        return _not_an_adapter(source, other_folder(source, names, inner))
-    findings: list[Finding] = []
-    if weights is None:
-        others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".npz"))]
-        found = by_name(others) or error(
-            "no-weights", (), f"no {WEIGHTS} and no {WEIGHTS_BIN}; found {', '.join(names[:8])}",
-            "a file of weights beside the configuration", "fetch or copy the weights as well",
-        )  # fmt: skip
-        text = None if config is None else _read_text(config, findings)
-        return StoredAdapter(source, text, None, None, findings=(*findings, found))
-    if WEIGHTS_BIN in names and weights == WEIGHTS:
-        findings.append(
-            warning(
-                "two-files", hub.WEIGHTS, "the folder holds two files of weights", f"one; readers take {WEIGHTS}",
-                f"delete {WEIGHTS_BIN} if it is older",
-            )
-        )  # fmt: skip
-    return _open_weights(source, config, place.at / weights, findings, stack)
+# ---------------------------------------------------------------- configuration
 
 
-def _not_an_adapter(source: str, found: Finding) -> StoredAdapter:
-    return StoredAdapter(source, None, None, None, findings=(found,), is_adapter=False)
+# Fields of PEFT up to 0.2, with the value that changes nothing.
+_OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
+_MAX_COMMAS = 16  # each costs a reading of the text
 
 
-def _read_text(config: Location, findings: list[Finding]) -> str | None:
+def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+    """Return the configuration of stored adapter files, with the fix of its finding, and the findings about it.
+
+    The configuration is None if it cannot be read, even with a fix.
+    """
+    copy, found = _header_copy(stored)
+    if stored.text is None:
+        return copy, [*found, *([] if copy is None else [_lost(copy), *_check_values(copy, None)])]
+    values: dict[str, Any] | None = None
+    repairs: list[str] = []
     try:
-        return reconcile.read_text(config)
+        text = stored.text()
+        values, repairs = mend_text(text)
+        if values is not None and (foreign := findings.foreign_config(values)) is not None:
+            return None, [*found, foreign]
+        config = configs.loads(text, hub.CONFIG)
     except (ConfigError, FileError) as problem:
-        findings.append(error("configuration", (CONFIG,), str(problem), "a JSON object in UTF-8", "save it as UTF-8"))
-        return None
+        found.append(_unreadable(stored, copy, values or {}, repairs, problem))
+        config = found[-1].fix and found[-1].fix.config
+        if config is None:
+            return None, found
+    else:
+        if copy is not None and (changed := config.changed_keys(copy)):
+            text = f"{hub.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
+            expected = "two equal configurations: it was edited, or a save was interrupted"
+            remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
+            found.append(warning("edited", changed, text, expected, remedy))
+    return config, [*found, *_check_values(config, None if config is copy else values or {})]
 
 
-def _open_weights(
-    source: str, config: Location | None, weights: Location, findings: list[Finding], stack: contextlib.ExitStack
-) -> StoredAdapter:
-    text = None if config is None else _read_text(config, findings)
-    header: Config | None = None
-    specs: Specs | None = None
-    base: fingerprint.Fingerprint | None = None
-    tensors = _NO_TENSORS
-    try:
-        if weights.suffix == ".safetensors":
-            tensors = file = stack.enter_context(safetensors.open_tensors(weights))
-            header = _header_config(file.header, weights, findings)
-            base = reconcile.stored_fingerprint(file.header)
-        else:
-            tensors = torch_bin.open_tensors(weights)
-        specs = dtypes_and_shapes(tensors)
-    except FileError as problem:
-        findings.append(
-            error("unreadable", (weights.name,), str(problem), "a complete file of tensors", "fetch or save it again")
-        )
-    if specs is not None and not specs:
-        findings.append(
-            error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
-                          "save the adapter again")
-        )  # fmt: skip
-    return StoredAdapter(source, text, header, specs, tensors, tuple(findings), base=base)
-
-
-def _header_config(header: safetensors.Header, weights: Location, findings: list[Finding]) -> Config | None:
+def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     """Return jaxadapt's copy of the configuration, if the header has one that can be read."""
-    raw = header.metadata.get(reconcile.META)
-    if raw is None:
-        return None
+    if stored.weights is None or stored.header is None or not peft_folder.has_copy(stored.header):
+        return None, []
     try:
-        return reconcile.parse_copy(raw, weights)[0]
+        return reconcile.parse_copy(stored.header.metadata[reconcile.META], stored.weights)[0], []
     except AdapterError as problem:
-        findings.append(
-            warning("header", (weights.name,), str(problem), "a copy of the configuration", "save it again")
-        )
-        return None
+        return None, [
+            warning("header", (stored.weights.name,), str(problem), "a copy of the configuration", "save it again")
+        ]
 
 
-def parse_json(text: str) -> dict[str, Any] | None:
-    """Return the JSON object of a text; None if it is no object or has a key twice."""
+def _lost(copy: Config) -> Finding:
+    return warning(
+        "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
+        f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+        Fix((_FROM_COPY,), {}, copy),
+    )  # fmt: skip
+
+
+_FROM_COPY = f"{hub.CONFIG} written again from the copy in the weights' header"
+
+
+def _unreadable(
+    stored: StoredAdapter, copy: Config | None, values: Mapping[str, Any], repairs: list[str], problem: AdapterError
+) -> Finding:
+    """Return the finding for a configuration that PEFT refuses, with the one that it stands for if that is certain."""
+    mended, more = mend_values(values, stored.specs)
+    done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
+    with contextlib.suppress(ConfigError, ValueError):
+        config = configs.loads(json.dumps(mended), hub.CONFIG) if done else None
+    if config is not None:
+        remedy = "jaxadapt repair corrects it"
+    elif copy is not None:
+        remedy = "jaxadapt repair corrects it from the copy in the weights' header"
+        config, done = copy, (_FROM_COPY,)
+    fix = None if config is None else Fix(done, {}, config)
+    return error("configuration", (hub.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
+
+
+def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the JSON object of a text without a byte order mark and trailing commas, and a sentence for each repair.
+
+    Returns None for any other text, also for one with a key twice.
+
+    >>> mend_text('{"r": 4, "target_modules": ["q",],}')
+    ({'r': 4, 'target_modules': ['q']}, ['2 trailing commas removed'])
+    """
+    plain, removed = text.removeprefix("\ufeff"), 0
+    done = [] if plain == text else ["the byte order mark at the beginning removed"]
+    while removed < _MAX_COMMAS and (place := _trailing_comma(plain)) is not None:
+        plain, removed = plain[:place] + plain[place + 1 :], removed + 1
+    if removed:
+        done.append(f"{count(removed, 'trailing comma')} removed")
+    return peft_folder.parse_json(plain), done
+
+
+def _trailing_comma(text: str) -> int | None:
+    """Return the position of the comma before a bracket at which JSON ends to be valid; None for another fault."""
     try:
-        values: object = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
+        json.loads(text)
+    except json.JSONDecodeError as problem:
+        is_there = text[problem.pos : problem.pos + 1] == ","
+        place = problem.pos if is_there else len(text[: problem.pos].rstrip()) - 1
+        return place if re.match(r",\s*[}\]]", text[max(place, 0) :]) else None
+    except (ValueError, RecursionError):  # `parse_json` returns None for it
         return None
-    return cast("dict[str, Any]", values) if isinstance(values, dict) else None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key twice")
-    return values
+def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values with every certain repair, and a sentence for each repair.
+
+    >>> mend_values({"peft_type": "lora", "r": 4.0, "lora_alpha": "16"}, [])
+    ({'peft_type': 'LORA', 'r': 4, 'lora_alpha': 16},
+     ["peft_type: 'lora' became 'LORA'", 'r: 4.0 became 4', "lora_alpha: '16' became 16"])
+    """
+    kind = _meant_type(values, keys)
+    cls = class_of(str(kind))
+    numbers = [] if cls is None else [f.name for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
+    meant = {"peft_type": kind} | {field: _number(values[field], field == "r") for field in numbers if field in values}
+    for field in sorted(_PATTERNS.keys() & values.keys(), reverse=True):
+        items = cast("dict[str, Any]", values[field]).items() if isinstance(values[field], dict) else ()
+        is_rank = field == "rank_pattern"
+        pattern = {name: _number(value, is_rank) for name, value in items}
+        meant[field] = pattern if items or values[field] is None else values[field]
+    changed = {field: value for field, value in meant.items() if _is_other(value, values.get(field))}
+    return {**values, **changed}, [_describe(field, values.get(field), value) for field, value in changed.items()]
+
+
+def _meant_type(values: Mapping[str, Any], keys: Collection[str]) -> Any:
+    """Return the type that a configuration means, or its own value if that is not certain."""
+    kind = values.get("peft_type")
+    if kind is None and {"r", "lora_alpha"} <= values.keys() and any(".lora_A." in key for key in keys):
+        return "LORA"
+    name = re.sub("[^A-Z0-9]+", "_", str(kind).removeprefix("PeftType.").upper()).strip("_")
+    return name if isinstance(kind, str) and key_names.is_known_method(name) else kind
+
+
+_PATTERNS = {"rank_pattern": "ranks became integers", "alpha_pattern": "texts became numbers"}
+
+
+def _is_other(value: Any, found: Any) -> bool:
+    """Return True for another value, or an equal one of another type."""
+    return json.dumps(value) != json.dumps(found)
+
+
+def _describe(field: str, found: Any, value: Any) -> str:
+    if found is None:
+        return f"{field}: {'null became {}' if value == {} else f'{value!r} added'}"
+    return f"{field}: {_PATTERNS.get(field, f'{found!r} became {value!r}')}"
+
+
+def _number(value: Any, is_rank: bool) -> Any:
+    """Return the number that a text states, and an integer for a whole rank; any other value as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value, re.ASCII):
+        value = float(value) if "." in value else int(value)
+    return int(value) if is_rank and isinstance(value, float) and value.is_integer() else value
+
+
+# ---------------------------------------------------------------- versions and scales
+
+
+def _check_values(config: Config, values: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Find values that PEFT takes, and that are suspicious.
+
+    Args:
+        config: the configuration.
+        values: those that its file states; None for a copy of the configuration.
+    """
+    name = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), None)
+    if values is not None and name is not None and not isinstance(config, GenericConfig):
+        text = f"{name} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
+        text = text if name in values else f"{name} is missing: PEFT takes {config.get(name)}"
+        if name not in values or config.get(name) == 0:
+            yield warning(
+                "alpha",
+                (name,),
+                text,
+                "the alpha of the training, on which the scale depends",
+                f"state {name} as it was in the training",
+            )
+    unknown = [] if isinstance(config, GenericConfig) else sorted(config.extra)
+    old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
+    if old:
+        yield error(
+            "old-layout",
+            old,
+            f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
+            " projections whose tensors have another layout",
+            "a configuration of PEFT 0.3 or newer",
+            "load it with that version of PEFT, merge it, or split the merged projections",
+        )
+    if _version(config.peft_version or "") > _version(PEFT_VERSION):
+        fields = f", with fields unknown here: {', '.join(unknown)}" if unknown else ""
+        yield warning(
+            "newer-peft",
+            ("peft_version", *unknown),
+            f"PEFT {config.peft_version} wrote the configuration{fields}",
+            f"PEFT {PEFT_VERSION} or older, which this version of jaxadapt follows",
+            "update jaxadapt, and compare the outputs with PEFT's",
+        )
+    elif unknown:
+        yield note(
+            "unknown-fields",
+            unknown,
+            f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
+        )
+    if not key_names.is_known_method(config.peft_type):
+        text = f"PEFT {PEFT_VERSION} has no method {config.peft_type}"
+        yield warning(
+            "unknown-method", ("peft_type",), text, "a method of PEFT", "load it with the program that wrote it"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    match = re.match(r"\d{1,9}(\.\d{1,9})*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+# ---------------------------------------------------------------- keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Adapter files under PEFT's names, read with the fixes of the findings.
+
+    Attributes:
+        findings: the findings about the files, the configuration and the keys.
+        config: the configuration; None if it cannot be read, even with fixes.
+        keys: {PEFT's name: key of the file}; empty if the tensors are not those of an adapter.
+        has_several: True for the tensors of several adapters.
+    """
+
+    findings: tuple[Finding, ...]
+    config: Config | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    has_several: bool = False
+
+
+def read_stored(stored: StoredAdapter) -> Reading:
+    """Read the configuration and the keys of adapter files, with findings in place of errors."""
+    if stored.tensors is None and stored.text is None:
+        return Reading(stored.findings)
+    config, about_config = check_config(stored)
+    found = (*stored.findings, *about_config)
+    if not stored.specs:
+        return Reading(found, config)
+    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
+    foreign = None if passes else _foreign_tensors(stored, config)
+    if foreign is not None:
+        others = [f for f in found if f.code not in ("configuration-missing", foreign.code)]
+        return Reading((*others, foreign), config)
+    kind = guess_method(stored.specs) if config is None else config.peft_type
+    names = NormalKeys({key: key for key in stored.specs}) if passes else key_names.normalize_keys(stored.specs, kind)
+    left_out = left_out_by_peft(names, config)
+    found += tuple(_check_names(names, stored, left_out, has_config=config is not None))
+    keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
+    return Reading(found, config, keys, names.has_several)
+
+
+def _foreign_tensors(stored: StoredAdapter, config: Config | None) -> Finding | None:
+    """Return a finding if the tensors are not those of an adapter of PEFT."""
+    foreign = findings.foreign_library(stored.specs, config is not None)
+    is_known = config is None or key_names.is_known_method(config.peft_type)
+    return findings.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
+
+
+def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
+    """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
+    if config is None or not names.owners:
+        return set()
+    return {key for key, name in names.names.items() if name is None or not key_names.is_saved_by_peft(name, config)}
+
+
+def _check_names(
+    names: NormalKeys, stored: StoredAdapter, left_out: Collection[str], *, has_config: bool
+) -> Iterator[Finding]:
+    """Return the findings about the keys."""
+    if names.models:
+        several = ", ".join(f"{name}.{PEFT_PREFIX}".lstrip(".") for name in names.models)
+        yield error(
+            "several-adapters",
+            names.models,
+            f"the keys are those of several PEFT models: {several}",
+            "one adapter in a file",
+            "keep the keys of one of them in the file",
+        )
+        return
+    mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
+    for rule, changed in names.steps:
+        is_name = rule is key_names.ADAPTER_NAME
+        if is_name and names.has_several:
+            yield error(
+                "several-adapters",
+                names.adapters,
+                f"the keys contain the names of several adapters: {', '.join(names.adapters)}",
+                "one adapter in a file",
+                f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])",
+            )
+            continue
+        keys = [key for key, name in changed.items() if name is not None]
+        done = [f"{len(keys)} keys: {rule.done}"]
+        if is_name and left_out:
+            done.append(f"{len(left_out)} tensors of the base left out, which PEFT does not save")
+        changed = {**changed, **dict.fromkeys(left_out)}
+        fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
+        found = rule.found.format(wrappers=", ".join(key_names.wrappers_in(keys)), adapter="".join(names.adapters))
+        yield (warning if is_name else error)(
+            rule.code,
+            keys,
+            f"{len(keys)} of {len(names.names)} keys {found}, such as {keys[0]}",
+            rule.expected,
+            mend,
+            fix,
+        )
+    duplicates = key_names.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
+    if duplicates and not names.has_several:
+        yield _duplicate(duplicates, stored, has_config=has_config)
+
+
+def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
+    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
+    name, keys = next(iter(duplicates.items()))
+    again = {key: None for keys in duplicates.values() for key in keys[1:]}
+    done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
+    return error(
+        "duplicate",
+        duplicates,
+        f"{len(duplicates)} tensors are stored twice: {name} as {' and '.join(keys)}, with"
+        f" {'equal' if equal else 'different'} values",
+        "each tensor once",
+        "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
+        Fix((done,), names=again) if equal else None,
+    )
+
+
+def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
+    """Return True if tensors have equal shapes, dtypes and bytes."""
+    tensors, specs = stored.tensors or {}, stored.specs
+    first = tensors[keys[0]].tobytes()
+    return len({specs[key] for key in keys}) == 1 and all(tensors[key].tobytes() == first for key in keys[1:])
+
+
+def guess_method(specs: Kinds) -> str:
+    """Return the method that the tensor names of a file without a configuration show; "" if none."""
+    if any("lora_A" in key.split(".") or "lora_embedding_A" in key for key in specs):
+        return "LORA"
+    return "PROMPT_TUNING" if "prompt_embeddings" in specs else ""

@@ -1,6 +1,7 @@
-"""Checks of an adapter's tensors against its configuration: complete, expected, of the right rank. Reads no values.
+"""Checks of an adapter's tensors by its configuration. Their values are read one tensor at a time.
 
-Checks of an adapter's values, one tensor in memory at a time: NaN, untrained tensors, huge changes.
+names and shapes ──compare with the configuration──► missing, unexpected, of another rank, not selected
+values           ──one tensor after the other──────► NaN, untrained, huge
 """
 
 from __future__ import annotations
@@ -8,87 +9,91 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters import key_names
 from jaxadapt.analysis.norms import named_parameter
-from jaxadapt.configs import matching
-from jaxadapt.configs.base import Config
-from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.configs.table import FACTS
+from jaxadapt.core import compare
+from jaxadapt.core.compare import Spec
 from jaxadapt.core.errors import FileError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.stored_adapter import Finding, count, error, warning
+from jaxadapt.persistence.findings import Finding, count, error, warning
 
 if TYPE_CHECKING:
     import numpy as np
 
-
-# ---------------------------------------------------------------- tensor checks
-
-
 Shapes = Mapping[str, tuple[int, ...]]
-Modules = Mapping[str, Mapping[str, tuple[int, ...]]]
+Modules = Mapping[str, Shapes]
 """{module: {the tensor's name in it: shape}}."""
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "embeddings")
 _MAX_DIGITS = 6  # of a layer's number
 _SAVE_AGAIN = "save the adapter again where it was trained; the missing values cannot be restored from the file"
+_LINEAR, _EMBEDDING = "lora_A.weight", "lora_embedding_A"
+_VARIANTS = (("lora_magnitude_vector", "use_dora", (_LINEAR, _EMBEDDING)), ("lora_B.bias", "lora_bias", (_LINEAR,)))
+"""(the start of a tensor's name, the field of LoRA that adds it, the tensors of the modules that then have it)."""
 
 
 def split_modules(shapes: Shapes, config: Config) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
     """Return {module: {tensor: shape}} of the method's tensors, and the other keys."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    others: list[str] = []
-    for key, shape in shapes.items():
-        split = key_names.split_key(key, config.peft_type)
-        if split is None:
-            others.append(key)
-        else:
-            modules.setdefault(split[0], {})[split[1]] = shape
-    return modules, others
+    splits = {key: key_names.split_key(key, config.peft_type) for key in shapes}
+    for key, split in splits.items():
+        if split is not None:
+            modules.setdefault(split[0], {})[split[1]] = shapes[key]
+    return modules, [key for key, split in splits.items() if split is None]
 
 
-def check_tensors(shapes: Shapes, config: Config, family: str = "") -> list[Finding]:
-    """Return findings about missing, empty and unexpected tensors, and about ranks.
+def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, float]]:
+    """Return {module: (rank in the file, scale)} of a LoRA adapter's modules."""
+    if not isinstance(config, LoraConfig):
+        return {}
+    shapes = {module: tensors.get(_LINEAR) or tensors.get(_EMBEDDING) or (0,) for module, tensors in modules.items()}
+    return {
+        module: (shape[0], config.scale_of(named_parameter(config, module)))
+        for module, shape in shapes.items()
+        if 0 not in shape
+    }
+
+
+# ---------------------------------------------------------------- names and shapes
+
+
+def check_tensors(shapes: Shapes, config: Config, family: str = "") -> Iterator[Finding]:
+    """Find missing, empty and unexpected tensors, and other ranks than the configuration states.
 
     Args:
         shapes: by PEFT's names.
         config: the configuration.
         family: the type of the base model, for PEFT's default targets; "" if it is not known.
     """
+    yield from check_empty(shapes)
     if not key_names.is_known_method(config.peft_type):
-        return check_empty(shapes)
+        return
     modules, others = split_modules(shapes, config)
-    findings = check_empty(shapes)
-    if not modules and not findings:
-        findings.append(
-            error(
-                "missing",
-                (),
-                f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
-                "the method's tensors",
-                "check that the configuration belongs to these weights",
-            )
+    if modules or any(0 in shape for shape in shapes.values()):
+        yield from _check_parts(modules, config)
+        yield from _check_targets(modules, config, family)
+        yield from _check_saved(modules, others, config)
+        yield from _check_layers(modules, config)
+    else:
+        yield error(
+            "missing",
+            (),
+            f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
+            "the method's tensors",
+            "check that the configuration belongs to these weights",
         )
-        return findings
-    findings += _check_pairs(modules, config)
-    findings += _check_variants(modules, config)
-    findings += _check_ranks(modules, config)
-    findings += _check_targets(modules, config, family)
-    findings += _check_saved(shapes, modules, others, config)
-    findings += _check_layers(modules, config)
-    return findings
 
 
-def check_empty(shapes: Shapes) -> list[Finding]:
+def check_empty(shapes: Shapes) -> Iterator[Finding]:
     """Find tensors without elements, as DeepSpeed ZeRO-3 saves those that another process holds."""
     empty = [key for key, shape in shapes.items() if 0 in shape]
-    if not empty:
-        return []
-    return [
-        error(
+    if empty:
+        yield error(
             "empty",
             empty,
             f"no elements in {count(empty, 'tensor')}, such as {empty[0]} of shape {list(shapes[empty[0]])}",
@@ -96,201 +101,196 @@ def check_empty(shapes: Shapes) -> list[Finding]:
             "DeepSpeed ZeRO-3 keeps only a part of each parameter in a process. Gather them before saving"
             " (stage3_gather_16bit_weights_on_model_save, or deepspeed.zero.GatheredParameters), and save again",
         )
-    ]
 
 
-def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
-    missing: list[str] = []
-    pairs = FACTS[config.peft_type].tensor_pairs
-    for module, tensors in modules.items():
-        wanted = [other for pair in pairs for name, other in (pair, pair[::-1]) if name in tensors]
-        if config.peft_type == "LORA" and tensors.keys() & {"lora_A.weight", "lora_embedding_A"}:
-            if config.get("use_dora") and not any(t.startswith("lora_magnitude_vector") for t in tensors):
-                wanted.append("lora_magnitude_vector")
-            if config.get("lora_bias") and "lora_A.weight" in tensors:
-                wanted.append("lora_B.bias")
-        missing += [f"{PEFT_PREFIX}{module}.{name}" for name in dict.fromkeys(wanted) if name not in tensors]
-    if not missing:
-        return []
-    return [
-        error("missing", missing, f"missing: {count(missing, 'tensor')}, such as {missing[0]}",
-                      "all tensors of each adapted module", _SAVE_AGAIN)
-    ]  # fmt: skip
-
-
-def _check_variants(modules: Modules, config: Config) -> list[Finding]:
-    """Find tensors of variants of LoRA that the configuration denies: PEFT does not read them."""
-    findings: list[Finding] = []
-    for start, field in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):
-        names = [
-            f"{PEFT_PREFIX}{m}.{name}" for m, tensors in modules.items() for name in tensors if name.startswith(start)
-        ]
-        if config.peft_type == "LORA" and names and not config.get(field):
-            findings.append(
-                error(
-                    "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such"
-                    f" as {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
-                    f"set {field} to true, or take adapter_config.json from where the adapter was trained",
-                )
-            )  # fmt: skip
-    return findings
-
-
-def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, float]]:
-    """Return {module: (rank in the file, scale)} of a LoRA adapter's modules."""
-    settings: dict[str, tuple[int, float]] = {}
-    for module, tensors in modules.items():
-        shape = tensors.get("lora_A.weight") or tensors.get("lora_embedding_A")
-        if config.peft_type != "LORA" or not shape or 0 in shape:
-            continue
-        name = named_parameter(config, module)
-        rank = _wanted_rank(config, name)
-        alpha = find_pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-        settings[module] = (shape[0], alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-    return settings
-
-
-def _wanted_rank(config: Config, name: str) -> int:
-    return find_pattern_value(config.get("rank_pattern"), name, config.get("r"))
-
-
-def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
-    if config.peft_type != "LORA":
-        return []
-    unequal: list[str] = []
-    other: list[str] = []
-    example = ""
-    for module, tensors in modules.items():
-        for a_name, b_name in FACTS[config.peft_type].tensor_pairs:
-            a, b = tensors.get(a_name), tensors.get(b_name)
-            if not a or not b or 0 in a or 0 in b:
-                continue
-            if len(b) < 2 or (a[0] != b[1] and not config.get("use_bdlora")):
-                unequal.append(f"{module}: A {list(a)}, B {list(b)}")
-            name = named_parameter(config, module)
-            rank = _wanted_rank(config, name)
-            if a[0] != rank and not (matching.is_parameter(config, name) and a[0] % rank == 0):
-                other.append(module)
-                example = example or f"{module} has rank {a[0]} in the file and {rank} in the configuration"
-    findings: list[Finding] = []
-    if unequal:
-        findings.append(
-            error("shape", unequal, f"A and B do not fit in {count(unequal, 'module')}: {unequal[0]}",
-                          "A of shape (r, in) and B of shape (out, r)", "save the adapter again")
-        )  # fmt: skip
-    if other:
-        findings.append(
-            error(
-                "rank",
-                other,
-                f"another rank than the configuration states in {count(other, 'module')}: {example}",
-                "r and rank_pattern of the training, on which the scale depends",
-                "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
-            )
-        )
-    return findings
-
-
-def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
+def check_dtypes(dtypes: Mapping[str, str], config: Config) -> Iterator[Finding]:
     """Find trained tensors that are no floating-point numbers, as a quantizer of whole files writes them.
 
     Args:
         dtypes: safetensors' names of dtypes by PEFT's names of tensors.
         config: the configuration.
     """
-    facts = FACTS[config.peft_type]
-    trained = {*facts.new_values, *(name for pair in facts.tensor_pairs for name in pair)}
-    splits = {key: key_names.split_key(key, config.peft_type) for key in dtypes}
-    wrong = [
-        key
-        for key, split in splits.items()
-        if split and split[1] in trained and not dtypes[key].startswith(("F", "BF"))
-    ]
-    if not wrong:
-        return []
-    return [
-        error(
+    trained = {
+        *FACTS[config.peft_type].new_values,
+        *(name for pair in FACTS[config.peft_type].tensor_pairs for name in pair),
+    }
+    integers = [key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
+    wrong = [key for key in integers if (key_names.split_key(key, config.peft_type) or ("", ""))[1] in trained]
+    if wrong:
+        yield error(
             "dtype", wrong, f"{dtypes[wrong[0]]} in {count(wrong, 'tensor')}, such as {wrong[0]}",
             "floating-point numbers: PEFT takes integers as the values themselves, without a scale",
             "save the adapter again where it was trained, or multiply the integers by their scales",
+        )  # fmt: skip
+
+
+def _check_parts(modules: Modules, config: Config) -> Iterator[Finding]:
+    """Find the tensors that a module lacks, must not have, or has in another shape."""
+    differences = _compare_parts(modules, config)
+    missing = [each.name for each in differences if each.kind == "missing"]
+    if missing:
+        yield error(
+            "missing",
+            missing,
+            f"missing: {count(missing, 'tensor')}, such as {missing[0]}",
+            "all tensors of each adapted module",
+            _SAVE_AGAIN,
         )
-    ]  # fmt: skip
-
-
-def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> list[Finding]:
-    """Check the modules of a configuration without targets, for which PEFT takes a default by the base's type."""
-    if not FACTS[config.peft_type].default_targets or config.get("target_parameters") or not adapted:
-        return []
-    resolved = matching.with_default_targets(config, family)
-    if matching.is_all_linear(resolved):  # as of OSF, where PEFT has no other default
-        return []
-    targets = resolved.names("target_modules")
-    remedy = "name the adapted modules in target_modules"
-    if not targets:
-        text = "target_modules is null: PEFT takes its default for the type of the base model, or refuses the adapter"
-        return [warning("untargeted", adapted, text, "target_modules that selects every adapted module", remedy)]
-    ignored, taken = [name for name in adapted if not _is_targeted(resolved, name)], ", ".join(sorted(targets))
-    if not ignored:
-        return []
-    return [
-        error(
-            "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {taken}"
-            f" and ignores {count(ignored, 'module')}, such as {ignored[0]}",
-            "target_modules that selects every adapted module", remedy,
+    for start, field, _ in _VARIANTS:
+        names = [each.name for each in differences if each.kind == "unexpected" and f".{start}" in each.name]
+        if names:
+            yield error(
+                "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such as"
+                f" {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
+                f"set {field} to true, or take adapter_config.json from where the adapter was trained",
+            )  # fmt: skip
+    wrong = {each.name: each for each in differences if each.kind == "shape"}
+    ranks = [name for name in wrong if name.endswith((_LINEAR, _EMBEDDING))]
+    if unequal := [name for name in wrong if name not in ranks]:
+        yield error(
+            "shape",
+            unequal,
+            f"A and B do not fit in {count(unequal, 'module')}: {wrong[unequal[0]]}",
+            "A of shape (r, in) and B of shape (out, r)",
+            "save the adapter again",
         )
-    ]  # fmt: skip
+    if ranks:
+        first = wrong[ranks[0]]
+        yield error(
+            "rank",
+            ranks,
+            f"another rank than the configuration states in {count(ranks, 'module')}: {first.name} has rank"
+            f" {_first_size(first.found)} in the file and {_first_size(first.expected)} in the configuration",
+            "r and rank_pattern of the training, on which the scale depends",
+            "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
+        )
 
 
-def _check_targets(modules: Modules, config: Config, family: str) -> list[Finding]:
-    targets = config.get("target_modules")
-    if matching.is_all_linear(config) or key_names.has_no_modules(config.peft_type):
-        return []
-    if not FACTS[config.peft_type].target_is_expression:
-        return []
-    names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
-    adapted = [name for name in names if name and name != "base_model"]
+def _first_size(spec: Spec | None) -> int | None:
+    return spec.shape[0] if spec is not None and spec.shape else None
+
+
+def _compare_parts(modules: Modules, config: Config) -> list[compare.Finding]:
+    """Compare the tensors of each module with those that it must have; others of a module are left aside."""
+    expected: dict[str, Spec] = {}
+    found: dict[str, Spec] = {}
+    starts = tuple(start for start, _, _ in _VARIANTS)
+    for module, tensors in modules.items():
+        own = _expected_parts(module, tensors, config)
+        expected |= {f"{PEFT_PREFIX}{module}.{name}": spec for name, spec in own.items()}
+        compared = {name: shape for name, shape in tensors.items() if name in own or name.startswith(starts)}
+        found |= {f"{PEFT_PREFIX}{module}.{name}": Spec(shape) for name, shape in compared.items()}
+    return compare.compare(expected, found)
+
+
+def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, Spec]:
+    """Return {tensor: its shape} that a module with some of them must have; None for a size that the file decides."""
+    pairs = [pair for pair in FACTS[config.peft_type].tensor_pairs if not tensors.keys().isdisjoint(pair)]
+    expected = {name: Spec() for pair in pairs for name in pair}
+    if not isinstance(config, LoraConfig):
+        return expected
+    parameter = named_parameter(config, module)
+    for a_name, b_name in pairs:
+        a, b, rank = tensors.get(a_name), tensors.get(b_name), config.rank_of(parameter)
+        if a and b and 0 not in (*a, *b):
+            if matching.is_parameter(config, parameter) and a[0] % rank == 0:  # experts, in one tensor
+                rank = a[0]
+            expected[a_name] = Spec((rank, *(None,) * (len(a) - 1)))
+            expected[b_name] = Spec((None, None if config.use_bdlora else a[0], *(None,) * (len(b) - 2)))
+    for start, field, having in _VARIANTS:
+        if config.get(field):
+            present = [name for name in tensors if name.startswith(start)]
+            due = [] if tensors.keys().isdisjoint(having) else [start]
+            expected |= dict.fromkeys(present or due, Spec())
+    return expected
+
+
+def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Finding]:
+    """Find modules that the targets do not select, and targets without tensors."""
+    if (
+        matching.is_all_linear(config)
+        or key_names.has_no_modules(config.peft_type)
+        or not FACTS[config.peft_type].target_is_expression
+    ):
+        return
+    adapted = [name for name, tensors in modules.items() if not _is_of_rows(name, tensors)]
+    targets: str | Sequence[str] | None = config.get("target_modules")
+    by_parameters = config.get("target_parameters")
     if targets is None:
-        return _check_default_targets(adapted, config, family)
-    by_other_names = bool(config.get("layer_replication") or config.get("target_parameters"))
-    untargeted = [] if by_other_names else [name for name in adapted if not _is_targeted(config, name)]
-    if config.get("ensure_weight_tying"):  # then PEFT also adapts the head of an adapted embedding
-        untargeted = [name for name in untargeted if not _is_head(modules[name], modules)]
-    findings: list[Finding] = []
-    if untargeted:
-        findings.append(
-            error(
-                "untargeted",
-                untargeted,
-                f"target_modules does not select {count(untargeted, 'module')}, such as {untargeted[0]}",
-                "target_modules that selects every adapted module: PEFT ignores the other tensors",
-                "correct target_modules, or take adapter_config.json from where the adapter was trained",
-            )
+        yield from () if by_parameters or not adapted else _check_default_targets(adapted, config, family)
+        return
+    if ignored := [] if by_parameters or config.get("layer_replication") else _ignored(adapted, modules, config):
+        yield error(
+            "untargeted",
+            ignored,
+            f"target_modules does not select {count(ignored, 'module')}, such as {ignored[0]}",
+            f"{_ALL_SELECTED}: PEFT ignores the other tensors",
+            "correct target_modules, or take adapter_config.json from where the adapter was trained",
         )
-    if not isinstance(targets, str) and not config.get("target_parameters"):
-        unused = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in adapted)]
-        unused = [t for t in unused if not _may_be_excluded(config, t)]
-        if unused and not untargeted:
-            findings.append(
-                warning(
-                    "target-without-tensors",
-                    unused,
-                    f"no tensor belongs to these target_modules: {', '.join(unused)}",
-                    "tensors for each target that the model has",
-                    "harmless if the model has no such modules; else their tensors are lost. --base tells which",
-                )
-            )
-    return findings
+    elif not isinstance(targets, str) and not by_parameters:
+        yield from _check_unused(targets, adapted, config)
+
+
+_ALL_SELECTED = "target_modules that selects every adapted module"
+
+
+def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> Iterator[Finding]:
+    """Check the modules of a configuration without targets, for which PEFT takes a default by the base's type."""
+    resolved = matching.with_default_targets(config, family)
+    if not FACTS[config.peft_type].default_targets or matching.is_all_linear(
+        resolved
+    ):  # as of OSF, where PEFT has no other default
+        return
+    targets, remedy = ", ".join(sorted(resolved.names("target_modules"))), "name the adapted modules in target_modules"
+    ignored = [name for name in adapted if not _is_targeted(resolved, name)]
+    if not targets:
+        yield warning(
+            "untargeted",
+            adapted,
+            "target_modules is null: PEFT takes its default for the type of the base model, or refuses the adapter",
+            _ALL_SELECTED,
+            remedy,
+        )
+    elif ignored:
+        text = f"target_modules is null: for the type {family} PEFT takes {targets} and ignores"
+        yield error(
+            "untargeted", ignored, f"{text} {count(ignored, 'module')}, such as {ignored[0]}", _ALL_SELECTED, remedy
+        )
+
+
+def _is_of_rows(module: str, tensors: Iterable[str]) -> bool:
+    """Return True for the rows of an embedding, and for tensors of the whole adapter, which no target selects."""
+    return module in ("", "base_model") or all(name.startswith("token_adapter") for name in tensors)
+
+
+def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
+    """Return the modules that no target selects. With weight tying, PEFT also adapts the head of an embedding."""
+    ignored = [name for name in adapted if not _is_targeted(config, name)]
+    is_tied = config.get("ensure_weight_tying")
+    return [name for name in ignored if not (is_tied and _is_head(modules[name], modules))]
+
+
+def _check_unused(targets: Iterable[str], adapted: Sequence[str], config: Config) -> Iterator[Finding]:
+    ends = [f".{name}" for name in adapted]
+    unused = [t for t in targets if not any(end.endswith(f".{t}") for end in ends) and not _may_be_excluded(config, t)]
+    if unused:
+        yield warning(
+            "target-without-tensors",
+            unused,
+            f"no tensor belongs to these target_modules: {', '.join(unused)}",
+            "tensors for each target that the model has",
+            "harmless if the model has no such modules; else their tensors are lost. --base tells which",
+        )
 
 
 def _is_targeted(config: Config, module: str) -> bool:
     """Return True if a target selects a module of the file, also inside a module that PEFT wraps (out_proj)."""
-    names = (module, module.partition(".base_layer")[0])
-    return any(matching.is_target(config, name) for name in names)
+    return any(matching.is_target(config, name) for name in (module, module.partition(".base_layer")[0]))
 
 
-def _is_head(tensors: Mapping[str, tuple[int, ...]], modules: Modules) -> bool:
+def _is_head(tensors: Shapes, modules: Modules) -> bool:
     """Return True for the tensors of a head that has the vocabulary of an adapted embedding."""
-    rows = {embedding["lora_embedding_A"][-1] for embedding in modules.values() if embedding.get("lora_embedding_A")}
+    rows = {embedding[_EMBEDDING][-1] for embedding in modules.values() if embedding.get(_EMBEDDING)}
     return bool(tensors.get("lora_B.weight")) and tensors["lora_B.weight"][0] in rows
 
 
@@ -302,95 +302,73 @@ def _may_be_excluded(config: Config, target: str) -> bool:
     return not matching.is_target(config, target) or any(name.endswith(f".{target}") for name in excluded)
 
 
-def _check_saved(shapes: Shapes, modules: Modules, others: Iterable[str], config: Config) -> list[Finding]:
+def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> Iterator[Finding]:
     """Check fully trained modules and token rows, and find tensors that PEFT ignores."""
-    findings: list[Finding] = []
-    saved: tuple[str, ...] = config.get("modules_to_save") or ()
-    names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in others}
-    absent = [
-        entry for entry in saved
-        if not any(matching.saving_entries(config, name) & {entry} for name in names.values())
-    ]  # fmt: skip
-    if saved and len(absent) == len(saved) and not config.get("ensure_weight_tying"):
-        findings.append(
-            error("missing", absent, f"no tensor belongs to modules_to_save: {', '.join(absent)}",
-                          "the fully trained modules", _SAVE_AGAIN)
-        )  # fmt: skip
+    saved: set[str] = set(config.get("modules_to_save") or ())
+    names = {key: _module_of(key) for key in others}
+    found = set[str]().union(*(matching.saving_entries(config, name) for name in names.values()))
+    if saved and not saved & found and not config.get("ensure_weight_tying"):
+        yield error(
+            "missing",
+            sorted(saved),
+            f"no tensor belongs to modules_to_save: {', '.join(sorted(saved))}",
+            "the fully trained modules",
+            _SAVE_AGAIN,
+        )
     has_rows = any("trainable_tokens_delta" in tensor for tensors in modules.values() for tensor in tensors)
     if config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows:
-        findings.append(
-            error("missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
-                          "one tensor of rows for each embedding", _SAVE_AGAIN)
-        )  # fmt: skip
+        text, expected = "the rows of trainable_token_indices are missing", "one tensor of rows for each embedding"
+        yield error("missing", ("trainable_tokens_delta",), text, expected, _SAVE_AGAIN)
     unexpected = [key for key, name in names.items() if not _is_expected(key, name, config)]
     if unexpected:
-        findings.append(
-            warning(
-                "unexpected",
-                unexpected,
-                f"neither of {config.peft_type} nor of modules_to_save: {count(unexpected, 'tensor')}, such as"
-                f" {unexpected[0]}",
-                "no other tensors: PEFT ignores them without a message",
-                "if they were trained, name their modules in modules_to_save; else remove them",
-            )
+        yield warning(
+            "unexpected",
+            unexpected,
+            f"neither of {config.peft_type} nor of modules_to_save: {count(unexpected, 'tensor')}, such as"
+            f" {unexpected[0]}",
+            "no other tensors: PEFT ignores them without a message",
+            "if they were trained, name their modules in modules_to_save; else remove them",
         )
-    return findings
 
 
-def is_saved_by_peft(key: str, config: Config) -> bool:
-    """Return True if PEFT saves a tensor of its complete model, by its name without the adapter's name."""
-    if key_names.split_key(key, config.peft_type) is not None:
-        return True
-    if ".original_module." in key:
-        return False
-    bias: str = config.get("bias") or "none"  # "all", or "lora_only" and the like: of the adapted modules
-    if key.endswith(".bias") and (bias == "all" or (bias != "none" and key.endswith(".base_layer.bias"))):
-        return True
-    module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-    return matching.is_saved(matching.with_task_heads(config), module)
+def _module_of(key: str) -> str:
+    return key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:
-    if matching.is_saved(matching.with_task_heads(config), module):  # PEFT adds the heads of the task on loading
-        return True
-    if key.endswith(".bias") and config.get("bias", "none") != "none":
-        return True
     stem = module.removesuffix(".base_layer").removesuffix(".token_adapter")
-    return stem.rpartition(".")[2] in _EMBEDDINGS or (
-        key_names.has_no_modules(config.peft_type) and key.startswith("base_model.")
+    return (
+        matching.is_saved(matching.with_task_heads(config), module)  # PEFT adds the heads of the task on loading
+        or (key.endswith(".bias") and config.get("bias", "none") != "none")
+        or stem.rpartition(".")[2] in _EMBEDDINGS
+        or (key_names.has_no_modules(config.peft_type) and key.startswith("base_model."))
     )
 
 
-def _check_layers(modules: Modules, config: Config) -> list[Finding]:
+def _check_layers(modules: Iterable[str], config: Config) -> Iterator[Finding]:
     """Find layers that lack a module which nearly all other layers have."""
-    if config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str):
-        return []
     layers: dict[tuple[str, str], set[int]] = {}
-    for module in modules:
-        match = re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module)
+    for match in (re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module) for module in modules):
         if match is not None and len(match[2]) < _MAX_DIGITS:
             layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
     gaps: list[str] = []
     for (stack, name), numbers in layers.items():
         every = set().union(*(found for (other, _), found in layers.items() if other == stack))
-        every |= set(range(min(every), max(every) + 1))
-        absent = sorted(every - numbers)
-        if absent and len(absent) * 5 <= len(every):
+        absent = sorted({*every, *range(min(every), max(every) + 1)} - numbers)
+        if len(absent) * 5 <= len(numbers) + len(absent):
             gaps += [f"{stack}.{number}.{name}".lstrip(".") for number in absent]
-    if not gaps:
-        return []
-    return [
-        warning(
+    is_chosen = config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)
+    if gaps and not is_chosen:
+        yield warning(
             "layers",
             gaps,
             f"not adapted: {count(gaps, 'module')} that nearly all other layers have, such as {gaps[0]}",
             "the same modules in all layers, unless the base has them in some layers only",
             "check that the file is complete; --base tells whether the base has these modules",
         )
-    ]
 
 
-# ---------------------------------------------------------------- value checks
+# ---------------------------------------------------------------- values
 
 
 _WORDS = {0.0: "zero", 1.0: "one"}
@@ -402,8 +380,8 @@ _HUGE_RATIO = 100.0
 
 def check_values(
     keys: Mapping[str, str], shapes: Shapes, get: Callable[[str], np.ndarray], config: Config | None
-) -> list[Finding]:
-    """Read every tensor once and return findings about the values.
+) -> Iterator[Finding]:
+    """Read every tensor once and find NaN and infinities, untrained tensors and huge changes.
 
     Args:
         keys: {PEFT's name: the key in the file}.
@@ -411,8 +389,6 @@ def check_values(
         get: returns the tensor of a key in the file.
         config: the configuration; None if it is unknown, and only NaN and infinities can be found.
     """
-    import numpy as np
-
     modules = {} if config is None else split_modules(shapes, config)[0]
     settings = {} if config is None else module_settings(modules, config)
     not_finite: list[str] = []
@@ -420,98 +396,91 @@ def check_values(
     grams: dict[str, dict[str, np.ndarray]] = {}
     for name, key in keys.items():
         try:
-            values = np.asarray(get(key))
+            values = _floats(get(key))
         except FileError as problem:
-            expected = "a tensor that can be read"
-            return [error("unreadable", (name,), str(problem), expected, "fetch or save the file again")]
-        if values.dtype.kind not in "fV" and not values.dtype.name.startswith(("bfloat", "float")):
-            continue
-        values = values.astype(np.float32, copy=False) if values.dtype != np.float64 else values
-        if not np.isfinite(values).all():
-            not_finite.append(name)
-            continue
-        split = None if config is None else key_names.split_key(name, config.peft_type)
-        if config is None or split is None or not values.size:
-            continue
-        module, tensor = split
-        new = FACTS[config.peft_type].new_values.get(tensor)
-        if new is not None and (values == new).all():
-            unchanged.setdefault(new, []).append(name)
-        if module in settings and (gram := _gram(tensor, values)) is not None:
-            grams.setdefault(module, {})[tensor.partition(".")[0][-1]] = gram
-    findings: list[Finding] = []
-    if not_finite:
-        findings.append(
-            error(
-                "not-finite",
-                not_finite,
-                f"NaN or infinity in {count(not_finite, 'tensor')}, such as {not_finite[0]}",
-                "finite numbers",
-                "the training diverged, or 16 bits overflowed: take an earlier checkpoint",
+            yield error(
+                "unreadable", (name,), str(problem), "a tensor that can be read", "fetch or save the file again"
             )
+            return
+        split = None if config is None else key_names.split_key(name, config.peft_type)
+        if values is None:
+            not_finite.append(name)
+        elif config is not None and split is not None and values.size:
+            module, tensor = split
+            new = FACTS[config.peft_type].new_values.get(tensor)
+            if new is not None and (values == new).all():
+                unchanged.setdefault(new, []).append(name)
+            if module in settings and (gram := _gram(tensor, values)) is not None:
+                grams.setdefault(module, {})[tensor.partition(".")[0][-1]] = gram
+    if not_finite:
+        yield error(
+            "not-finite",
+            not_finite,
+            f"NaN or infinity in {count(not_finite, 'tensor')}, such as {not_finite[0]}",
+            "finite numbers",
+            "the training diverged, or 16 bits overflowed: take an earlier checkpoint",
         )
     if config is None:
-        return findings
+        return
     for value, names in unchanged.items():
-        findings.append(_untrained(value, names, modules, config))
+        yield _untrained(value, names, modules, config)
     if not config.get("use_qalora") and not config.get("use_bdlora") and not config.get("kasa_config"):
-        findings += _check_sizes(grams, modules, settings)
-    return findings
+        yield from _check_sizes(grams, modules, settings)
+
+
+def _floats(tensor: Any) -> np.ndarray | None:
+    """Return a tensor in float32 or float64, and no elements of one that has no fractions; None for NaN or infinity."""
+    import numpy as np
+
+    values = np.asarray(tensor)
+    if values.dtype.kind not in "fV" and not values.dtype.name.startswith(("bfloat", "float")):
+        return np.empty(0)
+    values = values.astype(np.float32, copy=False) if values.dtype != np.float64 else values
+    return values if np.isfinite(values).all() else None
 
 
 def _gram(tensor: str, values: np.ndarray) -> np.ndarray | None:
     """Return A·Aᵀ of an A (r, in) or Bᵀ·B of a B (out, r), in float64; None for other tensors."""
-    import numpy as np
-
     kind = tensor.removesuffix(".weight")
     if kind not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or values.ndim < 2:
         return None
-    matrix = values.reshape(values.shape[0], -1).astype(np.float64)
+    matrix = values.reshape(values.shape[0], -1).astype("float64")
     return matrix @ matrix.T if kind.endswith("A") else matrix.T @ matrix
 
 
-def _untrained(value: float, names: list[str], modules: Mapping[str, Any], config: Config) -> Finding:
+def _untrained(value: float, names: Sequence[str], modules: Iterable[str], config: Config) -> Finding:
     total = len({module for module in modules if module})
     is_all = len(names) >= total
     tensor = (key_names.split_key(names[0], config.peft_type) or ("", names[0]))[1]
     number = f"all {len(names)}" if is_all else f"{len(names)} of {total}"
-    text = f"{number} tensors {tensor} are {_WORDS.get(value, value)}"
     return warning(
         "untrained",
         names,
-        f"{text}, so {'the adapter changes' if is_all else 'these modules change'} nothing",
+        f"{number} tensors {tensor} are {_WORDS.get(value, value)}, so"
+        f" {'the adapter changes' if is_all else 'these modules change'} nothing",
         "values that training has changed",
         "check that these parameters were given to the optimizer, and that this file was written after training",
     )
 
 
 def _check_sizes(
-    grams: Mapping[str, Mapping[str, np.ndarray]],
-    modules: Mapping[str, Mapping[str, tuple[int, ...]]],
-    settings: Mapping[str, tuple[int, float]],
-) -> list[Finding]:
+    grams: Mapping[str, Mapping[str, np.ndarray]], modules: Modules, settings: Mapping[str, tuple[int, float]]
+) -> Iterator[Finding]:
     """Find modules whose ΔW = s·B·A is huge, from ‖B·A‖² = tr(BᵀB·AAᵀ)."""
     sizes: dict[str, float] = {}
     for module, both in grams.items():
-        if len(both) < 2 or both["A"].shape != both["B"].shape:
-            continue
-        elements = 1
-        for name, shape in modules[module].items():
-            if name.endswith(("_A", "_A.weight")):
-                elements *= math.prod(shape[1:])
-            elif name.endswith(("_B", "_B.weight")):
-                elements *= math.prod((shape[0], *shape[2:]))
-        square = float((both["A"] * both["B"]).sum())
-        sizes[module] = abs(settings[module][1]) * math.sqrt(max(square, 0.0) / max(elements, 1))
-    if not sizes:
-        return []
-    middle = statistics.median(sizes.values())
+        if len(both) == 2 and both["A"].shape == both["B"].shape:
+            shapes = modules[module].items()
+            elements = math.prod(math.prod(shape[1:]) for name, shape in shapes if name.endswith(("_A", "_A.weight")))
+            for name, shape in shapes:
+                elements *= math.prod((shape[0], *shape[2:])) if name.endswith(("_B", "_B.weight")) else 1
+            square = max(float((both["A"] * both["B"]).sum()), 0.0)
+            sizes[module] = abs(settings[module][1]) * math.sqrt(square / max(elements, 1))
+    middle = statistics.median(sizes.values()) if sizes else 0.0
     huge = [m for m, size in sizes.items() if size > _HUGE_RMS or (len(sizes) > 3 and size > _HUGE_RATIO * middle > 0)]
-    if not huge:
-        return []
-    worst = max(huge, key=lambda module: sizes[module])
-    return [
-        warning(
+    if huge:
+        worst = max(huge, key=lambda module: sizes[module])
+        yield warning(
             "huge",
             huge,
             f"a huge change of {count(huge, 'module')}: the root mean square of ΔW is {sizes[worst]:.3g}"
@@ -519,4 +488,3 @@ def _check_sizes(
             "a change smaller than the weights (about 0.02)",
             "check the scale (lora_alpha and r) and the training: the model's outputs may be noise",
         )
-    ]

@@ -12,32 +12,21 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from jaxadapt.adapters import key_names
-from jaxadapt.adapters.key_names import NormalKeys
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, warn
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.persistence import base_checks, config_checks, folder, stored_adapter, tensor_checks
-from jaxadapt.persistence.formats.image_names import LYCORIS
-from jaxadapt.persistence.stored_adapter import (
-    SEVERITIES,
-    Finding,
-    Fix,
-    Specs,
-    StoredAdapter,
-    count,
-    error,
-    note,
-    open_stored,
-    warning,
-)
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.persistence import base_checks, folder, tensor_checks
+from jaxadapt.persistence.findings import SEVERITIES, Finding, count, note
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter
+from jaxadapt.persistence.stored_adapter import Reading, guess_method, open_stored, read_stored
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.safetensors import BITS
 from jaxadapt.storage.source import rename
@@ -88,16 +77,16 @@ def _check_content(
     stored: StoredAdapter, reading: Reading, base: Any, known_base: Any, base_name: str, report: Report
 ) -> list[Finding]:
     """Check the tensors, by their names in PEFT, and describe the adapter."""
-    specs, config, keys = stored.specs or {}, reading.config, reading.keys
-    if not keys:
-        return [] if config is None or stored.specs is not None else [_describe_method(config, None)]
+    specs, tensors, config, keys = stored.specs, stored.tensors, reading.config, reading.keys
+    if tensors is None or not keys:
+        return [] if config is None or tensors is not None else [_describe_method(config, None)]
     shapes = {name: specs[key][1] for name, key in keys.items()}
     dtypes = {name: specs[key][0] for name, key in keys.items()}
     sizes = [math.prod(shapes[name]) * BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()]  # C128 of .bin
     progress = byte_counter(report, "verify", sum(sizes))
 
     def get(key: str) -> Any:
-        value = stored.tensors[key]
+        value = tensors[key]
         progress(value.nbytes)
         return value
 
@@ -112,121 +101,6 @@ def _check_content(
     findings += tensor_checks.check_dtypes(dtypes, config)
     findings += tensor_checks.check_values(keys, shapes, get, config)
     return [*findings, _describe_method(config, shapes), *_describe_scales(shapes, config)]
-
-
-def guess_method(specs: Specs) -> str:
-    """Return the method that the tensor names of a file without a configuration show; "" if none."""
-    if any("lora_A" in key.split(".") or "lora_embedding_A" in key for key in specs):
-        return "LORA"
-    return "PROMPT_TUNING" if "prompt_embeddings" in specs else ""
-
-
-# ---------------------------------------------------------------- reading
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """Adapter files under PEFT's names, read with the fixes of the findings.
-
-    Attributes:
-        findings: the findings about the files, the configuration and the keys.
-        config: the configuration; None if it cannot be read, even with fixes.
-        keys: {PEFT's name: key of the file}; empty if the tensors are not those of an adapter.
-        has_several: True for the tensors of several adapters.
-    """
-
-    findings: tuple[Finding, ...]
-    config: Config | None = None
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
-    has_several: bool = False
-
-
-def read_stored(stored: StoredAdapter) -> Reading:
-    """Read the configuration and the keys of adapter files, with findings in place of errors."""
-    if not stored.is_adapter:
-        return Reading(stored.findings)
-    config, about_config = config_checks.check_config(stored)
-    findings = (*stored.findings, *about_config)
-    if not stored.specs:
-        return Reading(findings, config)
-    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
-    foreign = None if passes else stored_adapter.foreign_library(stored.specs, config is not None)
-    if foreign is None and (config is None or key_names.is_known_method(config.peft_type)):
-        foreign = stored_adapter.not_an_adapter(stored.specs, stored.source)
-    if foreign is not None:
-        others = [f for f in findings if f.code not in ("configuration-missing", foreign.code)]
-        return Reading((*others, foreign), config)
-    kind = guess_method(stored.specs) if config is None else config.peft_type
-    names = NormalKeys({key: key for key in stored.specs}) if passes else key_names.normalize_keys(stored.specs, kind)
-    left_out = left_out_by_peft(names, config)
-    findings += tuple(_check_names(names, stored, left_out, has_config=config is not None))
-    keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
-    return Reading(findings, config, keys, names.has_several)
-
-
-def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
-    """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
-    if config is None or not names.owners:
-        return set()
-    return {
-        key for key, name in names.names.items() if name is None or not tensor_checks.is_saved_by_peft(name, config)
-    }
-
-
-def _check_names(
-    names: NormalKeys, stored: StoredAdapter, left_out: Collection[str], *, has_config: bool
-) -> list[Finding]:
-    """Return the findings about the keys."""
-    if names.models:
-        several = ", ".join(f"{name}.{PEFT_PREFIX}".lstrip(".") for name in names.models)
-        text = f"the keys are those of several PEFT models: {several}"
-        remedy = "keep the keys of one of them in the file"
-        return [error("several-adapters", names.models, text, "one adapter in a file", remedy)]
-    findings: list[Finding] = []
-    mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
-    for rule, changed in names.steps:
-        is_name = rule is key_names.ADAPTER_NAME
-        if is_name and names.has_several:
-            text = f"the keys contain the names of several adapters: {', '.join(names.adapters)}"
-            remedy = f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])"
-            findings.append(error("several-adapters", names.adapters, text, "one adapter in a file", remedy))
-            continue
-        keys = [key for key, name in changed.items() if name is not None]
-        done = [f"{len(keys)} keys: {rule.done}"]
-        if is_name and left_out:
-            done.append(f"{len(left_out)} tensors of the base left out, which PEFT does not save")
-        changed = {**changed, **dict.fromkeys(left_out)}
-        fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
-        found = rule.found.format(wrappers=", ".join(key_names.wrappers_in(keys)), adapter="".join(names.adapters))
-        text = f"{len(keys)} of {len(names.names)} keys {found}, such as {keys[0]}"
-        findings.append((warning if is_name else error)(rule.code, keys, text, rule.expected, mend, fix))
-    duplicates = key_names.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
-    if duplicates and not names.has_several:
-        findings.append(_duplicate(duplicates, stored, has_config=has_config))
-    return findings
-
-
-def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
-    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
-    name, keys = next(iter(duplicates.items()))
-    again = {key: None for keys in duplicates.values() for key in keys[1:]}
-    done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
-    return error(
-        "duplicate",
-        duplicates,
-        f"{len(duplicates)} tensors are stored twice: {name} as {' and '.join(keys)}, with"
-        f" {'equal' if equal else 'different'} values",
-        "each tensor once",
-        "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
-        Fix((done,), names=again) if equal else None,
-    )
-
-
-def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
-    """Return True if tensors have equal shapes, dtypes and bytes."""
-    specs = stored.specs or {}
-    first = stored.tensors[keys[0]].tobytes()
-    return len({specs[key] for key in keys}) == 1 and all(stored.tensors[key].tobytes() == first for key in keys[1:])
 
 
 # ---------------------------------------------------------------- facts
@@ -287,6 +161,9 @@ class Repaired:
         return {"path": self.path, "done": list(self.done), "remaining": [f.to_dict() for f in self.remaining]}
 
 
+_NAMES = (hub.CONFIG, *hub.WEIGHTS)
+
+
 def repair(
     path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, progress: Progress = None
 ) -> Repaired:
@@ -332,8 +209,12 @@ def repair(
                 raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
             if not done:
                 return Repaired(None, (), _problems(path))
-            _require_free(target, path)
             is_same = _is_same(target, path)
+            if not is_same and any(location.exists(location.to_location(target) / name) for name in _NAMES):
+                raise FileError(
+                    f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter;"
+                    " choose another folder with out="
+                )
             if is_same:  # the file is replaced
                 tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
             else:
@@ -358,17 +239,6 @@ def _is_same(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bo
     return one in (other, other.parent if location.is_file(other) else other)
 
 
-def _require_free(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Raise `FileError` if another adapter is in the folder to write to."""
-    place = location.to_location(target)
-    names = (hub.CONFIG, *hub.WEIGHTS)
-    if not _is_same(target, path) and any(location.exists(place / name) for name in names):
-        raise FileError(
-            f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter; choose"
-            " another folder with out="
-        )
-
-
 def _problems(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
     return tuple(found for found in verify(path) if found.severity != "note")
 
@@ -377,14 +247,14 @@ def _apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, 
     """Return the adapter with the fixes of all findings, and a sentence for each; None if it has no certain reading."""
     reading = read_stored(stored)
     fixes = [found.fix for found in reading.findings if found.fix is not None]
-    uncertain = any(found.code == "duplicate" and found.fix is None for found in reading.findings)
-    if reading.config is None or not reading.keys or reading.has_several or uncertain:
+    uncertain = any((found.code, found.fix) == ("duplicate", None) for found in reading.findings)
+    if stored.tensors is None or reading.config is None or not reading.keys or reading.has_several or uncertain:
         return None, ()
-    names: dict[str, str | None] = {key: key for key in stored.specs or {}}
+    names: dict[str, str | None] = {key: key for key in stored.specs}
     for fix in fixes:
         names |= fix.names
     keys = {name: key for key, name in names.items() if name is not None}
-    if key_names.normalize_keys(keys, reading.config.peft_type).steps:
+    if fixes and key_names.normalize_keys(keys, reading.config.peft_type).steps:
         return None, ()  # keys with two readings, such as a module that is called lora_A
     tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.base)
     return tensors, tuple(sentence for fix in fixes for sentence in fix.done)

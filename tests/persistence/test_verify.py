@@ -397,6 +397,15 @@ def test_other_folders_are_recognized(tmp_path: Path):
         jaxadapt.verify(tmp_path / "nothing")
 
 
+def test_read_raises_the_error_of_the_first_finding(folder: Path, tmp_path: Path):
+    for path in (*other_folders(tmp_path).values(), folder):
+        if path == folder:
+            (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+        with pytest.raises(jaxadapt.FileError) as caught:
+            jaxadapt.read(path)
+        assert jaxadapt.verify(path)[0].found in str(caught.value)
+
+
 def test_a_truncated_file_and_two_files(folder: Path):
     (folder / "adapter_model.bin").write_bytes(b"")
     assert codes(folder) == ["two-files"]

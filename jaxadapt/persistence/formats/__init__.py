@@ -23,7 +23,7 @@ from jaxadapt.storage.location import Location
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter
-    from jaxadapt.persistence.stored_adapter import Finding
+    from jaxadapt.persistence.findings import Finding
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "peft_folder": hub.WEIGHTS,

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxadapt import configs
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
@@ -25,14 +25,12 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence.findings import Finding, note
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, image_names
 from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
-
-if TYPE_CHECKING:
-    from jaxadapt.persistence.stored_adapter import Finding
 
 # ---------------------------------------------------------------- image configs
 
@@ -502,8 +500,6 @@ def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
 
 def describe(source: str, opened: Opened | AdapterError) -> Finding:
     """Return the finding about a file, which is sound. Raises the error that refused it."""
-    from jaxadapt.persistence.stored_adapter import note
-
     if isinstance(opened, AdapterError):
         raise opened
     layout = opened.names

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs import LoraConfig, lora
@@ -27,13 +27,11 @@ from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
 from jaxadapt.persistence import reconcile
+from jaxadapt.persistence.findings import EXPECTED, Finding, error
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, combine, rename, transpose
-
-if TYPE_CHECKING:
-    from jaxadapt.persistence.stored_adapter import Finding
 
 CONFIG, WEIGHTS = hub.CONFIG, hub.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
@@ -347,8 +345,6 @@ def _refuse_modules(
 
 def describe(source: str, opened: Opened | AdapterError) -> Finding:
     """Return the finding about a folder: how to convert it, or why it cannot be converted."""
-    from jaxadapt.persistence.stored_adapter import EXPECTED, error
-
     if isinstance(opened, AdapterError):
         return error(
             "other-library", (), str(opened), "an adapter of mlx-lm that PEFT has a form for",

@@ -9,6 +9,7 @@ README.md                    the model card, rewritten at each save until a pers
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -24,11 +25,12 @@ from jaxadapt.configs import Config
 from jaxadapt.configs.base import mlx_keys
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.persistence import card, fingerprint, reconcile, run_folder
+from jaxadapt.persistence import card, findings, fingerprint, reconcile
+from jaxadapt.persistence.findings import Finding, error, warning
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource
+from jaxadapt.storage.source import Kinds, TensorSource, dtypes_and_shapes
 from jaxadapt.storage.strided import dtype_name
 
 CONFIG = hub.CONFIG
@@ -45,23 +47,31 @@ def recognises(place: Place) -> bool:
     return place.names is not None and not place.names.isdisjoint(hub.WEIGHTS)
 
 
-def missing(place: Place) -> FileError:
-    """Return the error for a place without PEFT's files; it names them, and the files that are."""
-    names = place.names
+def missing(place: Place) -> Finding:
+    """Return the finding for a place without PEFT's weights; its error is raised by `read`."""
+    adapters, names = list[str](), place.names
     if names is None:
-        return FileError(
-            f"{place.at}: expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
-        )
-    absent = [CONFIG] if CONFIG not in names else []
-    absent += [WEIGHTS] if names.isdisjoint((*hub.WEIGHTS, hub.MLX_WEIGHTS)) else []
-    present, adapters = sorted(names), list[str]()
+        text = f"expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
+        return error("no-adapter", (), text, "a folder", "", problem=FileError(f"{place.at}: {text}"))
     with contextlib.suppress(FileError):
-        adapters = [name for name in present[:64] if location.exists(place.at / name / CONFIG)]
-    hint = f"; these subfolders contain adapters: {', '.join(adapters)}" if adapters else ""
-    if any(map(run_folder.NAME.fullmatch, present)):
-        hint = f"; it contains training checkpoints: `jaxadapt checkpoints {place.at}` lists and exports them{hint}"
-    files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
-    return FileError(f"{place.at}: no {' and no '.join(absent)}; found {files or 'an empty folder'}{hint}")
+        adapters = [name for name in sorted(names)[:64] if location.exists(place.at / name / CONFIG)]
+    return findings.missing_files(place.at, names, adapters)
+
+
+def parse_json(text: str) -> dict[str, Any] | None:
+    """Return the JSON object of a text; None if it is no object or has a key twice."""
+    try:
+        values: object = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", values) if isinstance(values, dict) else None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key twice")
+    return values
 
 
 def is_mlx_config(text: str) -> bool:
@@ -70,48 +80,108 @@ def is_mlx_config(text: str) -> bool:
     >>> is_mlx_config('{"lora_parameters": {"rank": 8, "scale": 20.0}}'), is_mlx_config('{"peft_type": "LORA"}')
     (True, False)
     """
+    return bool(mlx_keys(parse_json(text) or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """Adapter files, as far as they can be read.
+
+    Attributes:
+        source: the path, for messages.
+        text: returns the text of adapter_config.json; None if there is none.
+        tensors: the tensors, read on demand; None if they cannot be read.
+        header: the header of a safetensors file; None for others.
+        weights: the file of the tensors; None if there is none.
+        findings: the problems of the files themselves.
+    """
+
+    source: str
+    text: Callable[[], str] | None = None
+    tensors: TensorSource | None = None
+    header: safetensors.Header | None = None
+    weights: Location | None = None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def specs(self) -> Kinds:
+        """{key: (dtype, shape)}; empty if the tensors cannot be read."""
+        return {} if self.tensors is None else dtypes_and_shapes(self.tensors)
+
+    @property
+    def base(self) -> fingerprint.Fingerprint | None:
+        """The fingerprint of the base in the header; None without one."""
+        return None if self.header is None else reconcile.stored_fingerprint(self.header)
+
+
+def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
+    """Open the files of a folder, or one file of weights, as far as they can be read. Problems become findings.
+
+    A tensor of a `.safetensors` file is read on demand, those of a `.bin` file all at once.
+    """
+    if place.names is None:
+        config, weights = place.at.parent / CONFIG, place.at
+        has_config = weights.name in hub.WEIGHTS and location.exists(config)
+    else:
+        config, weights = place.at / CONFIG, place.at / (WEIGHTS if WEIGHTS in place.names else WEIGHTS_BIN)
+        has_config = CONFIG in place.names
+    text = functools.partial(reconcile.read_text, config) if has_config else None
+    stored, found = StoredAdapter(os.fspath(place.path), text, weights=weights), list[Finding]()
+    if place.names is not None and place.names.isdisjoint(hub.WEIGHTS):
+        return dataclasses.replace(stored, findings=(missing(place),))
     try:
-        values: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and bool(mlx_keys(cast("dict[str, Any]", values)))
+        if weights.suffix == ".safetensors":
+            file = stack.enter_context(safetensors.open_tensors(weights))
+            stored = dataclasses.replace(stored, tensors=file, header=file.header)
+        else:
+            stored = dataclasses.replace(stored, tensors=torch_bin.open_tensors(weights))
+    except FileError as problem:
+        expected, remedy = "a complete file of tensors", "fetch or save it again"
+        found.append(error("unreadable", (weights.name,), str(problem), expected, remedy, problem=problem))
+    is_damaged_file = place.names is None and stored.tensors is None
+    if text is None and not has_copy(stored.header) and not is_damaged_file:
+        found.insert(0, findings.missing_config(weights, stored.specs))
+    if stored.tensors is not None and not stored.tensors:
+        problem = MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
+        expected, remedy = "an adapter's tensors", "save the adapter again"
+        found.append(error("no-tensors", (weights.name,), str(problem), expected, remedy, problem=problem))
+    if place.names is not None and place.names.issuperset(hub.WEIGHTS):
+        text_of_two, remedy = "the folder holds two files of weights", f"delete {WEIGHTS_BIN} if it is older"
+        found.append(warning("two-files", hub.WEIGHTS, text_of_two, f"one; readers take {WEIGHTS}", remedy))
+    return dataclasses.replace(stored, findings=tuple(found))
+
+
+def has_copy(header: safetensors.Header | None) -> bool:
+    """Return True if a header has jaxadapt's copy of the configuration."""
+    return header is not None and reconcile.META in header.metadata
 
 
 def read_config(place: Place) -> Config:
     """Read the configuration that belongs to the tensors of a folder."""
-    is_bin = place.names is None or WEIGHTS not in place.names
-    return _resolve(place, None if is_bin else safetensors.read_header(place.at / WEIGHTS))
-
-
-def _resolve(place: Place, header: safetensors.Header | None) -> Config:
-    """Return the configuration; with a copy of it in the header, the JSON may be missing."""
-    names = place.names
-    has_copy = header is not None and reconcile.META in header.metadata
-    if names is None or not recognises(place) or (CONFIG not in names and not has_copy):
-        raise missing(place)
-    return reconcile.resolve_config(place.at / CONFIG, header, place.at / (WEIGHTS if header else WEIGHTS_BIN))
+    names = place.names or frozenset()
+    header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in names else None
+    weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
+    if CONFIG not in names and not has_copy(header):
+        findings.refuse(findings.missing_config(weights, {}))
+    return reconcile.resolve_config(place.at / CONFIG, header, weights)
 
 
 @contextlib.contextmanager
 def open_folder(place: Place) -> Generator[Opened]:
-    """Open a folder. A tensor of a `.safetensors` file is read on demand, those of a `.bin` file all at once.
+    """Open a folder, and raise the error of the first finding that has one.
 
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` for a file without tensors.
     """
-    if place.names is None or WEIGHTS not in place.names:
-        config, weights = _resolve(place, None), place.at / WEIGHTS_BIN
-        yield _opened(PeftTensors(config, torch_bin.open_tensors(weights), str(place.path)), weights)
-        return
-    weights = place.at / WEIGHTS
-    with safetensors.open_tensors(weights) as file:
-        config, base = _resolve(place, file.header), reconcile.stored_fingerprint(file.header)
-        yield _opened(PeftTensors(config, file, str(place.path), base), weights)
-
-
-def _opened(tensors: PeftTensors, weights: Location) -> Opened:
-    if not tensors.tensors:
-        raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
-    return Opened(key_names.without_names(tensors), weights)
+    with contextlib.ExitStack() as stack:
+        stored = StoredAdapter("", findings=(missing(place),)) if place.names is None else open_files(place, stack)
+        for found in stored.findings:
+            if found.problem is not None:
+                findings.refuse(found)
+        assert stored.weights is not None
+        assert stored.tensors is not None
+        config = reconcile.resolve_config(place.at / CONFIG, stored.header, stored.weights)
+        tensors = PeftTensors(config, stored.tensors, stored.source, stored.base)
+        yield Opened(key_names.without_names(tensors), stored.weights)
 
 
 # ---------------------------------------------------------------- writing
