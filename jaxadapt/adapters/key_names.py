@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -315,8 +314,11 @@ def find_duplicates(names: Mapping[str, str | None]) -> dict[str, tuple[str, ...
     >>> find_duplicates({"a": "q", "b": "q", "c": None})
     {'q': ('a', 'b')}
     """
-    counts = Counter(name for name in names.values() if name is not None)
-    return {name: tuple(key for key, new in names.items() if new == name) for name, n in counts.items() if n > 1}
+    groups: dict[str, list[str]] = {}
+    for key, name in names.items():
+        if name is not None:
+            groups.setdefault(name, []).append(key)
+    return {name: tuple(keys) for name, keys in groups.items() if len(keys) > 1}
 
 
 def wrappers_in(keys: Iterable[str]) -> list[str]:

@@ -160,7 +160,8 @@ def missing_files(at: object, names: Collection[str], adapters: Sequence[str]) -
     mlx = sorted({hub.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
     diffusers = [name for name in present if name.startswith("pytorch_lora_weights.")]
     rows = (
-        ("training-run", steps, f"; it contains training checkpoints: `jaxadapt checkpoints {at}` lists and exports them",
+        ("training-run", steps,
+         f"; it contains training checkpoints: `jaxadapt checkpoints {at}` lists and exports them",
          f"run: jaxadapt checkpoints {at} --step latest --export OUT"),
         ("subfolders", adapters, f"; these subfolders contain adapters: {', '.join(adapters)}", "pass one of them"),
         ("other-library", mlx, f"; {', '.join(mlx)} is mlx-lm's", _MLX),
