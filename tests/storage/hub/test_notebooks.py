@@ -105,6 +105,7 @@ def test_the_first_cell_asks_for_the_accelerator_that_is_there(
 def test_it_runs(path: Path, hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)
+    monkeypatch.setenv("COLUMNS", "80")  # as where the stored output was made, whatever ran before
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     space: dict[str, object] = {"__name__": "__main__", "shell": shell, "Image": Shown, "Markdown": Shown}
     for number, (kind, source, tags, outputs) in enumerate(cells(path)):
