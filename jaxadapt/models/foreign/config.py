@@ -30,7 +30,7 @@ def missing_alpha(dialect: Dialect) -> ConfigError:
 
 def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
     """Return the alpha passed in `lora_alpha` or in a configuration; raise `ConfigError` if the two differ."""
-    from_config = None if config is None else config.get("lora_alpha")
+    from_config = (config or _DEFAULT).get("lora_alpha")
     from_config = None if from_config == _DEFAULT.lora_alpha else from_config
     if lora_alpha is not None and from_config not in (None, lora_alpha):
         raise ConfigError(
@@ -59,11 +59,7 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     if not stored and config is None and lora_alpha is None:
         raise missing_alpha(dialect)
     config = config or LoraConfig()
-    if config.use_rslora:
-        problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
-    problems += [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
-    others = fields_set(config, "tensor", "copy")
-    problems += [f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others.items()]
+    problems += _unsupported(config, dialect)
     if config.rank_pattern or config.r != _DEFAULT.r:
         problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
     else:
@@ -73,11 +69,7 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     if not stored:
         config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
     else:
-        if given is not None or config.alpha_pattern:
-            default = config.lora_alpha if given is None else given
-            differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
-            why = "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
-            problems += [f"{problem} ({dialect.name} {why}; leave it out)" for problem in differences]
+        problems += _contradicted_alphas(config, given, stored, dialect)
         alpha, pattern = _factor_patterns(stored)
         config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
         problems += _contradictions("lora_alpha", stored, pattern, alpha)
@@ -89,6 +81,30 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
         )
     get_method(config)
     return config
+
+
+def _contradicted_alphas(
+    config: LoraConfig, given: float | None, stored: Mapping[str, float], dialect: Dialect
+) -> list[str]:
+    """Return the alphas of the tree that the caller's contradict."""
+    if given is None and not config.alpha_pattern:
+        return []
+    default = config.lora_alpha if given is None else given
+    why = "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
+    differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
+    return [f"{problem} ({dialect.name} {why}; leave it out)" for problem in differences]
+
+
+def _unsupported(config: LoraConfig, dialect: Dialect) -> list[str]:
+    """Return what a configuration asks for that no tree of the dialect has."""
+    rslora = [f"use_rslora=True, but {dialect.name} divides by r, not by its square root"] if config.use_rslora else []
+    tokens = [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
+    others = fields_set(config, "tensor", "copy").items()
+    return [
+        *rslora,
+        *tokens,
+        *(f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others),
+    ]
 
 
 def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -152,7 +168,18 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
             f"cannot store this adapter in {dialect.name} leaves: alora_invocation_tokens limits it to some tokens, and"
             f" {dialect.name} adapts every token"
         )
-    stored = sites.alphas
+    _require_alphas(sites, config, lora_alpha)
+    out: dict[str, float] = {}
+    for module, rank in sites.ranks.items():
+        if matching.is_target(config, module):
+            ratio = config.scale_of(module) / (sites.alphas.get(module, lora_alpha or 0.0) / rank)
+            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
+    return out
+
+
+def _require_alphas(sites: ForeignSites, config: LoraConfig, lora_alpha: float | None) -> None:
+    """Raise `ConfigError` unless the alpha of each site is known, by one of the tree and the caller, and not 0."""
+    dialect, stored = sites.dialect, sites.alphas
     contradicting = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
     if contradicting:
         why = "does not scale, so that it equals the rank" if dialect.unscaled else "stores its own"
@@ -166,9 +193,3 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"
         )
-    out: dict[str, float] = {}
-    for module, rank in sites.ranks.items():
-        if matching.is_target(config, module):
-            ratio = config.scale_of(module) / (stored.get(module, lora_alpha or 0.0) / rank)
-            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
-    return out

@@ -158,8 +158,8 @@ class Dialect:
 
     def flattened(self) -> Dialect:
         """Return the dialect with its layouts reversed, so that those that flatten come first."""
-        pairs = tuple(dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
-        return dataclasses.replace(self, pairs=pairs)
+        reverse = (dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
+        return dataclasses.replace(self, pairs=tuple(reverse))
 
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
         """Return the paths of a base leaf's arrays and their pair, by the most specific pair; None without a match."""
@@ -178,36 +178,39 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
     >>> [a for a, _ in layouts(pair, w, False)]
     [(('n',), ('h',), ('~r',)), (('n', 'h'), ('~r',))]
     """
-    roles = {role: set(weight.roles[role]) for role in ("in", "out", "batch")}
-    stack = list(weight.stack)
-    own = [n for i, n in enumerate(weight.left) if i not in stack]
-    out: list[tuple[Dims, Dims]] = []
+    batch = set(weight.roles["batch"])
+    out: dict[tuple[Dims, Dims], None] = {}  # each once, in order
     for texts in pair.layouts:
-        halves: list[Dims] = []
-        for text, role in zip(texts, ("in", "out"), strict=True):
-            dims = _dims(text, own, roles)
-            named = {n for dim in dims for n in dim} - {RANK}
-            batch = named & roles["batch"]
-            if named - batch == roles[role] and (batch == roles["batch"] or shares):
-                for axis in stack:  # ascending, so that each gets its position in the base weight
-                    dims.insert(axis, (weight.left[axis],))
-                halves.append(tuple(dims))
-        if len(halves) == 2:
-            present = {n for half in halves for dim in half for n in dim}
-            if roles["batch"] <= present and (halves[0], halves[1]) not in out:
-                out.append((halves[0], halves[1]))
-    return out
+        a, b = (_dims(text, weight) for text in texts)
+        named = [{axis for dim in dims for axis in dim} - {RANK} for dims in (a, b)]
+        complete = shares or batch <= named[0] & named[1]
+        sides = all(axes - batch == set(weight.roles[role]) for axes, role in zip(named, ("in", "out"), strict=True))
+        if complete and sides and batch <= named[0] | named[1]:
+            out[_with_stack(a, weight), _with_stack(b, weight)] = None
+    return list(out)
 
 
-def _dims(text: str, own: Sequence[str], roles: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
-    inputs, out, batch = roles["in"], roles["out"], roles["batch"]
+def _with_stack(dims: Sequence[tuple[str, ...]], weight: Weight) -> Dims:
+    """Return axes with those of stacked layers at their positions in the base weight."""
+    out = list(dims)
+    for axis in weight.stack:  # ascending
+        out.insert(axis, (weight.left[axis],))
+    return tuple(out)
+
+
+def _dims(text: str, weight: Weight) -> list[tuple[str, ...]]:
+    own = [axis for number, axis in enumerate(weight.left) if number not in weight.stack]
+
+    def of(*roles: str) -> list[str]:
+        return [axis for axis in own if any(axis in weight.roles[role] for role in roles)]
+
     words = {
         "r": [RANK],
-        "in": [n for n in own if n in inputs],
-        "ins": [n for n in own if n in inputs | batch],
-        "out": [n for n in own if n in out],
-        "outs": [n for n in own if n in out | batch],
-        "batch": [n for n in own if n in batch],
+        "in": of("in"),
+        "ins": of("in", "batch"),
+        "out": of("out"),
+        "outs": of("out", "batch"),
+        "batch": of("batch"),
         "first": own[-2:-1],
         "last": own[-1:],
     }

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.adapter import is_array
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -147,8 +146,7 @@ def head_axes(weight: Weight, shares_b: bool) -> tuple[str, ...]:
 
 def find_heads(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> list[HeadPair]:
     """Return the LoRA leaves of a tree that have head axes."""
-    out: list[HeadPair] = []
-    shares_b = dialect.heads == "shared"
+    out, shares_b = list[HeadPair](), dialect.heads == "shared"
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
         match = keymap.match(leaf)
         if match is None or len(leaves[a].shape) != len(match.weight.left) or not head_axes(match.weight, shares_b):
@@ -200,20 +198,20 @@ def narrow_leaves(
             f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
         )
     made = {pair.a: (pair, *pair.narrow(np.asarray(new[pair.a]), np.asarray(new[pair.b]))) for pair in found}
-    need = max((a.shape[-1] for _, a, _, _ in made.values()), default=0)
     differ = [pair.b for pair, _, _, alike in made.values() if not alike]
+    ranks = {path: (leaves[path].shape[-1], a.shape[-1]) for path, (_, a, _, _) in made.items()}
+    need = max((used for _, used in ranks.values()), default=0)
     if differ and not concat:
         raise MismatchError(
             f"cannot fill these {dialect.name} leaves: they have one B for all heads of a weight, and the file has one"
             f" for each head:\n{paths.bullets(differ)}\nBuild the target with rank={need}, and pass"
             ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the heads'
         )
-    ranks = {path: (leaves[path].shape[-1], a.shape[-1]) for path, (_, a, _, _) in made.items()}
     require_rank([f"{path}: rank {have}, needed {used}" for path, (have, used) in ranks.items() if used > have], need)
     out: dict[str, Array] = {}
     for path, (pair, a, b, _) in made.items():
         padding, current = (0, ranks[path][0] - ranks[path][1]), leaves[path]
-        keeps = not a.shape[-1] and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
+        keeps = not a.shape[-1] and not isinstance(current, jax.ShapeDtypeStruct)
         out[path] = np.asarray(current, a.dtype) if keeps else np.pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
         out[pair.b] = np.pad(b, [*[(0, 0)] * (b.ndim - 2), padding, (0, 0)])
     return out

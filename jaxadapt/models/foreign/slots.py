@@ -6,7 +6,7 @@ Two arrays beside each A hold the used rank (rows beyond it are zero) and the sc
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,36 +35,43 @@ def slot_arrays(
     problems: list[str] = []
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
         slot_paths = dialect.slot_paths(a)
-        missing = [path for path in slot_paths if path not in leaves]
-        unread = [p for p in slot_paths if isinstance(leaves.get(p), Tracer | jax.ShapeDtypeStruct)]
-        if missing or unread:
-            problems += [f"{path}: missing" for path in missing]
-            problems += [f"{path}: expected a concrete array (outside jit), found a tracer or spec" for path in unread]
+        if obstacles := _obstacles(leaf, slot_paths, leaves, slot):
+            problems += obstacles
             continue
         ranks, scales = (np.asarray(leaves[path]) for path in slot_paths)
-        axis, count = ranks.ndim - 1, ranks.shape[-1]
-        if not isinstance(slot, numbers.Integral) or not 0 <= slot < count:
-            problems.append(f"{slot_paths[0]}: expected a slot from 0 to {count - 1}, found {slot}")
-            continue
-        used, scale = set(ranks[..., slot].flat), set(scales[..., slot].flat)
-        if len(used) > 1 or len(scale) > 1:
-            problems.append(
-                f"{leaf}: its stacked layers must have one rank and scale, found the ranks {sorted(used)} and"
-                f" scales {sorted(scale)}"
-            )
-            continue
-        index = (*[slice(None)] * axis, slot)
-        rank = int(leaves[a].shape[-1] if room else used.pop())
+        index = (*[slice(None)] * (ranks.ndim - 1), slot)
+        rank = int(leaves[a].shape[-1] if room else ranks[..., slot].flat[0])
         full_a, full_b = leaves[a][index], leaves[b][index]
         if rank and _nonzero(full_a[..., rank:]) and _nonzero(full_b[..., rank:, :]):
             problems.append(f"{a}, {b}: expected zeros beyond the rank {rank} of {slot_paths[0]}")
         if rank:
             out[a], out[b] = full_a[..., :rank], full_b[..., :rank, :]
-            alphas[leaf] = _shortest_alpha(scale.pop(), rank)
+            alphas[leaf] = _shortest_alpha(scales[..., slot].flat[0], rank)
     raise_listed(MismatchError, f"cannot use slot {slot} of this {dialect.name} tree:", problems)
     if not out:
         raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree: it is empty, all its ranks are 0")
     return out, alphas
+
+
+def _obstacles(leaf: str, slot_paths: Sequence[str], leaves: Leaves, slot: int) -> list[str]:
+    """Return why the rank and the scale of a slot cannot be read; [] if they can."""
+    unread = [
+        f"{path}: expected a concrete array (outside jit), found a tracer or spec"
+        if path in leaves
+        else f"{path}: missing"
+        for path in slot_paths
+        if path not in leaves or isinstance(leaves[path], Tracer | jax.ShapeDtypeStruct)
+    ]
+    if unread:
+        return unread
+    ranks, scales = (np.asarray(leaves[path]) for path in slot_paths)
+    if not isinstance(slot, numbers.Integral) or not 0 <= slot < ranks.shape[-1]:
+        return [f"{slot_paths[0]}: expected a slot from 0 to {ranks.shape[-1] - 1}, found {slot}"]
+    used, scale = set(ranks[..., slot].flat), set(scales[..., slot].flat)
+    if len(used) > 1 or len(scale) > 1:
+        found = f"found the ranks {sorted(used)} and scales {sorted(scale)}"
+        return [f"{leaf}: its stacked layers must have one rank and scale, {found}"]
+    return []
 
 
 def with_slot(

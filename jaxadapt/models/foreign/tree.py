@@ -358,8 +358,7 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
 
 def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
-    like = [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]
-    if not like:
+    if not (like := [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
     known = ", ".join(dialects.DIALECTS)
     return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{paths.bullets(like)}"
@@ -590,8 +589,8 @@ def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> 
 
 def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Placed]]) -> dict[str, tuple[int, float]]:
     """Return `{path of A: (used rank, scale)}` of the arrays that a file fills."""
-    filled = [(g, placed[g.a.path][1].values()) for g in sites.sites if placed[g.a.path][1]]
     return {
-        g.a.path: (max(rows.stop for _, rows, _ in contents), sites.stored[g.match.leaf] / g.a.rank)
-        for g, contents in filled
+        site.a.path: (max(rows.stop for _, rows, _ in contents.values()), sites.stored[site.match.leaf] / site.a.rank)
+        for site in sites.sites
+        if (contents := placed[site.a.path][1])
     }

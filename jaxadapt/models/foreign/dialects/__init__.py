@@ -71,14 +71,15 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        names = ", ".join(d.name for d in fitting)
-        raise KeyMapError(f"the LoRA leaves of this tree are ambiguous: they match the dialects {names}")
+        raise KeyMapError(
+            "the LoRA leaves of this tree are ambiguous: they match the dialects"
+            f" {', '.join(dialect.name for dialect in fitting)}"
+        )
     best = max(claimed, key=lambda d: len(claimed[d]))
     known = f" (those of {best.name}: {len(claimed[best])})" if claimed[best] else ""
-    left = sorted(like - claimed[best])
     raise KeyMapError(
         f"{len(like)} leaves of this tree look like LoRA leaves{known}, but no dialect matches these:\n"
-        + bullets(left)
+        + bullets(sorted(like - claimed[best]))
         + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
         " adapter"
     )
