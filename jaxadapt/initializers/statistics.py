@@ -274,7 +274,8 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
     for site in adapter_sites:
         *path, leaf = known[site.leaf]
         keys = {name: f"{leaf}{SEP}{name}{SEP}observed" for name in ("state", "mask")}
-        adapter = LeafAdapter(_Probe(), statistics[site.leaf].update, site.axes, keys)
+        probe = dataclasses.replace(site, method=_Probe(), hparams=statistics[site.leaf].update)
+        adapter = LeafAdapter(probe, keys)
         adapters.setdefault(tuple(path), {})[leaf] = [adapter]
         key_paths |= {paths.join(site.leaf, name): (*path, key) for name, key in keys.items()}
 

@@ -6,13 +6,26 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.base import CALL_KEY, Array, Drop, Effects, Method, Params, as_computable
+
+
+class Applicable(Protocol):
+    """A method on one base weight, without its tensors."""
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def hparams(self) -> Any: ...
+
+    @property
+    def axes(self) -> Axes: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,11 +42,11 @@ class AppliedMethod:
     drop: Drop | None = None
 
     @classmethod
-    def in_call(cls, method: Method, hparams: Any, params: Params, axes: Axes, drop: Drop | None) -> AppliedMethod:
-        """Return a method for one call of a layer, with a key among its tensors if it drops parts of its change."""
-        if drop is not None and method.drops == "change":
+    def in_call(cls, site: Applicable, params: Params, drop: Drop | None) -> AppliedMethod:
+        """Return a site's method for one call of its layer, with a key as a tensor if it drops parts of its change."""
+        if drop is not None and site.method.drops == "change":
             params, drop = {**params, CALL_KEY: drop.make_key()}, None
-        return cls(method, hparams, params, axes, drop)
+        return cls(site.method, site.hparams, params, site.axes, drop)
 
     @functools.cached_property
     def effects(self) -> Effects:
@@ -148,6 +161,11 @@ class AppliedMethod:
     def _on_parts(self, letters: str, value: Array, function: Callable[[Array], Array], use: Use) -> Array:
         index = None if self.axes.parts is None else self._parts_index(letters, use)
         return function(value) if index is None else value.at[index].set(function(value[index]))
+
+
+def together(hooks: Sequence[AppliedMethod]) -> AppliedMethod | AppliedMethods:
+    """Return several active adapters on one weight, at least one, as one."""
+    return hooks[0] if len(hooks) == 1 else AppliedMethods(tuple(hooks))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Operation, Use
+from jaxadapt.arrays.axes import LETTERS, RANK, Operation, Use
 from jaxadapt.arrays.low_rank import einsum, expand_to_letters
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.applied import AppliedMethod, AppliedMethods
-from jaxadapt.methods.base import Array, Method, Params
+from jaxadapt.methods.applied import Applicable, AppliedMethod, AppliedMethods, together
+from jaxadapt.methods.base import Array, Params
 
 # ---------------------------------------------------------------- rows
 
@@ -155,7 +155,7 @@ def split_rows(hooks: Mapping[str, Hook]) -> tuple[dict[str, Hook], dict[str, Ho
         outside = [one for one in each if hook.apart and isinstance(one, AppliedRows) and not one.apart]
         for part, chosen in ((outer, outside), (inner, [one for one in each if one not in outside])):
             if chosen:
-                part[leaf] = chosen[0] if len(chosen) == 1 else AppliedMethods(tuple(chosen))
+                part[leaf] = together(chosen)
     return outer, inner
 
 
@@ -172,26 +172,19 @@ IDS, ORDER, INVERSE, SIZES = "~ids", "~order", "~inverse", "~sizes"
 """The tensors of a route: the slot of each row or token, their order by slot, its inverse, and each slot's number."""
 
 
-def apply_rows(
-    how: Implementation, method: Method, hparams: Any, params: Params, axes: Axes, shared: Params
-) -> AppliedRows:
-    """Return a method where each row, or token, of a batch has an adapter of its own.
+def apply_rows(site: Applicable, how: Implementation, params: Params, shared: Params) -> AppliedRows:
+    """Return a site's method where each row, or token, of a batch has an adapter of its own.
 
     `shared` are the tensors that all rows have in common.
     """
+    kinds: Mapping[Any, type[AppliedRows]] = {"mixture": AppliedMixture, "mask": AppliedMask}
     if how == "gather":
-        tensors = {name: jnp.moveaxis(x, 1, -1) if name in method.row_turned else x for name, x in params.items()}
-        return AppliedRows(method, hparams, tensors, axes, shared=shared)
-    if how == "mixture":
-        return AppliedMixture(method, hparams, params, axes, shared=shared)
-    if how == "mask":
-        return AppliedMask(method, hparams, params, axes, shared=shared)
+        params = {name: jnp.moveaxis(x, 1, -1) if name in site.method.row_turned else x for name, x in params.items()}
     if how == "layer":
-        tensors = {name: x for name, x in params.items() if name != IDS}
-        taken = {name: take_slots(x, params[IDS], 0) for name, x in tensors.items()}
-        return AppliedRows(method, hparams, taken, axes, shared=shared)
-    assert callable(how)
-    return AppliedSegments(method, hparams, params, axes, shared=shared, grouped=how)
+        params = {name: take_slots(x, params[IDS], 0) for name, x in params.items() if name != IDS}
+    if callable(how):
+        return AppliedSegments(site.method, site.hparams, params, site.axes, shared=shared, grouped=how)
+    return kinds.get(how, AppliedRows)(site.method, site.hparams, params, site.axes, shared=shared)
 
 
 def take_slots(x: Array, ids: Array, axis: int) -> Array:

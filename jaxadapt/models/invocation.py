@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.adapters.adapter import SHARED_NODE, collection_name
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, collection_name
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError
@@ -86,28 +86,31 @@ def invoke(
         raise held.unsupported("an NNX model, or a Linen module that adapt returned")
     adapters = {name: held.extract(name) for name in held.active()}
     data = _call_data({name: adapter.config for name, adapter in adapters.items()}, given)
-    owners = held.walk().leaves
     extended: list[tuple[dict[str, Any], str]] = []
     for name, arrays in data.items():
-        sites, collection = sites_of(adapters[name]), collection_name(adapters[name].config)
-        if get_method(adapters[name].config).scope == "model":  # a prompt, whose tensors are the model's
-            variables = vars(model)[collection][name][SHARED_NODE]
-            for key, array in arrays.items():
-                variables[key] = graph.CallData(array)
-                extended.append((variables, key))
-        for site in sites:
-            module, attr = owners[site.leaf]
-            if not site.method.copies:
-                variables = vars(module)[collection][name][attr]
-                shape = vars(module)[attr].shape
-                for key, array in arrays.items():
-                    variables[key] = graph.CallData(repeat_on_stack(array, site.match.stack, shape))
-                    extended.append((variables, key))
+        for tensors, key, array in _places(held, name, adapters[name], arrays):
+            tensors[key] = graph.CallData(array)
+            extended.append((tensors, key))
     try:
         yield model
     finally:
-        for variables, key in extended:
-            del variables[key]
+        for tensors, key in extended:
+            del tensors[key]
+
+
+def _places(
+    held: Model, name: str, adapter: Adapter, arrays: Mapping[str, Array]
+) -> Iterator[tuple[dict[str, Any], str, Array]]:
+    """Yield (the tensors of one place of an adapter, a name, the array that they get under it)."""
+    collection, owners = collection_name(adapter.config), held.walk().leaves
+    if get_method(adapter.config).scope == "model":  # a prompt, whose tensors are the model's
+        tensors = vars(held.tree)[collection][name][SHARED_NODE]
+        yield from ((tensors, key, array) for key, array in arrays.items())
+    for site in sites_of(adapter):
+        module, attr = owners[site.leaf]
+        for key, array in () if site.method.copies else arrays.items():
+            repeated = repeat_on_stack(array, site.match.stack, vars(module)[attr].shape)
+            yield vars(module)[collection][name][attr], key, repeated
 
 
 def _call_data(configs: Mapping[str, Config], given: Mapping[str, Array]) -> dict[str, dict[str, Array]]:

@@ -1,14 +1,20 @@
-"""Use of the kernel in Flax's own layer classes: the roles of its axes, and one call as a `Use`.
+"""The weights of Flax's own layer classes, NNX's and Linen's: the roles of their axes, and one call as a `Use`.
 
-Takes and returns plain values (numbers, strings), so that Linen and NNX share all of it.
+The calls of these classes need no trace. All other layers are traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
 
 from jaxadapt.arrays.axes import LETTERS, Axes, Use
 from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.weight import Kind
 
 DENSE = Axes(in_axes=(0,), out_axes=(1,))
 
@@ -100,3 +106,88 @@ def einsum_use(einsum_str: str, x_ndim: int, axes: Axes) -> Use:
     'debc'
     """
     return Use(*_einsum_letters(einsum_str, x_ndim), axes)
+
+
+# ---------------------------------------------------------------- the classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The kernel of a layer class, as functions of a layer.
+
+    Attributes:
+        axes: `axes(layer, equation)` returns the roles of the kernel's axes.
+        use: `use(layer, x, equation, axes)` returns a call with the input `x` as a `Use`.
+
+    The equation is the one that a call of an einsum layer passes, None for the layer's own.
+    """
+
+    axes: Callable[[Any, str | None], Axes]
+    use: Callable[[Any, Any, str | None, Axes], Use]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The roles of a weight's axes, and the kind and groups of its keymap entry."""
+
+    axes: Axes
+    kind: Kind = "linear"
+    groups: int = 1
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _nnx_einsum_use(m: Any, x: Any, equation: str | None, axes: Axes) -> Use:
+    """Return a call of `nnx.Einsum`, whose adapter has the roles of the layer's own equation."""
+    if equation and equation != m.einsum_str:
+        called, adapted = einsum_axes(equation), einsum_axes(m.einsum_str)
+        if set(called.in_axes) != set(adapted.in_axes) or set(called.batch_axes) != set(adapted.batch_axes):
+            raise AttachError(
+                f"an Einsum was adapted with the equation {m.einsum_str!r} and is called with {equation!r},"
+                " whose input or batch axes differ. Exclude it with exclude_modules"
+            )
+    return einsum_use(equation or m.einsum_str, x.ndim, axes)
+
+
+_DENSE = Kernel(lambda m, _: DENSE, lambda m, x, _, axes: dense_use(x.ndim, axes))
+_KERNELS: dict[Any, Kernel] = {
+    nnx.Linear.__call__: _DENSE,
+    nn.Dense.__call__: _DENSE,
+    nnx.LinearGeneral.__call__: Kernel(
+        lambda m, _: general_axes(len(m.in_features), len(m.out_features), len(m.batch_axis)),
+        lambda m, x, _, axes: general_use(x.ndim, axes.rank, m.axis, tuple(m.batch_axis), axes),
+    ),
+    nn.DenseGeneral.__call__: Kernel(
+        lambda m, _: general_axes(len(_tuple(m.axis)), len(_tuple(m.features)), len(_tuple(m.batch_dims))),
+        lambda m, x, _, axes: general_use(x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes),
+    ),
+    nnx.Einsum.__call__: Kernel(lambda m, _: einsum_axes(m.einsum_str), _nnx_einsum_use),
+    nn.Einsum.__call__: Kernel(
+        lambda m, equation: einsum_axes(equation or m.einsum_str),
+        lambda m, x, equation, axes: einsum_use(equation or m.einsum_str, x.ndim, axes),
+    ),
+}
+
+
+def kernel_of(method: Callable[..., Any]) -> Kernel | None:
+    """Return how a method of a layer class uses the layer's kernel if it is one of Flax's own calls, else None."""
+    return _KERNELS.get(method)
+
+
+def roles_of(layer: Any, method: Callable[..., Any], leaf: str, equation: str | None = None) -> Roles | None:
+    """Return the roles of a layer's weight if its class fixes them in this method, else None.
+
+    Raises `AttachError` for an einsum equation that no adapter can follow.
+    """
+    if leaf == "embedding" and method in (nnx.Embed.__call__, nn.Embed.__call__, nn.Embed.attend):
+        return Roles(EMBEDDING, "embedding")
+    if leaf != "kernel":
+        return None
+    # Linen's ConvLocal has the call of Conv, and another kernel.
+    is_conv = method in (nnx.Conv.__call__, nn.Conv.__call__) and isinstance(layer, nnx.Conv | nn.Conv)
+    if is_conv and layer.mask is None:
+        return Roles(conv_axes(len(_tuple(layer.kernel_size)) + 2), "conv", layer.feature_group_count)
+    kernel = kernel_of(method)
+    return None if kernel is None else Roles(kernel.axes(layer, equation))

@@ -177,7 +177,7 @@ def _plan_on_model(
     example: Sequence[Any] | None,
     found: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[Recipe, Sites]:
-    model, owners, shapes = base.target, walked.leaves, base.shapes
+    owners, shapes = walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
     if all_linear:
         shapes = {leaf: shape for leaf, shape in shapes.items() if not survey.is_never_linear(owners[leaf])}
@@ -186,35 +186,45 @@ def _plan_on_model(
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(GENERIC, weights=()) if keymap == GENERIC else keymap
         wanted = survey.custom_leaves(owners, selection.uncovered_leaves(config, known.with_entries(entries), shapes))
-        traced, others = survey.trace_axes(model, walked, example, wanted, required=not all_linear)
+        traced, others = survey.trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
-    known_leaves = {entry.leaf for entry in entries}
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
-    unsure = frozenset(survey.custom_leaves(owners, shapes)) - known_leaves if keymap == GENERIC else selection.NONE
+    unsure = frozenset(survey.custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
         _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
 
     try:
         recipe, sites = make_recipe(
-            config, keymap, shapes, entries, unsure=unsure, found=found, check=check, weights=lambda: base.leaves
+            config,
+            keymap,
+            shapes,
+            entries,
+            unsure=unsure - {entry.leaf for entry in entries},
+            found=found,
+            check=check,
+            weights=lambda: base.leaves,
         )
     except TargetError as error:
         _raise_for_qwix(walked, error)
         raise
-    missed = traced.keys() - {site.leaf for site in sites}
-    if missed and not all_linear:
-        raise TargetError(
-            "target_modules is ambiguous: several weights share a module. Give the full names of the weights"
-            " to adapt:\n" + paths.bullets([leaf for leaf in traced if leaf in missed])
-        )
+    missed = set() if all_linear else traced.keys() - {site.leaf for site in sites}
+    raise_listed(
+        TargetError,
+        "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
+        [leaf for leaf in traced if leaf in missed],
+    )
     if example is not None:
-        dropped = [x.leaf for x in sites if x.method.drops == "input" and x.method.dropout(x.hparams)]
-        hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
-        forward = [leaf for leaf, hook in hooks.items() if hook.forward]
-        survey.check_calls(model, hooks, dropped, forward, example)
+        _check_calls(base.target, sites, example)
     return recipe, sites
+
+
+def _check_calls(model: Any, sites: Sites, example: Sequence[Any]) -> None:
+    """Raise `AttachError` for uses of the sites' weights, in a call with these inputs, that no adapter can follow."""
+    dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
+    hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
+    survey.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType
 
+from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
@@ -61,21 +62,7 @@ def quantize(
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
     problems = [] if params.walked is None else list(survey.find_obstacles(params.walked, leaves).values())
-    for site in sites:
-        w, stack = weights[site.leaf], site.match.stack
-        if site.match.weight.kind != "linear":
-            problems.append(f"{site.leaf}: expected the weight of a linear layer")
-        elif quantized.is_quantized(w):
-            problems.append(f"{site.leaf}: already quantized")
-        elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
-            problems.append(f"{site.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
-        elif (sharding := regions.sharding_of(w)) is not None and AxisType.Explicit in sharding.mesh.axis_types:
-            problems.append(
-                f"{site.leaf}: sharded on a mesh with explicit axes, which does not allow slicing into blocks;"
-                " use Auto axes"
-            )
-        elif tuple(stack) != tuple(range(len(stack))):
-            problems.append(f"{site.leaf}: its layers are stacked on axis {stack}; expected the first axes")
+    problems += [f"{site.leaf}: {why}" for site in sites if (why := _obstacle(site, weights[site.leaf]))]
     raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
     for site in sites:
@@ -93,6 +80,23 @@ def quantize(
     for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
     return base
+
+
+def _obstacle(site: Site, w: Any) -> str:
+    """Return the reason why a weight cannot be quantised; an empty text if it can."""
+    stack = site.match.stack
+    if site.match.weight.kind != "linear":
+        return "expected the weight of a linear layer"
+    if quantized.is_quantized(w):
+        return "already quantized"
+    if isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
+        return f"expected floating-point values, found {type(w).__name__} of {w.dtype}"
+    sharding = regions.sharding_of(w)
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return "sharded on a mesh with explicit axes, which does not allow slicing into blocks; use Auto axes"
+    if tuple(stack) != tuple(range(len(stack))):
+        return f"its layers are stacked on axis {stack}; expected the first axes"
+    return ""
 
 
 def dequantize(base: Any) -> Any:

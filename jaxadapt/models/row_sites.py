@@ -39,7 +39,7 @@ class RowSite:
 
     def apply(self, params: Mapping[str, Any], shared: Mapping[str, Any]) -> AppliedRows:
         """Return the method with the tensors of one layer's rows, and those that all rows share."""
-        return apply_rows(self.how, self.method, self.hparams, params, self.axes, shared)
+        return apply_rows(self, self.how, params, shared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

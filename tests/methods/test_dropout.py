@@ -24,7 +24,7 @@ BOTH = {"rank_dropout": 0.4, "module_dropout": 0.3}
 def dropping(hook: Any, key: Any) -> AppliedMethod:
     """The same adapter in one call with dropout."""
     drop = Drop(hook.method.dropout(hook.hparams), lambda: key)
-    return AppliedMethod.in_call(hook.method, hook.hparams, hook.params, hook.axes, drop)
+    return AppliedMethod.in_call(hook, hook.params, drop)
 
 
 @pytest.mark.peft

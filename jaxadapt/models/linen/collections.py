@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -253,18 +254,7 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
             " pass config=, and keymap= if the model was adapted with one"
         )
     collection = collection_name(config)
-    values: dict[str, Any] = {}
-    without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
-    for path, leaf in paths.flatten(without_base).items():
-        parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(unbox_tree(leaf)) or is_moment(path):
-            continue
-        if parts[-1] == "value":  # Orbax restores an nnx.Variable without a target as {"value": array}
-            parts.pop()
-        for i in range(len(parts) - 1):
-            if parts[i] in (collection, integers_name(collection)) and parts[i + 1] == name:
-                values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
-                break
+    values = _named_arrays({k: v for k, v in tree.items() if k != "params" or collection not in tree}, collection, name)
     if not values:
         # The tree may be that of one adapter, without a collection around it.
         leaves = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
@@ -276,6 +266,22 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
         families.family_of_leaves(base_leaves) if keymap in (None, "auto") else families.resolve_keymap(keymap, {})
     )
     return Adapter(config, paths.unflatten(values), resolved)
+
+
+def _named_arrays(tree: Mapping[str, Any], collection: str, name: str) -> dict[str, Any]:
+    """Return `{path in the adapter: array}` of the arrays below a collection and a name, wherever these are."""
+    values: dict[str, Any] = {}
+    for path, leaf in paths.flatten(tree).items():
+        parts = [p for p in path.split(".") if p != CONFIG_NODE]
+        if not is_array(unbox_tree(leaf)) or is_moment(path):
+            continue
+        if parts[-1] == "value":  # Orbax restores an nnx.Variable without a target as {"value": array}
+            parts.pop()
+        heads = {(collection, name), (integers_name(collection), name)}
+        at = next((i for i, pair in enumerate(itertools.pairwise(parts)) if pair in heads), None)
+        if at is not None:
+            values[paths.join(*parts[:at], *parts[at + 2 :])] = leaf
+    return values
 
 
 def _recipe_from_text(target: Recipe, state: Any) -> Recipe:

@@ -25,7 +25,7 @@ from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.methods.applied import refuse_rivals
+from jaxadapt.methods.applied import Applicable, refuse_rivals
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models.linen import collections, survey
@@ -94,68 +94,77 @@ def build_overlay(
     Raises `AttachError` for an active adapter that the variables lack, or that does not fit the base or its
     configuration.
     """
-    names = {collection_name(config) for config in configs.values()}
-    names |= {c for c in COLLECTIONS if _has_adapters(variables.get(c))}
-    names |= set(map(integers_name, names))
-    adapters = {c: variables[c] for c in variables if c in names}
-    base = {c: tree for c, tree in variables.items() if c not in names}
+    adapters = _adapter_collections(variables, configs)
+    base = {c: tree for c, tree in variables.items() if c not in adapters}
     params = base.get("params", {})
     keys_by_leaf = key_paths(params) if active else {}
-    leaves: dict[Keys, Any] = {}
-    leaf_adapters: dict[Keys, dict[str, list[LeafAdapter]]] = {}
+    added = _Added({}, {})
     replacing: dict[str, dict[str, Method]] = {}
-    with_dropout: list[str] = []
+    with_dropout: dict[str, None] = {}
     prompts: dict[str, Prompt] = {}
     for order, name in enumerate(active):
         adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
-        values, shared = adapter.sites, adapter.shared
+        values, of_call = adapter.sites, data.get(name, {})
         if get_method(adapter.config).scope == "model":
-            prompts[name] = Prompt(adapter.recipe, shared, data.get(name, {}))
+            prompts[name] = Prompt(adapter.recipe, adapter.shared, of_call)
         shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
         for site in _cached_sites(adapter.recipe, shapes):
             keys = keys_by_leaf[site.leaf]
-            *path, leaf = keys
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
-                old = quantized.to_dense(leaves[keys] if keys in leaves else survey.lookup(params, keys))
+                old = quantized.to_dense(added.leaves[keys] if keys in added.leaves else survey.lookup(params, keys))
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
-                leaves[keys] = meta.replace_boxed(old, new)
+                added.leaves[keys] = meta.replace_boxed(old, new)
                 continue
-            if site.method.dropout(site.hparams) and name not in with_dropout:
-                with_dropout.append(name)
-            # The hyperparameters are part of the added names, so that a jit inside the model (nn.jit) traces anew
-            # when they change.
-            text = repr(
-                (
-                    order,
-                    site.method.peft_type,
-                    site.hparams,
-                    site.axes,
-                    site.axes.torch,
-                    has_stream and name in with_dropout,
-                )
-            )
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            added = {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in values[site.leaf]}
-            leaves |= {(*path, key): values[site.leaf][tensor] for tensor, key in added.items()}
-            for data_name, numbers in site.data.items():
-                added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
-                leaves[(*path, added[data_name])] = _move_to_stack(numbers, site.match.stack)
-            for data_name, array in data.get(name, {}).items():
-                added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
-                shape = collections.unbox_tree(survey.lookup(params, keys)).shape
-                leaves[(*path, added[data_name])] = repeat_on_stack(array, site.match.stack, shape)
-            # The model's scan would slice a shared tensor among the stacked parameters.
-            whole = shared if site.match.stack and not site.method.copies else {}
-            if shared and not site.match.stack and not site.method.copies:
-                added |= {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in shared}
-                leaves |= {(*path, added[tensor]): shared[tensor] for tensor in shared}
-            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added, whole)
-            leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
+            if site.method.dropout(site.hparams):
+                with_dropout[name] = None
+            number = order, has_stream and name in with_dropout
+            tensors = {**values[site.leaf], **_repeat_data(site, of_call, survey.lookup(params, keys))}
+            added.append(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
-    interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)
+    interceptor = Interceptor(added.sites, _quantized_modules(params), has_stream)
     require_one(prompts)
-    return Overlay(base, adapters, leaves, interceptor, with_dropout, next(iter(prompts.values()), None))
+    return Overlay(base, adapters, added.leaves, interceptor, list(with_dropout), next(iter(prompts.values()), None))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """The leaves that a call adds to `params`, and the adapters that read them."""
+
+    leaves: dict[Keys, Any]
+    sites: dict[Keys, dict[str, list[LeafAdapter]]]
+
+    def append(
+        self,
+        keys: Keys,
+        site: Applicable,
+        stack: Sequence[int],
+        number: Any,
+        tensors: Mapping[str, Any],
+        shared: Mapping[str, Any],
+    ) -> None:
+        """Add the tensors of a site beside the leaf at `keys`.
+
+        Args:
+            stack: the axes of the leaf that stack layers.
+            number: distinguishes the sites of one leaf.
+            tensors: the tensors with these axes.
+            shared: the tensors that all layers have in common. The model's scan would slice them in `params`.
+        """
+        *path, leaf = keys
+        # The hyperparameters are part of the added names, so that a jit inside the model (nn.jit) traces anew when they
+        # change.
+        text = repr((number, site.method.peft_type, site.hparams, site.axes, site.axes.torch))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+        def add(arrays: Mapping[str, Any]) -> dict[str, str]:
+            names = {tensor: f"{leaf}{SEP}{tensor.removeprefix(SEP)}{SEP}{digest}" for tensor in arrays}
+            self.leaves.update({(*path, names[tensor]): x for tensor, x in arrays.items()})
+            return names
+
+        whole, beside = (shared, {}) if stack else ({}, shared)
+        adapter = LeafAdapter(site, add(tensors), add(beside), whole)
+        self.sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
 
 
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
@@ -207,6 +216,14 @@ def _cached_sites(recipe: Recipe, shapes: _Shapes) -> tuple[Site, ...]:
     return sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
 
 
+def _repeat_data(site: Site, of_call: Mapping[str, Any], w: Any) -> dict[str, Any]:
+    """Return the layer numbers of a site and the data of a call, stacked as the leaf `w` is."""
+    stack = site.match.stack
+    numbers = {key: _move_to_stack(x, stack) for key, x in site.data.items()}
+    shape = collections.unbox_tree(w).shape if of_call else ()
+    return numbers | {key: repeat_on_stack(x, stack, shape) for key, x in of_call.items()}
+
+
 def _move_to_stack(numbers: Any, stack: Sequence[int]) -> Any:
     """Reshape layer numbers so that their axes are the weight's stacked axes, which a scan slices."""
     shape = [1] * (max(stack) + 1)
@@ -226,6 +243,14 @@ def _without_added(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return a parameter tree without the leaves that a call added."""
     kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
     return {k: _without_added(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Config]) -> dict[str, Any]:
+    """Return the collections of the wrapper's adapters, and of all others that have a configuration."""
+    names = {collection_name(config) for config in configs.values()}
+    names |= {c for c in COLLECTIONS if _has_adapters(variables.get(c))}
+    names |= set(map(integers_name, names))
+    return {c: variables[c] for c in variables if c in names}
 
 
 def _has_adapters(collection: Any) -> bool:
@@ -262,20 +287,9 @@ def add_rows(overlay: Overlay, layout: RowLayout, rows: Rows | None) -> Overlay:
     keys_by_leaf = key_paths(overlay.base.get("params", {}))
     if missing := [site.leaf for site in layout.sites if site.leaf not in keys_by_leaf]:
         raise AttachError("the bank is for another base; the parameters lack these weights:\n" + paths.bullets(missing))
-    leaves: dict[Keys, Any] = dict(overlay.leaves)
     sites = {path: {leaf: list(each) for leaf, each in of.items()} for path, of in overlay.interceptor.sites.items()}
+    added = _Added(dict(overlay.leaves), sites)
     for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
-        *path, leaf = keys_by_leaf[site.leaf]
-        text = repr((number, site.method.peft_type, site.hparams, site.axes, site.axes.torch))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        keys = {name: f"{leaf}{SEP}{name.removeprefix(SEP)}{SEP}rows{digest}" for name in arrays}
-        leaves |= {(*path, keys[name]): x for name, x in arrays.items()}
-        shared, names = rows.shared_of(site), dict[str, str]()
-        if shared and not site.stack:  # the model's scan would slice it among the stacked parameters
-            names = {name: f"{leaf}{SEP}{name}{SEP}rows{digest}" for name in shared}
-            leaves |= {(*path, names[name]): x for name, x in shared.items()}
-        whole = shared if site.stack else {}
-        adapter = LeafAdapter(site.method, site.hparams, site.axes, keys, whole, site.how, names)
-        sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
-    interceptor = Interceptor(sites, overlay.interceptor.quantized_scopes, overlay.interceptor.dropout)
-    return dataclasses.replace(overlay, leaves=leaves, interceptor=interceptor)
+        added.append(keys_by_leaf[site.leaf], site, site.stack, ("rows", number), arrays, rows.shared_of(site))
+    interceptor = dataclasses.replace(overlay.interceptor, sites=added.sites)
+    return dataclasses.replace(overlay, leaves=added.leaves, interceptor=interceptor)

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
@@ -21,8 +20,9 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Kind, Weight
-from jaxadapt.methods.base import as_computable
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models import call, layers
+from jaxadapt.models.layers import Roles
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
@@ -43,8 +43,7 @@ class Survey:
         shapes: `{leaf: shape}` for every base leaf.
         collections: the names of the collections that `init` creates besides "params".
         stateful: the paths of modules that keep state between calls in these collections, as `nn.BatchNorm` does.
-        roles: `{leaf: axes}` from the layer's class or a trace.
-        kinds: `{leaf: (kind, groups)}` for leaves that are not plain matrices.
+        roles: `{leaf: roles}` from the layer's class or a trace.
         certain: the leaves whose roles their class fixes, or all calls agree on. A keymap must not contradict them.
         stack: `{leaf: axes that stack layers}` for the leaves that a call reaches.
         vectors: the leaves that have fewer than two axes inside their own module.
@@ -55,8 +54,7 @@ class Survey:
     shapes: dict[str, tuple[int, ...]]
     collections: frozenset[str]
     stateful: frozenset[str]
-    roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
-    kinds: dict[str, tuple[Kind, int]] = dataclasses.field(default_factory=dict[str, tuple[Kind, int]])
+    roles: dict[str, Roles] = dataclasses.field(default_factory=dict[str, Roles])
     certain: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
@@ -68,33 +66,37 @@ class Survey:
 
         Leaves where the keymap contradicts the model are added to `refused`.
         """
-        guesses = keymap.name == GENERIC.name
         entries: list[Weight] = []
         for leaf, shape in self.shapes.items():
             match = keymap.match(leaf)
             fits = match is not None and len(match.weight.left) == len(shape)
-            stack = self.stack.get(leaf)
-            if match is not None and fits and not guesses:
-                if stack is not None and match.stack != stack:
-                    self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
-                # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
-                elif leaf in self.certain and (axes := self._contradicting_roles(leaf, match)) is not None:
-                    self.refused[leaf] = contradiction_message(match.axes, axes)
-            elif leaf in self.roles and leaf not in self.unknown and stack is not None:
-                kind = self.kinds.get(leaf, ("linear", 1))
-                if match is None or not fits or (match.axes, match.stack) != (self.roles[leaf], stack):
-                    entries.append(entry_from_axes(leaf, shape, self.roles[leaf], stack, *kind))
+            if match is not None and fits and keymap.name != GENERIC.name:
+                self._refuse_contradiction(leaf, match)
+            elif leaf in self.roles and leaf not in self.unknown and leaf in self.stack:
+                roles, stack = self.roles[leaf], self.stack[leaf]
+                if match is None or not fits or (match.axes, match.stack) != (roles.axes, stack):
+                    entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
             elif fits and leaf in self.vectors:
                 letters = " ".join(f"a{i}" for i in range(len(shape)))
                 entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
         return entries
 
+    def _refuse_contradiction(self, leaf: str, match: Match) -> None:
+        """Add a leaf to `refused` if its entry contradicts the model's calls."""
+        stack = self.stack.get(leaf)
+        if stack is not None and match.stack != stack:
+            self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
+        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+        elif leaf in self.certain and (axes := self._contradicting_roles(leaf, match)) is not None:
+            self.refused[leaf] = contradiction_message(match.axes, axes)
+
     def _contradicting_roles(self, leaf: str, match: Match) -> Axes | None:
         """Return the roles that the layer's calls show if the keymap swaps its inputs and outputs, else None."""
-        if match.weight.kind not in ("linear", self.kinds.get(leaf, ("linear", 1))[0]) or leaf in self.unknown:
+        roles = self.roles[leaf]
+        if match.weight.kind not in ("linear", roles.kind) or leaf in self.unknown:
             return None
         shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in match.stack]
-        return transposed_axes(match.axes, [self.roles[leaf]], shape)
+        return transposed_axes(match.axes, [roles.axes], shape)
 
     def check(self, config: Config, keymap: KeyMap) -> None:
         """Raise `AttachError` naming every leaf that the configuration targets and that cannot be adapted."""
@@ -139,9 +141,10 @@ class _SurveyInterceptor:
         module = context.module
         if self.tracing or not interceptor.is_own_method(context):
             return y
-        for name, value in interceptor.direct_params(module).items():
-            leaf, value = ".".join((*module.scope.path, name)), meta.unbox(value)
-            if SEP in name or leaf not in self.survey.shapes:
+        layer = interceptor.bind_layer(module, context.method_name, next_fun)
+        for name, value in layer.params.items():
+            leaf = ".".join((*module.scope.path, name))
+            if leaf not in self.survey.shapes:
                 continue
             if interceptor.is_mapped(module.scope):
                 self.survey.refused[leaf] = interceptor.MAPPED
@@ -149,46 +152,38 @@ class _SurveyInterceptor:
             if value.ndim < 2:
                 self.survey.vectors.add(leaf)
             elif leaf not in self.survey.unknown:
-                self._record_roles(module, context.method_name, leaf, name, value, args, kwargs)
+                self._record_roles(layer, leaf, name, args, kwargs)
             if not module.scope.has_variable("params", _marker_name(name, 0)):
                 for extra in (0, 1):
                     shape = tuple(_MARKER_SIZE + i for i in range(value.ndim + extra))
                     module.scope.put_variable("params", _marker_name(name, extra), jnp.zeros(shape, jnp.bool))
         return y
 
-    def _record_roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
+    def _record_roles(self, layer: call.Layer, leaf: str, name: str, args: Any, kwargs: Any) -> None:
         """Record the roles of one leaf in one call of its module, or the reason why there are none."""
-        if (known_roles := interceptor.known_roles(module, method, name)) is not None:
-            self.survey.roles[leaf], kind, groups = known_roles
-            self.survey.kinds[leaf] = (kind, groups)
-            self.survey.certain.add(leaf)
-            return
-        known_use = interceptor.known_use(module, method)
-        if known_use is not None and name != "kernel":
-            return
+        equation = call.split_input(args, kwargs)[-1] if layer.kernel is not None else None
         self.tracing = True
         try:
-            if known_use is not None:
-                kernel_roles, _ = known_use
-                axes = kernel_roles(module, interceptor.call_input(args, kwargs)[1])
-            else:
-                call, weights = interceptor.isolate_method(module, method), {name: value}
-                if not rewrite.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:
-                    return  # this method does not use the weight
-                axes = infer_axes(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
+            roles = layers.roles_of(layer.module, layer.method, name, equation)
+            if roles is None:
+                output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
+                if layer.kernel is not None or not rewrite.uses(output, weights, *args)[name]:
+                    return  # this method does not use the weight as one that an adapter can follow
+                roles = Roles(infer_axes(output, weights, name, *args))
         except AttachError as error:
             self.survey.unknown[leaf] = str(error)
             return
         finally:
             self.tracing = False
         before = self.survey.roles.get(leaf)
-        if before is None:
-            self.survey.roles[leaf] = before = axes
+        if before is None or roles.kind != "linear":
+            self.survey.roles[leaf] = before = roles
             self.survey.certain.add(leaf)
-        elif axes != before:  # a tied weight, used in both directions
+        elif roles.axes != before.axes:  # a tied weight, used in both directions
             self.survey.certain.discard(leaf)
-        if axes not in (before, dataclasses.replace(before, in_axes=before.out_axes, out_axes=before.in_axes)):
-            self.survey.unknown[leaf] = f"its calls use it in several ways: {before}, and {axes}"
+        old, axes = before.axes, roles.axes
+        if axes not in (old, dataclasses.replace(old, in_axes=old.out_axes, out_axes=old.in_axes)):
+            self.survey.unknown[leaf] = f"its calls use it in several ways: {old}, and {axes}"
 
 
 def _marker_name(name: str, extra: int) -> str:
@@ -269,19 +264,10 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         leaves = [leaf for leaf in names_here if module.scope.has_variable("params", leaf + SEP)]
         if not leaves:
             return next_fun(*args, **kwargs)
-        known_use = interceptor.known_use(module, context.method_name)
-        if known_use is not None and leaves == ["kernel"]:
-            # Only the shape of the output and its dependence on x and the copy matter here.
-            kernel_roles, kernel_use = known_use
-            x, rest = interceptor.call_input(args, kwargs)
-            use = kernel_use(module, x, rest, kernel_roles(module, rest))
-            w = meta.unbox(module.scope.get_variable("params", "kernel" + SEP))
-            y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, as_computable(w))
-            return y if module.dtype is None else y.astype(module.dtype)
-        call = interceptor.isolate_method(module, context.method_name)
+        layer = interceptor.bind_layer(module, context.method_name, next_fun)
         copies = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}
-        y, changed = call(copies, *args, **kwargs)
-        interceptor.write_back(module.scope, changed)
+        y, changed = layer.run(copies, *args, **kwargs)
+        layer.write_back(changed)
         return y
 
     def output(weights: Mapping[str, Any]) -> Any:

@@ -29,7 +29,7 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.adapters.site import Site, shared_tensors
 from jaxadapt.arrays import random_draws, regions
-from jaxadapt.arrays.axes import contradiction_message
+from jaxadapt.arrays.axes import Axes, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
@@ -46,8 +46,9 @@ from jaxadapt.models.nnx.graph import (
     SharedAdapterParam,
     SharedFrozenParam,
     SharedRowParam,
+    hold_tensors,
 )
-from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, attached_to
+from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, adapters_on, attached_to
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 from jaxadapt.models.row_sites import RowLayout, Rows
 
@@ -162,39 +163,47 @@ def attach(
     raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
+    method = get_method(recipe.config)
+    whole = Attached(recipe, method, Axes((), ()), None)
     shared = {
         each.tensor.name: (SharedAdapterParam if each.tensor.trained else SharedFrozenParam)(
-            values[each.entry.path], adapter=Attached(recipe, get_method(recipe.config), None, each.entry.shape)
+            values[each.entry.path], adapter=whole, whole=each.entry.shape
         )
         for each in shared_tensors(adapter_sites)
     }
-    if get_method(recipe.config).scope == "model":
+    if method.scope == "model":
         require_current_trace([model])
         prompt.attach_prompt(model, collection, name, shared)
         _apply_adapters(model, name)
     for site in adapter_sites:
         module, attr = owners[site.leaf]
-        attached = Attached(recipe, site.method, site.axes, site.hparams)
-        metadata = vars(module)[attr].get_metadata()
-        tensors = {
-            t.name: (AdapterParam if t.trained else FrozenParam)(
-                values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
-            )
-            for t, e in zip(site.tensors, site.entries, strict=True)
-        } | _layer_numbers(site, regions.sharding_of(vars(module)[attr].get_value()))
-        tensors |= {} if site.method.copies else shared
-        # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
-        if collection not in vars(module):
-            setattr(module, collection, nnx.data({}))
-        vars(module)[collection].setdefault(name, {})[attr] = tensors
-        rate = site.method.dropout(site.hparams)
-        if rate:
-            sizes = [vars(module)[attr].shape[axis] for axis in site.match.stack]
-            if DROPOUT not in vars(module):
-                setattr(module, DROPOUT, nnx.Dict())
-            vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, sizes)
+        tensors = _site_variables(recipe, site, values, vars(module)[attr])
+        hold_tensors(module, collection, name, attr, tensors if site.method.copies else tensors | shared)
+        _hold_dropout(module, name, site, rngs)
         _apply_adapters(module, name)
     _set_active(adapted_layers(walk), (name,))
+
+
+def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | None) -> None:
+    """Give a layer the dropout of an adapter, if the adapter has some."""
+    rate = site.method.dropout(site.hparams)
+    if not rate:
+        return
+    if DROPOUT not in vars(module):
+        setattr(module, DROPOUT, nnx.Dict())
+    vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, site.stack_sizes)
+
+
+def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base: nnx.Variable[Any]) -> dict[str, Any]:
+    """Return a site's tensors and layer numbers as variables, for the layer that holds `base`."""
+    attached, metadata = Attached(recipe, site.method, site.axes, site.hparams), base.get_metadata()
+    tensors = {
+        t.name: (AdapterParam if t.trained else FrozenParam)(
+            values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
+        )
+        for t, e in zip(site.tensors, site.entries, strict=True)
+    }
+    return tensors | _layer_numbers(site, regions.sharding_of(base.get_value()))
 
 
 def _apply_adapters(module: nnx.Module, name: str) -> None:
@@ -295,12 +304,8 @@ def activate(model: Model, names: Sequence[str]) -> None:
 def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
     methods_by_leaf: dict[str, dict[str, Method]] = {}
     for path, layer in layers if len(names) > 1 else ():
-        for name, collection in itertools.product(names, COLLECTIONS):
-            for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
-                if leaf == SHARED_NODE:
-                    continue
-                attached = attached_to(tensors)
-                methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached.method
+        for name, leaf, tensors in adapters_on(layer, names):
+            methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached_to(tensors).method
     refuse_rivals(methods_by_leaf)
     for _, layer in layers:
         if getattr(layer, ACTIVE) != names:

@@ -28,9 +28,7 @@ def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mappin
     attributes = vars(model)
     if collection in attributes and not isinstance(attributes[collection], Mapping):
         raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
-    if collection not in attributes:
-        setattr(model, collection, nnx.data({}))
-    attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
+    graph.hold_tensors(model, collection, name, SHARED_NODE, dict(tensors))
     (_, attached) = next(_prompts(model, (name,)))
     if attached.method.adds != "embeddings":
         _find_attention(model, _mark)
@@ -142,5 +140,5 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
     _find_attention(copy, _mark)
-    f, inputs = survey.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
+    f, inputs = survey.instrument(copy, (), lambda *_: {}, tuple(example))
     return calling.measure_base(f, inputs)

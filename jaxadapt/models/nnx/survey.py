@@ -6,26 +6,28 @@ Abstract calls of the model show how its layers use their weights, and which use
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Kind, Weight
-from jaxadapt.models import layers
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models import call, layers
+from jaxadapt.models.call import Layer
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx.graph import LayerNumber, ModelWalk, Owner, walk_model
 from jaxadapt.models.tracing import operations, rewrite
-from jaxadapt.models.tracing.uses import describe_uses, infer_axes, live_weights, refuse_reads_outside, unfollowed_uses
+from jaxadapt.models.tracing.uses import infer_axes, live_weights, refuse_reads_outside, unfollowed_uses
 
 # ---------------------------------------------------------------- survey
 
@@ -59,7 +61,7 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
 
     These are `__call__` and the public methods of the class; for Flax's own layers, only `__call__`.
     """
-    if any(base.__call__ is cls.__call__ for cls in _KNOWN):
+    if layers.kernel_of(base.__call__) is not None:
         return {"__call__": base.__call__}
     classes = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
     functions = {name: f for cls in reversed(classes) for name, f in vars(cls).items() if inspect.isfunction(f)}
@@ -93,12 +95,11 @@ def layer_state(module: nnx.Module) -> State:
     return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
 
 
-def run_pure(
+def _run_pure(
     module: nnx.Module,
     base: type[nnx.Module],
     f: Callable[..., Any],
     values: Mapping[str, Any],
-    state: Mapping[str, Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
@@ -108,11 +109,12 @@ def run_pure(
 
     Args:
         values: `{attribute: array}` of the parameters to replace.
-        state: `{path: array}` of the layer's state.
 
-    Returns the output and the changed state. Raises `AttachError` if the call adds variables to the layer.
+    Returns the output and the changed state, `{path: value}`. Raises `AttachError` if the call adds variables to the
+    layer.
     """
     view = plain_view(module, base, values)
+    state = {path: var.get_value() for path, var in layer_state(module).items()}
     if not state:
         return f(view, *args, **kwargs), {}
     graphdef, variables = nnx.split(view)
@@ -130,90 +132,54 @@ def run_pure(
     return y, {path: x for path, var in new_state.items() if (x := var.get_value()) is not state[path]}
 
 
+def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]) -> Layer:
+    """Return one method of a layer, as its class `base` has it, as a layer that an adapter can run."""
+    params = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
+
+    def run(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return _run_pure(module, base, f, weights, args, kwargs)
+        except errors.TraceContextError as error:
+            raise AttachError(
+                f"{base.__name__}: the call changes a variable outside the layer. An adapted layer may change"
+                " only its own variables, such as a random stream or a count. Store the object with the variable in the"
+                " layer (self.rngs = rngs), or exclude the layer with exclude_modules"
+            ) from error
+
+    def write_back(changed: Mapping[str, Any]) -> None:
+        variables = layer_state(module) if changed else {}
+        for path, value in changed.items():
+            variables[path].set_value(value)
+
+    plain = functools.partial(f, module)
+    return Layer(base.__name__, module, f, f is base.__call__, params, plain, run, write_back)
+
+
 # ---------------------------------------------------------------- Flax's own layer classes
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelUse:
-    """The kernel of a Flax layer class: functions for its axes, its unstacked shape, and one call as a `Use`."""
-
-    axes: Callable[[Any], Axes]
-    shape: Callable[[Any], tuple[int, ...]]
-    use: Callable[[Any, Any, Sequence[Any], Axes], Use]
-
-
-def _general(m: Any) -> Axes:
-    return layers.general_axes(len(m.in_features), len(m.out_features), len(m.batch_axis))
-
-
-def _einsum_use(m: Any, x: Any, rest: Sequence[Any], axes: Axes) -> Use:
-    equation = m.einsum_str
-    if rest and rest[0] is not None and rest[0] != equation:
-        called, adapted = layers.einsum_axes(rest[0]), layers.einsum_axes(equation)
-        if set(called.in_axes) != set(adapted.in_axes) or set(called.batch_axes) != set(adapted.batch_axes):
-            raise AttachError(
-                f"an Einsum was adapted with the equation {equation!r} and is called with {rest[0]!r},"
-                " whose input or batch axes differ. Exclude it with exclude_modules"
-            )
-        equation = rest[0]
-    return layers.einsum_use(equation, x.ndim, axes)
-
-
-_KNOWN: dict[type[nnx.Module], KernelUse] = {
-    nnx.Linear: KernelUse(
-        lambda m: layers.DENSE,
-        lambda m: (m.in_features, m.out_features),
-        lambda m, x, _, axes: layers.dense_use(x.ndim, axes),
-    ),
-    nnx.LinearGeneral: KernelUse(
-        _general,
-        lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
-        lambda m, x, _, axes: layers.general_use(x.ndim, axes.rank, m.axis, tuple(m.batch_axis), axes),
-    ),
-    nnx.Einsum: KernelUse(
-        lambda m: layers.einsum_axes(m.einsum_str),
-        lambda m: tuple(m.kernel_shape),
-        _einsum_use,
-    ),
+_SHAPES: dict[Any, Callable[[Any], Sequence[int]]] = {
+    nnx.Linear.__call__: lambda m: (m.in_features, m.out_features),
+    nnx.LinearGeneral.__call__: lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
+    nnx.Embed.__call__: lambda m: (m.num_embeddings, m.features),
+    nnx.Einsum.__call__: lambda m: m.kernel_shape,
+    nnx.Conv.__call__: lambda m: m.kernel_shape,
 }
+"""The shapes without stacked layers of the weights whose roles `layers.roles_of` knows."""
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelRoles:
-    """A weight of a Flax layer class: axes, unstacked shape, and the kind and groups of its keymap entry."""
-
-    axes: Axes
-    shape: tuple[int, ...]
-    kind: Kind = "linear"
-    groups: int = 1
-
-
-def kernel_roles(module: nnx.Module, attr: str) -> KernelRoles | None:
+def kernel_roles(module: nnx.Module, attr: str) -> layers.Roles | None:
     """Return the roles of a weight if its layer class is one of Flax's own, else None.
 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
-    call = base_class(module).__call__
-    m: Any = module
-    if attr == "kernel" and call is nnx.Conv.__call__ and m.mask is None:
-        shape = tuple(m.kernel_shape)
-        return KernelRoles(layers.conv_axes(len(shape)), shape, "conv", m.feature_group_count)
-    if attr == "embedding" and call is nnx.Embed.__call__:
-        return KernelRoles(layers.EMBEDDING, (m.num_embeddings, m.features), "embedding")
-    known_use = kernel_use(module) if attr == "kernel" else None
-    return None if known_use is None else KernelRoles(known_use.axes(module), known_use.shape(module))
-
-
-def kernel_use(module: nnx.Module) -> KernelUse | None:
-    """Return how a layer uses its kernel if its `__call__` is one of Flax's own, else None: the call is traced."""
-    call = base_class(module).__call__
-    return next((known_use for cls, known_use in _KNOWN.items() if call is cls.__call__), None)
+    return layers.roles_of(module, base_class(module).__call__, attr)
 
 
 def describe_use(module: nnx.Module) -> str:
     """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
     base = base_class(module).__name__
-    return f"{base}'s own call" if kernel_use(module) is not None else f"traced {base}"
+    return f"{base}'s own call" if layers.kernel_of(base_class(module).__call__) is not None else f"traced {base}"
 
 
 # ---------------------------------------------------------------- the model's leaves
@@ -246,33 +212,34 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
         saved: the leaves that `modules_to_save` copies. Their modules must not keep state besides parameters.
     """
     problems: dict[str, str] = {}
+    for path, node in walk.modules:
+        inside = leaves if isinstance(node, _REWRITERS) else ()
+        rewritten = [leaf for leaf in inside if not path or leaf.startswith(f"{path}.")]
+        name = type(node).__name__
+        problems |= {x: f"{x}: {name} rewrites the parameters inside it at every call" for x in rewritten}
+    holders = _list_holders(walk)
+    for leaf in leaves:
+        module, attr = walk.leaves[leaf]
+        other_paths = [path for path in holders.get(id(vars(module)[attr]), ()) if path != leaf]
+        if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
+            problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
+            problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
+        state = layer_state(module).values() if leaf in saved else ()
+        state_types = {type(v).__name__ for v in state if not isinstance(v, nnx.RngState)}
+        if state_types:
+            name, listed = base_class(module).__name__, ", ".join(sorted(state_types))
+            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({listed}); leave it out"
+    return problems
+
+
+def _list_holders(walk: ModelWalk) -> dict[int, list[str]]:
+    """Return `{id of a parameter: every path of an attribute that holds it}`."""
     holders: dict[int, list[str]] = {}
     for path, node in walk.modules:
         for attr, var in vars(node).items():
             if isinstance(var, nnx.Param):
                 holders.setdefault(id(var), []).append(paths.join(path, attr))
-        if isinstance(node, _REWRITERS):
-            problems |= {
-                leaf: f"{leaf}: {type(node).__name__} rewrites the parameters inside it at every call"
-                for leaf in leaves
-                if not path or leaf.startswith(f"{path}.")
-            }
-    for leaf in leaves:
-        module, attr = walk.leaves[leaf]
-        other_paths = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
-        if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
-            problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
-            problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
-        state_types = (
-            {type(v) for v in layer_state(module).values() if not isinstance(v, nnx.RngState)}
-            if leaf in saved
-            else set()
-        )
-        if state_types:
-            listed = ", ".join(sorted(cls.__name__ for cls in state_types))
-            name = base_class(module).__name__
-            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({listed}); leave it out"
-    return problems
+    return holders
 
 
 # ---------------------------------------------------------------- entries for leaves without one
@@ -335,7 +302,7 @@ def class_entries(
         except AttachError:
             continue  # `attach` raises it again if the leaf is targeted
         if roles is not None:
-            stack = _find_stack(leaf, shape, roles.shape, stack_axes)
+            stack = _find_stack(leaf, shape, tuple(_SHAPES[base_class(module).__call__](module)), stack_axes)
             entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
     return entries
 
@@ -365,17 +332,17 @@ def is_never_linear(owner: Owner) -> bool:
 
 
 Args = Sequence[Any]
-Recorder = Callable[[str, str, type[nnx.Module], Callable[..., Any]], Callable[..., Any]]
-"""`recorder(leaf, attribute, class, method)` returns the method that runs in place of a layer's own."""
+Observe = Callable[[str, str, Layer, Args, Mapping[str, Any]], Mapping[str, Any]]
+"""`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
 
 
 def instrument(
-    model: nnx.Module, leaves: Sequence[str], recorder: Recorder, args: Args
+    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: Args
 ) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
-    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model whose layers run `recorder`'s methods.
+    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model and lets `observe` see calls of its layers.
 
     Args:
-        leaves: the leaves whose owners get `recorder`'s methods.
+        leaves: the leaves whose layers are observed.
 
     `inputs` holds every array of the model by its path, and the arrays among `args`. The other arguments are constants.
     """
@@ -397,7 +364,7 @@ def instrument(
         for leaf, (module, attr) in base_leaves(copy).items():
             if leaf in leaves:
                 base = base_class(module)
-                body = {name: recorder(leaf, attr, base, f) for name, f in entry_points(base).items()}
+                body = {name: _observed(leaf, attr, base, f, observe) for name, f in entry_points(base).items()}
                 set_class(module, type(base.__name__, (base,), body))
         outputs = copy(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
         return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
@@ -405,10 +372,14 @@ def instrument(
     return f, inputs | arrays
 
 
-def _bind_pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return `call(weights, *args)`, which runs a layer's method without changing the layer."""
-    state = {path: var.get_value() for path, var in layer_state(module).items()}
-    return lambda weights, *args: run_pure(module, base, f, weights, state, args, kwargs)[0]
+def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any], observe: Observe) -> Any:
+    """Return the method that runs in place of a layer's own."""
+
+    def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        values = observe(leaf, attr, bind_layer(self, base, f), args, kwargs)
+        return f(plain_view(self, base, values), *args, **kwargs)
+
+    return method
 
 
 def trace_axes(
@@ -430,21 +401,18 @@ def trace_axes(
     traced: dict[str, TracedAxes] = {}
     problems: dict[str, str] = {}
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = _bind_pure(self, base, f, kwargs)
-            weight = vars(self)[attr].get_value()
-            try:
-                axes = TracedAxes(infer_axes(call, {attr: weight}, attr, *args), tuple(weight.shape))
-                if traced.setdefault(leaf, axes) != axes:
-                    problems[leaf] = f"one call shows {traced[leaf]}, another {axes}"
-            except AttachError as error:
-                problems[leaf] = str(error)
-            return f(plain_view(self, base, {}), *args, **kwargs)
+    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        weight = layer.params[attr]
+        try:
+            axes = infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
+            seen = TracedAxes(axes, tuple(weight.shape))
+            if traced.setdefault(leaf, seen) != seen:
+                problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
+        except AttachError as error:
+            problems[leaf] = str(error)
+        return {}
 
-        return __call__
-
-    run, inputs = instrument(model, leaves, recorder, args)
+    run, inputs = instrument(model, leaves, observe, args)
     jax.eval_shape(run, inputs)
     not_called = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
@@ -460,16 +428,11 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args:
     owners = base_leaves(model)
     leaves = custom_leaves(owners, adapted)
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = _bind_pure(self, base, f, kwargs)
-            uses = rewrite.uses(call, {attr: quantized.to_dense(vars(self)[attr].get_value())}, *args)[attr]
-            notes[leaf] = describe_uses(base.__name__, uses, adapted[leaf])
-            return f(plain_view(self, base, {}), *args, **kwargs)
+    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
+        return {}
 
-        return __call__
-
-    run, inputs = instrument(model, leaves, recorder, args)
+    run, inputs = instrument(model, leaves, observe, args)
     jax.eval_shape(run, inputs)
     names = {leaf: base_class(owners[leaf][0]).__name__ for leaf in leaves}
     not_called = {leaf: f"{name}, not called with these inputs" for leaf, name in names.items()}
@@ -496,24 +459,20 @@ def check_calls(
     products: dict[str, list[rewrite.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
-        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            weight = vars(self)[attr].get_value()
-            # The module reads a copy, so only reads outside its call keep the weight itself live.
-            alias = jnp.zeros(weight.shape, weight.dtype)
-            if kernel_use(self) is None:
-                uses = rewrite.uses(_bind_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
-                shapes[leaf] = weight.shape
-                products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
-                unfollowed = unfollowed_uses(uses, adapted[leaf])
-                if leaf in dropped and unfollowed:
-                    stray_uses[leaf] = ", ".join(unfollowed)
+    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        weight = layer.params[attr]
+        # The module reads a copy, so only reads outside its call keep the weight itself live.
+        alias = jnp.zeros(weight.shape, weight.dtype)
+        if layer.kernel is None:
+            uses = rewrite.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
+            shapes[leaf] = weight.shape
+            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
+            unfollowed = unfollowed_uses(uses, adapted[leaf])
+            if leaf in dropped and unfollowed:
+                stray_uses[leaf] = ", ".join(unfollowed)
+        return {attr: alias}
 
-            return f(plain_view(self, base, {attr: alias}), *args, **kwargs)
-
-        return __call__
-
-    run, inputs = instrument(model, list(adapted), recorder, args)
+    run, inputs = instrument(model, list(adapted), observe, args)
     live = live_weights(run, inputs)
     contradictions = [
         f"{leaf}: {contradiction_message(axes, layer_axes)}"

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.arrays import quantized
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import MethodTensor
@@ -308,13 +307,9 @@ def gated_layers(recipe: Recipe, params: Mapping[str, Array], base: Mapping[str,
     for name, x in params.items():
         by_layer.setdefault(layer_number(name), {})[name.rpartition(":")[2]] = x
     problems = [f"layer {i}: the base has no {target} with {KEYS}" for i in by_layer if i >= len(modules)]
-    problems += [
-        f"{module}.{OUTPUT} has a bias, which PEFT adds once more"
-        for module in modules
-        if (f"{module}.{OUTPUT}", "bias") in weights
-    ]
-    if problems:
-        raise AttachError("ADAPTION_PROMPT: cannot apply the adapter to this model:\n" + paths.bullets(problems))
+    outputs = [f"{module}.{OUTPUT}" for module in modules]
+    problems += [f"{name} has a bias, which PEFT adds once more" for name in outputs if (name, "bias") in weights]
+    raise_listed(AttachError, "ADAPTION_PROMPT: cannot apply the adapter to this model:", problems)
     first = next(iter(by_layer.values()))[PROMPT]
     rows: dict[str, list[Array]] = {"keys": [], "values": [], "gate": []}
     for i, module in enumerate(modules):

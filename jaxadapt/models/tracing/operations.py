@@ -43,6 +43,10 @@ class AxisLayout:
         """Return the weight's axes that these axes of the view contain."""
         return tuple(a for i in axes for a in self.groups[i])
 
+    def spell(self, axes: Iterable[int], unit: bool = False) -> list[tuple[str, int]]:
+        """Return the letters and sizes of some of the weight's axes: of those of size 1, or of all others."""
+        return [(LETTERS[a], self.sizes[a]) for a in axes if (self.sizes[a] == 1) == unit]
+
     def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
         """Return the layout after a row-major reshape to `shape`; None if that splits an axis of the weight."""
         rest = list(self.weight_axes(range(len(self.groups))))
@@ -98,32 +102,41 @@ def spell_contraction(
     the view, and its position does not affect the result.
     """
     (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
-    unit = {a for a, size in enumerate(layout.sizes) if size == 1}
-    summed, shared = set(layout.weight_axes(summed_w)) - unit, set(layout.weight_axes(shared_w)) - unit
-    matches = [
-        way for way in ((axes.in_axes, axes.out_axes), (axes.out_axes, axes.in_axes)) if summed == set(way[0]) - unit
-    ]
-    if not matches or not shared <= set(axes.batch_axes):
+    roles = _matching_roles(layout, axes, summed_w, shared_w)
+    if roles is None:
         return None
-    reads, writes = matches[0]
-
-    def letters(view_axis: int) -> list[tuple[str, int]]:
-        return [(LETTERS[a], layout.sizes[a]) for a in layout.groups[view_axis] if a not in unit]
-
-    def units(role: Iterable[int]) -> list[tuple[str, int]]:
-        return [(LETTERS[a], 1) for a in role if a in unit]
-
+    reads, writes = roles
+    view = [layout.spell(group) for group in layout.groups]
     w_axis_of = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
     fresh = iter(LETTERS[len(layout.sizes) :])
     own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in w_axis_of}
-    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else letters(w_axis_of[i]))]
-    free_w = [p for i in range(len(layout.groups)) if i not in (*summed_w, *shared_w) for p in letters(i)]
+    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else view[w_axis_of[i]])]
+    free_w = [pair for i, pairs in enumerate(view) if i not in (*summed_w, *shared_w) for pair in pairs]
     free_x = [pair for pairs in own.values() for pair in pairs]
     # dot_general's result: batch axes, then the free axes of the left operand, then those of the right
-    y = [p for i in shared_w for p in letters(i)] + (free_w + free_x if side == 0 else free_x + free_w)
-    x, y = x + units((*reads, *axes.batch_axes)), y + units((*writes, *axes.batch_axes))
+    y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
+    x += layout.spell((*reads, *axes.batch_axes), unit=True)
+    y += layout.spell((*writes, *axes.batch_axes), unit=True)
     spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)
     return spelled, [n for _, n in x], [n for _, n in y]
+
+
+def _matching_roles(
+    layout: AxisLayout, axes: Axes, summed: Sequence[int], shared: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the weight's axes that a contraction reads and writes; None if it does not match the roles.
+
+    `summed` and `shared` are axes of the view.
+    """
+
+    def sized(weight_axes: Iterable[int]) -> set[int]:
+        return {a for a in weight_axes if layout.sizes[a] != 1}
+
+    if not sized(layout.weight_axes(shared)) <= set(axes.batch_axes):
+        return None
+    found = sized(layout.weight_axes(summed))
+    ways = (axes.in_axes, axes.out_axes), (axes.out_axes, axes.in_axes)
+    return next((way for way in ways if sized(way[0]) == found), None)
 
 
 # ---------------------------------------------------------------- operations
