@@ -22,7 +22,7 @@ from jaxadapt.methods.rows import split_rows
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.operations import Hook
-from jaxadapt.models.tracing.uses import describe_uses
+from jaxadapt.models.tracing.rewrite import describe_uses
 
 Hooks = Mapping[str, AppliedMethod | AppliedMethods]
 """`{leaf: the adapters on it}` of one layer."""

@@ -21,8 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.rewrite import Contraction, OtherUse, rewrite, uses
-from jaxadapt.models.tracing.uses import infer_axes
+from jaxadapt.models.tracing.rewrite import Contraction, OtherUse, infer_axes, rewrite, uses
 
 R = 3
 

@@ -27,7 +27,7 @@ from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.uses import infer_axes, live_weights, refuse_reads_outside
+from jaxadapt.models.tracing.rewrite import infer_axes, live_weights, refuse_reads_outside
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
 _MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape

@@ -27,7 +27,7 @@ from jaxadapt.models.call import Layer
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx.graph import LayerNumber, ModelWalk, Owner, walk_model
 from jaxadapt.models.tracing import operations, rewrite
-from jaxadapt.models.tracing.uses import infer_axes, live_weights, refuse_reads_outside, unfollowed_uses
+from jaxadapt.models.tracing.rewrite import infer_axes, live_weights, refuse_reads_outside, unfollowed_uses
 
 # ---------------------------------------------------------------- survey
 
