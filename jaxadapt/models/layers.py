@@ -152,7 +152,7 @@ def _nnx_einsum_use(m: Any, x: Any, equation: str | None, axes: Axes) -> Use:
 
 
 _DENSE = Kernel(lambda m, _: DENSE, lambda m, x, _, axes: dense_use(x.ndim, axes))
-_KERNELS: dict[Any, Kernel] = {
+KERNELS: dict[Any, Kernel] = {
     nnx.Linear.__call__: _DENSE,
     nn.Dense.__call__: _DENSE,
     nnx.LinearGeneral.__call__: Kernel(
@@ -169,11 +169,12 @@ _KERNELS: dict[Any, Kernel] = {
         lambda m, x, equation, axes: einsum_use(equation or m.einsum_str, x.ndim, axes),
     ),
 }
+"""The kernels of Flax's own layer classes, by their calls."""
 
 
 def kernel_of(method: Callable[..., Any]) -> Kernel | None:
     """Return how a method of a layer class uses the layer's kernel if it is one of Flax's own calls, else None."""
-    return _KERNELS.get(method)
+    return KERNELS.get(method)
 
 
 def roles_of(layer: Any, method: Callable[..., Any], leaf: str, equation: str | None = None) -> Roles | None:

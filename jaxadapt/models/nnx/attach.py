@@ -46,7 +46,6 @@ from jaxadapt.models.nnx.graph import (
     SharedAdapterParam,
     SharedFrozenParam,
     SharedRowParam,
-    hold_tensors,
 )
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, adapters_on, attached_to
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
@@ -173,15 +172,24 @@ def attach(
     }
     if method.scope == "model":
         require_current_trace([model])
-        prompt.attach_prompt(model, collection, name, shared)
+        prompt.prepare_model(model, collection, method)
+        _hold_tensors(model, collection, name, SHARED_NODE, shared)
         _apply_adapters(model, name)
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         tensors = _site_variables(recipe, site, values, vars(module)[attr])
-        hold_tensors(module, collection, name, attr, tensors if site.method.copies else tensors | shared)
+        _hold_tensors(module, collection, name, attr, tensors if site.method.copies else tensors | shared)
         _hold_dropout(module, name, site, rngs)
         _apply_adapters(module, name)
     _set_active(adapted_layers(walk), (name,))
+
+
+def _hold_tensors(module: nnx.Module, collection: str, name: str, leaf: str, tensors: dict[str, Any]) -> None:
+    """Make the tensors of one adapter at one leaf attributes of a module."""
+    # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
+    if collection not in vars(module):
+        setattr(module, collection, nnx.data({}))
+    vars(module)[collection].setdefault(name, {})[leaf] = tensors
 
 
 def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | None) -> None:
@@ -203,21 +211,18 @@ def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base:
         )
         for t, e in zip(site.tensors, site.entries, strict=True)
     }
-    return tensors | _layer_numbers(site, regions.sharding_of(base.get_value()))
+    if not site.data:
+        return tensors
+    # The layer numbers are replicated over the devices of the base weight.
+    sharding = regions.sharding_of(base.get_value())
+    shardings = {} if sharding is None else dict.fromkeys(site.data, NamedSharding(sharding.mesh, PartitionSpec()))
+    return tensors | {name: LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
 
 
 def _apply_adapters(module: nnx.Module, name: str) -> None:
     install_adapters(module)
     if ACTIVE not in vars(module):
         setattr(module, ACTIVE, (name,))
-
-
-def _layer_numbers(site: Site, base: NamedSharding | None) -> dict[str, Any]:
-    """Return the layer numbers of a site that needs them, replicated over the devices of its base weight."""
-    if not site.data:
-        return {}
-    shardings = {} if base is None else dict.fromkeys(site.data, NamedSharding(base.mesh, PartitionSpec()))
-    return {name: LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
 
 
 def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
@@ -302,11 +307,12 @@ def activate(model: Model, names: Sequence[str]) -> None:
 
 
 def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
-    methods_by_leaf: dict[str, dict[str, Method]] = {}
-    for path, layer in layers if len(names) > 1 else ():
-        for name, leaf, tensors in adapters_on(layer, names):
-            methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached_to(tensors).method
-    refuse_rivals(methods_by_leaf)
+    if len(names) > 1:
+        methods_by_leaf: dict[str, dict[str, Method]] = {}
+        for path, layer in layers:
+            for name, leaf, tensors in adapters_on(layer, names):
+                methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached_to(tensors).method
+        refuse_rivals(methods_by_leaf)
     for _, layer in layers:
         if getattr(layer, ACTIVE) != names:
             setattr(layer, ACTIVE, names)

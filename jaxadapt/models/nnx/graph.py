@@ -151,14 +151,6 @@ class CallData(nnx.Param[Any]):
     """
 
 
-def hold_tensors(module: nnx.Module, collection: str, name: str, leaf: str, tensors: dict[str, Any]) -> None:
-    """Make the tensors of one adapter at one leaf attributes of a module."""
-    # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
-    if collection not in vars(module):
-        setattr(module, collection, nnx.data({}))
-    vars(module)[collection].setdefault(name, {})[leaf] = tensors
-
-
 # ---------------------------------------------------------------- graph
 
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.methods.base import Method
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.graph import CallData
@@ -23,14 +24,14 @@ from jaxadapt.models.prompt.calling import signature_of
 from jaxadapt.models.prompt.rewriting import input_embedding
 
 
-def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mapping[str, nnx.Variable[Any]]) -> None:
-    """Set the tensors of a prompt method as attributes of a model."""
-    attributes = vars(model)
-    if collection in attributes and not isinstance(attributes[collection], Mapping):
+def prepare_model(model: nnx.Module, collection: str, method: Method) -> None:
+    """Prepare a model for an adapter of a prompt method: a trace must find the calls of its attention layers.
+
+    Raises `AttachError` for a model with an attribute called like the method's collection.
+    """
+    if not isinstance(vars(model).get(collection, {}), Mapping):
         raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
-    graph.hold_tensors(model, collection, name, SHARED_NODE, dict(tensors))
-    (_, attached) = next(_prompts(model, (name,)))
-    if attached.method.adds != "embeddings":
+    if isinstance(method, PromptMethod) and method.adds != "embeddings":
         _find_attention(model, _mark)
 
 

@@ -173,7 +173,7 @@ def kernel_roles(module: nnx.Module, attr: str) -> layers.Roles | None:
 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
-    return layers.roles_of(module, base_class(module).__call__, attr)
+    return None if attr == "bias" else layers.roles_of(module, base_class(module).__call__, attr)
 
 
 def describe_use(module: nnx.Module) -> str:
@@ -217,10 +217,10 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
         rewritten = [leaf for leaf in inside if not path or leaf.startswith(f"{path}.")]
         name = type(node).__name__
         problems |= {x: f"{x}: {name} rewrites the parameters inside it at every call" for x in rewritten}
-    holders = _list_holders(walk)
+    holders = _list_holders(walk, {id(vars(module)[attr]) for module, attr in map(walk.leaves.__getitem__, leaves)})
     for leaf in leaves:
         module, attr = walk.leaves[leaf]
-        other_paths = [path for path in holders.get(id(vars(module)[attr]), ()) if path != leaf]
+        other_paths = [path for path in holders[id(vars(module)[attr])] if path != leaf]
         if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
             problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
             problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
@@ -232,12 +232,12 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
     return problems
 
 
-def _list_holders(walk: ModelWalk) -> dict[int, list[str]]:
-    """Return `{id of a parameter: every path of an attribute that holds it}`."""
+def _list_holders(walk: ModelWalk, wanted: Collection[int]) -> dict[int, list[str]]:
+    """Return `{id of a parameter: every path of an attribute that holds it}` for these parameters."""
     holders: dict[int, list[str]] = {}
     for path, node in walk.modules:
         for attr, var in vars(node).items():
-            if isinstance(var, nnx.Param):
+            if id(var) in wanted:
                 holders.setdefault(id(var), []).append(paths.join(path, attr))
     return holders
 
@@ -310,17 +310,10 @@ def class_entries(
 def custom_leaves(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
     """Return the matrices among these leaves whose axis roles only a trace can show."""
     owned = [(leaf, *owners[leaf]) for leaf in leaves]
-    return [
-        leaf for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _has_roles(m, attr)
-    ]
-
-
-def _has_roles(module: nnx.Module, attr: str) -> bool:
-    """Return True if the layer's class fixes the axis roles of a weight, even to roles that no adapter can follow."""
-    try:
-        return kernel_roles(module, attr) is not None
-    except AttachError:
-        return True
+    matrices = [(leaf, m, attr) for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2]
+    # The roles of a kernel are known from its class, even those that no adapter can follow.
+    traced = [x for x in matrices if x[2] != "kernel" or base_class(x[1]).__call__ not in layers.KERNELS]
+    return [leaf for leaf, module, attr in traced if kernel_roles(module, attr) is None]
 
 
 def is_never_linear(owner: Owner) -> bool:
