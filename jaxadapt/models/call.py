@@ -22,7 +22,6 @@ from jaxadapt.methods.rows import split_rows
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.operations import Hook
-from jaxadapt.models.tracing.rewrite import describe_uses
 
 Hooks = Mapping[str, AppliedMethod | AppliedMethods]
 """`{leaf: the adapters on it}` of one layer."""
@@ -200,4 +199,4 @@ def describe(name: str, layer: Layer, hooks: Mapping[str, Hook], args: Args, kwa
         return dict.fromkeys(hooks, f"{name}'s own call")
     weights = {leaf: quantized.to_dense(layer.params[leaf]) for leaf in hooks}
     uses = rewrite.uses(functools.partial(layer.output, **kwargs), weights, *args)
-    return {leaf: describe_uses(name, uses[leaf], hook) for leaf, hook in hooks.items()}
+    return {leaf: rewrite.describe_uses(name, uses[leaf], hook) for leaf, hook in hooks.items()}

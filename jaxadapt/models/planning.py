@@ -146,7 +146,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        if problems := attach.list_contradictions(sites, base.walked.leaves):
+        if problems := survey.list_contradictions(sites, base.walked.leaves):
             raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
         return
     attached = base.keymap

@@ -16,7 +16,6 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import Applicable, AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop
 from jaxadapt.models import call
-from jaxadapt.models.call import Layer
 from jaxadapt.models.row_sites import RowSite
 
 SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
@@ -61,7 +60,7 @@ def is_mapped(scope: Scope) -> bool:
     return any("map_variables(" in part for part in scope.debug_path)
 
 
-def bind_layer(module: nn.Module, method: str, plain: Callable[..., Any]) -> Layer:
+def bind_layer(module: nn.Module, method: str, plain: Callable[..., Any]) -> call.Layer:
     """Return one method of a module as a layer that an adapter can run.
 
     Its `run` works on a copy of the module's scope without the leaves marked with `SEP`, and draws the same random
@@ -94,7 +93,7 @@ def bind_layer(module: nn.Module, method: str, plain: Callable[..., Any]) -> Lay
     own = {k: v for k, v in scope.variables().get("params", {}).items() if not isinstance(v, Mapping) and SEP not in k}
     params = {k: meta.unbox(v) for k, v in own.items()}
     function = getattr(type(module), method)
-    return Layer(".".join(scope.path), module, function, method == "__call__", params, plain, run, write_back)
+    return call.Layer(".".join(scope.path), module, function, method == "__call__", params, plain, run, write_back)
 
 
 # ---------------------------------------------------------------- one call of a module with adapted leaves

@@ -27,7 +27,6 @@ from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.rewrite import infer_axes, live_weights, refuse_reads_outside
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
 _MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
@@ -169,7 +168,7 @@ class _SurveyInterceptor:
                 output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
                 if layer.kernel is not None or not rewrite.uses(output, weights, *args)[name]:
                     return  # this method does not use the weight as one that an adapter can follow
-                roles = Roles(infer_axes(output, weights, name, *args))
+                roles = Roles(rewrite.infer_axes(output, weights, name, *args))
         except AttachError as error:
             self.survey.unknown[leaf] = str(error)
             return
@@ -275,7 +274,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         overlaid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    refuse_reads_outside(leaf for leaf, is_live in live_weights(output, values).items() if is_live)
+    rewrite.refuse_reads_outside(leaf for leaf, is_live in rewrite.live_weights(output, values).items() if is_live)
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:

@@ -29,13 +29,13 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.adapters.site import Site, shared_tensors
 from jaxadapt.arrays import random_draws, regions
-from jaxadapt.arrays.axes import Axes, contradiction_message
+from jaxadapt.arrays.axes import Axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.applied import refuse_rivals
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.registry import COLLECTIONS, get_method
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import (
     AdapterParam,
@@ -231,30 +231,10 @@ def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, Owner], co
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
-    problems += list_contradictions(adapter_sites, owners)
+    problems += survey.list_contradictions(adapter_sites, owners)
     for site in adapter_sites:
         if collection in (attributes := vars(owners[site.leaf][0])) and ACTIVE not in attributes:
             problems.append(f"{site.leaf}: its module already has an attribute {collection!r} of its own")
-    return problems
-
-
-def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, Owner]) -> list[str]:
-    """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
-    problems: list[str] = []
-    for site in adapter_sites:
-        module, attr = owners[site.leaf]
-        try:
-            roles = (
-                None
-                if site.effects.weight == "replaces" and site.effects.form == "weight"
-                else survey.kernel_roles(module, attr)
-            )
-        except AttachError as error:
-            problems.append(f"{site.leaf}: {error}")
-            continue
-        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
-        if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
-            problems.append(f"{site.leaf}: {contradiction_message(site.axes, roles.axes)}")
     return problems
 
 
@@ -331,12 +311,12 @@ def delete(model: Model, *names: str) -> None:
     _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
-        for name, attr in itertools.product(names, (*COLLECTIONS, DROPOUT)):
+        for name, attr in itertools.product(names, (*graph.held_adapters(layer), DROPOUT)):
             if name in attributes.get(attr, ()):
                 del attributes[attr][name]
                 if not attributes[attr]:
                     delattr(layer, attr)
-        if attributes.keys().isdisjoint(COLLECTIONS):
+        if not graph.held_adapters(layer):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
     prompt.restore_attention(walk.model)

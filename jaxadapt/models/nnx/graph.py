@@ -151,6 +151,11 @@ class CallData(nnx.Param[Any]):
     """
 
 
+def held_adapters(module: nnx.Module) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Return `{collection: {adapter: {leaf: {tensor: variable}}}}` of the adapters that are attributes of a module."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, dict) and name in COLLECTIONS}
+
+
 # ---------------------------------------------------------------- graph
 
 

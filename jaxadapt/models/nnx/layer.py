@@ -16,9 +16,8 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop, Method
-from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models import call
-from jaxadapt.models.nnx import prompt, survey
+from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, plain_view
 from jaxadapt.models.prompt import calling
@@ -96,9 +95,9 @@ copyreg.pickle(AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright
 
 def adapters_on(layer: nnx.Module, names: Iterable[str]) -> Iterator[tuple[str, str, Mapping[str, nnx.Variable[Any]]]]:
     """Yield (adapter, leaf, tensors) for these adapters of one layer's weights."""
-    attributes = vars(layer)
-    for name, collection in itertools.product(names, COLLECTIONS):
-        for leaf, tensors in attributes.get(collection, {}).get(name, {}).items():
+    held = graph.held_adapters(layer)
+    for name, adapters in itertools.product(names, held.values()):
+        for leaf, tensors in adapters.get(name, {}).items():
             if leaf != SHARED_NODE:  # a prompt's tensors: see `prompt`
                 yield name, leaf, tensors
 

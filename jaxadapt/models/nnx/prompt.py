@@ -6,6 +6,7 @@ model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapter
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.graph import CallData
 from jaxadapt.models.prompt import calling
@@ -41,8 +41,8 @@ def _mark(function: Any) -> Any:
 
 def restore_attention(model: nnx.Module) -> None:
     """Give the attention layers their own functions back, if a model has no adapter of a prompt method."""
-    attributes = vars(model)
-    if not any(SHARED_NODE in adapter for c in COLLECTIONS for adapter in attributes.get(c, {}).values()):
+    held = graph.held_adapters(model)
+    if not any(SHARED_NODE in adapter for adapters in held.values() for adapter in adapters.values()):
         _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
 
 
@@ -63,16 +63,15 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
 
 
 def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
-    attributes = vars(module)
-    for name in names:
-        for collection in COLLECTIONS:
-            tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
-            if tensors:
-                values = {t: var.get_value() for t, var in tensors.items()}
-                data = {t: x for t, x in values.items() if isinstance(tensors[t], CallData)}
-                params = {t: x for t, x in values.items() if t not in data}
-                recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
-                yield name, calling.Prompt(recipe, params, data)
+    held = graph.held_adapters(module)
+    for name, adapters in itertools.product(names, held.values()):
+        tensors = adapters.get(name, {}).get(SHARED_NODE)
+        if tensors:
+            values = {t: var.get_value() for t, var in tensors.items()}
+            data = {t: x for t, x in values.items() if isinstance(tensors[t], CallData)}
+            params = {t: x for t, x in values.items() if t not in data}
+            recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
+            yield name, calling.Prompt(recipe, params, data)
 
 
 def with_embeddings(

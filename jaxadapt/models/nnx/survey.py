@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
+from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.core import paths
@@ -23,11 +24,9 @@ from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import call, layers
-from jaxadapt.models.call import Layer
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx.graph import LayerNumber, ModelWalk, Owner, walk_model
 from jaxadapt.models.tracing import operations, rewrite
-from jaxadapt.models.tracing.rewrite import infer_axes, live_weights, refuse_reads_outside, unfollowed_uses
 
 # ---------------------------------------------------------------- survey
 
@@ -132,7 +131,7 @@ def _run_pure(
     return y, {path: x for path, var in new_state.items() if (x := var.get_value()) is not state[path]}
 
 
-def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]) -> Layer:
+def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]) -> call.Layer:
     """Return one method of a layer, as its class `base` has it, as a layer that an adapter can run."""
     params = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
 
@@ -152,7 +151,7 @@ def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]
             variables[path].set_value(value)
 
     plain = functools.partial(f, module)
-    return Layer(base.__name__, module, f, f is base.__call__, params, plain, run, write_back)
+    return call.Layer(base.__name__, module, f, f is base.__call__, params, plain, run, write_back)
 
 
 # ---------------------------------------------------------------- Flax's own layer classes
@@ -173,7 +172,27 @@ def kernel_roles(module: nnx.Module, attr: str) -> layers.Roles | None:
 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
-    return None if attr == "bias" else layers.roles_of(module, base_class(module).__call__, attr)
+    return layers.roles_of(module, base_class(module).__call__, attr)
+
+
+def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, Owner]) -> list[str]:
+    """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
+    problems: list[str] = []
+    for site in adapter_sites:
+        module, attr = owners[site.leaf]
+        try:
+            roles = (
+                None
+                if site.effects.weight == "replaces" and site.effects.form == "weight"
+                else kernel_roles(module, attr)
+            )
+        except AttachError as error:
+            problems.append(f"{site.leaf}: {error}")
+            continue
+        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+        if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
+            problems.append(f"{site.leaf}: {contradiction_message(site.axes, roles.axes)}")
+    return problems
 
 
 def describe_use(module: nnx.Module) -> str:
@@ -217,7 +236,7 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
         rewritten = [leaf for leaf in inside if not path or leaf.startswith(f"{path}.")]
         name = type(node).__name__
         problems |= {x: f"{x}: {name} rewrites the parameters inside it at every call" for x in rewritten}
-    holders = _list_holders(walk, {id(vars(module)[attr]) for module, attr in map(walk.leaves.__getitem__, leaves)})
+    holders = _list_holders(walk, leaves)
     for leaf in leaves:
         module, attr = walk.leaves[leaf]
         other_paths = [path for path in holders[id(vars(module)[attr])] if path != leaf]
@@ -232,13 +251,14 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
     return problems
 
 
-def _list_holders(walk: ModelWalk, wanted: Collection[int]) -> dict[int, list[str]]:
-    """Return `{id of a parameter: every path of an attribute that holds it}` for these parameters."""
-    holders: dict[int, list[str]] = {}
+def _list_holders(walk: ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
+    """Return `{id of a leaf's parameter: every path of an attribute that holds it}`."""
+    owners = [walk.leaves[leaf] for leaf in leaves]
+    holders: dict[int, list[str]] = {id(vars(module)[attr]): [] for module, attr in owners}
     for path, node in walk.modules:
         for attr, var in vars(node).items():
-            if id(var) in wanted:
-                holders.setdefault(id(var), []).append(paths.join(path, attr))
+            if id(var) in holders:
+                holders[id(var)].append(paths.join(path, attr))
     return holders
 
 
@@ -294,8 +314,8 @@ def class_entries(
             stack = _find_stack(leaf, shape, traced[leaf].shape, stack_axes)
             entries.append(entry_from_axes(leaf, shape, traced[leaf].axes, stack))
             continue
-        match = keymap.match(leaf)
-        if match is not None and len(match.weight.left) == len(shape):
+        match = None if attr == "bias" else keymap.match(leaf)
+        if attr == "bias" or (match is not None and len(match.weight.left) == len(shape)):
             continue
         try:
             roles = kernel_roles(module, attr)
@@ -325,7 +345,7 @@ def is_never_linear(owner: Owner) -> bool:
 
 
 Args = Sequence[Any]
-Observe = Callable[[str, str, Layer, Args, Mapping[str, Any]], Mapping[str, Any]]
+Observe = Callable[[str, str, call.Layer, Args, Mapping[str, Any]], Mapping[str, Any]]
 """`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
 
 
@@ -394,10 +414,10 @@ def trace_axes(
     traced: dict[str, TracedAxes] = {}
     problems: dict[str, str] = {}
 
-    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         weight = layer.params[attr]
         try:
-            axes = infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
+            axes = rewrite.infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
             seen = TracedAxes(axes, tuple(weight.shape))
             if traced.setdefault(leaf, seen) != seen:
                 problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
@@ -421,7 +441,7 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args:
     owners = base_leaves(model)
     leaves = custom_leaves(owners, adapted)
 
-    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
         return {}
 
@@ -452,7 +472,7 @@ def check_calls(
     products: dict[str, list[rewrite.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def observe(leaf: str, attr: str, layer: Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         weight = layer.params[attr]
         # The module reads a copy, so only reads outside its call keep the weight itself live.
         alias = jnp.zeros(weight.shape, weight.dtype)
@@ -460,13 +480,13 @@ def check_calls(
             uses = rewrite.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
             shapes[leaf] = weight.shape
             products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
-            unfollowed = unfollowed_uses(uses, adapted[leaf])
+            unfollowed = rewrite.unfollowed_uses(uses, adapted[leaf])
             if leaf in dropped and unfollowed:
                 stray_uses[leaf] = ", ".join(unfollowed)
         return {attr: alias}
 
     run, inputs = instrument(model, list(adapted), observe, args)
-    live = live_weights(run, inputs)
+    live = rewrite.live_weights(run, inputs)
     contradictions = [
         f"{leaf}: {contradiction_message(axes, layer_axes)}"
         for leaf in forward
@@ -474,7 +494,7 @@ def check_calls(
         and (layer_axes := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
     ]
     raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
-    refuse_reads_outside(leaf for leaf in adapted if live[leaf])
+    rewrite.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     raise_listed(
         AttachError,
         "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
