@@ -3,7 +3,7 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "models.row_sites": "Rows",
+    "models.call": "Rows",
     "serving.bank": "Bank create get prepare put",
     "serving.generation": "Decoder KVCache Sampling linen_forward nnx_forward",
     "serving.pool": "AdapterPool Lease",

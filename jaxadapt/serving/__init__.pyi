@@ -1,6 +1,6 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.models.row_sites import Rows as Rows
+from jaxadapt.models.call import Rows as Rows
 from jaxadapt.serving.bank import Bank as Bank
 from jaxadapt.serving.bank import create as create
 from jaxadapt.serving.bank import get as get

@@ -23,8 +23,8 @@ from jaxadapt.merging.rank_reduction import plain_config
 from jaxadapt.methods.registry import get_method
 from jaxadapt.methods.rows import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.models import planning
+from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.row_sites import Rows
 from jaxadapt.serving.layout import (
     Layout,
     Place,

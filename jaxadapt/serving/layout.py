@@ -28,7 +28,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.merging.rank_reduction import low_rank_form
 from jaxadapt.methods.base import Start
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models.row_sites import RowLayout, RowSite
+from jaxadapt.models.call import RowLayout, RowSite
 
 # ---------------------------------------------------------------- refusals
 

@@ -17,8 +17,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.rows import Implementation
+from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.row_sites import Rows
 from jaxadapt.persistence.folder import read
 from jaxadapt.persistence.peft import from_peft
 from jaxadapt.serving import bank as banks

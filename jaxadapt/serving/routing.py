@@ -8,10 +8,10 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AttachError
+from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import attach as nnx_rows
-from jaxadapt.models.row_sites import Rows
 from jaxadapt.serving.bank import Bank
 from jaxadapt.serving.pool import AdapterPool
 

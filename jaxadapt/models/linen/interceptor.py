@@ -16,7 +16,6 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import Applicable, AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop
 from jaxadapt.models import call
-from jaxadapt.models.row_sites import RowSite
 
 SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
 DROPOUT = "dropout"  # the random stream that `flax.linen.Dropout` uses
@@ -133,7 +132,7 @@ class LeafAdapter:
             for keys in (self.keys, self.shared)
         )
         shared |= self.whole
-        if isinstance(self.site, RowSite):
+        if isinstance(self.site, call.RowSite):
             return self.site.apply(tensors, shared)
         return AppliedMethod.in_call(self.site, {**tensors, **shared}, drop)
 

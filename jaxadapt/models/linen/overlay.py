@@ -28,10 +28,10 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import Applicable, refuse_rivals
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import COLLECTIONS, get_method
+from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
-from jaxadapt.models.row_sites import NO_ROUTE, RowLayout, Rows
 
 # ---------------------------------------------------------------- overlay
 

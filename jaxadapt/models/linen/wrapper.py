@@ -27,11 +27,11 @@ from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
+from jaxadapt.models.call import RowLayout, Rows
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
 from jaxadapt.models.prompt.rewriting import with_width
-from jaxadapt.models.row_sites import RowLayout, Rows
 
 _CACHE_SIZE = 64
 

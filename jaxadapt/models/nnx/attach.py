@@ -36,6 +36,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.methods.applied import refuse_rivals
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import get_method
+from jaxadapt.models.call import RowLayout, Rows
 from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import (
     AdapterParam,
@@ -49,7 +50,6 @@ from jaxadapt.models.nnx.graph import (
 )
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, adapters_on, attached_to
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
-from jaxadapt.models.row_sites import RowLayout, Rows
 
 # ---------------------------------------------------------------- attach
 

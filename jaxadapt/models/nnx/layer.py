@@ -21,7 +21,6 @@ from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.nnx.graph import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, plain_view
 from jaxadapt.models.prompt import calling
-from jaxadapt.models.row_sites import NO_ROUTE, RowSite
 
 ACTIVE = "active_adapters"
 ROWS = "adapter_rows"
@@ -112,7 +111,7 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
         hooks.setdefault(leaf, []).append(hook)
     for leaf, sites in attributes.get(ROWS, {}).items():
         if not sites:
-            raise AttachError(NO_ROUTE)
+            raise AttachError(call.NO_ROUTE)
         hooks.setdefault(leaf, []).extend(map(_row_hook, sites.values()))
     return {leaf: together(each) for leaf, each in hooks.items()}
 
@@ -134,7 +133,7 @@ def _row_hook(tensors: Mapping[str, nnx.Variable[Any]]) -> AppliedMethod:
     """Return the method of a bank's site with the tensors of a batch's rows."""
     shared = {name: _value_of(name, var) for name, var in tensors.items() if isinstance(var, SharedParam)}
     own = {name: var for name, var in tensors.items() if name not in shared}
-    site: RowSite = next(iter(own.values())).get_metadata()["row_site"]
+    site: call.RowSite = next(iter(own.values())).get_metadata()["row_site"]
     return site.apply({name: _value_of(name, var) for name, var in own.items()}, shared)
 
 
