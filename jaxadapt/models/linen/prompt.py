@@ -14,7 +14,6 @@ from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models.linen import collections
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.attention import Findable, is_findable
-from jaxadapt.models.prompt.calling import signature_of
 
 
 def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -46,7 +45,7 @@ def call_module(
             f"{prompt.recipe.config.peft_type} adds virtual tokens only to the module's __call__, but the call is of"
             f" {name!r}. Call {name!r} without the adapter, model.clone(active=())"
         )
-    signature = signature_of(type(module).__call__)
+    signature = calling.signature_of(type(module).__call__)
     options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in options}
     if (hooked := calling.hooked_call(module, prompt)) is not None:

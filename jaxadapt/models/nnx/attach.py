@@ -49,7 +49,6 @@ from jaxadapt.models.nnx.graph import (
     SharedRowParam,
 )
 from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, adapters_on, attached_to
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
 # ---------------------------------------------------------------- attach
 
@@ -197,9 +196,9 @@ def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | No
     rate = site.method.dropout(site.hparams)
     if not rate:
         return
-    if DROPOUT not in vars(module):
-        setattr(module, DROPOUT, nnx.Dict())
-    vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, site.stack_sizes)
+    if survey.DROPOUT not in vars(module):
+        setattr(module, survey.DROPOUT, nnx.Dict())
+    vars(module)[survey.DROPOUT][name] = _make_dropout(rate, rngs, site.stack_sizes)
 
 
 def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base: nnx.Variable[Any]) -> dict[str, Any]:
@@ -253,24 +252,26 @@ def _make_dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> n
 
 def install_adapters(layer: nnx.Module) -> None:
     """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
-    if not isinstance(type(layer), AdaptedMeta):
-        set_class(layer, adapted_class(type(layer)))
+    if not isinstance(type(layer), survey.AdaptedMeta):
+        survey.set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
     if (
-        isinstance(type(layer), AdaptedMeta)
+        isinstance(type(layer), survey.AdaptedMeta)
         and vars(layer).keys().isdisjoint((ACTIVE, ROWS))
         and not survey.quantized_params(layer)
     ):
-        set_class(layer, base_class(layer))
+        survey.set_class(layer, survey.base_class(layer))
 
 
 def adapted_layers(model: Model) -> list[tuple[str, Any]]:
     """Return `(path, layer)` for every adapted layer."""
     modules = graph.walk_model(model).modules
-    return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
+    return [
+        (path, node) for path, node in modules if isinstance(type(node), survey.AdaptedMeta) and ACTIVE in vars(node)
+    ]
 
 
 def activate(model: Model, names: Sequence[str]) -> None:
@@ -311,7 +312,7 @@ def delete(model: Model, *names: str) -> None:
     _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
-        for name, attr in itertools.product(names, (*graph.held_adapters(layer), DROPOUT)):
+        for name, attr in itertools.product(names, (*graph.held_adapters(layer), survey.DROPOUT)):
             if name in attributes.get(attr, ()):
                 del attributes[attr][name]
                 if not attributes[attr]:

@@ -18,8 +18,6 @@ from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop, Method
 from jaxadapt.models import call
 from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.nnx.graph import AdapterParam, FrozenParam, SharedParam
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, plain_view
 from jaxadapt.models.prompt import calling
 
 ACTIVE = "active_adapters"
@@ -60,7 +58,7 @@ def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
     """
     param = next(
         var for var in tensors.values()
-        if isinstance(var, AdapterParam | FrozenParam) and not isinstance(var, SharedParam)
+        if isinstance(var, graph.AdapterParam | graph.FrozenParam) and not isinstance(var, graph.SharedParam)
     )  # fmt: skip
     attached: Attached = param.get_metadata()["adapter"]
     return attached
@@ -80,13 +78,13 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
         return method
 
-    body: dict[str, Any] = {name: wrap(f) for name, f in entry_points(base).items()}
+    body: dict[str, Any] = {name: wrap(f) for name, f in survey.entry_points(base).items()}
     body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    subclass: Any = AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
+    subclass: Any = survey.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
     return subclass
 
 
-copyreg.pickle(AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
+copyreg.pickle(survey.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------- calling
@@ -118,7 +116,7 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
 
 def _active_dropout(module: nnx.Module, name: str) -> Drop | None:
     """Return the dropout of an adapter; None if it has none, or if the layer is in evaluation mode."""
-    dropouts = vars(module).get(DROPOUT, ())
+    dropouts = vars(module).get(survey.DROPOUT, ())
     if name not in dropouts or (dropout := dropouts[name]).deterministic:
         return None
     if dropout.rngs is None:
@@ -131,7 +129,7 @@ def _active_dropout(module: nnx.Module, name: str) -> Drop | None:
 
 def _row_hook(tensors: Mapping[str, nnx.Variable[Any]]) -> AppliedMethod:
     """Return the method of a bank's site with the tensors of a batch's rows."""
-    shared = {name: _value_of(name, var) for name, var in tensors.items() if isinstance(var, SharedParam)}
+    shared = {name: _value_of(name, var) for name, var in tensors.items() if isinstance(var, graph.SharedParam)}
     own = {name: var for name, var in tensors.items() if name not in shared}
     site: call.RowSite = next(iter(own.values())).get_metadata()["row_site"]
     return site.apply({name: _value_of(name, var) for name, var in own.items()}, shared)
@@ -140,7 +138,7 @@ def _row_hook(tensors: Mapping[str, nnx.Variable[Any]]) -> AppliedMethod:
 def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
     """Return a variable's value; raise `AttachError` for a slice of a shared tensor."""
     value = variable.get_value()
-    if isinstance(variable, SharedParam) and value.shape != (shape := variable.get_metadata()["whole"]):
+    if isinstance(variable, graph.SharedParam) and value.shape != (shape := variable.get_metadata()["whole"]):
         raise AttachError(
             f"cannot run a layer: {tensor} belongs to the whole adapter and has shape {list(shape)}, but this layer got"
             f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type"
@@ -155,7 +153,7 @@ def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any
     if f is base.__call__ and (virtual := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
         if (hooked := calling.hooked_call(module, virtual)) is not None:
             name, first = hooked
-            return getattr(base, name)(plain_view(module, base, {}), *first, *args, **kwargs)
+            return getattr(base, name)(survey.plain_view(module, base, {}), *first, *args, **kwargs)
         if virtual.method.adds != "embeddings":
             run: Any = functools.partial(_call_layer, base, f)
             return prompt.call_with_keys(module, virtual, base, run, args, kwargs)

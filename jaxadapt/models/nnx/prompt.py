@@ -17,10 +17,8 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models.nnx import graph, survey
-from jaxadapt.models.nnx.graph import CallData
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.attention import Findable, is_findable
-from jaxadapt.models.prompt.calling import signature_of
 from jaxadapt.models.prompt.rewriting import input_embedding
 
 
@@ -68,7 +66,7 @@ def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, ca
         tensors = adapters.get(name, {}).get(SHARED_NODE)
         if tensors:
             values = {t: var.get_value() for t, var in tensors.items()}
-            data = {t: x for t, x in values.items() if isinstance(tensors[t], CallData)}
+            data = {t: x for t, x in values.items() if isinstance(tensors[t], graph.CallData)}
             params = {t: x for t, x in values.items() if t not in data}
             recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
             yield name, calling.Prompt(recipe, params, data)
@@ -79,7 +77,7 @@ def with_embeddings(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a model's call with the embeddings of virtual tokens before those of the others."""
     embed = functools.partial(_embed, module, prompt)
-    arguments = calling.with_embeddings(signature_of(base.__call__), prompt, args, kwargs, embed)
+    arguments = calling.with_embeddings(calling.signature_of(base.__call__), prompt, args, kwargs, embed)
     return arguments.args, arguments.kwargs
 
 
@@ -129,7 +127,9 @@ def call_with_keys(
     def base_parameters() -> dict[str, Any]:
         return survey.base_values(survey.base_leaves(module))
 
-    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs, base_parameters)
+    y, changed = calling.call_with_keys(
+        run, calling.signature_of(base.__call__), prompt, args, kwargs, inputs, base_parameters
+    )
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)

@@ -25,7 +25,6 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import call, layers
 from jaxadapt.models.nnx import graph
-from jaxadapt.models.nnx.graph import LayerNumber, ModelWalk, Owner, walk_model
 from jaxadapt.models.tracing import operations, rewrite
 
 # ---------------------------------------------------------------- survey
@@ -89,7 +88,7 @@ State = dict[str, Any]
 
 def layer_state(module: nnx.Module) -> State:
     """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
-    is_state = graph.instance_test(nnx.Variable, (nnx.Param, LayerNumber))
+    is_state = graph.instance_test(nnx.Variable, (nnx.Param, graph.LayerNumber))
     variables = [(path, var) for path, var, _ in graph.walk(module) if is_state(var)]
     return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
 
@@ -175,7 +174,7 @@ def kernel_roles(module: nnx.Module, attr: str) -> layers.Roles | None:
     return layers.roles_of(module, base_class(module).__call__, attr)
 
 
-def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, Owner]) -> list[str]:
+def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
     """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
     problems: list[str] = []
     for site in adapter_sites:
@@ -204,27 +203,27 @@ def describe_use(module: nnx.Module) -> str:
 # ---------------------------------------------------------------- the model's leaves
 
 
-def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
+def base_leaves(model: nnx.Module) -> Mapping[str, graph.Owner]:
     """Return `{dotted path: (owner, attribute)}` for every base parameter that is a module's attribute, once each."""
-    return walk_model(model).leaves
+    return graph.walk_model(model).leaves
 
 
-def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
+def base_shapes(owners: Mapping[str, graph.Owner]) -> dict[str, tuple[int, ...]]:
     """Return `{dotted path: shape}` for the base parameters of a real or abstract model."""
     return {leaf: tuple(value.shape) for leaf, value in base_values(owners).items()}
 
 
-def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
+def base_values(owners: Mapping[str, graph.Owner]) -> dict[str, Any]:
     """Return `{dotted path: array or spec}` for the base parameters."""
     return graph.values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
 
 
-def is_abstract(owners: Mapping[str, Owner]) -> bool:
+def is_abstract(owners: Mapping[str, graph.Owner]) -> bool:
     """Return True if a model is abstract: made by `nnx.eval_shape`, with shapes instead of arrays."""
     return any(isinstance(value, jax.ShapeDtypeStruct) for value in base_values(owners).values())
 
 
-def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
+def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
     """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
 
     Args:
@@ -251,7 +250,7 @@ def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str
     return problems
 
 
-def _list_holders(walk: ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
+def _list_holders(walk: graph.ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
     """Return `{id of a leaf's parameter: every path of an attribute that holds it}`."""
     owners = [walk.leaves[leaf] for leaf in leaves]
     holders: dict[int, list[str]] = {id(vars(module)[attr]): [] for module, attr in owners}
@@ -300,7 +299,7 @@ def _find_stack(
 
 
 def class_entries(
-    owners: Mapping[str, Owner],
+    owners: Mapping[str, graph.Owner],
     shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     stack_axes: Sequence[int] | None = None,
@@ -327,7 +326,7 @@ def class_entries(
     return entries
 
 
-def custom_leaves(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
+def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> list[str]:
     """Return the matrices among these leaves whose axis roles only a trace can show."""
     owned = [(leaf, *owners[leaf]) for leaf in leaves]
     matrices = [(leaf, m, attr) for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2]
@@ -336,7 +335,7 @@ def custom_leaves(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[st
     return [leaf for leaf, module, attr in traced if kernel_roles(module, attr) is None]
 
 
-def is_never_linear(owner: Owner) -> bool:
+def is_never_linear(owner: graph.Owner) -> bool:
     """Return True if the leaf's layer is one of Flax's own that "all-linear" does not select."""
     return base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]
 
