@@ -20,7 +20,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import findings, formats, reconcile
-from jaxadapt.persistence.formats import peft_folder
+from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import as_source, dtypes_and_shapes
@@ -35,6 +35,18 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
     return location.to_location(path) / name
+
+
+def find_adapter(path: str | os.PathLike[str], name: str, report: Report) -> Place:
+    """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
+    if hub.is_address(path):
+        path = hub.fetch_folder(str(path), None if name == "default" else name, report)
+    subfolder = adapter_folder(path, name)
+    if name != "default" and location.is_dir(subfolder):
+        place = formats.look(subfolder)
+        if formats.find(place) is not None or hub.CONFIG in (place.names or ()):
+            return place
+    return formats.look(location.to_location(path))
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -101,7 +113,7 @@ def in_memory(adapter: PeftTensors, report: Report) -> PeftTensors:
 
 
 @contextlib.contextmanager
-def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
+def open_adapter(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Generator[PeftTensors]:
     """Open an adapter: like `read`, but read each tensor on demand while it is open."""
     with formats.open_place(formats.look(path, report)) as opened:
         yield opened.tensors

@@ -21,7 +21,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
-from jaxadapt.core.progress import LOGGER, Progress, reporter
+from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import PlanEntry
@@ -29,10 +29,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, peft, save_adapter, verify_folder
-from jaxadapt.persistence.formats import orbax_folder
-from jaxadapt.storage import hub, location, orbax
-from jaxadapt.storage.location import Location
+from jaxadapt.persistence import fingerprint, folder, formats, peft, save_adapter, verify_folder
 
 _TIMEOUT = 300.0  # seconds for each answer of another process
 
@@ -116,11 +113,11 @@ def load(
     (6, 2)
     """
     dtype = peft.requested_dtype(dtype)
-    if isinstance(path, str) and hub.is_address(path):
-        with reporter(progress) as report:
-            path = hub.fetch_folder(path, None if name == DEFAULT else name, report)
-    subfolder = folder.adapter_folder(path, name)
     held = lora_carrier(target)
+    if held.foreign is None and not held.has_base:
+        raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
+    with reporter(progress) as report:
+        place = folder.find_adapter(path, name, report)
     if held.foreign is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
@@ -131,34 +128,24 @@ def load(
             unused,
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
         )
-        if repair:
-            with verify_folder.open_repaired(_existing_folder(subfolder, path)) as mended:
-                tensors = dataclasses.replace(mended, tensors=dict(mended.tensors))
-        else:
-            with reporter(progress) as report:
-                tensors = folder.read(
-                    _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
-                )
+        open_file = verify_folder.open_repaired if repair else folder.open_adapter
+        with reporter(progress) as report, open_file(place) as adapter:
+            tensors = folder.in_memory(adapter, lambda _, done, total: report("load", done, total))
         return foreign.fill_tree(held.foreign, tensors, keymap, dtype)
-    if not held.has_base:
-        raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if base not in (None, "original", "changed"):
         raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
     if on_mismatch not in (None, "skip"):
         raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
     parameters, present = held.base(), held.attached(name)
     options = keymap, dtype, stack_axes, example, shardings, on_mismatch
-    checkpoint = next(
-        (p for p in dict.fromkeys((subfolder, location.to_location(path))) if orbax.is_checkpoint(p)), None
-    )
-    if checkpoint is not None:
+    found = formats.find(place)
+    if found is not None and found.write_adapter is not None:  # a format that keeps the model's layout
+        source = os.fspath(place.path)
         with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(checkpoint, parameters, present, name, options, strict)
-            orbax_folder.report_total(report, "load", adapter)
-        source = os.fspath(checkpoint)
+            adapter, adapter_sites = _from_orbax(source, parameters, present, name, options, strict, report)
     else:
-        open_folder = verify_folder.open_repaired if repair else folder.open_adapter
-        with reporter(progress) as report, open_folder(_existing_folder(subfolder, path)) as tensors:
+        open_file = verify_folder.open_repaired if repair else folder.open_adapter
+        with reporter(progress) as report, open_file(place) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(
                 tensors, parameters, *options, report, held.on_shared, strict, check=True
             )
@@ -231,12 +218,6 @@ def _check_base(
     fingerprint.check(stored, found, source, strict=strict)
 
 
-def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Location:
-    """Return the subfolder if it contains an adapter, else the folder itself."""
-    parent = location.to_location(path)
-    return subfolder if subfolder == parent or location.exists(subfolder / hub.CONFIG) else parent
-
-
 def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
     old, new = attached.flat(), adapter.flat()
@@ -271,14 +252,17 @@ def _changed_base(
 
 
 def _from_orbax(
-    path: str | os.PathLike[str],
+    path: str,
     base: BaseParams,
     attached: Adapter | None,
     name: str,
     options: tuple[Any, Any, Any, Any, Any, Any],
     strict: bool,
+    report: Report,
 ) -> tuple[Adapter, tuple[Site, ...]]:
     """Read an Orbax checkpoint into the layout of a base; return the adapter and its sites."""
+    from jaxadapt.persistence.formats import orbax_folder
+
     keymap, dtype, stack_axes, example, shardings, _ = options
     stored = orbax_folder.find_adapter(path, attached, name)
     stored_sites = sites.sites_of(stored.adapter)
@@ -292,13 +276,8 @@ def _from_orbax(
         for each in (target_sites, stored_sites)
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
-        return peft.adapter_from_tensors(
-            orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path),
-            base,
-            *options,
-            strict=strict,
-            check=True,
-        )
+        tensors = orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path)
+        return peft.adapter_from_tensors(tensors, base, *options, report, strict=strict, check=True)
     placement = peft.adapter_placement(shardings, base, target_sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and shardings is None:

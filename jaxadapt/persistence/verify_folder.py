@@ -42,7 +42,7 @@ from jaxadapt.storage.source import Kinds, as_source, rename
 
 
 @contextlib.contextmanager
-def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Generator[StoredAdapter]:
+def open_stored(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Generator[StoredAdapter]:
     """Open an adapter's folder or file without the demands of `read`. Tensors are read on demand, one at a time.
 
     Raises `FileError` if nothing at the path can be read at all.
@@ -651,7 +651,7 @@ def _apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, 
 
 
 @contextlib.contextmanager
-def open_repaired(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
+def open_repaired(path: Place) -> Generator[PeftTensors]:
     """Open an adapter like `folder.open_adapter`, with every certain repair, and warn of each.
 
     A file that no repair helps raises the error that `open_adapter` raises.
@@ -663,5 +663,5 @@ def open_repaired(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
         if tensors is None or not done:
             yield stack.enter_context(folder.open_adapter(path))
             return
-        warn(f"{os.fspath(path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(done))
+        warn(f"{os.fspath(path.path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(done))
         yield tensors

@@ -118,8 +118,10 @@ class Format:
     suffix: str = ""
 
 
-def look(path: str | os.PathLike[str], report: Report = no_report) -> Place:
+def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Place:
     """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
+    if isinstance(path, Place):
+        return path
     is_remote = hub.is_address(path)
     at: Location = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
     try:
@@ -135,7 +137,8 @@ def look(path: str | os.PathLike[str], report: Report = no_report) -> Place:
         raise file_error("read", str(at), error) from error
 
 
-def _format(name: str) -> Format:
+def load_format(name: str) -> Format:
+    """Import the format of one row of `FORMATS`."""
     return importlib.import_module(f"{__name__}.{name}").FORMAT
 
 
@@ -143,19 +146,19 @@ def find(place: Place) -> Format | None:
     """Return the format of a place; None if no format recognises it."""
     names = place.names if place.names is not None else [place.at.name]
     for module, ends in FORMATS.items():
-        if any(name.endswith(ends) for name in names) and (found := _format(module)).recognises(place):
+        if any(name.endswith(ends) for name in names) and (found := load_format(module)).recognises(place):
             return found
     return None
 
 
 def open_place(place: Place) -> AbstractContextManager[Opened]:
     """Open an adapter. Raises `FileError` if no format recognises the place, and what its format raises."""
-    return (find(place) or _format("peft_folder")).open(place)  # its error names the missing files
+    return (find(place) or load_format("peft_folder")).open(place)  # its error names the missing files
 
 
 def writer(style: str) -> Format:
     """Return the format that writes a style, one of the `styles` of a format."""
-    return next(each for each in map(_format, FORMATS) if style in each.styles)
+    return next(each for each in map(load_format, FORMATS) if style in each.styles)
 
 
 def write_adapter(style: str, adapter: Adapter, target: Location, report: Report) -> None:
