@@ -248,7 +248,7 @@ def convert_command(
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         if as_json:
-            output.print_json([each.to_dict() for each in done])
+            output.print_json([each._asdict() for each in done])
         else:
             for each in done:
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
@@ -260,7 +260,7 @@ def convert_command(
         like=like, sizes=sizes, on_shared=on_shared, progress=True, format=form, dtype=dtype,
     )  # fmt: skip
     if as_json:
-        output.print_json(result.to_dict())
+        output.print_json(result._asdict())
         return
     alpha = "" if result.lora_alpha is None else f", rank {result.rank}, alpha {result.lora_alpha:g}"
     output.print_line(f"{result.path}: {result.tensors} tensors{alpha}")

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,7 @@ FOLDERS, FILES = ("safetensors", "bin", "orbax"), ("kohya-ss", "diffusers")
 """The styles of a target: folders, and single files."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """One adapter that was written: its path, method, number of tensors, and the rank and alpha of a LoRA."""
 
     path: str
@@ -51,10 +50,6 @@ class Written:
     tensors: int
     rank: int | None
     lora_alpha: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return dataclasses.asdict(self)
 
 
 @atomic.cleans("target")
@@ -213,8 +208,7 @@ def _last_name(source: str | os.PathLike[str]) -> str:
     return (text.rstrip("/") if is_remote else os.path.abspath(text)).rpartition("/")[2]  # noqa: PTH100 (keeps links)
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertedFile:
+class ConvertedFile(NamedTuple):
     """A converted adapter. A tree's model must be built with its rank and alpha."""
 
     path: str
@@ -222,9 +216,6 @@ class ConvertedFile:
     dialect: str | None
     rank: int | None
     lora_alpha: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @atomic.cleans("target")
@@ -269,9 +260,7 @@ def convert(
             `jaxadapt convert`.
     """
     options = TreeOptions(from_keymap, to_keymap, dialect, lora_alpha, like, sizes or {}, on_shared)
-    is_adapter = _is_adapter_file(source)
-    from_tree = _is_single(source) and not is_adapter
-    to_tree = _is_single(target) and not is_adapter and format not in FILES
+    is_adapter, from_tree, to_tree = _sides(source, target, format)
     if not from_tree and not to_tree:
         if like is not None or sizes:
             raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
@@ -282,13 +271,29 @@ def convert(
             return ConvertedFile(str(target), total, None, done[0].rank, done[0].lora_alpha)
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
-    style = format or "safetensors"
+    return _convert_layout(source, target, options, format or "safetensors", progress)
+
+
+def _sides(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], style: str | None
+) -> tuple[bool, bool, bool]:
+    """Tell if the source is the one file of an adapter's format, if it is a tree, and if the target is a tree."""
+    is_adapter = _is_adapter_file(source)
+    to_tree = _is_single(target) and not is_adapter and style not in FILES
+    return is_adapter, _is_single(source) and not is_adapter, to_tree
+
+
+def _convert_layout(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], options: TreeOptions, style: str, progress: Progress
+) -> ConvertedFile:
+    """Convert from a tree, to a tree, or a folder to other names."""
+    _, from_tree, to_tree = _sides(source, target, style)
     if style not in FOLDERS or (to_tree and style != "safetensors"):
         raise ConfigError(f"--format {style}: expected safetensors, or bin or orbax with a folder as the target")
     if from_tree:
-        tensors = _read_tree(location.to_location(source), options, like=None if to_tree else like)
+        tensors = _read_tree(location.to_location(source), options, None if to_tree else options.like)
     else:
-        TreeOptions(lora_alpha=lora_alpha).refuse(source)
+        TreeOptions(lora_alpha=options.lora_alpha).refuse(source)
         tensors = folder.read(source, progress=progress)
     if to_tree:
         number, name, rank, alpha = _write_tree(tensors, location.to_location(target), options)

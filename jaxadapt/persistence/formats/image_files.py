@@ -373,54 +373,63 @@ def _file_keys(
     tensors: PeftTensors, style: str, layout: Layout | None
 ) -> tuple[dict[str, str], dict[str, tuple[str, float]], dict[str, tuple[int, float]]]:
     """Return {PEFT's key: the file's key}, {module: (the key of its alpha, alpha)}, and what the header states."""
-    config = tensors.config
-    if config.peft_type not in ("LORA", "LOHA", "LOKR"):
+    method = tensors.config.peft_type
+    if method not in ("LORA", "LOHA", "LOKR"):
         return {key: key for key in tensors.tensors}, {}, {}
     modules = {key: image_names.split_key(key) for key in tensors.tensors}
-    others = [key for key, (_, name) in modules.items() if not name]
-    specs = as_source(tensors.tensors).specs
-    wrong: list[str] = []  # the scale of a file is alpha divided by the rank of its tensors
-    for key, (module, name) in modules.items():
-        rank, found = find_settings(config, module)[0], list(specs[key].shape)
-        if name == "lora_A.weight" and found[:1] != [rank]:
-            wrong.append(f"{module}: {rank}, the tensor is {found}")
-    raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the tensors:", wrong)
-    kohya = image_names.kohya_keys(dict.fromkeys(module for module, _ in modules.values()))
-    known = {} if layout is None else layout.keys
-    alphas: dict[str, tuple[str, float]] = {}
-    names: dict[str, str] = {}
-    for key, (module, name) in modules.items():
-        ending = image_names.kohya_ending(config.peft_type, name)
+    settings = _file_settings(tensors, modules)
+    kohya, known = image_names.kohya_keys(settings), {} if layout is None else layout.keys
+
+    def file_key(key: str) -> str | None:
+        module, name = modules[key]
         if key in known:
-            names[key] = known[key]
-        elif style == KOHYA and ending is not None:
-            names[key] = f"{kohya[module]}.{ending}"
-        elif style == DIFFUSERS and config.peft_type == "LORA":
-            names[key] = key.removeprefix(PEFT_PREFIX)
-        else:
-            others.append(key)
-    pairs = {module: find_settings(config, module) for module, _ in modules.values()}
-    rooted = bool(config.get("use_rslora"))  # a file's scale is alpha / rank, PEFT's is then alpha / √rank
-    settings = {module: (rank, alpha * math.sqrt(rank) if rooted else alpha) for module, (rank, alpha) in pairs.items()}
-    in_header = style == DIFFUSERS and not (layout is not None and layout.alphas)
-    for module, (rank, alpha) in {} if in_header else settings.items():
-        stored = None if layout is None else layout.alphas.get(module)
-        if stored is not None or rank != alpha or (style == KOHYA and layout is None):
-            end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
-            alphas[module] = (stored or end, alpha)
+            return known[key]
+        if style == DIFFUSERS:
+            return key.removeprefix(PEFT_PREFIX) if method == "LORA" and name else None
+        ending = image_names.kohya_ending(method, name)
+        return None if ending is None else f"{kohya[module]}.{ending}"
+
+    names = {key: found for key in modules if (found := file_key(key)) is not None}
+    others = [key for key, (_, name) in modules.items() if key not in names or not name]
     problem = f"{tensors.source}: cannot write one file of {style}, which has no name for:"
     raise_listed(MismatchError, problem, others, _NAMED)
-    if layout is None and image_names.find_layout(names.values()) is None:
-        strange = {modules[key][0]: None for key, name in names.items() if image_names.find_layout([name]) is None}
+    if layout is None:
+        _require_pipeline(tensors, style, {name: modules[key][0] for key, name in names.items()})
+    stored = {} if layout is None else layout.alphas
+    if style == DIFFUSERS and not stored:
+        return names, {}, settings
+    alphas: dict[str, tuple[str, float]] = {}
+    for module, (rank, alpha) in settings.items():
+        if module in stored or rank != alpha or (style == KOHYA and layout is None):
+            end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
+            alphas[module] = (stored.get(module, end), alpha)
+    return names, alphas, {}
+
+
+def _file_settings(tensors: PeftTensors, modules: Mapping[str, tuple[str, str]]) -> dict[str, tuple[int, float]]:
+    """Return {module: (rank, alpha)} of a file, whose scale is alpha divided by the rank of its tensors.
+
+    Raises `MismatchError` if the configuration has other ranks than the tensors.
+    """
+    specs, pairs = as_source(tensors.tensors).specs, {m: find_settings(tensors.config, m) for m, _ in modules.values()}
+    found = {module: list(specs[key].shape) for key, (module, name) in modules.items() if name == "lora_A.weight"}
+    wrong = [f"{m}: {pairs[m][0]}, the tensor is {shape}" for m, shape in found.items() if shape[:1] != [pairs[m][0]]]
+    raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the tensors:", wrong)
+    rooted = bool(tensors.config.get("use_rslora"))  # PEFT's scale is then alpha / √rank
+    return {module: (rank, alpha * math.sqrt(rank) if rooted else alpha) for module, (rank, alpha) in pairs.items()}
+
+
+def _require_pipeline(tensors: PeftTensors, style: str, modules: Mapping[str, str]) -> None:
+    """Raise `MismatchError` if readers would not recognise a file, from {the file's key: module}."""
+    if image_names.find_layout(modules) is None:
         raise_listed(
             MismatchError,
             f"{tensors.source}: cannot write one file of {style}: these modules are in no model of a pipeline (unet,"
             " text_encoder, transformer …):",
-            list(strange),
+            list(dict.fromkeys(m for name, m in modules.items() if image_names.find_layout([name]) is None)),
             "\nName a PEFT folder as its model, and convert the folder above it. The flattened names of an unknown"
             " model have only kohya-ss' form",
         )
-    return names, alphas, settings if in_header else {}
 
 
 # ---------------------------------------------------------------- one folder for each model
