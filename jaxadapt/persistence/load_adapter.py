@@ -118,6 +118,7 @@ def load(
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     with reporter(progress) as report:
         place = folder.find_adapter(path, name, report)
+    open_file = verify_folder.open_repaired if repair else folder.open_adapter
     if held.foreign is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
@@ -128,7 +129,6 @@ def load(
             unused,
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
         )
-        open_file = verify_folder.open_repaired if repair else folder.open_adapter
         with reporter(progress) as report, open_file(place) as adapter:
             tensors = folder.in_memory(adapter, lambda _, done, total: report("load", done, total))
         return foreign.fill_tree(held.foreign, tensors, keymap, dtype)
@@ -144,7 +144,6 @@ def load(
         with reporter(progress) as report:
             adapter, adapter_sites = _from_orbax(source, parameters, present, name, options, strict, report)
     else:
-        open_file = verify_folder.open_repaired if repair else folder.open_adapter
         with reporter(progress) as report, open_file(place) as tensors:
             adapter, adapter_sites = peft.adapter_from_tensors(
                 tensors, parameters, *options, report, held.on_shared, strict, check=True
@@ -287,7 +286,9 @@ def _from_orbax(
         flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
     finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, os.fspath(path)), os.fspath(path))
-    return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
+    adapter = Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap)
+    orbax_folder.report_total(report, "load", adapter)
+    return adapter, target_sites
 
 
 def _entries(part: Site | SharedTensor) -> Sequence[PlanEntry]:

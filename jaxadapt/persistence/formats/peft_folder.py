@@ -27,7 +27,7 @@ from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_li
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.persistence import card, findings, fingerprint, reconcile
 from jaxadapt.persistence.findings import Finding, error, warning
-from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
+from jaxadapt.persistence.formats import Format, Opened, Place
 from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import Kinds, TensorSource, dtypes_and_shapes
@@ -199,8 +199,8 @@ def write_with(
     *,
     as_bin: bool = False,
     ahead: bool = False,
-) -> None:
-    """Write an adapter folder as `write` does.
+) -> int:
+    """Write an adapter folder as `folder.write` does; return the number of its tensors.
 
     Args:
         put: writes the file of tensors, if given.
@@ -225,6 +225,7 @@ def write_with(
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
+    return len(tensors.tensors)
 
 
 def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
@@ -358,9 +359,12 @@ def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     return tensors
 
 
-def _write_wanted(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
-    write_with(tensors, target, None, report, as_bin=wanted.style == "bin", ahead=wanted.ahead)
-    return len(tensors.tensors)
-
-
-FORMAT = Format(recognises, open_folder, _write_wanted, read_config, styles=("safetensors", "bin"))
+FORMAT = Format(
+    recognises,
+    open_folder,
+    lambda tensors, target, wanted, report: write_with(
+        tensors, target, None, report, as_bin=wanted.style == "bin", ahead=wanted.ahead
+    ),
+    read_config,
+    styles=("safetensors", "bin"),
+)
