@@ -267,8 +267,9 @@ def convert(
         if is_adapter or (from_keymap is None and to_keymap is None):
             options.refuse(source)
             done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
-            total = sum(part.tensors for part in done)
-            return ConvertedFile(str(target), total, None, done[0].rank, done[0].lora_alpha)
+            return ConvertedFile(
+                str(target), sum(part.tensors for part in done), None, done[0].rank, done[0].lora_alpha
+            )
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
     return _convert_layout(source, target, options, format or "safetensors", progress)

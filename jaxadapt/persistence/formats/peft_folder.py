@@ -213,8 +213,8 @@ def write_with(
         )
     if hub.is_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
-    folder = location.to_location(path)
-    if not tensors.tensors:
+    folder, count = location.to_location(path), len(tensors.tensors)
+    if not count:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
     made = atomic.make_folder(folder)
     try:
@@ -225,7 +225,7 @@ def write_with(
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
-    return len(tensors.tensors)
+    return count
 
 
 def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
