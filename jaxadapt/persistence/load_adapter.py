@@ -113,11 +113,11 @@ def load(
     (6, 2)
     """
     dtype = peft.requested_dtype(dtype)
+    with reporter(progress) as report:
+        place = folder.find_adapter(path, name, report)
     held = lora_carrier(target)
     if held.foreign is None and not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
-    with reporter(progress) as report:
-        place = folder.find_adapter(path, name, report)
     open_file = verify_folder.open_repaired if repair else folder.open_adapter
     if held.foreign is not None:
         unused = {
