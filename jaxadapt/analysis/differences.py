@@ -1,16 +1,12 @@
 """The difference of two adapters: configurations, modules, and how far the changes of each weight are apart.
 
-LoRA is compared by the products ΔW = s·B·A, which are never computed; see `low_rank_difference`.
-
-The difference of two changes ΔW = s·B·A, from their factors.
+LoRA is compared by the products ΔW = s·B·A of the factors.
 
 ΔW is never computed. Norms and products follow from small Gram matrices, as
 ⟨B₁·A₁, B₂·A₂⟩ = tr(B₁ᵀB₂ · A₂A₁ᵀ), and ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. Two steps of one run, whose
 factors are nearly equal, would lose their digits in this sum. With the scales in the As and equal ranks,
 ΔW₁ − ΔW₂ = (B₁ − B₂)·A₁ + B₂·(A₁ − A₂) keeps them. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
-orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
-
-The Gram matrices are in float64.
+orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well. These are in float64.
 """
 
 from __future__ import annotations

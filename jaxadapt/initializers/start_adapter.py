@@ -327,6 +327,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
 def convert_start(trained: factors.Plain, first: factors.Plain) -> factors.Plain:
     """Convert a trained adapter as `for_original_base` does, in a model's layout or as PEFT's tensors."""
     config = _require_product_start(trained.config)
+    trained, first = factors.normalize(trained), factors.normalize(first)
     new, old = factors.pairs_of(trained), factors.pairs_of(first, "first")
     sizes = [{name: (pair.rank, *pair.sizes) for name, pair in pairs.items()} for pairs in (new, old)]
     differ = sorted(name for name in sizes[0].keys() | sizes[1].keys() if sizes[0].get(name) != sizes[1].get(name))

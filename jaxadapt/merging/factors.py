@@ -1,8 +1,9 @@
-"""Adapters of a model as pairs of matrices, and back; the leaves of its weights as matrices; the SVD of a product.
+"""Plain LoRA as pairs, from an adapter of a model or from PEFT's tensors, and back; and the numerics of pairs.
 
-    Adapter ──adapter_pairs──► {module: Pair} ──arithmetic──► {module: Pair} ──build_adapter──► Adapter
+    Adapter │ PeftTensors ──pairs_of──► {module: Pair} ──arithmetic──► {module: Pair} ──build──► Adapter │ PeftTensors
 
-The pairs are those of PEFT's tensors (`pairs`), also where a leaf stacks layers or fuses parts. Pure; runs under jit.
+A leaf that stacks layers or fuses parts is several modules. Weights of a base are read by module as well. Pure; runs
+under jit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import joint_tensors
+from jaxadapt.adapters import joint_tensors, key_names
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
@@ -26,7 +27,7 @@ from jaxadapt.arrays.layout import RANK
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, reasons_not_a_product
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, pair_keys, read_pairs, write_pairs
@@ -83,6 +84,11 @@ def pair_leaves(adapter_sites: Sequence[Site], pairs: Mapping[str, Pair]) -> dic
     return {entry.path: entry.decode(tensors) for entry in entries if entry.keys[0] in tensors}
 
 
+def normalize(source: Plain) -> Plain:
+    """Return PEFT's tensors without an adapter's name in their keys; return anything else unchanged."""
+    return key_names.without_names(source) if isinstance(source, PeftTensors) else source
+
+
 def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[str, Pair]:
     """Return `{module: pair}` of a plain LoRA, in float32 at least.
 
@@ -105,8 +111,11 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
                 f"{source.source}: the tensors do not contain the layout of the parameters in target_parameters. Load"
                 " the adapter into its model, and use jaxadapt.combine or jaxadapt.merging.resize_rank"
             )
-        wide = {key: at_least_float32(jnp.asarray(x)) for key, x in source.tensors.items()}
-        return read_pairs(wide, pair_keys(source), config)
+        if copies := [key for key in source.tensors if key.endswith(".base_layer.weight")]:
+            warn(f"{source.source}: the result leaves out these copies of base weights:\n" + paths.bullets(copies))
+        keys = pair_keys(source)
+        used = [key for own in keys.values() for key in own]
+        return read_pairs({key: at_least_float32(jnp.asarray(source.tensors[key])) for key in used}, keys, config)
     flat = source.flat()
     raise_listed(
         AttachError,
@@ -129,11 +138,13 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
     """
     first = like[0]
     if isinstance(first, PeftTensors):
-        keys = {name: own for each in like if isinstance(each, PeftTensors) for name, own in pair_keys(each).items()}
-        specs = [
-            spec for each in like if isinstance(each, PeftTensors) for spec in as_source(each.tensors).specs.values()
+        files = [each for each in like if isinstance(each, PeftTensors)]
+        keys = {name: own for file in files for name, own in pair_keys(file).items()}
+        dtypes = [
+            as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
         ]
-        cast = finite.cast_tree(write_pairs(pairs, keys), jnp.result_type(*(spec.dtype for spec in specs)), operation)
+        dtype = jnp.result_type(*(dtype if dtype.itemsize > 1 else np.float32 for dtype in dtypes))
+        cast = finite.cast_tree(write_pairs(pairs, keys), dtype, operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
     adapters = [each for each in like if isinstance(each, Adapter)]
     shapes = _new_shapes(adapters, pairs)

@@ -137,6 +137,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
 def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[factors.Plain, dict[str, Any]]:
     """Resize a plain LoRA as `resize_rank` does, in a model's layout or as PEFT's tensors; return the errors too."""
     _check_rank(r)
+    adapter = factors.normalize(adapter)
     pairs = factors.pairs_of(adapter)
     parts_of = factors.find_parts([pairs])
     resized: dict[str, Pair] = {}

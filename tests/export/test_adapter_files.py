@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import merge_files
+from jaxadapt.merging import rank_reduction
 from jaxadapt.models import LoraTree
 from jaxadapt.storage import orbax
 
@@ -64,6 +65,28 @@ def test_resize_keeps_the_best_approximation(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here
+def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_out():
+    rng = np.random.default_rng(0)
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"])
+    plain = {
+        f"{P}q.lora_{side}.weight": rng.standard_normal(shape, "f4") for side, shape in (("A", (2, 3)), ("B", (4, 2)))
+    }
+    named = {key.replace(".weight", ".default.weight"): x for key, x in plain.items()}
+    wanted, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, plain), 4)
+    with pytest.warns(UserWarning, match="'default' is removed from its 2 keys"):
+        found, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, named), 4)
+    assert found.tensors.keys() == plain.keys()
+    for key, x in wanted.tensors.items():
+        np.testing.assert_array_equal(found.tensors[key], x)
+    narrow = {key: x.astype(ml_dtypes.float8_e4m3fn) for key, x in plain.items()}
+    resized, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, narrow), 4)
+    assert {x.dtype.name for x in resized.tensors.values()} == {"float32"}
+    copies = plain | {f"{P}q.base_layer.weight": np.ones((4, 3), "f4")}
+    with pytest.warns(UserWarning, match="leaves out these copies of base weights"):
+        resized, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, copies), 4)
+    assert resized.tensors.keys() == plain.keys()
+
+
 def test_what_a_copied_module_prevents_is_said(tmp_path: Path):
     config = CONFIG.replace(modules_to_save=["norm"])
     copy = {f"{P}model.norm.weight": np.ones(8, "float32")}
