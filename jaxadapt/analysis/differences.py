@@ -48,16 +48,6 @@ class Factors(NamedTuple):
     """(experts, r, 1), float64; the rows of A are multiplied by it."""
 
 
-class ProductDifference(NamedTuple):
-    """The difference of two products; the fields are those of `ModuleDifference`."""
-
-    norms: tuple[float, float]
-    distance: float
-    cosine: float
-    output_angles: tuple[float, float] | None
-    input_angles: tuple[float, float] | None
-
-
 _NEAR = 1e-4
 """Ratio of the squared distance to the squared norms below which it is computed from the factors' differences."""
 
@@ -89,7 +79,7 @@ def _grams(
     return _Grams(x @ x.swapaxes(1, 2), x @ columns, y @ columns)
 
 
-def compare_products(one: Factors, other: Factors) -> ProductDifference:
+def compare_products(module: str, one: Factors, other: Factors) -> ModuleDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
     a = _grams(one.a, other.a, one.scale, other.scale)
     b = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2))
@@ -104,7 +94,8 @@ def compare_products(one: Factors, other: Factors) -> ProductDifference:
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
     cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
     cosine = cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))
-    return ProductDifference(norms, math.sqrt(max(square, 0.0)), cosine, *_angles(b, a))
+    distance, ranks = math.sqrt(max(square, 0.0)), (one.a.shape[1], other.a.shape[1])
+    return ModuleDifference(module, "LoRA", norms, distance, cosine, ranks, *_angles(b, a))
 
 
 _SMALLEST = 1e-13
@@ -406,11 +397,7 @@ def _compare(module: str, config: Config, other: Config, x: _Arrays, y: _Arrays)
     sizes = [(factors.b.shape[1], factors.a.shape[2]) for factors in pair]
     if sizes[0] != sizes[1] or len(pair[0].a) != len(pair[1].a):
         return f"{module}: {list(sizes[0])} and {list(sizes[1])}"
-    found = compare_products(*pair)
-    ranks = pair[0].a.shape[1], pair[1].a.shape[1]
-    return ModuleDifference(
-        module, "LoRA", found.norms, found.distance, found.cosine, ranks, found.output_angles, found.input_angles
-    )
+    return compare_products(module, *pair)
 
 
 def _compare_stored(name: str, x: _Arrays, y: _Arrays) -> ModuleDifference | str:

@@ -27,7 +27,6 @@ from jaxadapt.initializers import statistics
 from jaxadapt.initializers.kinds import Initialization, init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
@@ -342,10 +341,12 @@ def convert_start(trained: factors.Plain, first: factors.Plain) -> factors.Plain
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
     )
-    pairs: dict[str, Pair] = {}
-    for name, pair in new.items():
-        a, b = jnp.concatenate([pair.a, old[name].a], -2), jnp.concatenate([pair.b, -old[name].b], -1)
-        pairs[name] = dataclasses.replace(pair, a=a, b=b)
+    pairs = {
+        name: dataclasses.replace(
+            pair, a=jnp.concatenate([pair.a, old[name].a], -2), b=jnp.concatenate([pair.b, -old[name].b], -1)
+        )
+        for name, pair in new.items()
+    }
     return factors.build(pairs, doubled, [trained, first], "for_original_base")
 
 

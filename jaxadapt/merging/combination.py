@@ -189,7 +189,7 @@ def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], opt
         if isinstance(first, Adapter):
             return dataclasses.replace(first, params=paths.unflatten(summed))
         return dataclasses.replace(first, tensors=summed)
-    adapters = [factors.normalize(adapter) for adapter in adapters]
+    adapters = list(map(factors.normalize, adapters))
     by_adapter = [factors.pairs_of(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
     _check_sizes(by_adapter, method)
     ranks = [config.largest_rank for config in configs]

@@ -85,8 +85,12 @@ def pair_leaves(adapter_sites: Sequence[Site], pairs: Mapping[str, Pair]) -> dic
 
 
 def normalize(source: Plain) -> Plain:
-    """Return PEFT's tensors without an adapter's name in their keys; return anything else unchanged."""
-    return key_names.without_names(source) if isinstance(source, PeftTensors) else source
+    """Return PEFT's tensors without an adapter's name in their keys, and warn of copies of base weights."""
+    if not isinstance(source, PeftTensors):
+        return source
+    if copies := [key for key in source.tensors if key.endswith(".base_layer.weight")]:
+        warn(f"{source.source}: the result leaves out these copies of base weights:\n" + paths.bullets(copies))
+    return key_names.without_names(source)
 
 
 def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[str, Pair]:
@@ -111,8 +115,6 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
                 f"{source.source}: the tensors do not contain the layout of the parameters in target_parameters. Load"
                 " the adapter into its model, and use jaxadapt.combine or jaxadapt.merging.resize_rank"
             )
-        if copies := [key for key in source.tensors if key.endswith(".base_layer.weight")]:
-            warn(f"{source.source}: the result leaves out these copies of base weights:\n" + paths.bullets(copies))
         keys = pair_keys(source)
         used = [key for own in keys.values() for key in own]
         return read_pairs({key: at_least_float32(jnp.asarray(source.tensors[key])) for key in used}, keys, config)
@@ -138,7 +140,7 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
     """
     first = like[0]
     if isinstance(first, PeftTensors):
-        files = [each for each in like if isinstance(each, PeftTensors)]
+        files: Sequence[Any] = like
         keys = {name: own for file in files for name, own in pair_keys(file).items()}
         dtypes = [
             as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
@@ -146,13 +148,12 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
         dtype = jnp.result_type(*(dtype if dtype.itemsize > 1 else np.float32 for dtype in dtypes))
         cast = finite.cast_tree(write_pairs(pairs, keys), dtype, operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
-    adapters = [each for each in like if isinstance(each, Adapter)]
+    adapters: Sequence[Any] = like
     shapes = _new_shapes(adapters, pairs)
     keymap = common_keymap((adapter.keymap for adapter in adapters), shapes)
-    leaves = pair_leaves(sites_from_shapes(config, keymap, shapes), pairs)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
-    params = paths.unflatten(finite.cast_tree(leaves, dtype, operation))
-    return dataclasses.replace(first, config=config, params=params, keymap=keymap)
+    leaves = finite.cast_tree(pair_leaves(sites_from_shapes(config, keymap, shapes), pairs), dtype, operation)
+    return dataclasses.replace(first, config=config, params=paths.unflatten(leaves), keymap=keymap)
 
 
 def _new_shapes(adapters: Sequence[Adapter], pairs: Mapping[str, Pair]) -> dict[str, dict[str, tuple[int, ...]]]:

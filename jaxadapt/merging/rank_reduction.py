@@ -157,8 +157,7 @@ def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[facto
             names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
             errors |= _error_by_module(names, error.reshape(-1))
     config: Any = adapter.config
-    config = config.with_scale_one(r)
-    config = config if lora.changes_base(config) else config.with_default_init()
+    config = config.with_scale_one(r) if lora.changes_base(config) else config.with_scale_one(r).with_default_init()
     return factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors
 
 
