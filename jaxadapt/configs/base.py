@@ -14,13 +14,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
 from jaxadapt.configs.table import FACTS
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.validation import OBJECT, TASK_TYPES, TEXT, Problems, checked, checks_of, one_of
 from jaxadapt.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ PEFT_VERSION = "0.21.2"
 _UNORDERED = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Config:
     """The fields that every PEFT configuration has. Deeply immutable, hashable and picklable.
 
@@ -177,14 +176,14 @@ class Config:
     (True, False, 8)
     """
 
-    task_type: str | None = field(default=None, compare=False)
+    task_type: str | None = checked(one_of(*TASK_TYPES, optional=True), None, compare=False)
     peft_type: str = ""
-    auto_mapping: Mapping[str, Any] | None = field(default=None, compare=False)
-    peft_version: str | None = field(default=PEFT_VERSION, compare=False)
-    base_model_name_or_path: str | None = field(default=None, compare=False)
-    revision: str | None = field(default=None, compare=False)
-    inference_mode: bool = field(default=False, compare=False)
-    extra: Mapping[str, Any] = field(default_factory=FrozenDict)
+    auto_mapping: Mapping[str, Any] | None = checked(OBJECT, None, compare=False)
+    peft_version: str | None = checked(TEXT, PEFT_VERSION, compare=False)
+    base_model_name_or_path: str | None = checked(TEXT, None, compare=False)
+    revision: str | None = checked(TEXT, None, compare=False)
+    inference_mode: bool = dataclasses.field(default=False, compare=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
 
     # {peft_type: class} of every loaded subclass for one type, the default of its field `peft_type`. `class_of` loads
     # those of the table.
@@ -249,8 +248,8 @@ class Config:
         own = type(self).peft_type
         if own and self.peft_type != own:
             problems.add("peft_type", f'"{own}"', self.peft_type, "use configs.loads to read any type")
-        for name in _field_names(type(self)):
-            self._check_field(problems, name, getattr(self, name))
+        for name, check in checks_of(type(self)):
+            check(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return
@@ -269,10 +268,6 @@ class Config:
             if isinstance(targets, str) and not with_expression and self.get(name) is not None:
                 way_out = "write the layers into the expression, or make target_modules a list"
                 problems.add(name, "null if target_modules is a string", self.get(name), way_out)
-
-    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
-        """Add a problem if a field's value is of the wrong kind."""
-        problems.check(name, value)
 
     @cached_property
     def _lookup_cache(self) -> dict[tuple[str, str], Any]:
@@ -462,7 +457,7 @@ def class_of(peft_type: str) -> type[Config] | None:
     return Config.classes.get(peft_type)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
     """The configuration of a method without a class of its own; `extra` keeps the keys of the method.
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.validation import INTEGER, NUMBER, PROBABILITY, RANK, RANKS, Problems, checked, one_of
 
 __all__ = [
     "C3AConfig",
@@ -48,18 +48,13 @@ class C3AConfig(LayersConfig):
     256
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "block_size": "rank",
-        "block_size_pattern": "ranks",
-        "bias": ("none", "all", "c3a_only"),
-        "init_weights": (True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
-    }
-
     peft_type: str = "C3A"
-    block_size: int = 256
-    bias: str = "none"
-    block_size_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
-    init_weights: bool | str = "xavier_uniform"
+    block_size: int = checked(RANK, 256)
+    bias: str = checked(one_of("none", "all", "c3a_only"), "none")
+    block_size_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
+    init_weights: bool | str = checked(
+        one_of(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"), "xavier_uniform"
+    )
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -100,20 +95,14 @@ class FourierFTConfig(LayersConfig):
     1000
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "n_frequency": "rank",
-        "n_frequency_pattern": "ranks",
-        "bias": ("none", "all", "fourier_only"),
-    }
-
     peft_type: str = "FOURIERFT"
-    n_frequency: int = 1000
+    n_frequency: int = checked(RANK, 1000)
     scaling: float = 150.0
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
     exclude_modules: str | Collection[str] | None = None
-    bias: str = "none"
-    n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    bias: str = checked(one_of("none", "all", "fourier_only"), "none")
+    n_frequency_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
     init_weights: bool = False
 
     def _check(self, problems: Problems) -> None:
@@ -147,24 +136,17 @@ class PveraConfig(LayersConfig):
     256
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "pvera_dropout": "probability",
-        "bias": ("none", "all", "pvera_only"),
-        "generator_seed": "integer",
-    }
-
     peft_type: str = "PVERA"
-    r: int = 256
+    r: int = checked(RANK, 256)
     projection_prng_key: int = 0
     save_projection: bool = True
-    pvera_dropout: float = 0.0
+    pvera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "pvera_only"), "none")
     init_weights: bool = True
     sample_at_inference: bool = False
-    generator_seed: int | None = None
+    generator_seed: int | None = checked(INTEGER, None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -191,22 +173,16 @@ class RandLoraConfig(LayersConfig):
     640
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "randlora_dropout": "probability",
-        "bias": ("none", "all", "randlora_only"),
-    }
-
     peft_type: str = "RANDLORA"
-    r: int = 32
+    r: int = checked(RANK, 32)
     projection_prng_key: int = 0
     save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: float = 0.0
+    randlora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
     randlora_alpha: int = 640
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "randlora_only"), "none")
     init_weights: bool = True
 
 
@@ -237,26 +213,17 @@ class TinyLoraConfig(LayersConfig):
     64
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "u": "rank",
-        "tinylora_dropout": "probability",
-        "weight_tying": "number",
-        "init_weights": (True, False, "uniform"),
-        "bias": ("none", "all", "tinylora_only"),
-    }
-
     peft_type: str = "TINYLORA"
-    r: int = 2
-    u: int = 64
-    weight_tying: float = 0.0
+    r: int = checked(RANK, 2)
+    u: int = checked(RANK, 64)
+    weight_tying: float = checked(NUMBER, 0.0)
     projection_seed: int = 42
     save_projection: bool = True
     init_v_bound: float = 0.02
-    tinylora_dropout: float = 0.0
+    tinylora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = "none"
-    init_weights: bool | str = True
+    bias: str = checked(one_of("none", "all", "tinylora_only"), "none")
+    init_weights: bool | str = checked(one_of(True, False, "uniform"), True)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -288,20 +255,13 @@ class UniLoraConfig(LayersConfig):
     256
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "theta_d_length": "rank",
-        "unilora_dropout": "probability",
-        "bias": ("none", "all", "unilora_only"),
-    }
-
     peft_type: str = "UNILORA"
-    r: int = 4
+    r: int = checked(RANK, 4)
     proj_seed: int = 42
-    theta_d_length: int = 256
-    unilora_dropout: float = 0.0
+    theta_d_length: int = checked(RANK, 256)
+    unilora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "unilora_only"), "none")
     init_theta_d_bound: float = 0.02
     init_weights: bool = True
     save_indices: bool = False
@@ -338,25 +298,16 @@ class VBLoRAConfig(LayersConfig):
     256
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "num_vectors": "rank",
-        "vector_length": "rank",
-        "topk": "rank",
-        "vblora_dropout": "probability",
-        "bias": ("none", "all", "vblora_only"),
-    }
-
     peft_type: str = "VBLORA"
-    r: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
+    r: int = checked(RANK, 4)
+    num_vectors: int = checked(RANK, 256)
+    vector_length: int = checked(RANK, 256)
+    topk: int = checked(RANK, 2)
     exclude_modules: str | Collection[str] | None = None
     save_only_topk_weights: bool = False
-    vblora_dropout: float = 0.0
+    vblora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "vblora_only"), "none")
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
@@ -389,20 +340,14 @@ class VeraConfig(LayersConfig):
     256
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "vera_dropout": "probability",
-        "bias": ("none", "all", "vera_only"),
-    }
-
     peft_type: str = "VERA"
-    r: int = 256
+    r: int = checked(RANK, 256)
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "vera_only"), "none")
     init_weights: bool = True
 
 
@@ -432,21 +377,15 @@ class WaveFTConfig(LayersConfig):
     'db1'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "n_frequency": "rank",
-        "n_frequency_pattern": "ranks",
-        "bias": ("none", "all", "waveft_only"),
-    }
-
     peft_type: str = "WAVEFT"
-    n_frequency: int = 2592
+    n_frequency: int = checked(RANK, 2592)
     scaling: float = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
     exclude_modules: str | Collection[str] | None = None
-    bias: str = "none"
-    n_frequency_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    bias: str = checked(one_of("none", "all", "waveft_only"), "none")
+    n_frequency_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
     proportional_parameters: bool = False
     init_weights: bool = True

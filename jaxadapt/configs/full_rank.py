@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from jaxadapt.configs.base import Change, Config
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.configs.method_config import LayersConfig, MethodConfig, TargetsConfig
-from jaxadapt.configs.validation import Problems, is_int, is_ints, is_number
+from jaxadapt.configs.validation import (
+    ANY,
+    FLAG_OR_NULL,
+    INTEGER,
+    PROBABILITY,
+    RANK,
+    Problems,
+    checked,
+    is_int,
+    is_ints,
+    is_number,
+    one_of,
+)
 
 __all__ = [
     "BOFTConfig",
@@ -47,8 +59,6 @@ class BeftConfig(TargetsConfig):
     True
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {}
-
     peft_type: str = "BEFT"
     init_weights: bool = True
 
@@ -76,20 +86,14 @@ class BOFTConfig(LayersConfig):
     4
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "boft_n_butterfly_factor": "rank",
-        "boft_dropout": "probability",
-        "bias": ("none", "all", "boft_only"),
-    }
-
     peft_type: str = "BOFT"
     boft_block_size: int = 4
     boft_block_num: int = 0
-    boft_n_butterfly_factor: int = 1
+    boft_n_butterfly_factor: int = checked(RANK, 1)
     exclude_modules: str | Collection[str] | None = None
-    boft_dropout: float = 0.0
+    boft_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "boft_only"), "none")
     init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
@@ -119,14 +123,12 @@ class HRAConfig(LayersConfig):
     8
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "bias": ("none", "all", "hra_only")}
-
     peft_type: str = "HRA"
-    r: int = 8
+    r: int = checked(RANK, 8)
     apply_GS: bool = False
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "hra_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -173,7 +175,7 @@ class IA3Config(Config):
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     feedforward_modules: str | Collection[str] | None = None
-    fan_in_fan_out: bool | None = False
+    fan_in_fan_out: bool | None = checked(FLAG_OR_NULL, False)
     modules_to_save: Collection[str] | None = None
     init_ia3_weights: bool = True
 
@@ -220,8 +222,6 @@ class LNTuningConfig(MethodConfig):
     'LN_TUNING'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {}
-
     peft_type: str = "LN_TUNING"
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
@@ -255,25 +255,19 @@ class OFTConfig(LayersConfig):
     32
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "module_dropout": "probability",
-        "bias": ("none", "all", "oft_only"),
-        "num_cayley_neumann_terms": "rank",
-    }
-
     peft_type: str = "OFT"
     r: int = 0
     oft_block_size: int = 32
-    module_dropout: float = 0.0
+    module_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "oft_only"), "none")
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: int = checked(RANK, 5)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -303,12 +297,10 @@ class OSFConfig(TargetsConfig):
     >>> OSFConfig(target_modules=["q_proj"]).effective_rank
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"effective_rank": "any", "init_weights": (True, False, None)}
-
     peft_type: str = "OSF"
-    effective_rank: int | float | None = None
+    effective_rank: int | float | None = checked(ANY, None)
     rank_pattern: Mapping[str, int | float] | None = None
-    init_weights: bool | None = True
+    init_weights: bool | None = checked(one_of(True, False, None), True)
     target_svd_config: Mapping[str, int] | None = None
 
     def _check(self, problems: Problems) -> None:
@@ -343,11 +335,9 @@ class RoadConfig(TargetsConfig):
     'road_1'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"variant": ("road_1", "road_2", "road_4"), "group_size": "rank"}
-
     peft_type: str = "ROAD"
-    variant: str = "road_1"
-    group_size: int = 64
+    variant: str = checked(one_of("road_1", "road_2", "road_4"), "road_1")
+    group_size: int = checked(RANK, 64)
     init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
@@ -377,12 +367,10 @@ class ShiraConfig(TargetsConfig):
     32
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "random_seed": "integer"}
-
     peft_type: str = "SHIRA"
-    r: int = 32
+    r: int = checked(RANK, 32)
     mask_type: str = "random"
-    random_seed: int | None = None
+    random_seed: int | None = checked(INTEGER, None)
     fan_in_fan_out: bool = False
     init_weights: bool = True
 
@@ -411,14 +399,12 @@ class SupertuningConfig(TargetsConfig):
     8
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"r": "any", "lora_alpha": "any", "lora_dropout": "probability"}
-
     peft_type: str = "SUPERTUNING"
     sparsity: float = 0.99
     select_top: bool = True
-    r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    r: int | None = checked(ANY, None)
+    lora_alpha: float | None = checked(ANY, None)
+    lora_dropout: float = checked(PROBABILITY, 0.0)
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
@@ -457,8 +443,6 @@ class TrainableTokensConfig(MethodConfig):
     >>> TrainableTokensConfig(token_indices=[5, 7]).token_indices
     (5, 7)
     """
-
-    checks: ClassVar[Mapping[str, Any]] = {}
 
     peft_type: str = "TRAINABLE_TOKENS"
     token_indices: Collection[int] = ()

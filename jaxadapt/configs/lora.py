@@ -9,13 +9,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.table import FACTS
-from jaxadapt.configs.validation import Problems
+from jaxadapt.configs.validation import (
+    ANY,
+    FLAG_OR_NULL,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    PROBABILITY,
+    RANK,
+    RANKS,
+    TEXT,
+    Problems,
+    checked,
+    one_of,
+)
 from jaxadapt.core.errors import ConfigError, raise_listed
 
 __all__ = ["LoraConfig"]
@@ -189,7 +202,47 @@ _SPELLINGS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoraConfig(Config):
+class LoraFields(Config):
+    """The fields of LoRA, which AdaLoRA has too; `LoraConfig` describes them."""
+
+    r: int = checked(RANK, 8)
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    lora_alpha: int | float = checked(NUMBER, 8)
+    lora_dropout: float = checked(PROBABILITY, 0.0)
+    fan_in_fan_out: bool | None = checked(FLAG_OR_NULL, False)  # some files have null
+    bias: str = checked(one_of("none", "all", "lora_only"), "none")
+    use_rslora: bool = False
+    modules_to_save: Collection[str] | None = None
+    init_lora_weights: bool | str = checked(ANY, True)
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    rank_pattern: Mapping[str, Any] | None = None
+    alpha_pattern: Mapping[str, int | float] | None = checked(NUMBERS, FrozenDict())
+    megatron_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    megatron_core: str | None = checked(TEXT, "megatron.core")
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    loftq_config: Mapping[str, Any] | None = checked(OBJECT, FrozenDict())
+    eva_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    corda_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    lora_ga_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    use_dora: bool = False
+    velora_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    alora_invocation_tokens: Collection[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = checked(RANK, 16)
+    monteclora_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    layer_replication: Collection[Collection[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: Collection[str] | None = None
+    use_bdlora: Mapping[str, Any] | None = checked(OBJECT, None)
+    arrow_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    kasa_config: Mapping[str, Any] | None = checked(OBJECT, None)
+    ensure_weight_tying: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LoraConfig(LoraFields):
     """LoRA (arXiv:2106.09685): y = W x + s · B A x with s = lora_alpha / r (or / √r with `use_rslora`).
 
     The fields are PEFT's, in PEFT's order. Sub-configurations of variants are objects and keep every key. "Refused"
@@ -281,40 +334,8 @@ class LoraConfig(Config):
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
 
     peft_type: str = "LORA"
-    r: int = 8
-    target_modules: str | Collection[str] | None = None
-    exclude_modules: str | Collection[str] | None = None
-    lora_alpha: int | float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool | None = False  # some files have null
-    bias: str = "none"
-    use_rslora: bool = False
-    modules_to_save: Collection[str] | None = None
-    init_lora_weights: bool | str = True
-    layers_to_transform: int | Collection[int] | None = None
-    layers_pattern: str | Collection[str] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
-    alpha_pattern: Mapping[str, int | float] = field(default_factory=FrozenDict)
-    megatron_config: Mapping[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
-    loftq_config: Mapping[str, Any] | None = field(default_factory=FrozenDict)
-    eva_config: Mapping[str, Any] | None = None
-    corda_config: Mapping[str, Any] | None = None
-    lora_ga_config: Mapping[str, Any] | None = None
-    use_dora: bool = False
-    velora_config: Mapping[str, Any] | None = None
-    alora_invocation_tokens: Collection[int] | None = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: Mapping[str, Any] | None = None
-    layer_replication: Collection[Collection[int]] | None = None
-    lora_bias: bool = False
-    target_parameters: Collection[str] | None = None
-    use_bdlora: Mapping[str, Any] | None = None
-    arrow_config: Mapping[str, Any] | None = None
-    kasa_config: Mapping[str, Any] | None = None
-    ensure_weight_tying: bool = False
+    rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
+    alpha_pattern: Mapping[str, int | float] = checked(NUMBERS, FrozenDict())
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module or parameter.

@@ -6,12 +6,25 @@ The fields and defaults are those of PEFT 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.lora import LoraFields
 from jaxadapt.configs.method_config import LayersConfig, RanksConfig
-from jaxadapt.configs.validation import CHECKS, Problems
+from jaxadapt.configs.validation import (
+    ANY,
+    INTEGER,
+    NUMBER,
+    NUMBERS,
+    PROBABILITY,
+    RANK,
+    SIZE,
+    Problems,
+    checked,
+    is_int,
+    one_of,
+)
 
 __all__ = [
     "AdaLoraConfig",
@@ -27,7 +40,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AdaLoraConfig(LayersConfig):
+class AdaLoraConfig(LoraFields):
     """AdaLoRA (arXiv:2303.10512): LoRA with a diagonal E between A and B, whose ranks shrink during training.
 
     The fields are those of `LoraConfig` and the schedule of the allocator. PEFT ignores some of the former. Besides the
@@ -62,11 +75,6 @@ class AdaLoraConfig(LayersConfig):
     12
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        **dict.fromkeys(("r", "target_r", "init_r", "deltaT"), "rank"),
-        "rank_pattern": "any",
-        "total_step": "any",
-    }
     ignored: ClassVar[tuple[str, ...]] = (
         "r", "use_rslora", "alpha_pattern", "megatron_config", "eva_config", "corda_config", "lora_ga_config",
         "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
@@ -74,45 +82,17 @@ class AdaLoraConfig(LayersConfig):
     )  # fmt: skip
 
     peft_type: str = "ADALORA"
-    r: int = 8
-    exclude_modules: str | Collection[str] | None = None
-    lora_alpha: int | float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool | None = False
-    bias: str = "none"
-    use_rslora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: Mapping[str, Collection[bool]] | None = None
-    alpha_pattern: Mapping[str, int | float] | None = field(default_factory=FrozenDict)
-    megatron_config: Mapping[str, Any] | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
-    loftq_config: Mapping[str, Any] | None = field(default_factory=FrozenDict)
-    eva_config: Mapping[str, Any] | None = None
-    corda_config: Mapping[str, Any] | None = None
-    lora_ga_config: Mapping[str, Any] | None = None
-    use_dora: bool = False
-    velora_config: Mapping[str, Any] | None = None
-    alora_invocation_tokens: Collection[int] | None = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: Mapping[str, Any] | None = None
-    layer_replication: Collection[Collection[int]] | None = None
-    lora_bias: bool = False
-    target_parameters: Collection[str] | None = None
-    use_bdlora: Mapping[str, Any] | None = None
-    arrow_config: Mapping[str, Any] | None = None
-    kasa_config: Mapping[str, Any] | None = None
-    ensure_weight_tying: bool = False
-    target_r: int = 8
-    init_r: int = 12
+    rank_pattern: Mapping[str, Collection[bool]] | None = checked(ANY, None)
+    target_r: int = checked(RANK, 8)
+    init_r: int = checked(RANK, 12)
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1
+    deltaT: int = checked(RANK, 1)
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
-    total_step: int | None = None
+    total_step: int | None = checked(ANY, None)
 
     def mask_of(self, module: str) -> tuple[bool, ...]:
         """Return for each of the first ranks of a PyTorch module if it remains in the tensors of a file.
@@ -123,32 +103,28 @@ class AdaLoraConfig(LayersConfig):
         masks = self.rank_pattern or {}
         return tuple(masks.get(f"{module}.lora_E", (True,) * self.init_r))
 
-    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
-        if name in CHECKS and name not in self.checks:
-            problems.check(name, value)
-        else:
-            super()._check_field(problems, name, value)
-
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
+        self._check_layers(problems, with_expression=True)
         for name in ("use_dora", "loftq_config"):
             if self.get(name):
                 problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
-        if not isinstance(cast("object", self.init_lora_weights), bool | str):
-            problems.add("init_lora_weights", "true or false", self.init_lora_weights)
-        for name in ("tinit", "tfinal", "orth_reg_weight"):
-            if name not in problems and self.get(name) < 0:
-                problems.add(name, "a number of at least 0", self.get(name))
         for name in ("beta1", "beta2"):
             if name not in problems and not 0 < self.get(name) < 1:
                 problems.add(name, "a number in (0, 1)", self.get(name))
+        self._check_steps(problems)
+        self._check_masks(problems)
+
+    def _check_steps(self, problems: Problems) -> None:
+        for name in ("tinit", "tfinal", "orth_reg_weight"):
+            if name not in problems and self.get(name) < 0:
+                problems.add(name, "a number of at least 0", self.get(name))
         steps: Any = self.total_step
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        if steps is not None and not (is_int(steps) and steps > 0):
             problems.add("total_step", "a positive integer or null", steps)
         elif steps and not ("tinit" in problems or "tfinal" in problems) and self.tinit >= steps - self.tfinal:
             way_out = "decrease tinit or tfinal, or increase total_step"
             problems.add("tinit", "less than total_step - tfinal", self.tinit, way_out)
-        self._check_masks(problems)
 
     def _check_masks(self, problems: Problems) -> None:
         masks: Any = self.rank_pattern
@@ -186,25 +162,17 @@ class DeftConfig(LayersConfig):
     'relu'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "decomposition_method": ("relu", "qr"),
-        "deft_dropout": "probability",
-        "bias": ("none", "all", "deft_only"),
-        "alpha": "integer",
-    }
-
     peft_type: str = "DEFT"
-    r: int = 8
+    r: int = checked(RANK, 8)
     exclude_modules: str | Collection[str] | None = None
-    decomposition_method: str = "relu"
+    decomposition_method: str = checked(one_of("relu", "qr"), "relu")
     init_scale: float = 1.0
-    alpha: int | None = None
+    alpha: int | None = checked(INTEGER, None)
     para: bool = False
     fan_in_fan_out: bool = False
-    deft_dropout: float = 0.0
+    deft_dropout: float = checked(PROBABILITY, 0.0)
     init_weights: bool = True
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "deft_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -229,21 +197,13 @@ class DeloraConfig(RanksConfig):
     15
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "delora_lambda": "number",
-        "module_dropout": "probability",
-        "lambda_pattern": "numbers",
-        "bias": ("none", "all", "delora_only"),
-    }
-
     peft_type: str = "DELORA"
-    delora_lambda: int | float = 15
-    module_dropout: float = 0.0
+    delora_lambda: int | float = checked(NUMBER, 15)
+    module_dropout: float = checked(PROBABILITY, 0.0)
     exclude_modules: str | Collection[str] | None = None
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "delora_only"), "none")
     init_weights: bool = True
-    lambda_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+    lambda_pattern: Mapping[str, float] | None = checked(NUMBERS, FrozenDict())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -268,23 +228,14 @@ class GraloraConfig(LayersConfig):
     2
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "hybrid_r": "size",
-        "alpha": "number",
-        "gralora_k": "rank",
-        "gralora_dropout": "probability",
-        "bias": ("none", "all", "gralora_only"),
-    }
-
     peft_type: str = "GRALORA"
-    r: int = 32
-    hybrid_r: int = 0
-    alpha: int | float = 64
-    gralora_dropout: float = 0.0
-    gralora_k: int = 2
+    r: int = checked(RANK, 32)
+    hybrid_r: int = checked(SIZE, 0)
+    alpha: int | float = checked(NUMBER, 64)
+    gralora_dropout: float = checked(PROBABILITY, 0.0)
+    gralora_k: int = checked(RANK, 2)
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: str = checked(one_of("none", "all", "gralora_only"), "none")
     init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
@@ -315,15 +266,13 @@ class HiraConfig(LayersConfig):
     32
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "hira_dropout": "probability", "init_weights": "any"}
-
     peft_type: str = "HIRA"
-    r: int = 32
+    r: int = checked(RANK, 32)
     exclude_modules: str | Collection[str] | None = None
-    hira_dropout: float = 0.0
+    hira_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    init_weights: bool | str | None = True
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    init_weights: bool | str | None = checked(ANY, True)
+    rank_pattern: Mapping[str, int] | None = FrozenDict()
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -354,18 +303,11 @@ class LoHaConfig(RanksConfig):
     8
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "alpha": "number",
-        "rank_dropout": "probability",
-        "module_dropout": "probability",
-    }
-
     peft_type: str = "LOHA"
-    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    alpha: int | float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    alpha_pattern: Mapping[str, float] | None = FrozenDict()
+    alpha: int | float = checked(NUMBER, 8)
+    rank_dropout: float = checked(PROBABILITY, 0.0)
+    module_dropout: float = checked(PROBABILITY, 0.0)
     use_effective_conv2d: bool = False
     exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
@@ -399,25 +341,17 @@ class LoKrConfig(RanksConfig):
     -1
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "alpha": "number",
-        "rank_dropout": "probability",
-        "module_dropout": "probability",
-        "init_weights": (True, False, "lycoris"),
-    }
-
     peft_type: str = "LOKR"
-    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
-    alpha: int | float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    alpha_pattern: Mapping[str, float] | None = FrozenDict()
+    alpha: int | float = checked(NUMBER, 8)
+    rank_dropout: float = checked(PROBABILITY, 0.0)
+    module_dropout: float = checked(PROBABILITY, 0.0)
     use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
     exclude_modules: str | Collection[str] | None = None
-    init_weights: bool | str = True
+    init_weights: bool | str = checked(one_of(True, False, "lycoris"), True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -441,21 +375,13 @@ class MissConfig(LayersConfig):
     64
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        "r": "rank",
-        "mini_r": "rank",
-        "miss_dropout": "probability",
-        "bias": ("none", "all", "MiSS_only"),
-        "init_weights": (True, False, "bat", "mini"),
-    }
-
     peft_type: str = "MISS"
-    r: int = 64
-    miss_dropout: float = 0.0
-    mini_r: int = 1
+    r: int = checked(RANK, 64)
+    miss_dropout: float = checked(PROBABILITY, 0.0)
+    mini_r: int = checked(RANK, 1)
     exclude_modules: str | Collection[str] | None = None
-    init_weights: bool | str = True
-    bias: str = "none"
+    init_weights: bool | str = checked(one_of(True, False, "bat", "mini"), True)
+    bias: str = checked(one_of("none", "all", "MiSS_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -480,11 +406,9 @@ class PeanutConfig(LayersConfig):
     32
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank", "depth": "size"}
-
     peft_type: str = "PEANUT"
-    r: int = 32
-    depth: int = 0
+    r: int = checked(RANK, 32)
+    depth: int = checked(SIZE, 0)
     act_fn: str = "relu"
     scaling: float = 1.0
     exclude_modules: str | Collection[str] | None = None

@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, TypeVar, cast
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import match
 from jaxadapt.core import errors
-from jaxadapt.core.errors import TargetError
 
 # ---------------------------------------------------------------- matching
 
@@ -129,7 +127,7 @@ def is_feedforward(config: Config, name: str) -> bool:
     """
     inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
     if inputs is None:
-        raise TargetError(
+        raise errors.TargetError(
             "feedforward_modules: expected names, found null, which selects PEFT's default only if target_modules is"
             " null too; list the targets whose vectors scale inputs, or write [] for none"
         )
@@ -174,7 +172,7 @@ def resolve_targets(
     if not is_all_linear(config):
         return config
     if linear is None:
-        raise TargetError(
+        raise errors.TargetError(
             'target_modules: cannot resolve "all-linear", because it is unknown which modules are linear; list the'
             " modules instead"
         )
@@ -185,7 +183,7 @@ def resolve_targets(
         left_out = {next((head for head in ("score", "classifier") if head in all_modules), None)}
     chosen = sorted(set(linear) - left_out)
     if not chosen:
-        raise TargetError(
+        raise errors.TargetError(
             'target_modules: "all-linear" matches nothing: the model has no linear layer besides the output layer;'
             " list the modules instead"
         )
@@ -226,11 +224,11 @@ def select_names(
         return chosen
     targets = config.get("target_modules")
     if targets is None:
-        raise TargetError(
+        raise errors.TargetError(
             "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
             f" the modules. Available are {errors.describe_available(names)}"
         )
-    raise TargetError(_no_match_message(resolved, names))
+    raise errors.TargetError(_no_match_message(resolved, names))
 
 
 def _excluded(config: Config, name: str) -> bool:
@@ -385,7 +383,7 @@ def has_fractions(key: str) -> bool:
     return any(part.startswith(tensor_prefixes()) and "indices" not in part for part in key.split("."))
 
 
-@cache
+@functools.cache
 def _names_of(types: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
     """Return the three results for these types of the table."""
     prefixes = {prefix for peft_type in types if (prefix := prefix_of(peft_type)) is not None}

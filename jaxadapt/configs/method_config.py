@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
-from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects, is_int, one_of
+from jaxadapt.configs.validation import RANK, Problems, checked, is_int
 
 # ---------------------------------------------------------------- method config
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MethodConfig(Config):
-    """A configuration that checks each field by its name or by the type of its default.
+    """A configuration of a method.
 
-    Fields that several methods have (`target_modules`, `modules_to_save`, `rank_pattern`, …) have the same check
-    everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
-
-    Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of at least
-            0), "integer" (also null), "number", "probability", "text", "object", "ranks" and "numbers" (objects of
-            patterns with such values), "any", or the tuple of the possible values. Null is valid if it is the field's
-            default.
+    Fields that several methods have (`target_modules`, `modules_to_save`, `layers_pattern`, …) have the same check
+    everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values. Another
+    check is stated with the default: `checked(RANK, 8)` for a positive integer, `SIZE` (an integer of at least 0),
+    `INTEGER` (also null), `NUMBER`, `PROBABILITY`, `TEXT`, `OBJECT`, `RANKS` and `NUMBERS` (objects of patterns with
+    such values), `one_of(…)` of the possible values, or `ANY`.
     """
-
-    checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         self._check_layers(problems, with_expression=True)
-
-    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
-        default = _defaults(type(self)).get(name)
-        check = self.checks.get(name)
-        if isinstance(check, tuple):
-            one_of(*cast("tuple[str | bool, ...]", check), optional=default is None)(problems, name, value)
-        elif check is not None:
-            if value is not None or default is not None:
-                _BY_KIND[check](problems, name, value)
-        elif name in _defaults(Config):
-            problems.check(name, value)
-        elif name in COMMON:
-            problems.common(name, value)
-        elif isinstance(default, bool | int | float | str):
-            _BY_DEFAULT[type(default)](problems, name, value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -70,37 +49,12 @@ class LayersConfig(TargetsConfig):
 class RanksConfig(LayersConfig):
     """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
 
-    r: int = 8
-    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    r: int = checked(RANK, 8)
+    rank_pattern: Mapping[str, int] | None = FrozenDict()
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module."""
         return find_pattern_value(self.rank_pattern, module, self.r)
-
-
-@functools.cache
-def _defaults(cls: type[Config]) -> Mapping[str, Any]:
-    return {item.name: item.default for item in fields(cls)}
-
-
-_BY_KIND: Mapping[str, Check] = {
-    "rank": CHECKS["r"],
-    "size": expects("an integer of at least 0", lambda x: is_int(x) and x >= 0),
-    "probability": CHECKS["lora_dropout"],
-    "text": CHECKS["revision"],
-    "object": CHECKS["auto_mapping"],
-    "integer": expects("an integer or null", lambda x: x is None or is_int(x)),
-    "ranks": CHECKS["rank_pattern"],
-    "number": CHECKS["lora_alpha"],
-    "numbers": CHECKS["alpha_pattern"],
-    "any": lambda problems, field, value: None,
-}
-_BY_DEFAULT: Mapping[type, Check] = {
-    bool: expects("true or false", lambda x: isinstance(x, bool)),
-    int: expects("an integer", is_int),
-    float: CHECKS["lora_alpha"],
-    str: expects("a string", lambda x: isinstance(x, str)),
-}
 
 
 # ---------------------------------------------------------------- prompt
@@ -123,17 +77,14 @@ class PromptLearningConfig(MethodConfig):
         modules_to_save: modules that are trained in full beside the virtual tokens.
     """
 
-    checks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
-        ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), "rank"
-    )
     # The size fields that the file must state. PEFT fills in the others from the base when it loads.
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim")
 
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
+    num_virtual_tokens: int | None = checked(RANK, None)
+    token_dim: int | None = checked(RANK, None)
     num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_attention_heads: int | None = checked(RANK, None)
+    num_layers: int | None = checked(RANK, None)
     modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:

@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
-from jaxadapt.configs.validation import Problems, is_int, is_ints
+from jaxadapt.configs.validation import (
+    ANY,
+    OBJECT,
+    PROBABILITY,
+    RANK,
+    SIZE,
+    TEXT,
+    Problems,
+    checked,
+    is_int,
+    is_ints,
+    one_of,
+)
 
 __all__ = [
     "AdaptionPromptConfig",
@@ -42,12 +54,10 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {"target_modules": "text", "adapter_len": "rank", "adapter_layers": "rank"}
-
     peft_type: str = "ADAPTION_PROMPT"
-    target_modules: str | None = None
-    adapter_len: int | None = None
-    adapter_layers: int | None = None
+    target_modules: str | None = checked(TEXT, None)
+    adapter_len: int | None = checked(RANK, None)
+    adapter_layers: int | None = checked(RANK, None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -69,10 +79,9 @@ class CartridgeConfig(PromptLearningConfig):
     """
 
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
-    checks: ClassVar[Mapping[str, Any]] = {**PromptLearningConfig.checks, "num_frozen_tokens": "size"}
 
     peft_type: str = "CARTRIDGE"
-    num_frozen_tokens: int = 1
+    num_frozen_tokens: int = checked(SIZE, 1)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -111,22 +120,15 @@ class CPTConfig(PromptLearningConfig):
     3
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        **PromptLearningConfig.checks,
-        **dict.fromkeys(_LISTS, "any"),
-        "opt_weighted_loss_type": ("none", "decay"),
-        "tokenizer_name_or_path": "text",
-    }
-
     peft_type: str = "CPT"
-    cpt_token_ids: Sequence[int] | None = None
-    cpt_mask: Sequence[int] | None = None
-    cpt_tokens_type_mask: Sequence[int] | None = None
-    opt_weighted_loss_type: str = "none"
+    cpt_token_ids: Sequence[int] | None = checked(ANY, None)
+    cpt_mask: Sequence[int] | None = checked(ANY, None)
+    cpt_tokens_type_mask: Sequence[int] | None = checked(ANY, None)
+    opt_weighted_loss_type: str = checked(one_of("none", "decay"), "none")
     opt_loss_decay_factor: float = 1.0
     opt_projection_epsilon: float = 0.1
     opt_projection_format_epsilon: float = 0.1
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: str | None = checked(TEXT, None)
 
     def __post_init__(self) -> None:
         ids: Any = (0,) if self.cpt_token_ids is None else self.cpt_token_ids
@@ -182,19 +184,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     'MLP'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        **PromptLearningConfig.checks,
-        "encoder_reparameterization_type": ("MLP", "LSTM"),
-        "encoder_hidden_size": "rank",
-        "encoder_num_layers": "rank",
-        "encoder_dropout": "probability",
-    }
-
     peft_type: str = "P_TUNING"
-    encoder_reparameterization_type: str = "MLP"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_reparameterization_type: str = checked(one_of("MLP", "LSTM"), "MLP")
+    encoder_hidden_size: int | None = checked(RANK, None)
+    encoder_num_layers: int = checked(RANK, 2)
+    encoder_dropout: float = checked(PROBABILITY, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -221,15 +215,10 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
-    checks: ClassVar[Mapping[str, Any]] = {
-        **PromptLearningConfig.checks,
-        "init_weights": ("zero",),
-        "encoder_hidden_size": "rank",
-    }
 
     peft_type: str = "PREFIX_TUNING"
-    init_weights: str | None = None
-    encoder_hidden_size: int | None = None
+    init_weights: str | None = checked(one_of("zero", optional=True), None)
+    encoder_hidden_size: int | None = checked(RANK, None)
     prefix_projection: bool = False
 
 
@@ -255,19 +244,11 @@ class PromptTuningConfig(PromptLearningConfig):
     'RANDOM'
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        **PromptLearningConfig.checks,
-        "prompt_tuning_init": ("TEXT", "SAMPLE_VOCAB", "RANDOM"),
-        "prompt_tuning_init_text": "text",
-        "tokenizer_name_or_path": "text",
-        "tokenizer_kwargs": "object",
-    }
-
     peft_type: str = "PROMPT_TUNING"
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: str | None = None
-    tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: Mapping[str, Any] | None = None
+    prompt_tuning_init: str = checked(one_of("TEXT", "SAMPLE_VOCAB", "RANDOM"), "RANDOM")
+    prompt_tuning_init_text: str | None = checked(TEXT, None)
+    tokenizer_name_or_path: str | None = checked(TEXT, None)
+    tokenizer_kwargs: Mapping[str, Any] | None = checked(OBJECT, None)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -303,20 +284,14 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     1
     """
 
-    checks: ClassVar[Mapping[str, Any]] = {
-        **PromptTuningConfig.checks,
-        "prompt_tuning_init": ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),
-        "prompt_tuning_init_state_dict_path": "text",
-        "prompt_tuning_init_task": "any",
-        "num_ranks": "rank",
-        "num_tasks": "rank",
-    }
-
     peft_type: str = "MULTITASK_PROMPT_TUNING"
-    prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int | None = 0
-    num_ranks: int = 1
-    num_tasks: int = 1
+    prompt_tuning_init: str = checked(
+        one_of("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"), "RANDOM"
+    )
+    prompt_tuning_init_state_dict_path: str | None = checked(TEXT, None)
+    prompt_tuning_init_task: int | None = checked(ANY, 0)
+    num_ranks: int = checked(RANK, 1)
+    num_tasks: int = checked(RANK, 1)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

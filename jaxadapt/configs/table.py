@@ -8,12 +8,11 @@ Llama 3.2 3B, 5,000 steps of 4 examples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 Targets = Mapping[str, Mapping[str, Any]]
 
-_NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
+_NO_FIELDS: Mapping[str, Any] = {}
 
 
 class MethodFacts(NamedTuple):

@@ -6,6 +6,7 @@ the same weakness. An untrusted file must not stop the program, so a slow expres
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -13,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from jaxadapt.core.errors import ConfigError
 
@@ -164,6 +165,8 @@ def _min_width(items: Iterable[tuple[str, Any]]) -> int:
 # ---------------------------------------------------------------- validation
 
 
+_T = TypeVar("_T")
+
 # How PEFT embeds a pattern of each field in the expression that it matches with module names. A key such as "a)(b" is
 # valid inside such an expression and invalid by itself, so only the complete expression is checked.
 TEMPLATES: Mapping[str, str] = {
@@ -177,7 +180,6 @@ TEMPLATES: Mapping[str, str] = {
     **dict.fromkeys(("block_size_pattern", "lambda_pattern", "n_frequency_pattern"), r"(.*\.)?({})$"),
 }
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-BIASES = ("none", "all", "lora_only")
 
 _FULL_MATCH = ("target_modules", "exclude_modules", "feedforward_modules")  # these match the whole name
 
@@ -294,11 +296,6 @@ class Problems:
             raise ConfigError(f"{owner}: {lines[0]}")
         raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
 
-    def check(self, field: str, value: object) -> None:
-        """Add a problem if the frozen value of a field is of another kind than the field's; see `CHECKS`."""
-        if field in CHECKS:
-            CHECKS[field](self, field, value)
-
     def common(self, field: str, value: object) -> None:
         """Check a field that is read from any configuration, even if its class does not have the field."""
         if field in COMMON:
@@ -406,48 +403,31 @@ def _is_tokens(value: Any) -> bool:
     )
 
 
-_flag = expects("true or false", lambda x: isinstance(x, bool))
-_text = expects("a string or null", lambda x: isinstance(x, str | None))
-_object = expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
-_number = expects("a finite number", is_number)
-_rank = expects(
+TEXT = expects("a string or null", lambda x: isinstance(x, str | None))
+OBJECT = expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
+NUMBER = expects("a finite number", is_number)
+RANK = expects(
     "a positive integer",
     lambda x: is_int(x) and x > 0,
     lambda x: f"write {int(x)}" if isinstance(x, float) and x.is_integer() and x > 0 else "",
 )
+SIZE = expects("an integer of at least 0", lambda x: is_int(x) and x >= 0)
+INTEGER = expects("an integer or null", lambda x: x is None or is_int(x))
+PROBABILITY = expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
+FLAG_OR_NULL = expects("true, false or null", lambda x: isinstance(x, bool | None))
+RANKS = _patterns(RANK)
+NUMBERS = _patterns(NUMBER)
+ANY: Check = lambda problems, field, value: None  # noqa: E731 (the configuration's own check follows)
 _strings = expects(  # a single string would be read letter by letter
     "a list of strings or null",
     lambda x: x is None or is_strings(x),
     lambda x: f"write [{_show(x)}]" if isinstance(x, str) else "",
 )
-_ints = expects("a list of integers or null", lambda x: x is None or is_ints(x))
 
-CHECKS: Mapping[str, Check] = {
-    "task_type": one_of(*TASK_TYPES, optional=True),
-    "auto_mapping": _object,
-    **dict.fromkeys(("peft_version", "base_model_name_or_path", "revision", "megatron_core"), _text),
-    "inference_mode": _flag,
-    "r": _rank,
-    "lora_alpha": _number,
-    "lora_dropout": expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1),
-    "bias": one_of(*BIASES),
+COMMON: Mapping[str, Check] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), _selection),
     "modules_to_save": _expressions,
     "target_parameters": _strings,
-    "alora_invocation_tokens": _ints,
-    "rank_pattern": _patterns(_rank),
-    "alpha_pattern": _patterns(_number),
-    "qalora_group_size": _rank,
-    "fan_in_fan_out": expects("true, false or null", lambda x: isinstance(x, bool | None)),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying", "init_ia3_weights"), _flag
-    ),
-    # Settings of variants: each is an object or null (in PEFT a dataclass of its own).
-    **dict.fromkeys(
-        ("megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
-        _object,
-    ),
-    **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "loftq_config"), _object),
     "layers_to_transform": expects(
         "an integer, a list of integers, or null", lambda x: x is None or is_int(x) or is_ints(x)
     ),
@@ -456,23 +436,41 @@ CHECKS: Mapping[str, Check] = {
     "trainable_token_indices": expects(
         "a list of integers, an object of module name -> list of integers, or null", _is_tokens
     ),
+    "alora_invocation_tokens": expects("a list of integers or null", lambda x: x is None or is_ints(x)),
+    "rank_pattern": OBJECT,  # AdaLoRA's values are lists
+    "alpha_pattern": OBJECT,
+    "bias": TEXT,
 }
-"""The check of each field; a field has the same kind in all configuration classes."""
-
-COMMON: Mapping[str, Check] = {
-    **{
-        name: CHECKS[name]
-        for name in (
-            "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters",
-            "layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices",
-            "alora_invocation_tokens",
-        )
-    },
-    "rank_pattern": _object,  # AdaLoRA's values are lists
-    "alpha_pattern": _object,
-    "bias": _text,
-}  # fmt: skip
 """The checks of the fields that are read from any configuration, also one of a class without these fields."""
+
+_BY_DEFAULT: Mapping[type, Check] = {
+    bool: expects("true or false", lambda x: isinstance(x, bool)),
+    int: expects("an integer", is_int),
+    float: NUMBER,
+    str: expects("a string", lambda x: isinstance(x, str)),
+}
+
+
+def checked(check: Check, default: _T, *, compare: bool = True) -> _T:
+    """Return a field of a configuration with a check of its own; null is valid if it is the default."""
+
+    def unless_null(problems: Problems, name: str, value: Any) -> None:
+        if value is not None:
+            check(problems, name, value)
+
+    own = unless_null if default is None else check
+    return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": own}))
+
+
+@functools.cache
+def checks_of(cls: type[Any]) -> tuple[tuple[str, Check], ...]:
+    """Return the fields of a configuration's class with their checks: their own, or that of their name or default."""
+    found = [
+        (item.name, item.metadata.get("check") or COMMON.get(item.name) or _BY_DEFAULT.get(type(item.default)))
+        for item in dataclasses.fields(cls)
+        if item.name not in ("peft_type", "extra")
+    ]
+    return tuple((name, check) for name, check in found if check is not None)
 
 
 def _show(value: object) -> str:
