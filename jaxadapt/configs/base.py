@@ -1,8 +1,7 @@
-"""The base class of all configurations, and `GenericConfig` for methods without a class of their own.
+"""Configurations: the base class, `GenericConfig` for methods without a class of their own, and their text.
 
-`loads` and `dumps` convert between configurations and the text of `adapter_config.json`. A file that is no PEFT
-configuration is an error that says what it is. `Change` measures how much an adapter changes a weight; NumPy is
-imported where it is used.
+`Config` holds the values of an `adapter_config.json`; `loads` and `dumps` convert between the text and a configuration.
+`Change` is the size of the change that an adapter makes to a weight; NumPy is imported where it is used.
 """
 
 from __future__ import annotations

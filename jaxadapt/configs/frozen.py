@@ -1,6 +1,6 @@
-"""Deeply immutable, hashable forms of JSON values, for use as static data of jitted functions.
+"""Deeply immutable, hashable forms of JSON values, for use as static data of jitted functions; patterns as keys.
 
-`PatternIndex` finds the patterns that match a module name: `rank_pattern`, `alpha_pattern` and `modules_to_save`. EVA
+`PatternIndex` looks up the patterns that match a module name: `rank_pattern`, `alpha_pattern` and `modules_to_save`. EVA
 writes one name per module, and a mixture of experts has thousands of modules. So plain names are looked up in a
 dictionary, and only real expressions are tried one by one.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import ItemsView, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Set
 from typing import Any, TypeAlias, TypeVar, cast
 
 from jaxadapt.configs.validation import compile_pattern, match
@@ -278,8 +277,8 @@ def freeze(value: object) -> Frozen:
         return FrozenDict(cast("Mapping[str, Any]", value))
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in cast("list[object]", value))
-    if isinstance(value, AbstractSet):
-        items = [freeze(item) for item in cast("AbstractSet[object]", value)]
+    if isinstance(value, Set):
+        items = [freeze(item) for item in cast("Set[object]", value)]
         return tuple(sorted(items, key=lambda item: (type(item).__name__, item)))
     raise TypeError(f"found {value!r} ({type(value).__name__}), which JSON cannot hold")
 

@@ -1,7 +1,8 @@
-"""LORA: `LoraConfig`, with the fields and defaults of PEFT 0.21.2, and what each field adds to W + s·B·A.
+"""LoRA's configuration, with the fields and defaults of PEFT 0.21.2, and what follows from it.
 
-The size of LoRA's change of a weight follows from its factors. ΔW = s·B·A is not computed: with B = Qb·Rb and
-Aᵀ = Qa·Ra, its singular values are those of the small matrix s·Rb·Raᵀ.
+`EFFECTS` names the fields that make an adapter more than W + s·B·A. `measure` returns the size of the change from its
+factors, with NumPy. ΔW = s·B·A is not computed: with B = Qb·Rb and Aᵀ = Qa·Ra, its singular values are those of the
+small matrix s·Rb·Raᵀ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Selection of module names by a configuration, with PEFT's rules for targets, patterns and exclusions.
 
 Names are module paths such as "model.layers.0.self_attn.q_proj": PyTorch's paths if a keymap of the model family is
-known, and JAX paths otherwise. These functions work on names and never inspect a model. The names of the tensors that
-any method stores end a module's name in a file's key.
+known, and JAX paths otherwise. These functions work on names and never inspect a model. The last ones name the tensors
+in the files of all methods.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base classes of configurations whose values need no checks besides those that follow from fields and defaults."""
+"""The base classes of the methods' configurations: fields that several methods have, described and checked once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import ClassVar
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.validation import RANK, Problems, checked, is_int
-
-# ---------------------------------------------------------------- method config
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -55,9 +53,6 @@ class RanksConfig(LayersConfig):
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module."""
         return find_pattern_value(self.rank_pattern, module, self.r)
-
-
-# ---------------------------------------------------------------- prompt
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -1,7 +1,11 @@
-"""Validation of configuration values; one error lists all problems of a configuration.
+"""The checks of configuration values; one error lists all problems of a configuration.
 
-Python's `re` backtracks: it tries one way to match after the other, and "(a+)+$" has 2^n ways on n letters. PEFT has
-the same weakness. An untrusted file must not stop the program, so a slow expression is refused before it is used.
+A field of a configuration states its own check with its default (`checked`). Other fields have the check of their name,
+which is the same in all classes (`COMMON`), or of their default's type.
+
+A slow regular expression is refused before it is used. Python's `re` backtracks: it tries one way to match after the
+other, and "(a+)+$" has 2^n ways on n letters. PEFT has the same weakness, but an untrusted file must not stop the
+program.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora, matching
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Progress, reporter
@@ -216,8 +215,8 @@ def _renamed_config(
         }
         values["target_modules"] = sorted(targets.values())
     if config.get("feedforward_modules") is not None:
-        inputs = {to for name, to in targets.items() if is_feedforward(config, name)}
-        if is_narrower or inputs != {to for to in targets.values() if is_feedforward(renamed, to)}:
+        inputs = {to for name, to in targets.items() if matching.is_feedforward(config, name)}
+        if is_narrower or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:
             values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
     for field in ("rank_pattern", "alpha_pattern"):
         wanted = _pattern_values(config, field, modules)
