@@ -1,7 +1,7 @@
 """Deeply immutable, hashable forms of JSON values, for use as static data of jitted functions; patterns as keys.
 
-`PatternIndex` looks up the patterns that match a module name: `rank_pattern`, `alpha_pattern` and `modules_to_save`. EVA
-writes one name per module, and a mixture of experts has thousands of modules. So plain names are looked up in a
+`PatternIndex` looks up the patterns that match a module name: `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+EVA writes one name per module, and a mixture of experts has thousands of modules. So plain names are looked up in a
 dictionary, and only real expressions are tried one by one.
 """
 
