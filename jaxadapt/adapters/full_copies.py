@@ -19,11 +19,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
+from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry
@@ -130,29 +128,6 @@ def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMa
 _COPIES = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
 
 
-def redundant_head_keys(
-    config: Config, tensors: Mapping[str, Any], entries: Iterable[PlanEntry], keymap: KeyMap, source: str
-) -> set[str]:
-    """Return the keys of a file that repeat others for the head; raise `MismatchError` if their values differ."""
-    entries = list(entries)
-    first = {entry.path: entry for entry in entries}
-    repeated = {entry.keys[0]: entry for entry in repeat_for_heads(config, entries, keymap) if entry.keys[0] in tensors}
-    different: list[str] = []
-    for key, entry in repeated.items():
-        original_key = first[entry.path].keys[0]
-        if original_key not in tensors:
-            continue  # another check reports missing keys
-        original, repetition = np.asarray(tensors[original_key]), np.asarray(tensors[key])
-        if not np.array_equal(original if entry.form.right == first[entry.path].form.right else original.T, repetition):
-            different.append(f"{key} and {original_key}")
-    raise_listed(
-        MismatchError,
-        f"{source}: the head is tied to the embedding, so these tensors must be equal, and they differ:",
-        different,
-    )
-    return set(repeated)
-
-
 def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
     """Return the token embeddings whose copy replaces the weight in the lookup only; PEFT's head is another module."""
     if config.get("ensure_weight_tying") or not config.get("modules_to_save"):
@@ -167,8 +142,6 @@ def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) ->
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
-
-CopyMethod = Method
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
@@ -203,7 +176,7 @@ def trained_rows(config: Config, module: str, inputs: str | None = None) -> tupl
 
 def copy_method(
     config: Config, module: str, parameter: str, adapted: Mapping[str, int], inputs: str | None = None, kind: str = ""
-) -> CopyMethod | None:
+) -> Method | None:
     """Return how one parameter is copied, None if it is not.
 
     PEFT wraps an adapted module, so the name of its bias contains "base_layer".
@@ -226,7 +199,7 @@ def copy_method(
 
 def copied_entries(
     config: Config, match: Match, sizes: Mapping[str, int], adapted: Mapping[str, int], inputs: str | None = None
-) -> dict[Index, CopyMethod]:
+) -> dict[Index, Method]:
     """Return the copied entries of one leaf, by index over its stacked axes and fused axis.
 
     Raises `ConfigError` if they are copied in different ways.
@@ -243,37 +216,6 @@ def copied_entries(
             " model, or treat them alike"
         )
     return entries
-
-
-def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: str) -> set[str]:
-    """Return the keys of a file that repeat a fully trained module; raise `MismatchError` if values differ.
-
-    With bias="all" PEFT writes the biases of such a module twice more, under the names inside its wrapper: once as they
-    were trained, and once as in the base, which is not used in any computation.
-    """
-    originals = {key: "".join(key.rsplit(part, 1)) for part in WRAPPERS for key in tensors if f"{part}." in key}
-    originals = {
-        key: original
-        for key, original in originals.items()
-        if key not in known and original in known and original in tensors
-    }
-    require_equal(tensors, {key: name for key, name in originals.items() if f"{WRAPPERS[0]}." in key}, source)
-    return set(originals)
-
-
-def require_equal(tensors: Mapping[str, Any], originals: Mapping[str, str], source: str) -> None:
-    """Raise `MismatchError` if a file's tensor differs from the one that it repeats, from `{key: key of that one}`."""
-    raise_listed(
-        MismatchError,
-        f"{source}: these tensors must be equal, since one repeats the other, and they differ:",
-        [
-            f"{key} and {original}"
-            for key, original in originals.items()
-            if key in tensors
-            and original in tensors
-            and not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[original]))
-        ],
-    )
 
 
 WRAPPERS = (".modules_to_save", ".original_module")
@@ -298,7 +240,7 @@ def _match_for_lookup(match: Match) -> Match:
 
 def select_copies(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Mapping[str, int]
-) -> list[tuple[Match, dict[str, int], dict[Index, CopyMethod]]]:
+) -> list[tuple[Match, dict[str, int], dict[Index, Method]]]:
     """Return `(match, sizes, copied entries)` for every leaf that is copied, in the order of `shapes`."""
     if not has_copies(config):
         return []

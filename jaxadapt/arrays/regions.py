@@ -85,6 +85,7 @@ def region_from_slices(index: Sequence[slice], shape: Shape) -> Region:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
+@functools.lru_cache(maxsize=1024)
 def full_region(shape: Shape) -> Region:
     """Return the region that covers a whole array."""
     return tuple((0, size) for size in shape)
@@ -208,7 +209,7 @@ class FileRegion:
     def encode(self, part: Any) -> Any:
         """Convert the values of the leaf's region to the tensor's: a view, unless a factor or a shift applies."""
         tile = part.reshape(self._split_shape).transpose(self.order)
-        return to_file_scale(tile, self.factor, self.shift)
+        return tile if self.is_exact else to_file_scale(tile, self.factor, self.shift)
 
     def decode(self, tile: Any) -> Any:
         """Convert the values of the tensor's region to the leaf's: a view, unless a factor or a shift applies."""

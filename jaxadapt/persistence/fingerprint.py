@@ -254,7 +254,7 @@ def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[st
 
     from jaxadapt.arrays.layout import to_file_scale
 
-    gather = jax.jit(_values_at)
+    gather = jax.jit(lambda array, where: array[where])
     pieces = [_pieces(array, indices) for array, indices, _ in requests]
     taken = [[_read(gather, part, list(where.values())) for part, where in each] for each in pieces]
     digits: list[str] = []
@@ -310,10 +310,6 @@ def _read(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> Any:
         return np.asarray(array)[tuple(zip(*indices, strict=True))]
     padded = [*indices, *indices[-1:] * (VALUES - len(indices))]
     return gather(array, tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True)))
-
-
-def _values_at(array: Any, where: tuple[Any, ...]) -> Any:
-    return array[where]
 
 
 def _hex(values: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.site import SharedTensor, Site
+from jaxadapt.adapters.site import Site, tensor_entries
 from jaxadapt.arrays import finite
 from jaxadapt.configs import Config, lora
 from jaxadapt.core import paths
@@ -24,12 +24,11 @@ from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, formats, peft, save_adapter, verify_folder
+from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter, verify_folder
 
 _TIMEOUT = 300.0  # seconds for each answer of another process
 
@@ -137,17 +136,15 @@ def load(
     if on_mismatch not in (None, "skip"):
         raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
     parameters, present = held.base(), held.attached(name)
-    options = keymap, dtype, stack_axes, example, shardings, on_mismatch
+    options = rules.Options(keymap, dtype, stack_axes, example, shardings, on_mismatch, held.on_shared, strict)
     found = formats.find(place)
     if found is not None and found.write_adapter is not None:  # a format that keeps the model's layout
         source = os.fspath(place.path)
         with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(source, parameters, present, name, options, strict, report)
+            adapter, adapter_sites = _from_orbax(source, parameters, present, name, options, report)
     else:
         with reporter(progress) as report, open_file(place) as tensors:
-            adapter, adapter_sites = peft.adapter_from_tensors(
-                tensors, parameters, *options, report, held.on_shared, strict, check=True
-            )
+            adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, options, report, check=True)
         source = tensors.source
         _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
@@ -255,41 +252,38 @@ def _from_orbax(
     base: BaseParams,
     attached: Adapter | None,
     name: str,
-    options: tuple[Any, Any, Any, Any, Any, Any],
-    strict: bool,
+    options: rules.Options,
     report: Report,
 ) -> tuple[Adapter, tuple[Site, ...]]:
     """Read an Orbax checkpoint into the layout of a base; return the adapter and its sites."""
     from jaxadapt.persistence.formats import orbax_folder
 
-    keymap, dtype, stack_axes, example, shardings, _ = options
     stored = orbax_folder.find_adapter(path, attached, name)
     stored_sites = sites.sites_of(stored.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
-    keymap = planning.target_keymap(base, keymap, keys)
+    keymap = planning.target_keymap(base, options.keymap, keys)
     shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
-    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example, shared)
+    recipe, target_sites = planning.plan_adapter(
+        base, stored.adapter.config, keymap, options.stack_axes, options.example, shared
+    )
     planning.check_kernels(recipe.config, base, target_sites)
     wanted, found = (
-        {entry.path: (entry.shape, entry.keys) for site in (*each, *each.shared) for entry in _entries(site)}
+        {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
         for each in (target_sites, stored_sites)
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
         tensors = orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path)
-        return peft.adapter_from_tensors(tensors, base, *options, report, strict=strict, check=True)
-    placement = peft.adapter_placement(shardings, base, target_sites)
+        return peft.adapter_from_tensors(tensors, base, options, report, check=True)
+    placement = peft.adapter_placement(options.shardings, base, target_sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
-    if attached is not None and shardings is None:
+    if attached is not None and options.shardings is None:
         like |= {p: x for p, x in attached.flat().items() if p in wanted}
     own = orbax_folder.read(path, stored, like).flat()
     with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
-        flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in own.items()}
+        dtypes = {p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, options.dtype) for p, x in own.items()}
+        flat = {p: x.astype(dtypes[p]) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
     finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, os.fspath(path)), os.fspath(path))
     adapter = Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap)
     orbax_folder.report_total(report, "load", adapter)
     return adapter, target_sites
-
-
-def _entries(part: Site | SharedTensor) -> Sequence[PlanEntry]:
-    return part.entries if isinstance(part, Site) else (part.entry,)

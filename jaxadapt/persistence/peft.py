@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,20 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import base_weights, experts, full_copies, initial_values, key_names
+from jaxadapt.adapters import experts, initial_values, key_names
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
-from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries, make_file_plan, repeated_keys, tensor_entries
+from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, MismatchError, TargetError, warn
+from jaxadapt.core.errors import AdapterError, AttachError, TargetError, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
-from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.keymaps.plan import Plan, PlanEntry, cut_parts, has_parts
+from jaxadapt.keymaps.plan import Plan, PlanEntry
 from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import file_sizes, get_method
 from jaxadapt.models import planning
@@ -43,7 +42,7 @@ from jaxadapt.models.carriers.base import DEFAULT
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import save_adapter
+from jaxadapt.persistence import rules, save_adapter
 from jaxadapt.storage import local_files
 from jaxadapt.storage.source import TensorSource, as_source
 from jaxadapt.storage.strided import float_dtype, is_float
@@ -84,103 +83,107 @@ def load_arrays(
     values to check.
     """
     shardings = {path: regions.concrete_sharding(place) for path, place in (shardings or {}).items()}
-    requested = dtype if isinstance(dtype, Mapping) else dict.fromkeys((e.path for e in plan.entries), dtype)
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
-        leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-        leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
-        return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
+        return _decode_in_memory(plan, tensors, dtype, shardings, name)
     source = as_source(tensors)
-    new_dtypes = {
-        e.path: e.dtype(dtypes) if requested[e.path] is None else np.dtype(requested[e.path]) for e in plan.entries
-    }
+    leaves: list[_Leaf] = []
+    for entry in plan.entries:
+        wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
+        new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
+        is_cast = any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
+        place = shardings.get(entry.path)
+        size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
+        leaves.append(_Leaf(entry, new, place, size * new.itemsize, check or is_cast))
     position = {key: number for number, key in enumerate(source)}
-    order = sorted(plan.entries, key=lambda e: position[e.keys[0]])  # file order
-    sizes = {
-        e.path: new_dtypes[e.path].itemsize
-        * (regions.addressable_size(shardings[e.path], e.shape) if e.path in shardings else e.form.size)
-        for e in order
-    }
-    count = byte_counter(report, stage, sum(sizes.values()))
+    order = sorted(leaves, key=lambda leaf: position[leaf.entry.keys[0]])  # file order
+    count = byte_counter(report, stage, sum(leaf.nbytes for leaf in order))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
-    jobs = local_files.split_by_size(order, lambda e: sizes[e.path], _JOB)
-    checked = {
-        e.path
-        for e in order
-        if check or any(source.specs[key].dtype != new_dtypes[e.path] for key in e.keys[: e.form.count])
-    }
-    suspects: dict[str, int] = {}
-    made = (_make_job(job, source, shardings, new_dtypes, checked, suspects) for job in jobs)
-    ready = local_files.run_in_order(made, len(jobs))
+    jobs = local_files.split_by_size(order, operator.attrgetter("nbytes"), _JOB)
+    ready = local_files.run_in_order((_make_job(job, source) for job in jobs), len(jobs))
     with contextlib.closing(ready):
-        for job, arrays in zip(jobs, ready, strict=True):
-            out |= _transfer(job, arrays, shardings, new_dtypes)
-            count(sum(sizes[e.path] for e in job))
-    found = [(e.keys[: e.form.count], new_dtypes[e.path], suspects[e.path]) for e in order if e.path in suspects]
+        for job, _ in zip(jobs, ready, strict=True):
+            out |= _transfer(job)
+            count(sum(leaf.nbytes for leaf in job))
+    odd = [leaf for leaf in order if leaf.not_finite is not None]
+    found = [(leaf.entry.keys[: leaf.entry.form.count], leaf.dtype, leaf.not_finite or 0) for leaf in odd]
     counts = finite.explain_not_finite(found, lambda key: source.read_into(key, None), name)
     if check:
         finite.warn_not_finite(counts, name)
     return out
 
 
-_Arrays = Mapping[str, Mapping[Region, np.ndarray]]
-"""`{path: {region: array}}`: the regions of each leaf that this process needs."""
+def _decode_in_memory(
+    plan: Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
+) -> dict[str, Any]:
+    """Return `{path: array}` of JAX arrays, which may be traced."""
+    leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
+    leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
+    return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 
-def _make_job(
-    job: Sequence[PlanEntry],
-    source: TensorSource,
-    shardings: Mapping[str, Sharding],
-    dtypes: Mapping[str, np.dtype],
-    checked: Collection[str],
-    suspects: dict[str, int],
-) -> Callable[[], _Arrays]:
-    """Return a task that reads the regions of each leaf, and counts NaN and infinity of those in `checked`."""
-    arrays: dict[str, dict[Region, np.ndarray]] = {}
-    for entry in job:
-        place, dtype = shardings.get(entry.path), dtypes[entry.path]
+@dataclasses.dataclass
+class _Leaf:
+    """One array to load.
+
+    Attributes:
+        sharding: None for the default device.
+        nbytes: the bytes that this process holds.
+        is_checked: True to count NaN and infinity.
+        regions: the regions that this process needs, in the host's memory.
+        not_finite: the number of values that are NaN or infinite, if there are any.
+    """
+
+    entry: PlanEntry
+    dtype: np.dtype[Any]
+    sharding: Sharding | None
+    nbytes: int
+    is_checked: bool
+    regions: dict[Region, np.ndarray] = dataclasses.field(default_factory=dict[Region, np.ndarray])
+    not_finite: int | None = None
+
+    def part(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        """Return one of the regions."""
+        return self.regions[regions.region_from_slices(index or (), self.entry.shape)]
+
+
+def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
+    """Return a task that reads the regions of each leaf."""
+    for leaf in job:
         # Allocated here, in the caller's thread; see `threads.run_in_order`.
-        if place is None:
-            arrays[entry.path] = {regions.full_region(entry.shape): _allocate(entry, entry.shape, dtype)}
-            continue
-        boxes = regions.addressable_regions(place, entry.shape)
-        arrays[entry.path] = {box: _allocate(entry, regions.region_shape(box), dtype) for box in boxes}
+        place, shape = leaf.sharding, leaf.entry.shape
+        boxes = [regions.full_region(shape)] if place is None else regions.addressable_regions(place, shape)
+        leaf.regions = {box: _allocate(leaf, shape if place is None else regions.region_shape(box)) for box in boxes}
 
-    def read() -> _Arrays:
+    def read() -> None:
         with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
-            for entry in job:
-                own = arrays[entry.path]
-                _read_leaf(entry, source, own)
+            for leaf in job:
+                _read_leaf(leaf.entry, source, leaf.regions)
                 # Now, while the processor has them in its cache.
-                if entry.path in checked and not all(map(finite.is_finite, own.values())):
-                    suspects[entry.path] = sum(map(finite.count_not_finite, own.values()))
-        return arrays
+                if leaf.is_checked and not all(map(finite.is_finite, leaf.regions.values())):
+                    leaf.not_finite = sum(map(finite.count_not_finite, leaf.regions.values()))
 
     return read
 
 
-def _transfer(
-    job: Sequence[PlanEntry], arrays: _Arrays, shardings: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype]
-) -> dict[str, Any]:
-    """Return the arrays of one job, on their devices."""
+def _transfer(job: Sequence[_Leaf]) -> dict[str, Any]:
+    """Return the arrays of one job, on their devices, and forget the host's memory."""
     # The memory is aligned and not used elsewhere, so XLA may share it. One call for all: each costs 0.1 ms.
-    plain = {e.path: next(iter(arrays[e.path].values())) for e in job if e.path not in shardings}
+    plain = {leaf.entry.path: next(iter(leaf.regions.values())) for leaf in job if leaf.sharding is None}
     out: dict[str, Any] = dict(zip(plain, jax.device_put([*plain.values()], may_alias=True), strict=True))
-    for path, shape in ((e.path, e.shape) for e in job if e.path in shardings):
-        dtype = jax.dtypes.canonicalize_dtype(dtypes[path])
-        # four times as fast as device_put of single-device arrays
-        get = functools.partial(_part, arrays[path], shape)
-        out[path] = jax.make_array_from_callback(shape, shardings[path], get, dtype)
+    for leaf in job:
+        if leaf.sharding is not None:
+            shape, dtype = leaf.entry.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)
+            # four times as fast as device_put of single-device arrays
+            out[leaf.entry.path] = jax.make_array_from_callback(shape, leaf.sharding, leaf.part, dtype)
+        leaf.regions = {}
     return out
 
 
-def _part(parts: Mapping[Region, np.ndarray], shape: tuple[int, ...], index: Any) -> np.ndarray:
-    return parts[regions.region_from_slices(index, shape)]
-
-
-def _allocate(entry: PlanEntry, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _allocate(leaf: _Leaf, shape: tuple[int, ...]) -> np.ndarray:
     """Allocate the array of a region, in memory that XLA's CPU client accepts without a copy."""
+    dtype = leaf.dtype
     array = local_files.aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-    if entry.form.is_partial:  # the file does not contain all of it
+    if leaf.entry.form.is_partial:  # the file does not contain all of it
         array[...] = 0
     return array
 
@@ -190,13 +193,15 @@ def _read_leaf(entry: PlanEntry, source: TensorSource, places: Mapping[Region, n
     covers = regions.merge_neighbours(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():
         for piece in regions.file_regions(entry.form, outer):
-            key = entry.keys[piece.number]
-            target = places.get(outer)
-            if target is not None and _read_in_place(
-                source, key, piece, target[regions.relative_slices(piece.region, outer)]
-            ):
+            key, place = entry.keys[piece.number], places.get(outer)
+            if place is not None and piece.region != outer:
+                place = place[regions.relative_slices(piece.region, outer)]
+            if place is not None and _read_in_place(source, key, piece, place):
                 continue
-            tile = _read_tile(source, key, piece)
+            if piece.is_full:
+                tile = source.read_into(key, None).reshape(piece.shape)
+            else:
+                tile = source.read_slice(key, regions.to_slices(piece.tensor_region), piece.shape)
             dtype = places[members[0]].dtype
             if not piece.is_exact and dtype.itemsize > tile.dtype.itemsize:
                 tile = tile.astype(dtype)  # cast before decoding, which rounds only once then
@@ -222,13 +227,6 @@ def _read_in_place(source: TensorSource, key: str, piece: FileRegion, place: np.
     if not np.may_share_memory(data, memory):  # in memory already
         _copy(tile, data.reshape(tile.shape))
     return True
-
-
-def _read_tile(source: TensorSource, key: str, piece: FileRegion) -> np.ndarray:
-    """Return a region of one tensor, in the file's layout."""
-    if piece.is_full:
-        return source.read_into(key, None).reshape(piece.shape)
-    return source.read_slice(key, regions.to_slices(piece.tensor_region), piece.shape)
 
 
 def _copy(place: np.ndarray, part: np.ndarray) -> None:
@@ -315,31 +313,27 @@ def from_peft(
     dtype = requested_dtype(dtype)
     given = LoraTree.of(target)
     parameters = carrier(given.tree).base()
-    adapter, _ = adapter_from_tensors(
-        key_names.without_names(tensors), parameters, keymap, dtype, stack_axes, example, shardings,
-        on_shared=given.on_shared, strict=strict,
-    )  # fmt: skip
+    options = Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
+    adapter, _ = adapter_from_tensors(key_names.without_names(tensors), parameters, options)
     return collections.box_like_base(adapter, parameters.held)
 
 
-def is_spread(base: BaseParams, shardings: Any) -> bool:
-    """Return True if an adapter belongs anywhere but on the default device."""
-    return shardings is not None or any(sharding is not None for sharding in base.shardings.values())
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an adapter's tensors are bound to a base, as in `load`."""
+
+    keymap: KeyMap | str | None = None
+    dtype: Any = None
+    stack_axes: Sequence[int] | None = None
+    example: Sequence[Any] | None = None
+    shardings: Any = None
+    on_mismatch: str | None = None
+    on_shared: str | None = None
+    strict: bool = True
 
 
 def adapter_from_tensors(
-    tensors: PeftTensors,
-    base: BaseParams,
-    keymap: Any,
-    dtype: Any,
-    stack_axes: Any,
-    example: Any,
-    shardings: Any,
-    on_mismatch: str | None = None,
-    report: Report = no_report,
-    on_shared: str | None = None,
-    strict: bool = True,
-    check: bool = False,
+    tensors: PeftTensors, base: BaseParams, options: Options, report: Report = no_report, check: bool = False
 ) -> tuple[Adapter, Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
@@ -351,15 +345,17 @@ def adapter_from_tensors(
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         get_method(tensors.config)
-        keymap = planning.target_keymap(base, keymap, keys)
+        keymap = planning.target_keymap(base, options.keymap, keys)
         if experts.may_have_experts(keys):
-            tensors = experts.fuse_experts(tensors, keymap, on_shared)
+            tensors = experts.fuse_experts(tensors, keymap, options.on_shared)
         found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}
-        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
+        recipe, adapter_sites = planning.plan_adapter(
+            base, tensors.config, keymap, options.stack_axes, options.example, found
+        )
         planning.check_kernels(recipe.config, base, adapter_sites)
-        plan = make_file_plan(adapter_sites)
+        plan = adapter_sites.file_plan
     except AdapterError as error:
-        hint = _attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
+        hint = rules.attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
     if is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
         warn(
@@ -367,171 +363,37 @@ def adapter_from_tensors(
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    if has_parts(plan.keys):
-        tensors = dataclasses.replace(tensors, tensors=cut_parts(tensors.tensors, plan.keys))
-    if on_mismatch == "skip":
-        fitted = base_weights.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
-        tensors = dataclasses.replace(tensors, tensors=fitted)
-    specs = as_source(tensors.tensors).specs
-    dtypes = {key: spec.dtype for key, spec in specs.items()}
-    requested, dtype = dtype, None if dtype == AUTOCAST else dtype
-    integers = {key: t.dtype for t, e in file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
-    non_floats = {d for d in set(dtypes.values()) if not jnp.issubdtype(d, jnp.floating)}
-    unusable = [
-        f"{k}: {d.name}, expected {'integers' if k in integers else 'floats'}"
-        for k, d in dtypes.items()
-        if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
-    ]
-    shapes = {key: spec.shape for key, spec in specs.items()}
-    if full_copies.repeats_heads(tensors.config, recipe.keymap, base.leaves):
-        repeated = full_copies.redundant_head_keys(
-            tensors.config, tensors.tensors, plan.entries, recipe.keymap, tensors.source
-        )
-        shapes = {key: shape for key, shape in shapes.items() if key not in repeated}
-    if shapes.keys() - plan.keys.keys():
-        redundant = base_weights.embedding_keys(
-            tensors.config, tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source
-        )
-        redundant |= full_copies.redundant_keys(tensors.tensors, plan.keys, tensors.source)
-        shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
-        redundant = base_weights.base_weight_keys(
-            tensors.tensors, {key: shape for key, shape in shapes.items() if key not in plan.keys}, recipe.keymap,
-            base.leaves, tensors.source, strict,
-        )  # fmt: skip
-        shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
-    repeats = repeated_keys(adapter_sites)
-    full_copies.require_equal(tensors.tensors, repeats, tensors.source)
-    for key, original in repeats.items():
-        if original in shapes and key not in shapes:
-            shapes[key], dtypes[key] = shapes[original], dtypes[original]
-    optional = (entry for tensor, entry in file_entries(adapter_sites) if tensor.optional)
-    missing = [key for entry in optional for key in entry.keys if key not in shapes]
-    if strict or not plan.keys.keys() & shapes.keys():
-        assumed = {key: plan.shapes[key] for key in missing}
-        try:
-            plan.check({**shapes, **assumed}, tensors.source, unusable, recipe.keymap.name if strict else "")
-        except MismatchError as error:
-            raise MismatchError(f"{error}{_attention_hint(shapes.keys() - plan.keys.keys())}") from error
-    else:
-        plan.check({**plan.shapes, **{k: s for k, s in shapes.items() if k in plan.keys}}, tensors.source, unusable)
-        _warn_of_missing(tensors.source, plan, {*shapes, *missing}, shapes)
-        missing = [key for key in plan.keys if key not in shapes]
-    _require_bounded(missing, plan, adapter_sites, base.shapes, tensors.source)
-    if missing:
-        added = _created_tensors(tensors, plan, missing, recipe.config, adapter_sites, base)
-        planned = {key: tensors.tensors[key] for key in plan.keys if key in tensors.tensors}
-        tensors = dataclasses.replace(tensors, tensors=planned | added)
-        dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
-    if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
+    given = tensors.tensors
+    on_device = not isinstance(given, TensorSource) and any(isinstance(x, jax.Array) for x in given.values())
+    expected = rules.Expected(
+        tensors.config, recipe, adapter_sites, base, tensors.source, options.strict, options.on_mismatch == "skip",
+        on_device,
+    )  # fmt: skip
+    source = rules.fit(given, expected)
+    own = {key: spec.dtype for key, spec in source.specs.items()}
+    if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
-    placement = adapter_placement(shardings, base, adapter_sites) if is_spread(base, shardings) else {}
-    copied = _copied_keys(adapter_sites)
-    memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
-    new_dtypes = {key: d if key in copied else memory_dtypes[d] for key, d in dtypes.items()}
-    new_dtypes |= {key: np.dtype(name) for key, name in integers.items()}
-    leaves = load_arrays(plan, tensors.tensors, new_dtypes, dtype, placement, report, name=tensors.source, check=check)
-    if dtype is None and new_dtypes != dtypes:  # arrays in memory keep their own dtypes
-        for entry in plan.entries:
-            if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
-                leaves[entry.path] = leaves[entry.path].astype(entry.dtype(new_dtypes))
+    dtype = None if options.dtype == AUTOCAST else options.dtype
+    dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
+    placement = adapter_placement(options.shardings, base, adapter_sites)
+    arrays = {key: source[key] for key in plan.keys} if on_device else source
+    leaves = load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
+    if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
+        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
     if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
         leaves = initial_values.init_values(
-            recipe.config,
-            adapter_sites,
-            jax.random.key(0),
-            base=base.leaves,
-            base_shardings=base.shardings,
+            recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
             given=leaves,
-        )
+        )  # fmt: skip
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def _copied_keys(adapter_sites: Sequence[Site]) -> set[str]:
-    """Return the keys of full copies (`modules_to_save`), which keep the file's dtype."""
-    return {key for site in adapter_sites if site.method.copies for entry in site.entries for key in entry.keys}
-
-
-def _attention_hint(keys: Iterable[str]) -> str:
-    """Return a hint for keymaps without entries for an `nn.MultiheadAttention`, which only PEFT's keys name so."""
-    split = (key.removeprefix(PEFT_PREFIX).partition(".base_layer.out_proj.lora_") for key in keys)
-    modules = sorted({module for module, separator, _ in split if separator})
-    if not modules:
-        return ""
-    return (
-        "\nEach of these is an nn.MultiheadAttention in PyTorch, which stores queries, keys and values in one tensor."
-        " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
-        + paths.bullets(modules)
-    )
-
-
-def _warn_of_missing(source: str, plan: plans.Plan, present: Collection[str], found: Iterable[str]) -> None:
-    """Warn of the tensors that a file lacks, which start as in a fresh adapter, and of unexpected tensors."""
-    missing, unexpected = [k for k in plan.keys if k not in present], [k for k in found if k not in plan.keys]
-    notes = [
-        f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}"
-        for effect, keys in (
-            ("are missing, and start as in a fresh adapter", missing),
-            ("have no place in the model, and are ignored", unexpected),
-        )
-        if keys
-    ]
-    if notes:
-        warn(f"{source}: strict=False loads the tensors that fit. Of the adapter's tensors\n" + "\n".join(notes))
-
-
-_CREATED = 2**24
-"""The number of values that may be created for a file that lacks them, if its base is small."""
-
-
-def _require_bounded(
-    missing: Iterable[str],
-    plan: plans.Plan,
-    adapter_sites: Sites,
-    base: Mapping[str, Sequence[int]],
-    source: str,
-) -> None:
-    """Raise `MismatchError` if the tensors that the file lacks would be much larger than the adapted weights.
-
-    Only the configuration states their sizes, so that a rank of 10^8 would take all memory.
-    """
-    created = sum(math.prod(plan.shapes[key]) for key in missing)
-    created += sum(math.prod(e.shape) for tensor, e in tensor_entries(adapter_sites) if not tensor.in_file)
-    weights = sum(math.prod(base[leaf]) for leaf in {site.leaf for site in adapter_sites})
-    if created > (limit := max(_CREATED, 4 * weights)):
-        raise MismatchError(
-            f"{source}: the configuration asks for {created} values that the file lacks: expected at most {limit}, as"
-            f" the adapted weights have {weights}. Correct the configuration's sizes, such as r"
-        )
-
-
-def _created_tensors(
-    tensors: PeftTensors,
-    plan: plans.Plan,
-    missing: Sequence[str],
-    config: Config,
-    adapter_sites: Sites,
-    base: planning.BaseParams,
-) -> dict[str, Any]:
-    """Return the tensors that a file lacks, as in a new adapter."""
-    absent = set(missing)
-    incomplete = Sites(
-        (s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)),
-        (each for each in adapter_sites.shared if not absent.isdisjoint(each.entry.keys)),
-        adapter_sites.method,
-    )
-    try:
-        leaves = initial_values.init_values(
-            config, incomplete, jax.random.key(0), base=base.leaves, whole=adapter_sites
-        )
-    except AdapterError as error:
-        raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
-    traced = any(isinstance(tensors.tensors[key], jax.Array) for key in plan.keys if key in tensors.tensors)
-    encoded = make_file_plan(incomplete).encode(leaves, host=not traced)
-    dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
-    copied = _copied_keys(incomplete)
-    common = dtypes.pop() if len(dtypes) == 1 else None
-    own = copied | {key for key, spec in encoded.specs.items() if spec.dtype.kind in "iu"}
-    return {key: encoded[key] if common is None or key in own else encoded[key].astype(common) for key in missing}
+def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
+    """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
+    new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
+    integers = {key: np.dtype(t.dtype) for t, e in file_entries(adapter_sites) if t.dtype for key in e.keys}
+    kept = rules.copied_keys(adapter_sites)
+    return {key: dtype if key in kept else new[dtype] for key, dtype in own.items()} | integers
 
 
 AUTOCAST = "autocast"
@@ -554,10 +416,12 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
 
 
 def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
-    """Return {path: sharding}: the requested shardings, else those that follow from the base."""
+    """Return {path: sharding}: the requested shardings, else those that follow from the base; none on one device."""
     if shardings is not None:
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings
         return initial_values.requested_shardings(requested, adapter_sites)
+    if all(sharding is None for sharding in base.shardings.values()):
+        return {}
     return initial_values.adapter_shardings(adapter_sites, base.shardings)
 
 

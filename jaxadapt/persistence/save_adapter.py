@@ -38,7 +38,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
-from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
@@ -112,15 +112,7 @@ def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
     It starts once every process has called, so no process is still reading a file that it deletes. Raises `FileError`
     in all processes if it failed, or if a process did not answer for `timeout` seconds.
     """
-    group = Group(task, timeout, ("made",))
-    if group.index > 0:
-        group.send("here")
-        return group.receive("made")
-    with group.announce_failure():
-        group.receive_all("here")
-        value = work()
-    group.send("made", value)
-    return value
+    return combine_values(task, None, lambda _: work(), timeout)
 
 
 def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], timeout: float) -> Any:
@@ -346,10 +338,12 @@ def encode_tree(
     if stored := get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
         params = {**source.adapter.params, SHARED_NODE: stored}
         source = Source(held, dataclasses.replace(source.adapter, params=params))
-    encoded = _with_embeddings(source, _encode(source), save_embedding_layers)
     config, keymap = source.adapter.config, source.adapter.keymap
-    leaves = held.leaves() if held.has_base else None
-    encoded = _repeat_for_heads(config, encoded, keymap, leaves)
+    base = held.leaves() if held.has_base else None
+    encoded = _encode(source)
+    if base_weights.may_need_embeddings(config, save_embedding_layers):
+        encoded = base_weights.add_embeddings(encoded, config, keymap, source.sites, base, save_embedding_layers)
+    encoded = _repeat_for_heads(config, encoded, keymap, base)
     tensors = _join_or_split(source, encoded)
     return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
 
@@ -425,19 +419,10 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
     )
 
 
-def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:
-    """Add the base's embedding and head if `save_embedding_layers` asks for them."""
-    adapter, held = source.adapter, source.held
-    if not base_weights.may_need_embeddings(adapter.config, save):
-        return encoded
-    base = held.leaves() if held.has_base else None
-    return base_weights.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
-
-
 def _join_or_split(source: Source, encoded: Encoded) -> tuple[Config, Mapping[str, Any]]:
     """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
     config, keymap = source.adapter.config, source.adapter.keymap
-    has_parts = plan.has_parts(encoded.plan.keys)
+    has_parts = plans.has_parts(encoded.plan.keys)
     if not (has_parts or (keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
         return config, encoded
     if is_distributed(encoded.leaves.values()):

@@ -1,0 +1,404 @@
+"""The rules by which the tensors of an adapter's file become those that a model expects.
+
+    file ──RULES──► the tensors of the plan ──create_missing──► all of them, for `peft.load_arrays`
+
+A rule takes a source of tensors and what the model expects, and returns a source. It reads only the tensors that it
+compares. What a rule refuses is collected, and `fit` raises it in one error. Loading never changes the base, so weights
+of the base in a file must equal the model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxadapt.adapters import base_weights, full_copies, initial_values, key_names
+from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.site import Site, Sites, file_entries, repeated_keys, tensor_entries
+from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, MismatchError, warn
+from jaxadapt.keymaps import check, generic
+from jaxadapt.keymaps import plan as plans
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.keymaps.plan import PlanEntry
+from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.models.planning import BaseParams
+from jaxadapt.storage.source import TensorSource, View, as_source, rename
+
+# ---------------------------------------------------------------- expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a model expects of an adapter's file.
+
+    Attributes:
+        config: the file's configuration. recipe: the resolved one, and the model's keymap.
+        sites: the adapted leaves. base: the base parameters.
+        file: the name of the file, for messages.
+        strict: as in `load`. fits_vocabulary: False refuses tensors for another vocabulary.
+        on_device: True if the tensors are JAX arrays, such as traced ones.
+        refusals: what the rules refuse, one text a rule.
+    """
+
+    config: Config
+    recipe: Recipe
+    sites: Sites
+    base: BaseParams
+    file: str
+    strict: bool = True
+    fits_vocabulary: bool = False
+    on_device: bool = False
+    refusals: list[str] = dataclasses.field(default_factory=list[str])
+
+    @property
+    def plan(self) -> plans.Plan:
+        """The plan of the file."""
+        return self.sites.file_plan
+
+    def refuse(self, message: str, items: Collection[str], advice: str = "") -> None:
+        """Add the problems of one rule, if there are any."""
+        if items:
+            self.refusals.append(f"{self.file}{message}\n{paths.bullets(items)}{advice}")
+
+    def is_lenient(self, source: TensorSource) -> bool:
+        """Return True if only the tensors of a file that fit are loaded."""
+        return not self.strict and not self.plan.keys.keys().isdisjoint(source)
+
+    def keys_of(self, kind: Callable[[MethodTensor], Any]) -> set[str]:
+        """Return the keys of the tensors of a kind."""
+        return {key for tensor, entry in file_entries(self.sites) if kind(tensor) for key in entry.keys}
+
+
+Rule = Callable[[TensorSource, Expected], TensorSource]
+
+
+def _without(source: TensorSource, keys: Collection[str]) -> TensorSource:
+    return rename(source, {key: key for key in source if key not in keys}) if keys else source
+
+
+def _with(source: TensorSource, arrays: Mapping[str, Any]) -> TensorSource:
+    new, keys = as_source(arrays), dict.fromkeys([*source, *arrays])
+    return View(source.source, {key: (new if key in arrays else source, key) for key in keys}) if arrays else source
+
+
+# ---------------------------------------------------------------- rules
+
+
+def cut_joint_tensors(source: TensorSource, expected: Expected) -> TensorSource:
+    """Cut a tensor of PyTorch that is several leaves of the model into their parts."""
+    plan = expected.plan
+    return as_source(plans.cut_parts(source, plan.keys)) if plans.has_parts(plan.keys) else source
+
+
+def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
+    """Resize tensors for another vocabulary to the model's, with a warning for each, if the caller asks for it.
+
+    Rows that the file lacks have no effect in an adapter, and are the base's own in a copy. Tensors that differ in
+    another way stay unchanged; `require_fit` refuses them.
+    """
+    fitted: dict[str, Any] = {}
+    for site in expected.sites if expected.fits_vocabulary else ():
+        axes = base_weights.vocabulary_axes(site, expected.recipe.keymap)
+        for tensor, entry in zip(site.tensors, site.entries, strict=True):
+            (key, *others), shape = entry.keys, entry.form.file_shape
+            found = source.specs[key].shape if key in source else shape
+            differing = [i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b]
+            if others or len(found) != len(shape) or not axes or [entry.form.right[i] for i in differing] != [axes]:
+                continue
+            (axis,) = differing
+            base, dtype = expected.base.leaves.get(site.leaf), source.specs[key].dtype
+            if tensor.name in site.method.neutral:
+                rows = np.full(shape, site.method.neutral[tensor.name], dtype)
+            elif tensor.is_copy and initial_values.has_value(base, abstract=False):
+                rows = np.array(entry.form.encode(np.asarray(base), 0)).astype(dtype)
+            else:
+                continue
+            count = min(found[axis], shape[axis])
+            common = (slice(None),) * axis + (slice(count),)
+            rows[common] = np.asarray(source[key])[common]
+            fitted[key] = rows
+            warn(
+                f"{expected.file}: {key} is for a vocabulary of {found[axis]}, and the model's has {shape[axis]}: only"
+                f" the first {count} rows are used",
+            )
+    return _with(source, fitted)
+
+
+def drop_tied_heads(source: TensorSource, expected: Expected) -> TensorSource:
+    """Drop the tensors that repeat an embedding's for the head tied to it; they must be equal."""
+    plan, keymap = expected.plan, expected.recipe.keymap
+    if not full_copies.repeats_heads(expected.config, keymap, expected.base.shapes):
+        return source
+    first = {entry.path: entry for entry in plan.entries}
+    repeated = full_copies.repeat_for_heads(expected.config, plan.entries, keymap)
+    repeated = {entry.keys[0]: entry for entry in repeated if entry.keys[0] in source}
+    different: list[str] = []
+    for key, entry in repeated.items():
+        own = first[entry.path]
+        if own.keys[0] in source:  # `require_fit` refuses a missing one
+            value = np.asarray(source[own.keys[0]])
+            if not np.array_equal(value if entry.form.right == own.form.right else value.T, np.asarray(source[key])):
+                different.append(f"{key} and {own.keys[0]}")
+    expected.refuse(": the head is tied to the embedding, so these tensors must be equal, and they differ:", different)
+    return _without(source, repeated)
+
+
+def drop_repeated_copies(source: TensorSource, expected: Expected) -> TensorSource:
+    """Drop the tensors of a fully trained module that repeat others; the trained ones must be equal.
+
+    With bias="all" PEFT writes the biases of such a module twice more, under the names inside its wrapper: once as they
+    were trained, and once as in the base, which is not used in any computation.
+    """
+    known, saved = expected.plan.keys, full_copies.WRAPPERS[0]
+    originals = {
+        key: "".join(key.rsplit(part, 1)) for part in full_copies.WRAPPERS for key in source if f"{part}." in key
+    }
+    originals = {key: name for key, name in originals.items() if key not in known and name in known and name in source}
+    _require_equal(source, {key: name for key, name in originals.items() if f"{saved}." in key}, expected)
+    return _without(source, originals)
+
+
+def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
+    """Drop weights and buffers of the base, as a complete state dict has them; weights must equal the model's.
+
+    PEFT writes the token embedding and the head to the file of an adapter on them. With strict=False, other weights
+    that differ stay, and count as unexpected.
+    """
+    keymap, shapes = expected.recipe.keymap, expected.base.shapes
+    surplus = [key for key in source if key not in expected.plan.keys]
+    if not surplus:
+        return source
+    known, ties = _base_tensors(expected), dict(keymap.tied)
+    saved = {str(name).rpartition(".")[2] for name in expected.config.get("modules_to_save") or ()}
+    dropped, uncompared = set[str](), list[str]()
+    problems: dict[str, dict[str, str]] = {kind: {} for kind in ("head", "embeddings", "base weights")}
+    for key in surplus:
+        name = key_names.unwrapped_key(key.removeprefix(keymap.prefix))
+        if check.is_buffer(keymap, name) or _repeats_tied_module(source, key, ties):
+            dropped.add(key)
+        elif place := known.get(name) or known.get(ties.get(name, "")):
+            dropped.add(key)
+            entry, number = place
+            # A guessed layout may be a Conv1D's, which stores (in, out).
+            turns = len(entry.form.file_shape) == 2 and generic.is_guess(keymap, entry.path, shapes[entry.path])
+            problem = _compare(source, key, expected.base.leaves[entry.path], entry, number, turns)
+            if problem is None:
+                uncompared.append(key)
+            elif problem:
+                is_head = name.removesuffix(".weight").rpartition(".")[2] in saved
+                embedding = base_weights.is_embedding(keymap, keymap.match(entry.path))
+                problems["head" if is_head else "embeddings" if embedding else "base weights"][key] = problem
+    ignored = {} if expected.strict else problems.pop("base weights")
+    expected.refuse(
+        " holds a trained copy of a head that this model ties to its token embedding, so that the model has no leaf for"
+        " the copy:",
+        problems.pop("head").values(),
+        "\nMerge the files (`jaxadapt merge BASE ADAPTER --out FOLDER`), which gives the head a tensor of its own, or"
+        " load the adapter into a model with a separate head",
+    )
+    for kind, lines in problems.items():
+        expected.refuse(
+            f" holds {kind} that differ from the model's; loading an adapter never changes the base:",
+            lines.values(),
+            "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again",
+        )
+    if uncompared:
+        warn(
+            f"{expected.file}: these tensors could not be compared, because the base has only shapes here; they are"
+            " assumed to equal the base's:\n" + paths.bullets(uncompared, len(uncompared))
+        )
+    return _without(source, dropped - ignored.keys())
+
+
+def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
+    """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights."""
+    keymap, shapes = expected.recipe.keymap, expected.base.shapes
+    matches = {leaf: keymap.match(leaf) for leaf in shapes}
+    unmapped = [leaf for leaf, each in matches.items() if each is None or len(each.weight.left) != len(shapes[leaf])]
+    full = keymap.with_entries(generic.entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
+    entries = [entry for leaf in shapes if (entry := plans.base_plan_entry(full, leaf, shapes[leaf])) is not None]
+    return {key: (entry, number) for entry in entries for number, key in enumerate(entry.keys)}
+
+
+def _compare(source: TensorSource, key: str, leaf: Any, entry: PlanEntry, number: int, turns: bool) -> str | None:
+    """Return how a tensor differs from the base's, "" if it equals that; None if the base has only shapes.
+
+    Args:
+        turns: True if the tensor may be the transpose.
+    """
+    expected_shape, shape = entry.form.file_shape, tuple(source.specs[key].shape)
+    if shape != expected_shape and not (turns and shape[::-1] == expected_shape):
+        return f"{key}: expected {list(expected_shape)} as in the base, found {list(shape)}"
+    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
+        return None
+    own, value = np.asarray(entry.form.encode(np.asarray(leaf), number)), np.asarray(source[key])
+    for each in (value, value.T) if turns else (value,):
+        if each.shape == own.shape and _is_near(each.astype(own.dtype), own, entry.form.is_exact):
+            return ""
+    return f"{key}: its values differ from the base's"
+
+
+def _is_near(found: np.ndarray, own: np.ndarray, exact: bool) -> bool:
+    """Return True if values equal the base's; a keymap's factor may add one rounding."""
+    if exact:
+        return np.array_equal(found, own)
+    rtol = 4 * float(jnp.finfo(own.dtype).eps)
+    return np.allclose(found.astype("float32"), own.astype("float32"), rtol=rtol, atol=0)
+
+
+def _repeats_tied_module(source: TensorSource, key: str, ties: Mapping[str, str]) -> bool:
+    """Return True if a tensor of a tied module equals the tensor of the module it is tied to, in the same file."""
+    twins = [
+        key.replace(f"{alias.removesuffix('weight')}token_adapter.", f"{original.removesuffix('weight')}token_adapter.")
+        for alias, original in ties.items()
+    ]
+    return any(twin != key and twin in source and np.array_equal(source[twin], source[key]) for twin in twins)
+
+
+def repeat_shared(source: TensorSource, expected: Expected) -> TensorSource:
+    """Give a tensor of the whole adapter all its names; tensors that repeat it must be equal."""
+    repeats = repeated_keys(expected.sites)
+    _require_equal(source, repeats, expected)
+    missing = {key: name for key, name in repeats.items() if name in source and key not in source}
+    return rename(source, {**{key: key for key in source}, **missing}) if missing else source
+
+
+def _require_equal(source: TensorSource, originals: Mapping[str, str], expected: Expected) -> None:
+    """Refuse tensors that differ from the one that they repeat, from `{key: key of that one}`."""
+    pairs = [(key, name) for key, name in originals.items() if key in source and name in source]
+    expected.refuse(
+        ": these tensors must be equal, since one repeats the other, and they differ:",
+        [f"{a} and {b}" for a, b in pairs if not np.array_equal(np.asarray(source[a]), np.asarray(source[b]))],
+    )
+
+
+def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
+    """Refuse missing, unexpected, wrongly shaped and unusable tensors, in one list.
+
+    With strict=False only the last two, unless no tensor fits.
+    """
+    plan, found, lenient = expected.plan, source.shapes, expected.is_lenient(source)
+    integers = expected.keys_of(lambda tensor: tensor.dtype is not None)
+    dtypes = {spec.dtype for spec in source.specs.values()}
+    kinds = {kind: {d for d in dtypes if jnp.issubdtype(d, kind)} for kind in (jnp.integer, jnp.floating)}
+    unusable = [
+        f"{key}: {spec.dtype.name}, expected {'integers' if key in integers else 'floats'}"
+        for key, spec in source.specs.items()
+        if key in plan.keys and spec.dtype not in kinds[jnp.integer if key in integers else jnp.floating]
+    ]
+    surplus = [key for key in found if key not in plan.keys]
+    may_lack = plan.keys if lenient else expected.keys_of(lambda tensor: tensor.optional)
+    shapes = {key: plan.shapes[key] for key in may_lack} | found
+    try:
+        plan.check(
+            {key: shape for key, shape in shapes.items() if not lenient or key in plan.keys}, expected.file, unusable,
+            expected.recipe.keymap.name if expected.strict else "",
+        )  # fmt: skip
+    except MismatchError as error:
+        expected.refusals.append(f"{error}{'' if lenient else attention_hint(surplus)}")
+    return source
+
+
+RULES: tuple[Rule, ...] = (
+    cut_joint_tensors, fit_vocabulary, drop_tied_heads, drop_repeated_copies, drop_base_weights, repeat_shared,
+    require_fit,
+)  # fmt: skip
+
+
+def fit(tensors: Mapping[str, Any], expected: Expected) -> TensorSource:
+    """Return the tensors that a model expects, from a file's.
+
+    Raises one `MismatchError` with all that the rules refuse.
+    """
+    source = functools.reduce(lambda source, rule: rule(source, expected), RULES, as_source(tensors))
+    if expected.refusals:
+        raise MismatchError("\n".join(expected.refusals))
+    return create_missing(source, expected)
+
+
+def attention_hint(keys: Iterable[str]) -> str:
+    """Return a hint for keymaps without entries for an `nn.MultiheadAttention`, which only PEFT's keys name so."""
+    split = (key.removeprefix(PEFT_PREFIX).partition(".base_layer.out_proj.lora_") for key in keys)
+    modules = sorted({module for module, separator, _ in split if separator})
+    if not modules:
+        return ""
+    return (
+        "\nEach of these is an nn.MultiheadAttention in PyTorch, which stores queries, keys and values in one tensor."
+        " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
+        + paths.bullets(modules)
+    )
+
+
+# ---------------------------------------------------------------- tensors that a file lacks
+
+
+_CREATED = 2**24
+"""The number of values that may be created for a file that lacks them, if its base is small."""
+
+
+def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
+    """Add the tensors that a file lacks, as in a new adapter; leave out those without a place, with a warning.
+
+    Raises `MismatchError` if they would be much larger than the adapted weights: only the configuration states their
+    sizes, so that a rank of 10^8 would take all memory. Raises `AdapterError` if they cannot be initialized.
+    """
+    plan = expected.plan
+    missing = [key for key in plan.keys if key not in source]
+    unexpected = [key for key in source if key not in plan.keys]
+    if expected.is_lenient(source):
+        lacking = expected.plan.keys.keys() - expected.keys_of(lambda tensor: tensor.optional)
+        lists = {
+            "are missing, and start as in a fresh adapter": [key for key in missing if key in lacking],
+            "have no place in the model, and are ignored": unexpected,
+        }
+        notes = [f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
+        if notes:
+            start = f"{expected.file}: strict=False loads the tensors that fit. Of the adapter's tensors\n"
+            warn(start + "\n".join(notes))
+    created = sum(math.prod(plan.shapes[key]) for key in missing)
+    created += sum(math.prod(e.shape) for tensor, e in tensor_entries(expected.sites) if not tensor.in_file)
+    weights = sum(math.prod(expected.base.shapes[leaf]) for leaf in {site.leaf for site in expected.sites})
+    if created > (limit := max(_CREATED, 4 * weights)):
+        raise MismatchError(
+            f"{expected.file}: the configuration asks for {created} values that the file lacks: expected at most"
+            f" {limit}, as the adapted weights have {weights}. Correct the configuration's sizes, such as r"
+        )
+    fitting = _without(source, unexpected)
+    return _with(fitting, _new_tensors(set(missing), fitting, expected)) if missing else fitting
+
+
+def _new_tensors(absent: AbstractSet[str], source: TensorSource, expected: Expected) -> dict[str, Any]:
+    """Return the tensors with these keys of a new adapter, in the dtype of the others if they have one."""
+    every = expected.sites
+    incomplete = Sites(
+        (s for s in every if any(key in absent for entry in s.entries for key in entry.keys)),
+        (each for each in every.shared if not absent.isdisjoint(each.entry.keys)),
+        every.method,
+    )
+    try:
+        leaves = initial_values.init_values(
+            expected.recipe.config, incomplete, jax.random.key(0), base=expected.base.leaves, whole=every
+        )
+    except AdapterError as error:
+        raise type(error)(f"{expected.file}: cannot initialize the missing tensors: {error}") from error
+    new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
+    dtypes = {spec.dtype for spec in source.specs.values()}
+    copied, own = copied_keys(incomplete), dtypes.pop() if len(dtypes) == 1 else None
+    kept = {key for key, spec in new.specs.items() if own is None or key in copied or spec.dtype.kind in "iu"}
+    return {key: new[key] if key in kept else new[key].astype(own) for key in new if key in absent}
+
+
+def copied_keys(adapter_sites: Iterable[Site]) -> set[str]:
+    """Return the keys of full copies (`modules_to_save`), which keep the file's dtype."""
+    return {key for site in adapter_sites if site.method.copies for entry in site.entries for key in entry.keys}
