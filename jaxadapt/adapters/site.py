@@ -201,13 +201,6 @@ def bind_shared(
     return tuple(shared)
 
 
-def repeated_keys(sites: Sequence[Site]) -> dict[str, str]:
-    """Return `{key: key of the same tensor}` of the keys that repeat a tensor of the whole adapter."""
-    return {
-        key: each.entry.keys[0] for each in shared_tensors(sites) for key in each.entry.keys[each.entry.form.count :]
-    }
-
-
 def bind_site(
     config: Config,
     method: Method,

@@ -83,17 +83,14 @@ def of_base(
     by_module = {module: site for site in sites if not site.method.copies for module in site.modules}
     modules = choose_modules(by_module) if keys is None else [key.removesuffix(".weight") for key in keys]
     found: dict[str, dict[str, Any]] = {}
-    entries: dict[str, plan.PlanEntry | None] = {}
     requests: list[tuple[Any, list[tuple[int, ...]], Any]] = []
     if any(module not in by_module for module in modules):
         return None
     arrays = leaves({by_module[module].leaf for module in modules})
     for module in modules:
         leaf = by_module[module].leaf
-        if leaf not in entries:
-            entries[leaf] = plan.base_plan_entry(keymap, leaf, tuple(arrays[leaf].shape))
-        entry, key = entries[leaf], f"{module}.weight"
-        array = arrays[leaf]
+        array, key = arrays[leaf], f"{module}.weight"
+        entry = plan.base_plan_entry(keymap, leaf, tuple(array.shape))
         if entry is None or not _has_values(array):
             return None
         members = [i for i, name in enumerate(entry.keys) if plan.file_key(name) == key]
@@ -277,7 +274,9 @@ def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
     """
     import jax
 
-    if not isinstance(array, jax.Array) or not _is_read_by_shards(array):
+    devices = array.sharding.device_set if isinstance(array, jax.Array) else ()
+    in_parts = len(devices) > 1 and all(device.platform == "cpu" for device in devices)  # of the host's memory
+    if not isinstance(array, jax.Array) or (array.is_fully_addressable and not in_parts):
         return [(array, dict(enumerate(indices)))]
     left, pieces = dict(enumerate(indices)), list[_Piece]()
     for shard in array.addressable_shards:
@@ -291,12 +290,6 @@ def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
             pieces.append((shard.data, where))
             left = {number: index for number, index in left.items() if number not in where}
     return pieces
-
-
-def _is_read_by_shards(array: Any) -> bool:
-    """Return True for an array that is partly in other processes, or in several parts of the host's memory."""
-    devices = array.sharding.device_set
-    return not array.is_fully_addressable or (len(devices) > 1 and all(d.platform == "cpu" for d in devices))
 
 
 def _read(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> Any:

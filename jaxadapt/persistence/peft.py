@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Plan, PlanEntry
 from jaxadapt.methods.lora import is_newer_attention_file
-from jaxadapt.methods.registry import file_sizes, get_method
+from jaxadapt.methods.registry import file_sizes
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT
@@ -90,10 +91,10 @@ def load_arrays(
     for entry in plan.entries:
         wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
         new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
-        is_cast = any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
         place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
-        leaves.append(_Leaf(entry, new, place, size * new.itemsize, check or is_cast))
+        checked = check or any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
+        leaves.append(_Leaf(entry, new, place, size * new.itemsize, checked))
     position = {key: number for number, key in enumerate(source)}
     order = sorted(leaves, key=lambda leaf: position[leaf.entry.keys[0]])  # file order
     count = byte_counter(report, stage, sum(leaf.nbytes for leaf in order))
@@ -104,8 +105,7 @@ def load_arrays(
         for job, _ in zip(jobs, ready, strict=True):
             out |= _transfer(job)
             count(sum(leaf.nbytes for leaf in job))
-    odd = [leaf for leaf in order if leaf.not_finite is not None]
-    found = [(leaf.entry.keys[: leaf.entry.form.count], leaf.dtype, leaf.not_finite or 0) for leaf in odd]
+    found = [(x.entry.keys[: x.entry.form.count], x.dtype, x.not_finite) for x in order if x.not_finite is not None]
     counts = finite.explain_not_finite(found, lambda key: source.read_into(key, None), name)
     if check:
         finite.warn_not_finite(counts, name)
@@ -172,17 +172,17 @@ def _transfer(job: Sequence[_Leaf]) -> dict[str, Any]:
     out: dict[str, Any] = dict(zip(plain, jax.device_put([*plain.values()], may_alias=True), strict=True))
     for leaf in job:
         if leaf.sharding is not None:
-            shape, dtype = leaf.entry.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)
             # four times as fast as device_put of single-device arrays
-            out[leaf.entry.path] = jax.make_array_from_callback(shape, leaf.sharding, leaf.part, dtype)
+            out[leaf.entry.path] = jax.make_array_from_callback(
+                leaf.entry.shape, leaf.sharding, leaf.part, jax.dtypes.canonicalize_dtype(leaf.dtype)
+            )
         leaf.regions = {}
     return out
 
 
 def _allocate(leaf: _Leaf, shape: tuple[int, ...]) -> np.ndarray:
     """Allocate the array of a region, in memory that XLA's CPU client accepts without a copy."""
-    dtype = leaf.dtype
-    array = local_files.aligned_empty(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    array = local_files.aligned_empty(math.prod(shape) * leaf.dtype.itemsize).view(leaf.dtype).reshape(shape)
     if leaf.entry.form.is_partial:  # the file does not contain all of it
         array[...] = 0
     return array
@@ -314,8 +314,8 @@ def from_peft(
     given = LoraTree.of(target)
     parameters = carrier(given.tree).base()
     options = Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
-    adapter, _ = adapter_from_tensors(key_names.without_names(tensors), parameters, options)
-    return collections.box_like_base(adapter, parameters.held)
+    tensors = key_names.without_names(tensors)
+    return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +344,6 @@ def adapter_from_tensors(
     """
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
-        get_method(tensors.config)
         keymap = planning.target_keymap(base, options.keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, options.on_shared)
@@ -353,7 +352,6 @@ def adapter_from_tensors(
             base, tensors.config, keymap, options.stack_axes, options.example, found
         )
         planning.check_kernels(recipe.config, base, adapter_sites)
-        plan = adapter_sites.file_plan
     except AdapterError as error:
         hint = rules.attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
@@ -376,7 +374,7 @@ def adapter_from_tensors(
     dtype = None if options.dtype == AUTOCAST else options.dtype
     dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
     placement = adapter_placement(options.shardings, base, adapter_sites)
-    arrays = {key: source[key] for key in plan.keys} if on_device else source
+    plan, arrays = expected.plan, dict(source) if on_device else source
     leaves = load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
     if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
         leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
@@ -392,8 +390,8 @@ def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites)
     """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
     new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
     integers = {key: np.dtype(t.dtype) for t, e in file_entries(adapter_sites) if t.dtype for key in e.keys}
-    kept = rules.copied_keys(adapter_sites)
-    return {key: dtype if key in kept else new[dtype] for key, dtype in own.items()} | integers
+    copied = rules.copied_keys(adapter_sites)
+    return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | integers
 
 
 AUTOCAST = "autocast"
@@ -418,8 +416,8 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
 def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
     """Return {path: sharding}: the requested shardings, else those that follow from the base; none on one device."""
     if shardings is not None:
-        requested = shardings.flat() if isinstance(shardings, Adapter) else shardings
-        return initial_values.requested_shardings(requested, adapter_sites)
+        shardings = shardings.flat() if isinstance(shardings, Adapter) else shardings
+        return initial_values.requested_shardings(shardings, adapter_sites)
     if all(sharding is None for sharding in base.shardings.values()):
         return {}
     return initial_values.adapter_shardings(adapter_sites, base.shardings)

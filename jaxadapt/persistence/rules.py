@@ -23,7 +23,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters import base_weights, full_copies, initial_values, key_names
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import Site, Sites, file_entries, repeated_keys, tensor_entries
+from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, MismatchError, warn
@@ -31,7 +31,6 @@ from jaxadapt.keymaps import check, generic
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.plan import PlanEntry
-from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
@@ -75,16 +74,20 @@ class Expected:
         """Return True if only the tensors of a file that fit are loaded."""
         return not self.strict and not self.plan.keys.keys().isdisjoint(source)
 
-    def keys_of(self, kind: Callable[[MethodTensor], Any]) -> set[str]:
-        """Return the keys of the tensors of a kind."""
-        return {key for tensor, entry in file_entries(self.sites) if kind(tensor) for key in entry.keys}
-
-
-Rule = Callable[[TensorSource, Expected], TensorSource]
+    @functools.cached_property
+    def optional(self) -> set[str]:
+        """The keys that a file may lack."""
+        return {key for tensor, entry in file_entries(self.sites) if tensor.optional for key in entry.keys}
 
 
 def _without(source: TensorSource, keys: Collection[str]) -> TensorSource:
     return rename(source, {key: key for key in source if key not in keys}) if keys else source
+
+
+def _fitting(source: TensorSource, expected: Expected) -> TensorSource:
+    """Return the tensors that have a place, if a file may hold others; else all."""
+    surplus = [key for key in source if key not in expected.plan.keys] if expected.is_lenient(source) else []
+    return _without(source, surplus)
 
 
 def _with(source: TensorSource, arrays: Mapping[str, Any]) -> TensorSource:
@@ -97,8 +100,8 @@ def _with(source: TensorSource, arrays: Mapping[str, Any]) -> TensorSource:
 
 def cut_joint_tensors(source: TensorSource, expected: Expected) -> TensorSource:
     """Cut a tensor of PyTorch that is several leaves of the model into their parts."""
-    plan = expected.plan
-    return as_source(plans.cut_parts(source, plan.keys)) if plans.has_parts(plan.keys) else source
+    keys = expected.plan.keys
+    return as_source(plans.cut_parts(source, keys)) if plans.has_parts(keys) else source
 
 
 def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
@@ -135,38 +138,31 @@ def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
     return _with(source, fitted)
 
 
-def drop_tied_heads(source: TensorSource, expected: Expected) -> TensorSource:
-    """Drop the tensors that repeat an embedding's for the head tied to it; they must be equal."""
-    plan, keymap = expected.plan, expected.recipe.keymap
-    if not full_copies.repeats_heads(expected.config, keymap, expected.base.shapes):
-        return source
-    first = {entry.path: entry for entry in plan.entries}
-    repeated = full_copies.repeat_for_heads(expected.config, plan.entries, keymap)
-    repeated = {entry.keys[0]: entry for entry in repeated if entry.keys[0] in source}
-    different: list[str] = []
-    for key, entry in repeated.items():
-        own = first[entry.path]
-        if own.keys[0] in source:  # `require_fit` refuses a missing one
-            value = np.asarray(source[own.keys[0]])
-            if not np.array_equal(value if entry.form.right == own.form.right else value.T, np.asarray(source[key])):
-                different.append(f"{key} and {own.keys[0]}")
-    expected.refuse(": the head is tied to the embedding, so these tensors must be equal, and they differ:", different)
-    return _without(source, repeated)
+def drop_repeats(source: TensorSource, expected: Expected) -> TensorSource:
+    """Drop the tensors that repeat an embedding's for the head tied to it, or those of a fully trained module.
 
-
-def drop_repeated_copies(source: TensorSource, expected: Expected) -> TensorSource:
-    """Drop the tensors of a fully trained module that repeat others; the trained ones must be equal.
-
-    With bias="all" PEFT writes the biases of such a module twice more, under the names inside its wrapper: once as they
-    were trained, and once as in the base, which is not used in any computation.
+    They must be equal. With bias="all" PEFT writes the biases of a fully trained module twice more, under the names
+    inside its wrapper: once as they were trained, and once as in the base, which is not used in any computation.
     """
-    known, saved = expected.plan.keys, full_copies.WRAPPERS[0]
-    originals = {
-        key: "".join(key.rsplit(part, 1)) for part in full_copies.WRAPPERS for key in source if f"{part}." in key
-    }
-    originals = {key: name for key, name in originals.items() if key not in known and name in known and name in source}
-    _require_equal(source, {key: name for key, name in originals.items() if f"{saved}." in key}, expected)
-    return _without(source, originals)
+    plan, keymap = expected.plan, expected.recipe.keymap
+    heads, turned = dict[str, str](), set[str]()
+    if full_copies.repeats_heads(expected.config, keymap, expected.base.shapes):
+        first = {entry.path: entry for entry in plan.entries}
+        for entry in full_copies.repeat_for_heads(expected.config, plan.entries, keymap):
+            own = first[entry.path]
+            heads[entry.keys[0]] = own.keys[0]
+            turned |= set(entry.keys) if entry.form.right != own.form.right else set()
+    _require_equal(
+        source, heads, expected, ": the head is tied to the embedding, so these tensors must be equal", turned
+    )
+    surplus = [key for key in source if key not in plan.keys]
+    saved, original = (
+        {key: name for key in surplus if f"{part}." in key and (name := "".join(key.rsplit(part, 1))) in plan.keys}
+        for part in full_copies.WRAPPERS
+    )
+    _require_equal(source, saved, expected)
+    copies = {key for key, name in (saved | original).items() if name in source}
+    return _without(source, copies | heads.keys())
 
 
 def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
@@ -196,9 +192,8 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
             if problem is None:
                 uncompared.append(key)
             elif problem:
-                is_head = name.removesuffix(".weight").rpartition(".")[2] in saved
-                embedding = base_weights.is_embedding(keymap, keymap.match(entry.path))
-                problems["head" if is_head else "embeddings" if embedding else "base weights"][key] = problem
+                other = "embeddings" if base_weights.is_embedding(keymap, keymap.match(entry.path)) else "base weights"
+                problems["head" if name.removesuffix(".weight").rpartition(".")[2] in saved else other][key] = problem
     ignored = {} if expected.strict else problems.pop("base weights")
     expected.refuse(
         " holds a trained copy of a head that this model ties to its token embedding, so that the model has no leaf for"
@@ -227,8 +222,8 @@ def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
     matches = {leaf: keymap.match(leaf) for leaf in shapes}
     unmapped = [leaf for leaf, each in matches.items() if each is None or len(each.weight.left) != len(shapes[leaf])]
     full = keymap.with_entries(generic.entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
-    entries = [entry for leaf in shapes if (entry := plans.base_plan_entry(full, leaf, shapes[leaf])) is not None]
-    return {key: (entry, number) for entry in entries for number, key in enumerate(entry.keys)}
+    entries = (plans.base_plan_entry(full, leaf, shape) for leaf, shape in shapes.items())
+    return {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
 
 
 def _compare(source: TensorSource, key: str, leaf: Any, entry: PlanEntry, number: int, turns: bool) -> str | None:
@@ -268,19 +263,31 @@ def _repeats_tied_module(source: TensorSource, key: str, ties: Mapping[str, str]
 
 def repeat_shared(source: TensorSource, expected: Expected) -> TensorSource:
     """Give a tensor of the whole adapter all its names; tensors that repeat it must be equal."""
-    repeats = repeated_keys(expected.sites)
+    shared = (each.entry for each in expected.sites.shared)
+    repeats = {key: entry.keys[0] for entry in shared for key in entry.keys[entry.form.count :]}
     _require_equal(source, repeats, expected)
     missing = {key: name for key, name in repeats.items() if name in source and key not in source}
     return rename(source, {**{key: key for key in source}, **missing}) if missing else source
 
 
-def _require_equal(source: TensorSource, originals: Mapping[str, str], expected: Expected) -> None:
-    """Refuse tensors that differ from the one that they repeat, from `{key: key of that one}`."""
-    pairs = [(key, name) for key, name in originals.items() if key in source and name in source]
-    expected.refuse(
-        ": these tensors must be equal, since one repeats the other, and they differ:",
-        [f"{a} and {b}" for a, b in pairs if not np.array_equal(np.asarray(source[a]), np.asarray(source[b]))],
-    )
+def _require_equal(
+    source: TensorSource,
+    originals: Mapping[str, str],
+    expected: Expected,
+    message: str = ": these tensors must be equal, since one repeats the other",
+    turned: Collection[str] = (),
+) -> None:
+    """Refuse tensors that differ from the one that they repeat, from `{key: key of that one}`.
+
+    Those in `turned` are transposed.
+    """
+    different: list[str] = []
+    for key, name in originals.items():
+        if key in source and name in source:  # `require_fit` refuses a missing one
+            one = np.asarray(source[name])
+            if not np.array_equal(one.T if key in turned else one, np.asarray(source[key])):
+                different.append(f"{key} and {name}")
+    expected.refuse(f"{message}, and they differ:", different)
 
 
 def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
@@ -288,31 +295,25 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
 
     With strict=False only the last two, unless no tensor fits.
     """
-    plan, found, lenient = expected.plan, source.shapes, expected.is_lenient(source)
-    integers = expected.keys_of(lambda tensor: tensor.dtype is not None)
-    dtypes = {spec.dtype for spec in source.specs.values()}
-    kinds = {kind: {d for d in dtypes if jnp.issubdtype(d, kind)} for kind in (jnp.integer, jnp.floating)}
+    plan, given = expected.plan, _fitting(source, expected)
+    wanted = {key: jnp.integer if t.dtype else jnp.floating for t, e in file_entries(expected.sites) for key in e.keys}
+    is_kind = functools.cache(jnp.issubdtype)
     unusable = [
-        f"{key}: {spec.dtype.name}, expected {'integers' if key in integers else 'floats'}"
-        for key, spec in source.specs.items()
-        if key in plan.keys and spec.dtype not in kinds[jnp.integer if key in integers else jnp.floating]
+        f"{key}: {spec.dtype.name}, expected {'floats' if wanted[key] is jnp.floating else 'integers'}"
+        for key, spec in given.specs.items()
+        if key in wanted and not is_kind(spec.dtype, wanted[key])
     ]
-    surplus = [key for key in found if key not in plan.keys]
-    may_lack = plan.keys if lenient else expected.keys_of(lambda tensor: tensor.optional)
-    shapes = {key: plan.shapes[key] for key in may_lack} | found
+    may_lack = plan.keys if expected.is_lenient(source) else expected.optional
+    keymap = expected.recipe.keymap.name if expected.strict else ""
     try:
-        plan.check(
-            {key: shape for key, shape in shapes.items() if not lenient or key in plan.keys}, expected.file, unusable,
-            expected.recipe.keymap.name if expected.strict else "",
-        )  # fmt: skip
+        plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file, unusable, keymap)
     except MismatchError as error:
-        expected.refusals.append(f"{error}{'' if lenient else attention_hint(surplus)}")
+        expected.refusals.append(f"{error}{attention_hint(given.keys() - plan.keys.keys())}")
     return source
 
 
-RULES: tuple[Rule, ...] = (
-    cut_joint_tensors, fit_vocabulary, drop_tied_heads, drop_repeated_copies, drop_base_weights, repeat_shared,
-    require_fit,
+RULES: tuple[Callable[[TensorSource, Expected], TensorSource], ...] = (
+    cut_joint_tensors, fit_vocabulary, drop_repeats, drop_base_weights, repeat_shared, require_fit,
 )  # fmt: skip
 
 
@@ -353,19 +354,12 @@ def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
     Raises `MismatchError` if they would be much larger than the adapted weights: only the configuration states their
     sizes, so that a rank of 10^8 would take all memory. Raises `AdapterError` if they cannot be initialized.
     """
-    plan = expected.plan
+    plan, fitting = expected.plan, _fitting(source, expected)
     missing = [key for key in plan.keys if key not in source]
-    unexpected = [key for key in source if key not in plan.keys]
     if expected.is_lenient(source):
-        lacking = expected.plan.keys.keys() - expected.keys_of(lambda tensor: tensor.optional)
-        lists = {
-            "are missing, and start as in a fresh adapter": [key for key in missing if key in lacking],
-            "have no place in the model, and are ignored": unexpected,
-        }
-        notes = [f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
-        if notes:
-            start = f"{expected.file}: strict=False loads the tensors that fit. Of the adapter's tensors\n"
-            warn(start + "\n".join(notes))
+        _warn_of_others(
+            [key for key in missing if key not in expected.optional], source.keys() - fitting.keys(), expected
+        )
     created = sum(math.prod(plan.shapes[key]) for key in missing)
     created += sum(math.prod(e.shape) for tensor, e in tensor_entries(expected.sites) if not tensor.in_file)
     weights = sum(math.prod(expected.base.shapes[leaf]) for leaf in {site.leaf for site in expected.sites})
@@ -374,8 +368,19 @@ def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
             f"{expected.file}: the configuration asks for {created} values that the file lacks: expected at most"
             f" {limit}, as the adapted weights have {weights}. Correct the configuration's sizes, such as r"
         )
-    fitting = _without(source, unexpected)
     return _with(fitting, _new_tensors(set(missing), fitting, expected)) if missing else fitting
+
+
+def _warn_of_others(missing: Collection[str], unexpected: Collection[str], file: str) -> None:
+    """Warn of the tensors that a file lacks, and of those without a place."""
+    lists = {
+        "are missing, and start as in a fresh adapter": missing,
+        "have no place in the model, and are ignored": sorted(unexpected),
+    }
+    notes = [f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
+    if notes:
+        start = "strict=False loads the tensors that fit. Of the adapter's tensors"
+        warn("\n".join([f"{file}: {start}", *notes]))
 
 
 def _new_tensors(absent: AbstractSet[str], source: TensorSource, expected: Expected) -> dict[str, Any]:
@@ -395,8 +400,12 @@ def _new_tensors(absent: AbstractSet[str], source: TensorSource, expected: Expec
     new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
     dtypes = {spec.dtype for spec in source.specs.values()}
     copied, own = copied_keys(incomplete), dtypes.pop() if len(dtypes) == 1 else None
-    kept = {key for key, spec in new.specs.items() if own is None or key in copied or spec.dtype.kind in "iu"}
-    return {key: new[key] if key in kept else new[key].astype(own) for key in new if key in absent}
+
+    def value(key: str) -> Any:
+        keeps = own is None or key in copied or new.specs[key].dtype.kind in "iu"
+        return new[key] if keeps else new[key].astype(own)
+
+    return {key: value(key) for key in new if key in absent}
 
 
 def copied_keys(adapter_sites: Iterable[Site]) -> set[str]:

@@ -224,8 +224,8 @@ def _is_one_run(box: Region, layout: FileLayout | array_regions.Shape) -> bool:
 
 def gather_array(leaf: Any) -> np.ndarray:
     """Gather an array in every process. Collective."""
-    complete = is_local(leaf) or leaf.is_fully_replicated
-    return np.asarray(leaf if complete else multihost_utils.process_allgather(leaf, tiled=True))
+    whole = leaf if is_local(leaf) or leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(whole)
 
 
 def _owned_parts(
