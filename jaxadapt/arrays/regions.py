@@ -96,6 +96,7 @@ def to_slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(*part) for part in region)
 
 
+@functools.lru_cache(maxsize=1024)
 def relative_slices(region: Region, outer: Region) -> tuple[slice, ...]:
     """Return the slices of a region in an array that holds the region `outer`."""
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(region, outer, strict=True))

@@ -166,8 +166,8 @@ def load(
             )
         if dtype is None and not is_encoded:
             adapter = _promote(adapter, present)
-    new = _changed_base(parameters, base, present, adapter, adapter_sites, source)
-    return held.attach(adapter, adapter_sites, name, present, rngs, new)
+    changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
+    return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 
 
 def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
@@ -185,8 +185,8 @@ def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site
     if config != attached or lora.changes_base(config):
         return adapter, adapter_sites
     before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
-    found = sites.sites_of(after)
-    return (after, found) if sites.sites_of(before) == found else (adapter, adapter_sites)
+    same = sites.sites_of(before) == sites.sites_of(after)
+    return (after, sites.sites_of(after)) if same else (adapter, adapter_sites)
 
 
 def _check_base(

@@ -116,8 +116,8 @@ def _decode_in_memory(
     plan: Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
-    leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-    leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
+    decoded = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
+    leaves = decoded if dtype is None else finite.cast_tree(decoded, dtype, name)
     return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 
@@ -193,15 +193,13 @@ def _read_leaf(entry: PlanEntry, source: TensorSource, places: Mapping[Region, n
     covers = regions.merge_neighbours(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():
         for piece in regions.file_regions(entry.form, outer):
-            key, place = entry.keys[piece.number], places.get(outer)
-            if place is not None and piece.region != outer:
-                place = place[regions.relative_slices(piece.region, outer)]
-            if place is not None and _read_in_place(source, key, piece, place):
+            key, slices = entry.keys[piece.number], regions.relative_slices(piece.region, outer)
+            if outer in places and _read_in_place(source, key, piece, places[outer][slices]):
                 continue
-            if piece.is_full:
-                tile = source.read_into(key, None).reshape(piece.shape)
-            else:
-                tile = source.read_slice(key, regions.to_slices(piece.tensor_region), piece.shape)
+            whole, part = piece.is_full, regions.to_slices(piece.tensor_region)
+            tile = (
+                source.read_into(key, None).reshape(piece.shape) if whole else source.read_slice(key, part, piece.shape)
+            )
             dtype = places[members[0]].dtype
             if not piece.is_exact and dtype.itemsize > tile.dtype.itemsize:
                 tile = tile.astype(dtype)  # cast before decoding, which rounds only once then
@@ -313,27 +311,13 @@ def from_peft(
     dtype = requested_dtype(dtype)
     given = LoraTree.of(target)
     parameters = carrier(given.tree).base()
-    options = Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
+    options = rules.Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
     tensors = key_names.without_names(tensors)
     return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How an adapter's tensors are bound to a base, as in `load`."""
-
-    keymap: KeyMap | str | None = None
-    dtype: Any = None
-    stack_axes: Sequence[int] | None = None
-    example: Sequence[Any] | None = None
-    shardings: Any = None
-    on_mismatch: str | None = None
-    on_shared: str | None = None
-    strict: bool = True
-
-
 def adapter_from_tensors(
-    tensors: PeftTensors, base: BaseParams, options: Options, report: Report = no_report, check: bool = False
+    tensors: PeftTensors, base: BaseParams, options: rules.Options, report: Report = no_report, check: bool = False
 ) -> tuple[Adapter, Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
@@ -361,20 +345,16 @@ def adapter_from_tensors(
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    given = tensors.tensors
-    on_device = not isinstance(given, TensorSource) and any(isinstance(x, jax.Array) for x in given.values())
-    expected = rules.Expected(
-        tensors.config, recipe, adapter_sites, base, tensors.source, options.strict, options.on_mismatch == "skip",
-        on_device,
-    )  # fmt: skip
-    source = rules.fit(given, expected)
+    expected = rules.Expected(tensors, recipe, adapter_sites, base, options)
+    source = rules.fit(expected)
     own = {key: spec.dtype for key, spec in source.specs.items()}
     if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
     dtype = None if options.dtype == AUTOCAST else options.dtype
     dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
     placement = adapter_placement(options.shardings, base, adapter_sites)
-    plan, arrays = expected.plan, dict(source) if on_device else source
+    plan, on_device = expected.plan, expected.on_device
+    arrays = dict(source) if on_device else source
     leaves = load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
     if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
         leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}

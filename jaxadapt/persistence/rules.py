@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import base_weights, full_copies, initial_values, key_names
-from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters import full_copies, initial_values, key_names
+from jaxadapt.adapters.adapter import PeftTensors, Recipe
 from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
-from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, MismatchError, warn
 from jaxadapt.keymaps import check, generic
 from jaxadapt.keymaps import plan as plans
-from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.keymaps.plan import PlanEntry
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
@@ -38,27 +35,43 @@ from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """How an adapter's tensors are bound to a base, as in `load`."""
+
+    keymap: KeyMap | str | None = None
+    dtype: Any = None
+    stack_axes: Sequence[int] | None = None
+    example: Sequence[Any] | None = None
+    shardings: Any = None
+    on_mismatch: str | None = None
+    on_shared: str | None = None
+    strict: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Expected:
     """What a model expects of an adapter's file.
 
     Attributes:
-        config: the file's configuration. recipe: the resolved one, and the model's keymap.
-        sites: the adapted leaves. base: the base parameters.
-        file: the name of the file, for messages.
-        strict: as in `load`. fits_vocabulary: False refuses tensors for another vocabulary.
-        on_device: True if the tensors are JAX arrays, such as traced ones.
+        file: the file's configuration and tensors.
+        recipe: the resolved configuration, and the model's keymap.
+        sites: the adapted leaves.
+        base: the base parameters.
         refusals: what the rules refuse, one text a rule.
     """
 
-    config: Config
+    file: PeftTensors
     recipe: Recipe
     sites: Sites
     base: BaseParams
-    file: str
-    strict: bool = True
-    fits_vocabulary: bool = False
-    on_device: bool = False
+    options: Options
     refusals: list[str] = dataclasses.field(default_factory=list[str])
+
+    @functools.cached_property
+    def on_device(self) -> bool:
+        """True if the file's tensors are JAX arrays, such as traced ones."""
+        tensors = self.file.tensors
+        return not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values())
 
     @property
     def plan(self) -> plans.Plan:
@@ -68,11 +81,11 @@ class Expected:
     def refuse(self, message: str, items: Collection[str], advice: str = "") -> None:
         """Add the problems of one rule, if there are any."""
         if items:
-            self.refusals.append(f"{self.file}{message}\n{paths.bullets(items)}{advice}")
+            self.refusals.append(f"{self.file.source}{message}\n{paths.bullets(items)}{advice}")
 
     def is_lenient(self, source: TensorSource) -> bool:
         """Return True if only the tensors of a file that fit are loaded."""
-        return not self.strict and not self.plan.keys.keys().isdisjoint(source)
+        return not self.options.strict and not self.plan.keys.keys().isdisjoint(source)
 
     @functools.cached_property
     def optional(self) -> set[str]:
@@ -111,8 +124,8 @@ def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
     another way stay unchanged; `require_fit` refuses them.
     """
     fitted: dict[str, Any] = {}
-    for site in expected.sites if expected.fits_vocabulary else ():
-        axes = base_weights.vocabulary_axes(site, expected.recipe.keymap)
+    for site in expected.sites if expected.options.on_mismatch == "skip" else ():
+        axes = full_copies.vocabulary_axes(site, expected.recipe.keymap)
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
             (key, *others), shape = entry.keys, entry.form.file_shape
             found = source.specs[key].shape if key in source else shape
@@ -132,8 +145,8 @@ def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
             rows[common] = np.asarray(source[key])[common]
             fitted[key] = rows
             warn(
-                f"{expected.file}: {key} is for a vocabulary of {found[axis]}, and the model's has {shape[axis]}: only"
-                f" the first {count} rows are used",
+                f"{expected.file.source}: {key} is for a vocabulary of {found[axis]}, and the model's has {shape[axis]}"
+                f": only the first {count} rows are used",
             )
     return _with(source, fitted)
 
@@ -146,9 +159,9 @@ def drop_repeats(source: TensorSource, expected: Expected) -> TensorSource:
     """
     plan, keymap = expected.plan, expected.recipe.keymap
     heads, turned = dict[str, str](), set[str]()
-    if full_copies.repeats_heads(expected.config, keymap, expected.base.shapes):
+    if full_copies.repeats_heads(expected.file.config, keymap, expected.base.shapes):
         first = {entry.path: entry for entry in plan.entries}
-        for entry in full_copies.repeat_for_heads(expected.config, plan.entries, keymap):
+        for entry in full_copies.repeat_for_heads(expected.file.config, plan.entries, keymap):
             own = first[entry.path]
             heads[entry.keys[0]] = own.keys[0]
             turned |= set(entry.keys) if entry.form.right != own.form.right else set()
@@ -176,7 +189,7 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     if not surplus:
         return source
     known, ties = _base_tensors(expected), dict(keymap.tied)
-    saved = {str(name).rpartition(".")[2] for name in expected.config.get("modules_to_save") or ()}
+    saved = {str(name).rpartition(".")[2] for name in expected.file.config.get("modules_to_save") or ()}
     dropped, uncompared = set[str](), list[str]()
     problems: dict[str, dict[str, str]] = {kind: {} for kind in ("head", "embeddings", "base weights")}
     for key in surplus:
@@ -192,9 +205,9 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
             if problem is None:
                 uncompared.append(key)
             elif problem:
-                other = "embeddings" if base_weights.is_embedding(keymap, keymap.match(entry.path)) else "base weights"
+                other = "embeddings" if full_copies.is_embedding(keymap, keymap.match(entry.path)) else "base weights"
                 problems["head" if name.removesuffix(".weight").rpartition(".")[2] in saved else other][key] = problem
-    ignored = {} if expected.strict else problems.pop("base weights")
+    ignored = {} if expected.options.strict else problems.pop("base weights")
     expected.refuse(
         " holds a trained copy of a head that this model ties to its token embedding, so that the model has no leaf for"
         " the copy:",
@@ -210,13 +223,13 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
         )
     if uncompared:
         warn(
-            f"{expected.file}: these tensors could not be compared, because the base has only shapes here; they are"
-            " assumed to equal the base's:\n" + paths.bullets(uncompared, len(uncompared))
+            f"{expected.file.source}: these tensors could not be compared, because the base has only shapes here; they"
+            " are assumed to equal the base's:\n" + paths.bullets(uncompared, len(uncompared))
         )
     return _without(source, dropped - ignored.keys())
 
 
-def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
+def _base_tensors(expected: Expected) -> dict[str, tuple[plans.PlanEntry, int]]:
     """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights."""
     keymap, shapes = expected.recipe.keymap, expected.base.shapes
     matches = {leaf: keymap.match(leaf) for leaf in shapes}
@@ -226,7 +239,7 @@ def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
     return {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
 
 
-def _compare(source: TensorSource, key: str, leaf: Any, entry: PlanEntry, number: int, turns: bool) -> str | None:
+def _compare(source: TensorSource, key: str, leaf: Any, entry: plans.PlanEntry, number: int, turns: bool) -> str | None:
     """Return how a tensor differs from the base's, "" if it equals that; None if the base has only shapes.
 
     Args:
@@ -304,9 +317,9 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
         if key in wanted and not is_kind(spec.dtype, wanted[key])
     ]
     may_lack = plan.keys if expected.is_lenient(source) else expected.optional
-    keymap = expected.recipe.keymap.name if expected.strict else ""
+    keymap = expected.recipe.keymap.name if expected.options.strict else ""
     try:
-        plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file, unusable, keymap)
+        plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file.source, unusable, keymap)
     except MismatchError as error:
         expected.refusals.append(f"{error}{attention_hint(given.keys() - plan.keys.keys())}")
     return source
@@ -317,12 +330,12 @@ RULES: tuple[Callable[[TensorSource, Expected], TensorSource], ...] = (
 )  # fmt: skip
 
 
-def fit(tensors: Mapping[str, Any], expected: Expected) -> TensorSource:
-    """Return the tensors that a model expects, from a file's.
+def fit(expected: Expected) -> TensorSource:
+    """Return the tensors that a model expects.
 
     Raises one `MismatchError` with all that the rules refuse.
     """
-    source = functools.reduce(lambda source, rule: rule(source, expected), RULES, as_source(tensors))
+    source = functools.reduce(lambda source, rule: rule(source, expected), RULES, as_source(expected.file.tensors))
     if expected.refusals:
         raise MismatchError("\n".join(expected.refusals))
     return create_missing(source, expected)
@@ -365,7 +378,7 @@ def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
     weights = sum(math.prod(expected.base.shapes[leaf]) for leaf in {site.leaf for site in expected.sites})
     if created > (limit := max(_CREATED, 4 * weights)):
         raise MismatchError(
-            f"{expected.file}: the configuration asks for {created} values that the file lacks: expected at most"
+            f"{expected.file.source}: the configuration asks for {created} values that the file lacks: expected at most"
             f" {limit}, as the adapted weights have {weights}. Correct the configuration's sizes, such as r"
         )
     return _with(fitting, _new_tensors(set(missing), fitting, expected)) if missing else fitting
@@ -383,7 +396,7 @@ def _warn_of_others(missing: Collection[str], unexpected: Collection[str], file:
         warn("\n".join([f"{file}: {start}", *notes]))
 
 
-def _new_tensors(absent: AbstractSet[str], source: TensorSource, expected: Expected) -> dict[str, Any]:
+def _new_tensors(absent: set[str], source: TensorSource, expected: Expected) -> dict[str, Any]:
     """Return the tensors with these keys of a new adapter, in the dtype of the others if they have one."""
     every = expected.sites
     incomplete = Sites(
@@ -396,7 +409,7 @@ def _new_tensors(absent: AbstractSet[str], source: TensorSource, expected: Expec
             expected.recipe.config, incomplete, jax.random.key(0), base=expected.base.leaves, whole=every
         )
     except AdapterError as error:
-        raise type(error)(f"{expected.file}: cannot initialize the missing tensors: {error}") from error
+        raise type(error)(f"{expected.file.source}: cannot initialize the missing tensors: {error}") from error
     new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
     dtypes = {spec.dtype for spec in source.specs.values()}
     copied, own = copied_keys(incomplete), dtypes.pop() if len(dtypes) == 1 else None

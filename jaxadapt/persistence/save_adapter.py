@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import base_weights, experts, full_copies, joint_tensors, renaming, sites
+from jaxadapt.adapters import experts, full_copies, joint_tensors, renaming, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.arrays import finite
@@ -328,7 +328,7 @@ def encode_tree(
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, config, keymap)
-        base_weights.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        full_copies.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         return dataclasses.replace(
@@ -341,8 +341,8 @@ def encode_tree(
     config, keymap = source.adapter.config, source.adapter.keymap
     base = held.leaves() if held.has_base else None
     encoded = _encode(source)
-    if base_weights.may_need_embeddings(config, save_embedding_layers):
-        encoded = base_weights.add_embeddings(encoded, config, keymap, source.sites, base, save_embedding_layers)
+    if full_copies.may_need_embeddings(config, save_embedding_layers):
+        encoded = full_copies.add_embeddings(encoded, config, keymap, source.sites, base, save_embedding_layers)
     encoded = _repeat_for_heads(config, encoded, keymap, base)
     tensors = _join_or_split(source, encoded)
     return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
