@@ -371,7 +371,9 @@ def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
     missing = [key for key in plan.keys if key not in source]
     if expected.is_lenient(source):
         _warn_of_others(
-            [key for key in missing if key not in expected.optional], source.keys() - fitting.keys(), expected
+            [key for key in missing if key not in expected.optional],
+            source.keys() - fitting.keys(),
+            expected.file.source,
         )
     created = sum(math.prod(plan.shapes[key]) for key in missing)
     created += sum(math.prod(e.shape) for tensor, e in tensor_entries(expected.sites) if not tensor.in_file)
