@@ -280,7 +280,9 @@ def _from_orbax(
         like |= {p: x for p, x in attached.flat().items() if p in wanted}
     own = orbax_folder.read(path, stored, like).flat()
     with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
-        dtypes = {p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, options.dtype) for p, x in own.items()}
+        dtypes = {
+            p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, options.dtype) for p, x in own.items()
+        }
         flat = {p: x.astype(dtypes[p]) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
     finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, os.fspath(path)), os.fspath(path))
