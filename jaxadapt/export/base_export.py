@@ -96,7 +96,7 @@ _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 @atomic.cleans("path")
 def export_base(
-    params: Any,
+    model: Any,
     path: str | os.PathLike[str],
     adapter: Adapter | None = None,
     *,
@@ -116,7 +116,7 @@ def export_base(
     time. Tied embeddings are written once if the model stores them once.
 
     Args:
-        params: an NNX model, Linen variables or base parameters. With active adapters it needs `adapter`.
+        model: an NNX model, Linen variables or base parameters. With active adapters it needs `adapter`.
         path: the folder, or an address of an object store.
         adapter: an adapter to merge into the weights: W + s·B·A, in float32, rounded once.
         like: the folder of the same model, whose configuration and tokenizer are copied. In config.json the dtype is
@@ -142,9 +142,9 @@ def export_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=keymap)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
-    _refuse_active(params, adapter)
-    leaves, resolved = collect_base_leaves(params, keymap)
-    _refuse_statistics(params, leaves)
+    _refuse_active(model, adapter)
+    leaves, resolved = collect_base_leaves(model, keymap)
+    _refuse_statistics(model, leaves)
     require_values(leaves, traced=False)
     base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
     changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)

@@ -33,7 +33,7 @@ from jaxadapt.storage.source import TensorSource, cut, rename, stack
 
 def import_base(
     path: str | os.PathLike[str],
-    target: Any,
+    model: Any,
     adapter: Adapter | None = None,
     *,
     keymap: KeyMap | str | None = None,
@@ -48,7 +48,7 @@ def import_base(
 
     Args:
         path: a folder with model.safetensors (or its index and shards) or pytorch_model.bin, or one such file.
-        target: an NNX model, which is filled in place and returned; or Linen variables or parameters, which are
+        model: an NNX model, which is filled in place and returned; or Linen variables or parameters, which are
             returned as a new tree. Abstract targets work too. Each array keeps the target's dtype and sharding.
         adapter: an adapter of this target (from `from_peft`, for example) to merge into the weights.
         keymap: the target's family; None recognizes it. A target of no family is read by its own paths if they equal
@@ -73,15 +73,15 @@ def import_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=keymap)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
-    leaves, resolved = collect_base_leaves(target, keymap, allow_generic=True)
+    leaves, resolved = collect_base_leaves(model, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_merge(base_merge.mergeable_leaves(carrier(target).params, adapter), adapter)
+        base_merge.plan_merge(base_merge.mergeable_leaves(carrier(model).params, adapter), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)
         if keymap in (None, "auto", GENERIC.name):
-            resolved = _with_path_names(resolved, target, shapes, tensors, tensors.source)
+            resolved = _with_path_names(resolved, model, shapes, tensors, tensors.source)
         if resolved.expert_modules:
             tensors = stack(tensors, *pytorch.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
@@ -103,7 +103,7 @@ def import_base(
                 f" {', '.join(sorted(unfilled))}"
             )
         with reporter(progress) as report:
-            shardings = carrier(target).base().shardings
+            shardings = carrier(model).base().shardings
             new = _load_leaves(entries, rename(tensors, sources), leaves, shardings, report)
     if adapter is not None:
         changed = base_merge.plan_merge({**leaves, **new}, adapter)
@@ -112,7 +112,7 @@ def import_base(
         for leaf in list(changed):
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read with the keymap %s", tensors.source, len(new), resolved.name)
-    return carrier(target).replace(new)
+    return carrier(model).replace(new)
 
 
 def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -73,7 +73,7 @@ class Started(NamedTuple):
 
 def start(
     config: Config,
-    base: Any,
+    model: Any,
     *,
     key: Any = None,
     name: str = DEFAULT,
@@ -116,7 +116,7 @@ def start(
     | "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED" | an adapter of several tasks | `source` |
 
     Args:
-        base: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
+        model: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
             adapter is attached under `name` and active).
         key: a JAX random key, for initialisations that draw random numbers.
         name, keymap, dtype, rngs, stack_axes, example: as in `adapt` and `init`.
@@ -143,7 +143,7 @@ def start(
     """
     if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"start: expected a configuration such as LoraConfig(…), found {type(config).__name__}")
-    held = carrier(base)
+    held = carrier(model)
     if held.in_place:
         check_free(name, held.names())
     if key is None and rngs is not None:
@@ -152,7 +152,7 @@ def start(
         "key": key, "batches": batches, "gradients": gradients, "mask": mask, "tokens": tokens, "source": source,
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
-    parameters = base_params(base)
+    parameters = base_params(model)
     method = get_method(config)
     if isinstance(method, PromptMethod):
         setting, needs = method.start_setting(config)
@@ -175,7 +175,7 @@ def start(
             recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started
         )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, base)
+        return _attach(held, adapter, adapter_sites, name, rngs, model)
     if not isinstance(config, lora.LoraConfig):
         _check_arguments(type(config).__name__, given, ("key",))
         recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
@@ -183,7 +183,7 @@ def start(
             recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
         )
         adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, base)
+        return _attach(held, adapter, adapter_sites, name, rngs, model)
     kind = init_kind(config)
     _check_arguments(lora.init_field(config), given, kind.needs, kind.takes)
 
@@ -193,19 +193,19 @@ def start(
     recipe, adapter_sites = plan(config)
     initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
     if "batches" in kind.needs:
-        run = _forward_function(base, forward)
+        run = _forward_function(model, forward)
         if kind.name == "eva":
-            recipe, adapter_sites, by_module = _run_eva(plan, initialization, base, batches, run, mask)
+            recipe, adapter_sites, by_module = _run_eva(plan, initialization, model, batches, run, mask)
             initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
         else:
-            by_module = _covariances(initialization, base, batches, run)
+            by_module = _covariances(initialization, model, batches, run)
         computed = initialization.factors(by_module)
     elif gradients is not None:
         computed = initialization.factors(initialization.gradients(_leaves(gradients)))
     else:
         computed = initialization.factors()
     adapter, new = initialization.assemble(computed, dtype, parameters.shardings)
-    new_base = held.replace(new) if new else base
+    new_base = held.replace(new) if new else model
     return _attach(held, adapter, initialization.sites, name, rngs, new_base)
 
 

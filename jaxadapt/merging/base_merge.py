@@ -178,7 +178,7 @@ def _slice(x: Any, axes: Sequence[Any], at: Mapping[Any, int | slice]) -> Any:
 
 
 def merge(
-    params: Any,
+    model: Any,
     adapter: Adapter | None = None,
     *,
     in_place: bool = False,
@@ -191,7 +191,7 @@ def merge(
     """Return the base parameters with the adapter added: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
 
     Args:
-        params: nested mappings of base parameters, for which a new tree is returned (FrozenDicts, boxes such as
+        model: nested mappings of base parameters, for which a new tree is returned (FrozenDicts, boxes such as
             `nn.Partitioned` and numpy arrays keep their types); or Linen variables, likewise, returned without the
             adapter; or an NNX model, for which a new model is returned, without the merged adapters. It shares all
             arrays that do not change with the given model, which keeps its adapters.
@@ -199,7 +199,7 @@ def merge(
         in_place: change the given NNX model and return it, so that the weights before the merge are not kept.
         safe: raise before any change if a sum is too large for the weight's dtype: a NaN or an infinity.
         donate: reuse the memory of the weights, one by one (on devices; numpy arrays are kept), so that at most one
-            weight is held beside the model. Afterwards the arrays in `params` cannot be used any more, not even
+            weight is held beside the model. Afterwards the arrays in `model` cannot be used any more, not even
             through other references. After an interruption, some are deleted and the rest are not merged. An NNX model
             is then changed in place.
         dequantize: make all quantised weights of the base dense first, as `jaxadapt.models.dequantize` does. Without it
@@ -231,11 +231,11 @@ def merge(
         dequantize,
         allow_nan,
     )
-    given = carrier(params)
+    given = carrier(model)
     if isinstance(given, Module):
         raise given.unsupported("base parameters, Linen variables or an NNX model")
-    params = given.to_change(in_place, donate)
-    held = carrier(params)
+    model = given.to_change(in_place, donate)
+    held = carrier(model)
     if held.in_place:
         active = held.active()
         active_adapters = {name: held.extract(name) for name in active}
@@ -250,13 +250,13 @@ def merge(
                 f" {held.names() or 'none'}. Activate one, or pass an adapter"
             )
         if active and selected == active_adapters:
-            return _merge_and_detach(params, active_adapters, options)
+            return _merge_and_detach(model, active_adapters, options)
     elif held.has_base:
-        variables_adapter, others = _take_from_variables(params, adapter)
-        return {**others, "params": _apply_changes(params["params"], (variables_adapter,), *options)}
+        variables_adapter, others = _take_from_variables(model, adapter)
+        return {**others, "params": _apply_changes(model["params"], (variables_adapter,), *options)}
     if adapter is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
-    return _apply_changes(params, (adapter,), *options)
+    return _apply_changes(model, (adapter,), *options)
 
 
 def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) -> tuple[Adapter, dict[str, Any]]:
@@ -309,7 +309,7 @@ def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:
 
 
 def unmerge(
-    params: Any,
+    model: Any,
     adapter: Adapter,
     *,
     in_place: bool = False,
@@ -330,7 +330,7 @@ def unmerge(
     True
     """
     return _apply_changes(
-        carrier(params).to_change(in_place, donate),
+        carrier(model).to_change(in_place, donate),
         (adapter,),
         (AppliedMethod.unweight, _unmerge_bias),
         ("unmerge", progress),

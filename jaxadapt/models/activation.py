@@ -90,7 +90,7 @@ Array = Any
 
 
 @contextlib.contextmanager
-def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
+def rescale(model: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
 
     NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the variables
@@ -99,7 +99,7 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     context are restored at its end, and an error is raised. An adapter saved or extracted inside is the rescaled one.
 
     Args:
-        tree: an NNX model, Linen variables, or an `Adapter`.
+        model: an NNX model, Linen variables, or an `Adapter`.
         factor: a number; 0 switches the update off, a negative number subtracts it.
         name: the adapter's name; by default the active adapters of a model, and all adapters of other trees.
 
@@ -121,18 +121,18 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     """
     if np.ndim(factor):
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
-    held = carrier(tree)
+    held = carrier(model)
     if not held.in_place:
         yield _rescale_tree(held, factor, name)
         return
-    variables = _find_variables(tree, name)
+    variables = _find_variables(model, name)
     before = {path: var.get_value() for path, var in variables.items()}
     scaled = [p for p, v in variables.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
     scaled_values = {**before, **{path: _multiply(before[path], factor) for path in scaled}}
     try:
         for path in scaled:
             variables[path].set_value(scaled_values[path])
-        yield tree
+        yield model
         changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled_values[path])]
     finally:
         for path, var in variables.items():

@@ -80,7 +80,7 @@ def _require_config(config: Any) -> None:
 
 def init(
     config: Config,
-    params: Any,
+    model: Any,
     *,
     key: Any = None,
     keymap: KeyMap | str | None = None,
@@ -89,7 +89,7 @@ def init(
     """Return a new adapter for a tree of base parameters, with the tensors that `adapt` would attach.
 
     Args:
-        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model. If
+        model: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model. If
             the weights are in Linen's boxes (`nn.Partitioned`, …), so are the adapter's tensors, as in `adapt`.
         key: a JAX random key; None returns an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise the family. Without a keymap, 2-D kernels are
@@ -107,7 +107,7 @@ def init(
     _require_config(config)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
-    base = base_params(params)
+    base = base_params(model)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
     return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
@@ -117,7 +117,7 @@ def init(
 
 
 def extract(
-    tree: Any,
+    model: Any,
     name: str = DEFAULT,
     *,
     config: Config | None = None,
@@ -126,7 +126,7 @@ def extract(
     """Return the adapter called `name` of a model, state or variables.
 
     Args:
-        tree: an NNX model or `nnx.State`, Linen variables (or their adapter collection), an `Adapter`, or any pytree
+        model: an NNX model or `nnx.State`, Linen variables (or their adapter collection), an `Adapter`, or any pytree
             with the LoRA leaves of another library, which are recognised by their paths. A `LoraTree` wraps a tree
             that does not store its alpha.
         config: required if the tree has lost its configuration, or comes from another library.
@@ -143,10 +143,10 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    return lora_carrier(tree).extract(name, config, keymap)
+    return lora_carrier(model).extract(name, config, keymap)
 
 
-def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
+def inject(adapter: Adapter, model: Any, name: str = DEFAULT) -> Any:
     """Write an adapter's values into the attached adapter of that name.
 
     NNX models are changed in place. Any other tree is copied, and keeps its `jax.tree.structure`: the same boxes,
@@ -178,7 +178,7 @@ def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
         " jax.tree.map(jnp.copy, adapter):",
         gone,
     )
-    return lora_carrier(tree).inject(adapter, name)
+    return lora_carrier(model).inject(adapter, name)
 
 
 def delete(model: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ from jaxadapt.models.nnx import attach, graph, survey
 
 
 def quantize(
-    base: Any,
+    model: Any,
     kind: str = "nf4",
     *,
     modules: Any = ALL_LINEAR,
@@ -38,7 +38,7 @@ def quantize(
     codes and scales of a sharded weight are sharded too, and adapters are sharded as on the dense base.
 
     Args:
-        base: nested mappings of base parameters (returns a new tree; apply it through `adapt`'s wrapper), or an NNX
+        model: nested mappings of base parameters (returns a new tree; apply it through `adapt`'s wrapper), or an NNX
             model, which is changed in place and returned.
         kind: "nf4" (blocks of 64 numbers with one scale each, in the order and with the levels of bitsandbytes) or
             "int8" (one scale for each output).
@@ -57,7 +57,7 @@ def quantize(
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
-    params = base_params(base)
+    params = base_params(model)
     sites = planning.plan_adapter(params, config, keymap)[1]
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
@@ -76,10 +76,10 @@ def quantize(
     scales = {leaf: q.absmax for leaf, q in new.items()}
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     raise_listed(AttachError, "cannot quantize these weights, whose values are not all finite:", odd)
-    base = carrier(base).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
+    model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
-    return base
+    return model
 
 
 def _obstacle(site: Site, w: Any) -> str:
@@ -99,7 +99,7 @@ def _obstacle(site: Site, w: Any) -> str:
     return ""
 
 
-def dequantize(base: Any) -> Any:
+def dequantize(model: Any) -> Any:
     """Dequantise every quantised weight of a base: the inverse of `quantize` except for rounding.
 
     Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or QArrays of Qwix. A base
@@ -110,9 +110,9 @@ def dequantize(base: Any) -> Any:
     >>> bool((dequantize(quantize(base, modules=["q"]))["q"]["kernel"] == base["q"]["kernel"]).all())
     True
     """
-    held = carrier(base)
+    held = carrier(model)
     if not held.in_place:
-        return jax.tree.map(quantized.to_dense, base, is_leaf=quantized.is_quantized)
+        return jax.tree.map(quantized.to_dense, model, is_leaf=quantized.is_quantized)
     return held.replace({p: quantized.to_dense(w) for p, w in held.leaves().items() if quantized.is_quantized(w)})
 
 

@@ -157,11 +157,11 @@ def value_text(scale: float | PerEntry) -> str:
     return f"{scale:g}" if isinstance(scale, float) else str(scale)
 
 
-def summary(tree: Any, *inputs: Any) -> Summary:
+def summary(model: Any, *inputs: Any) -> Summary:
     """Summarise an adapted model: weights, ranks, scales, dtypes, how each is computed, trained and all parameters.
 
     Args:
-        tree: an adapted NNX model, Linen variables, or an adapted Linen module.
+        model: an adapted NNX model, Linen variables, or an adapted Linen module.
         inputs: the inputs of one call; for a Linen module, the variables first. With them the column "how" shows the
             custom layers that need the effective weight. Those are exact, but the backward pass computes a gradient of
             the weight's size.
@@ -176,7 +176,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     >>> table.trainable, table.base_parameters
     (20, 24)
     """
-    held = carrier(tree)
+    held = carrier(model)
     if isinstance(held, Wrapper):
         if not inputs:
             raise AttachError(
@@ -187,7 +187,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
             raise AttachError(
                 f"summary(module, variables, *inputs): expected variables, found {type(variables).__name__}"
             )
-        base, how = carrier(variables), tree.notes(variables, *rest) if rest else {}
+        base, how = carrier(variables), model.notes(variables, *rest) if rest else {}
     else:
         base, how = held, _describe_uses(held, inputs)
     leaves = base.leaves() if base.has_base else {}

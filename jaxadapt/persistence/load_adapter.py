@@ -35,7 +35,7 @@ _TIMEOUT = 300.0  # seconds for each answer of another process
 
 def load(
     path: str | os.PathLike[str],
-    target: Any,
+    model: Any,
     *,
     name: str = DEFAULT,
     keymap: KeyMap | str | None = None,
@@ -62,7 +62,7 @@ def load(
         path: the folder; an address of an object store ("s3://bucket/folder", "gs://…") or of the Hub
             ("hf://org/name@revision/subfolder"). For a `name` other than "default", the subfolder of that name if it
             exists.
-        target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
+        model: an NNX model, plain or adapted, changed in place and returned; or Linen variables
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too. A `LoraTree` of
             one says what happens where it has one A for several modules of the file.
         name: the adapter's name on this model; the adapter becomes the active one.
@@ -114,7 +114,7 @@ def load(
     dtype = peft.requested_dtype(dtype)
     with reporter(progress) as report:
         place = folder.find_adapter(path, name, report)
-    held = lora_carrier(target)
+    held = lora_carrier(model)
     if held.foreign is None and not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     open_file = verify_folder.open_repaired if repair else folder.open_adapter

@@ -239,7 +239,7 @@ def _copy(place: np.ndarray, part: np.ndarray) -> None:
 
 
 def to_peft(
-    tree: Any,
+    model: Any,
     name: str = DEFAULT,
     *,
     config: Config | None = None,
@@ -248,7 +248,7 @@ def to_peft(
     """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
 
     Args:
-        tree: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
+        model: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
             or a `LoraTree` of one.
         config, keymap: needed only if the tree does not store them, or to rename by another keymap.
 
@@ -261,16 +261,16 @@ def to_peft(
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
-    if isinstance(tree, PeftTensors):
+    if isinstance(model, PeftTensors):
         raise AttachError(
             "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
         )
-    return save_adapter.encode_tree(tree, name, config, keymap, in_memory=True)
+    return save_adapter.encode_tree(model, name, config, keymap, in_memory=True)
 
 
 def from_peft(
     tensors: PeftTensors,
-    target: Any,
+    model: Any,
     *,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
@@ -280,10 +280,10 @@ def from_peft(
     base: str | None = None,
     strict: bool = True,
 ) -> Adapter:
-    """Convert PEFT's tensors to an adapter in the layout of `target`.
+    """Convert PEFT's tensors to an adapter in the layout of `model`.
 
     Args:
-        target: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
+        model: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
         keymap, dtype, stack_axes, example, shardings, strict: as in `load`.
         base: as in `load`, but only "changed" is possible here.
 
@@ -309,7 +309,7 @@ def from_peft(
     if base is None:
         lora.require_original_base(tensors.config, tensors.source)
     dtype = requested_dtype(dtype)
-    given = LoraTree.of(target)
+    given = LoraTree.of(model)
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
     tensors = key_names.without_names(tensors)

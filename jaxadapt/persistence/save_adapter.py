@@ -448,7 +448,7 @@ def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: 
 
 
 def save(
-    tree: Any,
+    model: Any,
     path: str | os.PathLike[str],
     *,
     name: str = DEFAULT,
@@ -512,7 +512,7 @@ def save(
     """
     if format not in ("safetensors", "bin", "orbax"):
         raise FileError(f"{path}: format {format!r}: expected 'safetensors', 'bin' or 'orbax'")
-    if isinstance(tree, PeftTensors):
+    if isinstance(model, PeftTensors):
         raise AttachError(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
             " jaxadapt.write(tensors, path)"
@@ -525,7 +525,7 @@ def save(
         changes["base_model_name_or_path"] = base_model
     target = folder.adapter_folder(path, name)
     if format == "orbax":
-        held = lora_carrier(tree)
+        held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
         adapter = take_adapter(held, name, config, keymap, in_memory=False).adapter
@@ -538,7 +538,7 @@ def save(
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode_tree(
-        tree, name, config, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=timeout
+        model, name, config, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=timeout
     )
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     is_spread = isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())

@@ -250,7 +250,7 @@ class Bank:
 
 
 def create(
-    base: Any,
+    model: Any,
     configs: Config | Adapter | Sequence[Config | Adapter],
     *,
     slots: int,
@@ -262,7 +262,7 @@ def create(
     """Create an empty bank for a base: every slot is the bare base.
 
     Args:
-        base: an NNX model, Linen variables or base parameters, or the shapes of any of them. The bank's arrays are
+        model: an NNX model, Linen variables or base parameters, or the shapes of any of them. The bank's arrays are
             sharded as its weights ask.
         configs: what the bank has room for: for each kind of adapter (LoRA, DoRA, IA3) a configuration with the largest
             rank and all targets. Alphas and dropout have no effect. A configuration whose method computes the factors
@@ -284,7 +284,7 @@ def create(
     """
     if operator.index(slots) < 2:
         raise AttachError(f"slots: expected at least 2, one for the base and one for an adapter, found {slots}")
-    held, dtype = carrier(base).base(), float_dtype(dtype)
+    held, dtype = carrier(model).base(), float_dtype(dtype)
     places: list[Place] = []
     problems: list[Refusal] = []
     shared: list[tuple[str, Shared]] = []
