@@ -92,7 +92,7 @@ def load_way(folder: Path) -> Way:
 def inject_way(folder: Path) -> Way:
     model = adapted()
     adapters = itertools.cycle([jax.tree.map(jnp.ones_like, jaxadapt.extract(model)), jaxadapt.extract(model)])
-    return Way(lambda _: jaxadapt.inject(next(adapters), model))
+    return Way(lambda _: jaxadapt.inject(model, next(adapters)))
 
 
 def activate_way(folder: Path) -> Way:

@@ -76,7 +76,7 @@ def main() -> None:
     base = {path: np.zeros(shape, ml_dtypes.bfloat16) for path, shape in shapes.items()}
     specs = paths.unflatten({path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes.items()})
     config = jaxadapt.LoraConfig(r=8, target_modules=[module.rpartition(".")[2] for module in MODULE.values()])
-    adapter = jaxadapt.init(config, specs, keymap="llama")
+    adapter = jaxadapt.init(specs, config, keymap="llama")
     adapted = sites.sites_of(adapter)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     print(f"{len(shapes)} adapted weights, {count / 1e9:.2f}B parameters")

@@ -67,7 +67,7 @@ def run(folder: Path) -> None:
     script = (
         "import sys, jax, jaxadapt\n"
         "base = {'q': {'kernel': jax.ShapeDtypeStruct((8, 8), 'float32')}}\n"
-        "adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=['q']), base, key=jax.random.key(0))\n"
+        "adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=['q']), key=jax.random.key(0))\n"
         "with jaxadapt.CheckpointManager(sys.argv[1]) as manager:\n"
         "    for step in range(20): manager.save(step, adapter, metrics={'loss': 1 / (1 + step)})\n"
     )

@@ -69,7 +69,7 @@ def make(megabytes: int) -> jaxadapt.Adapter:
     config = jaxadapt.LoraConfig(
         r=rank_for(megabytes), lora_alpha=16, target_modules=[m.split(".")[1] for m in PROJECTIONS]
     )
-    adapter = jaxadapt.init(config, base()["params"], keymap="llama", dtype=jnp.bfloat16)
+    adapter = jaxadapt.init(base()["params"], config, keymap="llama", dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)
 
     def value(spec: jax.ShapeDtypeStruct) -> jax.Array:

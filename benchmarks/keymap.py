@@ -184,7 +184,7 @@ def exporting(kind: str, merged: bool, width: int) -> None:
     """In a process of its own: print by how many bytes an export raises the peak of resident memory."""
     keymap, model = weights(kind == "stacked", width)
     config = jaxadapt.LoraConfig(r=8, target_modules=["q_proj", "up_proj", "down_proj"])
-    adapter = jaxadapt.init(config, model, key=jax.random.key(0), keymap=keymap) if merged else None
+    adapter = jaxadapt.init(model, config, key=jax.random.key(0), keymap=keymap) if merged else None
     with tempfile.TemporaryDirectory() as folder:
         # What is imported and compiled on first use is no memory of the data; what it leaves free goes back.
         jaxadapt.export.export_base(model, folder, adapter, keymap=keymap)

@@ -116,7 +116,7 @@ class OnJax:
     def __init__(self, layers: int, dtype: str, r: int) -> None:
         self.tree: Any = {name: {"kernel": jnp.full(shape[::-1], 0.5, dtype)} for name, shape in shapes(layers).items()}
         config = jaxadapt.LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False)
-        self.adapter = jaxadapt.init(config, self.tree, key=jax.random.key(0))
+        self.adapter = jaxadapt.init(self.tree, config, key=jax.random.key(0))
         jax.block_until_ready((self.tree, self.adapter))
         self.inside = False
 

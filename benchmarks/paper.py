@@ -55,7 +55,7 @@ def adapter(fsdp: int, tp: int, rank: int) -> dict[str, Any]:
     base = {name: spec(shape, ("fsdp", "tp")) for name, shape in OUT_CUT.items()}
     base |= {name: spec(shape, ("tp", "fsdp")) for name, shape in IN_CUT.items()}
     config = jaxadapt.LoraConfig(r=rank, target_modules=list(base))
-    return jaxadapt.init(config, base).flat()
+    return jaxadapt.init(base, config).flat()
 
 
 def cut_up(spec: Any, fsdp: int, tp: int) -> dict[regions.Region, list[int]]:

@@ -73,7 +73,7 @@ def write_base(folder: Path, config: LlamaConfig) -> dict[str, np.ndarray]:
 
 
 def write_adapters(root: Path, config: LlamaConfig, weights: Any, count: int) -> None:
-    one = jaxadapt.init(lora(), to_nnx(config, weights), key=jax.random.key(0))
+    one = jaxadapt.init(to_nnx(config, weights), lora(), key=jax.random.key(0))
     for number in range(count):
         jaxadapt.save(jax.tree.map(lambda x, n=number: np.asarray(x) * (1 + n / 1000), one), root / f"t{number}")
 

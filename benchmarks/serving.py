@@ -101,7 +101,7 @@ class Ours:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, model = given, make_model(given)
-        self.adapters = [jaxadapt.init(lora(), model, key=jax.random.key(i)) for i in range(2)]
+        self.adapters = [jaxadapt.init(model, lora(), key=jax.random.key(i)) for i in range(2)]
         self.bank = serving.create(model, lora(), slots=given.rows + 1)
         for slot in range(1, given.rows + 1):
             self.bank = serving.put(self.bank, slot, self.adapters[slot % 2])

@@ -59,7 +59,7 @@ def shapes(megabytes: int) -> tuple[Any, Any]:
     base = jax.tree_util.tree_map_with_path(spread, io.base())
     modules = [m.split(".")[1] for m in io.PROJECTIONS]
     config = jaxadapt.LoraConfig(r=io.rank_for(megabytes), lora_alpha=16, target_modules=modules)
-    return jaxadapt.init(config, base["params"], keymap="llama", dtype="bfloat16"), base
+    return jaxadapt.init(base["params"], config, keymap="llama", dtype="bfloat16"), base
 
 
 def make(megabytes: int) -> Any:

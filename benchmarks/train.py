@@ -184,7 +184,7 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
         "Linen, jaxadapt": linen_way(
             jaxadapt.adapt(llama_linen.Llama(config), lora()),
             variables,
-            lambda _: jaxadapt.init(lora(), variables["params"], key=jax.random.key(0)).collection,
+            lambda _: jaxadapt.init(variables["params"], lora(), key=jax.random.key(0)).collection,
             tokens,
         ),
         "Linen, by hand": linen_way(hand, variables, fresh, tokens),

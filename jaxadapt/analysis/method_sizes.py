@@ -47,9 +47,9 @@ def _size(peft_type: str, base: Any) -> int | str:
     assert cls is not None
     try:
         try:
-            return count_trained(attachment.init(cls(), base))
+            return count_trained(attachment.init(base, cls()))
         except TargetError:
-            return count_trained(attachment.init(_everywhere(cls), base))
+            return count_trained(attachment.init(base, _everywhere(cls)))
     except AdapterError as error:
         return str(error).partition("\n")[0]
 

@@ -76,7 +76,7 @@ OTHER_NAMES = {
         "push_to_hub": "jaxadapt.push(model, 'org/name')",
         "set_adapter set_adapters enable_adapters": "jaxadapt.activate(model, name)",
         "disable_adapter disable_adapters disable_adapter_layers": "with jaxadapt.disable(model)",
-        "delete_adapter delete_adapters": "jaxadapt.delete(model, name)",
+        "delete_adapter delete_adapters": "jaxadapt.delete(model, name=name)",
         "merge_and_unload merge_adapter": "jaxadapt.merge(model)",
         "unmerge_adapter": "jaxadapt.unmerge(model, adapter)",
         "unload": "jaxadapt.detach(model)",
@@ -84,7 +84,7 @@ OTHER_NAMES = {
         "print_trainable_parameters get_nb_trainable_parameters get_model_status get_layer_status": "print(jaxadapt"
         ".summary(model))",
         "get_peft_model_state_dict": "jaxadapt.to_peft(model).tensors",
-        "set_peft_model_state_dict": "jaxadapt.inject(jaxadapt.from_peft(tensors, model), model)",
+        "set_peft_model_state_dict": "jaxadapt.inject(model, jaxadapt.from_peft(tensors, model))",
         "rescale_adapter_scale": "with jaxadapt.models.rescale(model, factor)",
         "convert_to_lora": "jaxadapt.merging.to_lora",
         "prepare_model_for_kbit_training": "jaxadapt.models.quantize(model, 'nf4')",

@@ -132,7 +132,7 @@ class NnxTrainer:
     ) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
         if _is_started(adapter):
-            initializers.start(adapter, self.model, key=jax.random.key(seed), example=[TOKENS])
+            initializers.start(self.model, adapter, key=jax.random.key(seed), example=[TOKENS])
         else:
             jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
         self.optimizer = nnx.Optimizer(self.model, make(optim.decay_mask(self.model)), wrt=jaxadapt.AdapterParam)
@@ -201,7 +201,7 @@ class LinenTrainer:
             adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
         key = jax.random.key(seed)
         started = _is_started(adapter)
-        lora = initializers.start(adapter, base, key=key).adapter if started else jaxadapt.init(adapter, base, key=key)
+        lora = initializers.start(base, adapter, key=key).adapter if started else jaxadapt.init(base, adapter, key=key)
         self.base: Any = {"params": base}
         roles = optim.roles(lora.collection)
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.

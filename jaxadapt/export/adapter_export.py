@@ -106,7 +106,7 @@ def export_adapter(
     >>> import tempfile, jax, jaxadapt
     >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q"], use_rslora=True)
-    >>> adapter = jaxadapt.init(config, params, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(params, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_adapter(adapter, folder, "vllm").rank
     ...     jaxadapt.read_config(folder).use_rslora
@@ -274,7 +274,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
         )
     keymap, params = _read_adapted_weights(tensors, base)
     with jax.default_matmul_precision("highest"):
-        first = start(config, params, keymap=keymap, dtype="float32").adapter
+        first = start(params, config, keymap=keymap, dtype="float32").adapter
     return dataclasses.replace(peft.to_peft(first), config=config, source=f"the start of {tensors.source}")
 
 

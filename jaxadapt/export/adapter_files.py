@@ -371,6 +371,6 @@ def _from_orbax(
         raise ConfigError(f"{os.fspath(path)}: the checkpoint has no configuration of an adapter; pass --config")
     own = {orbax.parameter_path(k): s for specs in leaves.values() for k, s in specs.items() if "opt_state" not in k}
     base = {p: jax.ShapeDtypeStruct(*s) for p, s in own.items() if f".{name}." not in f".{p}."}
-    like = init(config, paths.unflatten(base), keymap=keymap)
+    like = init(paths.unflatten(base), config, keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
     return peft.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))

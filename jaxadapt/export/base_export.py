@@ -300,7 +300,7 @@ def _refuse_active(params: Any, adapter: Adapter | None) -> None:
         base = "within `with jaxadapt.disable(model):`" if held.in_place else 'variables["params"]'
         raise AttachError(
             f"cannot export: the model has the active adapter {', '.join(map(repr, active))}, and its weights do not"
-            " contain it. Pass adapter=jaxadapt.extract(model, name), or export the merged model,"
+            " contain it. Pass adapter=jaxadapt.extract(model, name=name), or export the merged model,"
             f" jaxadapt.merge(model). For the base alone, export {base}"
         )
 

@@ -72,8 +72,8 @@ class Started(NamedTuple):
 
 
 def start(
-    config: Config,
     model: Any,
+    config: Config,
     *,
     key: Any = None,
     name: str = DEFAULT,
@@ -137,7 +137,7 @@ def start(
     >>> import jax, numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.random.default_rng(0).standard_normal((4, 6)).astype("float32")}}
     >>> config = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q"], init_lora_weights="pissa")
-    >>> residual, adapter = start(config, params)
+    >>> residual, adapter = start(params, config)
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
@@ -296,7 +296,7 @@ def _run_eva(
 # ---------------------------------------------------------------- original base
 
 
-def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adapter:
+def for_original_base(trained: Any, first: Adapter, *, name: str = DEFAULT) -> Adapter:
     """Convert a trained adapter to a plain LoRA for the original base, before `start` changed it.
 
     Writes ΔW = s·(B·A − B₀·A₀) exactly as one product of twice the rank, A' = [A; A₀] and B' = [B, −B₀]. The scale
@@ -313,7 +313,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adap
     >>> import numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.arange(24.0).reshape(4, 6).astype("float32")}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights="olora")
-    >>> residual, first = jaxadapt.initializers.start(config, params)
+    >>> residual, first = jaxadapt.initializers.start(params, config)
     >>> plain = jaxadapt.initializers.for_original_base(first, first)
     >>> plain.config.r, plain.config.init_lora_weights
     (4, True)

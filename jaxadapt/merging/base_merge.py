@@ -219,7 +219,7 @@ def merge(
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
@@ -268,8 +268,8 @@ def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) 
     if len(selected) != 1 and (adapters or adapter is None):
         raise AttachError(
             f"cannot merge: these variables carry the adapters {names or 'none'}, but {len(selected)} are selected;"
-            " expected one. Call merge(variables, jaxadapt.extract(variables, name)), or pass variables['params'] and"
-            " an adapter"
+            " expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass variables['params']"
+            " and an adapter"
         )
     others: dict[str, Any] = {}
     held = variables.keys() - collections.without_adapters(variables).keys()
@@ -324,7 +324,7 @@ def unmerge(
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> back = unmerge(jaxadapt.merge(base, adapter), adapter)
     >>> bool((back["q"]["kernel"] == 1).all())
     True

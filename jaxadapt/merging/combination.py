@@ -170,7 +170,7 @@ def combine(
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> one, two = (jaxadapt.init(config, base, key=jax.random.key(i)) for i in (0, 1))
+    >>> one, two = (jaxadapt.init(base, config, key=jax.random.key(i)) for i in (0, 1))
     >>> both = combine([one, two], [0.7, -0.3], method="cat")
     >>> both.config.r, both.params["q"]["kernel"]["lora_A"].shape
     (4, (4, 4))

@@ -126,7 +126,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=3, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=3, target_modules=["q"]), key=jax.random.key(0))
     >>> smaller, error = resize_rank(adapter, 2)
     >>> smaller.config.r, smaller.params["q"]["kernel"]["lora_B"].shape, error
     (2, (6, 2), {'q': 0.0})

@@ -434,7 +434,7 @@ class Lora(Method):
             setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
                 f"cannot initialize with {setting} from random numbers: it needs the base weights, data or gradients."
-                " Use jaxadapt.initializers.start(config, base, …), which also returns the base to train with. For"
+                " Use jaxadapt.initializers.start(base, config, …), which also returns the base to train with. For"
                 " jaxadapt.load the shapes are enough: jax.eval_shape gives them"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):

@@ -90,7 +90,7 @@ Array = Any
 
 
 @contextlib.contextmanager
-def rescale(model: Any, factor: Any, name: str | None = None) -> Generator[Any]:
+def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[Any]:
     """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
 
     NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the variables

@@ -79,8 +79,8 @@ def _require_config(config: Any) -> None:
 
 
 def init(
-    config: Config,
     model: Any,
+    config: Config,
     *,
     key: Any = None,
     keymap: KeyMap | str | None = None,
@@ -100,7 +100,7 @@ def init(
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     >>> {path: x.shape for path, x in adapter.flat().items()}
     {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
@@ -118,8 +118,8 @@ def init(
 
 def extract(
     model: Any,
-    name: str = DEFAULT,
     *,
+    name: str = DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
 ) -> Adapter:
@@ -138,7 +138,7 @@ def extract(
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> variables = {"params": base, **adapter.collection}
     >>> extract(variables).config.r
     2
@@ -146,7 +146,7 @@ def extract(
     return lora_carrier(model).extract(name, config, keymap)
 
 
-def inject(adapter: Adapter, model: Any, name: str = DEFAULT) -> Any:
+def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
     """Write an adapter's values into the attached adapter of that name.
 
     NNX models are changed in place. Any other tree is copied, and keeps its `jax.tree.structure`: the same boxes,
@@ -158,9 +158,9 @@ def inject(adapter: Adapter, model: Any, name: str = DEFAULT) -> Any:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> ones = jax.tree.map(jax.numpy.ones_like, adapter)
-    >>> variables = inject(ones, {"params": base, **adapter.collection})
+    >>> variables = inject({"params": base, **adapter.collection}, ones)
     >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].sum()
     Array(12., dtype=float32)
     """
@@ -181,7 +181,7 @@ def inject(adapter: Adapter, model: Any, name: str = DEFAULT) -> Any:
     return lora_carrier(model).inject(adapter, name)
 
 
-def delete(model: Any, name: str) -> Any:
+def delete(model: Any, *, name: str) -> Any:
     """Remove one adapter. NNX in place; Linen: return a wrapper without it, or variables without its parameters.
 
     Raises `AttachError` if no adapter is called `name`.
@@ -189,7 +189,7 @@ def delete(model: Any, name: str) -> Any:
     >>> import flax.linen, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
     >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
-    >>> delete(jaxadapt.adapt(module, config, name="b"), "a").active
+    >>> delete(jaxadapt.adapt(module, config, name="b"), name="a").active
     ('b',)
     """
     return carrier(model).delete(name)
@@ -204,7 +204,7 @@ def detach(model: Any) -> Any:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> sorted(detach({"params": base, **adapter.collection}))
     ['params']
     """

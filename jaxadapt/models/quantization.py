@@ -54,7 +54,7 @@ def quantize(
     >>> small = quantize(base, modules=["q"])
     >>> small["q"]["kernel"].shape, small["q"]["kernel"].nbytes
     ((64, 32), 1152)
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(small, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
     params = base_params(model)

@@ -171,7 +171,7 @@ def summary(model: Any, *inputs: Any) -> Summary:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> table = summary({"params": base, **adapter.collection})
     >>> table.trainable, table.base_parameters
     (20, 24)

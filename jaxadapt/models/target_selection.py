@@ -55,7 +55,7 @@ class Selection:
 
     >>> import jax, jaxadapt
     >>> base = {"q_proj": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> select(jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), base).leaves
+    >>> select(base, jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])).leaves
     ('q_proj.kernel',)
     """
 
@@ -85,8 +85,8 @@ class Selection:
 
 
 def select(
-    config: Config,
     model: Any,
+    config: Config,
     *,
     keymap: KeyMap | str | None = None,
     stack_axes: Sequence[int] | None = None,
@@ -104,7 +104,7 @@ def select(
 
     >>> import jax, jaxadapt
     >>> base = {"q_proj": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> found = select(jaxadapt.LoraConfig(r=2, target_modules="all-linear"), base)
+    >>> found = select(base, jaxadapt.LoraConfig(r=2, target_modules="all-linear"))
     >>> found.modules, found.parameters
     (('q_proj',), 20)
     >>> print(found)

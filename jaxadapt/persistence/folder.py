@@ -57,7 +57,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxadapt.save(adapter, folder)
     ...     read_config(folder)
@@ -94,7 +94,7 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxadapt.save(adapter, folder)
     ...     tensors = read(folder).tensors
@@ -180,7 +180,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxadapt.save(adapter, folder, base_model="org/name")
     ...     info = inspect(folder)
@@ -218,7 +218,7 @@ def write(
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write(jaxadapt.to_peft(adapter), folder)
     ...     jaxadapt.read(folder).config == config

@@ -104,7 +104,7 @@ def load(
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxadapt.save(adapter, folder)
     ...     variables = load(folder, {"params": base})

@@ -240,8 +240,8 @@ def _copy(place: np.ndarray, part: np.ndarray) -> None:
 
 def to_peft(
     model: Any,
-    name: str = DEFAULT,
     *,
+    name: str = DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
 ) -> PeftTensors:
@@ -257,7 +257,7 @@ def to_peft(
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
@@ -292,7 +292,7 @@ def from_peft(
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> again = from_peft(jaxadapt.to_peft(adapter), base)
     >>> again.config == config, again.params["q"]["kernel"]["lora_A"].shape
     (True, (2, 4))

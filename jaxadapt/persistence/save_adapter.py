@@ -504,7 +504,7 @@ def save(
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save({"params": base, **adapter.collection}, folder)
     ...     sorted(jaxadapt.inspect(folder).tensors)

@@ -444,7 +444,7 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     jaxadapt.save(adapter, folder)
     ...     findings = verify(folder, {"q.weight": (6, 5)})

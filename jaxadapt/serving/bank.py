@@ -350,7 +350,7 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
     >>> import jax, jaxadapt
     >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
     >>> bank = create(base, config, slots=3)
-    >>> bank = put(bank, 1, jaxadapt.init(config.replace(r=1), base, key=jax.random.key(0)))
+    >>> bank = put(bank, 1, jaxadapt.init(base, config.replace(r=1), key=jax.random.key(0)))
     >>> jnp.abs(bank.arrays[0]["lora_A"]).sum((1, 2)) > 0
     Array([False,  True, False], dtype=bool)
     """
@@ -371,7 +371,7 @@ def get(bank: Bank, slot: int, like: Adapter) -> Adapter:
 
     >>> import jax, jaxadapt
     >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config.replace(r=1), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config.replace(r=1), key=jax.random.key(0))
     >>> found = get(put(create(base, config, slots=3), 1, adapter), 1, adapter)
     >>> {path: bool((x == adapter.flat()[path]).all()) for path, x in found.flat().items()}
     {'q.kernel.lora_A': True, 'q.kernel.lora_B': True}

@@ -73,7 +73,7 @@ class AdapterPool:
     >>> import tempfile, jax, jax.numpy as jnp, jaxadapt
     >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
     >>> root = tempfile.TemporaryDirectory()
-    >>> jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), root.name + "/fr")
+    >>> jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0)), root.name + "/fr")
     >>> pool = AdapterPool(jaxadapt.serving.create(base, config, slots=3), base, root.name)
     >>> with pool.lease(["fr", None, "fr"]) as ids:
     ...     ids.slots.tolist(), pool.select(ids).arrays[0]["scale"].tolist()

@@ -104,7 +104,7 @@ def roles(tree: Any) -> Any:
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     >>> roles(adapter.collection)["lora"]["default"]["q"]
     {'kernel': {'lora_A': 'A', 'lora_B': 'B'}}
     """
@@ -120,7 +120,7 @@ def decay_mask(tree: Any) -> Any:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> tx = optax.adamw(1e-3, mask=decay_mask(adapter.collection))
     """
     return _map_leaves(lambda leaf: leaf.decays, tree)
@@ -141,7 +141,7 @@ def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jnp.eye(6)}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.0, "gamma": 0.5})
-    >>> adapter = jaxadapt.initializers.start(config, base, key=jax.random.key(0)).adapter
+    >>> adapter = jaxadapt.initializers.start(base, config, key=jax.random.key(0)).adapter
     >>> round(float(kasa_loss(jax.tree.map(jnp.zeros_like, adapter))), 3)  # half of √2 + √2
     1.414
     """
@@ -187,7 +187,7 @@ def lora_plus(
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> tx = lora_plus(adapter.collection, optax.adamw, 1e-4, ratio=16)
     >>> state = tx.init(adapter.collection)
     """
@@ -220,7 +220,7 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> tx = optax.chain(optax.adam(1e-3), scale_by_rank(adapter.collection))
     >>> state = tx.init(adapter.collection)
     """
@@ -260,7 +260,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> tx = lora_fa(adapter.collection, optax.adamw(1e-3))
     >>> state = tx.init(adapter.collection)
     """

@@ -64,14 +64,14 @@ def test_adapters_follow_concrete_arrays(layout: tuple[str, str], scanned: bool)
     mesh = meshes.mesh_of(layout[0])
     params = meshes.placed(meshes.base(scanned), mesh, *layout)
     table, key = meshes.table(scanned), jax.random.key(0)
-    adapter = jaxadapt.init(CONFIG, params, key=key, keymap=table)
+    adapter = jaxadapt.init(params, CONFIG, key=key, keymap=table)
     check(adapter, mesh, layout, scanned)
-    on_one = jaxadapt.init(CONFIG, meshes.base(scanned), key=key, keymap=table)
+    on_one = jaxadapt.init(meshes.base(scanned), CONFIG, key=key, keymap=table)
     jax.tree.map(np.testing.assert_array_equal, adapter, on_one)  # where it is made is not what it is
     model = jaxadapt.adapt(meshes.model(params, scanned), CONFIG, rngs=nnx.Rngs(0), keymap=table)
     check(jaxadapt.extract(model), mesh, layout, scanned)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    check(jaxadapt.init(CONFIG, abstract, keymap=table), mesh, layout, scanned)
+    check(jaxadapt.init(abstract, CONFIG, keymap=table), mesh, layout, scanned)
     model = jaxadapt.adapt(meshes.model(abstract, scanned), CONFIG, keymap=table)
     check(jaxadapt.extract(model), mesh, layout, scanned)
 
@@ -124,7 +124,7 @@ def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
         here = module.init(jax.random.key(0), X)  # outside jit, as Flax's own can
         assert str(jaxadapt.summary(abstract)) == str(jaxadapt.summary(variables))
         key = jax.random.key(3)
-        check(jaxadapt.init(BOXED, abstract["params"], key=key), mesh, layout)
+        check(jaxadapt.init(abstract["params"], BOXED, key=key), mesh, layout)
     jax.tree.map(np.testing.assert_array_equal, jaxadapt.extract(here), jaxadapt.extract(plain))
     # float32 sums in another order
     np.testing.assert_allclose(y, module.apply(plain, X), rtol=2e-6, atol=2e-6)
@@ -139,7 +139,7 @@ def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
 def test_logical_names_without_a_mesh_place_nothing() -> None:
     module = jaxadapt.adapt(meshes.LinenBlock(("4x2", "both"), True), BOXED)
     abstract = jax.eval_shape(module.init, jax.random.key(0), X)
-    adapter = jaxadapt.init(BOXED, abstract["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(abstract["params"], BOXED, key=jax.random.key(0))
     assert {x.sharding.num_devices for x in adapter.flat().values()} == {1}
 
 
@@ -151,10 +151,10 @@ def test_explicit_meshes(layout: tuple[str, str]) -> None:
         model = jaxadapt.adapt(meshes.Block(nnx.Rngs(0), layout), CONFIG, rngs=nnx.Rngs(1))
         check(jaxadapt.extract(model), mesh, layout)
         base = nnx.to_pure_dict(nnx.state(meshes.Block(nnx.Rngs(0), layout)))
-        made = jax.jit(lambda base, key: jaxadapt.init(CONFIG, base, key=key, keymap=_lines()))(base, jax.random.key(0))
+        made = jax.jit(lambda base, key: jaxadapt.init(base, CONFIG, key=key, keymap=_lines()))(base, jax.random.key(0))
         check(made, mesh, layout)
         adapter = jax.tree.map(lambda x: x + 1, jaxadapt.extract(model))
-        jaxadapt.inject(adapter, model)
+        jaxadapt.inject(model, adapter)
 
         def run(model: Any, x: jax.Array) -> jax.Array:
             whole = PartitionSpec(None, None)
@@ -192,7 +192,7 @@ def test_linen_on_an_explicit_mesh() -> None:
     cut = {"kernel": NamedSharding(mesh, PartitionSpec(None, "tp")), "bias": NamedSharding(mesh, PartitionSpec("tp"))}
 
     def trained(params: Any, x: jax.Array) -> Any:
-        adapter = jax.tree.map(lambda x: x + 1, jaxadapt.init(BOXED, params, key=jax.random.key(0)))
+        adapter = jax.tree.map(lambda x: x + 1, jaxadapt.init(params, BOXED, key=jax.random.key(0)))
         loss = jax.value_and_grad(lambda lora: (module.apply({"params": params, **lora}, x) ** 2).sum())
         return adapter, jax.jit(loss)(adapter.collection)
 
@@ -216,7 +216,7 @@ def test_axes_that_cannot_be_followed_are_replicated() -> None:
 
     def specs(modules: list[str]) -> dict[str, tuple[Any, ...]]:
         config = jaxadapt.LoraConfig(r=4, target_modules=modules)
-        found = jaxadapt.init(config, params, keymap=table).flat()
+        found = jaxadapt.init(params, config, keymap=table).flat()
         return {path: tuple(x.sharding.spec) for path, x in found.items()}
 
     assert specs(["k_proj", "v_proj"]) == {
@@ -231,7 +231,7 @@ def test_ia3_follows_by_the_roles_of_its_axes() -> None:
     mesh = meshes.mesh_of("4x2")
     params = meshes.placed(meshes.base(False), mesh, "4x2", "both")
     config = jaxadapt.IA3Config(target_modules=["q", "down"], feedforward_modules=["down"])
-    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=meshes.TABLE).flat()
+    found = jaxadapt.init(params, config, key=jax.random.key(0), keymap=meshes.TABLE).flat()
     assert tuple(found["blocks.0.q.kernel.ia3_l"].sharding.spec) == ("tp", None)
     assert tuple(found["blocks.0.down.kernel.ia3_l"].sharding.spec) == ("tp",)
 
@@ -241,8 +241,8 @@ def test_everything_a_method_adds_follows() -> None:
     mesh = meshes.mesh_of("2x2x2")
     params = meshes.placed(meshes.base(False), mesh, "2x2x2", "both")
     config = meshes.CONFIG.replace(target_modules=["q", "o"], modules_to_save=["up"], use_dora=True, bias="lora_only")
-    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=meshes.TABLE)
-    alone = jaxadapt.init(config, meshes.base(False), key=jax.random.key(0), keymap=meshes.TABLE)
+    found = jaxadapt.init(params, config, key=jax.random.key(0), keymap=meshes.TABLE)
+    alone = jaxadapt.init(meshes.base(False), config, key=jax.random.key(0), keymap=meshes.TABLE)
     # DoRA's norms are float32 sums in another order
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, alone.params)
     flat, fsdp = found.flat(), ("data", "fsdp")
@@ -264,7 +264,7 @@ def test_stacked_and_expert_axes_follow() -> None:
     where = NamedSharding(mesh, PartitionSpec("stage", "expert", None, "tp"))
     params = {"layers": {"experts": {"up": {"kernel": jax.ShapeDtypeStruct((4, 2, 8, 6), "f4", sharding=where)}}}}
     config = jaxadapt.LoraConfig(r=4, target_modules=["up"])
-    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=jaxadapt.KeyMap("moe", (line,))).flat()
+    found = jaxadapt.init(params, config, key=jax.random.key(0), keymap=jaxadapt.KeyMap("moe", (line,))).flat()
     specs = {path.rpartition(".")[2]: tuple(x.sharding.spec) for path, x in found.items()}
     assert specs == {"lora_A": ("stage", "expert", None, None), "lora_B": ("stage", "expert", "tp", None)}
 
@@ -281,7 +281,7 @@ def _abstract_base(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
     size = 1 << 15
     spec = NamedSharding(mesh, PartitionSpec("x", None))
     base = {"q": {"kernel": jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=spec)}}
-    return jaxadapt.init(WIDE, base, key=key).params
+    return jaxadapt.init(base, WIDE, key=key).params
 
 
 def _abstract_model(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
@@ -355,7 +355,7 @@ def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str], api
     """A whole training step, with its optimizer; kinds, shapes and numbers of the collectives are the same."""
     mesh = meshes.mesh_of(layout[0])
     params = meshes.placed(meshes.base(False)["blocks"]["0"], mesh, *layout)
-    adapter = jaxadapt.init(CONFIG, params, key=jax.random.key(0), keymap=_lines())
+    adapter = jaxadapt.init(params, CONFIG, key=jax.random.key(0), keymap=_lines())
     first = mesh.axis_names if layout[1] == "fsdp" else mesh.axis_names[0]
     x = jax.device_put(X, NamedSharding(mesh, PartitionSpec(first) if layout != ("8", "tp") else PartitionSpec()))
     tx = optax.sgd(1e-2, momentum=0.9)
@@ -363,7 +363,7 @@ def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str], api
         model = meshes.Block(nnx.Rngs(0))
         for path, var in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             var.set_value(params[path[0]][path[1]])
-        jaxadapt.inject(adapter, jaxadapt.adapt(model, CONFIG, rngs=nnx.Rngs(0)))
+        jaxadapt.inject(jaxadapt.adapt(model, CONFIG, rngs=nnx.Rngs(0)), adapter)
         graphdef, lora, base = nnx.split(model, jaxadapt.AdapterParam, ...)
 
         def ours(lora: Any, base: Any, x: jax.Array) -> jax.Array:
@@ -412,7 +412,7 @@ def test_no_collective_that_hand_written_lora_lacks_on_an_explicit_mesh(layout: 
 
     with jax.set_mesh(mesh):
         model = jaxadapt.adapt(meshes.Block(nnx.Rngs(0), layout), CONFIG, rngs=nnx.Rngs(1))
-        jaxadapt.inject(jax.tree.map(lambda x: x + 1, jaxadapt.extract(model)), model)
+        jaxadapt.inject(model, jax.tree.map(lambda x: x + 1, jaxadapt.extract(model)))
         graphdef, lora, base = nnx.split(model, jaxadapt.AdapterParam, ...)
         x = jax.device_put(X, NamedSharding(mesh, PartitionSpec(batch, None)))
 
@@ -467,7 +467,7 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
     blocks = {name: {"kernel": jax.ShapeDtypeStruct(shape, "f4")} for name, shape in shapes.items()}
     kv, q = jax.ShapeDtypeStruct((2, 4, 6, 5), "f4"), jax.ShapeDtypeStruct((6, 3, 12), "f4")
     base = {"kv": kv, "q": q, "blocks": blocks}
-    adapter = jaxadapt.init(config, base, key=jax.random.key(1), keymap=jaxadapt.KeyMap("all", lines))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(1), keymap=jaxadapt.KeyMap("all", lines))
     tensors = jaxadapt.to_peft(adapter).tensors
     rng = np.random.default_rng(0)
     seen = 0

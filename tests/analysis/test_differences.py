@@ -216,7 +216,7 @@ def test_two_steps_of_a_run(tmp_path):
     manager = jaxadapt.CheckpointManager(tmp_path / "run")
     manager.save(1, model)
     jaxadapt.save(model, tmp_path / "first")
-    jaxadapt.inject(small.noisy(jaxadapt.extract(model), 7), model)
+    jaxadapt.inject(model, small.noisy(jaxadapt.extract(model), 7))
     manager.save(2, model)
     manager.wait()
     jaxadapt.save(model, tmp_path / "second")

@@ -92,14 +92,14 @@ def nnx_side(kind: str, config: Any) -> tuple[Any, Any]:
     """A model with a quantized base and an adapter, and its call."""
     model = jaxadapt.models.quantize(small.net(), kind, modules=["q_proj", "up_proj"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(5))
-    jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
+    jaxadapt.inject(model, small.noisy(jaxadapt.extract(model)))
     model.eval()
     return model, lambda model: model(small.X)
 
 
 def linen_side(kind: str, config: Any) -> tuple[Any, Any]:
     base = jaxadapt.models.quantize(small.base()["params"], kind, modules=["q_proj", "up_proj"])
-    adapter = small.noisy(jaxadapt.init(config, base, key=jax.random.key(0)))
+    adapter = small.noisy(jaxadapt.init(base, config, key=jax.random.key(0)))
     module = jaxadapt.adapt(small.LinenNet(), adapter.config)
     return {"params": base, **adapter.collection}, lambda variables: module.apply(variables, small.X)
 
@@ -207,7 +207,7 @@ def test_scanned_layers_with_weights_of_their_own():
     base = jaxadapt.models.quantize(params, modules=["w"], keymap=TABLE)
     assert base["layers"]["w"].shape == (3, 8, 2, 4)
     assert base["layers"]["w"].codes.shape == (3, 1, 32)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(1), keymap=TABLE)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(1), keymap=TABLE)
     module = jaxadapt.adapt(Stack(), config, keymap=TABLE)
     run = functools.partial(module.apply, {"params": base, **adapter.collection})
     dense = jaxadapt.models.dequantize(base)
@@ -291,7 +291,7 @@ def test_initialisations_that_change_the_base_are_refused_on_one_that_cannot_hol
     base = jaxadapt.models.quantize(small.base()["params"], modules=["q_proj"])
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     with pytest.raises(jaxadapt.ConfigError, match="quantized"):
-        jaxadapt.initializers.start(config, base)
+        jaxadapt.initializers.start(base, config)
 
 
 def test_export_asks_for_dense_weights(tmp_path):
@@ -324,7 +324,7 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
             tree = jaxadapt.adapt(tree, config, rngs=nnx.Rngs(0), keymap=table)
             loss = nnx.grad(lambda m: jnp.sum(m(meshes.X) ** 2), argnums=nnx.DiffState(0, jaxadapt.AdapterParam))
             return tree, tree(meshes.X), jaxadapt.extract(nnx.jit(loss)(tree))
-        adapter = jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table)
+        adapter = jaxadapt.init(tree, config, key=jax.random.key(0), keymap=table)
         return {"params": tree, **adapter.collection}, None, adapter
 
     tree, y, slopes = attached(dense, True)
@@ -379,6 +379,6 @@ def test_qwix_codes_say_where_they_lie():
     place = NamedSharding(mesh, PartitionSpec(None, "x"))
     w = jax.device_put(RNG.standard_normal((16, 32)).astype("float32"), place)
     base = {"q": {"kernel": jax.device_put(qwix.quantize(w, "int8", channelwise_axes=(1,)), place)}}
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     b = adapter.sites["q.kernel"]["lora_B"]
     assert b.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("x", None)), 2)

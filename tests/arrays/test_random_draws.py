@@ -85,10 +85,10 @@ def test_nothing_is_compiled_for_few_and_one_program_for_many(monkeypatch):
     base = {n: {"kernel": jax.ShapeDtypeStruct((8 + i, 6 + i), "f4")} for i, n in enumerate("abcdef")}
     config = jaxadapt.LoraConfig(r=2, target_modules=list("abcdef"))
     random_draws._bits.clear_cache()
-    few = jaxadapt.init(config, base, key=KEY).params
+    few = jaxadapt.init(base, config, key=KEY).params
     assert random_draws._bits._cache_size() == 0
     monkeypatch.setattr(random_draws, "_MAX_NUMPY_CHUNKS", 3)
-    many = jaxadapt.init(config, base, key=KEY).params
+    many = jaxadapt.init(base, config, key=KEY).params
     assert random_draws._bits._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, few, many)
 
@@ -96,7 +96,7 @@ def test_nothing_is_compiled_for_few_and_one_program_for_many(monkeypatch):
 def test_kaiming_uniform_as_torchs():
     torch = pytest.importorskip("torch")
     base = {"q": {"kernel": jax.ShapeDtypeStruct((64, 50), "f4")}}
-    a = jaxadapt.init(jaxadapt.LoraConfig(r=40, target_modules=["q"]), base, key=KEY).params["q"]["kernel"]["lora_A"]
+    a = jaxadapt.init(base, jaxadapt.LoraConfig(r=40, target_modules=["q"]), key=KEY).params["q"]["kernel"]["lora_A"]
     torch.manual_seed(0)
     theirs = torch.nn.init.kaiming_uniform_(torch.empty(40, 64), a=5**0.5).numpy()
     assert abs(np.asarray(a)).max() == pytest.approx(abs(theirs).max(), rel=2e-3)

@@ -31,7 +31,7 @@ def folder(tmp_path):
     spec = jax.ShapeDtypeStruct((8, 6), "float32")
     base = {"model": {"layers": {"0": {"self_attn": {"q_proj": {"kernel": spec}, "v_proj": {"kernel": spec}}}}}}
     config = jaxadapt.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap="llama")
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap="llama")
     jaxadapt.save(adapter, tmp_path / "out", base_model="org/tiny")
     return tmp_path / "out"
 

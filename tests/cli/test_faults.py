@@ -128,7 +128,7 @@ def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
     with pytest.raises(
         jaxadapt.AttachError, match=r"VERA: vera_A is a tensor of the whole adapter and cannot be from_b"
     ):
-        jaxadapt.init(config, small.base()["params"], key=jax.random.key(0))
+        jaxadapt.init(small.base()["params"], config, key=jax.random.key(0))
 
 
 class Counted(str):

@@ -329,7 +329,7 @@ def test_what_modules_to_save_does_not_find_is_said(entries, task, said, recwarn
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=entries, task_type=task)
     if entries == ["model"]:
         params = {"q": kernel, "model": {"a": kernel}}
-    init(config, params, key=jax.random.key(0))
+    init(params, config, key=jax.random.key(0))
     assert [str(w.message) for w in recwarn.list] == said
 
 
@@ -337,9 +337,9 @@ def test_what_modules_to_save_does_not_find_is_said(entries, task, said, recwarn
 def test_the_task_decides_what_is_said_not_what_was_asked_before(recwarn):
     params = {"q": {"kernel": np.ones((4, 4), "float32")}, "classifier": {"kernel": np.ones((4, 2), "float32")}}
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["classifier", "score"])
-    init(config.replace(task_type="SEQ_CLS"), params, key=jax.random.key(0))
+    init(params, config.replace(task_type="SEQ_CLS"), key=jax.random.key(0))
     assert not recwarn.list  # of PEFT's two guesses one is here
-    init(config, params, key=jax.random.key(0))
+    init(params, config, key=jax.random.key(0))
     assert [str(w.message) for w in recwarn.list] == ["modules_to_save: 'score' matches no module"]
 
 

@@ -58,7 +58,7 @@ def base(at: Path) -> None:
         (beside_a_bin, lambda at: jaxadapt.save(small.adapter(), at)),
         (beside_a_bin, lambda at: jaxadapt.write(jaxadapt.to_peft(small.adapter()), at)),
         (Path.exists, lambda at: jaxadapt.adapt(small.net(), NO_K, rngs=nnx.Rngs(0))),
-        (Path.exists, lambda at: jaxadapt.init(NO_K, small.base()["params"], key=jax.random.key(0))),
+        (Path.exists, lambda at: jaxadapt.init(small.base()["params"], NO_K, key=jax.random.key(0))),
         (Path.exists, lambda at: jaxadapt.adapt(small.LinenNet(), NO_K).init(jax.random.key(0), small.X)),
         (Path.exists, lambda at: jaxadapt.export.export_base(Q, at, keymap=UNPROVED)),
         (Path.exists, lambda at: jaxadapt.save(LoraTree(QWIX, lora_alpha=2), at, keymap=UNPROVED)),

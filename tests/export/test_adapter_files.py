@@ -292,7 +292,7 @@ def test_extract_takes_the_trained_biases(bias: str, count: int, tmp_path: Path)
 def test_extract_from_an_orbax_checkpoint(tmp_path: Path):
     base = {"q": {"kernel": np.zeros((4, 6), "f4")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     leaves = {"params": base, **adapter.collection}
     numpy = jax.tree.map(np.asarray, leaves)
     orbax.save(tmp_path / "run", {"state": numpy}, {}, True)

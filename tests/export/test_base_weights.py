@@ -199,7 +199,7 @@ def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method, monkeypatch):
     )
     if method == "IA3":
         del (tree["h"]["q"] if scan is not None else tree["h"]["0"]["q"])["bias"]
-    adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
+    adapter = small.noisy(jaxadapt.init(tree, config, key=jax.random.key(0), keymap=table))
     jaxadapt.export.export_base(tree, tmp_path / "a", adapter, keymap=table)
     jaxadapt.export.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table)
     found, expected = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
@@ -232,7 +232,7 @@ def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch)
         del tree["r"]  # its factor is not known of a norm
         config = config.replace(target_modules=["c", "e", "k"])
     tree = tree if numpy else jax.tree.map(jnp.asarray, tree)
-    adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
+    adapter = small.noisy(jaxadapt.init(tree, config, key=jax.random.key(0), keymap=table))
     seen = []
     monkeypatch.setattr(base_merge.ChangedLeaf, "value", seeing(base_merge.ChangedLeaf.value, seen))
     jaxadapt.export.export_base(tree, tmp_path / "a", adapter, keymap=table, dtype="float32")
@@ -247,7 +247,7 @@ def test_a_merge_into_another_dtype_is_rounded_once(tmp_path):
     table = KeyMap("shapes", SHAPES)
     tree = {"k": {"kernel": jnp.asarray(rand(6, 11)).astype("bfloat16")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["k"])
-    adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
+    adapter = small.noisy(jaxadapt.init(tree, config, key=jax.random.key(0), keymap=table))
     jaxadapt.export.export_base(tree, tmp_path, adapter, keymap=table, dtype="float32")
     want = jaxadapt.merge(jax.tree.map(lambda x: x.astype("float32"), tree), adapter)["k"]["kernel"]
     found = load_file(tmp_path / "model.safetensors")["k.weight"].T

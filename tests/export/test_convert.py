@@ -197,7 +197,7 @@ def test_orbax_to_a_folder_and_back(tmp_path):
         jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
         jaxadapt.Weight("embed.embedding", "embed.weight", "v d -> v d", kind="embedding"),
     ))  # fmt: skip
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=table)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=table)
     jaxadapt.save(adapter, tmp_path / "orbax", format="orbax")
     jaxadapt.save(adapter, tmp_path / "saved")
     assert run("convert", tmp_path / "orbax", tmp_path / "out").exit_code == 0

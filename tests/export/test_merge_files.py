@@ -128,7 +128,7 @@ def test_merge_refuses_codes_beside_scales(tmp_path):
     safetensors.write(tmp_path / "base" / "model.safetensors", specs, tensors.__getitem__, {})
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), tmp_path / "adapter")
+    jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0)), tmp_path / "adapter")
     with pytest.raises(jaxadapt.FormatError, match=r"quantized \(blocks of 8 bits\).*\n.*q\.weight_scale_inv"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

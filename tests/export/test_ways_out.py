@@ -51,7 +51,7 @@ def parameters(*, biases: bool = True) -> dict[str, Any]:
 
 def adapted(config: Any, params: Any, folder: Path) -> jaxadapt.Adapter:
     """Save an adapter of random values."""
-    adapter, rng = jaxadapt.init(config, params, key=jax.random.key(0), keymap=KEYMAP), np.random.default_rng(1)
+    adapter, rng = jaxadapt.init(params, config, key=jax.random.key(0), keymap=KEYMAP), np.random.default_rng(1)
     roles = METHODS[config.peft_type].roles
     values = {
         path: x
@@ -218,7 +218,7 @@ def test_an_orbax_checkpoint_is_written_by_a_model_where_files_do_not_suffice(tm
 
 def test_kasa_is_merged_into_the_base_that_it_changes(tmp_path: Path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.1})
-    started = jaxadapt.initializers.start(config, parameters(), key=jax.random.key(0), keymap=KEYMAP)
+    started = jaxadapt.initializers.start(parameters(), config, key=jax.random.key(0), keymap=KEYMAP)
     jaxadapt.save(started.adapter, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r'jaxadapt\.load\(…, base="original"\), jaxadapt\.merge'):
         adapter_export.export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
@@ -249,7 +249,7 @@ def test_an_adapter_of_a_tied_lookup_is_merged_with_a_separate_head():
     ties = (("lm_head.weight", "emb.weight"),)
     tied = jaxadapt.KeyMap("tied", (*own, *KEYMAP.weights), output="lm_head", tied=ties, order=KEYMAP.order)
     config = jaxadapt.LoraConfig(r=2, target_modules=["emb"], init_lora_weights=False)
-    adapter = jaxadapt.init(config, parameters(), key=jax.random.key(0), keymap=tied)
+    adapter = jaxadapt.init(parameters(), config, key=jax.random.key(0), keymap=tied)
     with pytest.raises(AdapterError, match="Build the model with a separate head"):
         jaxadapt.merge(parameters(), adapter)
     separate = {**parameters(), "lm_head": {"kernel": parameters()["emb"]["embedding"].T}}
@@ -260,7 +260,7 @@ def test_an_adapter_of_a_tied_lookup_is_merged_with_a_separate_head():
 
 def test_the_ways_out_of_load_for_an_adapter_of_a_changed_base_work(tmp_path: Path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa")
-    started = jaxadapt.initializers.start(config, parameters(), key=jax.random.key(0), keymap=KEYMAP)
+    started = jaxadapt.initializers.start(parameters(), config, key=jax.random.key(0), keymap=KEYMAP)
     jaxadapt.save(started.adapter, tmp_path / "first")
     trained = dataclasses.replace(started.adapter, params=jax.tree.map(lambda x: 2 * x, started.adapter.params))
     jaxadapt.save(trained, tmp_path / "adapter")
@@ -298,4 +298,4 @@ def test_the_ways_out_of_load_beside_an_attached_adapter_work(tmp_path: Path):
     replaced = jaxadapt.load(tmp_path / "adapter", variables, keymap=KEYMAP, replace=True)
     assert jaxadapt.extract(replaced).config.r == 2
     both = jaxadapt.load(tmp_path / "adapter", variables, name="second", keymap=KEYMAP)
-    assert [jaxadapt.extract(both, name).config.r for name in ("default", "second")] == [3, 2]
+    assert [jaxadapt.extract(both, name=name).config.r for name in ("default", "second")] == [3, 2]

@@ -34,7 +34,7 @@ def test_the_bank_has_room_for_every_kind_in_the_folder(base, tmp_path):
         "ia3": jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
         "road": jaxadapt.RoadConfig(target_modules=targets, group_size=2),
     }.items():
-        adapter = jaxadapt.init(config, model, key=jax.random.key(0))
+        adapter = jaxadapt.init(model, config, key=jax.random.key(0))
         values = jax.tree.map(lambda x: np.asarray(x) + rng.standard_normal(x.shape).astype("f4"), adapter)
         jaxadapt.save(values, tmp_path / name)
     prefix = jaxadapt.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

@@ -28,10 +28,10 @@ def test_base_and_adapter_together_are_what_the_base_was(kind, use_dora):
     base = small.base()["params"]
     expected = small.LinenNet().apply({"params": base}, small.X)
     made = config(kind, use_dora=use_dora)
-    started = jaxadapt.initializers.start(made, base, key=jax.random.key(0))
+    started = jaxadapt.initializers.start(base, made, key=jax.random.key(0))
     np.testing.assert_allclose(linen_output(started, made), expected, rtol=1e-5, atol=1e-5)
     model = small.net()
-    assert jaxadapt.initializers.start(made, model, key=jax.random.key(0)).base is model
+    assert jaxadapt.initializers.start(model, made, key=jax.random.key(0)).base is model
     np.testing.assert_allclose(model(small.X), expected, rtol=1e-5, atol=1e-5)
     changes = kind in ("pissa", "pissa_niter_4", "olora")
     same = all(x is y for x, y in zip(jax.tree.leaves(started.base), jax.tree.leaves(base), strict=True))
@@ -41,7 +41,7 @@ def test_base_and_adapter_together_are_what_the_base_was(kind, use_dora):
 
 def test_a_16_bit_base_is_rounded_once():
     base = jax.tree.map(lambda x: x.astype("bfloat16"), small.base()["params"])
-    left, adapter = jaxadapt.initializers.start(config("pissa"), base)
+    left, adapter = jaxadapt.initializers.start(base, config("pissa"))
     w = np.asarray(base["q_proj"]["kernel"], "float32")
     a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
     np.testing.assert_array_equal(left["q_proj"]["kernel"], jnp.asarray(w - 3 * (b @ a).T).astype("bfloat16"))
@@ -49,7 +49,7 @@ def test_a_16_bit_base_is_rounded_once():
 
 
 def test_orthogonal_factors_are_not_zero_and_their_product_is():
-    _, adapter = jaxadapt.initializers.start(config("orthogonal"), small.base()["params"], key=jax.random.key(0))
+    _, adapter = jaxadapt.initializers.start(small.base()["params"], config("orthogonal"), key=jax.random.key(0))
     a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
     assert abs(a).min() > 0
     assert abs(b).min() > 0
@@ -88,30 +88,30 @@ def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shap
 def test_what_cannot_be_had_is_refused(made, given, error, says):
     given = {k: jax.random.key(v) if k == "key" else v for k, v in given.items()}
     with pytest.raises(error, match=says):
-        jaxadapt.initializers.start(made, small.base()["params"], **given)
+        jaxadapt.initializers.start(small.base()["params"], made, **given)
 
 
 def test_what_is_left_of_a_weight_is_not_rounded_to_8_bits():
     base = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), small.base()["params"])
     with pytest.raises(ConfigError, match="q_proj.kernel: dtype float8_e4m3fn would round"):
-        jaxadapt.initializers.start(config("pissa"), base)
-    assert jaxadapt.initializers.start(config("mica"), base).base is base
+        jaxadapt.initializers.start(base, config("pissa"))
+    assert jaxadapt.initializers.start(base, config("mica")).base is base
 
 
 def test_adapt_and_init_name_start():
-    with pytest.raises(ConfigError, match=r"jaxadapt.initializers.start\(config, base"):
-        jaxadapt.init(config("pissa"), small.base()["params"], key=jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"jaxadapt.initializers.start\(base, config"):
+        jaxadapt.init(small.base()["params"], config("pissa"), key=jax.random.key(0))
 
 
 def test_conversion_refuses_what_is_no_product():
     base = small.base()["params"]
-    _, first = jaxadapt.initializers.start(config("pissa", use_dora=True), base)
+    _, first = jaxadapt.initializers.start(base, config("pissa", use_dora=True))
     with pytest.raises(ConfigError, match="use_dora"):
         jaxadapt.initializers.for_original_base(first, first)
-    _, first = jaxadapt.initializers.start(config("pissa", use_rslora=True, rank_pattern={"q_proj": 1}), base)
+    _, first = jaxadapt.initializers.start(base, config("pissa", use_rslora=True, rank_pattern={"q_proj": 1}))
     with pytest.raises(ConfigError, match="use_rslora with rank_pattern"):
         jaxadapt.initializers.for_original_base(first, first)
-    _, first = jaxadapt.initializers.start(config("pissa"), base)
-    _, other = jaxadapt.initializers.start(config("olora"), base)
+    _, first = jaxadapt.initializers.start(base, config("pissa"))
+    _, other = jaxadapt.initializers.start(base, config("olora"))
     with pytest.raises(MismatchError, match="configuration"):
         jaxadapt.initializers.for_original_base(first, other)

@@ -200,7 +200,7 @@ SHAPES = {
 
 
 def in_both(config, seed):
-    plain = small.noisy(jaxadapt.init(config, SHAPES["plain"], key=jax.random.key(0), keymap=PLAIN), seed)
+    plain = small.noisy(jaxadapt.init(SHAPES["plain"], config, key=jax.random.key(0), keymap=PLAIN), seed)
     return plain, jaxadapt.from_peft(jaxadapt.to_peft(plain), SHAPES["fancy"], keymap=FANCY)
 
 
@@ -291,7 +291,7 @@ def test_dare_with_a_key_keeps_the_expectation_and_is_reproducible():
 def test_dtypes_and_host_arrays():
     base = {"q": {"kernel": np.zeros((4, 6), "f4")}}
     config = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q"])
-    half = [jaxadapt.init(config, base, key=jax.random.key(i), dtype="bfloat16") for i in (0, 1)]
+    half = [jaxadapt.init(base, config, key=jax.random.key(i), dtype="bfloat16") for i in (0, 1)]
     half = [jax.tree.map(lambda x: jnp.ones_like(x) * 0.1, a) for a in half]
     mix = jaxadapt.combine(half, [1, 2], method="linear")
     assert {x.dtype.name for x in mix.flat().values()} == {"bfloat16"}
@@ -303,7 +303,7 @@ def test_a_result_that_overflows_names_its_tensor():
     """In float16, whose largest value is 65504; inside jit nobody can tell."""
     base = {"q": {"kernel": np.zeros((4, 6), "f4")}}
     config = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q"])
-    half = jaxadapt.init(config, base, key=jax.random.key(0), dtype="float16")
+    half = jaxadapt.init(base, config, key=jax.random.key(0), dtype="float16")
     large = jax.tree.map(lambda x: jnp.full_like(x, 6e4), half)
     with pytest.raises(MismatchError, match=r"(?s)combine: 8 finite values overflow float16.*q\.kernel\.lora_A: 8"):
         jaxadapt.combine([large], [2], method="cat")
@@ -358,7 +358,7 @@ def test_adapters_that_do_not_go_together_are_refused_by_name():
     assert "up_proj" in str(caught.value)
     assert "resize_rank" in str(caught.value)
     base = {"q_proj": {"kernel": np.zeros((6, 9), "f4")}, "up_proj": {"kernel": np.zeros((8, 6), "f4")}}
-    wide = small.noisy(jaxadapt.init(small.LORA, base, key=jax.random.key(0)))
+    wide = small.noisy(jaxadapt.init(base, small.LORA, key=jax.random.key(0)))
     with pytest.raises(MismatchError, match=r"q_proj: sizes \(in, out\) \[6, 8\] and \[6, 9\]"):
         jaxadapt.combine([one, wide], [1, 1], method="cat")
     other = KeyMap("other", (Weight("{path}.kernel", "model.{path}.weight", "i o -> o i"),))
@@ -378,7 +378,7 @@ def test_targets_of_every_kind_are_united():
 
     def mixed(*targets):
         configs = [make(r=2, target_modules=t) for t in targets]
-        adapters = [small.noisy(jaxadapt.init(c, base, key=jax.random.key(0))) for c in configs]
+        adapters = [small.noisy(jaxadapt.init(base, c, key=jax.random.key(0))) for c in configs]
         return jaxadapt.combine(adapters, [1] * len(adapters), method="cat").config.target_modules
 
     assert mixed(["q_proj"], ["up_proj"]) == ("q_proj", "up_proj")
@@ -396,11 +396,11 @@ def test_what_one_adapter_alone_excludes_is_not_among_the_targets():
         jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]),
         jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], exclude_modules=["a.up_proj"]),
     ]
-    adapters = [jaxadapt.init(config, base, key=jax.random.key(0)) for config in configs]
+    adapters = [jaxadapt.init(base, config, key=jax.random.key(0)) for config in configs]
     for order in (adapters, adapters[::-1]):
         mix = jaxadapt.combine(order, [1, 1], method="cat")
         assert set(mix.sites) == {"a.q_proj.kernel", "b.q_proj.kernel", "b.up_proj.kernel"}
-        assert set(jaxadapt.select(mix.config, base).leaves) == set(mix.sites)
+        assert set(jaxadapt.select(base, mix.config).leaves) == set(mix.sites)
 
 
 @pytest.mark.parametrize(("method", "r"), [("cat", 5), ("svd", 3)])
@@ -449,7 +449,7 @@ def test_ia3_is_the_weighted_sum_of_its_vectors_as_in_peft(scan, tmp_path):
 def test_what_cannot_be_summed():
     base = {name: {"kernel": jnp.ones((3, 3))} for name in ("q", "v")}
     one, two = (
-        jaxadapt.init(jaxadapt.IA3Config(target_modules=targets, feedforward_modules=[]), base, key=jax.random.key(0))
+        jaxadapt.init(base, jaxadapt.IA3Config(target_modules=targets, feedforward_modules=[]), key=jax.random.key(0))
         for targets in (["q"], ["q", "v"])
     )
     with pytest.raises(ConfigError, match="method 'svd' is for LoRA adapters; use method='linear'"):

@@ -47,7 +47,7 @@ def adapters(kind: str, *ranks: int) -> tuple[Any, list[jaxadapt.Adapter]]:
     made: list[jaxadapt.Adapter] = []
     for i, r in enumerate(ranks):
         config = jaxadapt.LoraConfig(r=r, lora_alpha=3 + i, use_rslora=bool(i), **fields)
-        fresh = jaxadapt.init(config, base, key=jax.random.key(i), keymap=jaxadapt.KeyMap("mine", tuple(lines)))
+        fresh = jaxadapt.init(base, config, key=jax.random.key(i), keymap=jaxadapt.KeyMap("mine", tuple(lines)))
         rng = np.random.default_rng(i)
         made.append(jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape).astype("float32"), fresh))
     return base, made
@@ -98,6 +98,6 @@ def test_a_grouped_convolution_is_refused():
     line = Weight("c.kernel", "c.weight", "h w i o -> o i h w", kind="conv", groups=2)
     base = {"c": {"kernel": np.zeros((2, 2, 2, 4), "float32")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["c"])
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=jaxadapt.KeyMap("mine", (line,)))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=jaxadapt.KeyMap("mine", (line,)))
     with pytest.raises(jaxadapt.ConfigError, match="expected one pair of matrices"):
         jaxadapt.combine([adapter], [1.0], method="cat")

@@ -38,7 +38,7 @@ BASE = {name: np.random.default_rng(0).standard_normal(shape).astype("f4") for n
 def adapter_of(peft_type: str) -> jaxadapt.Adapter:
     fields = FIELDS.get(peft_type, METHODS[peft_type].examples()[0])
     config = class_of(peft_type)(**{**fields, "target_modules": ["q", "v", "o"]})
-    adapter, rng = jaxadapt.init(config, BASE, key=jax.random.key(0), keymap=KEYMAP), np.random.default_rng(1)
+    adapter, rng = jaxadapt.init(BASE, config, key=jax.random.key(0), keymap=KEYMAP), np.random.default_rng(1)
     roles = METHODS[peft_type].roles
     values = {
         path: x if roles[path.rpartition(".")[2]] == "frozen" else x + rng.standard_normal(x.shape).astype("f4")

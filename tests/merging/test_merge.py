@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 def made(config, params, table=None, seed=1, dtype=None):
     """An adapter with values near 1 for these parameters."""
-    adapter = jaxadapt.init(config, params, key=jax.random.key(0), keymap=table, dtype=dtype)
+    adapter = jaxadapt.init(params, config, key=jax.random.key(0), keymap=table, dtype=dtype)
     return small.noisy(adapter, seed)
 
 
@@ -71,10 +71,10 @@ def test_several_adapters_of_a_model():
     small.trained(LORA, 2, "b", model)
     small.trained(LORA, 3, "c", model)
     jaxadapt.activate(model, ["a", "b"])
-    out, rest = model(X), jaxadapt.extract(model, "c")
+    out, rest = model(X), jaxadapt.extract(model, name="c")
     merged = jaxadapt.merge(model)
     np.testing.assert_allclose(merged(X), out, **CLOSE)
-    assert small.same(jaxadapt.extract(merged, "c"), rest)  # it was not active, and is as it was
+    assert small.same(jaxadapt.extract(merged, name="c"), rest)  # it was not active, and is as it was
     np.testing.assert_allclose(jaxadapt.activate(merged)(X), out, **CLOSE)
 
     model = small.trained(IA3, 1, "a")
@@ -89,7 +89,7 @@ def test_several_adapters_of_a_model():
     both["lora"] = {**small.variables()["lora"], **small.variables(name="other")["lora"]}
     with pytest.raises(AttachError, match=r"carry the adapters \['default', 'other'\]"):
         jaxadapt.merge(both)
-    assert list(jaxadapt.merge(both, jaxadapt.extract(both, "other"))["lora"]) == ["default"]
+    assert list(jaxadapt.merge(both, jaxadapt.extract(both, name="other"))["lora"]) == ["default"]
 
 
 LOHA = jaxadapt.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)
@@ -177,13 +177,13 @@ def test_a_copy_and_a_sum_of_one_weight():
         copied = jaxadapt.LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
         small.trained(copied, 2, "b", model)
         jaxadapt.activate(model, order)
-        flat = {**jaxadapt.extract(model, "a").flat(), **jaxadapt.extract(model, "b").flat()}
+        flat = {**jaxadapt.extract(model, name="a").flat(), **jaxadapt.extract(model, name="b").flat()}
         want = flat["q_proj.kernel.copy"] + 4 * (flat["q_proj.kernel.lora_B"] @ flat["q_proj.kernel.lora_A"]).T
         np.testing.assert_allclose(jaxadapt.merge(model).q_proj.kernel[...], want, rtol=1e-6)
     model = small.trained(LORA, 1, "a")
     b = small.adapter(LORA, 2)
     small.trained(LORA, 2, "b", model)
-    jaxadapt.inject(jax.tree.map(lambda x: x * np.float32(1e30), b), model, "b")
+    jaxadapt.inject(model, jax.tree.map(lambda x: x * np.float32(1e30), b), name="b")
     jaxadapt.activate(model, ["a", "b"])
     before = np.asarray(model.q_proj.kernel[...])
     with pytest.raises(AttachError, match="are not finite"):
@@ -213,7 +213,7 @@ def test_a_merge_that_fails_leaves_the_model_adapted():
 
 def test_variables_are_no_parameters():
     variables = small.base()
-    adapter = jaxadapt.init(LORA, variables["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(variables["params"], LORA, key=jax.random.key(0))
     other = adapter.named("other")
     with pytest.raises(AttachError, match=r"carry the adapters \['other'\], but 0 are selected"):
         jaxadapt.merge({**variables, **other}, jax.tree.map(jnp.copy, adapter))
@@ -351,7 +351,7 @@ class Float32Net(nn.Module):
 def test_a_base_of_8_bit_floats_is_adapted_as_its_values_in_float32(config):
     narrow = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), small.base()["params"])
     wide = jax.tree.map(lambda x: x.astype("float32"), narrow)
-    fresh = [jaxadapt.init(config, params, key=jax.random.key(0)) for params in (narrow, wide)]
+    fresh = [jaxadapt.init(params, config, key=jax.random.key(0)) for params in (narrow, wide)]
     assert small.same(*fresh)
     values = small.noisy(fresh[0]).named("default")
     linen = jaxadapt.adapt(Float32Net(), config)
@@ -370,7 +370,7 @@ def test_a_base_of_8_bit_floats_is_adapted_as_its_values_in_float32(config):
 def test_a_copy_of_8_bit_floats_takes_the_base_s_place():
     params = {n: {"kernel": jnp.ones((4, 4), "float8_e4m3fn")} for n in ("q", "head")}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
-    adapter = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), jaxadapt.init(config, params, key=jax.random.key(0)))
+    adapter = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), jaxadapt.init(params, config, key=jax.random.key(0)))
     head = jaxadapt.merge(params, adapter)["head"]["kernel"]
     np.testing.assert_array_equal(head, jnp.full((4, 4), 2, "float8_e4m3fn"))
 
@@ -438,7 +438,7 @@ def test_merging_two_adapters_one_after_the_other():
     model = small.net()
     for name, adapter in (("a", first), ("b", second)):
         jaxadapt.adapt(model, adapter.config, name=name, rngs=nnx.Rngs(0))
-        attachment.inject(adapter, model, name)
+        attachment.inject(model, adapter, name=name)
     jaxadapt.activate(model, "a", "b")
     merged = jaxadapt.merge(jaxadapt.merge(params, first), second)
     np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)

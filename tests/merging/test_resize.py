@@ -99,7 +99,7 @@ def test_padding_with_a_key_can_be_trained():
 
 def test_no_weight_sized_array_is_made():
     base = {"q": {"kernel": jax.ShapeDtypeStruct((64, 96), "float32")}}
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=4, target_modules=["q"]), base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=4, target_modules=["q"]), key=jax.random.key(0))
     jaxpr = jax.make_jaxpr(lambda a: jaxadapt.merging.resize_rank(a, 2))(adapter)
     sizes = {v.aval.size for v in all_vars(jaxpr.jaxpr)}
     assert max(sizes) < 64 * 96
@@ -159,7 +159,7 @@ def test_ia3_becomes_a_lora_or_says_why_not():
         small.LinenNet().apply({"params": jaxadapt.merge(base, lora)}, small.X), model(small.X), rtol=1e-4, atol=1e-5
     )
     assert lora.config.peft_type == "LORA"
-    biased = small.noisy(jaxadapt.init(small.IA3, base, key=jax.random.key(0)))
+    biased = small.noisy(jaxadapt.init(base, small.IA3, key=jax.random.key(0)))
     ones = jax.tree.map(jnp.ones_like, base)
     with pytest.raises(ConfigError, match=r"q_proj\.bias"):  # outputs scaled, bias included
         jaxadapt.merging.to_lora(biased, 4, params=ones)

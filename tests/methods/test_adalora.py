@@ -172,7 +172,7 @@ def test_the_loss_of_a_model_in_a_jitted_step():
     keymap = jaxadapt.KeyMap("t", (jaxadapt.Weight("q.kernel", "q.weight", "i n h -> (n h) i"),))
     base = {"q": {"kernel": jnp.ones((4, 2, 3))}}
     config = AdaLoraConfig(target_modules=["q"], init_r=2, total_step=9)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=keymap)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=keymap)
 
     def loss(params: Any) -> Any:
         tensors = jaxadapt.to_peft(jaxadapt.Adapter(config, params, keymap)).tensors
@@ -197,11 +197,11 @@ def test_what_contradicts_itself_is_refused():
     ):
         config = AdaLoraConfig(target_modules=["q"], **{"total_step": 9, **fields})
         with pytest.raises(ConfigError, match=message):
-            jaxadapt.init(config, base, key=jax.random.key(0))
+            jaxadapt.init(base, config, key=jax.random.key(0))
     tensors = {"q.lora_E": jnp.ones((2, 1))}
     large = AdaLoraConfig(init_r=2, target_r=3, total_step=9)
     with pytest.raises(ConfigError, match="target_r to at most init_r"):
         adalora.allocate_ranks(large, adalora.Allocation.start(tensors), 0, tensors, tensors)
     config = AdaLoraConfig(target_modules=["q"], init_r=2, total_step=9, rank_pattern={"v.lora_E": [True, False]})
     with pytest.warns(UserWarning, match=r"'v.lora_E' matches none of the targets"):
-        jaxadapt.init(config, base, key=jax.random.key(0))
+        jaxadapt.init(base, config, key=jax.random.key(0))

@@ -395,10 +395,10 @@ def network(peft_type: str, i: int, name: str = "default", seed: int = 2, model:
     model = Net(nnx.Rngs(0)) if model is None else model
     config = config_of(peft_type, i, ("q", "up"))
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), name=name, keymap=keymap_of(peft_type))
-    adapter = jaxadapt.extract(model, name)
+    adapter = jaxadapt.extract(model, name=name)
     trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
     values = paths.unflatten(changed(adapter.flat(), trained, seed))
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, values, adapter.keymap), model, name)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, values, adapter.keymap), name=name)
     return model
 
 
@@ -453,7 +453,7 @@ def test_several_adapters_and_deletion(peft_type: str, i: int):
     both = model(X)
     assert not np.allclose(both, one, atol=1e-4)
     assert not np.allclose(both, two, atol=1e-4)
-    jaxadapt.delete(model, "b")
+    jaxadapt.delete(model, name="b")
     np.testing.assert_array_equal(model(X), one)
     jaxadapt.detach(model)
     np.testing.assert_array_equal(model(X), Net(nnx.Rngs(0))(X))

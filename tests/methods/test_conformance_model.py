@@ -75,9 +75,9 @@ def begun(config: Any, api: str, spread: bool) -> tuple[Any, Any, Any]:
     model, variables = base(api, spread)
     example = [jnp.asarray(TOKENS)] if METHODS[config.peft_type].scope == "model" else None
     if api == "nnx":
-        started = start(config, nnx.clone(model), key=jax.random.key(0), example=example)
+        started = start(nnx.clone(model), config, key=jax.random.key(0), example=example)
         return started.base, None, started.adapter
-    adapter = start(config, variables["params"], key=jax.random.key(0)).adapter
+    adapter = start(variables["params"], config, key=jax.random.key(0)).adapter
     return jaxadapt.adapt(model, adapter.config), {**variables, **adapter.collection}, adapter
 
 
@@ -102,8 +102,8 @@ def caller(model: Any, variables: Any, config: Any) -> tuple[Any, Any]:
         held = nnx.clone(nnx.merge(graphdef, state)) if variables is None else model
         with jaxadapt.models.invoke(held, task_ids=tasks) if has_tasks else contextlib.nullcontext(held) as ready:
             if variables is None:
-                return jaxadapt.inject(adapter, ready)(tokens, mask=mask)
-            return ready.apply(jaxadapt.inject(adapter, state), tokens, mask=mask)
+                return jaxadapt.inject(ready, adapter)(tokens, mask=mask)
+            return ready.apply(jaxadapt.inject(state, adapter), tokens, mask=mask)
 
     return logits, state
 
@@ -167,8 +167,8 @@ def test_eight_devices(peft_type: str, i: int, api: str, tmp_path: Any) -> None:
 
     # The file is the same, and fits every placement.
     one, eight = tmp_path / "one", tmp_path / "eight"
-    jaxadapt.save(jaxadapt.inject(alone, begun(new.config, "nnx", spread=False)[0]), one)
-    held = jaxadapt.inject(spread, model if variables is None else variables)
+    jaxadapt.save(jaxadapt.inject(begun(new.config, "nnx", spread=False)[0], alone), one)
+    held = jaxadapt.inject(model if variables is None else variables, spread)
     jaxadapt.save(held, eight)
     assert (eight / "adapter_config.json").read_bytes() == (one / "adapter_config.json").read_bytes()
     files = [jaxadapt.read(folder).tensors for folder in (one, eight)]

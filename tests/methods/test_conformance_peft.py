@@ -205,7 +205,7 @@ def test_peft_opens_our_files(peft_type: str, i: int, tmp_path: Any):
         path: x + 0.2 * rng.standard_normal(x.shape).astype("f4") if path.rpartition(".")[2] in trained else x
         for path, x in adapter.flat().items()
     }
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap))
     jaxadapt.save(model, tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -44,7 +44,7 @@ def test_hiras_rank_is_that_of_the_file():
     adapter = jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), BASE)
     np.testing.assert_allclose(jaxadapt.merge(BASE, adapter)["q"]["kernel"], np.full((4, 6), 4.0))
     with pytest.raises(ConfigError, match="cannot start HIRA with rank_pattern"):
-        jaxadapt.init(config, BASE, key=jax.random.key(0))
+        jaxadapt.init(BASE, config, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_hiras_rank_is_that_of_the_file():
 )
 def test_graloras_blocks_that_do_not_fit_are_refused(fields: Any, message: str):
     with pytest.raises(ConfigError, match=message):
-        jaxadapt.init(GraloraConfig(target_modules=["q"], **fields), BASE, key=jax.random.key(0))
+        jaxadapt.init(BASE, GraloraConfig(target_modules=["q"], **fields), key=jax.random.key(0))
 
 
 def test_a_gralora_file_of_another_model_is_refused():
     config = GraloraConfig(target_modules=["q"], r=2)
-    other = jaxadapt.init(config, {"q": {"kernel": jnp.ones((4, 8))}}, key=jax.random.key(0))
+    other = jaxadapt.init({"q": {"kernel": jnp.ones((4, 8))}}, config, key=jax.random.key(0))
     with pytest.raises(jaxadapt.MismatchError, match=r"shape \(8, 4\), but the weight has \(6, 4\)"):
         jaxadapt.from_peft(jaxadapt.to_peft(other), BASE)
 
@@ -77,7 +77,7 @@ def test_a_new_gralora_has_the_bounds_of_pefts():
     net = torch.nn.Sequential()
     net.add_module("q", torch.nn.Linear(256, 64))
     state = peft.get_peft_model_state_dict(peft.get_peft_model(net, peft.GraloraConfig(**fields)))
-    adapter = jaxadapt.init(GraloraConfig(**fields), {"q": {"kernel": jnp.ones((256, 64))}}, key=jax.random.key(0))
+    adapter = jaxadapt.init({"q": {"kernel": jnp.ones((256, 64))}}, GraloraConfig(**fields), key=jax.random.key(0))
     tensors = jaxadapt.to_peft(adapter).tensors
     assert tensors.keys() == state.keys()
     for key, want in state.items():

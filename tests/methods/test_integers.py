@@ -40,7 +40,7 @@ def variables() -> Any:
     noise = np.random.default_rng(1).standard_normal(10).astype("float32")
     adapter = jaxadapt.extract(variables)
     values = {"q": {"kernel": {**adapter.params["q"]["kernel"], "shira_weight": jnp.asarray(noise)}}}
-    return jaxadapt.inject(jaxadapt.Adapter(adapter.config, values, adapter.keymap), variables)
+    return jaxadapt.inject(variables, jaxadapt.Adapter(adapter.config, values, adapter.keymap))
 
 
 def by_hand(variables: Any) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_linen_keeps_integers_in_a_collection_of_their_own(variables: Any):
     assert sorted(jaxadapt.extract(variables).collection) == ["shira", "shira_integers"]
     y, changed = module.apply(variables, X, mutable=["shira", "shira_integers"])
     jax.tree.map(np.testing.assert_array_equal, changed, {k: variables[k] for k in changed})
-    assert sorted(jaxadapt.detach(variables)) == sorted(jaxadapt.delete(variables, "default")) == ["params"]
+    assert sorted(jaxadapt.detach(variables)) == sorted(jaxadapt.delete(variables, name="default")) == ["params"]
     merged = jaxadapt.merge(variables)
     assert sorted(merged) == ["params"]
     np.testing.assert_allclose(LinenNet().apply(merged, X), y, rtol=1e-5, atol=1e-6)

@@ -31,7 +31,7 @@ def trained(targets=("norm",)):
     adapter = jaxadapt.extract(model)
     rng = np.random.default_rng(2)
     values = {path: x + jnp.asarray(rng.standard_normal(x.shape), x.dtype) for path, x in adapter.flat().items()}
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap))
     return model, dict(jaxadapt.to_peft(jaxadapt.extract(model)).tensors)
 
 

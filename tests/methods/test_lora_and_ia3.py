@@ -201,7 +201,7 @@ def test_dora_of_small_weights_in_float16_begins_as_the_base():
     """Their squares are no numbers of 16 bits."""
     w = (np.random.default_rng(0).standard_normal((64, 32)) * 2e-4).astype("float16")
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_dora=True)
-    adapter = jaxadapt.init(config, {"q": {"kernel": w}}, key=jax.random.key(0), dtype="float16")
+    adapter = jaxadapt.init({"q": {"kernel": w}}, config, key=jax.random.key(0), dtype="float16")
     lengths = np.linalg.norm(w.astype("float64"), axis=0)
     np.testing.assert_allclose(adapter.params["q"]["kernel"]["lora_magnitude_vector"], lengths, rtol=2**-10)
 

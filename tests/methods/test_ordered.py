@@ -128,11 +128,11 @@ def test_the_file_must_have_the_singular_vectors_and_may_lack_the_projections(tm
 def test_an_unknown_order_is_named(config: Any):
     made = config(r=2, target_modules=["q", "up"])
     with pytest.raises(KeyMapError, match=r"(?s)order of PyTorch's modules.*'generic'.*order=.*q.*up"):
-        jaxadapt.init(made, BASE, key=jax.random.key(0))
-    one = jaxadapt.init(made.replace(target_modules=["q"]), BASE, key=jax.random.key(0))  # has only one order
+        jaxadapt.init(BASE, made, key=jax.random.key(0))
+    one = jaxadapt.init(BASE, made.replace(target_modules=["q"]), key=jax.random.key(0))  # has only one order
     assert one.shared
     orders = [KeyMap("mine", (*_entries(),), order=order) for order in (("q", "up"), ("up", "q"))]
-    first, second = (jaxadapt.init(made, BASE, key=jax.random.key(0), keymap=keymap).flat() for keymap in orders)
+    first, second = (jaxadapt.init(BASE, made, key=jax.random.key(0), keymap=keymap).flat() for keymap in orders)
     assert any(not np.array_equal(first[path], second[path]) for path in first)
 
 

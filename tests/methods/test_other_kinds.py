@@ -162,7 +162,7 @@ def test_a_new_adapter_starts_as_pefts_and_opens_in_peft(name: str, tmp_path: An
     rng = np.random.default_rng(0)
     adapter = jaxadapt.extract(model)
     values = {p: v + 0.2 * rng.standard_normal(v.shape).astype("f4") for p, v in adapter.flat().items()}
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap))
     jaxadapt.save(model, tmp_path / "ours")
     opened = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     with torch.no_grad():

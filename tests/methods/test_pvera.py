@@ -41,7 +41,7 @@ def adapted() -> Any:
     values = {
         path: numbers(*x.shape, seed=i) if "lambda" in path else x for i, (path, x) in enumerate(adapter.flat().items())
     }
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap))
     return model
 
 

@@ -73,7 +73,7 @@ def test_a_method_is_told_whether_each_layer_has_a_bias():
 
     with registered(Asks()):
         config = method.config(target_modules=["q", "up"])  # type: ignore[attr-defined]
-        adapter = jaxadapt.init(config, nnx.state(Mixed()), key=jax.random.key(0))
+        adapter = jaxadapt.init(nnx.state(Mixed()), config, key=jax.random.key(0))
         assert seen == {"q.kernel": False, "up.kernel": True}
         assert told == {"q": False, "up": True, "": None}  # "" for the shared tensor
         seen.clear()
@@ -136,7 +136,7 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
         a = {name: np.arange(1, n + 1, dtype="float32") / 20 for name, n in (("q", 16), ("up", 8))}
         for name, x in a.items():
             values[name]["kernel"]["code_a"] = jnp.asarray(x)
-        jaxadapt.inject(jaxadapt.Adapter(config, values, adapter.keymap), model)
+        jaxadapt.inject(model, jaxadapt.Adapter(config, values, adapter.keymap))
         q, up = Net().q, Net().up
         h = np.tanh(X @ (np.asarray(q.kernel) + np.outer(c[:8], a["q"])) + np.asarray(q.bias))
         want = h @ (np.asarray(up.kernel) + np.outer(c, a["up"])) + np.asarray(up.bias)
@@ -251,7 +251,7 @@ def test_the_method_of_contributing_works_as_written(tmp_path: Path):
             adapter = jaxadapt.extract(model)
             b = jnp.asarray(np.random.default_rng(1).standard_normal((16, config.r)), "float32")
             values = {"q": {"kernel": {**adapter.params["q"]["kernel"], "sketch_B": b, "sketch_d": 1 + b[:, 0]}}}
-            jaxadapt.inject(jaxadapt.Adapter(config, values, adapter.keymap), model)
+            jaxadapt.inject(model, jaxadapt.Adapter(config, values, adapter.keymap))
             scale, a = config.alpha / config.r, np.asarray(values["q"]["kernel"]["sketch_A"])
             plain = Net()
             kernel = np.asarray(plain.q.kernel) + np.asarray(scale * (1 + b[:, :1]) * (b @ a)).T

@@ -30,7 +30,7 @@ BASE = {n: {"kernel": np.random.default_rng(s[1]).standard_normal(s).astype("flo
 def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis: int):
     """PEFT fails in a matrix product, or for too few bases computes with fewer."""
     made = getattr(jaxadapt.configs, config)(r=2, target_modules=["q", "up"])
-    file = jaxadapt.to_peft(jaxadapt.init(made, BASE, key=jax.random.key(0)))
+    file = jaxadapt.to_peft(jaxadapt.init(BASE, made, key=jax.random.key(0)))
     cut = {k: np.take(v, range(v.shape[axis] // 2), axis) if k.endswith(tensor) else v for k, v in file.tensors.items()}
     with pytest.raises(MismatchError, match=rf"(?s)too small.*(q|up) has \d+ .*{tensor} has"):
         jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, cut), BASE)
@@ -38,7 +38,7 @@ def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis
 
 def randlora() -> Any:
     config = jaxadapt.configs.RandLoraConfig(r=3, target_modules=["q", "up"], init_weights=False)
-    return jaxadapt.to_peft(jaxadapt.init(config, BASE, key=jax.random.key(0)))
+    return jaxadapt.to_peft(jaxadapt.init(BASE, config, key=jax.random.key(0)))
 
 
 def test_randlora_reads_bases_once_or_for_each_module():
@@ -63,13 +63,13 @@ def test_randlora_reads_bases_once_or_for_each_module():
 def test_randlora_without_saved_bases_is_refused():
     config = jaxadapt.configs.RandLoraConfig(target_modules=["q"], save_projection=False)
     with pytest.raises(ConfigError, match="depend on the machine"):
-        jaxadapt.init(config, BASE)
+        jaxadapt.init(BASE, config)
 
 
 def test_a_new_pvera_warns_once_that_its_variance_is_not_trained():
     config = jaxadapt.configs.PveraConfig(r=2, target_modules=["q", "up"])
     with pytest.warns(UserWarning, match="trained without noise unless") as caught:
-        adapter = jaxadapt.init(config, BASE, key=jax.random.key(0))
+        adapter = jaxadapt.init(BASE, config, key=jax.random.key(0))
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a file computes as in PEFT, so reading one does not warn
@@ -98,7 +98,7 @@ def test_nnx_holds_shared_tensors_once(tmp_path: Any):
 def test_a_compiled_call_and_its_gradients_hold_no_second_copy_of_shared_tensors():
     shapes = {name: {"kernel": jax.ShapeDtypeStruct((256, 256), "float32")} for name in ("a", "b", "c")}
     config = jaxadapt.configs.VeraConfig(r=512, target_modules=["a", "b", "c"])
-    adapter = jaxadapt.init(config, shapes)
+    adapter = jaxadapt.init(shapes, config)
     shared = sum(4 * x.size for path, x in adapter.flat().items() if path.startswith("~shared"))
     assert shared == 2 * 512 * 256 * 4
 

@@ -16,7 +16,7 @@ BASE = {"q": {"kernel": KERNEL}}
 
 
 def file_of(config: Any) -> Any:
-    return jaxadapt.to_peft(jaxadapt.init(config, BASE, key=jax.random.key(0)))
+    return jaxadapt.to_peft(jaxadapt.init(BASE, config, key=jax.random.key(0)))
 
 
 @pytest.mark.peft
@@ -46,7 +46,7 @@ def test_shiras_positions_from_a_key_are_distinct_and_the_same_inside_jit():
     config = jaxadapt.configs.ShiraConfig(r=3, target_modules=["q"])
 
     def positions(key: jax.Array) -> jax.Array:
-        return jaxadapt.init(config, BASE, key=key).flat()["q.kernel.shira_indices"]
+        return jaxadapt.init(BASE, config, key=key).flat()["q.kernel.shira_indices"]
 
     found = np.asarray(positions(jax.random.key(0)))
     assert len({*map(tuple, found.T)}) == found.shape[1] == 3 * sum(KERNEL.shape)

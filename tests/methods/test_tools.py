@@ -69,7 +69,7 @@ def network(peft_type: str) -> Any:
         path: x + 0.2 * random.standard_normal(x.shape).astype(x.dtype) if path.rpartition(".")[2] in trained else x
         for path, x in adapter.flat().items()
     }
-    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap))
     return model
 
 
@@ -79,7 +79,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     adapter, want = jaxadapt.extract(model), np.asarray(model(X))
     # Initializing with `start` is initializing with `adapt`.
     options: dict[str, Any] = {"rngs": nnx.Rngs(2), "keymap": keymap_of(peft_type)}
-    started = jaxadapt.initializers.start(adapter.config, Net(), key=jax.random.key(2), **options)
+    started = jaxadapt.initializers.start(Net(), adapter.config, key=jax.random.key(2), **options)
     fresh = jaxadapt.extract(jaxadapt.adapt(Net(), adapter.config, **options))
     assert all(started.adapter.flat()[path].shape == x.shape for path, x in fresh.flat().items())
     assert started.base(X).shape == want.shape

@@ -153,7 +153,7 @@ def test_two_adapters_with_other_rows_are_active_together_as_peft_merges_them(ti
     module, variables = llama.twin_of(base(tied), "linen")
     for name in ("default", "other"):
         variables = jaxadapt.load(tmp_path, variables, name=name)
-    configs = {name: jaxadapt.extract(variables, name).config for name in ("default", "other")}
+    configs = {name: jaxadapt.extract(variables, name=name).config for name in ("default", "other")}
     adapted = jaxadapt.adapt(jaxadapt.adapt(module, configs["default"]), configs["other"], name="other")
     adapted = jaxadapt.activate(adapted, ("default", "other"))
     np.testing.assert_allclose(adapted.apply(variables, jnp.asarray(IDS)), want, **close)

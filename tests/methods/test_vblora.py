@@ -59,7 +59,7 @@ def test_a_file_of_chosen_vectors(tmp_path: Any):
     for key, value in tensors().items():
         np.testing.assert_array_equal(again[key], value)
     with pytest.raises(ConfigError, match="cannot create an adapter with save_only_topk_weights"):
-        jaxadapt.init(config, BASE, key=jax.random.key(0))
+        jaxadapt.init(BASE, config, key=jax.random.key(0))
 
 
 @pytest.mark.peft
@@ -93,7 +93,7 @@ def test_pefts_file_of_chosen_vectors(num_vectors: int, tmp_path: Any):
 def test_sizes_and_choices():
     config = jaxadapt.configs.VBLoRAConfig(**{**FIELDS, "vector_length": 5})
     with pytest.raises(ConfigError, match="vector_length=5 does not divide 8"):
-        jaxadapt.init(config, BASE)
+        jaxadapt.init(BASE, config)
     with pytest.raises(ConfigError, match="topk: expected at most num_vectors"):
         jaxadapt.configs.VBLoRAConfig(**{**FIELDS, "topk": 7})
     indices, weights = choose_vectors(jnp.array([[0.0, 2.0, 1.0]]), 2)

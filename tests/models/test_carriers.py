@@ -23,7 +23,7 @@ class Net(nnx.Module):
 
 
 def test_kinds():
-    model, adapter = Net(), jaxadapt.init(CONFIG, BASE)
+    model, adapter = Net(), jaxadapt.init(BASE, CONFIG)
     for tree, kind in (
         (model, "Model"),
         (nnx.state(model), "State"),
@@ -45,7 +45,7 @@ def test_kinds():
 def test_what_a_kind_lacks_is_refused():
     for tree, says in ((nn.Dense(2), "holds no parameters"), ([1], "found list"), (BASE, "bare parameters")):
         with pytest.raises(jaxadapt.AttachError, match=f"NNX model.*{says}"):
-            carrier(tree).attach(jaxadapt.init(CONFIG, BASE), (), "default", None, None, {})
+            carrier(tree).attach(jaxadapt.init(BASE, CONFIG), (), "default", None, None, {})
 
 
 def test_leaves_are_replaced_where_they_are():

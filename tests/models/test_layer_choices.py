@@ -120,7 +120,7 @@ def noisy(adapter: Any, seed: int = 1) -> Any:
 
 def trained(config: Any, params: Any, axis: int) -> jaxadapt.Adapter:
     """Return an adapter that has an effect, as from a file."""
-    fresh = jaxadapt.init(config, params, key=jax.random.key(2), keymap=table(axis))
+    fresh = jaxadapt.init(params, config, key=jax.random.key(2), keymap=table(axis))
     tensors = jaxadapt.to_peft(fresh)
     other = {k: np.asarray(v) for k, v in noisy(dict(tensors.tensors)).items()}
     return jaxadapt.from_peft(jaxadapt.PeftTensors(config, other), params, keymap=table(axis))
@@ -170,7 +170,7 @@ def test_every_layer_part_and_expert_gets_its_own_change(name, axis):
     wrapper = jaxadapt.adapt(module, config, keymap=table(axis))
     np.testing.assert_allclose(wrapper.apply({"params": params, **adapter.collection}, x()), want, atol=2e-6)
     model = jaxadapt.adapt(nnx_like(params, axis), config, keymap=table(axis), rngs=nnx.Rngs(0))
-    jaxadapt.inject(adapter, model)
+    jaxadapt.inject(model, adapter)
     np.testing.assert_allclose(model(x()), want, atol=2e-6)
     np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(model, x()), want, atol=2e-6)
     merged = jaxadapt.merge(params, adapter)
@@ -189,7 +189,7 @@ def test_a_fresh_adapter_changes_nothing_and_draws_each_module_as_its_rank_asks(
     tolerance = 1e-6 if config.use_dora else 0  # m / ‖W‖ is rounded
     np.testing.assert_allclose(model(x()), module.apply({"params": params}, x()), atol=tolerance)
     for init, bound in ((True, WIDTH**-0.5), ("gaussian", None)):
-        made = jaxadapt.init(config.replace(init_lora_weights=init), params, key=jax.random.key(3), keymap=table(0))
+        made = jaxadapt.init(params, config.replace(init_lora_weights=init), key=jax.random.key(3), keymap=table(0))
         for key, value in jaxadapt.to_peft(made).tensors.items():
             if key.endswith("lora_A.weight"):
                 rank = len(value)
@@ -208,7 +208,7 @@ def test_what_is_not_adapted_is_the_base_bit_for_bit():
     ):
         _, params = linen(0)
         model = jaxadapt.adapt(nnx_like(params, 0), config, keymap=table(0), rngs=nnx.Rngs(0))
-        jaxadapt.inject(trained(config, params, 0), model)
+        jaxadapt.inject(model, trained(config, params, 0))
         base = nnx_like(params, 0)
 
         def layer(model: Stacked, number: int) -> jax.Array:
@@ -225,7 +225,7 @@ def test_training_keeps_unused_entries_at_zero(name):
     """AdamW with weight decay leaves unused entries at zero; otherwise save would refuse the result."""
     config, (_, params) = CONFIGS[name], linen(1)
     model = jaxadapt.adapt(nnx_like(params, 1), config, keymap=table(1), rngs=nnx.Rngs(0))
-    jaxadapt.inject(trained(config, params, 1), model)
+    jaxadapt.inject(model, trained(config, params, 1))
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=jaxadapt.AdapterParam)
 
     @nnx.jit
@@ -330,7 +330,7 @@ def test_a_fused_weight_of_one_layer_holds_parts_of_different_ranks():
     keymap = KeyMap("one", (line,))
     params = {"kv": jax.random.normal(jax.random.key(0), (2, WIDTH, WIDTH))}
     config = LoraConfig(**FIELDS, target_modules=["k", "v"], rank_pattern={"v": 2}, init_lora_weights=False)
-    adapter = jaxadapt.init(config, params, key=jax.random.key(1), keymap=keymap)
+    adapter = jaxadapt.init(params, config, key=jax.random.key(1), keymap=keymap)
     tensors = {k.removeprefix(BASE): np.asarray(v) for k, v in jaxadapt.to_peft(adapter).tensors.items()}
     assert tensors["v.lora_A.weight"].shape == (2, WIDTH)
     changed = np.asarray(jaxadapt.merge(params, adapter)["kv"] - params["kv"])
@@ -343,9 +343,9 @@ def test_biases_that_peft_names_differently_are_refused():
     _, params = linen(0)
     config = LoraConfig(**FIELDS, target_modules=r"h\.1\.q", bias="all")
     with pytest.raises(ConfigError, match="with bias='all', biases of adapted modules have other names"):
-        jaxadapt.init(config, params, key=jax.random.key(0), keymap=table(0))
+        jaxadapt.init(params, config, key=jax.random.key(0), keymap=table(0))
     only = config.replace(bias="lora_only")
-    held = jaxadapt.to_peft(jaxadapt.init(only, params, key=jax.random.key(0), keymap=table(0))).tensors
+    held = jaxadapt.to_peft(jaxadapt.init(params, only, key=jax.random.key(0), keymap=table(0))).tensors
     assert [key for key in held if "bias" in key] == [f"{BASE}h.1.q.base_layer.bias"]
 
 

@@ -49,7 +49,7 @@ def without_boxes(tree: Any) -> Any:
 def by_itself(logical: bool, seed: int = 1) -> Any:
     """Return variables with an adapter from `jaxadapt.init`, as in a loop with its own module (MaxText)."""
     params = meshes.LinenBlock(LAYOUT, logical).init(KEY, X)["params"]
-    return {"params": params, **jaxadapt.init(CONFIG, params, key=jax.random.key(seed)).collection}
+    return {"params": params, **jaxadapt.init(params, CONFIG, key=jax.random.key(seed)).collection}
 
 
 def step(module: Any, variables: Any, state: Any) -> tuple[Any, Any]:
@@ -69,11 +69,11 @@ def test_every_way_to_a_collection_gives_the_same_structure(logical: bool, tmp_p
     up = variables["lora"]["default"]["up"]["kernel"]["lora_A"]
     assert isinstance(up, nn.LogicallyPartitioned if logical else nn.Partitioned)
     for collection in (
-        jaxadapt.init(CONFIG, params, key=KEY).collection,
+        jaxadapt.init(params, CONFIG, key=KEY).collection,
         jaxadapt.load(tmp_path, {"params": params}),
         jaxadapt.from_peft(tensors, params).collection,
         jaxadapt.extract(variables).collection,
-        jaxadapt.initializers.start(CONFIG, params, key=KEY).adapter.collection,
+        jaxadapt.initializers.start(params, CONFIG, key=KEY).adapter.collection,
     ):
         # The keymaps differ, because `adapt` sees the module's calls. The trees that optax walks over are equal.
         mine, theirs = ({k: x for k, x in held["lora"]["default"].items() if k != "~config"}
@@ -83,8 +83,8 @@ def test_every_way_to_a_collection_gives_the_same_structure(logical: bool, tmp_p
     equal(jaxadapt.extract(variables).params, jaxadapt.from_peft(tensors, params).params)
     shapes = jax.eval_shape(module.init, KEY, X)
     same(shapes, variables)
-    same(jaxadapt.init(CONFIG, shapes["params"]).params, jaxadapt.extract(variables).params)
-    same(jax.jit(lambda p: jaxadapt.init(CONFIG, p, key=KEY))(params), jaxadapt.init(CONFIG, params, key=KEY))
+    same(jaxadapt.init(shapes["params"], CONFIG).params, jaxadapt.extract(variables).params)
+    same(jax.jit(lambda p: jaxadapt.init(p, CONFIG, key=KEY))(params), jaxadapt.init(params, CONFIG, key=KEY))
 
 
 @BOXES
@@ -96,15 +96,15 @@ def test_inject_and_load_keep_the_structure(logical: bool, frozen: bool, boxed: 
         variables = {**variables, "lora": without_boxes(variables["lora"])}
     variables = freeze(variables) if frozen else variables
     adapter = jaxadapt.extract(variables)
-    equal(jaxadapt.inject(adapter, variables), variables)
-    equal(jaxadapt.inject(adapter, variables["lora"]), variables["lora"])  # a collection, and one adapter's tree
-    equal(jaxadapt.inject(adapter, variables["lora"]["default"]), variables["lora"]["default"])
+    equal(jaxadapt.inject(variables, adapter), variables)
+    equal(jaxadapt.inject(variables["lora"], adapter), variables["lora"])  # a collection, and one adapter's tree
+    equal(jaxadapt.inject(variables["lora"]["default"], adapter), variables["lora"]["default"])
     equal(jaxadapt.inject(adapter, adapter), adapter)
     jaxadapt.save(variables, tmp_path)
     equal(jaxadapt.load(tmp_path, variables), variables)
     twice = jax.tree.map(lambda x: 2 * x, adapter)
     for other in (twice, jaxadapt.Adapter(CONFIG, without_boxes(twice.params), adapter.keymap)):  # boxed or not
-        new = jaxadapt.inject(other, variables)
+        new = jaxadapt.inject(variables, other)
         same(new, variables)
         equal(new["lora"], jax.tree.map(lambda x: 2 * x, variables["lora"]))
     both = jaxadapt.load(tmp_path, variables, name="other")  # beside it, boxed like the base
@@ -113,7 +113,7 @@ def test_inject_and_load_keep_the_structure(logical: bool, frozen: bool, boxed: 
     same(nn.unbox(both["lora"]["other"]), nn.unbox(variables["lora"]["default"]))
     assert isinstance(both["lora"]["other"]["up"]["kernel"]["lora_A"], nn.Partitioned)
     abstract = jax.eval_shape(lambda: variables)
-    same(jaxadapt.inject(adapter, abstract), variables)
+    same(jaxadapt.inject(abstract, adapter), variables)
 
 
 def test_a_file_that_says_more_of_itself_is_believed(tmp_path: Path):

@@ -197,11 +197,11 @@ def test_moments_are_no_adapter(variables: Any):
 
 def test_two_methods_under_one_name_are_told(variables: Any):
     ia3 = jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    other = jaxadapt.init(ia3, variables["params"], key=KEY, keymap=KEYMAP)
+    other = jaxadapt.init(variables["params"], ia3, key=KEY, keymap=KEYMAP)
     with pytest.raises(jaxadapt.AttachError, match="several adapters are called 'default' here, in ia3 and lora"):
         jaxadapt.extract({**variables, **other.collection})
     both = {**variables, **other.named("other")}
-    assert [jaxadapt.extract(both, n).config.peft_type for n in ("default", "other")] == ["LORA", "IA3"]
+    assert [jaxadapt.extract(both, name=n).config.peft_type for n in ("default", "other")] == ["LORA", "IA3"]
 
 
 def test_another_configuration_leaves_the_table(variables: Any):

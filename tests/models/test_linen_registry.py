@@ -223,7 +223,7 @@ def test_what_cannot_be_exact_is_refused(case: layers.Case, kind: str):
     with pytest.raises(jaxadapt.AttachError, match=f"(?s){leaf}.*{says}|{says}.*{leaf}"):
         jax.eval_shape(first_call, jax.random.key(0))
     variables = model.module.init(jax.random.key(0), *case.inputs())
-    adapter = jaxadapt.init(model.adapters[0][1], variables["params"], key=jax.random.key(1))
+    adapter = jaxadapt.init(variables["params"], model.adapters[0][1], key=jax.random.key(1))
     with pytest.raises(jaxadapt.AttachError, match=f"(?s){leaf}.*{says}|{says}.*{leaf}"):
         model.apply({**variables, **adapter.collection}, *case.inputs())
 

@@ -73,14 +73,14 @@ def test_shapes_on_a_mesh_and_of_the_other_ways():
     with jax.set_mesh(meshes.mesh_of("4x2")):
         made = jax.eval_shape(module.init, KEY, meshes.X)
         params = made["params"]
-        ours = jax.eval_shape(lambda key: jaxadapt.init(config, params, key=key), KEY)
+        ours = jax.eval_shape(lambda key: jaxadapt.init(params, config, key=key), KEY)
     assert ours.shapes == jaxadapt.extract(made).shapes
     mesh = meshes.mesh_of("4x2", AxisType.Explicit)
     with jax.set_mesh(mesh):
         where = NamedSharding(mesh, PartitionSpec("fsdp", "tp"))
         base = {"up": {"kernel": jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=where)}}
         up = jaxadapt.LoraConfig(r=2, target_modules=["up"], init_lora_weights="orthogonal")
-        found = jax.eval_shape(lambda key: jaxadapt.init(up, base, key=key), KEY).flat()
+        found = jax.eval_shape(lambda key: jaxadapt.init(base, up, key=key), KEY).flat()
     assert found["up.kernel.lora_A"].sharding.spec == PartitionSpec(None, "fsdp")
     model = nnx.eval_shape(
         lambda: jaxadapt.adapt(
@@ -144,7 +144,7 @@ def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
     params = variables["params"]
     need = r"in full.* 'generic' does not define.*\n  conv\.kernel \(4, 4, 4\).*\n.*KeyMap(.|\n)*jaxadapt\.adapt"
     with pytest.raises(jaxadapt.KeyMapError, match=need):
-        jaxadapt.init(config, params, key=KEY)
+        jaxadapt.init(params, config, key=KEY)
     jaxadapt.save(variables, tmp_path)
     kernel = np.asarray(params["conv"]["kernel"])
     stored = jaxadapt.read(tmp_path).tensors["base_model.model.conv.weight"]
@@ -161,7 +161,7 @@ def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
             jaxadapt.Weight("conv.kernel", "conv.weight", "w i o -> o i w", kind="conv"),
         ),
     )
-    adapter = jaxadapt.init(config, params, key=KEY, keymap=table)
+    adapter = jaxadapt.init(params, config, key=KEY, keymap=table)
     np.testing.assert_array_equal(jaxadapt.to_peft(adapter).tensors["base_model.model.conv.weight"], stored)
 
 
@@ -184,7 +184,7 @@ def carried(n_out: int, fan_in_fan_out: bool) -> dict[str, Any]:
 
     params = Dense().init(KEY, X)["params"]
     with tempfile.TemporaryDirectory() as folder:
-        jaxadapt.save(jaxadapt.init(config, params, key=KEY), folder)  # as in PEFT, A is (r, in)
+        jaxadapt.save(jaxadapt.init(params, config, key=KEY), folder)  # as in PEFT, A is (r, in)
         ways = {
             "NNX adapt": lambda: jaxadapt.adapt(model(), config, rngs=nnx.Rngs(1), keymap=table),
             "NNX load": lambda: jaxadapt.load(folder, model(), keymap=table),
@@ -243,4 +243,4 @@ def test_the_advice_for_an_unknown_layout_names_the_collection_of_the_method():
     for config in (jaxadapt.IA3Config(target_modules=["q"]), jaxadapt.LoraConfig(target_modules=["q"])):
         name = config.peft_type.lower()
         with pytest.raises(jaxadapt.KeyMapError, match=rf'init\(key, x\)\["{name}"\].*\n.*params, "{name}": adapter'):
-            jaxadapt.init(config, base)
+            jaxadapt.init(base, config)

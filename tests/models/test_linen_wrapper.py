@@ -48,7 +48,7 @@ def trained(variables: Any, by: float = 0.3) -> Any:
 def merged(variables: Any, *names: str) -> Any:
     params = variables["params"]
     for name in names or ("default",):
-        params = jaxadapt.merge(params, jaxadapt.extract(variables, name))
+        params = jaxadapt.merge(params, jaxadapt.extract(variables, name=name))
     return {**{c: t for c, t in variables.items() if c not in ("lora", "ia3")}, "params": params}
 
 
@@ -405,7 +405,7 @@ def test_init_on_parameters_gives_the_specs_of_the_wrapper(scan: int | None):
     model = jaxadapt.adapt(module, lora("q_proj", "down_proj"))
     mine = jax.eval_shape(model.init, KEY, tokens)
     base = jax.jit(module.init, compiler_options=QUICK)(KEY, tokens)
-    adapter = jaxadapt.init(model.adapters[0][1], base["params"], key=KEY)
+    adapter = jaxadapt.init(base["params"], model.adapters[0][1], key=KEY)
     assert jax.tree.structure({**base, **adapter.collection}) == jax.tree.structure(mine)
     assert {p: x.shape for p, x in adapter.flat().items()} == {
         p: x.shape for p, x in jaxadapt.extract(mine).flat().items()
@@ -424,7 +424,7 @@ def vars_of(config: Any) -> dict[str, Any]:
 
 def test_known_classes_without_a_table(net):
     model, variables, _ = net
-    adapter = jaxadapt.init(model.adapters[0][1], variables["params"], key=KEY)
+    adapter = jaxadapt.init(variables["params"], model.adapters[0][1], key=KEY)
     assert jax.tree.structure(adapter.collection["lora"]) == jax.tree.structure(variables["lora"])
 
 
@@ -472,14 +472,14 @@ def test_two_names_activate_disable_delete(net):
     close(both.apply(variables, x), model.module.apply(merged(variables, "a", "b"), x))
     with jaxadapt.disable(both) as plain:
         np.testing.assert_array_equal(plain.apply(variables, x), base)
-    only_a = jaxadapt.delete(both, "b")
+    only_a = jaxadapt.delete(both, name="b")
     close(only_a.apply(variables, x), model.module.apply(merged(variables, "a"), x))
-    left = jaxadapt.delete(variables, "b")
+    left = jaxadapt.delete(variables, name="b")
     assert set(left["lora"]) == {"a"}
     close(only_a.apply(left, x), only_a.apply(variables, x))
-    none = jaxadapt.delete(only_a, "a")
+    none = jaxadapt.delete(only_a, name="a")
     np.testing.assert_array_equal(none.apply(variables, x), base)
-    np.testing.assert_array_equal(none.apply(jaxadapt.delete(left, "a"), x), base)
+    np.testing.assert_array_equal(none.apply(jaxadapt.delete(left, name="a"), x), base)
     assert jaxadapt.detach(model) is model.module
     with pytest.raises(jaxadapt.AttachError, match="'c'.*\\['a', 'b'\\]"):
         jaxadapt.activate(model, "c")
@@ -663,7 +663,7 @@ def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
     config = lora("ii", "hf", init_lora_weights=False)
     wrapper = jaxadapt.adapt(net, config)
     refused(jaxadapt.AttachError, r"if it is \(in, out\), take the adapter from jaxadapt\.init", wrapper.init, KEY, x)
-    adapter = jaxadapt.init(config, params, key=KEY)
+    adapter = jaxadapt.init(params, config, key=KEY)
     (cell,) = params
     by_hand = jax.tree.map(jnp.asarray, params)
     for name in ("ii", "hf"):
@@ -726,7 +726,7 @@ def test_a_layer_that_the_adapter_lacks_is_named_when_a_call_uses_it(recwarn: py
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"the adapter 'default' lacks.*\n  decoder\.kernel"):
         module.apply(half, x, True)
-    whole = {"params": base, **jaxadapt.init(config, base, key=KEY).collection}
+    whole = {"params": base, **jaxadapt.init(base, config, key=KEY).collection}
     module.apply(whole, x, True)
     module.apply(whole, x)
     assert not recwarn.list

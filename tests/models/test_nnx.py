@@ -56,7 +56,7 @@ def arrays(model: Any) -> dict[tuple[Any, ...], Any]:
 def test_two_names_on_one_base():
     model = adapt(block(), R1)
     adapt(model, R3, 2, name="fr")
-    default, fr = jaxadapt.extract(model), jaxadapt.extract(model, "fr")
+    default, fr = jaxadapt.extract(model), jaxadapt.extract(model, name="fr")
     close(model(X), effective(fr))  # the last one attached is active
     jaxadapt.activate(model, "default")
     close(model(X), effective(default))
@@ -70,8 +70,8 @@ def test_what_is_deleted_while_disabled_is_not_missed():
     model = adapt(adapt(block(), R1), R3, 2, name="fr")
     jaxadapt.activate(model, "default", "fr")
     with jaxadapt.disable(model):
-        jaxadapt.delete(model, "default")
-    close(model(X), effective(jaxadapt.extract(model, "fr")))
+        jaxadapt.delete(model, name="default")
+    close(model(X), effective(jaxadapt.extract(model, name="fr")))
 
 
 def test_disable_restores_also_after_an_exception():
@@ -89,17 +89,17 @@ def test_delete_leaves_the_other():
     model = adapt(adapt(block(), R1), R3, 2, name="fr")
     default = jaxadapt.extract(model)
     jaxadapt.activate(model, "default", "fr")
-    jaxadapt.delete(model, "fr")
+    jaxadapt.delete(model, name="fr")
     close(model(X), effective(default))
     with pytest.raises(AttachError, match="'fr'.*'default'"):
-        jaxadapt.extract(model, "fr")
-    jaxadapt.delete(model, "default")
+        jaxadapt.extract(model, name="fr")
+    jaxadapt.delete(model, name="default")
     assert nnx.graphdef(model) == nnx.graphdef(block())
 
 
 def test_two_methods_on_one_layer():
     model = adapt(adapt(block(), R1), IA3, 2, name="scale")
-    lora, ia3 = jaxadapt.extract(model), jaxadapt.extract(model, "scale")
+    lora, ia3 = jaxadapt.extract(model), jaxadapt.extract(model, name="scale")
     assert (lora.config.peft_type, ia3.config.peft_type) == ("LORA", "IA3")
     close(model(X), effective(ia3))
     jaxadapt.activate(model, "default")
@@ -111,7 +111,7 @@ def test_a_name_is_taken_once(name):
     model = adapt(block(), R1, name=name)
     with pytest.raises(AttachError, match=f"{name}.*the name is taken"):
         adapt(model, R3, name=name)
-    assert jaxadapt.extract(model, name).config == R1
+    assert jaxadapt.extract(model, name=name).config == R1
 
 
 # ---------------------------------------------------------------- leaving no trace
@@ -161,7 +161,7 @@ def test_copies_are_whole_and_independent():
     y = model(X)
     copies = [nnx.clone(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     copies.append(nnx.merge(*nnx.split(model), copy=True))
-    jaxadapt.inject(jaxadapt.Adapter(R1, jax.tree.map(jnp.zeros_like, jaxadapt.extract(model).params)), model)
+    jaxadapt.inject(model, jaxadapt.Adapter(R1, jax.tree.map(jnp.zeros_like, jaxadapt.extract(model).params)))
     np.testing.assert_array_equal(model(X), block()(X))
     for other in copies:
         np.testing.assert_array_equal(other(X), y)
@@ -235,7 +235,7 @@ def changes_layers() -> dict[str, Any]:
     config = R1.replace(init_lora_weights=False)
     return {
         "adapt": (block, lambda model: adapt(model, config)),
-        "delete": (lambda: adapt(block(), config), lambda model: jaxadapt.delete(model, "default")),
+        "delete": (lambda: adapt(block(), config), lambda model: jaxadapt.delete(model, name="default")),
         "detach": (lambda: adapt(block(), config), jaxadapt.detach),
         "merge": (lambda: adapt(block(), config), lambda model: jaxadapt.merge(model, in_place=True)),
     }
@@ -277,7 +277,7 @@ def test_a_key_gives_a_leaf_the_same_values_whatever_else_is_adapted():
     assert one.keys() < both.keys()
     for path, value in one.items():
         np.testing.assert_array_equal(value, both[path])
-    again = jax.jit(lambda key: jaxadapt.init(R1, block(), key=key))(nnx.Rngs(1).params()).flat()
+    again = jax.jit(lambda key: jaxadapt.init(block(), R1, key=key))(nnx.Rngs(1).params()).flat()
     for path, value in again.items():
         np.testing.assert_array_equal(value, both[path])
 
@@ -346,9 +346,9 @@ def test_adapt_and_init_give_identical_specs(config):
         return Plain(nnx.Rngs(0))
 
     want = specs(jaxadapt.extract(adapt(fresh(), config)))
-    assert specs(jaxadapt.init(config, fresh())) == want
-    assert specs(jaxadapt.init(config, nnx.to_pure_dict(nnx.state(fresh())), key=jax.random.key(0))) == want
-    assert specs(jaxadapt.init(config, nnx.state(fresh()))) == want
+    assert specs(jaxadapt.init(fresh(), config)) == want
+    assert specs(jaxadapt.init(nnx.to_pure_dict(nnx.state(fresh())), config, key=jax.random.key(0))) == want
+    assert specs(jaxadapt.init(nnx.state(fresh()), config)) == want
 
 
 # ---------------------------------------------------------------- dtypes and dropout
@@ -503,7 +503,7 @@ def test_a_dict_of_modules_is_a_model(tmp_path):
     jaxadapt.save(model, tmp_path)
     again = jaxadapt.load(tmp_path, pair())
     np.testing.assert_array_equal(again.a(x), model.a(x))
-    for off in (lambda: jaxadapt.delete(model, "default"), lambda: jaxadapt.detach(again)):
+    for off in (lambda: jaxadapt.delete(model, name="default"), lambda: jaxadapt.detach(again)):
         found = off()
         assert nnx.graphdef(found) == nnx.graphdef(pair())
         np.testing.assert_array_equal(found.a(x), pair().a(x))

@@ -52,7 +52,7 @@ def test_training_one_of_several_adapters_leaves_the_others_as_they_are():
     """The filter of one name excludes the others; with AdapterParam, decay and momentum change inactive adapters."""
     model = small.trained(name="a")
     small.trained(name="b", model=model, seed=3)  # the active one
-    before = {name: jaxadapt.extract(model, name) for name in "ab"}
+    before = {name: jaxadapt.extract(model, name=name) for name in "ab"}
     only = jaxadapt.AdapterParam.named(model, "b")
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=only)
 
@@ -62,7 +62,7 @@ def test_training_one_of_several_adapters_leaves_the_others_as_they_are():
         optimizer.update(model, grads)
 
     step(model, optimizer)
-    after = {name: jaxadapt.extract(model, name) for name in "ab"}
+    after = {name: jaxadapt.extract(model, name=name) for name in "ab"}
     assert small.same(before["a"], after["a"])
     assert not small.same(before["b"], after["b"])
 
@@ -278,9 +278,9 @@ def test_what_orbax_restores_of_a_state_without_a_target(tmp_path):
 def test_inject_refuses_what_does_not_fit():
     model, other = llama(), llama(CONFIG.replace(r=2))
     with pytest.raises(AttachError, match=r"lora_A: expected \[4, 24\], found \[2, 24\]"):
-        jaxadapt.inject(jaxadapt.extract(other), model)
+        jaxadapt.inject(model, jaxadapt.extract(other))
     with pytest.raises(AttachError, match="no adapter 'fr'"):
-        jaxadapt.inject(jaxadapt.extract(model), model, "fr")
+        jaxadapt.inject(model, jaxadapt.extract(model), name="fr")
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -304,6 +304,6 @@ def test_activating_an_adapter_of_a_model_without_any_says_how_to_attach_one(api
     if api == "linen":
         config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
         module = jaxadapt.adapt(linen.Sequential([linen.Dense(2)]), config)
-        model = jaxadapt.delete(module, "default")
+        model = jaxadapt.delete(module, name="default")
     with pytest.raises(AttachError, match=r"cannot activate 'fr': the model has no adapter; attach one with jaxadapt"):
         jaxadapt.activate(model, "fr")

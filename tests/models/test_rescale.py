@@ -131,20 +131,20 @@ def test_one_of_several_by_name():
     small.trained(small.LORA.replace(r=3), seed=2, name="two", model=model)
     jaxadapt.activate(model, "one", "two")
     both = model(X)
-    with jaxadapt.models.rescale(model, 0, "two"):
+    with jaxadapt.models.rescale(model, 0, name="two"):
         only_one = model(X)
     jaxadapt.activate(model, "one")
     np.testing.assert_allclose(only_one, model(X), rtol=1e-5, atol=1e-5)
     assert not np.allclose(only_one, both)
-    with pytest.raises(AttachError, match=r"\['one', 'two'\]"), jaxadapt.models.rescale(model, 2, "three"):
+    with pytest.raises(AttachError, match=r"\['one', 'two'\]"), jaxadapt.models.rescale(model, 2, name="three"):
         pass
 
 
 def test_sixteen_bits_and_what_cannot_be_rescaled():
     base = {"q": {"kernel": np.ones((4, 6), "f4")}}
     adapter = jaxadapt.init(
-        jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False),
         base,
+        jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False),
         key=jax.random.key(0),
         dtype="bfloat16",
     )
@@ -184,6 +184,6 @@ def test_as_in_peft():
         theirs = model(torch.from_numpy(ids)).logits.numpy()
     twin = llama.twin_of(peft_pairs.torch_base())
     jaxadapt.adapt(twin, adapter.config, rngs=nnx.Rngs(0))
-    jaxadapt.inject(adapter, twin)
+    jaxadapt.inject(twin, adapter)
     with jaxadapt.models.rescale(twin, 0.3):
         np.testing.assert_allclose(twin(jnp.asarray(ids)), theirs, rtol=1e-5, atol=1e-5 * abs(theirs).max())

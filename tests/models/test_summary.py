@@ -60,7 +60,7 @@ def test_the_scale_of_every_kind_of_method_is_a_number():
     """The hyperparameters of a method written in PyTorch's layout are in a dataclass of their own."""
     base = {"head": {"kernel": jnp.ones((6, 2))}}
     config = LoHaConfig(target_modules=["head"], r=2, alpha=3)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     text = str(jaxadapt.summary({"params": base, **adapter.collection}))
     assert "Hparams" not in text
     assert "1.5" in text

@@ -30,7 +30,7 @@ class Net(nnx.Module):
 def test_it_is_what_adapt_adapts(config: jaxadapt.Config, abstract: bool) -> None:
     model = nnx.eval_shape(lambda: Net(nnx.Rngs(0))) if abstract else Net(nnx.Rngs(0))
     before = nnx.graphdef(model)
-    found = jaxadapt.select(config, model)
+    found = jaxadapt.select(model, config)
     assert nnx.graphdef(model) == before
     adapter = jaxadapt.extract(jaxadapt.adapt(model, config, rngs=None if abstract else nnx.Rngs(1)))
     assert set(found.leaves) == set(adapter.sites)
@@ -44,11 +44,11 @@ def test_variables_parameters_and_shapes_select_alike() -> None:
     module = nn.Dense(4, name="q_proj")
     variables = {"params": {"q_proj": module.init(jax.random.key(0), jnp.ones((1, 3)))["params"]}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"])
-    one = jaxadapt.select(config, variables)
+    one = jaxadapt.select(variables, config)
     assert (
         one
-        == jaxadapt.select(config, variables["params"])
-        == jaxadapt.select(config, jax.eval_shape(lambda: variables))
+        == jaxadapt.select(variables["params"], config)
+        == jaxadapt.select(jax.eval_shape(lambda: variables), config)
     )
     assert one.modules == ("q_proj",)
     assert "q_proj.kernel (3, 4); lora_A (2, 3), lora_B (4, 2)" in str(one)
@@ -56,6 +56,6 @@ def test_variables_parameters_and_shapes_select_alike() -> None:
 
 def test_what_adapt_refuses_is_refused() -> None:
     with pytest.raises(jaxadapt.TargetError, match="nothing_here"):
-        jaxadapt.select(jaxadapt.LoraConfig(target_modules=["nothing_here"]), small.net())
+        jaxadapt.select(small.net(), jaxadapt.LoraConfig(target_modules=["nothing_here"]))
     with pytest.raises(jaxadapt.AttachError, match="holds no parameters"):
-        jaxadapt.select(jaxadapt.LoraConfig(target_modules=["q_proj"]), nn.Dense(3))
+        jaxadapt.select(nn.Dense(3), jaxadapt.LoraConfig(target_modules=["q_proj"]))

@@ -261,11 +261,11 @@ def test_an_adapter_for_another_model(good, tmp_path):
     other = tmp_path / "other"
     params = {"attn": {"wide": {"kernel": np.zeros((6, 8), "f4")}}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["wide"])
-    jaxadapt.save(jaxadapt.init(config, params, key=jax.random.key(0)), other)
+    jaxadapt.save(jaxadapt.init(params, config, key=jax.random.key(0)), other)
     refuses(other, jaxadapt.TargetError, "wide", "q_proj")
     # The names fit and the sizes do not.
     params = {n: {"kernel": np.zeros((5, 5), "f4")} for n in ("q_proj", "up_proj")}
-    jaxadapt.save(jaxadapt.init(LORA, params, key=jax.random.key(0)), other)
+    jaxadapt.save(jaxadapt.init(params, LORA, key=jax.random.key(0)), other)
     refuses(other, MismatchError, f"{A}: expected [2, 6], found [2, 5]", "for this base model")
 
 
@@ -310,7 +310,7 @@ class Layer:
     ids=["a dataclass", "a list"],
 )
 def test_parameters_that_are_no_nested_mappings(base, says):
-    for verb in (lambda: jaxadapt.init(LORA, base), lambda: jaxadapt.models.quantize(base, "int8")):
+    for verb in (lambda: jaxadapt.init(base, LORA), lambda: jaxadapt.models.quantize(base, "int8")):
         with pytest.raises(jaxadapt.AttachError, match=says):
             verb()
 
@@ -321,7 +321,7 @@ def test_an_adapter_that_was_donated_is_not_injected():
     y = model(small.X)
     for tree in (model, {**small.base(), **small.adapter().collection}):
         with pytest.raises(jaxadapt.AttachError, match=r"(?s)donated.*tree\.map\(jnp\.copy.*q_proj\.kernel\.lora_A"):
-            jaxadapt.inject(adapter, tree)
+            jaxadapt.inject(tree, adapter)
     np.testing.assert_array_equal(model(small.X), y)
 
 
@@ -476,10 +476,10 @@ def test_what_is_no_base_no_adapter_and_no_sharding_is_said(good):
     for odd in (None, [1], lambda x: x):
         what = f"found {type(odd).__name__}"
         with pytest.raises(jaxadapt.AttachError, match=rf"expected base parameters as .*{what}"):
-            jaxadapt.init(LORA, odd)
+            jaxadapt.init(odd, LORA)
         with pytest.raises(jaxadapt.AttachError, match=rf"expected an Adapter .*{what}"):
-            jaxadapt.inject(odd, module)
+            jaxadapt.inject(module, odd)
     with pytest.raises(jaxadapt.AttachError, match="from_peft"):
-        jaxadapt.inject(jaxadapt.read(good), small.trained())
+        jaxadapt.inject(small.trained(), jaxadapt.read(good))
     with pytest.raises(jaxadapt.AttachError, match="shardings: expected a Sharding, or a tree .*found list"):
         jaxadapt.load(good, small.base(), shardings=[None])

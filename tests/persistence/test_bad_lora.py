@@ -205,13 +205,13 @@ def table(size: int) -> dict[str, Any]:
 def test_tokens_beyond_the_vocabulary(indices, says):
     config = jaxadapt.LoraConfig(r=2, target_modules=["lin"], trainable_token_indices=indices)
     with pytest.raises(TargetError, match=says):
-        jaxadapt.init(config, table(9), key=jax.random.key(0), keymap=TOKENS)
+        jaxadapt.init(table(9), config, key=jax.random.key(0), keymap=TOKENS)
 
 
 def test_a_file_of_tokens_beyond_the_vocabulary(tmp_path: Path):
     """The file is right for its own base; for a smaller one the token is named, before anything is read into it."""
     config = jaxadapt.LoraConfig(r=2, target_modules=["lin"], trainable_token_indices={"embed_tokens": [3, 8]})
-    adapter = jaxadapt.init(config, table(9), key=jax.random.key(0), keymap=TOKENS)
+    adapter = jaxadapt.init(table(9), config, key=jax.random.key(0), keymap=TOKENS)
     jaxadapt.save(adapter, tmp_path)
     for options in ({}, {"on_mismatch": "skip"}):
         with pytest.raises(

@@ -65,7 +65,7 @@ def adapted(model: Any, config: Any = LORA) -> Any:
 def linen_variables(**fields: Any) -> dict[str, Any]:
     config = dataclasses.replace(CONFIG, **fields)
     params = llama_linen.to_linen(config, weights())
-    adapter = jaxadapt.init(LORA, params["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(params["params"], LORA, key=jax.random.key(0))
     return {**params, **adapter.collection}
 
 

@@ -34,7 +34,7 @@ FLOATS = {
 
 def adapter(large: float = 1e5) -> jaxadapt.Adapter:
     """Three values of q's A and one of v's B are large."""
-    new = jaxadapt.init(CONFIG, BASE, key=jax.random.key(0), keymap=TABLE)
+    new = jaxadapt.init(BASE, CONFIG, key=jax.random.key(0), keymap=TABLE)
     q, v = new.params["q"]["kernel"], new.params["v"]["kernel"]
     q["lora_A"], v["lora_B"] = q["lora_A"].at[0, :3].set(large), v["lora_B"].at[5, 1].set(-large)
     return new
@@ -126,7 +126,7 @@ def test_write_refuses_integers_where_a_method_has_numbers(dtype: str, tmp_path:
 def test_new_adapters_banks_and_models_take_only_float_dtypes(tmp_path: Path) -> None:
     save_file({"q.weight": np.ones((6, 4), "float32"), "v.weight": np.ones((6, 4), "float32")}, tmp_path / "m")
     calls: list[Callable[[Any], Any]] = [
-        lambda dtype: jaxadapt.init(CONFIG, BASE, key=jax.random.key(0), keymap=TABLE, dtype=dtype),
+        lambda dtype: jaxadapt.init(BASE, CONFIG, key=jax.random.key(0), keymap=TABLE, dtype=dtype),
         lambda dtype: bank.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype=dtype),
         lambda dtype: export_base(BASE, tmp_path / "out", keymap=TABLE, dtype=dtype),
     ]

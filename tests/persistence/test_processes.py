@@ -61,7 +61,7 @@ def write_the_file_of_one(tmp_path: Path, count: int) -> None:
         assert not told or name.endswith("-all") or told[1][1] == "0"  # through process 0
     # fresh values do not depend on the devices either
     fresh = jaxadapt.from_peft(jaxadapt.read(tmp_path / "fresh"), meshes.base(False), keymap=meshes.TABLE)
-    one = jaxadapt.init(meshes.CONFIG, meshes.base(False), key=jax.random.key(3), keymap=meshes.TABLE)
+    one = jaxadapt.init(meshes.base(False), meshes.CONFIG, key=jax.random.key(3), keymap=meshes.TABLE)
     for path, x in one.flat().items():
         np.testing.assert_array_equal(x, fresh.flat()[path])
 

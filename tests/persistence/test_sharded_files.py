@@ -30,7 +30,7 @@ from tests.support.meshes import CONFIG, LAYOUTS
 def numbers(scanned: bool, version: int = 0) -> dict[str, np.ndarray]:
     """The values of the adapter of one version; the scanned one holds the same numbers."""
     rng = np.random.default_rng(version)
-    plain = jaxadapt.init(CONFIG, meshes.base(False), keymap=meshes.TABLE)
+    plain = jaxadapt.init(meshes.base(False), CONFIG, keymap=meshes.TABLE)
     values = {path: rng.standard_normal(x.shape).astype(jnp.bfloat16) for path, x in plain.flat().items()}
     if not scanned:
         return values
@@ -83,7 +83,7 @@ def held(api: str, layout: tuple[str, str], scanned: bool) -> Any:
     if api == "linen":
         return {"params": params, **placed(layout, scanned).collection}
     model = jaxadapt.adapt(meshes.model(params, scanned), CONFIG, rngs=nnx.Rngs(0), keymap=meshes.table(scanned))
-    return jaxadapt.inject(placed(layout, scanned), model)
+    return jaxadapt.inject(model, placed(layout, scanned))
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -195,7 +195,7 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
     d, r = 1 << 14, 2
     config = jaxadapt.LoraConfig(r=r, target_modules=["q"])
     base = {"q": {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}}
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     jaxadapt.save(adapter, tmp_path)
     read: list[int] = []
     real = safetensors.local_files.read_into
@@ -223,7 +223,7 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     table = jaxadapt.KeyMap("tied", (line,), output="lm_head", tied=(("lm_head.weight", "embed_tokens.weight"),))
     config = jaxadapt.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
     base = {"embed": {"embedding": jnp.zeros((6, 4))}}
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=table)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=table)
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2

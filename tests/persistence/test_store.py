@@ -145,7 +145,7 @@ def test_tensors_of_any_memory_layout(tmp_path):
 def test_dtypes_are_kept(dtype, tmp_path):
     model = small.net()
     jaxadapt.adapt(model, LORA, rngs=nnx.Rngs(0), dtype=dtype)
-    jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
+    jaxadapt.inject(model, small.noisy(jaxadapt.extract(model)))
     jaxadapt.save(model, tmp_path / "a")
     assert {str(t.dtype) for t in jaxadapt.read(tmp_path / "a").tensors.values()} == {dtype}
     for target in (small.net(), small.base()):
@@ -178,11 +178,11 @@ def test_other_names_go_to_subfolders(tmp_path):
     for name in ("default", "fr", "de"):
         jaxadapt.load(tmp_path, again, name=name)
     for name in ("default", "fr", "de"):
-        assert same(jaxadapt.extract(again, name), jaxadapt.extract(model, name)), name
+        assert same(jaxadapt.extract(again, name=name), jaxadapt.extract(model, name=name)), name
     # A folder that holds the adapter itself may be given any name here.
     other = jaxadapt.load(tmp_path / "fr", small.net(), name="mine")
-    assert same(jaxadapt.extract(other, "mine"), jaxadapt.extract(model, "fr"))
-    assert jaxadapt.read_config(tmp_path / "fr") == jaxadapt.extract(model, "fr").config
+    assert same(jaxadapt.extract(other, name="mine"), jaxadapt.extract(model, name="fr"))
+    assert jaxadapt.read_config(tmp_path / "fr") == jaxadapt.extract(model, name="fr").config
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", ".", None, np.int64(3)])
@@ -196,7 +196,7 @@ def test_names_that_are_no_subfolder_are_refused(name, tmp_path):
 
 
 def test_values_that_are_none_are_refused(tmp_path):
-    abstract = jaxadapt.init(LORA, small.base()["params"])
+    abstract = jaxadapt.init(small.base()["params"], LORA)
     with pytest.raises(AttachError, match=r"q_proj\.kernel\.lora_A: abstract"):
         jaxadapt.save(abstract, tmp_path / "out")
     with pytest.raises(AttachError, match=r"q_proj\.kernel\.lora_A: traced"):
@@ -261,7 +261,7 @@ def test_from_peft_inside_jit_takes_stacked_and_fused_leaves():
     table = jaxadapt.KeyMap("t", (line,))
     base = {"kv": jax.ShapeDtypeStruct((2, 4, 3, 2, 5), "float32")}
     config = jaxadapt.LoraConfig(r=2, target_modules=["k_proj", "v_proj"])
-    adapter = small.noisy(jaxadapt.init(config, base, key=jax.random.key(0), keymap=table))
+    adapter = small.noisy(jaxadapt.init(base, config, key=jax.random.key(0), keymap=table))
     tensors = jaxadapt.to_peft(adapter)
     assert len(tensors.tensors) == 12
 
@@ -287,10 +287,10 @@ def test_what_from_peft_gives_does_not_change_with_its_source():
 
 def test_extract_and_inject():
     a, b = small.trained(seed=1), small.trained(seed=2)
-    jaxadapt.inject(jaxadapt.extract(a), b)
+    jaxadapt.inject(b, jaxadapt.extract(a))
     assert same(jaxadapt.extract(a), jaxadapt.extract(b))
     np.testing.assert_array_equal(a(X), b(X))
-    variables = jaxadapt.inject(jaxadapt.extract(a), small.variables(seed=3))
+    variables = jaxadapt.inject(small.variables(seed=3), jaxadapt.extract(a))
     assert same(jaxadapt.extract(variables), jaxadapt.extract(a))
 
 
@@ -626,7 +626,7 @@ def test_a_loaded_dropout_rate_needs_rngs_to_be_active(tmp_path):
 def test_a_module_called_lora_is_no_collection():
     """Bare parameters whose module happens to be called as a method is."""
     params = {"lora": {"q_proj": {"kernel": np.zeros((6, 8), "f4")}}}
-    adapter = jaxadapt.init(LORA.replace(target_modules=["q_proj"]), params, key=jax.random.key(0))
+    adapter = jaxadapt.init(params, LORA.replace(target_modules=["q_proj"]), key=jax.random.key(0))
     assert same(jaxadapt.from_peft(jaxadapt.to_peft(adapter), params), adapter)
 
 
@@ -719,12 +719,12 @@ def test_save_takes_strings_and_makes_parents(tmp_path):
 def test_load_asks_for_variables_and_not_for_bare_parameters(tmp_path):
     spec = jax.ShapeDtypeStruct((4, 6), "float32")
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    jaxadapt.save(jaxadapt.init(config, {"q": {"kernel": spec}}, key=jax.random.key(0)), tmp_path)
+    jaxadapt.save(jaxadapt.init({"q": {"kernel": spec}}, config, key=jax.random.key(0)), tmp_path)
     with pytest.raises(jaxadapt.AttachError, match="'params'"):
         jaxadapt.load(tmp_path, {"q": {"kernel": spec}})
     assert set(jaxadapt.load(tmp_path, {"params": {"q": {"kernel": spec}}})) == {"params", "lora"}
     with pytest.raises(jaxadapt.AttachError, match="variables"):
-        jaxadapt.init(config, {"params": {"q": {"kernel": spec}}})
+        jaxadapt.init({"params": {"q": {"kernel": spec}}}, config)
 
 
 def test_loading_takes_the_files_origin_too(tmp_path):
@@ -786,7 +786,7 @@ def test_a_sharded_adapter_is_pushed_as_a_whole():
     line = jaxadapt.Weight("q.kernel", "q.weight", "d n h -> (n h) d")
     base = {"q": {"kernel": jax.ShapeDtypeStruct((16, 8, 2), "float32")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    plain = jaxadapt.init(config, base, key=jax.random.key(0), keymap=jaxadapt.KeyMap("t", (line,)))
+    plain = jaxadapt.init(base, config, key=jax.random.key(0), keymap=jaxadapt.KeyMap("t", (line,)))
     plain = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), plain)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     spread = jax.tree.map(lambda x: jax.device_put(x, place) if x.shape[0] % 8 == 0 else x, plain)
@@ -831,7 +831,7 @@ def test_a_configuration_that_differs_is_named_field_by_field(tmp_path):
     with pytest.raises(ConfigError, match=r"in lora_alpha \(99 attached, \d+ in the file\);"):
         jaxadapt.load(tmp_path, other)
     with pytest.raises(AttachError, match=r"another configuration: lora_alpha \(99 attached, \d+ given\)"):
-        jaxadapt.inject(jaxadapt.extract(model), other)
+        jaxadapt.inject(other, jaxadapt.extract(model))
     variables = small.variables(LORA.replace(lora_alpha=99))
     with pytest.raises(AttachError, match=r"another configuration: lora_alpha \(99 attached, \d+ given\)"):
-        jaxadapt.inject(jaxadapt.extract(small.variables(LORA)), variables)
+        jaxadapt.inject(variables, jaxadapt.extract(small.variables(LORA)))

@@ -153,7 +153,7 @@ def test_an_embedding_for_fewer_tokens_than_the_base_has_is_another_vocabulary(t
 
 @pytest.mark.parametrize("config", [small.LORA, small.IA3])
 def test_adapters_of_this_library(config: jaxadapt.Config, tmp_path: Path):
-    jaxadapt.save(jaxadapt.init(config, small.base()["params"], key=jax.random.key(0)), tmp_path / "fresh")
+    jaxadapt.save(jaxadapt.init(small.base()["params"], config, key=jax.random.key(0)), tmp_path / "fresh")
     jaxadapt.save(small.adapter(config), tmp_path / "trained")
     jaxadapt.save(small.adapter(config), tmp_path / "orbax", format="orbax")
     shapes = {"q_proj.weight": (8, 6), "up_proj.weight": (6, 8)}
@@ -171,7 +171,7 @@ UNTRAINED = {
 @pytest.mark.parametrize("peft_type", UNTRAINED)
 def test_a_fresh_adapter_is_found(peft_type: str, tmp_path: Path):
     config = class_of(peft_type)(target_modules=["q_proj", "up_proj"], **UNTRAINED[peft_type])
-    jaxadapt.save(jaxadapt.init(config, small.base()["params"], key=jax.random.key(0)), tmp_path / "fresh")
+    jaxadapt.save(jaxadapt.init(small.base()["params"], config, key=jax.random.key(0)), tmp_path / "fresh")
     jaxadapt.save(small.adapter(config), tmp_path / "trained")
     assert codes(tmp_path / "fresh") == ["untrained"]
     assert "untrained" not in codes(tmp_path / "trained")

@@ -206,7 +206,7 @@ def test_null_targets_of_a_type_whose_default_is_all_linear_layers_are_sound(tmp
     """OSF, on a model for which PEFT lists no names; without the type, PEFT's default is not known."""
     base = {"layers": {"up_proj": {"kernel": np.ones((4, 6), "f4")}}}
     config = jaxadapt.OSFConfig(effective_rank=2, target_modules=["up_proj"])
-    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), tmp_path / "sound")
+    jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0)), tmp_path / "sound")
     found = beside(tmp_path / "sound", load_file(tmp_path / "sound" / WEIGHTS), target_modules=None)
     (tmp_path / "base").mkdir()
     save_file({"layers.up_proj.weight": np.ones((6, 4), "f4")}, tmp_path / "base" / "model.safetensors")

@@ -83,11 +83,11 @@ def test_peft_and_jaxadapt_open_each_others_files(api: str, scan: bool, tmp_path
         model = jaxadapt.adapt(twin, CONFIG, rngs=nnx.Rngs(0))
     else:
         model = jaxadapt.adapt(twin[0], CONFIG)
-        variables = {**twin[1], **jaxadapt.init(CONFIG, twin[1]["params"], key=jax.random.key(0)).collection}
+        variables = {**twin[1], **jaxadapt.init(twin[1]["params"], CONFIG, key=jax.random.key(0)).collection}
     close(run(model, variables), plain)  # the gates are closed
     adapter = jaxadapt.extract(model if variables is None else variables)
     opened = jax.tree.map(lambda x: x + 0.5, adapter)
-    variables = jaxadapt.inject(opened, model if variables is None else variables)
+    variables = jaxadapt.inject(model if variables is None else variables, opened)
     model, variables = (variables, None) if api == "nnx" else (model, variables)
     jaxadapt.save(model if variables is None else variables, ours)
     assert json.loads((ours / "adapter_config.json").read_text()) == one
@@ -108,7 +108,7 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
     adapter = jaxadapt.extract(ours)
 
     def loss(adapter: Any) -> Any:
-        return (run(jaxadapt.inject(adapter, nnx.clone(ours))) * cotangent).sum()
+        return (run(jaxadapt.inject(nnx.clone(ours), adapter)) * cotangent).sum()
 
     gradients = jax.jit(jax.grad(loss))(adapter).shared
     want = {n.removeprefix("base_model.model."): p.grad.numpy() for n, p in model.named_parameters() if p.requires_grad}
@@ -125,11 +125,11 @@ def test_bad_input() -> None:
         jaxadapt.adapt(twin, CONFIG.replace(adapter_layers=9), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="adapter_len: expected a positive integer"):
         jaxadapt.AdaptionPromptConfig(adapter_len=0)
-    adapter = jaxadapt.init(CONFIG, nnx.state(twin), key=jax.random.key(0))
+    adapter = jaxadapt.init(nnx.state(twin), CONFIG, key=jax.random.key(0))
     values = {name.replace(":2:", ":7:"): x for name, x in adapter.shared.items()}
     model = jaxadapt.adapt(twin, CONFIG, rngs=nnx.Rngs(0))
     with pytest.raises(jaxadapt.AdapterError):
-        jaxadapt.inject(jaxadapt.Adapter(adapter.config, {"~shared": values}, adapter.keymap), model)
+        jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, {"~shared": values}, adapter.keymap))
     with pytest.raises(AttachError, match="changes no weight"):
         jaxadapt.merge(model)
     bias = {"model.layers.0.self_attn.o_proj.bias": jnp.zeros(32)}

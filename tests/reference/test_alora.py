@@ -161,5 +161,5 @@ def test_what_peft_has_no_alora_for(more):
         peft.get_peft_model(llama.torch_llama(tied=False), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     with pytest.raises(jaxadapt.ConfigError, match="alora_invocation_tokens with"):
         jaxadapt.initializers.start(
-            jaxadapt.LoraConfig(**fields), llama.twin_of(llama.torch_llama()), key=jax.random.key(0)
+            llama.twin_of(llama.torch_llama()), jaxadapt.LoraConfig(**fields), key=jax.random.key(0)
         )

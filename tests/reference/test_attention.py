@@ -131,14 +131,14 @@ class Twin:
         if isinstance(self.tree, nnx.Module):
             jaxadapt.adapt(self.tree, config, rngs=nnx.Rngs(0), keymap=TABLE)
         else:
-            self.tree |= jaxadapt.init(config, self.base, key=jax.random.key(0), keymap=TABLE).collection
+            self.tree |= jaxadapt.init(self.base, config, key=jax.random.key(0), keymap=TABLE).collection
         return self
 
     def trained(self) -> Twin:
         values, tree = jax.tree.flatten(jaxadapt.extract(self.tree))
         rng = np.random.RandomState(0)
         values = [v + jnp.asarray(0.2 * rng.standard_normal(v.shape), v.dtype) for v in values]
-        put = jaxadapt.inject(tree.unflatten(values), self.tree)
+        put = jaxadapt.inject(self.tree, tree.unflatten(values))
         self.tree = self.tree if isinstance(self.tree, nnx.Module) else put
         return self
 
@@ -245,20 +245,20 @@ OUT = "base_model.model.layers.0.attn.base_layer.out_proj"
 )
 def test_what_pefts_adapter_of_it_cannot_do_is_refused(fields, message):
     with pytest.raises(jaxadapt.ConfigError, match=message):
-        jaxadapt.init(jaxadapt.LoraConfig(target_modules=["attn"], **fields), trees.nest(leaves()), keymap=TABLE)
+        jaxadapt.init(trees.nest(leaves()), jaxadapt.LoraConfig(target_modules=["attn"], **fields), keymap=TABLE)
 
 
 def test_ia3_has_none_of_it():
     config = jaxadapt.IA3Config(target_modules=["attn"], feedforward_modules=[])
     with pytest.raises(jaxadapt.TargetError, match="kind 'attention'"):
-        jaxadapt.init(config, trees.nest(leaves()), keymap=TABLE)
+        jaxadapt.init(trees.nest(leaves()), config, keymap=TABLE)
 
 
 def test_all_linear_leaves_it_out():
     """PEFT would put an adapter on its out_proj that its forward pass never asks for."""
     net = jaxadapt.LoraConfig(target_modules="all-linear")
     with pytest.raises(jaxadapt.TargetError, match="matches nothing"):
-        jaxadapt.init(net, trees.nest(leaves()), keymap=TABLE)
+        jaxadapt.init(trees.nest(leaves()), net, keymap=TABLE)
 
 
 def test_a_file_of_another_shape_is_refused(tmp_path):

@@ -144,7 +144,7 @@ class Twin:
             self.run: Any = lambda held, x: nnx.merge(graph, held, rest, copy=True)(x)
             return
         if fresh:
-            held, config = jaxadapt.init(given, base, key=jax.random.key(0), keymap=TABLE).collection, given
+            held, config = jaxadapt.init(base, given, key=jax.random.key(0), keymap=TABLE).collection, given
         else:
             held, config = jaxadapt.load(given, {"params": base}, keymap=TABLE), jaxadapt.read_config(given)
         self.held = {name: x for name, x in held.items() if name != "params"}
@@ -247,4 +247,4 @@ def test_what_peft_refuses_is_refused(case):
     layer = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=nnx.Rngs(0))
     base = {"attn": nnx.to_pure_dict(nnx.state(layer, nnx.Param)), "mlp": {"up": jnp.ones((EXPERTS, WIDTH, INNER))}}
     with pytest.raises(jaxadapt.ConfigError, match=ours):
-        jaxadapt.init(jaxadapt.LoraConfig(**FIELDS, **fields), base, keymap=STACK)
+        jaxadapt.init(base, jaxadapt.LoraConfig(**FIELDS, **fields), keymap=STACK)

@@ -114,8 +114,8 @@ def test_fresh_parameters_have_pefts_dtypes(autocast):
     base = params("bfloat16")
     options = {"keymap": TABLE, "dtype": None if autocast else "base"}
     lora = jaxadapt.LoraConfig(**config(use_dora=True))
-    assert set(kinds(jaxadapt.init(lora, base, key=jax.random.key(0), **options)).values()) == {theirs}
-    assert set(kinds(jaxadapt.init(lora, base, **options)).values()) == {theirs}  # abstract
+    assert set(kinds(jaxadapt.init(base, lora, key=jax.random.key(0), **options)).values()) == {theirs}
+    assert set(kinds(jaxadapt.init(base, lora, **options)).values()) == {theirs}  # abstract
     module = jaxadapt.adapt(NET.linen(), lora, **options)
     specs = jax.eval_shape(module.init, jax.random.key(0), NET.ours(NET.input()))
     assert set(kinds(specs).values()) == {"float32"}  # of a base that is made in float32

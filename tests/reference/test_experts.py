@@ -83,7 +83,7 @@ EVERY = pytest.mark.parametrize(("kind", "setting"), [(k, s) for k in KINDS for 
 @EVERY
 def test_a_fresh_adapter_has_pefts_keys_and_shapes(kind, setting):
     config = jaxadapt.LoraConfig(**SETTINGS[setting])
-    ours = jaxadapt.to_peft(quietly(jaxadapt.init, config, base(kind), key=jax.random.key(0))).tensors
+    ours = jaxadapt.to_peft(quietly(jaxadapt.init, base(kind), config, key=jax.random.key(0))).tensors
     theirs = get_peft_model_state_dict(adapted(kind, setting))
     assert harness.specs(ours) == harness.specs(theirs)
 
@@ -108,13 +108,13 @@ def test_pefts_file_merges_to_pefts_weights_and_is_saved_as_it_was(kind, setting
 
 
 def test_where_target_modules_is_null_peft_chooses_for_some_models():
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)), base("mixtral"))
+    adapter = jaxadapt.init(base("mixtral"), jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)))
     assert adapter.config.get("target_modules") == ("q_proj", "v_proj")
     for kind in ("qwen3_moe", "gpt_oss", "deepseek_v3"):
-        adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)), base(kind))
+        adapter = jaxadapt.init(base(kind), jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)))
         assert adapter.config.get("target_modules") is None
         with pytest.raises(jaxadapt.AdapterError, match="target_modules"):
-            jaxadapt.init(jaxadapt.LoraConfig(r=2), base(kind))
+            jaxadapt.init(base(kind), jaxadapt.LoraConfig(r=2))
 
 
 # ---- refused ---------------------------------------------------------------------------------------------
@@ -136,21 +136,21 @@ def test_where_target_modules_is_null_peft_chooses_for_some_models():
 def test_what_peft_would_refuse_or_break_on(more, says):
     config = jaxadapt.LoraConfig(**{**fields(*BOTH), **more})
     with pytest.raises(jaxadapt.AdapterError, match=says):
-        jaxadapt.init(config, base("mixtral"))
+        jaxadapt.init(base("mixtral"), config)
 
 
 def test_a_name_that_matches_nothing_beside_others_is_warned_of():
     with pytest.warns(UserWarning, match="'experts.up' matches no parameter"):
-        jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, "experts.up")), base("mixtral"))
+        jaxadapt.init(base("mixtral"), jaxadapt.LoraConfig(**fields(*BOTH, "experts.up")))
 
 
 def test_a_model_without_a_table_says_what_is_needed():
     params = {"experts": {"up": np.zeros((4, 3, 5), "float32")}}
     with pytest.raises(jaxadapt.KeyMapError, match=r"kind='experts'.*(?s:.)*experts.up \(4, 3, 5\)"):
-        jaxadapt.init(jaxadapt.LoraConfig(**fields("experts.up")), params)
+        jaxadapt.init(params, jaxadapt.LoraConfig(**fields("experts.up")))
     line = jaxadapt.Weight("experts.up", "experts.up", "e i o -> e o i", kind="experts")
     table = jaxadapt.KeyMap("mine", (line,))
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields("experts.up")), params, keymap=table)
+    adapter = jaxadapt.init(params, jaxadapt.LoraConfig(**fields("experts.up")), keymap=table)
     shapes = {key: x.shape for key, x in adapter.flat().items()}
     assert shapes == {"experts.up.lora_A": (4, 2, 3), "experts.up.lora_B": (4, 5, 2)}
 
@@ -238,7 +238,7 @@ def test_a_layer_of_experts_computes_what_its_merged_weights_do(how, right):
     plain = jnp.array(Net(how, nnx.Rngs(0))(X))
     np.testing.assert_allclose(model(X), plain, rtol=1e-6)
     adapter = trained(jaxadapt.extract(model))
-    jaxadapt.inject(adapter, model)
+    jaxadapt.inject(model, adapter)
     report = str(jaxadapt.summary(model, X))
     assert (report.count("traced"), report.count("effective weight")) == (sum(HOW[how]), 2 - sum(HOW[how]))
 
@@ -265,7 +265,7 @@ def test_a_layer_of_experts_computes_what_its_merged_weights_do(how, right):
 def test_experts_in_16_bits():
     """The sum in a ragged product is the weight's dtype, as the product itself is."""
     model = jaxadapt.adapt(Net(ragged, nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1), keymap=table("e o i"))
-    jaxadapt.inject(trained(jaxadapt.extract(model)), model)
+    jaxadapt.inject(model, trained(jaxadapt.extract(model)))
     exact = model(X)
     for name in ("up", "down"):
         vars(model.experts)[name].set_value(vars(model.experts)[name][...].astype(jnp.bfloat16))
@@ -298,7 +298,7 @@ def torch_weights(name: str, leaves: Any) -> dict[str, np.ndarray]:
 def test_gate_and_up_apart_are_one_parameter_in_peft(name, more, tmp_path):
     """Each leaf has an A of its own: as long as they differ, only ranks side by side say the same in PEFT."""
     config = jaxadapt.LoraConfig(**fields(*BOTH, target_modules=["o_proj"], **more))
-    fresh = jaxadapt.init(config, split_base(name), key=jax.random.key(0), keymap=BY_NAME[name].table)
+    fresh = jaxadapt.init(split_base(name), config, key=jax.random.key(0), keymap=BY_NAME[name].table)
     adapter = trained(fresh)
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)one A for .*experts\.base_layer\.lora_A.*on_shared"):
         jaxadapt.save(adapter, tmp_path)
@@ -330,7 +330,7 @@ def test_where_the_parts_are_what_a_reads_the_b_is_shared():
     table = jaxadapt.KeyMap("mine", tuple(lines))
     base = {f"wi_{i}": np.zeros((E, D, F), "float32") for i in range(2)}
     config = jaxadapt.LoraConfig(**fields("gate_up_proj"))
-    adapter = trained(jaxadapt.init(config, base, key=jax.random.key(0), keymap=table))
+    adapter = trained(jaxadapt.init(base, config, key=jax.random.key(0), keymap=table))
     with pytest.raises(jaxadapt.MismatchError, match="lora_B"):
         jaxadapt.to_peft(adapter)
     held = jaxadapt.to_peft(LoraTree(adapter, on_shared="concat"))

@@ -115,7 +115,7 @@ def test_a_fresh_adapter_has_pefts_keys_and_configuration(field, tmp_path):
         given = {key: value for key, value in fields.items() if key not in ("peft_type", "auto_mapping")}
         model = peft.get_peft_model(EMB.torch(), peft.LoraConfig(**given))
         harness.save(model, tmp_path / "peft")
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields), params(), key=jax.random.key(0), keymap=TABLE)
+    adapter = jaxadapt.init(params(), jaxadapt.LoraConfig(**fields), key=jax.random.key(0), keymap=TABLE)
     jaxadapt.save(adapter, tmp_path / "ours", save_embedding_layers=False)
     mine, theirs = (harness.read_tensors(tmp_path / who) for who in ("ours", "peft"))
     assert harness.specs(mine) == harness.specs(theirs)
@@ -126,7 +126,7 @@ def test_a_fresh_adapter_has_pefts_keys_and_configuration(field, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields_of({})), params(), key=jax.random.key(0), keymap=TABLE)
+    adapter = jaxadapt.init(params(), jaxadapt.LoraConfig(**fields_of({})), key=jax.random.key(0), keymap=TABLE)
     jaxadapt.write(jaxadapt.to_peft(adapter), tmp_path)
     return tmp_path
 
@@ -143,7 +143,7 @@ def test_it_is_refused_wherever_it_comes_in(field, folder):
     asked = [
         lambda: jaxadapt.adapt(model, config, rngs=nnx.Rngs(0), keymap=EMB.table()),
         lambda: jaxadapt.adapt(EMB.linen(), config, keymap=TABLE),
-        lambda: jaxadapt.init(config, params(), keymap=TABLE),
+        lambda: jaxadapt.init(params(), config, keymap=TABLE),
         lambda: jaxadapt.load(folder, model, keymap=EMB.table()),
         lambda: jaxadapt.load(folder, {"params": params()}, keymap=TABLE),
     ]
@@ -219,7 +219,7 @@ def test_qalora_is_its_formula():
     ignored = peft.get_peft_model(EMB.torch(), peft.LoraConfig(**fields_of({"use_qalora": True})))
     assert ignored.base_model.model.layers[0].lin.lora_A["default"].weight.shape == (2, 8)
     with pytest.raises(jaxadapt.ConfigError, match="use_qalora=True, which .*use_qalora=False"):
-        jaxadapt.init(config, base, key=jax.random.key(0))
+        jaxadapt.init(base, config, key=jax.random.key(0))
 
 
 def test_blocks_that_do_not_fit_are_named():
@@ -314,6 +314,6 @@ def test_repeated_layers_without_values_are_taken_on_trust(tmp_path):
 
 def test_pefts_own_targets_of_a_known_family():
     _, variables = llama.twin_of(llama.torch_llama(), "linen")
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2), variables["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(variables["params"], jaxadapt.LoraConfig(r=2), key=jax.random.key(0))
     model = peft.get_peft_model(llama.torch_llama(), peft.LoraConfig(r=2))
     assert set(adapter.config.target_modules) == set(model.peft_config["default"].target_modules)

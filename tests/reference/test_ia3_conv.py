@@ -119,7 +119,7 @@ class Ours:
         if self.api == "nnx":
             jaxadapt.adapt(self.tree, config, rngs=nnx.Rngs(0), keymap=self.table)
         else:
-            adapter = jaxadapt.init(config, self.base, key=jax.random.key(0), keymap=self.table)
+            adapter = jaxadapt.init(self.base, config, key=jax.random.key(0), keymap=self.table)
             self.tree = {**self.tree, **adapter.collection}
 
     def forward(self) -> Any:

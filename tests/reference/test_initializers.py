@@ -182,9 +182,9 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
         given = {"gradients": gradients(base, forward), "key": jax.random.key(0)}
     if family == "gpt2" and kind == "olora":
         with pytest.raises(jaxadapt.ConfigError, match="Conv1D's transposed weight"):
-            jaxadapt.initializers.start(config, base)
+            jaxadapt.initializers.start(base, config)
         return
-    left, adapter = jaxadapt.initializers.start(config, base, **given)
+    left, adapter = jaxadapt.initializers.start(base, config, **given)
     # CorDA inverts a covariance of condition 1e3; LoRA-GA squares that of a gradient
     tolerance = {"corda": 2e-3, "lora_ga": 1e-3}.get(kind, 1e-4)
     model = peft_side(family, theirs, kind)
@@ -246,7 +246,7 @@ def test_orthogonal_factors_are_pefts_and_take_nothing_out_of_the_base(monkeypat
         np.testing.assert_allclose(mine, sign * want, rtol=0, atol=1e-6)
     base = {"q": {"kernel": jnp.asarray(theirs.weight.T)}}
     config = jaxadapt.LoraConfig(r=4, lora_alpha=6, target_modules=["q"], init_lora_weights="orthogonal")
-    left, adapter = jaxadapt.initializers.start(config, base, key=jax.random.key(0))
+    left, adapter = jaxadapt.initializers.start(base, config, key=jax.random.key(0))
     assert left is base
     (change,) = deltas(adapter).values()
     assert all(abs(x).max() > 0.05 for x in adapter.sites["q.kernel"].values())
@@ -274,7 +274,7 @@ def test_eva_finds_the_components_and_ranks_that_peft_finds(api, scan, settings)
     theirs = peft.LoraConfig(**fields("llama", "eva", r=8, eva_config=peft.EvaConfig(**settings)))
     config = jaxadapt.LoraConfig(**fields("llama", "eva", r=8, eva_config=settings))
     model = peft_side("llama", theirs, "eva")
-    left, adapter = jaxadapt.initializers.start(config, base, batches=batches(jnp.asarray), forward=forward)
+    left, adapter = jaxadapt.initializers.start(base, config, batches=batches(jnp.asarray), forward=forward)
     saved = model.peft_config["default"]
     assert set(adapter.config.target_modules) == set(saved.target_modules)
     assert dict(adapter.config.rank_pattern) == saved.rank_pattern
@@ -302,7 +302,7 @@ def test_a_converted_adapter_applies_to_the_original_base_in_peft(kind, use_rslo
     base, forward = twin("llama", "linen", 0)
     patterns = {} if use_rslora else {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 5}}
     config = jaxadapt.LoraConfig(**fields("llama", kind, use_rslora=use_rslora, task_type="CAUSAL_LM", **patterns))
-    left, first = jaxadapt.initializers.start(config, base)
+    left, first = jaxadapt.initializers.start(base, config)
     now = trained(left, first)
     expected = forward(jaxadapt.merge(left, now), {"input_ids": IDS})
     plain = jaxadapt.initializers.for_original_base(now, first)
@@ -379,7 +379,7 @@ def test_loftq_is_pefts_with_the_sum_near_the_weight_at_any_scale(bits, steps, a
     """The quantised base is PEFT's; so is B·A, which PEFT does not divide by the scale."""
     found = load_file(RECORDED)
     base = {"q": {"kernel": jnp.asarray(found["weight"].T)}}
-    left, adapter = jaxadapt.initializers.start(loftq(bits, steps, lora_alpha=alpha), base)
+    left, adapter = jaxadapt.initializers.start(base, loftq(bits, steps, lora_alpha=alpha))
     theirs = found[f"loftq.{bits}.{steps}.base"]
     atol = 1e-6 * abs(theirs).max()  # an SVD in float32 by two libraries, and so the next quantisation
     np.testing.assert_allclose(left["q"]["kernel"].T, theirs, rtol=0, atol=atol)
@@ -393,7 +393,7 @@ def test_loftq_is_pefts_with_the_sum_near_the_weight_at_any_scale(bits, steps, a
 def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, tmp_path):
     base = twin(family, api, scan)[0]
     config = jaxadapt.LoraConfig(**fields(family, "loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}))
-    left, adapter = jaxadapt.initializers.start(config, base)
+    left, adapter = jaxadapt.initializers.start(base, config)
     weights = {p: np.asarray(x) for p, x in carrier(left).leaves().items()}
     small = jaxadapt.models.quantize(left, modules=TARGETS[family])
     again = carrier(jaxadapt.models.dequantize(nnx.clone(small) if api == "nnx" else small)).leaves()
@@ -411,7 +411,7 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
 def test_loftq_is_for_weights_as_they_were():
     base = jaxadapt.models.quantize({"q": {"kernel": np.ones((64, 64), "float32")}}, modules=["q"])
     with pytest.raises(jaxadapt.ConfigError, match="quantized"):
-        jaxadapt.initializers.start(loftq(4, 1), base)
+        jaxadapt.initializers.start(base, loftq(4, 1))
     conv = jaxadapt.LoraConfig(**fields("gpt2", "loftq", loftq_config={"loftq_bits": 4}))
     with pytest.raises(jaxadapt.ConfigError, match="Conv1D's transposed weight"):
-        jaxadapt.initializers.start(conv, twin("gpt2", "linen")[0])
+        jaxadapt.initializers.start(twin("gpt2", "linen")[0], conv)

@@ -110,7 +110,7 @@ def test_linen_refuses_a_table_that_takes_a_square_kernel_the_wrong_way_round(tm
     with pytest.raises(jaxadapt.AttachError, match=r"q_proj.kernel.*contradicts .* keymap='generic'"):
         module.init(jax.random.key(0), X)
     base = linen_llama(LinenTurned).init(jax.random.key(0), X)["params"]
-    made = jaxadapt.init(config(), base, key=jax.random.key(1))  # from names and shapes alone
+    made = jaxadapt.init(base, config(), key=jax.random.key(1))  # from names and shapes alone
     with pytest.raises(jaxadapt.AttachError, match=r"q_proj.*contradicts .* keymap='generic'"):
         module.apply({"params": base, **made.collection}, X)
 
@@ -130,7 +130,7 @@ def test_a_dense_layer_refuses_an_adapter_made_by_a_table_that_turns_it():
         "model.layers.{l}.self_attn.q_proj.kernel", "model.layers.{l}.self_attn.q_proj.weight", "o i -> o i"
     )
     base = linen_llama(dense).init(jax.random.key(0), X)["params"]
-    made = jaxadapt.init(config(), base, key=jax.random.key(1), keymap=jaxadapt.KeyMap("mine", (turned,)))
+    made = jaxadapt.init(base, config(), key=jax.random.key(1), keymap=jaxadapt.KeyMap("mine", (turned,)))
     module = jaxadapt.adapt(linen_llama(dense), config())
     with pytest.raises(jaxadapt.AttachError, match=r"q_proj: the keymap's .* contradicts"):
         module.apply({"params": base, **made.collection}, X)

@@ -199,7 +199,7 @@ class Ours:
         if self.api == "nnx":
             jaxadapt.adapt(self.model, self.case.config, rngs=nnx.Rngs(0), keymap=self.table)
         else:
-            adapter = jaxadapt.init(self.case.config, self.base, key=jax.random.key(0), keymap=self.table)
+            adapter = jaxadapt.init(self.base, self.case.config, key=jax.random.key(0), keymap=self.table)
             self.variables = {**self.variables, **adapter.collection}
 
     @property
@@ -207,7 +207,7 @@ class Ours:
         return self.model if self.api == "nnx" else self.variables
 
     def put(self, adapter: Any) -> None:
-        out = jaxadapt.inject(adapter, self.tree)
+        out = jaxadapt.inject(self.tree, adapter)
         if self.api == "linen":
             self.variables = out
 

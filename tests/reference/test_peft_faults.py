@@ -309,7 +309,7 @@ def test_an_adapter_may_be_called_like_a_module(api, tmp_path):
         tree = {"params": base, "lora": {}}
         for i, name in enumerate(names):
             adapter = jaxadapt.init(
-                jaxadapt.LoraConfig(**config), base, key=jax.random.key(i), keymap=net.table("linen")
+                base, jaxadapt.LoraConfig(**config), key=jax.random.key(i), keymap=net.table("linen")
             )
             tree["lora"] |= adapter.named(name)["lora"]
     seen = []

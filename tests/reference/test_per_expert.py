@@ -237,7 +237,7 @@ def test_layers_to_transform_narrows_no_expert():
     config = jaxadapt.LoraConfig(
         r=R, target_modules=["o_proj"], layers_to_transform=[1], target_parameters=["experts.down_proj"]
     )
-    adapter = small.noisy(jaxadapt.init(config, base("mixtral"), key=jax.random.key(0), keymap="mixtral"))
+    adapter = small.noisy(jaxadapt.init(base("mixtral"), config, key=jax.random.key(0), keymap="mixtral"))
     file = jaxadapt.to_peft(adapter, keymap="mixtral/per-expert")
     modules = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.tensors}
     assert len(modules) == 1 + len(sparse_layers("mixtral")) * EXPERTS

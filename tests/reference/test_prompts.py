@@ -82,7 +82,7 @@ def test_a_text_gives_pefts_values(n: int, monkeypatch: pytest.MonkeyPatch) -> N
     want = peft_start(peft.PromptTuningConfig(**fields))["prompt_embeddings"]
     for tokens in ([5, 2, 7], lambda text: [5, 2, 7]):
         model, adapter = start(
-            jaxadapt.PromptTuningConfig(**fields), llama.twin_of(prompts.torch_base()), tokens=tokens
+            llama.twin_of(prompts.torch_base()), jaxadapt.PromptTuningConfig(**fields), tokens=tokens
         )
         np.testing.assert_array_equal(adapter.shared["prompt_embeddings"], want)
         assert model(jnp.asarray(IDS)).shape[1] == IDS.shape[1] + n
@@ -91,7 +91,7 @@ def test_a_text_gives_pefts_values(n: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_random_tokens_are_rows_of_the_embedding() -> None:
     config = jaxadapt.PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB")
     twin = llama.twin_of(prompts.torch_base(), "linen")
-    one, two = (start(config, twin[1]["params"], key=jax.random.key(i)).adapter for i in (0, 1))
+    one, two = (start(twin[1]["params"], config, key=jax.random.key(i)).adapter for i in (0, 1))
     table = prompts.torch_base().get_input_embeddings().weight.detach().numpy()
     for row in one.shared["prompt_embeddings"]:
         assert (table == np.asarray(row)).all(1).any()
@@ -110,13 +110,13 @@ def test_source_tasks_give_pefts_values(kind: str, folders: Any) -> None:
     want = peft_start(peft.MultitaskPromptTuningConfig(**fields))
     config = jaxadapt.MultitaskPromptTuningConfig(**fields)
     source = jaxadapt.read(folders(TASKS))
-    found = start(config, llama.twin_of(prompts.torch_base()), source=source).adapter.shared
+    found = start(llama.twin_of(prompts.torch_base()), config, source=source).adapter.shared
     for name in want if kind != "ONLY_SOURCE_SHARED" else ("prompt_embeddings",):
         np.testing.assert_allclose(found[name], want[name], rtol=1e-6, atol=1e-9, err_msg=name)
     with pytest.raises(MismatchError, match="do not fit the new adapter"):
         start(
-            config.replace(num_virtual_tokens=9),
             llama.twin_of(prompts.torch_base()),
+            config.replace(num_virtual_tokens=9),
             source=jaxadapt.read(folders(TASKS)),
         )
 
@@ -126,7 +126,7 @@ def test_starts_that_read_the_base_are_refused_by_name_elsewhere() -> None:
     with pytest.raises(ConfigError, match=r'prompt_tuning_init="SAMPLE_VOCAB".*initializers\.start'):
         jaxadapt.adapt(llama.twin_of(prompts.torch_base()), config, rngs=nnx.Rngs(0))
     with pytest.raises(AttachError, match="key is needed"):
-        start(config, llama.twin_of(prompts.torch_base()))
+        start(llama.twin_of(prompts.torch_base()), config)
 
 
 # ---- loading, dtypes, transforms

@@ -102,8 +102,8 @@ def test_peft_and_jaxadapt_open_each_others_files(case: Case, api: str, tmp_path
         model = jaxadapt.adapt(twin[0], case.ours())
         variables = {**jax.jit(model.init)(jax.random.key(0), *example), **twin[1]}
         complete = jaxadapt.extract(variables).config  # `init` has seen the model's call, and drawn a base
-        adapter = jaxadapt.init(complete, twin[1]["params"], key=jax.random.key(0))
-        variables = jaxadapt.inject(adapter, variables)
+        adapter = jaxadapt.init(twin[1]["params"], complete, key=jax.random.key(0))
+        variables = jaxadapt.inject(variables, adapter)
     jaxadapt.save(model if variables is None else variables, ours)
     new = json.loads((ours / "adapter_config.json").read_text())
     # PEFT adds the names of the heads twice
@@ -134,7 +134,7 @@ def test_gradients_of_prompt_and_head_are_pefts() -> None:
     adapter = jaxadapt.Adapter(adapter.config, values, adapter.keymap)
 
     def loss(adapter: Any) -> Any:
-        return (call(PREFIX, jaxadapt.inject(adapter, nnx.clone(ours)), None) * cotangent).sum()
+        return (call(PREFIX, jaxadapt.inject(nnx.clone(ours), adapter), None) * cotangent).sum()
 
     gradients = jax.jit(jax.grad(loss))(adapter)
     close(gradients.shared["prompt_embeddings"], prompt.grad.numpy())

@@ -169,7 +169,7 @@ def test_gradients_are_pefts() -> None:
     values = {"~shared": {"prompt_embeddings": jnp.asarray(parameter.detach().numpy())}}
 
     def loss(adapter: Any) -> Any:
-        return (call(PREFIX, jaxadapt.inject(adapter, nnx.clone(ours)), None) * cotangent).sum()
+        return (call(PREFIX, jaxadapt.inject(nnx.clone(ours), adapter), None) * cotangent).sum()
 
     gradient = jax.jit(jax.grad(loss))(jaxadapt.Adapter(adapter.config, values, adapter.keymap)).shared[
         "prompt_embeddings"

@@ -68,7 +68,7 @@ def test_a_full_copy_of_a_square_conv1d_lies_as_pefts_or_is_refused(theirs: Any,
     base = params()
     for call in (
         lambda: jaxadapt.load(tmp_path / "peft", {"params": base}, keymap="generic"),
-        lambda: jaxadapt.init(jaxadapt.read_config(tmp_path / "peft"), base, key=jax.random.key(0), keymap="generic"),
+        lambda: jaxadapt.init(base, jaxadapt.read_config(tmp_path / "peft"), key=jax.random.key(0), keymap="generic"),
         lambda: jaxadapt.adapt(GPT(), jaxadapt.read_config(tmp_path / "peft"), keymap="generic").init(
             jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
         ),
@@ -109,7 +109,7 @@ def test_a_square_parameter_named_by_itself_is_refused_where_its_layout_is_not_k
 
 def test_a_copy_that_is_not_square_needs_no_line():
     config = jaxadapt.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["c_fc"], fan_in_fan_out=True)
-    adapter = jaxadapt.init(config, params(), key=jax.random.key(0), keymap="generic")
+    adapter = jaxadapt.init(params(), config, key=jax.random.key(0), keymap="generic")
     assert jaxadapt.to_peft(adapter).tensors["base_model.model.transformer.h.0.mlp.c_fc.weight"].shape == (64, 16)
 
 
@@ -174,7 +174,7 @@ def test_fan_in_fan_out_is_written_as_peft_writes_it(theirs, targets, said, kind
     width = {"vocab": 50, "width": WIDTH, "positions": 8, "heads": 1}
     tree: Any = gpt2.make_gpt2("linen", **width)[1][1]["params"]
     tree["lm_head"] = {"kernel": jnp.ones((WIDTH, 50))}
-    adapter = jaxadapt.init(getattr(jaxadapt, kind)(**fields), tree, key=jax.random.key(0))
+    adapter = jaxadapt.init(tree, getattr(jaxadapt, kind)(**fields), key=jax.random.key(0))
     assert adapter.keymap.name == "gpt2"
     jaxadapt.save(adapter, tmp_path / "ours")
     want = jaxadapt.read_config(tmp_path / "peft").get("fan_in_fan_out")

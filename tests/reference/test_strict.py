@@ -89,7 +89,7 @@ PREFIX = "base_model.model."
 
 def tensors(**fields: Any) -> jaxadapt.PeftTensors:
     config = jaxadapt.LoraConfig(r=2, target_modules=["a", "b"], **fields)
-    adapter = jaxadapt.init(config, BASE, key=jax.random.key(1))
+    adapter = jaxadapt.init(BASE, config, key=jax.random.key(1))
     return jaxadapt.to_peft(jax.tree.map(lambda x: x + 1, adapter))
 
 

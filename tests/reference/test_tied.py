@@ -101,7 +101,7 @@ def test_a_fresh_adapter_has_pefts_keys_and_configuration(name, tmp_path):
         harness.save(model, tmp_path / "peft")
     config = jaxadapt.LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **CASES[name])
     _, params = llama.twin_of(base(), "linen")
-    adapter = jaxadapt.init(config, params["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(params["params"], config, key=jax.random.key(0))
     jaxadapt.save({**params, **adapter.collection}, tmp_path / "ours")
     mine, before = (harness.read_tensors(tmp_path / who) for who in ("ours", "peft"))
     assert harness.specs(mine) == harness.specs(before)
@@ -143,7 +143,7 @@ def test_a_model_that_ties_nothing_is_refused():
     _, params = llama.twin_of(llama.torch_llama(layers=1, tied=False), "linen")
     config = jaxadapt.LoraConfig(target_modules=["embed_tokens"], **TIED)
     with pytest.raises(jaxadapt.ConfigError, match="this model has no tied weights"):
-        jaxadapt.init(config, params["params"])
+        jaxadapt.init(params["params"], config)
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_dropout": 0.1}])
@@ -151,10 +151,10 @@ def test_what_would_not_be_one_adapter_is_refused(fields):
     _, params = llama.twin_of(base(), "linen")
     config = jaxadapt.LoraConfig(target_modules=["embed_tokens"], **TIED, **fields)
     with pytest.raises(jaxadapt.ConfigError, match="cannot be combined with ensure_weight_tying"):
-        jaxadapt.init(config, params["params"])
+        jaxadapt.init(params["params"], config)
 
 
 def test_it_warns_where_it_has_no_effect():
     _, params = llama.twin_of(base(), "linen")
     with pytest.warns(UserWarning, match="ensure_weight_tying=True has no effect"):
-        jaxadapt.init(jaxadapt.LoraConfig(target_modules=["q_proj"], **TIED), params["params"])
+        jaxadapt.init(params["params"], jaxadapt.LoraConfig(target_modules=["q_proj"], **TIED))

@@ -54,7 +54,7 @@ class Started(Ours):
 
     def adapt(self) -> None:
         base = self.model if self.api == "nnx" else self.base
-        left, adapter = jaxadapt.initializers.start(self.case.config, base, key=jax.random.key(0), keymap=self.table)
+        left, adapter = jaxadapt.initializers.start(base, self.case.config, key=jax.random.key(0), keymap=self.table)
         if self.api == "linen":
             self.variables = {"params": left, **adapter.collection}
 
@@ -145,7 +145,7 @@ def test_kasa_is_of_another_base_than_the_original(tmp_path):
         jaxadapt.adapt(ours.model, case.config, rngs=nnx.Rngs(0), keymap=ours.table)
     with pytest.raises(jaxadapt.ConfigError, match=r"kasa_config: .* does not fit the original base.*base='original'"):
         jaxadapt.load(tmp_path, ours.model, keymap=ours.table)
-    left, adapter = jaxadapt.initializers.start(case.config, ours.base, key=jax.random.key(0), keymap=ours.table)
+    left, adapter = jaxadapt.initializers.start(ours.base, case.config, key=jax.random.key(0), keymap=ours.table)
     with pytest.raises(jaxadapt.ConfigError, match="kasa_config"):
         jaxadapt.combine([adapter, adapter], [1.0, 1.0])
     with pytest.raises(jaxadapt.ConfigError, match="kasa_config"):
@@ -191,7 +191,7 @@ def test_what_peft_has_no_kasa_for(more):
         peft.get_peft_model(LINEAR.torch(), peft.LoraConfig(**{**fields, "kasa_config": peft.KasaConfig()}))
     base = Ours(Case("kasa", LINEAR, fields), "linen", None)
     with pytest.raises(jaxadapt.ConfigError, match="kasa_config"):
-        jaxadapt.initializers.start(base.case.config, base.base, key=jax.random.key(0), keymap=base.table)
+        jaxadapt.initializers.start(base.base, base.case.config, key=jax.random.key(0), keymap=base.table)
 
 
 def test_micas_b_stays_where_it_is_under_every_optimiser():

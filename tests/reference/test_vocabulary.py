@@ -35,7 +35,7 @@ def base(size: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("theirs", "mine", "form"), [(9, 7, "safetensors"), (7, 9, "safetensors"), (7, 9, "orbax")])
 def test_the_rows_that_fit(name, theirs, mine, form, tmp_path):
     config = jaxadapt.LoraConfig(r=2, init_lora_weights=False, **CASES[name])
-    adapter = jaxadapt.init(config, base(theirs), key=jax.random.key(0), keymap=TABLE)
+    adapter = jaxadapt.init(base(theirs), config, key=jax.random.key(0), keymap=TABLE)
     jaxadapt.save(adapter, tmp_path, format=form)
     params = base(mine)
     with pytest.raises(jaxadapt.MismatchError, match=rf"(?s)wrongly shaped.*expected .*{mine}.*found .*{theirs}"):
@@ -59,7 +59,7 @@ def test_the_rows_that_fit(name, theirs, mine, form, tmp_path):
 
 
 def test_only_rows_of_the_vocabulary_are_skipped(tmp_path):
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, **CASES["lora"]), base(7), key=jax.random.key(0), keymap=TABLE)
+    adapter = jaxadapt.init(base(7), jaxadapt.LoraConfig(r=2, **CASES["lora"]), key=jax.random.key(0), keymap=TABLE)
     jaxadapt.save(adapter, tmp_path / "files")
     jaxadapt.save(adapter, tmp_path / "orbax", format="orbax")
     wide = {"embed": {"embedding": np.zeros((7, 5), "f4")}, "head": {"kernel": np.zeros((5, 7), "f4")}}

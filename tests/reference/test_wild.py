@@ -185,10 +185,10 @@ def test_configurations_in_the_wild(real_adapters, tmp_path):
             config = Config.from_dict(data)
             if number in REFUSED:
                 with pytest.raises(jaxadapt.AdapterError, match=REFUSED[number]) as caught:
-                    jaxadapt.init(config, params, key=jax.random.key(0), keymap=table)
+                    jaxadapt.init(params, config, key=jax.random.key(0), keymap=table)
                 outcomes[number] = family, f"refused: {str(caught.value).splitlines()[0]}"
                 continue
-            adapter = jaxadapt.init(config, params, key=jax.random.key(0), keymap=table)
+            adapter = jaxadapt.init(params, config, key=jax.random.key(0), keymap=table)
             tensors = jaxadapt.to_peft(adapter)
             found = harness.specs(dict(tensors.tensors))
             assert found == peft_specs(model, path, family, tmp_path), number

@@ -56,7 +56,7 @@ def write_adapter(folder: Path, seed: int, base: Base, **fields: Any) -> Path:
         r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **fields
     )
     model = llama_nnx.to_nnx(base.config, base.weights)
-    jaxadapt.save(jaxadapt.init(config, model, key=jax.random.key(seed)), folder)
+    jaxadapt.save(jaxadapt.init(model, config, key=jax.random.key(seed)), folder)
     return folder
 
 

@@ -29,7 +29,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_adapter_of_the_folder_fits(base, tmp_path):
     model = llama_nnx.to_nnx(base.config, base.weights)
     made = {
-        name: jaxadapt.init(class_of(peft_type)(**fields), model, key=jax.random.key(0))
+        name: jaxadapt.init(model, class_of(peft_type)(**fields), key=jax.random.key(0))
         for name, (peft_type, fields) in ADAPTERS.items()
     }
     for name, adapter in made.items():
@@ -46,7 +46,7 @@ def test_every_adapter_of_the_folder_fits(base, tmp_path):
 def test_a_rank_of_a_pattern_has_room(base, tmp_path):
     model = llama_nnx.to_nnx(base.config, base.weights)
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 8})
-    jaxadapt.save(adapter := jaxadapt.init(config, model, key=jax.random.key(0)), tmp_path / "a")
+    jaxadapt.save(adapter := jaxadapt.init(model, config, key=jax.random.key(0)), tmp_path / "a")
     (room,) = make_room(model, [tmp_path / "a"], 2, PROJECTIONS)
     assert room.r == 8
     serving.prepare(serving.create(model, room, slots=2), adapter)

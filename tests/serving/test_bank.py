@@ -138,7 +138,7 @@ def test_an_active_adapter_acts_in_every_row_beside_the_bank():
 )
 def test_an_adapter_that_does_not_fit_is_refused(config, message):
     bank = serving.create(small.base(), jaxadapt.LoraConfig(r=4, target_modules=["q_proj"]), slots=2)
-    adapter = jaxadapt.init(config, small.base()["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(small.base()["params"], config, key=jax.random.key(0))
     ways_out = {"copy of": "jaxadapt.merge", "aLoRA": "jaxadapt.load", "the bank has LORA": r"create\(base, \[\.\.\., "}
     way_out = next((out for part, out in ways_out.items() if part in message), "to_lora.*merge")
     with pytest.raises(AttachError, match=rf"(?s){message}.*{way_out}"):
@@ -162,7 +162,7 @@ def test_an_adapter_of_a_narrower_base_is_refused():
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     bank = serving.create(wide, config, slots=2)
     with pytest.raises(AttachError, match=r"q\.kernel\.lora_A: i is 3, the bank has 4"):
-        serving.put(bank, 1, jaxadapt.init(config, narrow, key=jax.random.key(0)))
+        serving.put(bank, 1, jaxadapt.init(narrow, config, key=jax.random.key(0)))
 
 
 def test_an_adapter_of_one_fused_part_goes_to_this_part_of_every_stacked_layer():
@@ -170,7 +170,7 @@ def test_an_adapter_of_one_fused_part_goes_to_this_part_of_every_stacked_layer()
     base = {"h": {"qv": np.random.default_rng(0).standard_normal((3, 2, 4, 5)).astype("f4")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
     bank = serving.create(base, config, slots=2, keymap=(keymap := jaxadapt.KeyMap("stacked", (line,))))
-    adapter = jaxadapt.init(config.replace(target_modules=["v"]), base, key=jax.random.key(0), keymap=keymap)
+    adapter = jaxadapt.init(base, config.replace(target_modules=["v"]), key=jax.random.key(0), keymap=keymap)
     (slot,) = serving.prepare(bank, adapter)
     change = np.einsum("lpor,lpri,lp->lpio", slot["lora_B"], slot["lora_A"], slot["scale"])
     np.testing.assert_allclose(change, jaxadapt.merge(base, adapter)["h"]["qv"] - base["h"]["qv"], atol=1e-5)

@@ -197,12 +197,12 @@ def test_each_row_has_its_own_adapter(api: str) -> None:
     room = jaxadapt.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
     config = dataclasses.replace(TINY, scan=api == "linen")
     model = llama_nnx.to_nnx(TINY, WEIGHTS)
-    adapters = [jaxadapt.init(room.replace(r=r, lora_alpha=16 * r), model, key=jax.random.key(r)) for r in (2, 4)]
+    adapters = [jaxadapt.init(model, room.replace(r=r, lora_alpha=16 * r), key=jax.random.key(r)) for r in (2, 4)]
     want = [greedy(model, PROMPTS[0], 6)]
     for adapter in adapters:
         alone = llama_nnx.to_nnx(TINY, WEIGHTS)
         jaxadapt.adapt(alone, adapter.config, rngs=nnx.Rngs(0))
-        jaxadapt.inject(adapter, alone)
+        jaxadapt.inject(alone, adapter)
         want.append(greedy(alone, PROMPTS[0], 6))
     assert len({tuple(answer) for answer in want}) == 3
     base: Any = model if api == "nnx" else llama_linen.to_linen(config, WEIGHTS)
@@ -230,7 +230,7 @@ def test_prompts_of_virtual_tokens(config: Any) -> None:
     model = llama_nnx.to_nnx(dataclasses.replace(TINY, scan=True), WEIGHTS)
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), example=[jnp.zeros((1, 3), jnp.int32)])
     adapter = jaxadapt.extract(model)
-    jaxadapt.inject(jax.tree.map(lambda x: 3 * RNG.standard_normal(x.shape).astype(x.dtype), adapter), model)
+    jaxadapt.inject(model, jax.tree.map(lambda x: 3 * RNG.standard_normal(x.shape).astype(x.dtype), adapter))
     want = [greedy(model, prompt, 5) for prompt in PROMPTS[:2]]
     embedded = config is EMBEDDED
     forward = nnx_forward(model, embedded_prompt=embedded)

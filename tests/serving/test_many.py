@@ -84,7 +84,7 @@ def test_each_adapter_is_trained_as_alone(tx):
     # By NNX and the adapter's own parameters: float32 in another order of the same sums.
     like = adapters()[1]
     model = jaxadapt.adapt(small.net(), like.config, rngs=nnx.Rngs(0))
-    jaxadapt.inject(like, model)
+    jaxadapt.inject(model, like)
     optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)
 
     @nnx.jit

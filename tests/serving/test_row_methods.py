@@ -85,7 +85,7 @@ def test_each_row_is_as_with_its_adapter_alone(peft_type: str, example: int):
         adapter = with_shared_of(adapter, first) if bank.shared else adapter
         bank = serving.put(bank, slot, adapter, base)
         alone = jaxadapt.adapt(Net(), adapter.config, rngs=nnx.Rngs(0), keymap=keymap)
-        jaxadapt.inject(adapter, alone)
+        jaxadapt.inject(alone, adapter)
         alone.eval()
         want.append(alone(X))
         assert np.abs(want[-1] - want[0]).max() > 1e-2
@@ -118,7 +118,7 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
     want = [plain(base)]
     for slot, targets in enumerate((list(banked.NAMES), ["q", "down"]), 1):
         config = config_of(peft_type, example, targets)
-        adapter = jaxadapt.init(config, base, key=jax.random.key(slot), keymap=blocks(scanned))
+        adapter = jaxadapt.init(base, config, key=jax.random.key(slot), keymap=blocks(scanned))
         adapter = changed(adapter, slot)
         first = first or adapter
         adapter = with_shared_of(adapter, first) if served.bank.shared else adapter
@@ -138,7 +138,7 @@ def test_a_prompt_does_not_go_into_a_slot():
     """Its tensors belong to no weight, so no place of the bank would miss them."""
     bank = serving.create(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=2)
     adapter = jaxadapt.init(
-        jaxadapt.PromptTuningConfig(num_virtual_tokens=2, token_dim=8), Net(), key=jax.random.key(0)
+        Net(), jaxadapt.PromptTuningConfig(num_virtual_tokens=2, token_dim=8), key=jax.random.key(0)
     )
     with pytest.raises(AttachError, match="PROMPT_TUNING changes no weight"):
         serving.put(bank, 1, adapter)

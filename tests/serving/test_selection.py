@@ -66,7 +66,7 @@ def test_an_adapter_that_is_not_finite_changes_its_own_tokens_only(implementatio
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
     bank = serving.create(base, config, slots=4)
     for slot in (1, 2, 3):
-        bank = serving.put(bank, slot, jaxadapt.init(config, base, key=jax.random.key(slot)))
+        bank = serving.put(bank, slot, jaxadapt.init(base, config, key=jax.random.key(slot)))
     serving.attach(base, bank)
 
     def run(bank, ids):
@@ -76,7 +76,7 @@ def test_an_adapter_that_is_not_finite_changes_its_own_tokens_only(implementatio
     ids = [[1, 0], [2, 1]]
     wanted = run(bank, ids)
     for value in (jnp.nan, jnp.inf):
-        broken = jax.tree.map(lambda x, value=value: x * value, jaxadapt.init(config, base, key=jax.random.key(3)))
+        broken = jax.tree.map(lambda x, value=value: x * value, jaxadapt.init(base, config, key=jax.random.key(3)))
         changed = serving.put(jax.tree.map(jnp.copy, bank), 3, broken)  # put donates
         np.testing.assert_array_equal(run(changed, ids), wanted)
         found = run(changed, [[1, 0], [3, 1]])
@@ -185,7 +185,7 @@ def test_fused_parts_have_the_adapters_of_their_rows(targets):
     x = np.random.default_rng(0).standard_normal((3, 5, 6)).astype("f4")
     want = [model(x)]
     for slot in (1, 2):
-        adapter = jaxadapt.init(config, model, key=jax.random.key(slot), keymap=FUSED)
+        adapter = jaxadapt.init(model, config, key=jax.random.key(slot), keymap=FUSED)
         bank = serving.put(bank, slot, adapter)
         want.append(jaxadapt.merge(Fused(nnx.Rngs(0)), adapter)(x))
     serving.attach(model, bank)
@@ -223,7 +223,7 @@ def test_experts_are_served_only_where_the_product_sees_the_rows():
     for ragged in (False, True):
         model = Experts(nnx.Rngs(0), ragged)
         bank = serving.create(model, config, slots=2, keymap=EXPERTS)
-        adapter = jaxadapt.init(config, model, key=jax.random.key(1), keymap=EXPERTS)
+        adapter = jaxadapt.init(model, config, key=jax.random.key(1), keymap=EXPERTS)
         bank = serving.put(bank, 1, adapter)
         serving.attach(model, bank)
         with serving.route(model, bank.select([1, 0, 1])):

@@ -151,7 +151,7 @@ def test_a_configuration_alone_gives_the_projections_of_a_new_adapter():
     config = VeraConfig(r=3, target_modules=list(NAMES), projection_prng_key=5)
     base, keymap = banked.params(True), meshes.table(True)
     bank = serving.create(base, config, slots=2, keymap=keymap)
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=keymap)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=keymap)
     for name, x in adapter.shared.items():
         np.testing.assert_array_equal(bank.shared[0][name], x)
     found = serving.get(serving.put(bank, 1, adapter), 1, adapter)

@@ -70,7 +70,7 @@ def trained(model: Any, config: Any) -> tuple[Any, jaxadapt.Adapter]:
         for path, x in adapter.flat().items()
     }
     adapter = jaxadapt.Adapter(config=adapter.config, params=paths.unflatten(values), keymap=adapter.keymap)
-    jaxadapt.inject(adapter, model)
+    jaxadapt.inject(model, adapter)
     model.eval()
     return model, adapter
 
@@ -138,7 +138,7 @@ def check_prompt(peft_type: str, tmp_path: Path) -> None:
     base = Llama(SIZES, rngs=nnx.Rngs(0))
     config = class_of(peft_type)(**fields)
     if peft_type == "CPT":
-        adapter = jaxadapt.initializers.start(config, Llama(SIZES, rngs=nnx.Rngs(0)), key=jax.random.key(0)).adapter
+        adapter = jaxadapt.initializers.start(Llama(SIZES, rngs=nnx.Rngs(0)), config, key=jax.random.key(0)).adapter
     else:
         adapter = jaxadapt.extract(jaxadapt.adapt(Llama(SIZES, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))
     bank = serving.create(base, jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), slots=2)

@@ -93,9 +93,9 @@ def test_the_same_files_as_on_a_disk(place: str, tmp_path: Path):
     assert stores.files(f"{place}/again") == {n: v for n, v in stores.files(place).items() if "/" not in n}
 
     for name in ("default", "other"):
-        want = jaxadapt.extract(model, name)
-        assert same(jaxadapt.extract(jaxadapt.load(place, small.net(), name=name), name).params, want.params)
-        assert same(jaxadapt.extract(jaxadapt.load(place, small.base(), name=name), name).params, want.params)
+        want = jaxadapt.extract(model, name=name)
+        assert same(jaxadapt.extract(jaxadapt.load(place, small.net(), name=name), name=name).params, want.params)
+        assert same(jaxadapt.extract(jaxadapt.load(place, small.base(), name=name), name=name).params, want.params)
 
 
 def test_what_was_there_is_replaced(place: str, tmp_path: Path):

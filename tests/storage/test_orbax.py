@@ -93,7 +93,7 @@ def test_scanned_and_unrolled_numbered_layers(saved: str, tmp_path: Path):
         return llama_nnx.to_nnx(dataclasses.replace(sizes, scan=layout == "scanned"), weights)
 
     source = jaxadapt.adapt(model(saved), config, rngs=nnx.Rngs(1))
-    jaxadapt.inject(small.noisy(jaxadapt.extract(source)), source)
+    jaxadapt.inject(source, small.noisy(jaxadapt.extract(source)))
     jaxadapt.save(source, tmp_path / "out", format="orbax")
     expected = {k: np.asarray(v) for k, v in jaxadapt.to_peft(source).tensors.items()}
     for layout in ("unrolled", "scanned"):
@@ -113,11 +113,11 @@ def test_names_dtypes_and_shardings(tmp_path: Path):
     spread = {"q_proj.kernel.lora_B": PartitionSpec("x"), "up_proj.kernel.lora_A": PartitionSpec(None, "x")}
     flat = {
         path: jax.device_put(leaf, NamedSharding(mesh, spread.get(path, PartitionSpec())))
-        for path, leaf in jaxadapt.extract(target, "fr").flat().items()
+        for path, leaf in jaxadapt.extract(target, name="fr").flat().items()
     }
-    jaxadapt.inject(jaxadapt.Adapter(small.LORA, paths.unflatten(flat)), target, "fr")
+    jaxadapt.inject(target, jaxadapt.Adapter(small.LORA, paths.unflatten(flat)), name="fr")
     jaxadapt.load(tmp_path / "out2", target, name="fr")
-    got = jaxadapt.extract(target, "fr").flat()
+    got = jaxadapt.extract(target, name="fr").flat()
     for path, leaf in jaxadapt.extract(source).flat().items():
         assert got[path].sharding == flat[path].sharding
         assert np.array_equal(np.asarray(got[path]), np.asarray(leaf))

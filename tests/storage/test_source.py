@@ -86,7 +86,7 @@ def test_encoded_leaves_are_a_source() -> None:
     import jaxadapt
 
     base = {"q": {"kernel": np.ones((4, 6), "f4")}}
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jnp.zeros(2, "u4"))
+    adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jnp.zeros(2, "u4"))
     encoded: Any = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, plan.Encoded)
     want = {key: np.asarray(value) for key, value in encoded.items()}

@@ -171,6 +171,6 @@ def adapter(flat: dict[str, Any], scanned: bool) -> jaxadapt.Adapter:
 
 def like(mesh: Mesh, layout: tuple[str, str], scanned: bool) -> dict[str, NamedSharding]:
     """`{path: sharding}` of the adapter, by hand."""
-    flat = jaxadapt.init(CONFIG, base(scanned), keymap=table(scanned)).flat()
+    flat = jaxadapt.init(base(scanned), CONFIG, keymap=table(scanned)).flat()
     specs = {p: wanted(p.rpartition(".")[0], p.rpartition(".")[2], *layout, stacked=scanned) for p in flat}
     return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}

@@ -174,7 +174,7 @@ def save_and_load(folder: Path, argument: str) -> None:
     model = meshes.model(base(("4x2", "both"), False), False)
     check(jaxadapt.extract(jaxadapt.load(folder / "0-all", model, keymap=meshes.TABLE)), False)
     jaxadapt.save(model, folder / "nnx-all", timeout=PATIENCE)
-    fresh = jaxadapt.init(meshes.CONFIG, base(("8", "fsdp"), False), key=jax.random.key(3), keymap=meshes.TABLE)
+    fresh = jaxadapt.init(base(("8", "fsdp"), False), meshes.CONFIG, key=jax.random.key(3), keymap=meshes.TABLE)
     jaxadapt.save(fresh, folder / "fresh", timeout=PATIENCE)
     here = jax.process_index()
     with pytest.raises(jaxadapt.AttachError, match="other processes"):
@@ -270,7 +270,7 @@ def faults(folder: Path, argument: str) -> None:
     refused(folder / f"none{here}", "do not see the file", shared=True)
     # another adapter in each process: shapes of its own
     config = meshes.CONFIG.replace(r=3 + here)
-    other = jaxadapt.init(config, base(layout, False), key=jax.random.key(0), keymap=meshes.TABLE)
+    other = jaxadapt.init(base(layout, False), config, key=jax.random.key(0), keymap=meshes.TABLE)
     refused(folder / "odd", "differ from those of process 0", tree=other)
     # only the configuration differs
     other = dataclasses.replace(mine, config=meshes.CONFIG.replace(lora_alpha=6 + here))

@@ -144,7 +144,7 @@ def fresh(case: Case, api: str = "nnx") -> tuple[Any, Any]:
     """A twin with a new adapter, and the variables of a Linen one."""
     twin, ids = llama.twin_of(torch_base(), api), jnp.asarray(IDS)
     if case is CPT:  # starts from the base's embeddings
-        started = start(case.ours(), twin, example=[ids]) if api == "nnx" else start(case.ours(), twin[1]["params"])
+        started = start(twin, case.ours(), example=[ids]) if api == "nnx" else start(twin[1]["params"], case.ours())
         if api == "nnx":
             return started.base, None
         return jaxadapt.adapt(twin[0], started.adapter.config), {**twin[1], **started.adapter.collection}
@@ -242,9 +242,9 @@ def check_gradients(case: Case, api: str) -> None:
 
     def loss(adapter: Any) -> Any:
         if variables is None:
-            found = call(case, jaxadapt.inject(adapter, nnx.clone(ours)), None, RIGHT)
+            found = call(case, jaxadapt.inject(nnx.clone(ours), adapter), None, RIGHT)
         else:
-            found = call(case, ours, jaxadapt.inject(adapter, variables), RIGHT)
+            found = call(case, ours, jaxadapt.inject(variables, adapter), RIGHT)
         return jnp.sum(found * cotangent)
 
     gradients = jax.jit(jax.grad(loss))(start).shared

@@ -65,19 +65,19 @@ def trained(config: Any = LORA, seed: int = 1, name: str = "default", model: Any
     """An NNX network with an adapter that has done something."""
     model = net() if model is None else model
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(5), name=name, **options)
-    adapter = jaxadapt.extract(model, name)
-    jaxadapt.inject(noisy(adapter, seed), model, name)
+    adapter = jaxadapt.extract(model, name=name)
+    jaxadapt.inject(model, noisy(adapter, seed), name=name)
     return model
 
 
 def variables(config: Any = LORA, seed: int = 1, name: str = "default") -> dict[str, Any]:
     """Linen variables with the very adapter of `trained(config, seed)`."""
-    adapter = jaxadapt.init(config, base()["params"], key=jax.random.key(0))
+    adapter = jaxadapt.init(base()["params"], config, key=jax.random.key(0))
     return {**base(), **noisy(adapter, seed).named(name)}
 
 
 def adapter(config: Any = LORA, seed: int = 1) -> jaxadapt.Adapter:
-    return noisy(jaxadapt.init(config, base()["params"], key=jax.random.key(0)), seed)
+    return noisy(jaxadapt.init(base()["params"], config, key=jax.random.key(0)), seed)
 
 
 def host_adapter(r: int = 2, fill: float = 1.0, width: int = 8) -> jaxadapt.Adapter:

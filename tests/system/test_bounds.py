@@ -183,7 +183,7 @@ def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
     method = jaxadapt.methods.METHODS[name]
     config = type(configs.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples()[0])
     base = {"q_proj": {"kernel": np.ones((6, 8), "f4")}}
-    good = jaxadapt.to_peft(jaxadapt.init(config, base, key=jax.random.key(0)))
+    good = jaxadapt.to_peft(jaxadapt.init(base, config, key=jax.random.key(0)))
     for tensors in misshapen({key: np.asarray(x) for key, x in good.tensors.items()}):
         bad = jaxadapt.PeftTensors(config, tensors, "x")
         for look in (

@@ -93,7 +93,7 @@ def walks(folder: Path) -> dict[str, house.Walk]:
     }
     jaxadapt.load(folder, other)
     adapter = jaxadapt.extract(model)
-    found["inject"] = follow(lambda: jaxadapt.inject(adapter, other))
+    found["inject"] = follow(lambda: jaxadapt.inject(other, adapter))
     found["merge"] = follow(lambda: jaxadapt.merge(model))
     return found
 

@@ -277,7 +277,7 @@ def test_what_such_a_tree_cannot_hold_is_refused(tmp_path: Path):
     """DoRA's magnitudes have no place in it, and nothing is left out silently."""
     config = jaxadapt.LoraConfig(r=2, use_dora=True, target_modules=["up"])
     base = {"up": {"kernel": jnp.ones((10, 14))}}
-    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0), keymap=PLAIN), tmp_path)
+    jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0), keymap=PLAIN), tmp_path)
     with pytest.raises(jaxadapt.AdapterError, match="use_dora|magnitude"):
         jaxadapt.load(tmp_path, LoraTree(qwix(2, "up"), lora_alpha=10), keymap=PLAIN)
 
@@ -285,7 +285,7 @@ def test_what_such_a_tree_cannot_hold_is_refused(tmp_path: Path):
 def test_the_dropout_that_was_trained_with_is_in_the_file(tmp_path: Path):
     told = jaxadapt.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.25, target_modules=["up"])
     jaxadapt.save(qwix(2, "up"), tmp_path / "theirs", config=told, keymap=PLAIN)
-    jaxadapt.save(jaxadapt.init(told, qwix(2, "up"), key=jax.random.key(0), keymap=PLAIN), tmp_path / "ours")
+    jaxadapt.save(jaxadapt.init(qwix(2, "up"), told, key=jax.random.key(0), keymap=PLAIN), tmp_path / "ours")
     for name in ("theirs", "ours"):
         assert jaxadapt.read_config(tmp_path / name).lora_dropout == 0.25
 

@@ -92,7 +92,7 @@ folder, way = sys.argv[1:]
 base = {f"q{i}": {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")} for i in range(80)}
 config = jaxadapt.LoraConfig(r=32, target_modules=list(base))
 if way == "save":
-    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), folder)
+    jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0)), folder)
     sys.exit()
 jax.block_until_ready(jnp.zeros(()) + 1)  # what compiles has as many threads as malloc has arenas
 resident = []
@@ -122,7 +122,7 @@ def test_what_a_forward_holds_is_not_kept() -> None:
     gone = weakref.ref(held)
     config = small.LORA.replace(init_lora_weights="corda")
     jaxadapt.initializers.start(
-        config, small.net(), batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0]
+        small.net(), config, batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0]
     )
     del held
     gc.collect()

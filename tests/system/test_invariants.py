@@ -71,7 +71,7 @@ def test_invariant_2_fresh_adapters_change_nothing_and_detach_gives_the_base_bac
     kernel = model.q_proj.kernel.get_value()
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(3))
     np.testing.assert_array_equal(model(X), out)
-    jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
+    jaxadapt.inject(model, small.noisy(jaxadapt.extract(model)))
     assert abs(np.asarray(model(X) - out)).max() > 0.1
     jaxadapt.detach(model)
     assert nnx.graphdef(model) == graph
@@ -130,7 +130,7 @@ def test_invariant_5_one_file_fits_linen_and_nnx_scanned_and_unrolled(tmp_path):
     weights = {k: rng.standard_normal(s).astype("f4") * 0.2 for k, s in llama.hf_shapes(first).items()}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
     model = llama_nnx.to_nnx(first, weights)
-    adapter = small.noisy(jaxadapt.init(config, model, key=jax.random.key(0)))
+    adapter = small.noisy(jaxadapt.init(model, config, key=jax.random.key(0)))
     jaxadapt.save(adapter, tmp_path)
     run = nnx.jit(lambda model, ids: model(ids))
     ids = jnp.asarray(IDS)

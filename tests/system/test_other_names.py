@@ -135,7 +135,7 @@ def test_no_name_is_its_own_near_miss():
         "m": {"h": {str(i): {"q": {"kernel": jnp.ones((2, 2))}, "k": {"kernel": jnp.ones((2, 2))}} for i in (0, 1)}}
     }
     with pytest.warns(UserWarning, match="'h.1.q' matches no module") as caught:
-        jaxadapt.init(config, params, key=jax.random.key(0))
+        jaxadapt.init(params, config, key=jax.random.key(0))
     assert all("m.h.1.q" not in str(w.message) for w in caught)
 
 
@@ -143,9 +143,9 @@ def test_the_way_out_of_all_linear_is_exclude_modules():
     params = {"q": {"kernel": jnp.ones((2, 2))}, "odd": {"kernel": jnp.ones((2, 2, 2))}}
     every = LoraConfig(r=2, target_modules="all-linear")
     with pytest.raises(jaxadapt.KeyMapError, match=r"odd\.kernel(?s:.)*name them in exclude_modules") as caught:
-        jaxadapt.init(every, params, key=jax.random.key(0))
+        jaxadapt.init(params, every, key=jax.random.key(0))
     assert "out of target_modules" not in str(caught.value)
-    adapter = jaxadapt.init(every.replace(exclude_modules=["odd"]), params, key=jax.random.key(0))
+    adapter = jaxadapt.init(params, every.replace(exclude_modules=["odd"]), key=jax.random.key(0))
     assert set(adapter.sites) == {"q.kernel"}
     with pytest.raises(jaxadapt.KeyMapError, match="leave them out of target_modules"):
-        jaxadapt.init(every.replace(target_modules=["q", "odd"]), params, key=jax.random.key(0))
+        jaxadapt.init(params, every.replace(target_modules=["q", "odd"]), key=jax.random.key(0))

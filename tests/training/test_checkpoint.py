@@ -185,12 +185,12 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
     manager.save(0, saved)
     target = model()
     for name in ("default", "other"):
-        jaxadapt.inject(small.noisy(jaxadapt.extract(target, name), 8), target, name)
+        jaxadapt.inject(target, small.noisy(jaxadapt.extract(target, name=name), 8), name=name)
     manager.restore(target)
     for name in ("default", "other"):
-        assert same(jaxadapt.extract(target, name).params, jaxadapt.extract(saved, name).params)
+        assert same(jaxadapt.extract(target, name=name).params, jaxadapt.extract(saved, name=name).params)
     manager.export(0, tmp_path / "peft")
-    default, other = (jaxadapt.extract(saved, name) for name in ("default", "other"))  # a checkpoint has no base
+    default, other = (jaxadapt.extract(saved, name=name) for name in ("default", "other"))  # a checkpoint has no base
     jaxadapt.save(default, tmp_path / "direct")
     jaxadapt.save(other, tmp_path / "direct", name="other")
     assert small.files(tmp_path / "peft") == small.files(tmp_path / "direct")  # byte for byte
@@ -211,8 +211,8 @@ def test_names_that_begin_alike(tmp_path: Path):
         target = small.trained(seed=5, name="a")
         manager.restore(small.trained(seed=6, name="a/b", model=target))
         for name in ("a", "a/b"):
-            assert same(jaxadapt.extract(target, name).params, jaxadapt.extract(saved, name).params)
-            assert same(manager.adapter(name=name).params, jaxadapt.extract(saved, name).params)
+            assert same(jaxadapt.extract(target, name=name).params, jaxadapt.extract(saved, name=name).params)
+            assert same(manager.adapter(name=name).params, jaxadapt.extract(saved, name=name).params)
 
 
 def test_what_else_changes_beside_another_library_s_lora(tmp_path: Path):
@@ -307,7 +307,7 @@ def test_what_cannot_be_filled_without_an_example_says_so(tmp_path: Path):
     manager.save(1, adapter, opt_state=optax.adam(1e-3).init(adapter.params))
     with pytest.raises(jaxadapt.MismatchError, match="give opt_state= an example"):
         manager.restore(adapter)
-    other = jaxadapt.init(small.LORA.replace(lora_alpha=7), small.base()["params"], key=jax.random.key(0))
+    other = jaxadapt.init(small.base()["params"], small.LORA.replace(lora_alpha=7), key=jax.random.key(0))
     with pytest.raises(jaxadapt.MismatchError, match="another configuration"):
         manager.restore(other, opt_state=optax.adam(1e-3).init(adapter.params))
 

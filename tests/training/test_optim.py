@@ -62,7 +62,7 @@ def nnx_side(before, scan=False):
 
     model = llama.twin_of(peft_pairs.torch_base(), scan=scan)
     jaxadapt.adapt(model, before.config, rngs=nnx.Rngs(0))
-    jaxadapt.inject(jaxadapt.from_peft(before, peft_pairs.params(scan)), model)
+    jaxadapt.inject(model, jaxadapt.from_peft(before, peft_pairs.params(scan)))
     return model
 
 
@@ -178,7 +178,7 @@ def transformers_adamw(rate, decay, b1=0.9, b2=0.999, eps=1e-6):
 def test_roles_and_decay_of_every_kind():
     config = small.LORA.replace(modules_to_save=["head"], target_modules=["q_proj"], bias="none")
     base = {**small.base()["params"], "head": {"kernel": jnp.ones((6, 2)), "bias": jnp.ones(2)}}
-    adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     expected = {
         "q_proj": {"kernel": {"lora_A": "A", "lora_B": "B"}},
         "head": {"kernel": {"copy": "copy"}, "bias": {"copy": "bias"}},

@@ -113,7 +113,7 @@ class Survey:
                 matching.is_parameter(config, parameter) for parameter in parameters
             ):
                 is_matrix = leaf in self.unknown and len(self.shapes[leaf]) == 2
-                remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)"
+                remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(params, config)"
                 problems.append(f"{leaf}: {reason}{remedy if is_matrix else ''}")
         raise_listed(AttachError, "these weights cannot carry the adapter:", problems)
 

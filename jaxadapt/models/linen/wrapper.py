@@ -294,7 +294,7 @@ class Adapted:
                 warn(
                     "this call uses weights that target_modules selects and that are not adapted, because the adapter"
                     f" {name!r} lacks tensors for them: its init did not call their modules. Call init with arguments"
-                    f" that do, or use jaxadapt.init(config, params, key=…):\n{paths.bullets(used)}"
+                    f" that do, or use jaxadapt.init(params, config, key=…):\n{paths.bullets(used)}"
                 )
 
 

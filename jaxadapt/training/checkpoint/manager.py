@@ -215,7 +215,7 @@ class CheckpointManager(RunFolder):
 
     >>> import jax, jaxadapt, tempfile
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     >>> folder = tempfile.TemporaryDirectory()
     >>> with CheckpointManager(folder.name, keep=2, keep_best=1, minimize="loss") as manager:
     ...     for step, loss in enumerate([0.5, 0.3, 0.4, 0.6]):

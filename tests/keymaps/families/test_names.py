@@ -98,7 +98,7 @@ def test_a_vit_in_files_of_either_naming(tmp_path):
     files = []
     for table, targets in (("vit", ["q_proj"]), ("vit/v4", ["query"])):
         config = jaxadapt.LoraConfig(r=2, target_modules=targets)
-        files.append(jaxadapt.to_peft(jaxadapt.init(config, found, key=jax.random.key(0), keymap=table)))
+        files.append(jaxadapt.to_peft(jaxadapt.init(found, config, key=jax.random.key(0), keymap=table)))
         adapter = jaxadapt.from_peft(files[-1], found)
         assert adapter.keymap.name == table
         assert set(jaxadapt.to_peft(adapter).tensors) == set(files[-1].tensors)

@@ -24,7 +24,7 @@ def base(h: int = 12):
 
 
 def adapter(table: KeyMap, h: int = 12) -> jaxadapt.Adapter:
-    return jaxadapt.init(CONFIG, base(h), key=jax.random.key(0), keymap=table)
+    return jaxadapt.init(base(h), CONFIG, key=jax.random.key(0), keymap=table)
 
 
 def test_saving_with_a_table_that_is_not_proved_says_so(tmp_path):

@@ -151,7 +151,7 @@ def test_a_module_is_saved_beside_virtual_tokens(tmp_path: Path) -> None:
     model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
     assert jaxadapt.summary(model).trainable == N * D + D * V + V
     adapter = jaxadapt.extract(model)
-    jaxadapt.inject(jax.tree.map(lambda x: x + 0.5, adapter), model)
+    jaxadapt.inject(model, jax.tree.map(lambda x: x + 0.5, adapter))
     jaxadapt.save(model, tmp_path)
     keys = jaxadapt.read(tmp_path).tensors.keys()
     assert sorted(keys) == ["base_model.head.bias", "base_model.head.weight", "prompt_embeddings"]

@@ -101,10 +101,10 @@ def test_bad_input() -> None:
     with pytest.raises(ConfigError, match="cpt_mask: expected 2 integers"):
         jaxadapt.CPTConfig(cpt_token_ids=[1, 2], cpt_mask=[1], task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"initializers\.start\(config, base\)"):
-        jaxadapt.init(OURS, base, key=jax.random.key(0))
+        jaxadapt.init(base, OURS, key=jax.random.key(0))
     with pytest.raises(AttachError, match="cpt_token_ids: expected ids from 0 to 10"):
-        start(jaxadapt.CPTConfig(cpt_token_ids=[11], task_type="CAUSAL_LM"), base)
-    adapter = start(OURS.replace(token_dim=None), base).adapter
+        start(base, jaxadapt.CPTConfig(cpt_token_ids=[11], task_type="CAUSAL_LM"))
+    adapter = start(base, OURS.replace(token_dim=None)).adapter
     assert adapter.config.token_dim == D
     np.testing.assert_array_equal(adapter.shared[cpt.FIXED], TABLE[FIELDS["cpt_token_ids"]])
     with pytest.raises(MismatchError, match="CPT's loss: expected logits"):

@@ -98,7 +98,7 @@ def test_as_an_adapter_of_ours(case: Case):
     expected = scale(case) * case.delta(leaves[case.a[0]], leaves[case.b[0]])
     np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-6 * abs(expected).max())
     other = case.tree(1)
-    back = jaxadapt.inject(adapter, LoraTree(other, **alpha(case)))
+    back = jaxadapt.inject(LoraTree(other, **alpha(case)), adapter)
     equal(back, nest(leaves | {case.base[0]: flat(other)[case.base[0]]}))
 
 
@@ -125,7 +125,7 @@ def test_inside_jit(case: Case):
 
     @jax.jit
     def through(adapter: Any, other: Any) -> Any:
-        return jaxadapt.inject(adapter, LoraTree(other, **alpha(case)))
+        return jaxadapt.inject(LoraTree(other, **alpha(case)), adapter)
 
     adapter = jaxadapt.extract(LoraTree(tree, **alpha(case)), keymap=case.table)
     if case.shared:
@@ -372,7 +372,7 @@ def test_a_file_of_another_model_changes_nothing(tmp_path):
 def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_adapted(tmp_path):
     tree = dense()
     config = jaxadapt.LoraConfig(r=R, target_modules=["up"], alora_invocation_tokens=[1])
-    adapter = jaxadapt.init(config, {"up": tree["up"]}, key=jax.random.key(0), keymap=TABLE)
+    adapter = jaxadapt.init({"up": tree["up"]}, config, key=jax.random.key(0), keymap=TABLE)
     jaxadapt.save(adapter, tmp_path)
     with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
         jaxadapt.load(tmp_path, LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
@@ -437,7 +437,7 @@ def test_a_dialect_hidden_leaves_the_rest_working(hidden: str, monkeypatch, tmp_
         with pytest.raises(jaxadapt.AdapterError):
             jaxadapt.to_peft(first[hidden].tree(), keymap=first[hidden].table)
     base = {"up": {"kernel": np.ones((4, 6), "float32")}}
-    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["up"]), base, key=jax.random.key(0))
+    adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["up"]), key=jax.random.key(0))
     jaxadapt.save({"params": base, **adapter.collection}, tmp_path)
     back = jaxadapt.extract(jaxadapt.load(tmp_path, {"params": base}))
     jax.tree.map(np.testing.assert_array_equal, back.params, adapter.params)

@@ -152,7 +152,7 @@ def test_with_a_lora_for_each_expert():
     np.testing.assert_array_equal(held.tensors[key], flat["decoder.layers_1.MoeBlock_0.wi_1_lora_a"][3].T)
     assert len(held.tensors) == 3 * 3 * E * 2
     back = jaxadapt.from_peft(held, paths.unflatten(base("maxtext-mixtral")), keymap="maxtext:mixtral")
-    again = jaxadapt.inject(back, LoraTree(tree("maxtext-mixtral", False, seed=1), lora_alpha=ALPHA))
+    again = jaxadapt.inject(LoraTree(tree("maxtext-mixtral", False, seed=1), lora_alpha=ALPHA), back)
     for path, x in flat.items():
         np.testing.assert_array_equal(paths.flatten(again)[path], x, err_msg=path)
 

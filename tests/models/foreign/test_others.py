@@ -158,7 +158,7 @@ def test_a_model_is_filled_in_place(tmp_path):
     adapter = jaxadapt.extract(LoraTree(model, slot=1))
     assert jaxadapt.load(tmp_path, LoraTree(model, slot=2)) is model
     other = Net(skyrl())
-    assert jaxadapt.inject(adapter, LoraTree(other, slot=2)) is other
+    assert jaxadapt.inject(LoraTree(other, slot=2), adapter) is other
     for one in (model, other):
         assert int(one.q_proj.lora_ranks[2]) == 3
         np.testing.assert_array_equal(one.q_proj.lora_B[2], one.q_proj.lora_B[1])

@@ -121,11 +121,11 @@ def test_several_adapters_share_a_repository_as_in_peft(hub, tmp_path):
     both = jaxadapt.load(f"hf://{REPO}", small.net())
     jaxadapt.load(f"hf://{REPO}", both, name="fr")
     assert small.same(jaxadapt.extract(both), jaxadapt.extract(first))
-    assert small.same(jaxadapt.extract(both, "fr"), jaxadapt.extract(french, "fr"))
+    assert small.same(jaxadapt.extract(both, name="fr"), jaxadapt.extract(french, name="fr"))
     alone = jaxadapt.load(f"hf://{REPO}/fr", small.net())
-    assert small.same(jaxadapt.extract(alone), jaxadapt.extract(french, "fr"))
+    assert small.same(jaxadapt.extract(alone), jaxadapt.extract(french, name="fr"))
     named = jaxadapt.load(f"hf://{REPO}", small.net(), name="other")  # no such subfolder: the root, as with folders
-    assert small.same(jaxadapt.extract(named, "other"), jaxadapt.extract(first))
+    assert small.same(jaxadapt.extract(named, name="other"), jaxadapt.extract(first))
 
 
 def test_branches_tags_commits_and_pull_requests(hub, saved, tmp_path):
@@ -502,7 +502,7 @@ def test_peft_pulls_what_we_pushed_and_the_reverse(hub, tmp_path, monkeypatch):
     pushed(hub, model, name="fr")
     loaded = peft.PeftModel.from_pretrained(Tiny(), REPO, subfolder="fr")
     state = {k.replace(".default", ""): v.numpy() for k, v in loaded.state_dict().items() if "lora" in k}
-    ours = jaxadapt.to_peft(model, "fr").tensors
+    ours = jaxadapt.to_peft(model, name="fr").tensors
     assert {k: np.asarray(v).tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in state.items()}
 
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False)

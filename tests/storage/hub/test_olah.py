@@ -109,7 +109,7 @@ def test_adapters_are_loaded_by_address(olah, repository):
     both = jaxadapt.load(f"hf://{REPO}", small.net())
     jaxadapt.load(f"hf://{REPO}", both, name="fr")
     assert np.array_equal(
-        jaxadapt.to_peft(both, "fr").tensors["base_model.model.q_proj.lora_A.weight"],
+        jaxadapt.to_peft(both, name="fr").tensors["base_model.model.q_proj.lora_A.weight"],
         jaxadapt.to_peft(small.trained(seed=2)).tensors["base_model.model.q_proj.lora_A.weight"],
     )
 
@@ -127,7 +127,7 @@ def test_only_the_adapter_is_fetched_and_then_served_offline(olah, repository, m
 def test_what_need_not_be_there(olah):
     """Of what is not there, olah says that there is no such repository."""
     named = jaxadapt.load(f"hf://{REPO}", small.net(), name="de")  # no such subfolder: the root
-    assert small.same(jaxadapt.extract(named, "de"), jaxadapt.extract(small.trained(seed=1)))
+    assert small.same(jaxadapt.extract(named, name="de"), jaxadapt.extract(small.trained(seed=1)))
     assert {p.name for p in jaxadapt.pull(f"{REPO}@bare").iterdir()} == {CONFIG, "adapter_model.bin"}
 
 
