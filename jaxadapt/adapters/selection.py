@@ -387,13 +387,7 @@ def _select_sites(
         config, names, (*selected, *(name for site in parameter_sites for name in site.modules))
     )
     if config.get("target_parameters"):
-        matches = (match for leaf in shapes if (match := keymap.match(leaf)) is not None)
-        known_parameters = [
-            name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()
-        ]
-        unmatched = unmatched_parameters(
-            config, dict.fromkeys((*known_parameters, *(name for site in parameter_sites for name in site.modules)))
-        )
+        unmatched = _unmatched_parameters(config, keymap, shapes, parameter_sites)
         if unmatched and not parameter_sites and not selected:
             raise TargetError("\n".join(unmatched))
         warnings += unmatched
@@ -401,31 +395,8 @@ def _select_sites(
     if method.scope == "copies":
         return Sites(_bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
 
+    _refuse_selected(selected_names, method, keymap, mapped, unmapped, shapes, config)
     sites: list[Site] = []
-    refused = [
-        f"{leaf}: kind {match.weight.kind!r}, {method.peft_type} adapts {sorted(method.kinds)}"
-        for leaf, (match, _, module_names) in mapped.items()
-        if match.weight.kind not in method.kinds and selected_names & set(module_names.values())
-    ]
-    named_leaves = {
-        leaf: set(possible_names) for leaf, possible_names in unmapped.items() if selected_names & set(possible_names)
-    }
-    matrices = {
-        name for leaf, possible_names in named_leaves.items() if len(shapes[leaf]) >= 2 for name in possible_names
-    }
-    refused += [
-        f"{leaf} {shapes[leaf]}: not a matrix"
-        for leaf, possible_names in named_leaves.items()
-        if not possible_names & matrices
-    ]
-    raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
-    raise_listed(
-        KeyMapError,
-        "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"
-        f" keymap {keymap.name!r} does not define their layout):",
-        [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
-        generic.layout_advice(config, "leave them out of target_modules"),
-    )
     for match, sizes, module_names in mapped.values():
         if not selected_names & set(module_names.values()):
             continue
@@ -443,6 +414,51 @@ def _select_sites(
     shared = bind_shared(config, method, sites, found.shared)
     copies = _bind_copies(config, keymap, shapes, sites)
     return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
+
+
+def _unmatched_parameters(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], found: Iterable[Site]
+) -> list[str]:
+    """Return a warning for each entry of `target_parameters` that names no parameter of a model."""
+    matches = (match for leaf in shapes if (match := keymap.match(leaf)) is not None)
+    known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
+    return unmatched_parameters(config, dict.fromkeys((*known, *(name for site in found for name in site.modules))))
+
+
+def _refuse_selected(
+    selected: set[str],
+    method: Method,
+    keymap: KeyMap,
+    mapped: Mapped,
+    unmapped: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, Shape],
+    config: Config,
+) -> None:
+    """Raise `TargetError` for selected weights that the method cannot adapt, `KeyMapError` for unknown layouts."""
+    refused = [
+        f"{leaf}: kind {match.weight.kind!r}, {method.peft_type} adapts {sorted(method.kinds)}"
+        for leaf, (match, _, module_names) in mapped.items()
+        if match.weight.kind not in method.kinds and selected & set(module_names.values())
+    ]
+    named_leaves = {
+        leaf: set(possible_names) for leaf, possible_names in unmapped.items() if selected & set(possible_names)
+    }
+    matrices = {
+        name for leaf, possible_names in named_leaves.items() if len(shapes[leaf]) >= 2 for name in possible_names
+    }
+    refused += [
+        f"{leaf} {shapes[leaf]}: not a matrix"
+        for leaf, possible_names in named_leaves.items()
+        if not possible_names & matrices
+    ]
+    raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
+    raise_listed(
+        KeyMapError,
+        "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"
+        f" keymap {keymap.name!r} does not define their layout):",
+        [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
+        generic.layout_advice(config, "leave them out of target_modules"),
+    )
 
 
 def _select_for_model(

@@ -207,23 +207,9 @@ def _find_gaps(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]], tensor
         matches: `{entry: {key: texts of its holes}}`.
         tensors: the shapes of the checkpoint's tensors.
     """
-    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of layers
+    similar = _similar_layers(matches)
     for w, keys in matches.items():
-        for texts in keys.values():
-            layers[_stack_prefix(w)] = max(layers.get(_stack_prefix(w), 0), int(texts.get("l", -1)) + 1)
-    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w in matches if w.kind == "experts")
-    sparse = {
-        texts["l"] for w, keys in matches.items() if w.kind == "experts" for texts in keys.values() if "l" in texts
-    }
-    for w, keys in matches.items():
-        numbers = [n for n in map(str, range(layers.get(_stack_prefix(w), 0))) if w.has_layer(n)]
-        present = {texts.get("l") for texts in keys.values()}
-        # In a model with sparse and dense layers, a layer is compared only with others of its kind.
-        if w.key.startswith(blocks) and (present <= sparse or not present & sparse):
-            numbers = [n for n in numbers if (n in sparse) == (present <= sparse)]
-        # A weight that only the first layer has (T5's relative positions) is not missing in the others.
-        first_only = len(numbers) > 2 and all(texts.get("l") == "0" for texts in keys.values())
-        for axis, choices in (("l", () if first_only else numbers), *w.over):
+        for axis, choices in (("l", similar[w]), *w.over):
             others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in keys.values())
             for other in others if any(axis in t for t in keys.values()) else ():
                 candidates = ({**dict(other), axis: text} for text in choices)
@@ -231,6 +217,27 @@ def _find_gaps(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]], tensor
                 yield from (
                     w.fill_key(texts) for texts in missing if not _is_claimed_by_others(w, texts, matches, tensors)
                 )
+
+
+def _similar_layers(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]]) -> dict[Weight, list[str]]:
+    """Return `{entry: numbers of the layers that are like those with its keys}`."""
+    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of layers
+    for w, keys in matches.items():
+        for texts in keys.values():
+            layers[_stack_prefix(w)] = max(layers.get(_stack_prefix(w), 0), int(texts.get("l", -1)) + 1)
+    experts = [w for w in matches if w.kind == "experts"]
+    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w in experts)
+    sparse = {texts["l"] for w in experts for texts in matches[w].values() if "l" in texts}
+    similar: dict[Weight, list[str]] = {}
+    for w, keys in matches.items():
+        numbers = [n for n in map(str, range(layers.get(_stack_prefix(w), 0))) if w.has_layer(n)]
+        present = {texts.get("l") for texts in keys.values()}
+        # In a model with sparse and dense layers, a layer is compared only with others of its kind.
+        if w.key.startswith(blocks) and (present <= sparse or not present & sparse):
+            numbers = [n for n in numbers if (n in sparse) == (present <= sparse)]
+        # A weight that only the first layer has (T5's relative positions) is not missing in the others.
+        similar[w] = [] if len(numbers) > 2 and present <= {"0"} else numbers
+    return similar
 
 
 def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Iterable[Weight], tensors: Shapes) -> bool:

@@ -211,22 +211,29 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
         )
     except ConfigError as error:
         raise RequestError(400, str(error)) from error
+    messages = _messages(fields.get(texts)) if chat else ()
+    prompts = () if chat else _prompts(fields.get(texts))
+    stop, (stream, usage) = _stop(fields), _stream(fields)
+    return Request(model, prompts, messages, count, sampling, top or 0, choices, echo, stop, stream, usage)
+
+
+def _stop(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the texts that end an answer."""
     stop = fields.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise _wrong("stop", f"a string, or a list of at most {MAX_STOPS}, none of them empty", stop)
-    stream = _take(fields, "stream", bool, False)
+    return tuple(stop)
+
+
+def _stream(fields: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether the answer comes as a stream, and whether the stream ends with the numbers of tokens."""
     options = _take(fields, "stream_options", dict, {})
     if options.keys() - {"include_usage", "include_obfuscation"} or not all(
         isinstance(x, bool) for x in options.values()
     ):
         raise _wrong("stream_options", "an object with include_usage, true or false", options)
-    messages = _messages(fields.get(texts)) if chat else ()
-    prompts = () if chat else _prompts(fields.get(texts))
-    usage = bool(options.get("include_usage"))
-    return Request(
-        model, prompts, messages, count, sampling, top or 0, choices, echo, tuple(stop), stream, usage
-    )  # fmt: skip
+    return _take(fields, "stream", bool, False), bool(options.get("include_usage"))
 
 
 def _top(fields: Mapping[str, Any], chat: bool) -> int | None:

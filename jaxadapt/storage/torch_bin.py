@@ -121,17 +121,16 @@ class _Machine:
         return Global(full)
 
     def step(self, code: str, argument: object) -> None:
-        stack, memo = self._stack, self._memo
+        stack = self._stack
         if code in _VALUES:
             stack.append(argument)
-        elif code in ("BINPUT", "LONG_BINPUT"):
-            memo[cast("int", argument)] = stack[-1] if stack else None
-        elif code == "MEMOIZE":
-            memo[len(memo)] = stack[-1] if stack else None
+        elif code in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(self._memo) if code == "MEMOIZE" else cast("int", argument)
+            self._memo[number] = stack[-1] if stack else None
         elif code in ("BINGET", "LONG_BINGET"):
-            if argument not in memo:
+            if argument not in self._memo:
                 raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
-            stack.append(memo[cast("int", argument)])
+            stack.append(self._memo[cast("int", argument)])
         elif code == "MARK":
             stack.append(_MARK)
         elif code == "TUPLE":
@@ -149,22 +148,26 @@ class _Machine:
             cast("list[object]", self._top(list)).extend(items)
         elif code in ("SETITEM", "SETITEMS"):
             self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
-        elif code == "GLOBAL":
-            stack.append(self._global(*str(argument).split(" ", 1)))
-        elif code == "STACK_GLOBAL":
-            stack.append(self._global(*self._pop_many(2)))
-        elif code == "REDUCE":
-            function, arguments = self._pop_many(2)
-            if type(function) is not Global or type(arguments) is not tuple:
-                raise UnsupportedPickle("the pickle calls a value that is not a function")
-            stack.append(self._rebuild(function.name, cast("tuple[object, ...]", arguments)))
-        elif code == "BINPERSID":
-            stack.append(self._persistent(self.pop()))
         elif code == "BUILD":
             self.pop()  # attributes of an OrderedDict, such as `_metadata`: no tensors
             self._top(dict)
         elif code not in ("PROTO", "FRAME"):
+            stack.append(self._call(code, argument))
+
+    def _call(self, code: str, argument: object) -> object:
+        """Return the value of an opcode that refers to a function or a storage."""
+        if code == "GLOBAL":
+            return self._global(*str(argument).split(" ", 1))
+        if code == "STACK_GLOBAL":
+            return self._global(*self._pop_many(2))
+        if code == "BINPERSID":
+            return self._persistent(self.pop())
+        if code != "REDUCE":
             raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
+        function, arguments = self._pop_many(2)
+        if type(function) is not Global or type(arguments) is not tuple:
+            raise UnsupportedPickle("the pickle calls a value that is not a function")
+        return self._rebuild(function.name, cast("tuple[object, ...]", arguments))
 
 
 def load(

@@ -18,7 +18,7 @@ from jaxadapt.storage.source import TensorSource, as_source
 
 PREFIX = "base_model.model."
 BASE = {"q": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6), "bias": np.ones(6, np.float32)}}
-ADAPTER = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), BASE, key=jax.random.key(0))
+ADAPTER = jaxadapt.init(BASE, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
 OWN = dict(jaxadapt.to_peft(ADAPTER).tensors)
 A, B = f"{PREFIX}q.lora_A.weight", f"{PREFIX}q.lora_B.weight"
 WEIGHT = f"{PREFIX}q.base_layer.weight"

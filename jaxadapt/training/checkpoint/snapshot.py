@@ -13,7 +13,7 @@ import base64
 import dataclasses
 import functools
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -278,9 +278,46 @@ def fill_parts(
         MismatchError: values are missing, unexpected or of another shape or dtype, or an adapter has another
             configuration; the message lists all problems.
     """
+    held = lora_carrier(model)
+    others = held.rest()
+    examples, problems = _adapter_examples(held, stored)
+    examples |= dict(named_leaves("model", others))
+    for part in PARTS:
+        if parts.get(part) is not None:
+            if part not in stored.parts:
+                problems.append(f"{part}: none was saved")
+            examples |= dict(named_leaves(part, parts[part]))
+        elif part in stored.parts:
+            if stored.plain[part] is None:
+                problems.append(
+                    f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or"
+                    " restore only the model with model_only=True"
+                )
+            examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
+    hosts = set(stored.hosts)
+    raise_listed(
+        MismatchError,
+        f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
+        [*problems, *_find_mismatches(examples, stored, specs), *_unsupported_dtypes(examples, hosts, specs)],
+        limit=16,
+    )
+
+    arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
+    values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
+    values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
+              for n, v in values.items()}  # fmt: skip
+    values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
+    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
+    # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
+    filled = {part: _rebuild(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
+    filled["model"] = _fill_model(held, others, stored, values)
+    return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
+
+
+def _adapter_examples(held: Carrier, stored: Snapshot) -> tuple[dict[str, Any], list[str]]:
+    """Return `{name: leaf}` of the target's adapters that were saved, and what keeps them from being filled."""
     examples: dict[str, Any] = {}
     problems: list[str] = []
-    held = lora_carrier(model)
     tree = held.foreign
     dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
     if dialect != stored_dialect:
@@ -296,43 +333,15 @@ def fill_parts(
         if adapter.config != recipe.config:
             problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
         examples |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
-    others = held.rest()
-    examples |= dict(named_leaves("model", others))
-    for part in PARTS:
-        if parts.get(part) is not None:
-            if part not in stored.parts:
-                problems.append(f"{part}: none was saved")
-            examples |= dict(named_leaves(part, parts[part]))
-        elif part in stored.parts:
-            if stored.plain[part] is None:
-                problems.append(
-                    f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or"
-                    " restore only the model with model_only=True"
-                )
-            examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
-    problems += _find_mismatches(examples, stored, specs)
-    hosts = set(stored.hosts)
+    return examples, problems
+
+
+def _unsupported_dtypes(examples: Mapping[str, Any], hosts: Collection[str], specs: Specs) -> Iterable[str]:
+    """Yield a description of every array for a device whose dtype JAX lacks without `jax_enable_x64`."""
     for name, leaf in examples.items():
         on_device = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
         if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
-            problems.append(f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64")
-    raise_listed(
-        MismatchError,
-        f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
-        problems,
-        limit=16,
-    )
-
-    arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
-    values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
-    values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
-              for n, v in values.items()}  # fmt: skip
-    values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
-    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
-    # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
-    filled = {part: _rebuild(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
-    filled["model"] = _fill_model(held, others, stored, values)
-    return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
+            yield f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64"
 
 
 def _describe_lora(dialect: str | None) -> str:
