@@ -64,7 +64,6 @@ def test_resize_keeps_the_best_approximation(folder: Path, tmp_path: Path):
         np.testing.assert_allclose(result["error"][module], lost, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here
 def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_out():
     rng = np.random.default_rng(0)
     config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"])
@@ -87,6 +86,7 @@ def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_
     assert resized.tensors.keys() == plain.keys()
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here
 def test_what_a_copied_module_prevents_is_said(tmp_path: Path):
     config = CONFIG.replace(modules_to_save=["norm"])
     copy = {f"{P}model.norm.weight": np.ones(8, "float32")}

@@ -253,7 +253,7 @@ def test_numbers_where_nothing_is_adapted_are_refused_before_a_file_loses_them()
 def test_a_scan_that_does_not_cut_the_numbers_is_refused():
     config, (_, params) = CONFIGS["alphas"], linen(0)
     model = jaxadapt.adapt(nnx_like(params, 0, others=None), config, keymap=table(0), rngs=nnx.Rngs(0))
-    with pytest.raises(AttachError, match=r"jaxadapt\.LayerNumber along axis 0"):
+    with pytest.raises(AttachError, match=r"jaxadapt\.models\.LayerNumber along axis 0"):
         model(x())
     # If layers differ only by zeros, no layer needs its number.
     plain = LoraConfig(**FIELDS, target_modules=r"h\.1\.q")

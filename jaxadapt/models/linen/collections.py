@@ -235,7 +235,7 @@ def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
         raise AttachError(
             f"the adapter {name!r} has lost its configuration, as a restore without a target does. Pass config= to save"
             " (and keymap=, if it was adapted with one), or put the configuration back with extract:"
-            f" variables | extract(variables, {name!r}, config=config).named({name!r})"
+            f" variables | extract(variables, name={name!r}, config=config).named({name!r})"
         )
     adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
     recipe.check_complete(len(adapter.sites), name)
