@@ -46,11 +46,11 @@ BUILD = ROOT / "build" / "mutation"
 SECONDS = 45  # of tests for one mutant, by their recorded times
 TARGET = 0.85
 CORE = [
-    "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/methods/lora/*.py",
+    "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/merging/pairs.py",
     "jaxadapt/arrays/axes.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/low_rank.py",
-    "jaxadapt/arrays/layout.py", "jaxadapt/arrays/axes.py", "jaxadapt/arrays/regions.py",
+    "jaxadapt/arrays/pattern.py", "jaxadapt/arrays/per_entry.py", "jaxadapt/arrays/regions.py",
     "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/strided.py",
-    "jaxadapt/storage/torch_bin.py", "jaxadapt/storage/strided.py",
+    "jaxadapt/storage/torch_bin.py",
 ]  # fmt: skip
 POOL = [
     "tests/arrays/test_*.py", "tests/configs/test_*.py", "tests/keymaps/test_*.py", "tests/methods/test_*.py",
