@@ -97,6 +97,15 @@ class Recipe:
         return cls(config, keymap, sites)
 
 
+def not_an_adapter(found: Any) -> AttachError:
+    """Return the error for an argument that should be an `Adapter`."""
+    tensors = "; jaxadapt.from_peft(tensors, model) makes one of them" if isinstance(found, PeftTensors) else ""
+    return AttachError(
+        f"expected an Adapter (from extract, init or from_peft), found {type(found).__name__}{tensors}. The model comes"
+        " first, as in inject(model, adapter) and merge(model, adapter)"
+    )
+
+
 def collection_name(config: Config) -> str:
     """Return the name of a method's Linen collection and NNX attribute: "lora", "ia3", …"""
     return config.peft_type.lower()

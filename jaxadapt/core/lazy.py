@@ -37,7 +37,7 @@ def lazy_names(
     def load(name: str) -> Any:
         home = homes.get(name)
         if home is None:
-            hint = _explain(name, public) if package == "jaxadapt" else ""
+            hint = _explain(name, public, package)
             text = f"module {package!r} has no attribute {name!r}{hint}"
             # `from jaxadapt import name` calls this first, and would drop the text of an AttributeError.
             caller = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
@@ -52,9 +52,10 @@ def lazy_names(
     return load, lambda: [*public, "__version__"] if package == "jaxadapt" else public, public
 
 
-def _explain(name: str, public: list[str]) -> str:
-    """Return a hint with the jaxadapt name for `name` of PEFT, Tunix or Qwix; "" for an unknown name."""
-
+def _explain(name: str, public: list[str], package: str) -> str:
+    """Return a hint with the jaxadapt name for `name` of PEFT, Tunix, Qwix or the root; "" for an unknown name."""
+    if package != "jaxadapt":
+        return f"; here it is jaxadapt.{name}" if name in sys.modules["jaxadapt"].__all__ else ""
     if name in OTHER_NAMES:
         return f"; here it is {OTHER_NAMES[name]}"
     similar = next((known for known in public if known.lower() == name.lower()), None)
@@ -94,6 +95,7 @@ OTHER_NAMES = {
         "Ia3Config": "jaxadapt.IA3Config",
         "PeftConfig": "jaxadapt.Config; read one with jaxadapt.read_config(path)",
         "TaskType PeftType": "a string, such as task_type='CAUSAL_LM'",
+        "BaseParam FrozenParam LayerNumber SharedParam attention": "jaxadapt.models, a package with this name",
         "LoRAParam LoraParam LoRA Lora": "jaxadapt.AdapterParam, the type of the trained parameters",
         "TrainerCallback PeftSavingCallback": "jaxadapt.CheckpointManager",
     }.items()

@@ -141,8 +141,7 @@ def start(
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
-    if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"start: expected a configuration such as LoraConfig(…), found {type(config).__name__}")
+    method = get_method(config)
     held = carrier(model)
     if held.in_place:
         check_free(name, held.names())
@@ -153,7 +152,6 @@ def start(
     }  # fmt: skip
     given = {name for name, value in arguments.items() if value is not None}
     parameters = base_params(model)
-    method = get_method(config)
     if isinstance(method, PromptMethod):
         setting, needs = method.start_setting(config)
         _check_arguments(setting, given, needs)

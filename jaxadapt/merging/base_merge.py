@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, not_an_adapter
 from jaxadapt.adapters.full_copies import tied_heads
 from jaxadapt.adapters.site import Site, Sites, map_layers
 from jaxadapt.adapters.sites import require_complete, sites_of
@@ -390,10 +390,7 @@ def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
     Raises `AttachError` if `adapter` is not an `Adapter`, or if the model has active adapters.
     """
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(
-            f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__}. For PeftTensors,"
-            " jaxadapt.from_peft(tensors, params) makes one"
-        )
+        raise not_an_adapter(adapter)
     held = carrier(params)
     if held.in_place and held.active():
         raise AttachError(

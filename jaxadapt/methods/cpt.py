@@ -46,7 +46,7 @@ class Cpt(PromptTuning):
             return Draw("constant", 0.0)
         raise ConfigError(
             "CPT: the prompt starts from the embeddings of cpt_token_ids; create the adapter with"
-            " jaxadapt.initializers.start(base, config)"
+            " jaxadapt.initializers.start(model, config)"
         )
 
     def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:

@@ -78,6 +78,12 @@ COLLECTIONS = _Collections()
 
 def get_method(config: Config) -> Method:
     """Return the method of a configuration; raise `ConfigError` if there is none, or if it would ignore a field."""
+    if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
+        raise ConfigError(
+            f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}. The model comes first, as in"
+            " adapt(model, config), init(model, config), select(model, config) and initializers.start(model, config)"
+        )
     method = METHODS.get(config.peft_type)
     if method is None:
         raise ConfigError(

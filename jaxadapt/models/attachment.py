@@ -9,10 +9,10 @@ import jax
 from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter, is_array
+from jaxadapt.adapters.adapter import Adapter, is_array, not_an_adapter
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
@@ -66,16 +66,9 @@ def adapt(
     >>> net.q_proj.lora["default"]["kernel"]["lora_A"].shape
     (2, 4)
     """
-    _require_config(config)
+    get_method(config)
     options = {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic}
     return carrier(model).adapt(config, name, keymap, dtype, options)
-
-
-def _require_config(config: Any) -> None:
-    if not isinstance(config, Config):
-        kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
-        raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}")
-    get_method(config)
 
 
 def init(
@@ -104,7 +97,7 @@ def init(
     >>> {path: x.shape for path, x in adapter.flat().items()}
     {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
-    _require_config(config)
+    get_method(config)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     base = base_params(model)
@@ -165,10 +158,7 @@ def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
     Array(12., dtype=float32)
     """
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(
-            f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
-            " jaxadapt.from_peft(tensors, tree) converts PeftTensors to one"
-        )
+        raise not_an_adapter(adapter)
     kept = {p: x for p, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
     gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
     # Otherwise the model's next call would fail without naming them.

@@ -10,6 +10,7 @@ from typing import Any
 from jaxadapt.configs import Config
 from jaxadapt.core.paths import bullets
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 
@@ -95,8 +96,8 @@ def select(
     """Return what a configuration would adapt in a model, without attaching anything.
 
     Args:
-        config: for example a `LoraConfig`.
         model: an NNX model, Linen variables or base parameters, or the shapes of any of them.
+        config: for example a `LoraConfig`.
         keymap, stack_axes, example: as in `jaxadapt.adapt`.
 
     Raises `TargetError` if the configuration selects nothing adaptable, and `ConfigError`, `KeyMapError` or
@@ -111,6 +112,7 @@ def select(
     LORA on 1 modules in 1 weights, 20 parameters (keymap 'generic'):
       q_proj: q_proj.kernel (4, 6); lora_A (2, 4), lora_B (6, 2)
     """
+    get_method(config)
     base = carrier(model).base()
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
     shapes = base.shapes

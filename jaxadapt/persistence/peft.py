@@ -284,8 +284,9 @@ def from_peft(
 
     Args:
         model: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
-        keymap, dtype, stack_axes, example, shardings, strict: as in `load`.
+        keymap, dtype, stack_axes, example, shardings: as in `load`.
         base: as in `load`, but only "changed" is possible here.
+        strict: as in `load`.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
 

@@ -270,8 +270,9 @@ def create(
             in place of a configuration also gives its tensors that belong to no module, such as VeRA's projections;
             those of a configuration are those of a new adapter.
         slots: the number of slots, with slot 0.
-        keymap, stack_axes, example: as in `jaxadapt.adapt`.
+        keymap: as in `jaxadapt.adapt`.
         dtype: the dtype of the tensors; scales are float32.
+        stack_axes, example: as in `jaxadapt.adapt`.
 
     Raises `AttachError` for a configuration whose adapters the rows of a batch cannot each choose, and `MismatchError`
     for an adapter whose shared tensors are too small for a module.

@@ -34,6 +34,7 @@ from tests.system.test_public import PACKAGES, PUBLIC
         ("merge_and_unload", r"jaxadapt\.merge\(model\)"),
         ("print_trainable_parameters", r"jaxadapt\.summary"),
         ("set_adapter", r"jaxadapt\.activate"),
+        ("attention", r"jaxadapt\.models"),
         ("Loraconfig", r"did you mean 'LoraConfig'\?"),
     ],
 )
@@ -42,6 +43,29 @@ def test_a_name_of_another_library(name: str, says: str):
         getattr(jaxadapt, name)
     assert not hasattr(jaxadapt, name)
     assert getattr(jaxadapt, name, None) is None
+
+
+def test_a_name_of_the_root_is_named_where_another_package_is_asked_for_it():
+    for package, name in ((jaxadapt.models, "adapt"), (jaxadapt.merging, "merge")):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}'; here it is jaxadapt\.{name}"):
+            getattr(package, name)
+
+
+def test_exchanged_arguments_say_the_order():
+    """The model comes first; an adapter's name is a keyword."""
+    model, base, config = small.trained(), small.base()["params"], small.LORA
+    adapter = jaxadapt.extract(model)
+    for call in (jaxadapt.adapt, jaxadapt.init, jaxadapt.select, jaxadapt.initializers.start):
+        with pytest.raises(
+            ConfigError, match=rf"found dict\. The model comes first, .*{call.__name__}\(model, config\)"
+        ):
+            call(config, base)
+    for call in (jaxadapt.inject, jaxadapt.merge, jaxadapt.unmerge):
+        with pytest.raises(AttachError, match=r"found dict\. The model comes first, as in inject\(model, adapter\)"):
+            call(adapter, {"params": base})
+    for call in (jaxadapt.extract, jaxadapt.to_peft, jaxadapt.delete):
+        with pytest.raises(TypeError, match="positional argument"):
+            call(model, "default")
 
 
 def test_an_import_says_it_too(root: Path):

@@ -7,6 +7,7 @@ import compileall
 import importlib
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,10 +126,30 @@ def test_each_docstring_has_an_example_and_says_what_is_raised(name: str):
         assert any(word in text for word in ("Raises", "raises", "errors as there", "refused")), "what is raised?"
 
 
+def test_args_name_the_parameters_in_their_order():
+    """`Args:` may leave out parameters; "keymap, dtype:" describes two of them."""
+    wrong: list[str] = []
+    for name in sorted(EVERY - VALUES):
+        value = value_of(name)
+        methods = vars(value).items() if isinstance(value, type) else ()
+        for path, each in [(name, value), *((f"{name}.{n}", x) for n, x in methods if n[0] != "_")]:
+            part = re.search(r"^Args:\n((?: .*\n|\n)+)", f"{inspect.getdoc(each) or ''}\n", re.MULTILINE)
+            if part is not None and callable(each):
+                entries = re.findall(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", part[1], re.MULTILINE)
+                named = [word.lstrip("*") for entry in entries for word in entry.split(", ")]
+                order = list(inspect.signature(each).parameters)
+                if not named or named != [word for word in order if word in named]:
+                    wrong.append(f"{path}: Args has {named}, the signature {order}")
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("package", ["", *PACKAGES])
 def test_no_public_name_is_also_a_module(root: Path, package: str):
-    """Importing a submodule binds its name on the package, over a public function of that name."""
-    names = PUBLIC if not package else PACKAGES[package]
+    """Importing a submodule binds its name on the package, over a public function of that name.
+
+    Nor is a name of the root a module of a public package, which says for such a name that the root has it.
+    """
+    names = PUBLIC | PACKAGES.get(package, set())
     assert not {path.stem for path in (root / "jaxadapt" / package).iterdir()} & names, "rename these modules"
 
 
