@@ -219,7 +219,7 @@ class RowSite:
         method: the method.
         hparams: the hyperparameters that all rows share.
         axes: the roles of the weight's axes.
-        how: how the rows take their adapters; see `methods.apply_rows`.
+        how: how the rows take their adapters; see `methods.rows.apply_rows`.
         shared: the number of the tensors in `Rows.shared` that the method uses beside those of the rows; None if it
             uses none.
     """
@@ -253,7 +253,7 @@ class Rows:
         arrays: `{tensor: array}` of each site. A layer's slice of an array has the rows first, or the slots where the
             layers choose among them; stacked axes have their places in the base leaf.
         layout: the sites.
-        how: how the rows take their adapters; see `methods.apply_rows`.
+        how: how the rows take their adapters; see `methods.rows.apply_rows`.
         shared: `{tensor: array}` of the tensors that all rows and all layers have in common; see `RowSite.shared`.
     """
 
