@@ -1,4 +1,4 @@
-"""Leaves that are parts of one tensor in PyTorch, joined for a file (`keymaps.parts` names and cuts the parts).
+"""Leaves that are parts of one tensor in PyTorch, joined for a file (`keymaps.plan` names and cuts the parts).
 
 PEFT's adapter of such a module has one A for all parts, or one B where A reads the parts. Here each leaf has its own,
 and a file's shared factor is read into all of them. They are equal only until they are trained. To save trained ones,

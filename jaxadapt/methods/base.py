@@ -478,7 +478,7 @@ class Method(abc.ABC):
     def plain_rank(self, config: Any) -> int | None:
         """Return the rank of a plain LoRA that changes each linear weight as an adapter of this configuration does.
 
-        None if the tensors alone do not give its factors (`factored.FactoredMethod`).
+        None if the tensors alone do not give its factors (`matrix.FactoredMethod`).
         """
         return None
 

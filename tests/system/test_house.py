@@ -171,6 +171,12 @@ def test_contributing_names_what_exists(root: Path):
     named = {name for name in re.findall(r"`((?:\w+/)+\w+\.py|(?:\w+/)+)`", section) if "sketch" not in name}
     missing = {name for name in named if not (root / name).exists() and not (PACKAGE / name).exists()}
     assert not missing, "CONTRIBUTING.md names files that do not exist"
+    for package, rest in re.findall(rf"`(?:jaxadapt\.)?({'|'.join(PACKAGES)})\.([\w.]+)`", text):
+        module, _, name = f"{package}.{rest}".rpartition(".")
+        place = PACKAGE.joinpath(*module.split("."))
+        source = place.with_suffix(".py") if place.with_suffix(".py").is_file() else place / "__init__.py"
+        assert source.is_file(), f"CONTRIBUTING.md names {module}"
+        assert name in re.findall(r"\w+", source.read_text(encoding="utf-8")), f"{module}.{name}"
     code = "\n".join(path.read_text(encoding="utf-8") for path in (*files(), *(root / "tests").rglob("*.py")))
     known = set(re.findall(r"\w+", code))
     tables = set(re.findall(r"`(_?[A-Z][A-Z_]{3,}|test_\w+)`", section))
