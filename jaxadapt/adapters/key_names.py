@@ -17,7 +17,7 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.storage.source import as_source, rename
+from jaxadapt.storage.source import TensorSource, rename
 
 # The starts of the tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING) for the types without a configuration.
 _OTHER_PREFIXES: Mapping[str, str] = {
@@ -362,5 +362,8 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
         f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
         find_duplicates(names),
     )
-    keys = {name: key for key, name in names.items() if name is not None}
-    return dataclasses.replace(tensors, tensors=rename(as_source(tensors.tensors), keys))
+    keys, arrays = {name: key for key, name in names.items() if name is not None}, tensors.tensors
+    # Arrays in memory may be traced, so that only a dict may hold them.
+    is_file = isinstance(arrays, TensorSource)
+    renamed = rename(arrays, keys) if is_file else {name: arrays[key] for name, key in keys.items()}
+    return dataclasses.replace(tensors, tensors=renamed)

@@ -198,14 +198,16 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
             dropped.add(key)
         elif place := known.get(name) or known.get(ties.get(name, "")):
             dropped.add(key)
-            entry, number = place
+            path, form = place[0].path, place[0].form
+            embeds = full_copies.is_embedding(keymap, keymap.match(path))
             # A guessed layout may be a Conv1D's, which stores (in, out).
-            turns = len(entry.form.file_shape) == 2 and generic.is_guess(keymap, entry.path, shapes[entry.path])
-            problem = _compare(source, key, expected.base.leaves[entry.path], entry, number, turns)
+            turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, shapes[path])
+            exact = embeds or form.is_exact  # an embedding may have been trained a little
+            problem = _compare(source, key, expected.base.leaves[path], place, turns, exact)
             if problem is None:
                 uncompared.append(key)
             elif problem:
-                other = "embeddings" if full_copies.is_embedding(keymap, keymap.match(entry.path)) else "base weights"
+                other = "embeddings" if embeds else "base weights"
                 problems["head" if name.removesuffix(".weight").rpartition(".")[2] in saved else other][key] = problem
     ignored = {} if expected.options.strict else problems.pop("base weights")
     expected.refuse(
@@ -239,12 +241,17 @@ def _base_tensors(expected: Expected) -> dict[str, tuple[plans.PlanEntry, int]]:
     return {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
 
 
-def _compare(source: TensorSource, key: str, leaf: Any, entry: plans.PlanEntry, number: int, turns: bool) -> str | None:
+def _compare(
+    source: TensorSource, key: str, leaf: Any, place: tuple[plans.PlanEntry, int], turns: bool, exact: bool
+) -> str | None:
     """Return how a tensor differs from the base's, "" if it equals that; None if the base has only shapes.
 
     Args:
+        place: the base's entry, and the number of the tensor in it.
         turns: True if the tensor may be the transpose.
+        exact: False if the values may differ by a rounding.
     """
+    entry, number = place
     expected_shape, shape = entry.form.file_shape, tuple(source.specs[key].shape)
     if shape != expected_shape and not (turns and shape[::-1] == expected_shape):
         return f"{key}: expected {list(expected_shape)} as in the base, found {list(shape)}"
@@ -252,7 +259,7 @@ def _compare(source: TensorSource, key: str, leaf: Any, entry: plans.PlanEntry, 
         return None
     own, value = np.asarray(entry.form.encode(np.asarray(leaf), number)), np.asarray(source[key])
     for each in (value, value.T) if turns else (value,):
-        if each.shape == own.shape and _is_near(each.astype(own.dtype), own, entry.form.is_exact):
+        if each.shape == own.shape and _is_near(each.astype(own.dtype), own, exact):
             return ""
     return f"{key}: its values differ from the base's"
 

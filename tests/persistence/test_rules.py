@@ -58,6 +58,36 @@ def test_other_weights_of_the_base_are_refused_or_count_as_unexpected(strict: bo
     assert all("base weights that differ" in text and WEIGHT in text for text in wanted.refusals)
 
 
+TABLE = np.arange(1, 37, dtype=np.float32).reshape(6, 6).astype("bfloat16")
+SCALED = jaxadapt.KeyMap(
+    "scaled",
+    (
+        jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
+        jaxadapt.Weight("wte.embedding", "embed_tokens.weight", "v d -> v d", kind="embedding", scale=("d", 0.5)),
+    ),
+)
+
+
+def times(table: Any, factor: float) -> Any:
+    return (table.astype(np.float32) * np.float32(factor)).astype("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("base", "keymap", "key", "right", "wrong"),
+    [
+        ({"lm_head": {"kernel": TABLE}}, None, "lm_head.weight", TABLE.T, TABLE),
+        ({"wte": {"embedding": times(TABLE, 6**0.5)}}, SCALED, "embed_tokens.weight", TABLE, times(TABLE, 1.02)),
+    ],
+    ids=["transposed, where the layout is a guess", "almost equal, where the keymap has a factor"],
+)
+def test_embeddings_of_a_file_must_equal_the_models(base: Any, keymap: Any, key: str, right: Any, wrong: Any):
+    adapter = {**OWN, f"{PREFIX}{key}": right}
+    jaxadapt.from_peft(jaxadapt.PeftTensors(ADAPTER.config, adapter), {**BASE, **base}, keymap=keymap)
+    adapter[f"{PREFIX}{key}"] = wrong
+    with pytest.raises(MismatchError, match=r"embeddings that differ(.|\n)*its values differ from the base's"):
+        jaxadapt.from_peft(jaxadapt.PeftTensors(ADAPTER.config, adapter), {**BASE, **base}, keymap=keymap)
+
+
 def test_all_that_does_not_fit_stands_in_one_error():
     tensors = {A: OWN[A][:1], WEIGHT: BASE["q"]["kernel"].T + 1, "other": np.ones(2)}
     with pytest.raises(MismatchError) as caught:

@@ -273,6 +273,9 @@ def test_from_peft_inside_jit_takes_stacked_and_fused_leaves():
     assert same(back(held), adapter)
     assert same(jaxadapt.from_peft(tensors, base, keymap=table), adapter)
     first, *rest = held
+    named = {key.replace(".weight", ".default.weight"): value for key, value in held.items()}
+    with pytest.warns(UserWarning, match="the adapter's name 'default' is removed"):
+        assert same(back(named), adapter)
     mixed = {first: jnp.asarray(held[first]), **{key: held[key] for key in rest}}
     assert same(jaxadapt.from_peft(jaxadapt.PeftTensors(config, mixed), base, keymap=table), adapter)
 
