@@ -114,6 +114,31 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("api", SIDES)
+@pytest.mark.parametrize("feedforward", [False, True])
+def test_the_bias_of_a_quantised_layer_is_scaled_once(api, feedforward):
+    config = jaxadapt.IA3Config(
+        target_modules=["layers_0"], feedforward_modules=["layers_0"] if feedforward else [], init_ia3_weights=False
+    )
+    x, bias = jnp.asarray(RNG.standard_normal((2, 8)), "float32"), jnp.arange(1.0, 5)
+    kernel = quantized.quantize_weight(jnp.asarray(RNG.standard_normal((8, 4)), "float32"), "int8")
+    if api == "nnx":
+        model = nnx.Dict(layers_0=nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+        model.layers_0.kernel.set_value(kernel)
+        model.layers_0.bias.set_value(bias)
+        adapter = jaxadapt.extract(jaxadapt.adapt(model, config, rngs=nnx.Rngs(1)))
+        y = model.layers_0(x)
+    else:
+        base = {"layers_0": {"kernel": kernel, "bias": bias}}
+        adapter = jaxadapt.init(base, config, key=jax.random.key(1))
+        module = jaxadapt.adapt(nn.Sequential([nn.Dense(4)]), adapter.config)
+        y = module.apply({"params": base, **adapter.collection}, x)
+    (scale,) = map(np.asarray, adapter.flat().values())
+    x, w, bias = map(np.asarray, (x, kernel.dense(), bias))
+    expected = (x * scale) @ w + bias if feedforward else (x @ w + bias) * scale
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("api", SIDES)
