@@ -1,6 +1,7 @@
 """Names of a package that load on first use (PEP 562), so that importing the package stays fast.
 
-`OTHER_NAMES` has the names of PEFT, Tunix and Qwix with their counterparts in jaxadapt, for error messages.
+`OTHER_NAMES` has the names of PEFT, Tunix and Qwix, and those that the root once had, with their counterparts in
+jaxadapt, for error messages.
 """
 
 from __future__ import annotations
@@ -95,10 +96,11 @@ OTHER_NAMES = {
         "Ia3Config": "jaxadapt.IA3Config",
         "PeftConfig": "jaxadapt.Config; read one with jaxadapt.read_config(path)",
         "TaskType PeftType": "a string, such as task_type='CAUSAL_LM'",
-        "BaseParam FrozenParam LayerNumber SharedParam attention": "jaxadapt.models, a package with this name",
         "LoRAParam LoraParam LoRA Lora": "jaxadapt.AdapterParam, the type of the trained parameters",
         "TrainerCallback PeftSavingCallback": "jaxadapt.CheckpointManager",
     }.items()
     for name in names.split()
+} | {
+    name: f"jaxadapt.models.{name}" for name in ("BaseParam", "FrozenParam", "LayerNumber", "SharedParam", "attention")
 }
-"""{name in the other library: the call or class of jaxadapt}."""
+"""{name in the other library, or once in the root: the call or class of jaxadapt}."""

@@ -34,7 +34,7 @@ from tests.system.test_public import PACKAGES, PUBLIC
         ("merge_and_unload", r"jaxadapt\.merge\(model\)"),
         ("print_trainable_parameters", r"jaxadapt\.summary"),
         ("set_adapter", r"jaxadapt\.activate"),
-        ("attention", r"jaxadapt\.models"),
+        ("attention", r"jaxadapt\.models\.attention"),
         ("Loraconfig", r"did you mean 'LoraConfig'\?"),
     ],
 )

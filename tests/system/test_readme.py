@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import jaxadapt
+from jaxadapt.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -53,6 +54,11 @@ def test_links_lead_somewhere(page: str):
         assert there.exists(), m[0]
         assert not m[2] or m[2] in anchors(there.read_text(encoding="utf-8")), m[0]
     assert found or page != "README.md"
+
+
+def test_the_row_of_the_command_line_lists_every_command():
+    (row,) = re.findall(r"^\| command line \| (.+) \|$", TEXT["README.md"], re.M)
+    assert set(re.findall(r"`(?:jaxadapt )?([a-z][a-z-]+)`", row.partition("|")[0])) == set(COMMANDS)
 
 
 @pytest.mark.peft
