@@ -231,3 +231,17 @@ def test_two_adapters_and_the_names_of_those_that_drop():
         model.apply(variables, X, True)  # only "b" is active, and it has no dropout
     with pytest.warns(UserWarning, match="^default: dropout"):
         jaxadapt.activate(model, "default", "b").apply(variables, X, True)
+
+
+def test_the_methods_that_a_layer_of_flax_uses_in_its_call_get_no_adapter():
+    """`nn.Einsum` computes the shape of its bias in a method of its own, which must draw no dropout key."""
+    config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"], lora_dropout=0.5, init_lora_weights=False)
+    x, rngs = jnp.ones((2, 5, 4)), {"dropout": jax.random.key(3)}
+    outputs: list[Any] = []
+    for use_bias in (False, True):
+        layer = nn.Einsum((4, 4), "bti,io->bto", use_bias=use_bias)
+        module = jaxadapt.adapt(nn.Sequential([layer, layer]), config)
+        variables = module.init(jax.random.key(0), x)
+        outputs.append(module.apply(variables, x, rngs=rngs))
+        assert "Einsum's own call" in str(jaxadapt.summary(module, variables, x))
+    np.testing.assert_array_equal(*outputs)

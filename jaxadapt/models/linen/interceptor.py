@@ -145,21 +145,35 @@ class Interceptor:
         sites: `{scope path: {leaf: one LeafAdapter per adapter}}`.
         quantized_scopes: the scope paths of modules with quantised parameters.
         dropout: True if the call has a random stream "dropout". Each site with a dropout rate then draws from it.
+        running: the scope paths of modules whose plain call is in progress. The methods that such a call uses are not
+            intercepted.
     """
 
     sites: Mapping[tuple[str, ...], Mapping[str, Sequence[LeafAdapter]]]
     quantized_scopes: frozenset[tuple[str, ...]] = frozenset()
     dropout: bool = False
+    running: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if not is_own_method(context):
+        if not self._intercepts(context):
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
         hooks = self._active_hooks(module.scope)
         if not hooks and module.scope.path not in self.quantized_scopes:
             return next_fun(*args, **kwargs)
-        return call.apply(bind_layer(module, context.method_name, next_fun), hooks, args, kwargs)
+
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            self.running.append(module.scope.path)
+            try:
+                return next_fun(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return call.apply(bind_layer(module, context.method_name, plain), hooks, args, kwargs)
+
+    def _intercepts(self, context: Any) -> bool:
+        return is_own_method(context) and context.module.scope.path not in self.running
 
     def _active_hooks(self, scope: Any) -> dict[str, AppliedMethod | AppliedMethods]:
         """Return `{leaf: hook}` for the adapters of one module."""
@@ -204,7 +218,7 @@ class UseRecorder(Interceptor):
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, method = context.module, context.method_name
-        if is_own_method(context) and (hooks := self._active_hooks(module.scope)):
+        if self._intercepts(context) and (hooks := self._active_hooks(module.scope)):
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
             notes = call.describe(name, bind_layer(module, method, next_fun), hooks, args, kwargs)
             self.notes.update({".".join((*module.scope.path, leaf)): note for leaf, note in notes.items()})
