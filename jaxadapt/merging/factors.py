@@ -24,13 +24,14 @@ from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import RANK
+from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, reasons_not_a_product
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed, warn
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, pair_keys, read_pairs, write_pairs
+from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, module_name, pair_keys, read_pairs, write_pairs
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.storage.source import as_source
 
@@ -68,8 +69,15 @@ def site_keys(adapter_sites: Iterable[Site]) -> dict[str, PairKeys]:
             name, bracket, part = stem.partition("[")
             if site.method.on_parameters:  # the name in the file is that of a wrapper
                 name = f"{_WRAPPERS.sub('', name)}.{site.modules[0].rpartition('.')[2]}"
-            keys[name + bracket + part] = PairKeys(own["A"], own["B"])
+            keys[_without_prefix(name, site) + bracket + part] = PairKeys(own["A"], own["B"])
     return keys
+
+
+def _without_prefix(name: str, site: Site) -> str:
+    """Return a name as the site's modules have it, without the rest of a keymap's own prefix."""
+    module, modules = module_name(name), set(site.modules)
+    ends = [known for known in modules if module.endswith(f".{known}")] if module not in modules else []
+    return name[len(module) - len(max(ends, key=len)) :] if ends else name
 
 
 def site_pairs(config: Config, adapter_sites: Sequence[Site], leaves: Mapping[str, Array]) -> dict[str, Pair]:
@@ -96,8 +104,8 @@ def normalize(source: Plain) -> Plain:
 def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[str, Pair]:
     """Return `{module: pair}` of a plain LoRA, in float32 at least.
 
-    Raises `ConfigError` if ΔW is more than s·B·A, or if only a model tells the layout of PEFT's tensors; `AttachError`
-    for abstract parameters.
+    Raises `ConfigError` if ΔW is more than s·B·A, or if only a model tells the layout of PEFT's tensors;
+    `MismatchError` for PEFT's tensors of modules that are no targets; `AttachError` for abstract parameters.
     """
     if not isinstance(source, Adapter | PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         type_name = type(source).__name__
@@ -116,8 +124,11 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
                 " the adapter into its model, and use jaxadapt.combine or jaxadapt.merging.resize_rank"
             )
         keys = pair_keys(source)
+        _check_targets(source.source, keys, config)
         used = [key for own in keys.values() for key in own]
-        return read_pairs({key: at_least_float32(jnp.asarray(source.tensors[key])) for key in used}, keys, config)
+        return read_pairs(
+            {key: at_least_float32(jnp.asarray(x)) for key, x in _read(source, used).items()}, keys, config
+        )
     flat = source.flat()
     raise_listed(
         AttachError,
@@ -126,6 +137,28 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
     )
     wide = {path: at_least_float32(jnp.asarray(x)) for path, x in flat.items()}
     return site_pairs(config, sites_of(source), wide)
+
+
+def _check_targets(source: str, modules: Iterable[str], config: LoraConfig) -> None:
+    """Raise `MismatchError` for modules that the configuration does not select."""
+    if config.target_modules in (None, matching.ALL_LINEAR):  # a model decides
+        return
+    raise_listed(
+        MismatchError,
+        f"{source}: target_modules does not select these modules of the file, so PEFT ignores their tensors. Add them"
+        " to target_modules, or remove their tensors:",
+        [module for module in modules if not matching.is_target(config, module_name(module))],
+    )
+
+
+def _read(source: PeftTensors, keys: Iterable[str]) -> dict[str, Any]:
+    """Return tensors of a file; float64 becomes float32 with a warning where JAX is without 64 bits."""
+    read = {key: np.asarray(source.tensors[key]) for key in keys}
+    wide = [key for key, x in read.items() if x.dtype == np.float64]
+    if not wide or jnp.zeros(0, float).dtype == np.float64:
+        return read
+    warn(f"{source.source}: float64 tensors become float32, because jax_enable_x64 is off")
+    return read | {key: read[key].astype(np.float32) for key in wide}
 
 
 def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], operation: str) -> Plain:
@@ -145,7 +178,8 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
         dtypes = [
             as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
         ]
-        dtype = jnp.result_type(*(dtype if dtype.itemsize > 1 else np.float32 for dtype in dtypes))
+        dtypes = [jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize > 1 else np.float32) for dtype in dtypes]
+        dtype = jnp.result_type(*dtypes)
         cast = finite.cast_tree(write_pairs(pairs, keys), dtype, operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
     adapters: Sequence[Any] = like

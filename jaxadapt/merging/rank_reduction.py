@@ -297,6 +297,12 @@ def _from_change(
     r: int,
 ) -> Reduced:
     """Return the adapter and its errors, from the difference of two flat trees."""
+    raise_listed(
+        ConfigError,
+        "to_lora: expected one pair of matrices A and B for each module, which convolutions, experts and attention"
+        " layers of several leaves do not have; leave these leaves out of target_modules:",
+        [site.leaf for site in sites if not factors.has_one_pair(site)],
+    )
     pairs: dict[str, Pair] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export import merge_files
+from jaxadapt.export import adapter_files, merge_files
 from jaxadapt.merging import rank_reduction
 from jaxadapt.models import LoraTree
 from jaxadapt.storage import orbax
@@ -84,6 +84,29 @@ def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_
     with pytest.warns(UserWarning, match="leaves out these copies of base weights"):
         resized, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, copies), 4)
     assert resized.tensors.keys() == plain.keys()
+
+
+def test_modules_that_are_no_targets_are_refused_and_float64_is_said(tmp_path: Path):
+    """PEFT ignores the tensors of a module that is no target, so no result may contain their change."""
+    for name, targets in (("narrow", ["q_proj"]), ("wide", ["q_proj", "up_proj"])):
+        config = CONFIG.replace(target_modules=targets, init_lora_weights="pissa" if name == "narrow" else True)
+        jaxadapt.write(jaxadapt.PeftTensors(config.with_default_init(), tensors()), tmp_path / name)
+        jaxadapt.write(jaxadapt.PeftTensors(config, tensors()), tmp_path / f"{name} start")
+    refused = pytest.raises(jaxadapt.MismatchError, match=r"does not select these modules(.|\n)*up_proj")
+    with refused:
+        adapter_files.resize_files(tmp_path / "narrow", 2, tmp_path / "out")
+    with refused:
+        merge_files.combine_folders([tmp_path / "wide", tmp_path / "narrow"], [1, 1], tmp_path / "out")
+    with refused:
+        adapter_files.undo_start(tmp_path / "narrow start", tmp_path / "narrow start", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    wide = jaxadapt.PeftTensors(CONFIG, {key: x.astype("float64") for key, x in tensors().items()}, "wide")
+    with pytest.warns(UserWarning, match="float64") as found:
+        resized, _ = rank_reduction.resize_plain(wide, 2)
+    assert [str(each.message) for each in found] == [
+        "wide: float64 tensors become float32, because jax_enable_x64 is off"
+    ]
+    assert {x.dtype.name for x in resized.tensors.values()} == {"float32"}
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here

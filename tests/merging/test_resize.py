@@ -184,3 +184,24 @@ def test_bad_input():
         jaxadapt.merging.to_lora((base, {**base, "q_proj": {"kernel": base["q_proj"]["kernel"]}}), 2)
     with pytest.raises(AttachError, match="expected an Adapter"):
         jaxadapt.merging.resize_rank(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 2)
+
+
+PREFIXED = jaxadapt.KeyMap(
+    "mine", (jaxadapt.Weight("h.{l}.q", "h.{l}.q.weight", "i o -> o i"),), prefix="base_model.model.lm."
+)
+
+
+def test_names_of_modules_are_without_a_keymaps_own_prefix():
+    base = {"h": {"0": {"q": np.zeros((4, 6), "f4")}}}
+    tuned = {"h": {"0": {"q": np.random.default_rng(0).standard_normal((4, 6)).astype("f4")}}}
+    adapter, error = jaxadapt.merging.to_lora((base, tuned), 4, target_modules=["q"], keymap=PREFIXED)
+    assert set(error) == {"h.0.q"}
+    assert set(jaxadapt.merging.resize_rank(adapter, 2).error) == {"h.0.q"}
+    np.testing.assert_allclose(jaxadapt.merge(base, adapter)["h"]["0"]["q"], tuned["h"]["0"]["q"], atol=1e-5)
+
+
+def test_a_difference_of_convolutions_is_refused():
+    line = jaxadapt.Weight("c.kernel", "c.weight", "h w i o -> o i h w", kind="conv")
+    base, tuned = ({"c": {"kernel": np.full((2, 3, 4, 5), x, "f4")}} for x in (0, 1))
+    with pytest.raises(jaxadapt.ConfigError, match=r"expected one pair of matrices(.|\n)*c\.kernel"):
+        jaxadapt.merging.to_lora((base, tuned), 2, target_modules=["c"], keymap=jaxadapt.KeyMap("mine", (line,)))
