@@ -120,15 +120,15 @@ def _run_adapted(
     """Run a layer's method on dense parameters, with changed weights or rewritten uses of them."""
     params = {**layer.params, **dense}
     fixed = {**dense, **{leaf: hook.weight(params[leaf]) for leaf, hook in hooks.items() if hook.by_weight}}
-    fixed |= _changed_bias(layer, hooks, {**params, **fixed})
-    hooks = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    if not hooks:
-        return layer.run(fixed, *args, **kwargs)
-    use = None if any(hook.apart for hook in hooks.values()) else _known_use(layer, hooks, args, kwargs)
-    if use is not None:  # Flax's own layers with a kernel have no state
+    by_use = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
+    use = None if any(hook.apart for hook in by_use.values()) else _known_use(layer, by_use, args, kwargs)
+    if use is not None:  # the output has the bias, so the adapter changes both; such a layer of Flax has no state
         run = functools.partial(layer.output, fixed)
-        return _call_around(hooks["kernel"], use, params["kernel"], run, args, kwargs), {}
-    return _run_rewritten(layer, hooks, params, fixed, args, kwargs)
+        return _call_around(by_use["kernel"], use, params["kernel"], run, args, kwargs), {}
+    fixed |= _changed_bias(layer, hooks, {**params, **fixed})
+    if not by_use:
+        return layer.run(fixed, *args, **kwargs)
+    return _run_rewritten(layer, by_use, params, fixed, args, kwargs)
 
 
 def _run_rewritten(
