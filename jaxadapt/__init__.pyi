@@ -36,9 +36,9 @@ from jaxadapt.models.attachment import detach as detach
 from jaxadapt.models.attachment import extract as extract
 from jaxadapt.models.attachment import init as init
 from jaxadapt.models.attachment import inject as inject
+from jaxadapt.models.attachment import select as select
 from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
 from jaxadapt.models.summary_table import summary as summary
-from jaxadapt.models.target_selection import select as select
 from jaxadapt.persistence.folder import inspect as inspect
 from jaxadapt.persistence.folder import read as read
 from jaxadapt.persistence.folder import read_config as read_config

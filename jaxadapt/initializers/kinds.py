@@ -1,18 +1,26 @@
-"""The initializations of LoRA that read the base, data or gradients: what each needs, computes and leaves of the base.
+"""The initializations of LoRA, and the decompositions that give the initial factors.
+
+The initializations of LoRA that read the base, data or gradients: what each needs, computes and leaves of the base.
 
 A new initialization is a function from `SiteValues` to factors, and its entry in `KINDS`. `Initialization` computes A
 and B at each site, and the changed base weights.
+
+LoRA's initial factors: from one float32 weight W (out, in) to A (r, in) and B (out, r).
+
+Follows PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers. `s` is the scale. These are
+pure functions of arrays in PyTorch's layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +35,195 @@ from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
-from jaxadapt.initializers import decompositions
-from jaxadapt.initializers.decompositions import Factors
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.lora import DIAGONAL
 
-# ---------------------------------------------------------------- kinds
+# ---------------------------------------------------------------- decompositions
 
 
 Array = Any
+
+
+class Factors(NamedTuple):
+    """A (r, in), B (out, r) and the remaining base weight `left`; None: W − s·B·A, or W itself."""
+
+    a: Array
+    b: Array
+    left: Array | None = None
+
+
+def _static(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return functools.partial(jax.jit, static_argnames=names)
+
+
+@_static("r", "s")
+def pissa(w: Array, r: int, s: float) -> Factors:
+    """Return the r largest singular triples of W, over s (arXiv:2404.02948): s·B·A is the best rank-r approximation."""
+    u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
+    return _balanced(u[:, :r], sigma[:r] / s, vh[:r])
+
+
+@_static("s", "steps")
+def pissa_fast(w: Array, s: float, steps: int, omega: Array) -> Factors:
+    """Compute `pissa` by a randomised SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
+    u, sigma, vh = svd_lowrank(w, steps, omega)
+    return _balanced(u, sigma / s, vh)
+
+
+@_static("r")
+def mica(w: Array, r: int) -> Factors:
+    """Return A = 0, and as B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694)."""
+    u = jnp.linalg.svd(w, full_matrices=False)[0]
+    return Factors(jnp.zeros((r, w.shape[1])), u[:, -r:])
+
+
+@_static("r")
+def truncated(w: Array, r: int) -> Array:
+    """Return W without its r smallest singular values: the base of KaSA (arXiv:2412.06071)."""
+    u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
+    return (u[:, :-r] * sigma[None, :-r]) @ vh[:-r]
+
+
+@_static("r")
+def olora(w: Array, r: int) -> Factors:
+    """Return the first r rows of R as A and columns of Q as B, W = Q·R (arXiv:2406.01775)."""
+    q, upper = jnp.linalg.qr(w)
+    return Factors(upper[:r], q[:, :r])
+
+
+@jax.jit
+def orthogonal(square: Array, x: Array, y: Array) -> Factors:
+    """Return nonzero A and B with B·A = 0, from normal `square` (r, r), `x` (in, r/2) and `y` (r/2, out).
+
+    A uses the even rows of one orthogonal matrix, B the odd rows.
+    """
+    q = jnp.linalg.qr(square)[0]
+    return Factors((x @ q[0::2]).T / 10, y.T @ q[1::2] / 10)
+
+
+def corda(w: Array, covariance: Array, r: int, s: float, last: bool) -> Factors:
+    """Return singular triples of W·C, multiplied by C⁻¹ (arXiv:2406.05223); C is the inputs' covariance (in, in).
+
+    Takes the largest triples, or with `last` the smallest (knowledge-preserved mode). Damps C until it is invertible.
+    Raises `AttachError` if no damping makes it invertible.
+    """
+    damp = 0.01
+    while True:
+        fixed, inverse, error = _inverted(covariance, damp)
+        if error < 0.05:  # False for NaN, for which doubling the damping does not help
+            break
+        if not jnp.isfinite(error) or damp > 1e6:
+            raise AttachError("cannot invert the covariance of the inputs; check that they are finite and not all zero")
+        damp *= 2
+    return _corda_factors(w, fixed, inverse, r, s, last)
+
+
+@jax.jit
+def _inverted(covariance: Array, damp: float) -> tuple[Array, Array, Array]:
+    eye = jnp.eye(len(covariance), dtype=covariance.dtype)
+    fixed = covariance + eye * jnp.mean(jnp.diag(covariance)) * damp
+    inverse = jnp.linalg.inv(fixed)
+    return fixed, inverse, jnp.linalg.norm(fixed @ inverse - eye)
+
+
+@_static("r", "s", "last")
+def _corda_factors(w: Array, fixed: Array, inverse: Array, r: int, s: float, last: bool) -> Factors:
+    u, sigma, vh = jnp.linalg.svd(w @ fixed, full_matrices=False)
+    kept = slice(-r, None) if last else slice(r)
+    return _balanced(u[:, kept], sigma[kept] / s, (vh @ inverse)[kept])
+
+
+GA_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+GA_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+class Gradient(NamedTuple):
+    """LoRA-GA's use of a gradient (PEFT's `LoraGAConfig`)."""
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: float = 16
+
+
+@_static("r", "s", "how", "width", "dtype")
+def lora_ga(w: Array, gradient: Array, r: int, s: float, how: Gradient, width: int, dtype: Any, key: Array) -> Factors:
+    """Return singular vectors of the gradient (out, in) of W (arXiv:2407.05000).
+
+    Args:
+        width: with the scale "stable", B is multiplied by the fourth root of this size.
+        dtype: the base weight's dtype; A and B are rounded to it, as the changed base weight is.
+    """
+    keys = jax.random.split(key, 3)
+    q = min(4 * r, *gradient.shape)
+    u, sigma, vh = svd_lowrank(gradient, 4, jax.random.normal(keys[0], (min(gradient.shape), q)))
+    if how.direction == "random":
+        a_rows = b_rows = jax.random.permutation(keys[1], 2 * r)[:r]
+    else:
+        order = jnp.arange(2 * r)
+        a_rows, b_rows = {
+            "ArBr": (order[1::2], order[0::2]), "A2rBr": (order[r:], order[:r]), "ArB2r": (order[:r], order[r:]),
+        }[how.direction]  # fmt: skip
+    a, b = vh[a_rows], u[:, b_rows] * sigma[b_rows][None]
+    if how.scale == "stable":
+        b = b * (width**0.25 / how.stable_gamma**0.5)
+    elif how.scale == "weight_svd":
+        largest = svd_lowrank(w, 4, jax.random.normal(keys[2], (min(w.shape), r)))[1][0]
+        first = sigma[b_rows[0]]
+        b = b * jnp.where(first > 0, largest / jnp.where(first > 0, first, 1), 1)
+    elif how.scale == "gd_scale":
+        a, b = a / s, b / s
+    return Factors(a.astype(dtype).astype(jnp.float32), b.astype(dtype).astype(jnp.float32))
+
+
+@_static("r", "s", "bits", "steps")
+def loftq(w: Array, r: int, s: float, bits: int, steps: int) -> Factors:
+    """Approximate W ≈ Q + s·B·A alternately: Q = quantize(W − s·B·A), s·B·A = best of W − Q (arXiv:2310.08659).
+
+    Q is in nf4 or int8. PEFT does not divide B·A by s, so its sum approximates W only for s = 1. Here it always does,
+    with the same Q.
+    """
+    residual = q = w
+    product = Factors(jnp.zeros((r, w.shape[1])), jnp.zeros((w.shape[0], r)))
+    for _ in range(steps):
+        if bits == 8:
+            residual = residual.astype(jnp.float16).astype(jnp.float32)  # as bitsandbytes does
+        q = quantized.quantize_weight(residual, "nf4" if bits == 4 else "int8").dense()
+        u, sigma, vh = jnp.linalg.svd(w - q, full_matrices=False)
+        product = _balanced(u[:, :r], sigma[:r], vh[:r])
+        residual = w - product.b @ product.a
+    root = math.sqrt(s)
+    return Factors(product.a / root, product.b / root, q)
+
+
+def svd_lowrank(w: Array, steps: int, omega: Array) -> tuple[Array, Array, Array]:
+    """Return U, S, Vh by Halko et al. 2009 (algorithms 4.4 and 5.1), as `torch.svd_lowrank` does.
+
+    Args:
+        omega: normal (n, q); n is the shorter side of w.
+    """
+    tall = w.shape[0] >= w.shape[1]
+    m = w if tall else w.T
+    q = jnp.linalg.qr(m @ omega)[0]
+    for _ in range(steps):
+        q = jnp.linalg.qr(m.T @ q)[0]
+        q = jnp.linalg.qr(m @ q)[0]
+    u, sigma, vh = jnp.linalg.svd(q.T @ m, full_matrices=False)
+    u = q @ u
+    return (u, sigma, vh) if tall else (vh.T, sigma, u.T)
+
+
+def _balanced(u: Array, sigma: Array, vh: Array) -> Factors:
+    root = jnp.sqrt(sigma)
+    return Factors(root[:, None] * vh, u * root[None])
+
+
+# ---------------------------------------------------------------- kinds
+
+
+# ---------------------------------------------------------------- kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +303,11 @@ class InitKind:
 def _pissa_fast(x: SiteValues) -> list[Factors]:
     steps = int(str(x.config.init_lora_weights).rpartition("_")[2])
     omegas = [jax.random.normal(key, (min(x.weights.shape[1:]), x.r)) for key in x.keys]
-    return [decompositions.pissa_fast(w, x.s, steps, omega) for w, omega in zip(x.weights, omegas, strict=True)]
+    return [pissa_fast(w, x.s, steps, omega) for w, omega in zip(x.weights, omegas, strict=True)]
 
 
 def _mica(x: SiteValues) -> list[Factors]:
-    pairs = (decompositions.mica(w, x.r) for w in x.weights)
+    pairs = (mica(w, x.r) for w in x.weights)
     return [Factors(pair.a, pair.b.astype(x.dtype)) for pair in pairs]
 
 
@@ -132,14 +317,14 @@ def _loftq(x: SiteValues) -> list[Factors]:
     if bits not in (4, 8) or not isinstance(steps, int) or steps < 1:
         expected = "4 or 8 bits and a positive number of iterations"
         raise ConfigError(f"loftq_config: expected {expected}, found {options}")
-    return [decompositions.loftq(w, x.r, x.s, bits, steps) for w in x.weights]
+    return [loftq(w, x.r, x.s, bits, steps) for w in x.weights]
 
 
 def _orthogonal(x: SiteValues) -> list[Factors]:
     _, out, inputs = x.weights.shape
     shapes = ((x.r, x.r), (inputs, x.r // 2), (x.r // 2, out))
     draws = [map(jax.random.normal, jax.random.split(key, 3), shapes) for key in x.keys]
-    pairs = (decompositions.orthogonal(*normals) for normals in draws)
+    pairs = (orthogonal(*normals) for normals in draws)
     return [Factors(pair.a.astype(x.dtype), pair.b.astype(x.dtype)) for pair in pairs]
 
 
@@ -149,20 +334,20 @@ def _corda(x: SiteValues) -> list[Factors]:
     if method not in ("ipm", "kpm"):
         raise ConfigError(f"corda_config: corda_method: expected 'ipm' or 'kpm', found {method!r}")
     pairs = zip(x.weights, x.data, strict=True)
-    return [decompositions.corda(w, covariance, x.r, x.s, method == "kpm") for w, covariance in pairs]
+    return [corda(w, covariance, x.r, x.s, method == "kpm") for w, covariance in pairs]
 
 
 def _lora_ga(x: SiteValues) -> list[Factors]:
-    how = decompositions.Gradient(**init_settings(x.config, "lora_ga_config", decompositions.Gradient._fields))
-    if how.direction not in decompositions.GA_DIRECTIONS or how.scale not in decompositions.GA_SCALES:
+    how = Gradient(**init_settings(x.config, "lora_ga_config", Gradient._fields))
+    if how.direction not in GA_DIRECTIONS or how.scale not in GA_SCALES:
         raise ConfigError(
-            f"lora_ga_config: expected a direction of {decompositions.GA_DIRECTIONS} and a scale of"
-            f" {decompositions.GA_SCALES}, found {how.direction!r} and {how.scale!r}"
+            f"lora_ga_config: expected a direction of {GA_DIRECTIONS} and a scale of"
+            f" {GA_SCALES}, found {how.direction!r} and {how.scale!r}"
         )
     # PEFT takes the first axis of the stored weight, which is the input axis of a Conv1D.
     width = x.weights.shape[2 if x.fan_in_fan_out else 1]
     return [
-        decompositions.lora_ga(w, gradient, x.r, x.s, how, width, x.dtype, key)
+        lora_ga(w, gradient, x.r, x.s, how, width, x.dtype, key)
         for w, gradient, key in zip(x.weights, x.data, x.keys, strict=True)
     ]
 
@@ -175,9 +360,9 @@ KINDS: Mapping[str, InitKind] = {
     kind.name: kind
     for kind in (
         InitKind("", needs=("key",)),
-        InitKind("pissa", lambda x: [decompositions.pissa(w, x.r, x.s) for w in x.weights]),
+        InitKind("pissa", lambda x: [pissa(w, x.r, x.s) for w in x.weights]),
         InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomised SVD, which differs in each run"),
-        InitKind("olora", lambda x: [decompositions.olora(w, x.r) for w in x.weights], conv1d=False),
+        InitKind("olora", lambda x: [olora(w, x.r) for w in x.weights], conv1d=False),
         InitKind("mica", _mica, kinds=("linear", "embedding"), in_8_bits=True),
         InitKind("loftq", _loftq, base=lambda x, pairs: [pair.left for pair in pairs], conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
@@ -194,7 +379,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind(
             "kasa",
             needs=("key",),
-            base=lambda x, pairs: [decompositions.truncated(w, x.r) for w in x.weights],
+            base=lambda x, pairs: [truncated(w, x.r) for w in x.weights],
             limit=lambda size: size - 1,
         ),
     )

@@ -29,7 +29,7 @@ from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
-from jaxadapt.initializers import decompositions
+from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params
@@ -159,7 +159,7 @@ class Components:
         rows = jnp.concatenate([sigma[:, None] * old, (x - batch_mean[None]) * mask[:, None], shift[None]])
         q = min(2 * k, *rows.shape)
         omega = jax.random.normal(jax.random.key(42), (min(rows.shape), q))
-        _, singular_values, v = decompositions.svd_lowrank(rows, 4, omega)
+        _, singular_values, v = kinds.svd_lowrank(rows, 4, omega)
         v = v * jnp.sign(jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), 1)[:, None], 1))
         empty = jnp.zeros(width)
         info = empty.at[0].set(1).at[1].set(seen + count)

@@ -11,6 +11,6 @@ _NAMES = {
     "models.prompt.calling": "extend_labels",
     "models.prompt.rewriting": "TakesEmbeddings TakesKeys",
     "models.quantization": "dequantize from_qwix quantize",
-    "models.target_selection": "Selection Target",
+    "models.attachment": "Selection Target",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,6 +1,8 @@
 """The names of this package, for type checkers."""
 
 from jaxadapt.models.activation import rescale as rescale
+from jaxadapt.models.attachment import Selection as Selection
+from jaxadapt.models.attachment import Target as Target
 from jaxadapt.models.foreign.tree import LoraTree as LoraTree
 from jaxadapt.models.invocation import invoke as invoke
 from jaxadapt.models.nnx.graph import BaseParam as BaseParam
@@ -15,5 +17,3 @@ from jaxadapt.models.prompt.rewriting import TakesKeys as TakesKeys
 from jaxadapt.models.quantization import dequantize as dequantize
 from jaxadapt.models.quantization import from_qwix as from_qwix
 from jaxadapt.models.quantization import quantize as quantize
-from jaxadapt.models.target_selection import Selection as Selection
-from jaxadapt.models.target_selection import Target as Target

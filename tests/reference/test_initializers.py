@@ -27,7 +27,7 @@ from peft.tuners.lora import loraga as peft_loraga
 from safetensors.numpy import load_file
 
 import jaxadapt
-from jaxadapt.initializers import decompositions
+from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import families, plan
 from jaxadapt.models.carriers import carrier
 from tests.merging.test_resize import deltas
@@ -229,18 +229,18 @@ def test_from_the_same_draws_the_randomised_svd_is_pefts(steps, monkeypatch):
     """Few rounds, where what comes of it still depends on the draws."""
     theirs = Layer(f"pissa_niter_{steps}", monkeypatch)
     (omega,) = theirs.drawn
-    found = decompositions.pissa_fast(jnp.asarray(theirs.weight), 1.5, steps, omega)
+    found = kinds.pissa_fast(jnp.asarray(theirs.weight), 1.5, steps, omega)
     product = 1.5 * found.b @ found.a
     np.testing.assert_allclose(product, 1.5 * theirs.b @ theirs.a, rtol=0, atol=2e-6)
     np.testing.assert_allclose(theirs.weight - product, theirs.left, rtol=0, atol=2e-6)
-    exact = decompositions.pissa(jnp.asarray(theirs.weight), 4, 1.5)
+    exact = kinds.pissa(jnp.asarray(theirs.weight), 4, 1.5)
     assert steps > 1 or abs(product - 1.5 * exact.b @ exact.a).max() > 1e-3
 
 
 def test_orthogonal_factors_are_pefts_and_take_nothing_out_of_the_base(monkeypatch):
     theirs = Layer("orthogonal", monkeypatch)
     np.testing.assert_array_equal(theirs.left, theirs.weight)
-    found = decompositions.orthogonal(*theirs.drawn)
+    found = kinds.orthogonal(*theirs.drawn)
     for mine, want in ((found.a, theirs.a), (found.b.T, theirs.b.T)):
         sign = np.sign((mine * want).sum(1, keepdims=True))
         np.testing.assert_allclose(mine, sign * want, rtol=0, atol=1e-6)

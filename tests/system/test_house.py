@@ -54,7 +54,7 @@ DOORS: dict[str, set[str]] = {
     "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
-    "starlette": {"server.app", "server.session"},
+    "starlette": {"server.app"},
     "uvicorn": {"server.run"},
 }
 

@@ -33,8 +33,8 @@ from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
-from jaxadapt.models.foreign import config as foreign_config
 from jaxadapt.models.foreign import dialects, heads, slots
+from jaxadapt.models.foreign import survey as foreign_config
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.models.foreign.heads import require_rank
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
