@@ -25,7 +25,7 @@ def count_trained(adapter: Adapter) -> int:
 
     >>> from jaxadapt.configs import LoraConfig
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> count_trained(attachment.init(LoraConfig(r=2, target_modules=["q"]), base))
+    >>> count_trained(attachment.init(base, LoraConfig(r=2, target_modules=["q"])))
     20
     """
     trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}

@@ -349,7 +349,7 @@ def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
 
 def programs() -> tuple[int, int]:
     """The number of compiled programs of `put` and of `select`."""
-    return serving.bank.write._cache_size(), serving.selection._gather_rows._cache_size()
+    return serving.bank.write._cache_size(), serving.bank._gather_rows._cache_size()
 
 
 def live_bytes() -> int:
