@@ -3,11 +3,11 @@
 `sites_from_shapes` starts from an adapter without a model (saving), `selection.select_sites` from a model (attaching,
 loading). Both return the same `Site` values, which define the parameters' specs and the plan of the file.
 
-The parameters that a configuration adapts by their own names: PEFT's `target_parameters`.
-
-PEFT wraps the module that holds such a parameter. If a module holds several, the wrappers nest: the first parameter in
-the module's own order is innermost. With two parameters, `experts.base_layer.lora_A.weight` belongs to the first and
-`experts.lora_A.weight` to the second. A keymap's entries are in that order. Nothing here reads a model.
+A configuration adapts some parameters by their own names: PEFT's `target_parameters`. PEFT wraps the module that holds
+such a parameter. If a module holds several, the wrappers nest: the first parameter in the module's own order is
+innermost. With two parameters, `experts.base_layer.lora_A.weight` belongs to the first and `experts.lora_A.weight` to
+the second. A keymap's entries are in that order. `rename_targets` gives the configuration under another keymap's
+names. Nothing here reads a model.
 """
 
 from __future__ import annotations
@@ -21,24 +21,19 @@ from typing import Any
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import (
-    Shape,
-    SharedTensor,
-    Site,
-    Sites,
-    bind_shared,
-    bind_site,
-    method_tensors,
-)
+from jaxadapt.adapters.site import Shape, SharedTensor, Site, Sites, bind_shared, bind_site, method_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, TargetError, raise_listed
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Modules
 from jaxadapt.methods.base import Method, Target
 from jaxadapt.methods.registry import get_method
+
+# ---------------------------------------------------------------- sites
+
 
 # ---------------------------------------------------------------- target parameters
 
@@ -336,3 +331,77 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 def _is_targeted(config: Config, method: Method, name: str) -> bool:
     """Return True if the configuration selects a module, or a parameter of a method that adapts these."""
     return matching.is_parameter(config, name) if method.on_parameters else matching.is_target(config, name)
+
+
+# ---------------------------------------------------------------- renaming
+
+
+def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Config:
+    """Return the configuration for the same sites under another keymap's module names.
+
+    Without this, a model adapted under its JAX names and saved under PyTorch's would give a file whose `target_modules`
+    match nothing. PEFT loads such a file without an effect.
+
+    Raises `ConfigError` if other fields use the old names, and `KeyMapError` for a leaf without an entry in the keymap.
+    """
+    new_names: list[str] = []
+    renamed: list[str] = []
+    unmapped: list[str] = []
+    for site in sites:
+        match = keymap.match(site.leaf)
+        if match is None:
+            unmapped.append(site.leaf)
+        elif site.method.on_parameters:
+            names = parameter_names(match, _braced_sizes(site, match)).values()
+            renamed += [name for name in names if not matching.is_parameter(config, name)]
+        elif site.method.copies:
+            names = parameter_names(match, _braced_sizes(site, match)).values()
+            renamed += [name for name in site.modules if name not in names]
+        else:
+            names = tuple(match.modules(_braced_sizes(site, match)).values())
+            old_names = site.named.names
+            new_names += (
+                [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
+                if len(names) == len(old_names)
+                else names
+            )
+    raise_listed(
+        KeyMapError,
+        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
+        " for them:",
+        unmapped,
+    )
+    old_modules = [
+        name for site in sites if not site.method.copies and not site.method.on_parameters for name in site.modules
+    ]
+    raise_listed(
+        ConfigError,
+        f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
+        " modules_to_save, target_parameters or bias use the old ones. Pass config= with the new names:",
+        renamed,
+    )
+    if set(old_modules) == set(new_names):
+        return config
+    stale = [
+        name
+        for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "feedforward_modules")
+        if config.get(name)
+    ]
+    if stale:
+        raise ConfigError(
+            f"cannot rename the targets: in the keymap {keymap.name!r} the modules are called"
+            f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
+            f" {', '.join(sorted(old_modules)[:3])}, …. Pass config= with the new names"
+        )
+    if all(matching.is_target(config, name) for name in new_names):
+        return config
+    return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
+
+
+def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
+    """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
+    sizes = {
+        new_axis: site.axis_sizes.get(old_axis, 0)
+        for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
+    }
+    return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

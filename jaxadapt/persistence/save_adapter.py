@@ -26,9 +26,10 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import experts, full_copies, joint_tensors, renaming, sites
+from jaxadapt.adapters import experts, full_copies, joint_tensors, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
 from jaxadapt.adapters.site import Site, make_file_plan
+from jaxadapt.adapters.sites import rename_targets
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
@@ -298,7 +299,7 @@ def take_adapter(
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
-    config = renaming.rename_targets(source.adapter.config, source.sites, new)
+    config = rename_targets(source.adapter.config, source.sites, new)
     return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
 
 

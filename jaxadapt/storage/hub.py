@@ -9,7 +9,7 @@ work (`HF_HUB_OFFLINE`), the token (`HF_TOKEN`, or the one that `hf auth login` 
 The client builds cache paths from the headers `ETag` and `X-Repo-Commit`, and sends the token to any address that the
 server names for Xet. So a server's answer is checked before the client uses it: a mirror is trusted no more than a file
 is. The client's errors become this library's errors, with the repository, the reason and the remedy. Its progress bars
-are shown, hidden, or turned into calls of a `progress.Report`.
+are shown, hidden, or turned into calls of a `progress.Report`. Addresses are read as text, without the client.
 """
 
 from __future__ import annotations
@@ -27,8 +27,71 @@ from urllib.parse import unquote, urlsplit
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import local_files
-from jaxadapt.storage.hub_address import EXAMPLE, SCHEME, Address, could_be_repository, is_address, parse
 from jaxadapt.storage.local_files import file_error
+
+# ---------------------------------------------------------------- hub address
+
+
+SCHEME = "hf://"
+EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
+_NAME = r"[A-Za-z0-9_.-]+"
+_ADDRESS = re.compile(
+    rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/pr/\d+|refs/convert/{_NAME}|[^/]+))?(?:/(?P<subfolder>.*))?"
+)
+
+
+class Address(NamedTuple):
+    """The address of an adapter on the Hub.
+
+    >>> parse("hf://org/name@v1/fr")
+    Address(repo='org/name', revision='v1', subfolder='fr')
+    >>> print(parse("org/name@feature%2Fx"), parse("org/name").revision)
+    hf://org/name@feature%2Fx None
+    """
+
+    repo: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        revision = self.revision or ""
+        if not revision.startswith("refs/"):
+            revision = revision.replace("/", "%2F")
+        version = f"@{revision}" if revision else ""
+        folder = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{SCHEME}{self.repo}{version}{folder}"
+
+    def file(self, name: str) -> str:
+        """Return a file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+def is_address(path: object) -> bool:
+    """Return True if a path is an explicit Hub address: it begins with `hf://`."""
+    return isinstance(path, str | os.PathLike) and str(path).startswith(SCHEME)
+
+
+def could_be_repository(path: str) -> bool:
+    """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
+    return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
+
+
+def parse(text: str) -> Address:
+    """Parse an address. Raises `FileError` if it is invalid.
+
+    A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
+    """
+    match = _ADDRESS.fullmatch(text.removeprefix(SCHEME))
+    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
+        raise FileError(f"{text!r} is not the address of a model repository on the Hub: {EXAMPLE}")
+    folder = (match["subfolder"] or "").strip("/")
+    if (any(part in ("", ".", "..") for part in folder.split("/")) and folder) or "\\" in folder or "\0" in folder:
+        raise FileError(f"{text!r}: {folder!r} is not a valid subfolder of a repository; pass a plain relative path")
+    return Address(match["repo"], (match["revision"] or "").replace("%2F", "/") or None, folder)
+
+
+# ---------------------------------------------------------------- hub
+
 
 # ---------------------------------------------------------------- hub answers
 
