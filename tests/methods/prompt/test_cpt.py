@@ -100,7 +100,7 @@ def test_bad_input() -> None:
         jaxadapt.CPTConfig(cpt_token_ids=[1])
     with pytest.raises(ConfigError, match="cpt_mask: expected 2 integers"):
         jaxadapt.CPTConfig(cpt_token_ids=[1, 2], cpt_mask=[1], task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match=r"initializers\.start\(base, config\)"):
+    with pytest.raises(ConfigError, match=r"initializers\.start\(model, config\)"):
         jaxadapt.init(base, OURS, key=jax.random.key(0))
     with pytest.raises(AttachError, match="cpt_token_ids: expected ids from 0 to 10"):
         start(base, jaxadapt.CPTConfig(cpt_token_ids=[11], task_type="CAUSAL_LM"))
