@@ -49,7 +49,7 @@ class PromptTuning(PromptMethod):
             needed = {"SAMPLE_VOCAB": "", "TEXT": ", tokens=ids"}.get(kind, ", source=adapter")
             raise ConfigError(
                 f'{self.peft_type}: prompt_tuning_init="{kind}" needs data beyond the configuration; create the adapter'
-                f" with jaxadapt.initializers.start(base{needed}, config)"
+                f" with jaxadapt.initializers.start(base, config{needed})"
             )
         return Draw("normal", 1.0)  # torch's nn.Embedding
 
