@@ -11,9 +11,7 @@ theirs are equal, they stay unchanged. Otherwise their ranks are concatenated, a
 same (on loading, PEFT always does so: `utils/transformers_weight_conversion.py`). A model with gate and up in two
 leaves needs neither.
 
-Pure: it works on anything with reshape and transpose.
-
-The expert parameters of a keymap, and the modules of single experts that their parts correspond to.
+`expert_parameters` finds the parameters of experts in a keymap. Pure: it works on anything with reshape and transpose.
 """
 
 from __future__ import annotations

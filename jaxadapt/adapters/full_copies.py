@@ -1,11 +1,9 @@
 """Copies of a model's own weights in an adapter, the tied embeddings among them, and the base's embeddings in a file.
 
-Full and partial copies of leaves in an adapter: saved modules, biases, rows of tokens.
+An adapter copies leaves in full or in part: saved modules, biases, rows of tokens. These are PEFT's rules, on PyTorch
+names. Nothing here reads a model.
 
-These are PEFT's rules, on PyTorch names. Nothing here reads a model.
-
-Tied embeddings: a head that shares the weight of the token embedding. Here they are one leaf, in PEFT two modules.
-
+A tied head shares the weight of the token embedding. Here both are one leaf, in PEFT two modules.
 With `ensure_weight_tying` PEFT keeps one adapter for both and writes it twice, once under each name. Without it, an
 adapter or copy under one name does not affect the weight's use under the other name. A keymap lists the modules that
 can be tied (`KeyMap.tied`); a model ties them if it has no leaf for the head.

@@ -1,8 +1,7 @@
 """A new adapter's initial values and shardings.
 
-Initial values of an adapter: drawn, constant, or derived from the base weights, each created on its own devices.
-
-Shardings of an adapter, derived from those of its base.
+Values are drawn, constant, or derived from the base weights. Each is created on its own devices, and its sharding
+follows from the base weight's sharding.
 
 base weight's sharding ──propagate_axes──► adapter tensor's sharding ──arrays.regions──► each device's region
 """

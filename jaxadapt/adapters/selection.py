@@ -3,14 +3,12 @@
 Selection starts from a model's shapes, for attaching and loading. `sites.sites_from_shapes` finds the same sites in an
 adapter without its model.
 
-The recipe of a new adapter: its resolved configuration and its keymap, from the shapes of a base.
+`make_recipe` resolves a new adapter's configuration and its keymap from the shapes of a base. A selection that may be a
+mistake, and that PEFT accepts silently, is a warning.
 
-`layer_replication`: PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
-
+With `layer_replication`, PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
 Here the model comes with its layers already repeated, so the adapter fits it as any other, and fits the base in PEFT.
 This module checks that the model has as many layers, and that layers which repeat one layer of the base are equal.
-
-Warnings about a selection of modules that may be a mistake, and that PEFT accepts silently.
 """
 
 from __future__ import annotations

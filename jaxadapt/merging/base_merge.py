@@ -1,6 +1,6 @@
 """Merge adapters into the base weights, and unmerge them, as PEFT calls it.
 
-Leaves that an adapter changes, computed on demand.
+A `ChangedLeaf` computes one changed leaf on demand.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Each site has `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r): 
 B (out, r). An embedding's tensors are called `lora_embedding_A` and `lora_embedding_B`. In a convolution the window
 belongs to the inputs; in a grouped convolution A sees all channels. With `lora_bias`, `lora_B_bias` (batch..., out...)
 is added. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale multiplies the rank-r
-side, and the sum is cast to the base output's dtype once, at the end. Each variant has its own file.
+side, and the sum is cast to the base output's dtype once, at the end. The variants DoRA, KaSA and aLoRA follow below.
 
 Differences from PEFT, and its faults that are kept:
 
@@ -14,8 +14,6 @@ Differences from PEFT, and its faults that are kept:
 - PEFT adds the product of an `nn.MultiheadAttention`'s output projection twice, from 0.15.0 (the first version that
   adapts it) to 0.21.2 (the newest). Files were trained that way, so it is added twice here as well. Later versions may
   differ (`is_newer_attention_file`). Its dropout has no effect in PEFT, and none here.
-
-Settings of a LoRA configuration that are refused, by themselves or at one site.
 
 DoRA (Liu et al. 2024, arXiv:2402.09353) with PEFT's conventions: m/‖W + s·B·A‖ · (W + s·B·A), bias untouched.
 

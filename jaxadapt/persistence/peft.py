@@ -1,7 +1,6 @@
 """Convert between a model's layout and PEFT's in memory: `to_peft`, `from_peft` and the decoding that `load` uses.
 
-Load tensors of a file, or of memory, as device arrays in the model's layout.
-
+`load_arrays` loads tensors of a file, or of memory, as device arrays in the model's layout.
 Threads read the regions that devices need, and transpose them where the layouts differ, into memory that XLA's CPU
 client accepts without a copy. The caller's thread transfers arrays as they become ready. So the data is in memory once,
 and the device does not wait for the whole file.

@@ -50,7 +50,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What a model expects of an adapter's file.
+    """The expectations of a model about an adapter's file.
 
     Attributes:
         file: the file's configuration and tensors.

@@ -2,10 +2,8 @@
 
 model / variables ──extract──► Adapter ──encode──► PeftTensors ──folder.write──► files
 
-From a model's layout to PEFT's: extract the adapter of a tree once, then encode it as `PeftTensors`.
-
-Save arrays that are spread over processes: each process writes the regions that it owns into one file.
-
+The adapter of a tree is extracted once, then encoded as `PeftTensors`. If arrays are spread over processes, each
+process writes the regions that it owns into one file.
 `regions.assign_owners` assigns the regions, `regions.file_regions` maps them to the file, `storage.sharded_write`
 writes them.
 """

@@ -1,6 +1,6 @@
 """The variables of one call of a Linen model, with adapter tensors added to `params` beside the weights they adapt.
 
-Adapters of the rows of a batch on a Linen model: leaves added to `params` beside the weights, for one call.
+The adapters of the rows of a batch are added in the same way, for one call.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The paths, the values and the sharing of base parameters do not change. `detach`
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
     layer.active_adapters              ("default",)
 
-Adapters of the rows of a batch on an NNX model: variables beside the weights, which the model's scans slice.
+The adapters of the rows of a batch are variables beside the weights, which the model's scans slice.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ number in the dtype of its module, where that holds it). kohya-ss stores each mo
 `lora_alpha` (or `alpha`) of the configuration, with a pattern for each module that differs. A file without alphas has
 the scale 1, so that its alpha is the rank.
 
-Configurations of image adapters in one file, inferred from the tensors and alphas.
+The configuration is inferred from the tensors and alphas.
 """
 
 from __future__ import annotations
