@@ -1,15 +1,16 @@
-"""A whole model in a GGUF file, read with PyTorch's names and layouts, and written after a merge.
+"""GGUF files of whole models and of adapters, for llama.cpp and Ollama.
 
-GGUF file ──GgufTensors──► {PyTorch key: float32 tensor} ──merge_files.plan_merge──► {…} ──► GGUF file (f16, bf16, q8_0)
+A model is read with PyTorch's names and layouts, and written after a merge:
 
-An adapter as a GGUF file, for llama.cpp and Ollama.
+    GGUF file ──GgufTensors──► {PyTorch key: float32 tensor} ──merge_files.plan_merge──► {…} ──► f16, bf16 or q8_0
 
-PEFT tensors ──plain_form──► one rank, scale 1 ──names and row order of the architecture──► `blk.0.attn_q.weight.lora_a`
+An adapter is written in its plain form:
 
-The layout in which llama.cpp stores each architecture: names, order of rows, transposed and shifted weights.
+    PEFT tensors ──plain_form──► one rank, scale 1 ──the architecture's names and rows──► `blk.0.attn_q.weight.lora_a`
 
-Data on the architectures that are exported. The rules are those of llama.cpp's converter, `conversion/*.py` in the
-sources of llama-cpp-python 0.3.36.
+A table has the layout in which llama.cpp stores each architecture that is exported: names, order of rows, transposed
+and shifted weights. The rules are those of llama.cpp's converter, `conversion/*.py` in the sources of
+llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
