@@ -10,10 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax.core import freeze
-from flax.training.train_state import TrainState
 
 import jaxadapt
 from jaxadapt.core import paths
@@ -138,32 +136,6 @@ def test_init_options_of_flax_work(net):
     assert "intermediates" in model.init(KEY, x, capture_intermediates=True, mutable=True)
 
 
-def test_abstract_init(net):
-    model, variables, x = net
-    specs = jax.eval_shape(model.init, KEY, x)
-    assert jax.tree.structure(specs) == jax.tree.structure(variables)
-    assert [s.shape for s in jax.tree.leaves(specs)] == [v.shape for v in jax.tree.leaves(variables)]
-    assert jaxadapt.extract(specs).config == jaxadapt.extract(variables).config
-    out = jax.eval_shape(model.apply, specs, x)
-    assert out.shape == (2, 5, 4)
-
-
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_bf16_base(dtype):
-    module = nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
-    model = jaxadapt.adapt(module, lora(""), dtype=dtype)
-    variables = model.init(KEY, layers.x())
-    leaves = jax.tree.leaves(variables["lora"])
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype or jnp.float32)}
-    out = model.apply(trained(variables), layers.x())
-    assert out.dtype == jnp.bfloat16
-    close(
-        out.astype(jnp.float32),
-        module.apply(merged(trained(variables)), layers.x()).astype(jnp.float32),
-        5e-2,
-    )
-
-
 def test_collection_of_the_modules_own(net):
     class Taken(nn.Module):
         @nn.compact
@@ -280,22 +252,6 @@ def test_decoding_with_attention_cache():
     assert changed["cache"]["cache_index"] == 3
 
 
-def test_dropout_only_with_its_key(net):
-    model, x = jaxadapt.adapt(Net(), lora(*ALL, lora_dropout=0.5)), layers.x()
-    variables = trained(model.init(KEY, x))
-    silent = model.clone(deterministic=True)
-    plain = silent.apply(variables, x)
-    close(plain, model.module.apply(merged(variables), x))
-    runs = [model.apply(variables, x, rngs={"dropout": jax.random.key(i)}) for i in (1, 1, 2)]
-    np.testing.assert_array_equal(runs[0], runs[1])
-    assert abs(runs[0] - runs[2]).max() > 1e-3
-    assert abs(runs[0] - plain).max() > 1e-3
-    many = jax.vmap(lambda k: model.apply(variables, x, method="encode", rngs={"dropout": k}))(
-        jax.random.split(KEY, 4000)
-    )
-    close(many.mean(0), silent.apply(variables, x, method="encode"), 0.2)  # dropout scales the values it keeps
-
-
 def test_jit_inside_the_model_does_not_keep_an_older_scale():
     inner = nn.jit(nn.Dense)  # one class for all instances, so one cache
 
@@ -331,40 +287,6 @@ def test_bind(net):
 
 
 # ---------------------------------------------------------------- training
-
-
-def test_train_state_end_to_end(net):
-    """Only the adapter trains; one trace serves all updates; the state can be saved and read back."""
-    model, _, x = net
-    variables = model.init(KEY, x)
-    base, traces = variables["params"], []
-    state = TrainState.create(apply_fn=model.apply, params=variables["lora"], tx=optax.adam(1e-2))
-    target = jnp.ones((2, 5, 4))
-
-    @jax.jit
-    def step(state: TrainState, base: Any) -> tuple[TrainState, jax.Array]:
-        traces.append(1)
-
-        def loss(lora: Any) -> jax.Array:
-            return ((state.apply_fn({"params": base, "lora": lora}, x) - target) ** 2).mean()
-
-        value, grads = jax.value_and_grad(loss)(state.params)
-        return state.apply_gradients(grads=grads), value
-
-    losses = []
-    for _ in range(20):
-        state, value = step(state, base)
-        losses.append(float(value))
-    assert losses[-1] < 0.6 * losses[0]
-    assert len(traces) == 1
-    moments = jax.tree.leaves(state.opt_state[0].mu)
-    assert len(moments) == 2 * len(ALL)
-    adapter = jaxadapt.extract({"params": base, "lora": state.params})
-    assert adapter.config == model.adapters[0][1]
-    close(
-        model.apply({"params": base, "lora": state.params}, x),
-        Net().apply({"params": jaxadapt.merge(base, adapter)}, x),
-    )
 
 
 @pytest.mark.parametrize("name", ["dense", "gemma_mlp", "scan0_remat", "mha"])
@@ -422,12 +344,6 @@ def vars_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def test_known_classes_without_a_table(net):
-    model, variables, _ = net
-    adapter = jaxadapt.init(variables["params"], model.adapters[0][1], key=KEY)
-    assert jax.tree.structure(adapter.collection["lora"]) == jax.tree.structure(variables["lora"])
-
-
 def test_a_table_that_contradicts_the_model():
     module = llama_linen.Llama(LlamaConfig(**{**vars_of(LLAMA), "scan": True, "scan_axis": 1}))
     model = jaxadapt.adapt(module, lora("q_proj"), keymap="llama/scan0")
@@ -454,39 +370,6 @@ def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
 
 
 # ---------------------------------------------------------------- several adapters
-
-
-def test_two_names_activate_disable_delete(net):
-    _, _, x = net
-    model = jaxadapt.adapt(jaxadapt.adapt(Net(), lora("q"), name="a"), lora("q", "layers_0", r=3), name="b")
-    variables = model.init(KEY, x)
-    assert set(variables["lora"]) == {"a", "b"}
-    assert (
-        variables["lora"]["a"]["q"]["kernel"]["lora_A"][0] != variables["lora"]["b"]["q"]["kernel"]["lora_A"][0]
-    ).any()
-    variables = trained(variables)
-    base = model.module.apply({"params": variables["params"]}, x)
-    close(model.apply(variables, x), model.module.apply(merged(variables, "b"), x))
-    close(jaxadapt.activate(model, "a").apply(variables, x), model.module.apply(merged(variables, "a"), x))
-    both = jaxadapt.activate(model, "a", "b")
-    close(both.apply(variables, x), model.module.apply(merged(variables, "a", "b"), x))
-    with jaxadapt.disable(both) as plain:
-        np.testing.assert_array_equal(plain.apply(variables, x), base)
-    only_a = jaxadapt.delete(both, name="b")
-    close(only_a.apply(variables, x), model.module.apply(merged(variables, "a"), x))
-    left = jaxadapt.delete(variables, name="b")
-    assert set(left["lora"]) == {"a"}
-    close(only_a.apply(left, x), only_a.apply(variables, x))
-    none = jaxadapt.delete(only_a, name="a")
-    np.testing.assert_array_equal(none.apply(variables, x), base)
-    np.testing.assert_array_equal(none.apply(jaxadapt.delete(left, name="a"), x), base)
-    assert jaxadapt.detach(model) is model.module
-    with pytest.raises(jaxadapt.AttachError, match="'c'.*\\['a', 'b'\\]"):
-        jaxadapt.activate(model, "c")
-    with pytest.raises(jaxadapt.AttachError, match="the name is taken"):
-        jaxadapt.adapt(model, lora("q"), name="a")
-    with pytest.raises(jaxadapt.AttachError, match="holds? no adapter 'b'"):
-        both.apply(left, x)
 
 
 def test_lora_and_ia3_together(net):
@@ -622,17 +505,6 @@ def test_all_linear_without_a_table_leaves_stacked_vectors_alone():
     close(quick(model, variables, layers.x()), quick(Deep(), merged(variables), layers.x()))
 
 
-def test_targets_that_match_nothing_list_near_misses(net):
-    _, _, x = net
-    refused(
-        jaxadapt.TargetError,
-        "(?s)qq.*near misses: q",
-        jaxadapt.adapt(Net(), lora("qq", "layer_0")).init,
-        KEY,
-        x,
-    )
-
-
 @pytest.mark.parametrize(
     ("module", "inputs", "target", "leaf"),
     [
@@ -682,25 +554,6 @@ def test_a_wrapper_is_no_part_of_a_module():
 
     outer = Outer(jaxadapt.adapt(Net(), lora("q")))
     refused(jaxadapt.AttachError, "adapt the outermost module", outer.init, KEY, jnp.ones((2, 8)))
-
-
-class Normed(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(4, name="q")(x))
-
-
-def test_a_module_with_a_state_is_not_saved_in_part():
-    x = jnp.ones((5, 4))
-    refused(
-        jaxadapt.AttachError,
-        "(?s)modules_to_save copies only parameters.*norm.bias.*norm.scale",
-        jaxadapt.adapt(Normed(), lora("q", modules_to_save=["norm"])).init,
-        KEY,
-        x,
-    )
-    variables = jaxadapt.adapt(Normed(), lora("q", bias="all")).init(KEY, x)
-    assert set(jaxadapt.extract(variables).sites) == {"q.kernel", "q.bias", "norm.bias"}
 
 
 # ---- layers that one call reaches and another does not ---------------------------------------------------------

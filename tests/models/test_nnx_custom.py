@@ -13,9 +13,8 @@ import pytest
 from flax import linen, nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError, KeyMapError, TargetError
+from jaxadapt import AttachError, KeyMapError, TargetError, Weight
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.nnx.attach import adapter_variables
 from tests.support.twins import layers, layers_nnx
 

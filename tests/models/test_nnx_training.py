@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.llama_nnx import Llama
 from tests.support import small
@@ -296,14 +296,3 @@ def test_the_demo_llama_scanned_and_rematerialised(axis):
     np.testing.assert_allclose(losses[0], plain, atol=1e-6)
     assert losses[-1] < losses[0] - 0.1
     assert nnx.graphdef(jaxadapt.detach(model)) == graphdef
-
-
-@pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_activating_an_adapter_of_a_model_without_any_says_how_to_attach_one(api: str):
-    model = small.net()
-    if api == "linen":
-        config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
-        module = jaxadapt.adapt(linen.Sequential([linen.Dense(2)]), config)
-        model = jaxadapt.delete(module, name="default")
-    with pytest.raises(AttachError, match=r"cannot activate 'fr': the model has no adapter; attach one with jaxadapt"):
-        jaxadapt.activate(model, "fr")

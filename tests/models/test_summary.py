@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.configs.low_rank import LoHaConfig
+from jaxadapt import LoHaConfig
 
 
 class Net(nnx.Module):

@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxadapt import AttachError
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
-from jaxadapt.core.errors import AttachError
 from jaxadapt.models.tracing.rewrite import Contraction, OtherUse, infer_axes, rewrite, uses
 
 R = 3
