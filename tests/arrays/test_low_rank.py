@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxadapt import AttachError
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use, transposed_axes
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
-from jaxadapt.core.errors import AttachError
 
 
 def numbers(*shape, seed=0):

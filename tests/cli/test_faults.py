@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -18,7 +16,6 @@ import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.core import paths
 from jaxadapt.merging import factors
-from jaxadapt.methods.vera import Vera
 from jaxadapt.persistence.formats import mlx_files
 from tests.support import small
 from tests.support.small import WEIGHTS, files
@@ -117,18 +114,6 @@ def test_factors_that_are_no_floats_are_written_in_no_form(dtype, form, tmp_path
     assert done.exit_code == 1, done.output
     assert re.search(says, done.stderr), done.stderr
     assert not out.exists()
-
-
-def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
-    shared = Vera.shared
-    monkeypatch.setattr(
-        Vera, "shared", lambda *args: tuple(dataclasses.replace(t, from_base=True) for t in shared(*args))
-    )
-    config = jaxadapt.configs.VeraConfig(r=5, target_modules=["q_proj"])
-    with pytest.raises(
-        jaxadapt.AttachError, match=r"VERA: vera_A is a tensor of the whole adapter and cannot be from_b"
-    ):
-        jaxadapt.init(small.base()["params"], config, key=jax.random.key(0))
 
 
 class Counted(str):

@@ -103,12 +103,10 @@ def test_merge_and_combine(evil, tmp_path):
     run("combine", evil, other, "--weights", "1,1", "--out", tmp_path / "both")
 
 
-def test_metrics_of_a_run(tmp_path, monkeypatch):
+def test_metrics_of_a_run(tmp_path):
     """Their names are the heads of a table, in which rich would take them for markup."""
-    from jaxadapt.persistence import run_folder
-
-    monkeypatch.setattr(run_folder.RunFolder, "steps", property(lambda self: [3]))
-    monkeypatch.setattr(run_folder.RunFolder, "metrics", lambda self, step: {EVIL: 1.5})
+    with jaxadapt.CheckpointManager(tmp_path) as manager:
+        manager.save(3, small.host_adapter(), metrics={EVIL: 1.5})
     code, out, _ = run("checkpoints", tmp_path)
     assert code == 0
     assert "[bold]b[/bold]" in out

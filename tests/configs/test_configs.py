@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from jaxadapt import ConfigError
 from jaxadapt.configs import (
     Config,
     FrozenDict,
@@ -27,7 +28,6 @@ from jaxadapt.configs import (
     lora,
     thaw,
 )
-from jaxadapt.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("JAXADAPT_REAL_ADAPTERS") or ROOT.parent / "shared" / "real-adapters") / "configs"

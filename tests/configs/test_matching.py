@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt import init
+from jaxadapt import ConfigError, TargetError, init
 from jaxadapt.adapters.selection import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.configs.frozen import find_pattern_value
@@ -23,7 +23,6 @@ from jaxadapt.configs.matching import (
     select_names,
     with_default_targets,
 )
-from jaxadapt.core.errors import ConfigError, TargetError
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
 NAMES = (

@@ -18,8 +18,8 @@ from flax import nnx
 from rich.console import Console
 
 import jaxadapt
+from jaxadapt import AdapterError, ConfigError, FileError
 from jaxadapt.cli import main
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo import check, finetune, llama, smollm2, training
 from tests.support import compiling
 from tests.support.little_model import little_package as little_package

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError
+from jaxadapt import ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.demo import llama, llama_linen, llama_nnx, smollm2
 from jaxadapt.demo.llama import LlamaConfig
 

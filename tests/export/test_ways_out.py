@@ -18,14 +18,14 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import jaxadapt
+from jaxadapt import AdapterError
 from jaxadapt.cli import main
-from jaxadapt.configs import base as config_base
 from jaxadapt.configs.listing import PEFT_TYPES
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError
-from jaxadapt.export import adapter_export, export_base
+from jaxadapt.export import export_adapter, export_base
 from jaxadapt.methods import METHODS
 from jaxadapt.persistence import consumers
+from tests.support.configs import class_of
 
 KEYMAP = jaxadapt.KeyMap(
     "net",
@@ -85,7 +85,7 @@ def follow(message: str, adapter: jaxadapt.Adapter, tmp_path: Path) -> None:
     for key, x in load_file(tmp_path / "wanted" / "model.safetensors").items():
         np.testing.assert_allclose(found[key], x, rtol=1e-5, atol=1e-5, err_msg=key)  # float32 sums in another order
     if "--rank R --base BASE" in message:
-        assert adapter_export.export_adapter(saved, tmp_path / "near", "vllm", rank=2, base=base).error
+        assert export_adapter(saved, tmp_path / "near", "vllm", rank=2, base=base).error
 
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -103,11 +103,11 @@ def test_what_export_and_inspect_advise_for_an_adapter_works(kind: str, tmp_path
     if kind in FIELDS:
         config: Any = jaxadapt.LoraConfig(r=2, target_modules=targets, **FIELDS[kind])
     else:
-        cls: Any = config_base.class_of(kind)
+        cls: Any = class_of(kind)
         config = cls(**{**METHODS[kind].examples()[0], "target_modules": targets})
     adapter = adapted(config, parameters(), tmp_path / "adapter")
     with pytest.raises(AdapterError) as refused:
-        adapter_export.export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
     follow(str(refused.value), adapter, tmp_path)
     info = jaxadapt.inspect(tmp_path / "adapter")
     (vllm,) = [r for r in consumers.judge_readers(info.config, info.tensors) if r.name == "vLLM"]
@@ -122,12 +122,12 @@ PROMPTS = [name for name in PEFT_TYPES if name not in METHODS or METHODS[name].s
 @pytest.mark.parametrize("peft_type", PROMPTS)
 def test_no_merge_is_advised_for_a_method_that_none_has(peft_type: str):
     """tests/serving/test_ways_out.py loads each of the prompts."""
-    cls = config_base.class_of(peft_type)
+    cls = class_of(peft_type)
     config = jaxadapt.Config.from_dict(
         {"peft_type": peft_type, "task_type": "CAUSAL_LM", **FIELDS_OF.get(peft_type, {})}
     )
     with pytest.raises(AdapterError) as refused:
-        adapter_export.export_adapter(jaxadapt.PeftTensors(config, {}), "out", "vllm")
+        export_adapter(jaxadapt.PeftTensors(config, {}), "out", "vllm")
     assert "jaxadapt merge" not in str(refused.value)
     assert ("PEFT and jaxadapt.load run it" if cls is not None else "only PEFT runs") in str(refused.value)
     assert not any(r.remedy for r in consumers.judge_readers(config))
@@ -143,7 +143,7 @@ def test_a_merge_for_experts_is_advised_in_memory(tmp_path: Path):
     remedies = {r.name: r.remedy for r in consumers.judge_readers(info.config, info.tensors) if r.remedy}
     assert remedies["MLX"] == "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
     with pytest.raises(AdapterError, match="this is a parameter") as refused:
-        adapter_export.export_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx")
+        export_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx")
     assert not (tmp_path / "mlx").exists()
     assert "jaxadapt merge" not in str(refused.value)
     assert "export_base(model, folder, adapter)" in str(refused.value)
@@ -162,7 +162,7 @@ def test_an_output_bias_for_a_base_without_biases_stays_an_adapter(tmp_path: Pat
     adapted(config, params, tmp_path / "adapter")
     export_base(params, tmp_path / "base", keymap=KEYMAP)
     with pytest.raises(AdapterError, match="if the adapted modules of the base have biases; else only PEFT and jaxad"):
-        adapter_export.export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
     merge = ["merge", tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / "out"]
     result = CliRunner().invoke(main, [str(arg) for arg in merge])
     assert "keep the adapter beside it" in " ".join(result.output.split())
@@ -221,7 +221,7 @@ def test_kasa_is_merged_into_the_base_that_it_changes(tmp_path: Path):
     started = jaxadapt.initializers.start(parameters(), config, key=jax.random.key(0), keymap=KEYMAP)
     jaxadapt.save(started.adapter, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r'jaxadapt\.load\(…, base="original"\), jaxadapt\.merge'):
-        adapter_export.export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
+        export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
     loaded = jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP, base="original")
     wanted = jaxadapt.merge(started.base, started.adapter)
     np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted["q"]["kernel"], atol=1e-5)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxadapt.configs import listing
-from jaxadapt.configs.base import class_of
-from jaxadapt.methods import METHODS
+from jaxadapt.methods import METHODS, describe_methods
+from tests.support.configs import class_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
@@ -138,7 +138,7 @@ def table(results: Results, kept: Mapping[str, Mapping[str, str]], layers: Mappi
     head = ["method", "kinds of layers", "PEFT's", *COLUMNS, "merges", "own rows"]
     head += ["PEFT: accuracy", "PEFT: time ÷ LoRA's"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for info in listing.describe_methods():
+    for info in describe_methods():
         name = f"[{info.peft_type}]({info.paper})" if info.paper else info.peft_type
         method = METHODS[info.peft_type]
         kinds = {"model": "the model", "copies": "any module"}.get(method.scope, ", ".join(sorted(method.kinds)))

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxadapt.configs import listing
 from jaxadapt.demo import check, finetune, llama, training
+from jaxadapt.methods import describe_methods
 
 LAYER = llama.LlamaConfig(
     vocab_size=64, hidden_size=576, intermediate_size=1536, num_layers=1, num_heads=9, num_kv_heads=3, head_dim=64,
     rope_theta=1e5,
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
-GOOD = [info.peft_type.lower() for info in listing.describe_methods() if (info.facts.accuracy or 0) >= 0.35]
+GOOD = [info.peft_type.lower() for info in describe_methods() if (info.facts.accuracy or 0) >= 0.35]
 
 
 def weights(config: llama.LlamaConfig) -> dict[str, np.ndarray]:

@@ -9,13 +9,12 @@ import re
 import numpy as np
 import pytest
 
+from jaxadapt import KeyMapError, MismatchError, Weight
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import families, keymap, plan
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match, from_data, to_data
-from jaxadapt.keymaps.weight import Weight
 
 
 def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
@@ -322,20 +321,25 @@ def test_stacked_axes_must_agree_in_size():
     assert families.resolve_keymap("auto", {**shapes, "model.layers.mlp.up_proj.kernel": (4, 8, 12)}) is GENERIC
 
 
-def test_an_ambiguous_model_names_both_tables(monkeypatch):
+def with_other(table, without=""):
+    """The families and one more."""
+    return {name: known for name, known in FAMILIES.items() if name != without} | {table.name: table}
+
+
+def test_an_ambiguous_model_names_both_tables():
     twin = KeyMap("llama-twin", FAMILIES["llama"].weights)
-    monkeypatch.setitem(FAMILIES, "llama-twin", twin)
     with pytest.raises(KeyMapError) as caught:
-        families.resolve_keymap("auto", llama_shapes())
+        families.resolve_keymap("auto", llama_shapes(), with_other(twin))
     assert "llama, llama-twin" in str(caught.value)
     assert "keymap=" in str(caught.value)
 
 
-def test_a_table_with_fewer_lines_to_spare_is_the_better_one(monkeypatch):
+def test_a_table_with_fewer_lines_to_spare_is_the_better_one():
     more = (*FAMILIES["llama"].weights, Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d"))
-    monkeypatch.setitem(FAMILIES, "llama-more", KeyMap("llama-more", more))
-    assert families.resolve_keymap("auto", llama_shapes()).name == "llama"
-    assert families.resolve_keymap("auto", {**llama_shapes(), "model.layers.0.extra": (8,)}).name == "llama-more"
+    known = with_other(KeyMap("llama-more", more))
+    assert families.resolve_keymap("auto", llama_shapes(), known).name == "llama"
+    shapes = {**llama_shapes(), "model.layers.0.extra": (8,)}
+    assert families.resolve_keymap("auto", shapes, known).name == "llama-more"
 
 
 def other_llama(name, **options):
@@ -345,35 +349,34 @@ def other_llama(name, **options):
     return KeyMap(name, (*lines, q), **options)
 
 
-def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare(monkeypatch):
+def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare():
     spare = (*other_llama("x").weights, Weight("more.{l}", "more.{l}.weight", "d -> d"))
-    monkeypatch.setitem(FAMILIES, "other", KeyMap("other", spare, proved=False))
+    known = with_other(KeyMap("other", spare, proved=False))
     with pytest.raises(KeyMapError, match=r"several keymaps: llama, other \(not verified\); select one with keymap="):
-        families.resolve_keymap("auto", llama_shapes())
+        families.resolve_keymap("auto", llama_shapes(), known)
 
 
-def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "other", other_llama("other", proved=False))
-    monkeypatch.delitem(FAMILIES, "llama")
+def test_a_table_that_is_not_proved_is_never_recognised():
+    known = with_other(other_llama("other", proved=False), without="llama")
     with pytest.raises(KeyMapError, match="looks like 'other', but that keymap has not been verified.*keymap='other'"):
-        families.resolve_keymap("auto", llama_shapes())
-    assert families.resolve_keymap("other", llama_shapes()).name == "other"
+        families.resolve_keymap("auto", llama_shapes(), known)
+    assert families.resolve_keymap("other", llama_shapes(), known).name == "other"
 
 
-def test_a_table_for_whole_models_takes_no_part_of_one(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "other", other_llama("other", complete=True))
-    monkeypatch.delitem(FAMILIES, "llama")
-    assert families.resolve_keymap("auto", llama_shapes()).name == "other"
-    assert families.resolve_keymap("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC
-    assert families.resolve_keymap("auto", {**llama_shapes(), "tower.0.extra": (3,)}).name == "other"
+def test_a_table_for_whole_models_takes_no_part_of_one():
+    known = with_other(other_llama("other", complete=True), without="llama")
+    part = {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}
+    assert families.resolve_keymap("auto", llama_shapes(), known).name == "other"
+    assert families.resolve_keymap("auto", part, known) is GENERIC
+    assert families.resolve_keymap("auto", {**llama_shapes(), "tower.0.extra": (3,)}, known).name == "other"
 
 
-def test_a_table_is_not_recognised_without_what_it_needs(monkeypatch):
+def test_a_table_is_not_recognised_without_what_it_needs():
     extra = Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d")
     lines = (*other_llama("x").weights, extra)
-    monkeypatch.setitem(FAMILIES, "other", KeyMap("other", lines, needs=(extra.leaf,)))
-    assert families.resolve_keymap("auto", llama_shapes()).name == "llama"
-    scanned = FAMILIES["other"].scanned(1)
+    other = KeyMap("other", lines, needs=(extra.leaf,))
+    assert families.resolve_keymap("auto", llama_shapes(), with_other(other)).name == "llama"
+    scanned = other.scanned(1)
     assert scanned.needs == ("model.layers.extra",)
     assert keymap.coverage(scanned, {**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
 
@@ -413,13 +416,12 @@ def test_a_keymap_is_a_table_or_a_name():
         families.resolve_keymap([Weight("a", "a.weight", "i o -> o i")], {})
 
 
-def test_the_leaves_of_an_adapter_alone(monkeypatch):
+def test_the_leaves_of_an_adapter_alone():
     leaf = "model.layers.3.self_attn.q_proj.kernel"
     assert families.family_of_leaves([leaf]).name == "llama"
     assert families.family_of_leaves(["a.kernel"]) is GENERIC
-    monkeypatch.setitem(FAMILIES, "other", other_llama("other"))
     with pytest.raises(KeyMapError, match=r"fit several keymaps: .*\bllama\b.*other"):
-        families.family_of_leaves([leaf])
+        families.family_of_leaves([leaf], with_other(other_llama("other")))
 
 
 def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():

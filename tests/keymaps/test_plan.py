@@ -11,13 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxadapt import IA3Config, LoraConfig
+from jaxadapt import IA3Config, KeyMap, KeyMapError, LoraConfig, MismatchError
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import keymap, plan
-from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.storage.source import cast
 

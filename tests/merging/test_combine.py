@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, MismatchError
+from jaxadapt import ConfigError, KeyMap, KeyMapError, MismatchError, Weight
 from jaxadapt.export import merge_files
-from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.merging import combination
 from tests.support import small
 

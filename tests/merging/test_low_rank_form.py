@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import AttachError
-from jaxadapt.configs.base import class_of
+from jaxadapt import AttachError, KeyMap, Weight
 from jaxadapt.core import paths
-from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.methods import METHODS
 from jaxadapt.methods.matrix import FactoredMethod
+from tests.support.configs import class_of
 
 # Split heads in another order than PyTorch's, a stacked axis that is not the first, fused parts, and a scaled weight.
 KEYMAP = KeyMap(

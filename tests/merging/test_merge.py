@@ -12,12 +12,9 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import jaxadapt
-from jaxadapt import AttachError, MismatchError
+from jaxadapt import AttachError, KeyMap, MismatchError, Weight
 from jaxadapt.adapters import selection
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.merging import factors
-from jaxadapt.models import attachment
 from tests.support import small
 from tests.support.small import IA3, LORA, X
 
@@ -438,7 +435,7 @@ def test_merging_two_adapters_one_after_the_other():
     model = small.net()
     for name, adapter in (("a", first), ("b", second)):
         jaxadapt.adapt(model, adapter.config, name=name, rngs=nnx.Rngs(0))
-        attachment.inject(model, adapter, name=name)
+        jaxadapt.inject(model, adapter, name=name)
     jaxadapt.activate(model, "a", "b")
     merged = jaxadapt.merge(jaxadapt.merge(params, first), second)
     np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadapt import KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Use
-from jaxadapt.configs.base import class_of
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
+from tests.support.configs import class_of
 
 LINEAR = Weight("w", "a.q.weight", "o i -> o i")
 

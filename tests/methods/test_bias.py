@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import ConfigError, methods
-from jaxadapt.configs.base import class_of
+from tests.support.configs import class_of
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")

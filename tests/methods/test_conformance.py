@@ -18,16 +18,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, configs
+from jaxadapt import AttachError, ConfigError, KeyMap, Weight, configs
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.adapters.site import all_tensors, make_file_plan, map_stack, torch_layout
 from jaxadapt.arrays.axes import LETTERS, Use
-from jaxadapt.configs.base import class_of
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod
+from tests.support.configs import class_of
 
 OUT, IN = 16, 8
 ROLES = {"A", "B", "embedding", "bias", "vector", "copy", "frozen", "other"}

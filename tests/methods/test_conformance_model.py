@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.site import all_tensors
-from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.initializers import start
 from jaxadapt.methods import METHODS
+from tests.support.configs import class_of
 
 SIZES = llama.LlamaConfig(
     vocab_size=32, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4

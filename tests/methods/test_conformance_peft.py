@@ -20,9 +20,9 @@ import jaxadapt
 from jaxadapt import AttachError, configs, methods
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import all_tensors
-from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, llama_nnx
+from tests.support.configs import class_of
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")

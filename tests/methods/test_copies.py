@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import AttachError, ConfigError, IA3Config, LoraConfig
+from jaxadapt import AttachError, ConfigError, IA3Config, LoraConfig, Weight
 from jaxadapt.adapters import selection
 from jaxadapt.arrays.axes import Axes, Use
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod, Start, Target
 from jaxadapt.methods.applied import AppliedMethods, check_biases, refuse_rivals
 from jaxadapt.methods.full_copy import CopyHparams, FullCopy

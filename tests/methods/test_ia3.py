@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import AttachError, ConfigError, IA3Config
+from jaxadapt import AttachError, ConfigError, IA3Config, KeyMap, Weight
 from jaxadapt.adapters import selection
 from jaxadapt.arrays.axes import Operation
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
 
 

@@ -9,8 +9,8 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
+from tests.support.configs import class_of
 
 X = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
 

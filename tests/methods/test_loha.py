@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import ConfigError, LoHaConfig
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt import ConfigError, LoHaConfig, Weight
 from tests.methods.one_layer import hook_of, numbers
 
 PATTERNS = {1: "x i o -> o i x", 2: "x y i o -> o i x y"}

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, LoKrConfig, Weight
+from jaxadapt import ConfigError, KeyMap, LoKrConfig, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.lokr import split_size
 

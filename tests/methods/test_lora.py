@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig
+from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.per_entry import LAYER
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod, lora
 from jaxadapt.methods.base import needs_layer_number
 
@@ -109,6 +108,22 @@ def test_alora_adapts_from_the_last_invocation_on(sequence):
     rows = [[1, 7, 8, 7, 2], [7, 8, 7, 8, 7], [1, 2, 3, 4, 5], [7, 7, 7, 8, 8]]
     mask = lora.invocation_mask(sequence, jnp.array(rows))
     assert mask.tolist() == [by_hand(sequence, row) for row in rows]
+
+
+@pytest.mark.peft
+def test_the_tokens_are_those_that_peft_finds():
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    rng = np.random.RandomState(1)
+    for size in (1, 2, 3):
+        sequence = [1, 0, 1][:size]
+        ids = rng.randint(0, 2, (40, 7))
+        config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=sequence)
+        offsets = calculate_alora_offsets({"default": config}, "default", torch.from_numpy(ids))
+        wanted = np.arange(7)[None] >= 7 - np.array([n or 0 for n in offsets])[:, None]
+        np.testing.assert_array_equal(lora.invocation_mask(sequence, jnp.asarray(ids)), wanted)
+        assert not lora.invocation_mask(sequence, jnp.zeros((2, size - 1), int)).any()
 
 
 def test_alora_adds_its_output_to_those_tokens_only():

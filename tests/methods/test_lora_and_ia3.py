@@ -10,18 +10,16 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, configs, methods
+from jaxadapt import ConfigError, KeyMap, KeyMapError, Weight, configs, methods
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Use
-from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import METHODS, AppliedMethod, Method
 from jaxadapt.methods.lora import REFUSED_FIELDS
 from tests.support import small
+from tests.support.configs import class_of
 
 TYPES = ["IA3", "LORA"]
 # One line a way a weight may look: plain, flattened heads, transposed, fused, partly fused, stacked.

@@ -9,13 +9,12 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, DeftConfig, DeloraConfig, FourierFTConfig, PeanutConfig, WaveFTConfig
+from jaxadapt import AttachError, ConfigError, DeftConfig, DeloraConfig, FourierFTConfig, PeanutConfig, WaveFTConfig
 from jaxadapt.arrays.random_draws import TorchRandom
-from jaxadapt.configs.base import class_of
-from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods import METHODS, waveft
 from jaxadapt.methods.applied import AppliedMethods
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
+from tests.support.configs import class_of
 
 CASES = {
     "fourier": ("FourierFTConfig", {"n_frequency": 40, "scaling": 20.0}),

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
+from tests.support.configs import class_of
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from jaxadapt import KeyMap, Weight
 from jaxadapt.adapters import selection
-from jaxadapt.configs.base import class_of
-from jaxadapt.keymaps.keymap import KeyMap, Weight
 from jaxadapt.methods import METHODS
+from tests.support.configs import class_of
 
 KEYMAP = KeyMap("layers", (Weight("w", "h.{l}.q.weight", "{l} i o -> o i"),))
 

@@ -20,12 +20,11 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import ConfigError, configs, methods
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import listing
-from jaxadapt.configs.base import Config
+from jaxadapt.configs import Config
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods import METHODS, Effects, Method
+from jaxadapt.methods import METHODS, Effects, Method, describe_methods
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
@@ -126,7 +125,7 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
     method = make_shared()
     with registered(method, rows="call"):
         config = method.config(target_modules=["q", "up"])  # type: ignore[attr-defined]
-        assert {info.peft_type: info.facts.rows for info in listing.describe_methods()}["CODE"] == "call"
+        assert {info.peft_type: info.facts.rows for info in describe_methods()}["CODE"] == "call"
         model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
         np.testing.assert_array_equal(model(X), Net()(X))
         adapter = jaxadapt.extract(model)

@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError
+from jaxadapt import AttachError, ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Operation, Use
-from jaxadapt.configs.base import class_of
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.applied import AppliedMethods
 from jaxadapt.models.tracing.rewrite import rewrite
+from tests.support.configs import class_of
 
 CONV = Weight("w", "q.weight", "x y i o -> o i x y", kind="conv")
 TABLE = Weight("w", "q.weight", "v d -> v d", kind="embedding")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -34,6 +35,20 @@ def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis
     cut = {k: np.take(v, range(v.shape[axis] // 2), axis) if k.endswith(tensor) else v for k, v in file.tensors.items()}
     with pytest.raises(MismatchError, match=rf"(?s)too small.*(q|up) has \d+ .*{tensor} has"):
         jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, cut), BASE)
+
+
+def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
+    from jaxadapt.methods.vera import Vera
+
+    shared = Vera.shared
+    monkeypatch.setattr(
+        Vera, "shared", lambda *args: tuple(dataclasses.replace(t, from_base=True) for t in shared(*args))
+    )
+    config = jaxadapt.configs.VeraConfig(r=5, target_modules=["q"])
+    with pytest.raises(
+        jaxadapt.AttachError, match=r"VERA: vera_A is a tensor of the whole adapter and cannot be from_b"
+    ):
+        jaxadapt.init(BASE, config, key=jax.random.key(0))
 
 
 def randlora() -> Any:

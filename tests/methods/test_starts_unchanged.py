@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxadapt import KeyMap
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.configs.base import class_of
-from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods import METHODS
 from tests.methods.test_conformance import ORDER, PLAIN, hook_of, random, through, use_of, x_of
+from tests.support.configs import class_of
 
 FIELDS = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "TINYLORA": "init_weights"}
 

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import ConfigError
+from jaxadapt import ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.configs.base import class_of
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
+from tests.support.configs import class_of
 
 LINEAR = Weight("w", "q.weight", "i o -> o i")
 

@@ -19,14 +19,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight
+from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight, optim
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.site import all_tensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.analysis import method_sizes
 from jaxadapt.cli import main
 from jaxadapt.configs import listing, lora
-from jaxadapt.configs.base import class_of
 from jaxadapt.configs.matching import tensor_prefixes
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
@@ -34,9 +33,9 @@ from jaxadapt.demo import llama_linen, training
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import merge_files
 from jaxadapt.keymaps import pytorch
-from jaxadapt.methods import METHODS
-from jaxadapt.training import optim
+from jaxadapt.methods import METHODS, describe_methods
 from tests.full import methods_table
+from tests.support.configs import class_of
 
 IN, OUT = 8, 16
 X = np.random.default_rng(5).standard_normal((4, IN)).astype("float32")
@@ -158,7 +157,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
 
 
 def test_every_method_is_listed_with_its_facts():
-    found = {info.peft_type: info for info in listing.describe_methods()}
+    found = {info.peft_type: info for info in describe_methods()}
     assert set(METHODS) <= found.keys()
     assert not listing.passing_types().keys() & found.keys()
     for peft_type, info in found.items():
@@ -175,7 +174,7 @@ def test_the_list_has_all_types_of_peft():
     package = Path(pytest.importorskip("peft").__file__).parent
     known = {getattr(peft_type, "value", peft_type) for peft_type in mapping}
     assert known <= {*listing.PEFT_TYPES}
-    for info in listing.describe_methods():
+    for info in describe_methods():
         assert not info.source or (package.parent / info.source).is_dir(), info.source
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt import AttachError, FileError
 from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.training.checkpoint import step_files
 from tests.support import small

@@ -8,18 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt.core.errors import FileError
+from jaxadapt import FileError
 from jaxadapt.persistence.formats import peft_folder as folder
-from jaxadapt.storage import atomic, location, safetensors
+from jaxadapt.storage import atomic, safetensors
 from tests.support import small
 from tests.support.small import CARD, CONFIG, LORA, WEIGHTS
 
@@ -243,23 +245,23 @@ TABLE = jaxadapt.KeyMap("plain", (jaxadapt.Weight("{path}.kernel", "{path}.weigh
 
 def test_in_a_store_the_error_says_what_is_where(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is put back there, and each file is put as a whole."""
-    place = location.to_location("memory://faults/adapter")
-    jaxadapt.save(OLD, str(place))
-    real, calls = location.Address.put, list[str]()
+    place, store = "memory://faults/adapter", fsspec.get_filesystem_class("memory")
+    jaxadapt.save(OLD, place)
+    put, calls = store.put_file, list[str]()
 
-    def refuse(self: location.Address, local: str) -> None:
-        calls.append(self.name)
+    def refuse(self: Any, local: str, remote: str, **options: Any) -> None:
+        calls.append(next(name for name in (WEIGHTS, CONFIG, CARD) if f"/{name}" in remote))
         if len(calls) == 2:
-            raise FileError(f"{self}: cannot write: the connection failed")
-        real(self, local)
+            raise OSError("the connection failed")
+        put(self, local, remote, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(location.Address, "put", refuse)
+        patch.setattr(store, "put_file", refuse)
         with pytest.raises(FileError, match=rf"connection failed; .* already in {place}/{WEIGHTS}, and not in {place}"):
-            jaxadapt.save(NEW, str(place))
+            jaxadapt.save(NEW, place)
     assert calls == [WEIGHTS, CONFIG]
     with pytest.warns(UserWarning, match="interrupted"):
-        assert jaxadapt.read(str(place)).config.lora_alpha == 1
+        assert jaxadapt.read(place).config.lora_alpha == 1
 
 
 # ---- a reader beside a saver -------------------------------------------------------------------------------
@@ -304,8 +306,6 @@ def test_a_save_that_ends_while_the_reader_looks_again_is_no_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The JSON takes its place between two looks of the reader, which no save between two processes can time."""
-    from jaxadapt.persistence import reconcile
-
     jaxadapt.save(OLD, tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
     with monkeypatch.context() as patch:
@@ -320,10 +320,10 @@ def test_a_save_that_ends_while_the_reader_looks_again_is_no_interrupted_one(
         if len(waited) == 3:
             (tmp_path / CONFIG).write_bytes(after)
 
-    monkeypatch.setattr(reconcile.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     assert jaxadapt.read(tmp_path).config.lora_alpha == 1
     assert len(waited) == 3
-    assert sum(reconcile._WAITS) < 1
+    assert sum(waited) < 1
 
 
 # ---- the model card ----------------------------------------------------------------------------------------

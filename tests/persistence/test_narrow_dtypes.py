@@ -15,12 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
+from jaxadapt import serving
 from jaxadapt.export import export_adapter, export_base
 from jaxadapt.export.conversion import convert_format
 from jaxadapt.export.merge_files import merge_folder
 from jaxadapt.merging import to_lora
 from jaxadapt.models import LoraTree
-from jaxadapt.serving import bank
 
 CONFIG = jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["q", "v"])
 BASE = {name: {"kernel": np.ones((4, 6), "float32")} for name in ("q", "v")}
@@ -127,7 +127,7 @@ def test_new_adapters_banks_and_models_take_only_float_dtypes(tmp_path: Path) ->
     save_file({"q.weight": np.ones((6, 4), "float32"), "v.weight": np.ones((6, 4), "float32")}, tmp_path / "m")
     calls: list[Callable[[Any], Any]] = [
         lambda dtype: jaxadapt.init(BASE, CONFIG, key=jax.random.key(0), keymap=TABLE, dtype=dtype),
-        lambda dtype: bank.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype=dtype),
+        lambda dtype: serving.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype=dtype),
         lambda dtype: export_base(BASE, tmp_path / "out", keymap=TABLE, dtype=dtype),
     ]
     jaxadapt.save(adapter(1.0), tmp_path / "in")
@@ -143,10 +143,10 @@ def test_new_adapters_banks_and_models_take_only_float_dtypes(tmp_path: Path) ->
 
 def test_a_bank_whose_dtype_cannot_hold_an_adapter_refuses_it() -> None:
     """NaN is held by every dtype: such an adapter changes only its own rows."""
-    made = bank.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype="float16")
+    made = serving.create(BASE, CONFIG, slots=2, keymap=TABLE, dtype="float16")
     with pytest.raises(jaxadapt.AttachError, match=r"q\.kernel: 3 finite values of lora_A overflow the bank's float16"):
-        bank.prepare(made, adapter())
-    (row, *_) = bank.prepare(made, adapter(np.nan))
+        serving.prepare(made, adapter())
+    (row, *_) = serving.prepare(made, adapter(np.nan))
     assert np.isnan(row["lora_A"]).sum() == 3
 
 

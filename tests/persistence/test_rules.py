@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt.core.errors import MismatchError
+from jaxadapt import MismatchError
 from jaxadapt.models import planning
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.rules import Expected, Options

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.configs.base import class_of
 from jaxadapt.persistence import base_checks
 from tests.support import small
+from tests.support.configs import class_of
 
 P = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

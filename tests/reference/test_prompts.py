@@ -23,7 +23,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import start
 from tests.support import prompts
 from tests.support.prompts import IDS, PREFIX, PROJECTED, TASKS, TYPES, Case

@@ -28,7 +28,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError
 from tests.support.prompts import Case, close
 from tests.support.twins import t5
 

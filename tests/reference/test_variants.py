@@ -21,9 +21,9 @@ import peft
 import torch
 
 import jaxadapt
+from jaxadapt import optim
 from jaxadapt.analysis.norms import measure_norms
 from jaxadapt.core import paths
-from jaxadapt.training import optim
 from tests.reference import test_lora_matrix as matrix
 from tests.reference.test_lora_matrix import EMB, LINEAR, Case, Ours, close, lora
 from tests.support import peft_harness as harness

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxadapt.core.errors import ConfigError, FileError, FormatError
+from jaxadapt import ConfigError, FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.server import run

@@ -9,10 +9,10 @@ import pytest
 
 import jaxadapt
 from jaxadapt import serving
-from jaxadapt.configs.base import class_of
 from jaxadapt.demo import llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS
 from jaxadapt.server.base import make_room
+from tests.support.configs import class_of
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide": ("VERA", {"r": 3, "target_modules": ["q_proj", "o_proj"]}),

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError, serving
 from tests.support import banked, meshes, small
 from tests.support.banked import INPUT, KINDS, MAX_RANK, NAMES, ROWS, Given, Served, alone, check_rows, served
 

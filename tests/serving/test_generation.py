@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt import ConfigError, MismatchError, serving
 from jaxadapt.demo import llama, llama_linen, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward

@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError, serving
 from tests.support import small
 
 LORA = small.LORA.replace(r=3)

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt import AttachError, FileError, serving
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving import pool as pools
 from jaxadapt.serving.index import Recent

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt import AttachError, FileError
 from jaxadapt.serving import pool as pools
 from tests.serving.test_pool import make, marks, value, write
 from tests.support.small import WEIGHTS

@@ -11,12 +11,11 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.configs.base import class_of
+from jaxadapt import AttachError, serving
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import METHODS
 from tests.support import banked, meshes
+from tests.support.configs import class_of
 
 ROWS = [(t, i) for t in sorted(METHODS) if METHODS[t].rows != "no" for i in range(len(METHODS[t].examples()))]
 X = np.random.default_rng(0).standard_normal((4, 3, 8)).astype("f4")

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError, serving
 from tests.support import banked, meshes, small
 from tests.support.banked import BASE, INPUT, NAMES, Given, Served, alone
 

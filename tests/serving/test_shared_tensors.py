@@ -12,9 +12,8 @@ import optax
 import pytest
 
 import jaxadapt
-from jaxadapt import serving
+from jaxadapt import AttachError, serving
 from jaxadapt.configs import VeraConfig
-from jaxadapt.core.errors import AttachError
 from tests.support import banked, meshes, small
 from tests.support.banked import INPUT, LAYERS, NAMES, SIZES, Given, Served, check_rows
 

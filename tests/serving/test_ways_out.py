@@ -12,13 +12,12 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import serving
-from jaxadapt.configs.base import class_of
+from jaxadapt import AttachError, serving
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import Llama
 from jaxadapt.methods import METHODS
+from tests.support.configs import class_of
 
 IDS = np.array([[1, 3, 0], [2, 2, 1]])
 SIZES = LlamaConfig(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxadapt.core.errors import FileError
+from jaxadapt import FileError
 from jaxadapt.storage import atomic, safetensors, sharded_write
 
 ROOT = Path(__file__).resolve().parent.parent.parent

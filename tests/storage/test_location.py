@@ -60,15 +60,16 @@ def place(bucket: str) -> str:
     return f"{bucket}/{next(_number)}"
 
 
-def fail_to_put(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    put = location.Address.put
+def fail_to_put(monkeypatch: pytest.MonkeyPatch, place: str, name: str) -> None:
+    fs = location.to_location(place).store()[0]
+    put = fs.put_file
 
-    def failing(self: location.Address, local: str) -> None:
-        if self.name == name:
-            raise jaxadapt.FileError(f"{self}: the connection is gone")
-        put(self, local)
+    def failing(local: str, remote: str, **options: Any) -> None:
+        if f"/{name}" in remote:  # or a temporary beside it
+            raise OSError("the connection is gone")
+        put(local, remote, **options)
 
-    monkeypatch.setattr(location.Address, "put", failing)
+    monkeypatch.setattr(fs, "put_file", failing)
 
 
 # ---------------------------------------------------------------- adapters
@@ -117,7 +118,7 @@ def test_a_save_that_fails_between_its_files(torn: str, place: str, monkeypatch:
     """The weights go first, and their header says which configuration they replace: a torn pair is seen to be one."""
     before, after = small.trained(), small.trained(small.LORA.replace(lora_alpha=12), seed=7)
     jaxadapt.save(before, place)
-    fail_to_put(monkeypatch, torn)
+    fail_to_put(monkeypatch, place, torn)
     with pytest.raises(jaxadapt.FileError, match="the connection is gone"):
         jaxadapt.save(after, place)
     assert set(stores.files(place)) == {CARD, CONFIG, WEIGHTS}

@@ -16,7 +16,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.core.errors import FileError, FormatError, MismatchError
+from jaxadapt import FileError, FormatError, MismatchError
 from jaxadapt.storage import safetensors as codec
 from jaxadapt.storage.strided import NAMES, numpy_dtype
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt import FileError, FormatError
 from jaxadapt.storage import safetensors as codec
 
 

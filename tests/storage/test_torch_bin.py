@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt import FileError, FormatError
 from jaxadapt.storage import torch_bin
 
 ROOT = Path(__file__).resolve().parent.parent.parent

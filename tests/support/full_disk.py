@@ -27,8 +27,9 @@ import numpy as np
 import pytest
 
 import jaxadapt
-import jaxadapt.configs.base  # loaded before the process changes its user, who may not read this folder
 from tests.support import leave
+
+_ = jaxadapt.Config  # loaded before the process changes its user, who may not read this folder
 
 # write, pwrite64, writev, pwritev, and seccomp itself
 _CALLS = {"x86_64": (1, 18, 20, 296, 317), "aarch64": (64, 68, 66, 70, 277)}

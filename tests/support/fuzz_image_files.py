@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import AdapterError
+from jaxadapt import AdapterError
 from jaxadapt.persistence.formats import image_files, image_names
 from jaxadapt.storage.source import as_source
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.core.errors import AdapterError
+from jaxadapt import AdapterError
 from jaxadapt.persistence.formats import mlx_files
 from jaxadapt.storage.source import as_source
 

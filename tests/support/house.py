@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import dataclasses
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ from typing import Any
 Graph = Mapping[str, set[str]]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
+# Packages whose tests are about their modules: functions on plain values, tables, bytes.
+PURE = ("adapters", "arrays", "configs", "core", "keymaps", "methods", "storage")
 
 
 def statements(tree: ast.AST) -> list[ast.stmt]:
@@ -175,3 +178,81 @@ def walk(package: Path, call: Callable[[], Any]) -> Walk:
     finally:
         sys.setprofile(before)
     return found
+
+
+def doors(root: Path) -> set[str]:
+    """The modules that users import: public packages, the command line, and what the documentation imports from."""
+    package = root / "jaxadapt"
+    found = {".".join(path.parent.relative_to(root).parts) for path in package.rglob("__init__.pyi")} | {"jaxadapt.cli"}
+    for path in [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        *root.glob("docs/*.md"),
+        *root.glob("notebooks/*.ipynb"),
+    ]:
+        for home, names in re.findall(r"from (jaxadapt[\w.]*) import ([\w, ]+)", path.read_text(encoding="utf-8")):
+            found |= {home, *(f"{home}.{name.strip()}" for name in names.split(","))}
+    return found
+
+
+def inner_modules(root: Path) -> dict[str, set[str]]:
+    """`{module of the package that is no door: the tests that import it}`.
+
+    A test in the folder of a package of `PURE` may import that package's modules: their functions are its subject.
+    """
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for path in (root / "jaxadapt").rglob("*.py")
+    }
+    known, found = modules - doors(root), dict[str, set[str]]()
+    for path in sorted((root / "tests").rglob("*.py")):
+        folder = path.relative_to(root / "tests").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: set[str] = set()
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                names = {name if name in modules else node.module for name in inside}
+            for name in names & known:
+                if folder not in PURE or not name.startswith(f"jaxadapt.{folder}."):
+                    found.setdefault(name, set()).add(str(path.relative_to(root)))
+    return found
+
+
+def replaced_internals(root: Path) -> list[str]:
+    """The places where a test replaces something of the package: a name of a module, or a private name of an object."""
+    found: list[str] = []
+    for path in sorted((root / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        ours = {
+            alias.asname or alias.name.partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (getattr(node, "module", None) or alias.name).split(".")[0] == "jaxadapt"
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+                if node.func.attr not in ("setattr", "setitem", "delattr", "delitem", "object"):
+                    continue
+                target, name = node.args[0], node.args[1] if len(node.args) > 1 else None
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                target, name = node.targets[0].value, ast.Constant(node.targets[0].attr)
+            else:
+                continue
+            if _is_ours(target, name, ours, isinstance(node, ast.Assign)):
+                found.append(f"{path.relative_to(root)}:{node.lineno}")
+    return found
+
+
+def _is_ours(target: ast.expr, name: ast.expr | None, ours: set[str], assigned: bool) -> bool:
+    if isinstance(target, ast.Constant):
+        return str(target.value).startswith("jaxadapt.")
+    private = isinstance(name, ast.Constant) and str(name.value).startswith("_")
+    while isinstance(target, ast.Attribute):
+        private |= target.attr.startswith("_")
+        target = target.value
+    if not isinstance(target, ast.Name) or target.id == "self":
+        return False
+    return target.id in ours or (private and not assigned)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -56,6 +56,7 @@ class Hub:
     answers: dict[str, int] = field(default_factory=dict)  # a piece of a path: the status it is answered with
     hangs_up: set[str] = field(default_factory=set)  # pieces of paths at which the line goes dead
     lies: dict[str, dict[str, str]] = field(default_factory=dict)  # the end of a path: headers it is answered with
+    before: dict[str, Callable[[], None]] = field(default_factory=dict)  # the end of a path: called before the answer
     prs: int = 0
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -125,6 +126,9 @@ class Handler(BaseHTTPRequestHandler):
         path, query = url.path, parse_qs(url.query)
         data = self.body()
         self.hub.requests.append((self.command, unquote(path), dict(self.headers)))
+        for end, call in self.hub.before.items():
+            if path.endswith(end):
+                call()
         if any(piece in path for piece in self.hub.hangs_up):
             self.close_connection = True
             return self.connection.close()

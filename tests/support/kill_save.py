@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 import jaxadapt
-from jaxadapt.persistence import folder
 from tests.support.small import CONFIG, WEIGHTS
 
 
@@ -44,7 +43,7 @@ def check(path: Path) -> tuple[int, bool]:
     """The version that is there, and whether its two files were caught apart."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tensors = folder.read(path)
+        tensors = jaxadapt.read(path)
         again = jaxadapt.inspect(path)
     if any("interrupted" not in str(w.message) for w in caught):
         sys.exit(f"unexpected warnings: {[str(w.message) for w in caught]}")

@@ -20,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
-from jaxadapt.configs.base import class_of
 from jaxadapt.demo import llama_linen
+from tests.support.configs import class_of
 from tests.support.twins import llama
 
 PREFIX = "base_model.model."

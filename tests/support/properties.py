@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
+from jaxadapt import KeyMapError
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import Site, make_file_plan
-from jaxadapt.core.errors import KeyMapError
 from tests.support import entries
 
 AXES = {"x": 2, "y": 4}

@@ -16,6 +16,7 @@ import jaxadapt
 LORA = jaxadapt.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"])
 IA3 = jaxadapt.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"])
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+STEP, CRC = "jaxadapt_step", "jaxadapt_crc32"  # in the header of a checkpoint
 X = np.random.default_rng(0).standard_normal((3, 6)).astype("float32")
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt import MismatchError, configs
-from jaxadapt.analysis import differences, norms
+from jaxadapt.analysis import diff, norms
 from jaxadapt.cli import main
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
@@ -188,8 +188,8 @@ def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
         bad = jaxadapt.PeftTensors(config, tensors, "x")
         for look in (
             lambda bad=bad: norms.measure_norms(bad),
-            lambda bad=bad: differences.diff(bad, bad),
-            lambda bad=bad: differences.diff(good, bad),
+            lambda bad=bad: diff(bad, bad),
+            lambda bad=bad: diff(good, bad),
             lambda bad=bad: jaxadapt.from_peft(bad, base),
         ):
             with contextlib.suppress(jaxadapt.AdapterError):
@@ -204,7 +204,7 @@ def test_a_grouped_convolution_is_compared_by_its_tensors():
         jaxadapt.PeftTensors(config, {f"{prefix}A.weight": a, f"{prefix}B.weight": np.ones((6, 2, 1, 1), "f4")})
         for a in (np.ones((4, 2, 3, 3), "f4"), np.zeros((4, 2, 3, 3), "f4"))
     )
-    found = differences.diff(first, second)
+    found = diff(first, second)
     assert {module.module: module.distance for module in found.modules} == {
         "conv.lora_A.weight": 72**0.5,
         "conv.lora_B.weight": 0,

@@ -1,4 +1,5 @@
-"""Budgets of the house: its size, and the files and moves of a call. A budget only goes down.
+"""Budgets of the house: its size, the files and moves of a call, and what the tests know of its inside. Each only goes
+down.
 
 A change that exceeds a budget is mended, or makes room elsewhere. A change that leaves room lowers the budget.
 """
@@ -30,6 +31,8 @@ WALKS = {
     "inject": (12, 32),
     "merge": (30, 274),
 }
+# What the tests name of the inside (`house.inner_modules`), and the places where they replace something of it.
+INNER_MODULES, REPLACED = 86, 48
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,13 @@ def test_the_functions_with_many_branches_or_parameters(numbers: house.House):
     assert len(most) <= OVER_25_BRANCHES, most
     long = over(numbers.taking, 10)
     assert len(long) <= OVER_10_PARAMETERS, long
+
+
+def test_tests_go_through_the_doors(root: Path):
+    inner = house.inner_modules(root)
+    assert len(inner) <= INNER_MODULES, inner
+    replaced = house.replaced_internals(root)
+    assert len(replaced) <= REPLACED, replaced
 
 
 def test_the_longest_chain_of_imports_and_the_circles(numbers: house.House):

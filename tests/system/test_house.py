@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from jaxadapt import AdapterError
 from jaxadapt.configs.listing import PEFT_TYPES
 from jaxadapt.configs.table import FACTS
-from jaxadapt.core.errors import AdapterError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
 

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 import jaxadapt
+from jaxadapt import FileError
 from jaxadapt.analysis import norms
 from jaxadapt.configs import validation
-from jaxadapt.core.errors import FileError
 from jaxadapt.export import merge_files
-from jaxadapt.storage import hf_model, safetensors
+from jaxadapt.storage import safetensors
 from tests.support import no_rights, small
 from tests.support.small import CONFIG, WEIGHTS
 
@@ -97,7 +97,7 @@ def test_an_error_of_closing_what_was_read_is_none(tmp_path: Path, monkeypatch: 
         old_and_bin(tmp_path)
     else:
         jaxadapt.save(small.adapter(), tmp_path)
-    monkeypatch.setattr("jaxadapt.storage.local_files.io.FileIO", BadClose)
+    monkeypatch.setattr(io, "FileIO", BadClose)
     assert len(jaxadapt.read(tmp_path).tensors) == 4
     assert jaxadapt.inspect(tmp_path).parameters == sum(x.size for x in small.adapter().flat().values())
 
@@ -157,7 +157,7 @@ def test_old_weights_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatc
         FileError, match=r"the new weights are in place, but .* delete them yourself: model\.safetensors"
     ):
         jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
-    assert (tmp_path / hf_model.INDEX).exists()
+    assert (tmp_path / "model.safetensors.index.json").exists()
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt.persistence import run_folder
-from jaxadapt.training.checkpoint import snapshot, step_files
 from tests.support import leave, small, train_small
 from tests.support.small import same
 
@@ -71,17 +69,15 @@ def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
-def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path):
     """The next steps run, and donate the arrays, before the writer has begun to write."""
-    go, write = threading.Event(), step_files.write_step
+    go = threading.Event()
 
-    def late(*args: Any) -> None:
-        assert go.wait(60)
-        write(*args)
+    def late(task: str, *_: int) -> None:
+        assert task == "load" or go.wait(60)
 
-    monkeypatch.setattr(step_files, "write_step", late)
     training, control = train_small.APIS[api](), train_small.APIS[api]()
-    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager = jaxadapt.CheckpointManager(tmp_path, progress=late)
     for one in (training, control):
         for _ in range(2):
             one.step()
@@ -151,7 +147,7 @@ def equal(a: Any, b: Any) -> None:
         assert len(a) == len(b)
         for x, y in zip(a, b, strict=True):
             equal(x, y)
-    elif snapshot.is_key(b):
+    elif isinstance(b, jax.Array) and jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
         assert jax.random.key_impl(a) == jax.random.key_impl(b)
         equal(jax.random.key_data(a), jax.random.key_data(b))
     elif isinstance(b, jax.Array | np.ndarray | np.generic):
@@ -454,11 +450,11 @@ def test_a_damaged_structure_changes_nothing(tmp_path: Path):
     (file,) = tmp_path.iterdir()
     with safe_open(file, "numpy") as held:
         metadata = held.metadata()
-    text = metadata[run_folder.META]
-    metadata[run_folder.META] = text.replace('["seen", ["leaf"]]', '["seen"]')
-    assert metadata[run_folder.META] != text
-    del metadata[run_folder.CRC]
-    metadata[run_folder.META] = metadata[run_folder.META].replace('"step": 4, ', "")  # as an older version wrote it
+    text = metadata[small.STEP]
+    metadata[small.STEP] = text.replace('["seen", ["leaf"]]', '["seen"]')
+    assert metadata[small.STEP] != text
+    del metadata[small.CRC]
+    metadata[small.STEP] = metadata[small.STEP].replace('"step": 4, ', "")  # as an older version wrote it
     save_file(load_file(file), file, metadata)
     model = small.trained(seed=5)
     with pytest.raises(jaxadapt.FormatError, match="data: its stored structure is damaged"):
@@ -469,18 +465,18 @@ def test_a_damaged_structure_changes_nothing(tmp_path: Path):
 # ---------------------------------------------------------------- errors in the background
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_full_disk(folder: Path, **options: Any) -> jaxadapt.CheckpointManager:
+    """A manager that cannot write: the error comes out of `progress=`, where the writing begins."""
+
     def fail(*_: Any) -> None:
         raise jaxadapt.FileError("the disk is full")
 
-    monkeypatch.setattr(step_files, "write_step", fail)
+    return jaxadapt.CheckpointManager(folder, progress=fail, **options)
 
 
-@pytest.mark.usefixtures("full_disk")
 @pytest.mark.parametrize("call", ["save", "wait", "close", "restore", "export", "rollback", "adapter"])
 def test_an_error_in_the_background_is_raised_at_the_next_call(call: str, tmp_path: Path):
-    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager = on_full_disk(tmp_path)
     manager.save(1, small.host_adapter())
     arguments = {"save": (2, small.host_adapter()), "restore": (small.host_adapter(),), "rollback": (1,)}
     arguments |= {"export": (1, tmp_path / "out"), "adapter": (1,)}
@@ -489,19 +485,18 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(call: str, tmp_pa
     manager.wait()  # once
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_an_error_in_the_background_is_raised_at_the_end_of_the_block(tmp_path: Path):
-    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
+    with pytest.raises(jaxadapt.FileError, match="full"), on_full_disk(tmp_path) as manager:
         manager.save(1, small.host_adapter())
-    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="mine") as caught, on_full_disk(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         raise RuntimeError("mine")
     assert "the last checkpoint was not saved: the disk is full" in str(caught.value.__notes__)
-    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
+    with pytest.raises(jaxadapt.FileError, match="full"), on_full_disk(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         sys.exit(0)  # must not read as success
     with pytest.raises(jaxadapt.FileError, match="full"):
-        jaxadapt.CheckpointManager(tmp_path, asynchronous=False).save(1, small.host_adapter())
+        on_full_disk(tmp_path, asynchronous=False).save(1, small.host_adapter())
 
 
 def test_places_that_cannot_be(tmp_path: Path):

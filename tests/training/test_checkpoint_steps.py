@@ -20,8 +20,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt.persistence import run_folder
-from jaxadapt.training.checkpoint import step_files
 from tests.support import small
 from tests.support.small import same
 
@@ -29,7 +27,7 @@ LOSSES = {1: 3.0, 2: 2.0, 3: 1.0}
 
 
 class Gate:
-    """What holds every write back until it opens, and makes it fail where `error` is set."""
+    """A `progress=` that holds every write back until it opens, and makes it fail where `error` is set."""
 
     def __init__(self) -> None:
         self.go, self.error = threading.Event(), False
@@ -37,18 +35,16 @@ class Gate:
     def open(self) -> None:
         self.go.set()
 
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if task == "save":
+            assert self.go.wait(60)
+            if self.error:
+                raise jaxadapt.FileError("the disk is full")
+
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made, write = Gate(), step_files.write_step
-
-    def held(*args: Any) -> None:
-        assert made.go.wait(60)
-        if made.error:
-            raise jaxadapt.FileError("the disk is full")
-        write(*args)
-
-    monkeypatch.setattr(step_files, "write_step", held)
+def gate() -> Iterator[Gate]:
+    made = Gate()
     yield made
     made.open()
 
@@ -59,7 +55,7 @@ def on_disk(folder: Path) -> list[int]:
 
 def saved(folder: Path, gate: Gate, steps: dict[int, float], **options: Any) -> jaxadapt.CheckpointManager:
     """A manager whose last save is still under way."""
-    manager = jaxadapt.CheckpointManager(folder, minimize="loss", **options)
+    manager = jaxadapt.CheckpointManager(folder, minimize="loss", progress=gate, **options)
     *before, last = steps
     gate.open()
     for step in before:
@@ -74,7 +70,7 @@ def test_a_step_counts_as_soon_as_save_has_returned_as_in_orbax(tmp_path: Path, 
     theirs = ocp.CheckpointManager(
         tmp_path / "orbax", options=ocp.CheckpointManagerOptions(best_fn=lambda m: m["loss"], best_mode="min")
     )
-    manager = jaxadapt.CheckpointManager(tmp_path / "ours", minimize="loss")
+    manager = jaxadapt.CheckpointManager(tmp_path / "ours", minimize="loss", progress=gate)
     with theirs:
         for step, loss in LOSSES.items():
             theirs.save(step, args=ocp.args.StandardSave({"x": np.ones(2)}), metrics={"loss": loss})
@@ -240,7 +236,7 @@ def test_a_rollback_that_is_cut_short_leaves_the_first_steps(tmp_path: Path) -> 
 
 
 def test_arrays_of_numpy_may_be_written_to_when_save_has_returned(tmp_path: Path, gate: Gate) -> None:
-    manager, position = jaxadapt.CheckpointManager(tmp_path), np.arange(4)
+    manager, position = jaxadapt.CheckpointManager(tmp_path, progress=gate), np.arange(4)
     manager.save(1, small.host_adapter(), data={"position": position})
     position += 100
     gate.open()
@@ -340,7 +336,7 @@ def test_a_damaged_objective_names_the_file(objective: str, tmp_path: Path) -> N
     (file,) = tmp_path.iterdir()
     with safe_open(file, "numpy") as held:
         metadata = held.metadata()
-    metadata[run_folder.META] = metadata[run_folder.META].replace('{"minimize": "loss"}', objective)
+    metadata[small.STEP] = metadata[small.STEP].replace('{"minimize": "loss"}', objective)
     save_file(load_file(file), file, metadata)
     with pytest.raises(jaxadapt.FormatError, match="step-000000001.*damaged"):
         _ = jaxadapt.CheckpointManager(tmp_path).best

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError
-from jaxadapt.training import optim
+from jaxadapt import AttachError, ConfigError, optim
 from tests.support import small
 
 FIELDS = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}}

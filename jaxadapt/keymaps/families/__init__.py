@@ -44,7 +44,7 @@ _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")
 
 
-def get_family(name: str) -> KeyMap:
+def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
     """Return a keymap by name: "llama", "llama/scan1" for layers stacked on axis 1, "llama/vl" for another spelling.
 
     Raises `KeyMapError` for an unknown name.
@@ -53,12 +53,12 @@ def get_family(name: str) -> KeyMap:
     'llama/scan1'
     """
     base, *changes = name.split("/")
-    keymap = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
+    keymap = {**families, GENERIC.name: GENERIC}.get(base)
     if keymap is None:
-        close = errors.close_matches((base,), tuple(FAMILIES))
+        close = errors.close_matches((base,), tuple(families))
         guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise KeyMapError(
-            f"no family is called {name!r}{guess} Known families: {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, …"
+            f"no family is called {name!r}{guess} Known families: {', '.join(sorted(families))} (add /scan0, /scan1, …"
             f" for layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's"
             " names are 'llama'"
         )
@@ -68,7 +68,11 @@ def get_family(name: str) -> KeyMap:
     return keymap
 
 
-def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
+def resolve_keymap(
+    keymap: KeyMap | str | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    families: Mapping[str, KeyMap] = FAMILIES,
+) -> KeyMap:
     """Return the keymap for an argument `keymap=`; None and "auto" recognize it from the model's paths and shapes.
 
     "auto" selects the family that matches most leaves, and of several such families the one with the fewest unused
@@ -78,6 +82,7 @@ def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, 
     Args:
         keymap: a keymap, the name of a family, "auto" or None.
         shapes: the shapes of the model's weights by dotted path.
+        families: the families to choose from, by name.
 
     Raises `KeyMapError` naming the candidates if the best families disagree, or if the best one is not verified.
     """
@@ -87,11 +92,11 @@ def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, 
     if not isinstance(given, str | None):
         raise KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
-        return get_family(keymap)
+        return get_family(keymap, families)
     # All layers have the same kinds of leaves, so one leaf of each kind is enough. A number at the end is part of a
     # weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most six, these layers differ.
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
-    return _recognize(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
+    return _recognize(tuple(families.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
 
 
 @functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
@@ -126,13 +131,13 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     return chosen[0]
 
 
-def family_of_leaves(leaves: Iterable[str]) -> KeyMap:
+def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
     """Return the family that matches all of these leaves, by their names only, or the generic keymap if none does.
 
     Raises `KeyMapError` if several families match and disagree.
     """
     leaves = tuple(leaves)
-    known = [t for t in FAMILIES.values() if all(t.match(leaf) is not None for leaf in leaves)]
+    known = [t for t in families.values() if all(t.match(leaf) is not None for leaf in leaves)]
     if not known:
         return GENERIC
     if any(_matched_entries(t, leaves) != _matched_entries(known[0], leaves) for t in known):

@@ -9,12 +9,9 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
-from jaxadapt.models import planning
-from jaxadapt.models.carriers import base_params
 from tests.keymaps.families.specimens import PEFT_PREFIX, Specimen, values
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,6 +46,6 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     """The adapter as PEFT would have written it, from the names our table gives its tensors."""
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
-    _, bounds = planning.plan_adapter(base_params(tree), config, specimen.table)
-    tensors = {key: adapter_values(key, shape) for key, shape in whole(make_file_plan(bounds)).items()}
+    made = jaxadapt.to_peft(jaxadapt.init(tree, config, keymap=specimen.table))
+    tensors = {key: adapter_values(key, x.shape) for key, x in made.tensors.items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

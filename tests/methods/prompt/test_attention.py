@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError
 
 B, T, D, H, S, N = 2, 5, 8, 2, 4, 3  # batch, time, width, heads, size of a head, virtual tokens
 CONFIG = jaxadapt.PrefixTuningConfig(num_virtual_tokens=N)

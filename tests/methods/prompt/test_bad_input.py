@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt import ConfigError, MismatchError
 from jaxadapt.demo import llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 

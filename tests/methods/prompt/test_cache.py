@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError
 from jaxadapt.models import RelativeBias
 
 V, D, H, N, LENGTH = 9, 8, 2, 3, 12

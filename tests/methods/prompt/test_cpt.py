@@ -16,7 +16,7 @@ import peft
 import torch
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import start
 from jaxadapt.methods import cpt
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError
+from jaxadapt import AttachError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
 

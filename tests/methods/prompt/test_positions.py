@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt import AttachError, ConfigError
 from jaxadapt.models import RelativeBias
 
 B, T, D, H, S, N, V = 2, 5, 8, 2, 4, 3, 11

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt.core.errors import AttachError
-from jaxadapt.models.prompt.attention import attention
+from jaxadapt import AttachError
+from jaxadapt.models import attention
 from jaxadapt.models.prompt.rewriting import CallCounts, require_count, rewrite_attention
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 4)), jnp.float32)

@@ -217,18 +217,16 @@ def test_the_cache_serves_while_the_hub_is_down(hub, saved, monkeypatch):
         jaxadapt.pull("org/other")
 
 
-def test_all_files_are_of_one_commit(hub, saved, tmp_path, monkeypatch):
+def test_all_files_are_of_one_commit(hub, saved, tmp_path):
     """Another push between the configuration and the weights."""
     old = hub.put(REPO, contents(saved))
     jaxadapt.save(small.trained(small.IA3), tmp_path / "new")
-    get = door._fetch_file
 
-    def late(place, name, *rest):
-        if name == WEIGHTS and len(hub.repos[REPO].commits) == 1:
+    def late():
+        if len(hub.repos[REPO].commits) == 1:
             hub.put(REPO, contents(tmp_path / "new"))
-        return get(place, name, *rest)
 
-    monkeypatch.setattr(door, "_fetch_file", late)
+    hub.before[WEIGHTS] = late
     assert jaxadapt.inspect(f"hf://{REPO}").config.peft_type == "LORA"
     assert len(hub.repos[REPO].commits) == 2
     assert jaxadapt.pull(f"{REPO}@{old}").name == old
