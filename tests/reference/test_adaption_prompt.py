@@ -117,6 +117,24 @@ def test_gradients_are_pefts(tmp_path: Path) -> None:
         close(gradient, want[name.replace(":", ".")])
 
 
+def test_a_fresh_adapter_has_normal_prompts_and_closed_gates_as_in_peft() -> None:
+    config = CONFIG.replace(adapter_len=40)
+    fresh = jaxadapt.init(nnx.state(llama.twin_of(torch_base(), "nnx")), config, key=jax.random.key(0)).shared
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        copy.deepcopy(torch_base()), peft.AdaptionPromptConfig(**{**FIELDS, "adapter_len": 40})
+    )
+    want = {name: x.detach().numpy() for name, x in theirs.named_parameters() if x.requires_grad}
+    assert len(fresh) == len(want) == 4
+    for values in (fresh, want):
+        for name, value in values.items():
+            if name.endswith("gate"):
+                np.testing.assert_array_equal(value, 0)
+            else:  # 1,280 values
+                assert abs(np.mean(value)) < 0.15, name
+                assert np.std(value) == pytest.approx(1, rel=0.1), name
+
+
 def test_bad_input() -> None:
     twin = llama.twin_of(torch_base(), "nnx")
     with pytest.raises(ConfigError, match="adapter_layers must be set"):
