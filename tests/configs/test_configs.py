@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import enum
 import json
 import os
 import pickle
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+import jaxadapt
 from jaxadapt import ConfigError
 from jaxadapt.configs import (
     Config,
@@ -46,6 +50,33 @@ def test_fields_and_defaults_are_pefts():
         assert {key: type(value) for key, value in got.items() if key != "peft_type"} == {
             key: type(value) for key, value in expected.items() if key != "peft_type"
         }
+
+
+@pytest.mark.peft
+def test_every_types_fields_and_defaults_are_pefts():
+    mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
+    absent = {"runtime_config"}  # where PEFT computes; no file has it
+    own = {"extra", "peft_version", "peft_type"}  # keys of other versions; what PEFT fills in as it saves
+
+    def defaults(kind: Any) -> dict[str, Any]:
+        out = {}
+        for field in dataclasses.fields(kind):
+            made = field.default_factory is not dataclasses.MISSING
+            value = field.default_factory() if made else field.default
+            out[field.name] = value.value if isinstance(value, enum.Enum) else value
+        return {name: dict(x) if isinstance(x, Mapping) else x for name, x in out.items()}
+
+    compared = 0
+    for theirs in mapping.values():
+        ours = getattr(jaxadapt, theirs.__name__, None)
+        if ours is None:  # a type without a class here is read and written as a `Config`
+            continue
+        got, want = defaults(ours), defaults(theirs)
+        assert set(got) - own == set(want) - own - absent, theirs
+        differ = {x: (got[x], want[x]) for x in set(got) - own if got[x] != want[x]}
+        assert differ in ({}, {"token_indices": ((), [])}), theirs
+        compared += 1
+    assert compared == 37
 
 
 LORA_CASES: tuple[dict[str, Any], ...] = (
