@@ -16,8 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from jaxadapt.core.errors import ConfigError
@@ -30,139 +29,138 @@ REPEAT = re.compile(r"[*+?{]")
 
 _MAX_WAYS = 1e8
 _NAME_LENGTH = 256  # letters of a long name
-_REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
-_LOOKS = ("ASSERT", "ASSERT_NOT")
+# A letter, an escape, a class, or the beginning of a group, and its repeat.
+_PART = re.compile(
+    r"(?P<text>\((?:\?(?:P<\w+>|P=\w+\)|#[^)]*\)|<?[=!]|>|[a-zA-Z-]*[:)]))?|\[\^?\]?(?:\\.|[^\\\]])*\]"
+    r"|\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|\d{1,3}|.)|.)(?P<times>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})?)[?+]?",
+    re.DOTALL,
+)
+_NO_WIDTH = re.compile(r"[\^$]|\\[bBAZ]|\(\?(?:<?[=!]|#|[a-zA-Z-]+\))")
+_LETTER = re.compile(r"\[?(?:\\(\W)|([^\\]))\]?", re.DOTALL)
+_TIMES = {"": (1, 1), "*": (0, sys.maxsize), "+": (1, sys.maxsize), "?": (0, 1)}
 
 
 def is_slow(expression: str) -> bool:
     """Return True if a valid expression may try more than about 10^8 ways to match a long name.
 
     This is an estimate. A repeat counts as many ways as it can give back letters to the part that follows it. It counts
-    one way if the part that follows begins with a letter that the repeat does not match.
+    one way if the part that follows begins with a letter that the repeat does not match. An expression with repeats and
+    a condition, "(?(1)…)", or the flag x counts as slow.
 
     >>> is_slow(r"(a+)+$"), is_slow(r"(.*a){9}b"), is_slow(r".*\\.layers\\.\\d+\\.(self_attn|mlp)\\..*_proj$")
     (True, True, False)
     """
     if not REPEAT.search(expression):
         return False
+    flags = "".join(re.findall(r"\(\?([a-zA-Z]+)", expression))
+    if "x" in flags or "(?(" in expression:
+        return True
     try:
-        parsed: Any = parser.parse(expression)
-        return _log_ways(_flatten_groups(parsed), None, bool(parsed.state.flags & re.IGNORECASE)) > math.log(_MAX_WAYS)
+        branches, _ = _read_group(_PART.finditer(expression))
+        return _log_choice(branches, "", 0, "i" in flags) > math.log(_MAX_WAYS)
     except RecursionError:
         return True
 
 
-class _Rest(NamedTuple):
-    """The parts after one part of an expression. A linked list, because a list per part would take n^2 memory."""
+class _Part(NamedTuple):
+    """One part of an expression: its text, the alternatives of a group, and the bounds of its repeat."""
 
-    items: Sequence[tuple[str, Any]]
-    start: int
-    after: _Rest | None
-
-    def walk(self) -> Iterator[tuple[str, Any]]:
-        """Yield the following parts, from the innermost group outwards."""
-        rest: _Rest | None = self
-        while rest is not None:
-            for i in range(rest.start, len(rest.items)):
-                yield rest.items[i]
-            rest = rest.after
+    text: str
+    branches: Sequence[Sequence[_Part]]
+    least: int
+    most: int
 
 
-def _flatten_groups(items: Any) -> list[tuple[str, Any]]:
-    """Return the parts of an expression, with groups replaced by their parts."""
-    out: list[tuple[str, Any]] = []
-    for code, value in items:
-        name = str(code)
-        if name == "SUBPATTERN":
-            out += _flatten_groups(value[-1])
-        elif name == "ATOMIC_GROUP":
-            out += _flatten_groups(value)
-        else:
-            out.append((name, value))
-    return out
+def _read_group(found: Iterator[re.Match[str]]) -> tuple[list[list[_Part]], str]:
+    """Return the alternatives of a group, and its repeat. Groups with one alternative and no repeat are spliced in."""
+    branches: list[list[_Part]] = [[]]
+    for part in found:
+        text, times = part["text"], part["times"]
+        if text == ")":
+            return branches, times
+        if text == "|":
+            branches.append([])
+            continue
+        inner: list[list[_Part]] = []
+        if text.startswith("(") and not text.endswith(")"):
+            inner, times = _read_group(found)
+            if len(inner) == 1 and not times and not _NO_WIDTH.match(text):
+                branches[-1] += inner[0]
+                continue
+        least, comma, most = times[1:-1].partition(",")
+        bounds = _TIMES.get(times) or (int(least or 0), int(most or (sys.maxsize if comma else least)))
+        branches[-1].append(_Part(text, inner, *bounds))
+    return branches, ""
 
 
-def _log_ways(items: Sequence[tuple[str, Any]], after: _Rest | None, caseless: bool) -> float:
-    """Return the logarithm of the number of ways to match `items`, followed by `after`."""
+def _log_choice(branches: Sequence[Sequence[_Part]], after: str | None, width: int, caseless: bool) -> float:
+    """Return the logarithm of the number of ways to match one of `branches`; see `_log_ways`."""
+    starts = {_letter(_first(branch)) for branch in branches}
+    ambiguous = caseless or None in starts or len(starts) < len(branches)
+    most = max(_log_ways(branch, after, width, caseless) for branch in branches)
+    return most + (math.log(len(branches)) if ambiguous else 0.0)
+
+
+def _log_ways(parts: Sequence[_Part], after: str | None, width: int, caseless: bool) -> float:
+    """Return the logarithm of the number of ways to match `parts`.
+
+    Args:
+        parts: the parts in a row.
+        after: the text of the part that follows; "" at the end of the expression, None for several texts.
+        width: the number of letters that must follow, up to and including the minimum of the next repeat.
+        caseless: True if a letter also matches that of the other case.
+    """
     total = 0.0
-    for i, (name, value) in enumerate(items):
-        rest = _Rest(items, i + 1, after)
-        if name in _REPEATS:
-            total += _log_repeat_ways(value, rest, caseless)
-        elif name == "BRANCH":
-            branches = [_flatten_groups(branch) for branch in value[1]]
-            starts = [branch[0][1] if branch and branch[0][0] == "LITERAL" else None for branch in branches]
-            branch_ways = [_log_ways(branch, rest, caseless) for branch in branches]
-            ambiguous = None in starts or len(set(starts)) < len(starts) or caseless
-            total += max(branch_ways) + (math.log(len(branch_ways)) if ambiguous else 0.0)
-        elif name in _LOOKS:
-            total += _log_ways(_flatten_groups(value[1]), None, caseless)
-        elif name == "GROUPREF_EXISTS":
-            total += sum(
-                _log_ways(_flatten_groups(branch), rest, caseless) for branch in value[1:] if branch is not None
-            )
+    for part in reversed(parts):
+        begins = _first(part.branches[0]) if len(part.branches) == 1 else _first([part._replace(least=1)])
+        ways = 0.0
+        if part.branches and (_NO_WIDTH.match(part.text) or part.most > 1):
+            inside = "" if _NO_WIDTH.match(part.text) else begins
+            ways = _log_choice(part.branches, inside, _min_width(part.branches[0]), caseless)
+            if part.most > 1 and ways > 0:  # each round has as many ways as the first
+                ways = ways * part.most if part.most <= _NAME_LENGTH else math.inf
+        elif part.branches:
+            ways = _log_choice(part.branches, after, width, caseless)
+        if part.least < part.most and _gives_back(part, begins, after, caseless):
+            ways += math.log(min(part.most - part.least + 1, _NAME_LENGTH / max(1, width)))
+        total += ways
+        if not _NO_WIDTH.match(part.text):
+            after, width = _first([part]), _min_width([part]) + (width if part.least == part.most == 1 else 0)
     return total
 
 
-def _log_repeat_ways(value: Any, rest: _Rest, caseless: bool) -> float:
-    """Return the logarithm of the number of ways to match a repeat."""
-    least, most, body = int(value[0]), int(value[1]), _flatten_groups(value[2])
-    inner = _log_ways(body, _Rest(body, 0, rest) if most > 1 else rest, caseless)
-    if most > 1 and inner > 0:
-        ways = inner * most if most <= _NAME_LENGTH else math.inf  # each round has as many ways as the first
-    else:
-        ways = inner
-    if least == most or not _gives_back(body, rest, caseless):
-        return ways
-    return ways + math.log(min(most - least + 1, _NAME_LENGTH / max(1, _min_width(rest.walk()))))
-
-
-def _gives_back(body: Sequence[tuple[str, Any]], rest: _Rest, caseless: bool) -> bool:
+def _gives_back(part: _Part, begins: str | None, after: str | None, caseless: bool) -> bool:
     """Return True if a shorter match of a repeat may succeed after its longest match has failed."""
-    following = next((item for item in rest.walk() if item[0] not in ("AT", *_LOOKS)), None)
-    if following is None:
-        return body != [("ANY", None)]  # ".*" at the end takes all remaining letters
-    if caseless or not body or following[0] != "LITERAL":
-        return True
-    return _may_begin_with(body[0], chr(following[1]))
+    if after == "":
+        return part.text != "."  # ".*" at the end takes all remaining letters
+    letter = _letter(after)
+    return caseless or begins is None or letter is None or re.fullmatch(begins, letter) is not None
 
 
-def _may_begin_with(item: tuple[str, Any], letter: str) -> bool:
-    """Return True if a part of an expression may begin with `letter`."""
-    name, value = item
-    if name == "LITERAL":
-        return chr(value) == letter
-    if name == "NOT_LITERAL":
-        return chr(value) != letter
-    if name == "ANY":
-        return letter != "\n"
-    if name != "IN":
-        return True
-    kinds = {"DIGIT": letter.isdecimal(), "WORD": letter.isalnum() or letter == "_", "SPACE": letter.isspace()}
-    hit = negated = False
-    for code, inner in value:
-        if str(code) == "NEGATE":
-            negated = True
-        elif str(code) == "LITERAL":
-            hit |= chr(inner) == letter
-        elif str(code) == "RANGE":
-            hit |= inner[0] <= ord(letter) <= inner[1]
-        else:
-            kind = str(inner).removeprefix("CATEGORY_").removeprefix("UNI_")
-            hit |= kinds[kind.removeprefix("NOT_")] != kind.startswith("NOT_")
-    return hit != negated
+def _first(parts: Sequence[_Part]) -> str | None:
+    """Return the text of the part that comes first; "" without parts, None if it is not known or may be left out."""
+    for part in parts:
+        if not _NO_WIDTH.match(part.text):
+            # The text of other escapes, such as a reference to a group, is no expression.
+            known = part.least and not part.branches and not re.match(r"\\(?![dDwWsS])\w|\(", part.text)
+            return part.text if known else None
+    return ""
 
 
-def _min_width(items: Iterable[tuple[str, Any]]) -> int:
-    """Return the number of letters that must follow, up to and including the minimum of the next repeat."""
+def _letter(text: str | None) -> str | None:
+    """Return the letter that the text of a part matches; None if there are several."""
+    found = None if text is None or text == "." else _LETTER.fullmatch(text)
+    return None if found is None else found[1] or found[2]
+
+
+def _min_width(parts: Sequence[_Part]) -> int:
+    """Return the number of letters that parts match at least, up to and including the minimum of the first repeat."""
     total = 0
-    for name, value in items:
-        if name in _REPEATS:
-            return total + int(value[0]) * _min_width(_flatten_groups(value[2]))
-        if name == "BRANCH":
-            total += min(_min_width(_flatten_groups(branch)) for branch in value[1])
-        elif name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-            total += 1
+    for part in parts:
+        if not _NO_WIDTH.match(part.text):
+            total += part.least * (min(map(_min_width, part.branches)) if part.branches else 1)
+        if (part.least, part.most) != (1, 1):
+            break
     return total
 
 
@@ -215,7 +213,7 @@ def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
     """Compile the expression in which PEFT embeds `pattern`, an entry of `field` (a key of `TEMPLATES`).
 
     Python's `re` backtracks: an expression such as "(a+)+b" takes exponential time on a long name. An untrusted file
-    must not stop the program that reads it, so such an expression is an error (see `regex_cost`).
+    must not stop the program that reads it, so such an expression is an error (see `is_slow`).
 
     Raises:
         ConfigError: the pattern is an invalid or a slow regular expression.
