@@ -238,7 +238,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     variant = properties.get("variant", "")
     if "parameters" in properties or "layer_replication" in variant or not facts.merges_files:
         return _MERGE_IN_MEMORY
-    return _MERGE
+    return f"{_MERGE}: if the adapted modules of the base have biases" if "lora_bias" in properties else _MERGE
 
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:

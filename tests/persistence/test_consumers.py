@@ -164,7 +164,7 @@ MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
         ({"use_dora": True}, "llama.cpp", MERGE),
         ({"use_dora": True, "use_rslora": True}, "transformers load_adapter", MERGE),
         ({"use_dora": True, "use_rslora": True}, "MLX", MLX),
-        ({"lora_bias": True}, "MLX", MERGE),
+        ({"lora_bias": True}, "MLX", f"{MERGE}: if the adapted modules of the base have biases"),
         ({"layers_to_transform": [1]}, "TGI and LoRAX", MERGE),
         ({"layers_to_transform": [1]}, "MLX", MLX),
         ({"alora_invocation_tokens": [1]}, "llama.cpp", ""),
