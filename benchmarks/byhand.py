@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, causal_attention, rope_tables, rotate
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, rope_at, rotate
 from jaxadapt.demo.llama_linen import RMSNorm
 from jaxadapt.demo.llama_nnx import Llama as NnxLlama
 
@@ -71,6 +71,16 @@ def value(path: Any, spec: Any) -> jax.Array:
     return jax.random.uniform(key, spec.shape, minval=-1, maxval=1) * spec.shape[0] ** -0.5
 
 
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Grouped-query attention with a causal mask: q (B, T, H, h), k and v (B, T, K, h) -> (B, T, H * h)."""
+    batch, length, heads, size = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k).astype(jnp.float32) * size**-0.5
+    mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
+
+
 class Attention(nn.Module):
     config: LlamaConfig
 
@@ -125,7 +135,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(self.config)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.layers(self.embed_tokens(tokens), rope_tables(self.config, tokens.shape[1]))
+        x = self.layers(self.embed_tokens(tokens), rope_at(self.config, jnp.arange(tokens.shape[1])[None]))
         return self.norm(x)
 
     def attend(self, x: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ def measured(
     trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
     trainer.base = trainer.base if base is None else base
     rest = (trainer.fixed, trainer.base, jnp.asarray(tokens))
-    traced = jax.jit(trainer.compute_step).trace(trainer.adapter, trainer.state, *rest)
+    traced = trainer.compute_step.trace(trainer.adapter, trainer.state, *rest)
     compiled: Any = traced.lower().compile()
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, trainer.fixed)))

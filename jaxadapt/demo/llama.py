@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 
 from jaxadapt.core.compare import Spec, compare, shapes_of
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
-from jaxadapt.serving.generation import KVCache
+
+if TYPE_CHECKING:
+    from jaxadapt.serving.generation import KVCache
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -133,14 +135,6 @@ class LlamaConfig:
         }
 
 
-def rope_tables(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of the rotations of positions 0 … length-1, each (length, head_dim / 2) float32."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
 def rope_at(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return cosines and sines of the rotations at positions (B, T), each (B, T, head_dim / 2) float32."""
     half = config.head_dim // 2
@@ -152,34 +146,12 @@ def rope_at(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.A
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second.
 
-    `rope` is what `rope_tables` or `rope_at` returns.
+    `rope` is what `rope_at` returns.
     """
-    cos, sin = (table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :] for table in rope)
+    cos, sin = (table[:, :, None, :] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Compute grouped-query attention with a causal mask.
-
-    Args:
-        q: (B, T, H, h). k, v: (B, T, K, h) with K dividing H; head n reads key/value head n // (H / K).
-
-    Returns:
-        (B, T, H * h) in q's dtype.
-    """
-    batch, length, heads, size = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k).astype(jnp.float32) * size**-0.5
-    mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
-
-
-def mask_of(padding: jax.Array | None) -> jax.Array | None:
-    """Return the mask of the keys (B, 1, 1, T) from a mask of the tokens (B, T), which is 0 or False for padding."""
-    return None if padding is None else (padding != 0)[:, None, None, :]
 
 
 def start_call(
@@ -187,19 +159,22 @@ def start_call(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None, KVCache | None]:
     """Return x (B, T, D) and what all layers need for it: the rotations, the mask of the keys, and the cache.
 
+    `mask` is of the tokens (B, T), 0 or False for padding; the mask of the keys is (B, 1, 1, T).
+
     Raises:
         MismatchError: there are neither tokens nor embeddings, or a mask is given beside a cache.
     """
     if x is None:
         raise MismatchError("Llama: expected tokens or embeddings, found neither")
-    if cache is None:
-        rope = rope_tables(config, x.shape[1]) if positions is None else rope_at(config, positions)
-        return x, rope, mask_of(mask), None
-    if mask is not None:
+    if cache is not None and mask is not None:
         raise MismatchError("Llama: a call with a cache takes no mask; lower the cache's lengths to leave out tokens")
     if positions is None:
-        positions = cache.lengths[:, None] + jnp.arange(x.shape[1])[None]
-    return x, rope_at(config, positions), cache.mask(x.shape[1]), cache
+        first = 0 if cache is None else cache.lengths[:, None]
+        positions = first + jnp.arange(x.shape[1])[None]
+    rope = rope_at(config, positions)
+    if cache is not None:
+        return x, rope, cache.mask(x.shape[1]), cache
+    return x, rope, None if mask is None else (mask != 0)[:, None, None, :], None
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.demo.llama import KVCache, LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
+from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
 from jaxadapt.models.nnx.graph import SharedParam
 from jaxadapt.models.prompt.attention import attention
 
+if TYPE_CHECKING:
+    from jaxadapt.serving.generation import KVCache
+
 Rope = tuple[jax.Array, jax.Array]
-Carry = tuple[jax.Array, KVCache | None]
+Carry = tuple[jax.Array, "KVCache | None"]
 
 
 def _linear(config: LlamaConfig, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,41 +96,47 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.mean(losses)
 
 
-class Trainer(Protocol):
+class Trainer(abc.ABC):
     """A base model with an adapter, and an optimizer for the adapter only."""
 
+    def __init__(self, call: Callable[[Any, jax.Array], jax.Array]) -> None:
+        """Compile the functions that change nothing, from one that returns the logits (B, T, V) of `variables()`."""
+        self._logits = jax.jit(call)
+        self._loss = jax.jit(lambda variables, tokens: next_token_loss(call(variables, tokens), tokens))
+
+    @abc.abstractmethod
     def step(self, tokens: np.ndarray) -> float:
         """Train one step on tokens (B, T) and return the loss before it."""
-        ...
+
+    @abc.abstractmethod
+    def variables(self) -> Any:
+        """Return the arrays of the base and of the adapter."""
+
+    @abc.abstractmethod
+    def trained(self) -> Any:
+        """Return the trained parameters."""
+
+    @abc.abstractmethod
+    def save(self, out: Path, base_model: str) -> None:
+        """Write the adapter."""
 
     def loss(self, tokens: np.ndarray) -> float:
         """Return the loss on tokens (B, T)."""
-        ...
+        return float(self._loss(self.variables(), jnp.asarray(tokens)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Return the logits (B, T, V) in float32."""
-        ...
-
-    def save(self, out: Path, base_model: str) -> None:
-        """Write the adapter."""
-        ...
+        return np.asarray(self._logits(self.variables(), jnp.asarray(tokens)))
 
     def adapter_size(self) -> int:
         """Return the number of trained parameters."""
-        ...
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trained()))
 
 
-class NnxTrainer:
+class NnxTrainer(Trainer):
     """A trainer of the NNX model, adapted in place."""
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        weights: Weights,
-        adapter: Any,
-        make: MakeOptimizer,
-        seed: int,
-    ) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, seed: int) -> None:
         self.model = llama_nnx.to_nnx(config, weights)
         if _is_started(adapter):
             initializers.start(self.model, adapter, key=jax.random.key(seed), example=[TOKENS])
@@ -140,38 +147,34 @@ class NnxTrainer:
         def call(model: Any, tokens: jax.Array) -> jax.Array:
             return _logits(model, adapter, tokens, lambda ready: ready(tokens))
 
-        def loss(model: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(call(model, tokens), tokens)
-
         # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam here and above.
         trained = nnx.DiffState(0, jaxadapt.AdapterParam)
 
         def step(model: Any, optimizer: Any, tokens: jax.Array) -> jax.Array:
-            value, grads = nnx.value_and_grad(loss, argnums=trained)(model, tokens)
+            def loss(model: Any) -> jax.Array:
+                return next_token_loss(call(model, tokens), tokens)
+
+            value, grads = nnx.value_and_grad(loss, argnums=trained)(model)
             optimizer.update(model, grads)
             return value
 
         # nnx.jit returns every Variable that it was given. Donate them, or each step would hold the base
-        # twice. The functions below change nothing, so plain jit is enough.
+        # twice. Loss and logits change nothing, so plain jit is enough for them.
         self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
         graphdef = nnx.graphdef(self.model)
-        self._loss = jax.jit(lambda state, tokens: loss(nnx.merge(graphdef, state), tokens))
-        self._logits = jax.jit(lambda state, tokens: call(nnx.merge(graphdef, state), tokens))
+        super().__init__(lambda state, tokens: call(nnx.merge(graphdef, state), tokens))
 
     def step(self, tokens: np.ndarray) -> float:
         return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
 
-    def loss(self, tokens: np.ndarray) -> float:
-        return float(self._loss(nnx.state(self.model), jnp.asarray(tokens)))
+    def variables(self) -> Any:
+        return nnx.state(self.model)
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits(nnx.state(self.model), jnp.asarray(tokens)))
+    def trained(self) -> Any:
+        return nnx.state(self.model, jaxadapt.AdapterParam)
 
     def save(self, out: Path, base_model: str) -> None:
         jaxadapt.save(self.model, out, base_model=base_model)
-
-    def adapter_size(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, jaxadapt.AdapterParam)))
 
 
 def _keep(wanted: Callable[[str], bool], tree: Any, roles: Any) -> Any:
@@ -184,21 +187,14 @@ def _fill(trained: Any, fixed: Any) -> Any:
     return jax.tree.map(lambda x, y: y if x is None else x, trained, fixed, is_leaf=lambda x: x is None)
 
 
-class LinenTrainer:
+class LinenTrainer(Trainer):
     """A trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        weights: Weights,
-        adapter: Any,
-        make: MakeOptimizer,
-        seed: int,
-    ) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, seed: int) -> None:
         base = llama_linen.to_linen(config, weights)["params"]
-        self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
+        module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
         if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
-            adapter = jaxadapt.extract(jax.eval_shape(self.module.init, jax.random.key(0), TOKENS)).config
+            adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
         key = jax.random.key(seed)
         started = _is_started(adapter)
         lora = initializers.start(base, adapter, key=key).adapter if started else jaxadapt.init(base, adapter, key=key)
@@ -207,12 +203,11 @@ class LinenTrainer:
         # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
         self.adapter: Any = _keep(lambda role: role != "frozen", lora.collection, roles)
         self.fixed: Any = _keep(lambda role: role == "frozen", lora.collection, roles)
-        decays = _keep(lambda role: role != "frozen", optim.decay_mask(lora.collection), roles)
-        tx = make(decays)
+        tx = make(_keep(lambda role: role != "frozen", optim.decay_mask(lora.collection), roles))
         self.state: Any = tx.init(self.adapter)
 
         def call(variables: Any, tokens: jax.Array) -> jax.Array:
-            return _logits(self.module, adapter, tokens, lambda ready: ready.apply(variables, tokens))
+            return _logits(module, adapter, tokens, lambda ready: ready.apply(variables, tokens))
 
         # `fixed` is an argument: a compiled program would hold a copy of arrays from outside.
         def loss(adapter: Any, fixed: Any, base: Any, tokens: jax.Array) -> jax.Array:
@@ -223,27 +218,22 @@ class LinenTrainer:
             updates, state = tx.update(grads, state, adapter)
             return optax.apply_updates(adapter, updates), state, value
 
-        self.compute_step = step
-        self._step = jax.jit(step)
-        self._loss = jax.jit(loss)
-        self._logits = jax.jit(call)
+        self.compute_step = jax.jit(step)
+        super().__init__(call)
 
     def step(self, tokens: np.ndarray) -> float:
-        stepped = self._step(self.adapter, self.state, self.fixed, self.base, jnp.asarray(tokens))
+        stepped = self.compute_step(self.adapter, self.state, self.fixed, self.base, jnp.asarray(tokens))
         self.adapter, self.state, value = stepped
         return float(value)
 
-    def loss(self, tokens: np.ndarray) -> float:
-        return float(self._loss(self.adapter, self.fixed, self.base, jnp.asarray(tokens)))
+    def variables(self) -> Any:
+        return {**self.base, **_fill(self.adapter, self.fixed)}
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits({**self.base, **_fill(self.adapter, self.fixed)}, jnp.asarray(tokens)))
+    def trained(self) -> Any:
+        return self.adapter
 
     def save(self, out: Path, base_model: str) -> None:
-        jaxadapt.save({**self.base, **_fill(self.adapter, self.fixed)}, out, base_model=base_model)
-
-    def adapter_size(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
+        jaxadapt.save(self.variables(), out, base_model=base_model)
 
 
 def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
