@@ -31,7 +31,7 @@ from typing import ParamSpec, TypeVar
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
-from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.local_files import MAX_CALL, file_error
 from jaxadapt.storage.location import Address, Location
 
 # ---------------------------------------------------------------- flush
@@ -110,6 +110,31 @@ def flush_folder_fd(fd: int) -> None:
 def write_error(path: str, error: OSError | ValueError) -> FileError:
     """Return the `FileError` for a failed write that left the target unchanged."""
     return file_error("write", path, error, "the previous content of the path is untouched")
+
+
+def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
+    """Write contiguous bytes at an offset of an open file; `path` names it in errors.
+
+    Raises:
+        FileError: the operating system reports an error.
+    """
+    try:
+        while len(data):
+            count = os.pwrite(fd, data[:MAX_CALL], offset)
+            data, offset = data[count:], offset + count
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def flush_file(fd: int, path: str) -> None:
+    """Wait until the bytes of an open file are on the disk; `path` names it in errors. Raises `FileError`."""
+    try:
+        flush_fd(fd)
+        # Some file systems (FUSE, NFS) report a failed write only on close. Close a duplicate, since the lock must
+        # last until the file is renamed.
+        os.close(os.dup(fd))
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def flush_fd(fd: int) -> None:
@@ -244,37 +269,26 @@ class Writer:
         self.temporary = temporary
         self._written = 0
         self._started = 0
-        self._kept = 0  # bytes of the header, which `overwrite` may change: to start writing them would delay that
+        self._kept = 0  # bytes of the header, which are overwritten later: to start writing them would delay that
 
     def write(self, data: memoryview) -> None:
         """Append contiguous bytes. Raises `FileError` for an `OSError`."""
         if not self._written:
             self._started = self._kept = min(-(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE, _WRITEBACK_BYTES)
-        try:
-            while len(data):
-                count = os.write(self.fd, data[:_WRITEBACK_BYTES])
-                data = data[count:]
-                self._written += count
-                if self._written - self._started >= _WRITEBACK_BYTES:
-                    self._start_writeback(self._started, self._written)
-                    self._start_writeback(self._kept, self._written - _CACHED_BYTES)
-                    self._started = self._written
-        except OSError as error:
-            raise write_error(self.path, error) from error
-
-    def overwrite(self, data: memoryview, offset: int) -> None:
-        """Replace bytes that were written. Raises `FileError` for an `OSError`."""
-        try:
-            while len(data):
-                count = os.pwrite(self.fd, data, offset)
-                data, offset = data[count:], offset + count
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        for begin in range(0, len(data), _WRITEBACK_BYTES):
+            lot = data[begin : begin + _WRITEBACK_BYTES]
+            write_at(self.fd, lot, self._written, self.path)
+            self._written += len(lot)
+            if self._written - self._started >= _WRITEBACK_BYTES:
+                self._start_writeback(self._started, self._written)
+                self._start_writeback(self._kept, self._written - _CACHED_BYTES)
+                self._started = self._written
 
     def _start_writeback(self, start: int, end: int) -> None:
         """Start to write a range of the file to the disk, and drop those of its pages that are there already."""
         if sys.platform == "linux" and start < end:
-            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # only advice; the flush reports errors
+                os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -315,16 +329,6 @@ def _create_temporary(directory: str, name: str) -> tuple[Path, int]:
             temporary.unlink()
             raise
         close_fd(fd)
-
-
-def _flush_writer(writer: Writer) -> None:
-    try:
-        flush_fd(writer.fd)
-        # Some file systems (FUSE, NFS) report a failed write only on close. Close a duplicate, since the lock must
-        # last until the file is renamed.
-        os.close(os.dup(writer.fd))
-    except OSError as error:
-        raise write_error(writer.path, error) from error
 
 
 def _rename_all(writers: Sequence[Writer]) -> None:
@@ -438,7 +442,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
                 writers.append(Writer(fd, target, temporary))
             yield writers
             for writer in writers:
-                _flush_writer(writer)
+                flush_file(writer.fd, writer.path)
             _rename_all(writers)
         except BaseException:
             for writer in writers:

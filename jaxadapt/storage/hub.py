@@ -202,81 +202,94 @@ def translate_errors(place: Address, token: Token, action: str = "read") -> Gene
     from huggingface_hub import errors
 
     http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
+    known = http, errors.EntryNotFoundError, OSError, RuntimeError, ValueError  # the last two also of hf_xet
     try:
         yield
-    except FileError:
-        raise
-    except errors.GatedRepoError as error:
-        raise _failure(place, action, "the repository is gated", "accept its conditions on its page", error) from error
-    except errors.RepositoryNotFoundError as error:
-        why = "there is no such repository, or it is private and the token gives no access to it"
-        remedy = "check the name" + ("" if isinstance(token, str) else ", or log in") + _login_hint(token)
-        raise _failure(place, action, why, remedy, error) from error
-    except errors.RevisionNotFoundError as error:
-        why = f"there is no revision {place.revision!r}{_list_revisions(place, token)}"
-        raise _failure(place, action, why, "pass a branch, a tag or a commit", error) from error
-    except errors.LocalEntryNotFoundError as error:
-        cause = error.__cause__
-        if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
-            raise _http_failure(place, action, cause, token) from error  # the server was reached and answered
-        if action == "push to":
-            offline = _offline_variable()
-            why = "the Hub cannot be reached" if offline is None else f"{offline}=1 forbids access to the Hub"
-            remedy = "check the network and try again" if offline is None else "unset it"
-        elif (offline := _offline_variable()) is not None:
-            why, remedy = (
-                f"it is not in the cache, and {offline}=1 forbids fetching it",
-                "unset it, or pull the adapter while online",
-            )
-        else:
-            why, remedy = "the Hub cannot be reached, and it is not in the cache", "check the network and try again"
-        raise _failure(place, action, why, remedy, error) from error
-    except errors.EntryNotFoundError as error:
-        raise _failure(
-            place, action, f"{_requested_file(error, place)} is not there", "check the address", error
-        ) from error
-    except errors.LocalTokenNotFoundError as error:
-        raise _failure(place, action, "token=True, but no token is stored", "log in: `hf auth login`", error) from error
-    except errors.HFValidationError as error:
-        raise _failure(place, action, str(error), EXAMPLE, None) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise _failure(
-            place, action, f"{_offline_variable()}=1 forbids access to the Hub", "unset it", error
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _http_failure(place, action, error, token) from error
-    except http as error:
-        why = f"the connection failed ({type(error).__name__})"
-        raise _failure(place, action, why, "try again", error) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise file_error(
-                f"{action} {place}", error.filename or "the cache", error, "the cache is intact"
-            ) from error
-        raise _failure(place, action, str(error).split("\n")[0], "try again", None) from error
-    except (RuntimeError, ValueError) as error:  # errors of hf_xet, and of the client for odd answers
-        if error.__cause__ is not None:  # such as "Error while uploading …", whose cause has the reason
-            with translate_errors(place, token, action):
-                raise error.__cause__  # noqa: B904 (the cause is translated instead)
-        raise _failure(place, action, f"{type(error).__name__}: {error}", "try again", None) from error
+    except known as error:
+        cause = _root_cause(error)
+        if not isinstance(cause, known):  # such as an error of `progress`
+            raise cause  # noqa: B904 (it is the cause)
+        raise _file_error(cause, place, token, action) from cause
 
 
-def _http_failure(place: Address, action: str, error: Any, token: Token) -> FileError:
+def _root_cause(error: Any) -> Any:
+    """Return the error that has the reason: the client raises others in its place, as "Error while uploading …"."""
+    from huggingface_hub import errors
+
+    cause: Any = error.__cause__
+    if isinstance(error, errors.LocalEntryNotFoundError):  # also if the server was reached and answered
+        return cause if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500 else error
+    plain = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError | errors.HFValidationError)
+    return cause if plain and cause is not None else error
+
+
+def _file_error(error: Any, place: Address, token: Token, action: str) -> FileError:
+    """Return the `FileError` for an error of the client."""
+    from huggingface_hub import errors
+
+    def fail(why: str, remedy: str) -> FileError:
+        message = str(getattr(error, "server_message", None) or "").strip()  # only an answer of a server has one
+        detail = f" ({message.splitlines()[0]})" if message and message not in why else ""
+        return FileError(f"{place}: cannot {action} it: {why}{detail}; {remedy}")
+
+    match error:
+        case errors.GatedRepoError():
+            return fail("the repository is gated", "accept its conditions on its page")
+        case errors.RepositoryNotFoundError():
+            remedy = "check the name" + ("" if isinstance(token, str) else ", or log in") + _login_hint(token)
+            return fail("there is no such repository, or it is private and the token gives no access to it", remedy)
+        case errors.RevisionNotFoundError():
+            listed = _list_revisions(place, token)
+            return fail(f"there is no revision {place.revision!r}{listed}", "pass a branch, a tag or a commit")
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return fail(*_explain_offline(error, action))
+        case errors.EntryNotFoundError():
+            return fail(f"{_requested_file(error, place)} is not there", "check the address")
+        case errors.LocalTokenNotFoundError():
+            return fail("token=True, but no token is stored", "log in: `hf auth login`")
+        case errors.HFValidationError():
+            return fail(str(error), EXAMPLE)
+        case errors.HfHubHTTPError():
+            return fail(*_explain_status(error, place, token, action))
+        case OSError(errno=None):
+            return fail(str(error).split("\n")[0], "try again")
+        case OSError():
+            return file_error(f"{action} {place}", error.filename or "the cache", error, "the cache is intact")
+        case RuntimeError() | ValueError():
+            return fail(f"{type(error).__name__}: {error}", "try again")
+        case _:
+            return fail(f"the connection failed ({type(error).__name__})", "try again")
+
+
+def _explain_offline(error: Any, action: str) -> tuple[str, str]:
+    """Return why the Hub was not reached, and the remedy."""
+    from huggingface_hub import errors
+
+    variable = _offline_variable()
+    if isinstance(error, errors.OfflineModeIsEnabled) or (variable and action == "push to"):
+        return f"{variable}=1 forbids access to the Hub", "unset it"
+    if variable is not None:
+        why = f"it is not in the cache, and {variable}=1 forbids fetching it"
+        return why, "unset it, or pull the adapter while online"
+    missing = "" if action == "push to" else ", and it is not in the cache"
+    return f"the Hub cannot be reached{missing}", "check the network and try again"
+
+
+def _explain_status(error: Any, place: Address, token: Token, action: str) -> tuple[str, str]:
+    """Return the reason of an answer that is an error, and the remedy."""
     status = error.response.status_code if error.response is not None else 0
     if status == 401:
         why = "the Hub requires a login" if action == "push to" else "the Hub does not accept the token"
-        return _failure(place, action, why, "log in" + _login_hint(token), error)
+        return why, "log in" + _login_hint(token)
     if status == 403:
-        why = "the token lacks the permission"
-        return _failure(place, action, why, "use a token with this permission" + _login_hint(token), error)
+        return "the token lacks the permission", "use a token with this permission" + _login_hint(token)
     if status == 404:
         revision = f", no revision {place.revision!r} of it" if place.revision else ""
         missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"
-        why = f"{missing}: {_host(error)} answered 404"
         remedy = "check the name, and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "check the name"
-        return _failure(place, action, why, remedy, error)
+        return f"{missing}: {urlsplit(str(error.response.url)).netloc} answered 404", remedy
     why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
-    return _failure(place, action, why, "try again" if status >= 500 or not status else "follow its message", error)
+    return why, "try again" if status >= 500 or not status else "follow its message"
 
 
 def _requested_file(error: Any, place: Address) -> str:
@@ -286,16 +299,6 @@ def _requested_file(error: Any, place: Address) -> str:
     if match:
         return f"file {unquote(match[1])!r}"
     return f"folder {place.subfolder!r}" if place.subfolder else "such page"
-
-
-def _host(error: Any) -> str:
-    return urlsplit(str(error.response.url)).netloc
-
-
-def _failure(place: Address, action: str, why: str, remedy: str, error: BaseException | None) -> FileError:
-    message = "" if error is None else str(getattr(error, "server_message", None) or "").strip()
-    detail = f" ({message.splitlines()[0]})" if message and message not in why else ""
-    return FileError(f"{place}: cannot {action} it: {why}{detail}; {remedy}")
 
 
 def _login_hint(token: Token) -> str:

@@ -18,9 +18,9 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import local_files
@@ -105,6 +105,7 @@ __all__ = [
     "total_size",
 ]  # fmt: skip
 
+_T = TypeVar("_T")
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 # Stores that show an object only when all of it has arrived. Elsewhere a temporary name is written and renamed.
@@ -202,85 +203,78 @@ class Address(os.PathLike[str]):
             self._opened = _open_store(self._text)
         return self._opened
 
+    def run(self, action: str, call: Callable[[Any, str], _T]) -> _T:
+        """Return `call(file system, path)`; `action` names it in errors. Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with translate_errors(self._text, action):
+            return call(fs, inner)
+
     def info(self) -> dict[str, Any]:
         """Return the store's metadata. Raises `FileNotFoundError`, `FileError`."""
-        fs, inner = self.store()
-        with translate_errors(self._text, "read"):
-            return dict(fs.info(inner))
+        return self.run("read", lambda fs, inner: dict(fs.info(inner)))
+
+    def kind(self) -> str | None:
+        """Return "file" or "directory"; None if there is none. Raises `FileError`."""
+        try:
+            return self.info()["type"]
+        except FileNotFoundError:
+            return None
 
     def exists(self) -> bool:
-        try:
-            self.info()
-        except FileNotFoundError:
-            return False
-        return True
+        return self.kind() is not None
 
     def is_dir(self) -> bool:
-        return self._has_type("directory")
+        return self.kind() == "directory"
 
     def is_file(self) -> bool:
-        return self._has_type("file")
+        return self.kind() == "file"
 
     def is_symlink(self) -> bool:
         return False
 
-    def _has_type(self, kind: str) -> bool:
-        try:
-            return self.info()["type"] == kind
-        except FileNotFoundError:
-            return False
-
     def size(self) -> int:
         """Return the bytes of a file, or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
-        fs, inner = self.store()
-        with translate_errors(self._text, "read"):
-            return int(fs.du(inner))
+        return self.run("read", lambda fs, inner: int(fs.du(inner)))
 
     def iterdir(self) -> Iterator[Address]:
         """Return the entries of a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
-        fs, inner = self.store()
-        with translate_errors(self._text, "read"):
-            entries = fs.ls(inner, detail=True)
-        path = inner.strip("/")
+        entries = self.run("read", lambda fs, inner: fs.ls(inner, detail=True))
+        path = self.store()[1].strip("/")
         if [(entry["name"].strip("/"), entry["type"]) for entry in entries] == [(path, "file")]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        names = {entry["name"].strip("/") for entry in entries} - {
-            path
-        }  # some stores list a marker of the folder itself
+        names = {entry["name"].strip("/") for entry in entries} - {path}  # some stores list a marker of the folder
         return iter([self / name.rpartition("/")[2] for name in sorted(names)])
 
     def read_bytes(self) -> bytes:
         """Return the content. Raises `FileNotFoundError`, `FileError`."""
-        fs, inner = self.store()
-        with translate_errors(self._text, "read"):
-            return fs.cat_file(inner)
+        return self.run("read", lambda fs, inner: fs.cat_file(inner))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the file. Raises `FileNotFoundError`, `FileError`."""
-        fs, inner = self.store()
         try:
-            with translate_errors(self._text, "delete"):
-                fs.rm_file(inner)
+            self.run("delete", lambda fs, inner: fs.rm_file(inner))
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def put(self, local: str) -> None:
         """Upload a file of this machine to this address, whole. Raises `FileError`."""
-        fs, inner = self.store()
+
+        def upload(fs: Any, inner: str) -> None:
+            if self.scheme in _ATOMIC_SCHEMES:
+                fs.put_file(local, inner)
+                return
+            temporary = f"{inner}.{os.getpid()}.{threading.get_ident()}.tmp"
+            try:
+                fs.put_file(local, temporary)
+                fs.mv(temporary, inner)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the error itself is raised
+                    fs.rm_file(temporary)
+                raise
+
         try:
-            with translate_errors(self._text, "write"):
-                if self.scheme in _ATOMIC_SCHEMES:
-                    fs.put_file(local, inner)
-                    return
-                temporary = f"{inner}.{os.getpid()}.{threading.get_ident()}.tmp"
-                try:
-                    fs.put_file(local, temporary)
-                    fs.mv(temporary, inner)
-                except BaseException:
-                    with contextlib.suppress(Exception):  # the error itself is raised
-                        fs.rm_file(temporary)
-                    raise
+            self.run("write", upload)
         except FileNotFoundError as error:
             raise FileError(
                 f"{self._text}: cannot write: there is no such bucket or folder; create it first"
@@ -520,11 +514,9 @@ class RemoteObject:
         return block.result()
 
     def _fetch(self, start: int, stop: int) -> bytes:
-        fs, inner = self._address.store()
         self._fetched = self._fetched or start > 0 or stop < self.size
         try:
-            with translate_errors(self.path, "read"):
-                data = fs.cat_file(inner, start=start, end=stop)
+            data = self._address.run("read", lambda fs, inner: fs.cat_file(inner, start=start, end=stop))
         except FileNotFoundError as error:
             raise FileError(f"{self.path}: the object was deleted while it was read") from error
         if len(data) != stop - start:
@@ -546,11 +538,9 @@ def fetch_object(address: Address) -> tuple[io.FileIO, int]:
     import tempfile
 
     remote = RemoteObject(address)
-    fs, inner = address.store()
     try:
         with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-            with translate_errors(str(address), "read"):
-                fs.get_file(inner, copy.name)
+            address.run("read", lambda fs, inner: fs.get_file(inner, copy.name))
             return io.FileIO(copy.name, "rb"), remote.size
     except OSError as error:
         raise file_error("read", f"{address} (through {tempfile.gettempdir()})", error) from error

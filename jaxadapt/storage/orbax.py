@@ -255,7 +255,7 @@ def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
         # Orbax's metadata of arrays have both attributes; those of numbers and strings have neither.
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is not None and dtype is not None:
-            out[tuple(_key_text(entry) for entry in path)] = (tuple(shape), str(dtype))
+            out[tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)] = (tuple(shape), str(dtype))
     return out
 
 
@@ -264,18 +264,6 @@ def parameter_path(key: tuple[str, ...]) -> str:
     names = key[:-1] if key[-1] == "value" else key
     start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
     return ".".join(names[start:])
-
-
-def _key_text(entry: Any) -> str:
-    import jax
-
-    match entry:
-        case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
-            return str(entry.key)
-        case jax.tree_util.SequenceKey():
-            return str(entry.idx)
-        case _:
-            return str(entry).removeprefix(".")
 
 
 def load(

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.storage import atomic, safetensors, strided
-from jaxadapt.storage.atomic import close_fd, flush_fd, write_error
-from jaxadapt.storage.local_files import MAX_CALL
+from jaxadapt.storage.atomic import close_fd, flush_file, write_at, write_error
 from jaxadapt.storage.safetensors import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ def _lead(
     except OSError as error:
         raise write_error(path, error) from error
     file = _SharedFile(writer.fd, path, header.data_start, header.tensors)
-    file.write_at(memoryview(first), 0)
+    write_at(writer.fd, memoryview(first), 0, path)
     plan = {"file": writer.temporary.name, "size": header.size, "start": header.data_start}
     group.send("plan", plan | {"specs": _layout_digest(layout), "alike": dict(alike)})
     own_parts = None if shared is False else parts(True)
@@ -296,8 +295,8 @@ def _follow(
                 own_parts = None  # release them before all parts are gathered
             file = _SharedFile(-1 if fd is None else fd, path, plan["start"], header.tensors)
             file.write(own_parts or parts(False), report)
-            if common:
-                file.flush()
+            if common and fd is not None:
+                flush_file(fd, path)
         group.send("written", shares)
 
 
@@ -373,21 +372,8 @@ class _SharedFile:
     def _write(self, part: TensorPart) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
-        strided.write_region(lambda data, offset: self.write_at(data, begin + offset), part.shape, bits, part.region)
 
-    def write_at(self, data: memoryview, offset: int) -> None:
-        """Write all of `data` at an offset in the file."""
-        try:
-            while len(data):
-                count = os.pwrite(self._fd, data[:MAX_CALL], offset)
-                data, offset = data[count:], offset + count
-        except OSError as error:
-            raise write_error(self._path, error) from error
+        def put(data: memoryview, offset: int) -> None:
+            write_at(self._fd, data, begin + offset, self._path)
 
-    def flush(self) -> None:
-        """Wait until all bytes are on the disk."""
-        try:
-            flush_fd(self._fd)
-            os.close(os.dup(self._fd))  # as in `atomic`: some file systems report a failed write only on close
-        except OSError as error:
-            raise write_error(self._path, error) from error
+        strided.write_region(put, part.shape, bits, part.region)

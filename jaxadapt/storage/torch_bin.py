@@ -59,12 +59,14 @@ class Global:
 
 
 _MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_EMPTY: dict[str, type[dict[str, object]] | type[list[object]]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 _VALUES = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
 }  # fmt: skip
-_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_TUPLES = {"TUPLE": 0, "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CHANGES = {"BINPUT", "LONG_BINPUT", "MEMOIZE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 
 
 class _Machine:
@@ -121,45 +123,42 @@ class _Machine:
         return Global(full)
 
     def step(self, code: str, argument: object) -> None:
+        if code in _CHANGES:
+            self._change(code, argument)
+        elif code not in ("PROTO", "FRAME"):
+            self._stack.append(self._value(code, argument))
+
+    def _change(self, code: str, argument: object) -> None:
+        """Store a value in the memo, or add items to the value on top of the stack."""
         stack = self._stack
-        if code in _VALUES:
-            stack.append(argument)
-        elif code in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        if code in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             number = len(self._memo) if code == "MEMOIZE" else cast("int", argument)
             self._memo[number] = stack[-1] if stack else None
-        elif code in ("BINGET", "LONG_BINGET"):
-            if argument not in self._memo:
-                raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
-            stack.append(self._memo[cast("int", argument)])
-        elif code == "MARK":
-            stack.append(_MARK)
-        elif code == "TUPLE":
-            stack.append(tuple(self._pop_to_mark()))
-        elif code in _TUPLES:
-            stack.append(tuple(self._pop_many(_TUPLES[code])))
-        elif code in _CONSTANTS:
-            stack.append(_CONSTANTS[code])
-        elif code == "EMPTY_DICT":
-            stack.append({})
-        elif code == "EMPTY_LIST":
-            stack.append([])
         elif code in ("APPEND", "APPENDS"):
             items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]
             cast("list[object]", self._top(list)).extend(items)
         elif code in ("SETITEM", "SETITEMS"):
             self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
-        elif code == "BUILD":
+        else:
             self.pop()  # attributes of an OrderedDict, such as `_metadata`: no tensors
             self._top(dict)
-        elif code not in ("PROTO", "FRAME"):
-            stack.append(self._call(code, argument))
 
-    def _call(self, code: str, argument: object) -> object:
-        """Return the value of an opcode that refers to a function or a storage."""
-        if code == "GLOBAL":
-            return self._global(*str(argument).split(" ", 1))
-        if code == "STACK_GLOBAL":
-            return self._global(*self._pop_many(2))
+    def _value(self, code: str, argument: object) -> object:
+        """Return the value that an opcode puts on the stack."""
+        if code in _VALUES:
+            return argument
+        if code in _CONSTANTS:
+            return _CONSTANTS[code]
+        if code in _EMPTY:
+            return _EMPTY[code]()
+        if code in ("BINGET", "LONG_BINGET"):
+            if argument not in self._memo:
+                raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
+            return self._memo[cast("int", argument)]
+        if code in _TUPLES:
+            return tuple(self._pop_to_mark() if code == "TUPLE" else self._pop_many(_TUPLES[code]))
+        if code in ("GLOBAL", "STACK_GLOBAL"):
+            return self._global(*(str(argument).split(" ", 1) if code == "GLOBAL" else self._pop_many(2)))
         if code == "BINPERSID":
             return self._persistent(self.pop())
         if code != "REDUCE":

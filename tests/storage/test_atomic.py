@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxadapt import FileError
-from jaxadapt.storage import atomic, safetensors, sharded_write
+from jaxadapt.storage import atomic, safetensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -279,7 +279,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     save(tmp_path / "f", 2)
 
 
-@pytest.mark.parametrize("call", ["fsync", "write"])
+@pytest.mark.parametrize("call", ["fsync", "pwrite"])
 def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     save(tmp_path / "f")
 
@@ -312,15 +312,15 @@ def test_a_system_that_writes_little_at_an_offset(tmp_path: Path, monkeypatch: p
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:2], at))
     with (tmp_path / "f").open("wb") as file:
-        sharded_write._SharedFile(file.fileno(), "f", 0, {}).write_at(memoryview(b"abcdef"), 1)
+        atomic.write_at(file.fileno(), memoryview(b"abcdef"), 1, "f")
     assert (tmp_path / "f").read_bytes() == b"\0abcdef"
 
 
 @pytest.mark.parametrize("most", [1, 5, 6, 7, 100])
 def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     parts = [bytes([n]) * n for n in (3, 0, 5, 1, 6, 2)]
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:most]))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:most], at))
     with atomic.open_replacement(tmp_path / "f") as writer:
         for part in parts:
             writer.write(memoryview(part))

@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = sharded_write.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
+    say, write, manager = sharded_write.Group._publish, sharded_write.write_at, jaxadapt.CheckpointManager
     gather = save_adapter.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -233,13 +233,13 @@ def _die_at(moment: str, folder: Path) -> None:
     if moment == "write":
         writes = itertools.count()
 
-        def dying_write(self: Any, data: memoryview, offset: int) -> None:
+        def dying_write(fd: int, data: memoryview, offset: int, path: str) -> None:
             if next(writes) == 5:
-                write(self, data[: len(data) // 2], offset)
+                write(fd, data[: len(data) // 2], offset, path)
                 _die()
-            write(self, data, offset)
+            write(fd, data, offset, path)
 
-        sharded_write._SharedFile.write_at = dying_write
+        sharded_write.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 

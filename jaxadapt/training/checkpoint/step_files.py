@@ -131,7 +131,8 @@ def _make_metadata(document: Mapping[str, Any], specs: _Specs) -> dict[str, str]
 def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
     """Write the CRCs of the arrays in place of the zeros. A header begins with the metadata, sorted by key."""
     offset = 8 + len('{"__metadata__":{"') + len(CRC) + len('":"') + 8
-    writer.overwrite(memoryview("".join(f"{crcs[name]:08x}" for name in sorted(crcs)).encode()), offset)
+    text = "".join(f"{crcs[name]:08x}" for name in sorted(crcs)).encode()
+    atomic.write_at(writer.fd, memoryview(text), offset, writer.path)
 
 
 _Specs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
