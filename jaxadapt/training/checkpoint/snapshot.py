@@ -138,22 +138,11 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
     except ValueError as error:  # for example numbers and strings as keys of one dict
         raise AttachError(f"JAX cannot flatten this tree: {error}") from error
-    return [("/".join(map(segment, path)), leaf) for path, leaf in leaves], structure
 
+    def name(path: tuple[Any, ...]) -> str:
+        return "/".join(_quote(jax.tree_util.keystr((entry,), simple=True)) for entry in path)
 
-def segment(entry: Any) -> str:
-    """Return the escaped segment of a path for one entry of a JAX key path."""
-    match entry:
-        case jax.tree_util.DictKey():
-            return _quote(str(entry.key))
-        case jax.tree_util.SequenceKey():
-            return str(entry.idx)
-        case jax.tree_util.GetAttrKey():
-            return _quote(entry.name)
-        case jax.tree_util.FlattenedIndexKey():
-            return _quote(str(entry.key))
-        case _:
-            return _quote(str(entry))
+    return [(name(path), leaf) for path, leaf in leaves], structure
 
 
 @functools.lru_cache(4096)  # an adapter has thousands of leaves but few names, and the training loop waits
@@ -414,7 +403,7 @@ def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:
     kind, *inner = node
     match kind:
         case "dict":
-            return {k: _build_node(v, f"{path}/{segment(jax.tree_util.DictKey(k))}", values) for k, v in inner[0]}
+            return {k: _build_node(v, f"{path}/{_quote(str(k))}", values) for k, v in inner[0]}
         case "list" | "tuple":
             items = [_build_node(v, f"{path}/{i}", values) for i, v in enumerate(inner[0])]
             return tuple(items) if kind == "tuple" else items
