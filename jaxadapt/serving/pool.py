@@ -25,6 +25,7 @@ from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank
 from jaxadapt.serving.index import BASE, Folders, Recent, Version, find_folders, list_files
 from jaxadapt.serving.layout import Tensors
+from jaxadapt.serving.routing import RowsByName
 from jaxadapt.storage import atomic
 
 _Prepared = tuple[Tensors, ...]
@@ -55,7 +56,7 @@ class Lease(Sequence[int]):
         return np.array(self.slots, dtype)
 
 
-class AdapterPool:
+class AdapterPool(RowsByName):
     """Adapters by name, loaded from their folders into the slots of a bank when a batch needs them.
 
     All methods may be called from several threads. One lock covers the bank and the tables; files are read outside it.
@@ -155,8 +156,13 @@ class AdapterPool:
             wait: the seconds to wait, after loading, until other leases end, if they hold too many slots.
 
         Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if slots
-        are lacking.
+        are lacking or a name is no text.
         """
+        wrong = [name for name in names if not isinstance(name, str | None)]  # pyright: ignore[reportUnnecessaryIsInstance]
+        if wrong:
+            raise AttachError(
+                f"names: expected the name of each row's adapter, or None for the base, found {wrong[0]!r}"
+            )
         errors: dict[str, AdapterError] = {}
         wanted: dict[str, Version] = {}
         prepared: dict[int, _Prepared] = {}

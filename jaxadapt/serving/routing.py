@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
@@ -13,9 +14,18 @@ from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import attach as nnx_rows
 from jaxadapt.serving.bank import Bank
-from jaxadapt.serving.pool import AdapterPool
 
 _EXPECTED = "an NNX model or a Linen module"
+
+
+class RowsByName(abc.ABC):
+    """Adapters by name, such as an `AdapterPool`."""
+
+    @abc.abstractmethod
+    def rows(
+        self, adapter_names: Sequence[str | Mapping[str, float] | None], *, wait: float = 0.0
+    ) -> contextlib.AbstractContextManager[Rows]:
+        """Return a context with the tensors of the adapters of a batch's rows; see `AdapterPool.rows`."""
 
 
 def attach(model: Any, bank: Bank) -> Any:
@@ -67,7 +77,7 @@ def detach(model: Any) -> Any:
 
 @contextlib.contextmanager
 def route(
-    model: Any, rows: Rows | AdapterPool, *, adapter_names: Sequence[str | Mapping[str, float] | None] | None = None
+    model: Any, rows: Rows | RowsByName, *, adapter_names: Sequence[str | Mapping[str, float] | None] | None = None
 ) -> Generator[Any]:
     """Give each row of a batch its adapter within a context. The context's value is the model to call.
 
@@ -77,7 +87,7 @@ def route(
 
     Args:
         model: a model that `attach` prepared.
-        rows: the result of `Bank.select`, or a pool with `adapter_names`.
+        rows: the result of `Bank.select`, or an `AdapterPool` with `adapter_names`.
         adapter_names: the adapters of the rows, as in PEFT's `forward(adapter_names=…)` and `AdapterPool.rows`. They
             are leased for the time of the context, which must be outside `jax.jit`.
 
@@ -92,7 +102,7 @@ def route(
     ...     bool((net.q_proj(x) == y).all())
     True
     """
-    if isinstance(rows, AdapterPool):
+    if isinstance(rows, RowsByName):
         if adapter_names is None:
             raise AttachError("adapter_names: expected the name of each row's adapter, found None; pass it with a pool")
         with rows.rows(adapter_names) as leased, route(model, leased) as routed:

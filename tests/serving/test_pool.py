@@ -365,6 +365,14 @@ def test_the_index_needs_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_name_that_is_no_text_is_refused(folders):
+    pool = make(folders)
+    with pytest.raises(AttachError, match="name of each row's adapter, or None for the base, found 3"), pool.lease([3]):
+        pass
+    with pytest.raises(AttachError, match="found 3"), pool.rows(["a1", 3]):
+        pass
+
+
 def test_recent_makes_room_only_if_it_can():
     held = Recent(10)
     for key in "abc":
