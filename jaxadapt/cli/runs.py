@@ -209,10 +209,14 @@ def serve_command(
     prompt="Bonjour", max_tokens=20). With --json, the address is printed as JSON when the server answers.
     """
     from jaxadapt.core.errors import warn
-    from jaxadapt.server import run
-    from jaxadapt.server.base import open_base
 
-    run.load_app()
+    try:
+        from jaxadapt.server import run
+        from jaxadapt.server.base import open_base
+    except ModuleNotFoundError as error:
+        raise FileError(
+            f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"
+        ) from error
     server = run.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)
     if not run.is_loopback(host):
         warn(f"{host} can be reached from other machines, and the server has no authentication")

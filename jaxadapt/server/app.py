@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +197,10 @@ class Server:
         for text, ids in prompts:
             room = self._room(request, ids)
             for index in range(len(jobs), len(jobs) + request.choices):
-                own = self._own(request, index)
+                own = dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32)
                 echo = text if request.echo else None
                 jobs.append(Job(ids, adapter, own, room, request.stop, session.emit(index), request.top, echo))
         return jobs
-
-    def _own(self, request: Request, index: int) -> Any:
-        return dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32)
 
     def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:
         """Return (text, token ids) of the prompts; a chat has no text."""
@@ -211,15 +209,12 @@ class Server:
         if chat:
             return [("", self.base.encode_chat(request.messages))]
         prompts = [(each, self.base.encode(each)) if isinstance(each, str) else ("", each) for each in request.prompts]
-        self._check_ids(ids for _, ids in prompts)
+        size = self.base.config.vocab_size
+        if any(not ids or not all(0 <= token < size for token in ids) for _, ids in prompts):
+            raise RequestError(400, f"expected at least one token, and ids below {size}", param="prompt")
         if request.echo:
             prompts = [(text or self.base.decode(ids, special=True), ids) for text, ids in prompts]
         return prompts
-
-    def _check_ids(self, prompts: Iterable[Sequence[int]]) -> None:
-        size = self.base.config.vocab_size
-        if any(not ids or not all(0 <= token < size for token in ids) for ids in prompts):
-            raise RequestError(400, f"expected at least one token, and ids below {size}", param="prompt")
 
     def _room(self, request: Request, prompt: Sequence[int]) -> int:
         """Return the most tokens of an answer."""
@@ -375,12 +370,6 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
 
         return answer
 
-    async def completions(http: HttpRequest) -> Response:
-        return await server.complete(http, chat=False)
-
-    async def chats(http: HttpRequest) -> Response:
-        return await server.complete(http, chat=True)
-
     async def models(_: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": server.models()})
 
@@ -403,8 +392,8 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         server.pool.close()
 
     routes = [
-        Route("/v1/completions", counted(completions), methods=["POST"]),
-        Route("/v1/chat/completions", counted(chats), methods=["POST"]),
+        Route("/v1/completions", counted(functools.partial(server.complete, chat=False)), methods=["POST"]),
+        Route("/v1/chat/completions", counted(functools.partial(server.complete, chat=True)), methods=["POST"]),
         Route("/v1/load_lora_adapter", counted(server.load), methods=["POST"]),
         Route("/v1/unload_lora_adapter", counted(server.unload), methods=["POST"]),
         Route("/v1/models", counted(models)),

@@ -270,39 +270,20 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
         rank: the least rank to have room for.
         targets: the modules that adapters may change.
     """
-    kinds: dict[tuple[str, bool, bool], list[Any]] = {}
+    plain = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
+    kinds: dict[tuple[str, bool, bool], list[Any]] = {("LORA", False, False): [plain]}
     whole: dict[str, list[jaxadapt.Adapter]] = {}
     for path in folders:
         try:
-            info = jaxadapt.inspect(path)
-            config: Any = info.config
-            largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
-            # A number in a JSON file must not take all memory.
-            if FACTS[config.peft_type].rows == "no" or max(_ranks(config), default=0) > largest:
-                continue
-            if becomes_lora(config):
-                config = plain_config(config, get_method(config).plain_rank(config) or rank)
-            if get_method(config).has_shared:
-                adapter = jaxadapt.from_peft(jaxadapt.read(path), model)
-                whole.setdefault(config.peft_type, []).append(adapter)
-                continue
+            found = _read_room(model, path, rank)
         except AdapterError:
             continue
-        kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
-        kinds.setdefault(kind, []).append(config)
-    lora = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
-    kinds.setdefault(("LORA", False, False), [])
-    wanted: list[Room] = []
-    for (peft_type, dora, bias), found in kinds.items():
-        ranks = [r for config in found for r in _ranks(config)]
-        if peft_type == "LORA":
-            wanted.append(lora.replace(r=max([rank, *ranks]), use_dora=dora, lora_bias=bias))
-        elif peft_type == "IA3":
-            wanted.append(
-                jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
-            )
-        else:
-            wanted.append(found[0].replace(target_modules=list(targets), **({"r": max(ranks)} if ranks else {})))
+        if isinstance(found, jaxadapt.Adapter):
+            whole.setdefault(found.config.peft_type, []).append(found)
+        elif found is not None:
+            kind = (found.peft_type, bool(found.get("use_dora")), bool(found.get("lora_bias")))
+            kinds.setdefault(kind, []).append(found)
+    wanted: list[Room] = [_cover(kind, configs, plain) for kind, configs in kinds.items()]
     wanted += [each for adapters in whole.values() for each in _different(adapters)]
     room: list[Room] = []
     for made in wanted:
@@ -314,6 +295,33 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
         else:
             room.append(made)
     return room
+
+
+def _read_room(model: Any, path: Path, rank: int) -> Any:
+    """Return the configuration of an adapter's kind, or the adapter, if it has tensors of its own for all modules.
+
+    None if no bank has room for it.
+    """
+    info = jaxadapt.inspect(path)
+    config: Any = info.config
+    largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
+    # A number in a JSON file must not take all memory.
+    if FACTS[config.peft_type].rows == "no" or max(_ranks(config), default=0) > largest:
+        return None
+    if becomes_lora(config):
+        config = plain_config(config, get_method(config).plain_rank(config) or rank)
+    return jaxadapt.from_peft(jaxadapt.read(path), model) if get_method(config).has_shared else config
+
+
+def _cover(kind: tuple[str, bool, bool], configs: Sequence[Any], plain: jaxadapt.LoraConfig) -> jaxadapt.Config:
+    """Return a configuration with room for all adapters of one kind."""
+    peft_type, dora, bias = kind
+    ranks = [r for config in configs for r in _ranks(config)]
+    if peft_type == "LORA":
+        return plain.replace(r=max([plain.r, *ranks]), use_dora=dora, lora_bias=bias)
+    if peft_type == "IA3":
+        return jaxadapt.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    return configs[0].replace(target_modules=plain.target_modules, **({"r": max(ranks)} if ranks else {}))
 
 
 def _ranks(config: jaxadapt.Config) -> list[int]:

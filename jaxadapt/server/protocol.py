@@ -203,9 +203,9 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     top = _top(fields, chat)
     try:
         sampling = Sampling(
-            temperature=_number(fields, "temperature", 1.0),
+            temperature=_take(fields, "temperature", float, 1.0),
             top_k=max(0, _take(fields, "top_k", int, 0)),  # others write -1 for all tokens
-            top_p=_number(fields, "top_p", 1.0),
+            top_p=_take(fields, "top_p", float, 1.0),
             seed=_take(fields, "seed", int, seed) % 2**32,
             scores=top is not None,
         )
@@ -276,21 +276,18 @@ def _wrong(name: str | None, expected: str, found: Any) -> RequestError:
     return RequestError(400, f"{name or 'the request'}: expected {expected}, found {str(found)[:80]!r}", param=name)
 
 
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
+
+
 def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any, *, required: bool = True) -> Any:
     value = fields.get(name, default)
     if value is None and not required:
         return None
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(name, {str: "a string", int: "an integer", bool: "true or false"}.get(kind, "an object"), value)
-    return value
-
-
-def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
-    value = fields.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise _wrong(name, "a number", value)
+    right = isinstance(value, int | float if kind is float else kind)
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise _wrong(name, _KINDS[kind], value)
     try:
-        return float(value)
+        return float(value) if kind is float else value
     except OverflowError as error:
         raise _wrong(name, "a number", "an integer that is too large") from error
 

@@ -7,10 +7,12 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import uvicorn
 
 from jaxadapt import serving
 from jaxadapt.core.errors import ConfigError, FileError, warn
+from jaxadapt.server.app import Server, make_app
 from jaxadapt.server.base import Base, make_room, scan
 from jaxadapt.server.engine import Engine, Metrics
 
@@ -27,7 +29,7 @@ def make_server(
     length: int = 512,
     rank: int = 16,
     queue: int = 64,
-) -> Any:
+) -> Server:
     """Build a server: the model with a bank, the pool of adapters, the running batch. It is compiled here.
 
     Args:
@@ -39,12 +41,9 @@ def make_server(
         rank: the least rank to have room for; a larger one in the folder makes room for itself.
         queue: the requests that may wait.
 
-    Returns:
-        A `jaxadapt.server.app.Server`.
-
     Raises:
         ConfigError: a number is out of its range.
-        FileError: the folder cannot be listed, or the packages of the extra `serve` are missing.
+        FileError: the folder cannot be listed, or an adapter has the base's name.
     """
     slots = 2 * rows + 1 if slots is None else slots
     if slots <= rows or queue < 0:
@@ -52,7 +51,6 @@ def make_server(
             f"slots: expected more than the {rows} rows, since each may have an adapter of its own and slot 0 is the"
             f" base; found {slots}. queue: expected at least 0, found {queue}"
         )
-    app = load_app()
     root = Path(os.path.realpath(root))
     folders, problems = scan(root)
     if base.name in folders:
@@ -69,24 +67,7 @@ def make_server(
     decoder.step()
     metrics = Metrics()
     engine = Engine(decoder, pool, base.decode, stop=base.stop, queue=queue, metrics=metrics)
-    return app.Server(base, root, pool, engine, length, metrics)
-
-
-def load_app() -> Any:
-    """Return the module with the HTTP interface.
-
-    Raises:
-        FileError: the extra `serve` is not installed.
-    """
-    try:
-        import uvicorn  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
-        from jaxadapt.server import app
-    except ModuleNotFoundError as error:
-        raise FileError(
-            f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"
-        ) from error
-    return app
+    return Server(base, root, pool, engine, length, metrics)
 
 
 def is_loopback(host: str) -> bool:
@@ -114,7 +95,7 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Callable[[str], None]) -> None:
+def run(server: Server, *, host: str = "127.0.0.1", port: int = 8000, started: Callable[[str], None]) -> None:
     """Answer requests until SIGINT or SIGTERM.
 
     Requests that wait then fail with the status 503. Answers that have begun get ten seconds to end; a stream that is
@@ -129,11 +110,9 @@ def run(server: Any, *, host: str = "127.0.0.1", port: int = 8000, started: Call
     Raises:
         FileError: the address cannot be used.
     """
-    import uvicorn
-
     listener = _listen(host, port)
     url = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
-    app = load_app().make_app(server, hosts=allowed_hosts(host), started=lambda: started(url))
+    app = make_app(server, hosts=allowed_hosts(host), started=lambda: started(url))
 
     class Ending(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
