@@ -279,12 +279,15 @@ def _wrong(name: str | None, expected: str, found: Any) -> RequestError:
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
 
 
+def _has_kind(value: Any, kind: type) -> bool:
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
 def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any, *, required: bool = True) -> Any:
     value = fields.get(name, default)
     if value is None and not required:
         return None
-    right = isinstance(value, int | float if kind is float else kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
+    if not _has_kind(value, kind):
         raise _wrong(name, _KINDS[kind], value)
     try:
         return float(value) if kind is float else value

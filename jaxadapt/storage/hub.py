@@ -277,7 +277,7 @@ def _explain_offline(error: Any, action: str) -> tuple[str, str]:
 
 def _explain_status(error: Any, place: Address, token: Token, action: str) -> tuple[str, str]:
     """Return the reason of an answer that is an error, and the remedy."""
-    status = error.response.status_code if error.response is not None else 0
+    status, url = getattr(error.response, "status_code", 0), str(getattr(error.response, "url", ""))
     if status == 401:
         why = "the Hub requires a login" if action == "push to" else "the Hub does not accept the token"
         return why, "log in" + _login_hint(token)
@@ -287,7 +287,7 @@ def _explain_status(error: Any, place: Address, token: Token, action: str) -> tu
         revision = f", no revision {place.revision!r} of it" if place.revision else ""
         missing = f"there is no repository {place.repo!r}{revision}, or no {_requested_file(error, place)} in it"
         remedy = "check the name, and HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "check the name"
-        return f"{missing}: {urlsplit(str(error.response.url)).netloc} answered 404", remedy
+        return f"{missing}: {urlsplit(url).netloc} answered 404", remedy
     why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
     return why, "try again" if status >= 500 or not status else "follow its message"
 
