@@ -83,10 +83,10 @@ def test_a_run_in_progress_keeps_its_files(here):
 def test_an_export_that_fails_leaves_no_folder(here, monkeypatch):
     """As on a full disk."""
 
-    def fail(fd: int, _: memoryview) -> int:
+    def fail(fd: int, _: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     for call in (
         lambda: jaxadapt.export.export_adapter(here / "in", here / "new/out", "mlx"),
         lambda: jaxadapt.export.export_base({"q": {"kernel": np.ones((4, 4), "f4")}}, here / "new/out", keymap=TABLE),
