@@ -27,7 +27,7 @@ from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.methods import trainable_tokens
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.full_copy import FullCopy
+from jaxadapt.methods.copies import FullCopy
 from jaxadapt.methods.registry import METHODS
 from jaxadapt.methods.trainable_tokens import TrainableTokens
 

@@ -27,7 +27,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods import orthogonal
+from jaxadapt.methods import common
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
@@ -42,7 +42,7 @@ class Boft(MatrixMethod):
 
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")
-        orthogonal.check_window(target, "BOFT")
+        common.check_window(target, "BOFT")
         if found is not None and found[0] != 1:
             raise target.refuse(
                 "BOFT with several butterfly factors is not computed, because PEFT computes it only with a compiled"
@@ -77,18 +77,18 @@ class Boft(MatrixMethod):
         return mean + 0.1 * jax.random.normal(start.key, start.shape)
 
     def before(self, own: DropoutHparams, params: Params, x: Array) -> Array:
-        return orthogonal.turn(x, _rotation(own, params))
+        return common.turn(x, _rotation(own, params))
 
     def after(self, own: DropoutHparams, params: Params, x: Array, y: Array) -> Array:
         return y * params["boft_s"].reshape(-1)
 
     def matrix(self, own: DropoutHparams, params: Params, w: Array) -> Array:
-        flat = orthogonal.turn(w.reshape(len(w), -1), _rotation(own, params).swapaxes(1, 2))
+        flat = common.turn(w.reshape(len(w), -1), _rotation(own, params).swapaxes(1, 2))
         return (flat * params["boft_s"].reshape(-1, 1)).reshape(w.shape)
 
     def unmatrix(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
-        return orthogonal.turn(flat, _rotation(own, params)).reshape(w.shape)
+        return common.turn(flat, _rotation(own, params)).reshape(w.shape)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
@@ -97,7 +97,7 @@ class Boft(MatrixMethod):
 def _rotation(own: DropoutHparams, params: Params) -> Array:
     """Return the blocks of Q, (blocks, b, b)."""
     r = at_least_float32(params["boft_R"][0])
-    blocks = orthogonal.cayley((r - r.swapaxes(1, 2)) / 2)
+    blocks = common.cayley((r - r.swapaxes(1, 2)) / 2)
     if CALL_KEY not in params:
         return blocks
     dropped = jax.random.permutation(params[CALL_KEY], len(r)) < int(own.dropout * len(r))

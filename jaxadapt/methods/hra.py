@@ -26,7 +26,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods import orthogonal
+from jaxadapt.methods import common
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -48,7 +48,7 @@ class Hra(MatrixMethod):
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, window = (("r", config.r),), target.window
-        orthogonal.check_window(target, "HRA")
+        common.check_window(target, "HRA")
         inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
         if config.apply_GS and config.r > inputs:
             raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxadapt.configs.full_rank import LNTuningConfig
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.full_copy import CopyingMethod, FullCopy
+from jaxadapt.methods.copies import CopyingMethod, FullCopy
 
 
 class LnTuning(CopyingMethod):

@@ -37,7 +37,7 @@ from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods import orthogonal
+from jaxadapt.methods import common
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, choose, layout_of
 
@@ -78,7 +78,7 @@ class Oft(MatrixMethod):
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
-        orthogonal.check_window(target, "OFT")
+        common.check_window(target, "OFT")
         found = target.found.get(name)
         if found is None:
             size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
@@ -142,7 +142,7 @@ class Oft(MatrixMethod):
         def change(own: OftHparams, p: Params, used: Any, x: Array) -> Array:
             wide = x.astype(one_hot.dtype)
             patches = slide(wide, one_hot)
-            turned = orthogonal.turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
+            turned = common.turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
             turned = jnp.moveaxis(turned.reshape(*turned.shape[:-1], inputs[0], -1), -2, 1)  # positions before pixels
             placed = turned.reshape(patches.shape).astype(wide.dtype)  # read as pixels before positions
             (summed,) = jax.linear_transpose(lambda x: slide(x, one_hot), wide)(placed)
@@ -162,11 +162,11 @@ class Oft(MatrixMethod):
             return y if use.transposed else low_rank.run_use(use, x, self.weight(hparams, params, use.axes, w))
         rows = jnp.moveaxis(y, use.out, -1)
         return jnp.moveaxis(
-            orthogonal.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out
+            common.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out
         ).astype(y.dtype)
 
     def before(self, own: OftHparams, params: Params, x: Array) -> Array:
-        return orthogonal.turn(x, self._blocks(own, params, x.shape[-1]))
+        return common.turn(x, self._blocks(own, params, x.shape[-1]))
 
     def matrix(self, own: OftHparams, params: Params, w: Array) -> Array:
         if math.prod(w.shape[2:]) > 1:
@@ -176,12 +176,12 @@ class Oft(MatrixMethod):
             )
         flat = w.reshape(len(w), -1)
         blocks = self._blocks(own, params, flat.shape[1])
-        return orthogonal.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
+        return common.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     def unmatrix(self, own: OftHparams, params: Params, w: Array) -> Array:
         flat = w.reshape(len(w), -1)
         blocks = jnp.linalg.inv(self._blocks(own, params, flat.shape[1]))
-        return orthogonal.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
+        return common.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     @staticmethod
     def _blocks(own: OftHparams, params: Params, size: int) -> Array:
@@ -197,11 +197,11 @@ class Oft(MatrixMethod):
 
 def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:
     """Return the blocks of R, (size/b, b, b)."""
-    k = orthogonal.skew(vectors)
+    k = common.skew(vectors)
     if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it
         norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(vectors))
         k = k + jax.lax.stop_gradient(jnp.where(norm <= limit, k, k * (limit / norm)) - k)
-    r = orthogonal.cayley_series(k, own.terms) if own.terms else orthogonal.cayley(k)
+    r = common.cayley_series(k, own.terms) if own.terms else common.cayley(k)
     return jnp.broadcast_to(r, (size // r.shape[-1], *r.shape[1:]))
 
 

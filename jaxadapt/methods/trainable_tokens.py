@@ -23,7 +23,7 @@ from jaxadapt.configs.full_rank import TrainableTokensConfig
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
-from jaxadapt.methods.full_copy import CopyingMethod
+from jaxadapt.methods.copies import CopyingMethod
 
 NAME = "trainable_tokens_delta"
 

@@ -16,7 +16,7 @@ from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods import METHODS, AppliedMethod, Start, Target
 from jaxadapt.methods.applied import AppliedMethods, check_biases, refuse_rivals
-from jaxadapt.methods.full_copy import CopyHparams, FullCopy
+from jaxadapt.methods.copies import CopyHparams, FullCopy
 from jaxadapt.methods.trainable_tokens import TokensHparams, TrainableTokens
 
 LOOKUP, HEAD = Axes((0,), (1,)), Axes((1,), (0,))
