@@ -12,14 +12,14 @@ from typing import Any
 
 from benchmarks.train import BATCH, LENGTH
 from jaxadapt.demo.llama import LlamaConfig, hf_shapes
-from jaxadapt.methods import lokr
+from jaxadapt.methods.common import split_size
 
 # (inputs, outputs, tokens, configuration) -> multiplications
 Formula = Callable[[int, int, int, Any], float]
 
 
 def _lokr(i: int, o: int, t: int, c: Any) -> float:
-    (l, k), (m, n) = (lokr.split_size(size, c.decompose_factor) for size in (o, i))
+    (l, k), (m, n) = (split_size(size, c.decompose_factor) for size in (o, i))
     second = m * n * k if c.r >= max(k, n) / 2 else m * c.r * (n + k)
     return 3 * t * (second + m * k * l)
 

@@ -25,11 +25,9 @@ from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor, Weight
-from jaxadapt.methods import trainable_tokens
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.copies import FullCopy
+from jaxadapt.methods.copies import ROWS, FullCopy, RowCopy
 from jaxadapt.methods.registry import METHODS
-from jaxadapt.methods.trainable_tokens import TrainableTokens
 
 # ---------------------------------------------------------------- tied
 
@@ -142,7 +140,7 @@ def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) ->
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-TENSORS = frozenset({"copy", trainable_tokens.NAME})
+TENSORS = frozenset({"copy", ROWS})
 """The names of such tensors in an adapter."""
 
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
@@ -188,7 +186,7 @@ def copy_method(
     if _copies_targets(config) and matching.is_target(config, module):
         return METHODS[config.peft_type].copy_of(config, parameter)
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
-        return TrainableTokens(indices)
+        return RowCopy(indices)
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None

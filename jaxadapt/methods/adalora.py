@@ -26,7 +26,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 __all__ = ["Allocation", "allocate_ranks", "orthogonality_loss", "prune"]
@@ -42,7 +42,8 @@ class Adalora(MatrixMethod):
     row_padded = frozenset({"r"})
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lora_E"})
-    roles = MappingProxyType({"lora_A": "A", "lora_B": "B", "lora_E": "vector"})
+    roles = tensor_roles(A="lora_A", B="lora_B", vector="lora_E")
+    examples = ({"init_r": 3, "total_step": 10}, {"init_r": 2, "lora_alpha": 5, "total_step": 9, "tfinal": 2})
 
     def tensors(self, config: AdaLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
         def rank(module: str) -> int:
@@ -97,9 +98,6 @@ class Adalora(MatrixMethod):
         a = params["lora_A"] * params["lora_E"]
         h = jnp.einsum("...i,ri->...r", x.astype(a.dtype), a)
         return y + own.scale * jnp.einsum("...r,or->...o", h, params["lora_B"])
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"init_r": 3, "total_step": 10}, {"init_r": 2, "lora_alpha": 5, "total_step": 9, "tfinal": 2})
 
 
 # ---------------------------------------------------------------- training

@@ -12,7 +12,6 @@ which adds the adapter's part after the output projection, is not computed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,8 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError, TargetError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Target
-from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-
-PROMPT, GATE = "adaption_prompt", "adaption_gate"
-KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"
+from jaxadapt.methods.base import Array, Params, Target, Shapes, Targets
+from jaxadapt.methods.prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, BaseSizes, PromptMethod, layer_number
 
 
 class AdaptionPrompt(PromptMethod):
@@ -34,6 +30,7 @@ class AdaptionPrompt(PromptMethod):
     peft_type = "ADAPTION_PROMPT"
     adds = "attention"
     key_prefix = PEFT_PREFIX
+    examples = ({"adapter_len": 4, "adapter_layers": 1},)
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         return config.replace(target_modules="self_attn") if config.target_modules is None else config
@@ -42,12 +39,12 @@ class AdaptionPrompt(PromptMethod):
         parent, _, name = module.rpartition(".")
         return name == KEYS and (parent == config.target_modules or parent.endswith(f".{config.target_modules}"))
 
-    def names_in_file(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def names_in_file(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         own = {key: shape for key, shape in shapes.items() if key.rpartition(".")[2].startswith("adaption_")}
         return {key.removeprefix(PEFT_PREFIX).replace(".", ":"): shape for key, shape in own.items()}
 
     def shared(
-        self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: Any, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         shapes = dict(found)
         if not found:
@@ -62,7 +59,7 @@ class AdaptionPrompt(PromptMethod):
             own_tensor(name, shape, PEFT_PREFIX + name.replace(":", ".")) for name, shape in sorted(shapes.items())
         )
 
-    def check_targets(self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]) -> None:
+    def check_targets(self, config: Any, targets: Targets, found: Shapes) -> None:
         _attention_widths(config, targets, 1 + max(map(layer_number, found), default=-1), "")
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
@@ -77,11 +74,8 @@ class AdaptionPrompt(PromptMethod):
     def starts_unchanged(self, config: Any) -> bool:
         return True
 
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"adapter_len": 4, "adapter_layers": 1},)
 
-
-def _attention_widths(config: Any, targets: Sequence[Target], count: int, field: str) -> dict[str, int]:
+def _attention_widths(config: Any, targets: Targets, count: int, field: str) -> dict[str, int]:
     """Return `{attention module: its inputs}` in the order of layers; raise `TargetError` if there are too few."""
     widths = {name.rpartition(".")[0]: t.in_size for t in targets for name in t.modules}
     if len(widths) < count:
@@ -90,18 +84,6 @@ def _attention_widths(config: Any, targets: Sequence[Target], count: int, field:
             f" {config.target_modules!r} and that have {KEYS}, {VALUES} and {OUTPUT}, as in Llama, found {len(widths)}"
         )
     return {name: widths[name] for name in sorted(widths, key=layer_number)}
-
-
-def layer_number(name: str) -> int:
-    """Return the first number of a module's name, which numbers its layer.
-
-    >>> layer_number("model.layers.12.self_attn"), layer_number("model:layers:3:self_attn:adaption_gate")
-    (12, 3)
-    """
-    found = re.search(r"(?:^|[.:])(\d+)[.:]", name)
-    if found is None:
-        raise TargetError(f"{name}: expected the name of a module in a numbered layer, found no number")
-    return int(found[1])
 
 
 METHOD = AdaptionPrompt()

@@ -64,6 +64,7 @@ def needs_layer_number(hparams: Any) -> bool:
 
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Target:
     match: Match
     modules: Modules = dataclasses.field(default_factory=Modules)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
-    found: Mapping[str, Shape] = dataclasses.field(default_factory=dict[str, Shape])
+    found: Shapes = dataclasses.field(default_factory=dict[str, Shape])
     has_bias: bool | None = None
 
     @property
@@ -174,6 +175,9 @@ class Target:
     def refuse(self, problem: str) -> ConfigError:
         """Return the error for a configuration that does not fit this target, to raise."""
         return ConfigError(f"{self.leaf}: {problem}")
+
+
+Targets = Sequence[Target]
 
 
 def shared_value(field: str, values: Mapping[str, Any]) -> Any:
@@ -286,6 +290,15 @@ class Start:
         return self.order_modules()
 
 
+def tensor_roles(**names: str) -> Mapping[str, str]:
+    """Return `{tensor: role in training}` from the tensors of each role, separated by spaces.
+
+    >>> dict(tensor_roles(A="lora_A", vector="lora_diag"))
+    {'lora_A': 'A', 'lora_diag': 'vector'}
+    """
+    return MappingProxyType({name: role for role, words in names.items() for name in words.split()})
+
+
 class Method(abc.ABC):
     """One adaptation method. Stateless: every value it needs is an argument.
 
@@ -319,6 +332,7 @@ class Method(abc.ABC):
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
         drops: what dropout drops: entries of the input, which `output` gets as `drop`, or parts of the change. The
             method then draws these from the key `CALL_KEY`, which its `params` have in calls with dropout.
+        examples: the fields of small configurations that take every way through the arithmetic, for the tests.
     """
 
     peft_type: str
@@ -341,6 +355,7 @@ class Method(abc.ABC):
     row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
     drops: ClassVar[Literal["input", "change"]] = "input"
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -378,7 +393,7 @@ class Method(abc.ABC):
         """Return the tensors of a target."""
 
     def shared(
-        self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: Any, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         """Return the tensors that belong to the whole adapter, with the sizes that all its targets require.
 
@@ -534,10 +549,6 @@ class Method(abc.ABC):
         None if the tensors do not determine it.
         """
         return config.measure_change(module, arrays)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        """Return fields of small configurations that take every way through the arithmetic, for the tests."""
-        return ({},)
 
 
 def as_computable(x: Array) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import BeftConfig
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -22,7 +22,7 @@ class Beft(MatrixMethod):
     peft_type = "BEFT"
     on_bias = True
     scaled = frozenset({"beft_bias"})
-    roles = MappingProxyType({"beft_bias": "bias"})
+    roles = tensor_roles(bias="beft_bias")
 
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)

@@ -28,7 +28,7 @@ from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import common
-from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
 
 
@@ -38,7 +38,8 @@ class Boft(MatrixMethod):
     peft_type = "BOFT"
     drops = "change"
     kinds = frozenset({"linear", "conv"})
-    roles = MappingProxyType({"boft_R": "other", "boft_s": "vector"})
+    roles = tensor_roles(other="boft_R", vector="boft_s")
+    examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
 
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")
@@ -89,9 +90,6 @@ class Boft(MatrixMethod):
     def unmatrix(self, own: DropoutHparams, params: Params, w: Array) -> Array:
         flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
         return common.turn(flat, _rotation(own, params)).reshape(w.shape)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
 
 
 def _rotation(own: DropoutHparams, params: Params) -> Array:

@@ -24,7 +24,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import C3AConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, shared_value
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, shared_value, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -33,7 +33,11 @@ class C3a(MatrixMethod):
 
     peft_type = "C3A"
     scaled = frozenset({"c3a_kernel"})
-    roles = MappingProxyType({"c3a_kernel": "vector"})
+    roles = tensor_roles(vector="c3a_kernel")
+    examples = (
+        {"block_size": 2},
+        {"block_size": 1, "block_size_pattern": {".*q(_proj)?": 2}, "init_weights": True},
+    )
 
     def tensors(self, config: C3AConfig, target: Target) -> tuple[MethodTensor, ...]:
         shape = target.found.get("c3a_kernel")
@@ -79,12 +83,6 @@ class C3a(MatrixMethod):
         )
         change = transform(lambda z: jnp.fft.irfft(z, size), product).reshape(*x.shape[:-1], rows * size)
         return y + change.astype(kernel.dtype) / x.shape[-1]
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"block_size": 2},
-            {"block_size": 1, "block_size_pattern": {".*q(_proj)?": 2}, "init_weights": True},
-        )
 
 
 METHOD = C3a()

@@ -13,21 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prefix_tuning import PrefixTuning
-from jaxadapt.methods.prompt import EMBEDDINGS
+from jaxadapt.methods.base import Array, Params, tensor_roles
+from jaxadapt.methods.prompt import EMBEDDINGS, PromptMethod
 
 _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
 
 
-class Cartridge(PrefixTuning):
+class Cartridge(PromptMethod):
     """Keys and values before those of every attention layer; the first tokens are fixed."""
 
     peft_type = "CARTRIDGE"
-    roles = MappingProxyType({_FROZEN: "frozen"})
-
-    def own_sizes(self, config: Any) -> dict[str, int | None]:
-        return {}
+    adds = "keys"
+    roles = tensor_roles(frozen=_FROZEN)
+    examples = ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)
@@ -45,9 +43,6 @@ class Cartridge(PrefixTuning):
         trained = shared.get(_TRAINED) if whole is None else whole[config.num_frozen_tokens :]
         parts = [None if frozen is None else jax.lax.stop_gradient(frozen), trained]
         return {EMBEDDINGS: jnp.concatenate([part for part in parts if part is not None])}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
 
 
 METHOD = Cartridge()

@@ -1,13 +1,28 @@
-"""Orthogonal changes of the inputs: block-diagonal matrices, which OFT and BOFT train, and their convolutions."""
+"""Parts that several methods share, so that no method's file imports another's.
+
+These are the block-diagonal rotations of OFT, BOFT and HRA, the random projections of VeRA and its kin, spectra at
+random positions, the dropout of rows, and LoKr's factors of a size.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.methods.base import Array, Target, at_least_float32
+from jaxadapt.arrays.random_draws import TorchRandom
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.methods.base import CALL_KEY, Array, Params, Shapes, Target, Targets, at_least_float32
+
+# ---------------------------------------------------------------- rotations
 
 
 def check_window(target: Target, method: str) -> None:
@@ -62,3 +77,134 @@ def turn(rows: Array, blocks: Array) -> Array:
     """Return the rows (…, n) times the block-diagonal matrix of blocks (n/b, b, b)."""
     split = rows.reshape(*rows.shape[:-1], len(blocks), -1).astype(blocks.dtype)
     return jnp.einsum("...rk,rkc->...rc", split, blocks).reshape(rows.shape)
+
+
+# ---------------------------------------------------------------- shared projections
+
+
+def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Array, Array]:
+    """Return projections of these shapes by PyTorch's Kaiming-uniform of the last axis; B's numbers follow A's."""
+    random = TorchRandom(seed)
+    bounds = (math.sqrt(6 / shape[-1]) for shape in (a, b))
+    first, second = (random.uniform(shape, -bound, bound) for shape, bound in zip((a, b), bounds, strict=True))
+    return first, second
+
+
+def projections(
+    prefix: str, config: Any, targets: Targets, found: Shapes, rows: int
+) -> tuple[MethodTensor, ...]:
+    """Return the specifications of A (rows, inputs) and B (outputs, r), for the largest modules of a new adapter."""
+    names, saved = (f"{prefix}_A", f"{prefix}_B"), config.save_projection
+    a, b = (found.get(name) for name in names)
+    inputs = max(target.in_size for target in targets) if a is None else a[-1]
+    outputs = max(target.out_size for target in targets) if b is None else b[0]
+    needs = (
+        (names[0], inputs, "inputs", lambda target: target.in_size),
+        (names[1], outputs, "outputs", lambda target: target.out_size),
+    )
+    check_projections(targets, needs)
+    shapes = zip(names, ((rows, inputs), (outputs, config.r)), strict=True)
+    return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
+
+
+def check_projections(
+    targets: Targets, needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]
+) -> None:
+    """Raise `MismatchError` if shared projections are too small for a module of the base.
+
+    Args:
+        needs: `(tensor, size, name of the size, function of the size that a module needs)`.
+    """
+    raise_listed(
+        MismatchError,
+        "the adapter's shared tensors are too small for these modules, so the adapter is of another base model:",
+        [
+            f"{next(iter(target.modules))} has {needed} {axis}, {name} has {size}"
+            for target in targets
+            if target.is_known
+            for name, size, axis, need in needs
+            if (needed := need(target)) > size
+        ],
+    )
+
+
+# ---------------------------------------------------------------- spectra
+
+
+def count_of(config: Any, module: str) -> int:
+    """Return the number of frequencies of a module by its configuration."""
+    return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
+
+
+def spectrum(name: str, target: Target, count: Callable[[str], int]) -> tuple[MethodTensor, ...]:
+    """Return the specification of a vector of `count(module)` trained values at random positions of the weight."""
+    size = target.rank(count)
+    if target.is_known and size > target.in_size * target.out_size:
+        raise target.refuse(
+            f"expected an n_frequency of at most {target.in_size * target.out_size}, the number of entries of the"
+            f" weight, found {size}"
+        )
+    tensor = MethodTensor(name, f".{name}", ("batch", "r"), (("r",),), (("r", size),), scale_power=0)
+    return target.with_ranks((tensor,), count)
+
+
+@functools.lru_cache(maxsize=64)
+def positions(seed: int, outputs: int, inputs: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the first `count` entries of PyTorch's permutation of a weight's entries."""
+    return np.divmod(TorchRandom(seed).permutation(outputs * inputs, count), inputs)
+
+
+def used_values(values: Array, count: Any) -> Array:
+    """Return the values of one module in float32; those beyond its own number are zero and get no gradient."""
+    return jnp.where(np.arange(len(values)) < count, at_least_float32(values), 0)
+
+
+# ---------------------------------------------------------------- dropped rows
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        scale: the scale s, a number or a `PerEntry`.
+        rank_dropout: the probability of a row of the change to be 0.
+        module_dropout: the probability of the whole change to be 0.
+        unscaled_dropout: True if the rows that are kept are not divided by their share.
+    """
+
+    scale: Any
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    unscaled_dropout: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """The larger rate, 0 if nothing is dropped."""
+        return max(self.rank_dropout, self.module_dropout)
+
+
+def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
+    """Return the factor of each row of the change in this call (rows); 1 without dropout."""
+    if CALL_KEY not in params:
+        return 1.0
+    row_key, module_key = jax.random.split(params[CALL_KEY])
+    kept = jax.random.bernoulli(row_key, 1 - own.rank_dropout, (rows,)).astype("float32")
+    kept = kept if own.unscaled_dropout else kept / jnp.maximum(kept.mean(), 1 / rows)
+    return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
+
+
+# ---------------------------------------------------------------- two factors of a size
+
+
+def split_size(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return PEFT's two factors of a size, the smaller one first unless `factor` divides the size.
+
+    >>> split_size(4096), split_size(4096, 16), split_size(576, 7), split_size(6, 3)
+    ((64, 64), (16, 256), (6, 96), (3, 2))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = min(math.isqrt(size), size if factor == -1 else factor)
+    first = max([m for m in range(2, limit + 1) if size % m == 0], default=1)
+    return first, size // first

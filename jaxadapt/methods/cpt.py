@@ -22,20 +22,27 @@ from jax.scipy.special import logsumexp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, StartData
-from jaxadapt.methods.prompt_tuning import PromptTuning
+from jaxadapt.methods.base import Array, Params, tensor_roles, Shapes
+from jaxadapt.methods.prompt import EMBEDDINGS, EmbeddingPrompt, StartData
 
 FIXED, DELTA = "embedding", "delta_embedding"
 IGNORED = -100
 """The label of a token without loss."""
 
 
-class Cpt(PromptTuning):
+class Cpt(EmbeddingPrompt):
     """Embeddings of examples before those of the tokens, each moved by a short vector."""
 
     peft_type = "CPT"
-    roles = MappingProxyType({FIXED: "frozen"})
+    roles = tensor_roles(frozen=FIXED)
+    examples = (
+        {
+            "cpt_token_ids": (7, 3, 5),
+            "cpt_tokens_type_mask": (1, 2, 4),
+            "opt_projection_epsilon": 10.0,
+            "task_type": "CAUSAL_LM",
+        },
+    )
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)
@@ -52,28 +59,16 @@ class Cpt(PromptTuning):
     def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
         return self.peft_type, ()
 
-    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+    def start_values(self, config: Any, shapes: Shapes, data: StartData) -> dict[str, Array]:
         return {FIXED: data.embed("cpt_token_ids", np.asarray(config.cpt_token_ids))}
 
-    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
-        if EMBEDDINGS in shared:
-            return {EMBEDDINGS: shared[EMBEDDINGS]}
+    def encode(self, config: Any, shared: Params) -> Array:
         delta = shared[DELTA]
         kinds = np.remainder(np.asarray(config.cpt_tokens_type_mask), 4)
         trained = jnp.where(jnp.asarray(kinds > 0)[:, None], delta, jax.lax.stop_gradient(delta))
         unchanged = trained - jax.lax.stop_gradient(trained)  # zeros, with the gradient of the parameter
         projected = jax.lax.stop_gradient(project(config, delta))
-        return {EMBEDDINGS: jax.lax.stop_gradient(shared[FIXED]) + projected + unchanged}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {
-                "cpt_token_ids": (7, 3, 5),
-                "cpt_tokens_type_mask": (1, 2, 4),
-                "opt_projection_epsilon": 10.0,
-                "task_type": "CAUSAL_LM",
-            },
-        )
+        return jax.lax.stop_gradient(shared[FIXED]) + projected + unchanged
 
 
 def project(config: CPTConfig, delta: Array) -> Array:

@@ -20,7 +20,7 @@ from jax.nn import relu
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import DeftConfig
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -38,7 +38,14 @@ class Deft(MatrixMethod):
 
     peft_type = "DEFT"
     row_numbers = frozenset({"scale"})
-    roles = MappingProxyType({"deft_P": "B", "deft_R": "A"})
+    roles = tensor_roles(B="deft_P", A="deft_R")
+    examples = (
+        {"r": 2},
+        {"r": 3, "decomposition_method": "qr", "alpha": 5},
+        {"r": 2, "para": True},
+        {"r": 2, "para": True, "decomposition_method": "qr"},
+        {"r": 2, "init_weights": False},
+    )
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)
@@ -77,15 +84,6 @@ class Deft(MatrixMethod):
         if "deft_R" in params:
             h = h + own.scale * jnp.einsum("...i,ri->...r", x.astype(right.dtype), params["deft_R"])
         return y + jnp.einsum("...r,or->...o", h, left)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"r": 2},
-            {"r": 3, "decomposition_method": "qr", "alpha": 5},
-            {"r": 2, "para": True},
-            {"r": 2, "para": True, "decomposition_method": "qr"},
-            {"r": 2, "init_weights": False},
-        )
 
 
 def _rank(config: DeftConfig, target: Target) -> int:

@@ -18,7 +18,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import DeloraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -37,7 +37,17 @@ class Delora(MatrixMethod):
     row_numbers = frozenset({"rank"})
     row_padded = frozenset({"r"})
     scaled = frozenset({"delora_lambda"})
-    roles = MappingProxyType({"delora_A": "A", "delora_B": "B", "delora_lambda": "vector", "delora_w_norm": "frozen"})
+    roles = tensor_roles(A="delora_A", B="delora_B", vector="delora_lambda", frozen="delora_w_norm")
+    examples = (
+        {"r": 2},
+        {
+            "r": 3,
+            "delora_lambda": 4,
+            "init_weights": False,
+            "rank_pattern": {".*q(_proj)?": 2},
+            "lambda_pattern": {".*[qv](_proj)?": 7.5},
+        },
+    )
 
     def tensors(self, config: DeloraConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", target.rank(config.rank_of)),)
@@ -83,10 +93,6 @@ class Delora(MatrixMethod):
         a, b = params["delora_A"], params["delora_B"]
         h = jnp.einsum("...i,ri->...r", x.astype(a.dtype) * params["delora_w_norm"], a)
         return y + jnp.einsum("...r,or->...o", h * _strengths(own, params), b)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        patterns = {"rank_pattern": {".*q(_proj)?": 2}, "lambda_pattern": {".*[qv](_proj)?": 7.5}}
-        return ({"r": 2}, {"r": 3, "delora_lambda": 4, "init_weights": False, **patterns})
 
 
 def _strengths(own: DeloraHparams, params: Params) -> Array:

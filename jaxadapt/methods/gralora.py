@@ -18,7 +18,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import GraloraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 
@@ -28,7 +28,8 @@ class Gralora(MatrixMethod):
     peft_type = "GRALORA"
     row_numbers = frozenset({"scale"})
     scaled = frozenset({"gralora_B", "gralora_B_general"})
-    roles = MappingProxyType({"gralora_A": "A", "gralora_B": "B", "gralora_A_general": "A", "gralora_B_general": "B"})
+    roles = tensor_roles(A="gralora_A gralora_A_general", B="gralora_B gralora_B_general")
+    examples = ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
     def tensors(self, config: GraloraConfig, target: Target) -> tuple[MethodTensor, ...]:
         k, r = config.gralora_k, config.r
@@ -77,9 +78,6 @@ class Gralora(MatrixMethod):
             h = jnp.einsum("...i,hi->...h", x, params["gralora_A_general"])
             change = change + jnp.einsum("...h,oh->...o", h, params["gralora_B_general"])
         return y + own.scale * change
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
 
 def _block(target: Target, name: str, size: int, k: int) -> int:

@@ -25,7 +25,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import HiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
 
 
@@ -43,9 +43,8 @@ class Hira(MatrixMethod):
     peft_type = "HIRA"
     kinds = frozenset({"linear", "embedding", "conv"})
     scaled = frozenset({"hira_B", "hira_embedding_B"})
-    roles = MappingProxyType(
-        {"hira_A": "A", "hira_B": "B", "hira_embedding_A": "embedding", "hira_embedding_B": "embedding"}
-    )
+    roles = tensor_roles(A="hira_A", B="hira_B", embedding="hira_embedding_A hira_embedding_B")
+    examples = ({"r": 2}, {"r": 3, "init_weights": "gaussian"})
 
     def tensors(self, config: HiraConfig, target: Target) -> tuple[MethodTensor, ...]:
         if target.match.weight.groups > 1:
@@ -114,9 +113,6 @@ class Hira(MatrixMethod):
         change = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w) - w
         x = x if drop is None else drop(x)
         return (y + low_rank.run_use(use, x, change.astype(x.dtype))).astype(y.dtype)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 2}, {"r": 3, "init_weights": "gaussian"})
 
 
 METHOD = Hira()

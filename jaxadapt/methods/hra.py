@@ -27,7 +27,7 @@ from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import common
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -43,8 +43,9 @@ class Hra(MatrixMethod):
 
     peft_type = "HRA"
     kinds = frozenset({"linear", "conv"})
-    roles = MappingProxyType({"hra_u": "A"})
+    roles = tensor_roles(A="hra_u")
     row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
+    examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, window = (("r", config.r),), target.window
@@ -91,9 +92,6 @@ class Hra(MatrixMethod):
         u, ut = _factors(own, params["hra_u"])
         flat = w.reshape(len(w), -1)
         return (flat - (flat @ u) @ ut.T).reshape(w.shape)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
 
 
 def _factors(own: HraHparams, u: Array) -> tuple[Array, Array]:

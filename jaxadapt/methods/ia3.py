@@ -24,7 +24,7 @@ from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, shared_value
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, shared_value, tensor_roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,11 @@ class IA3(Method):
 
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
-    roles = MappingProxyType({"ia3_l": "vector"})
+    roles = tensor_roles(vector="ia3_l")
     sums = True
     neutral = MappingProxyType({"ia3_l": 1.0})
     row_neutral = MappingProxyType({"ia3_l": 1.0})
+    examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
         match, modules = target.match, target.modules
@@ -130,8 +131,6 @@ class IA3(Method):
     def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         return {"ia3_l": params["ia3_l"], USED: entry_values(hparams.used or 1.0, entries)}
 
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     @staticmethod
     def _scale_letters(hparams: IA3Hparams, use: Use) -> str:

@@ -19,12 +19,10 @@ class LnTuning(CopyingMethod):
     """Full training of norms."""
 
     peft_type = "LN_TUNING"
+    examples = ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
 
     def copy_of(self, config: LNTuningConfig, parameter: str) -> Method:
         return FullCopy("target_modules", ".ln_tuning_layers")
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
 
 
 METHOD = LnTuning()

@@ -16,47 +16,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import LoHaConfig
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, shared_value
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value, tensor_roles
+from jaxadapt.methods.common import DroppedHparams, kept_rows
 from jaxadapt.methods.matrix import FactoredMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class DroppedHparams:
-    """The hyperparameters of a site.
-
-    Attributes:
-        scale: the scale s, a number or a `PerEntry`.
-        rank_dropout: the probability of a row of the change to be 0.
-        module_dropout: the probability of the whole change to be 0.
-        unscaled_dropout: True if the rows that are kept are not divided by their share.
-    """
-
-    scale: Any
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    unscaled_dropout: bool = False
-
-    @property
-    def dropout(self) -> float:
-        """The larger rate, 0 if nothing is dropped."""
-        return max(self.rank_dropout, self.module_dropout)
-
-
-def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
-    """Return the factor of each row of the change in this call (rows); 1 without dropout."""
-    if CALL_KEY not in params:
-        return 1.0
-    row_key, module_key = jax.random.split(params[CALL_KEY])
-    kept = jax.random.bernoulli(row_key, 1 - own.rank_dropout, (rows,)).astype("float32")
-    kept = kept if own.unscaled_dropout else kept / jnp.maximum(kept.mean(), 1 / rows)
-    return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
 
 
 class Loha(FactoredMethod):
@@ -66,8 +34,10 @@ class Loha(FactoredMethod):
     drops = "change"
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"hada_w1_a"})
-    roles = MappingProxyType(
-        {"hada_w1_a": "B", "hada_w2_a": "B", "hada_w1_b": "A", "hada_w2_b": "A", "hada_t1": "A", "hada_t2": "A"}
+    roles = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
+    examples = (
+        {"r": 2, "alpha": 3},
+        {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
     )
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
@@ -130,12 +100,6 @@ class Loha(FactoredMethod):
             sides = [params[f"hada_w{i}_a"] @ params[f"hada_w{i}_b"] for i in "12"]
         delta = own.scale * (sides[0] * sides[1]).reshape(len(w), -1)
         return (delta.T * kept_rows(own, params, len(w))).T.reshape(w.shape)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"r": 2, "alpha": 3},
-            {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
-        )
 
 
 METHOD = Loha()

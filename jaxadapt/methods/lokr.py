@@ -22,8 +22,8 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import LoKrConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.loha import DroppedHparams, kept_rows
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
+from jaxadapt.methods.common import DroppedHparams, kept_rows, split_size
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -44,9 +44,11 @@ class Lokr(MatrixMethod):
     row_numbers = frozenset({"scale"})
     kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
-    roles = MappingProxyType(
-        {"lokr_w1": "B", "lokr_w1_a": "B", "lokr_w2_a": "B"}
-        | dict.fromkeys(("lokr_w1_b", "lokr_w2", "lokr_w2_b", "lokr_t2"), "A")
+    roles = tensor_roles(A="lokr_w1_b lokr_w2 lokr_w2_b lokr_t2", B="lokr_w1 lokr_w1_a lokr_w2_a")
+    examples = (
+        {"r": 1, "alpha": 3},
+        {"r": 4, "alpha": 5, "decompose_factor": 2, "init_weights": "lycoris"},
+        {"r": 1, "decompose_both": True, "decompose_factor": 4, "alpha_pattern": {".*[qv](_proj)?": 7}},
     )
 
     def tensors(self, config: LoKrConfig, target: Target) -> tuple[MethodTensor, ...]:
@@ -96,26 +98,6 @@ class Lokr(MatrixMethod):
         for factor in first:
             h = jnp.einsum("...mk,lm->...lk", h, factor)
         return y + own.scale * h.reshape(y.shape) * kept_rows(own, params, y.shape[-1])
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"r": 1, "alpha": 3},
-            {"r": 4, "alpha": 5, "decompose_factor": 2, "init_weights": "lycoris"},
-            {"r": 1, "decompose_both": True, "decompose_factor": 4, "alpha_pattern": {".*[qv](_proj)?": 7}},
-        )
-
-
-def split_size(size: int, factor: int = -1) -> tuple[int, int]:
-    """Return PEFT's two factors of a size, the smaller one first unless `factor` divides the size.
-
-    >>> split_size(4096), split_size(4096, 16), split_size(576, 7), split_size(6, 3)
-    ((64, 64), (16, 256), (6, 96), (3, 2))
-    """
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    limit = min(math.isqrt(size), size if factor == -1 else factor)
-    first = max([m for m in range(2, limit + 1) if size % m == 0], default=1)
-    return first, size // first
 
 
 def _found_form(target: Target) -> _Form | None:

@@ -65,6 +65,7 @@ from jaxadapt.methods.base import (
     adapted_entries,
     as_computable,
     at_least_float32,
+    tensor_roles,
 )
 
 # ---------------------------------------------------------------- dora
@@ -316,23 +317,14 @@ class Lora(Method):
     row_neutral = MappingProxyType({MAGNITUDE: 1.0})
     row_padded = frozenset({"r"})
     row_turned = frozenset({"lora_B"})
-    roles = MappingProxyType(
-        {
-            "lora_A": "A",
-            "lora_B": "B",
-            "lora_B_bias": "bias",
-            "lora_magnitude_vector": "vector",
-            "lora_diag": "vector",
-            "lora_embedding_A": "embedding",
-            "lora_embedding_B": "embedding",
-        }
-    )
+    roles = tensor_roles(A="lora_A", B="lora_B", bias="lora_B_bias", vector="lora_magnitude_vector lora_diag", embedding="lora_embedding_A lora_embedding_B")
 
     # The nesting depth of PEFT's ParamWrapper, if the weight is adapted through target_parameters.
     wrapper_depth: int | None = None
     neutral = MappingProxyType({"lora_embedding_A": 0.0, "lora_B": 0.0, "lora_B_bias": 0.0})
     # The head's B is the embedding's A, transposed, and the head's A is the embedding's B.
     as_head = MappingProxyType({"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"})
+    examples = ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
     def __init__(self, depth: int | None = None) -> None:
         if depth is not None:
@@ -546,9 +538,6 @@ class Lora(Method):
         if not sequence or tokens is None:
             return {}
         return {MASK: tokens if tokens.dtype == bool else invocation_mask(tuple(sequence), tokens)}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
 
 def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:

@@ -22,7 +22,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import MissConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -38,7 +38,8 @@ class Miss(MatrixMethod):
     """One matrix for all blocks of inputs."""
 
     peft_type = "MISS"
-    roles = MappingProxyType({"miss_block": "B"})
+    roles = tensor_roles(B="miss_block")
+    examples = ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
 
     def tensors(self, config: MissConfig, target: Target) -> tuple[MethodTensor, ...]:
         variant, r = self.own(config, target).variant, config.r
@@ -91,9 +92,6 @@ class Miss(MatrixMethod):
         d, v = params["miss_block"], _blocks(w, params["miss_block"])
         inverse = jnp.linalg.inv(jnp.eye(d.shape[-1], dtype=d.dtype) + d)
         return jnp.einsum("apcq,aqs->apcs", v - d[:, :, None], inverse).reshape(w.shape)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
 
 
 def _over_outputs(d: Array, outputs: int) -> Array:

@@ -15,18 +15,18 @@ from jax.core import Tracer
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
-from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, StartData
-from jaxadapt.methods.prompt_tuning import PromptTuning
+from jaxadapt.methods.base import Array, Params, Shapes
+from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, EmbeddingPrompt, StartData
 
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
-class MultitaskPromptTuning(PromptTuning):
+class MultitaskPromptTuning(EmbeddingPrompt):
     """Embeddings before those of the tokens, shared by all tasks and scaled by a matrix of each."""
 
     peft_type = "MULTITASK_PROMPT_TUNING"
     in_decoder = True
+    examples = ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)
@@ -36,7 +36,7 @@ class MultitaskPromptTuning(PromptTuning):
     def draw(self, config: Any, name: str) -> Draw:
         return super().draw(config, name) if name == EMBEDDINGS else Draw("normal", 0.02)
 
-    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+    def start_values(self, config: Any, shapes: Shapes, data: StartData) -> dict[str, Array]:
         kind = config.prompt_tuning_init
         if self.start_setting(config)[1] != ("source",):
             return super().start_values(config, shapes, data)
@@ -95,9 +95,6 @@ class MultitaskPromptTuning(PromptTuning):
         cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (COLS, ROWS))
         with jax.numpy_rank_promotion("allow"):
             return params[EMBEDDINGS] * (cols @ rows)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 
 
 METHOD = MultitaskPromptTuning()

@@ -38,7 +38,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import common
-from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, choose, layout_of
 
 
@@ -66,7 +66,12 @@ class Oft(MatrixMethod):
 
     peft_type = "OFT"
     kinds = frozenset({"linear", "conv", "embedding"})
-    roles = MappingProxyType({"oft_R": "vector", "oft_embedding_R": "vector"})
+    roles = tensor_roles(vector="oft_R oft_embedding_R")
+    examples = (
+        {"oft_block_size": 2},
+        {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False},
+        {"oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.3, "num_cayley_neumann_terms": 3},
+    )
 
     def check(self, config: OFTConfig) -> None:
         version = [int(n) for n in re.findall(r"\d+", config.peft_version or "0")[:2]]
@@ -186,13 +191,6 @@ class Oft(MatrixMethod):
     @staticmethod
     def _blocks(own: OftHparams, params: Params, size: int) -> Array:
         return _rotation(own, params["oft_embedding_R" if own.embedding else "oft_R"], size)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"oft_block_size": 2},
-            {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False},
-            {"oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.3, "num_cayley_neumann_terms": 3},
-        )
 
 
 def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import OSFConfig
 from jaxadapt.configs.validation import compile_pattern
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 _P = "osf_svd_params_"
@@ -33,10 +33,8 @@ class Osf(MatrixMethod):
     """Training of the small singular directions."""
 
     peft_type = "OSF"
-    roles = MappingProxyType(
-        {f"{_P}U_low": "B", f"{_P}S_low": "vector", f"{_P}V_low": "A"}
-        | {"osf_U_high": "frozen", "osf_V_high": "frozen"}
-    )
+    roles = tensor_roles(A=f"{_P}V_low", B=f"{_P}U_low", vector=f"{_P}S_low", frozen="osf_U_high osf_V_high")
+    examples = ({}, {"effective_rank": 3, "init_weights": False})
 
     def tensors(self, config: OSFConfig, target: Target) -> tuple[MethodTensor, ...]:
         def kept(module: str) -> int:
@@ -87,9 +85,6 @@ class Osf(MatrixMethod):
         high = params["osf_U_high"]
         u, s, v = _low(params)
         return high @ (high.T @ w) + (u * s) @ v
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({}, {"effective_rank": 3, "init_weights": False})
 
 
 def _low(params: Params) -> tuple[Array, Array, Array]:

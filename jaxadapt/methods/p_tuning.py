@@ -17,20 +17,20 @@ from jax.nn import relu, sigmoid
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, dense, draw_dense
-from jaxadapt.methods.prompt_tuning import PromptTuning
+from jaxadapt.methods.prompt import EMBEDDINGS, EmbeddingPrompt, dense, draw_dense
 
 _DIRECTIONS = ("forward", "reverse")
 
 
-class PTuning(PromptTuning):
+class PTuning(EmbeddingPrompt):
     """Embeddings before those of the tokens, computed by a trained network."""
 
     peft_type = "P_TUNING"
     from_base = False
-
-    def own_sizes(self, config: Any) -> dict[str, int | None]:
-        return {"encoder_hidden_size": config.token_dim}
+    examples = (
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 5},
+        {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
+    )
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=True)
@@ -65,23 +65,15 @@ class PTuning(PromptTuning):
             return draw_dense(h)  # torch's nn.LSTM draws all its tensors alike
         return draw_dense(self.shapes(config, stored=False)[name.replace("bias", "kernel")][0])
 
-    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
-        if EMBEDDINGS in shared:
-            return {EMBEDDINGS: shared[EMBEDDINGS]}
+    def encode(self, config: Any, shared: Params) -> Array:
         x = shared["embedding"]
         if config.encoder_reparameterization_type == "LSTM":
             for layer in range(config.encoder_num_layers):
                 x = jnp.concatenate([_lstm(shared, f"lstm_{layer}_{d}", x, d) for d in _DIRECTIONS], axis=-1)
-            return {EMBEDDINGS: dense(shared, 1, relu(dense(shared, 0, x)))}
+            return dense(shared, 1, relu(dense(shared, 0, x)))
         for i in range(2):
             x = relu(dense(shared, i, x))
-        return {EMBEDDINGS: dense(shared, 2, x)}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"num_virtual_tokens": 3, "encoder_hidden_size": 5},
-            {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
-        )
+        return dense(shared, 2, x)
 
 
 def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:

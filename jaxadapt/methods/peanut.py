@@ -20,7 +20,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import PeanutConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -65,7 +65,8 @@ class Peanut(MatrixMethod):
 
     peft_type = "PEANUT"
     scaled = frozenset({"peanut_B"})
-    roles = MappingProxyType({"peanut_A": "A", "peanut_B": "B"})
+    roles = tensor_roles(A="peanut_A", B="peanut_B")
+    examples = ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
 
     def check(self, config: PeanutConfig) -> None:
         if config.act_fn not in ACTIVATIONS:
@@ -103,9 +104,6 @@ class Peanut(MatrixMethod):
         for i in range(own.depth):
             h = f(h @ params[f"peanut_decoders_{i}"].T) + inputs.pop()
         return own.scaling * (h @ params["peanut_B"].T).T
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
 
 
 METHOD = Peanut()

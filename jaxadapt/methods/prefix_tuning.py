@@ -21,9 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import Config
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, dense, draw_dense, fill_in
+from jaxadapt.methods.prompt import EMBEDDINGS, PromptMethod, dense, draw_dense
 
 
 class PrefixTuning(PromptMethod):
@@ -31,17 +30,10 @@ class PrefixTuning(PromptMethod):
 
     peft_type = "PREFIX_TUNING"
     adds = "keys"
-
-    def complete(self, config: Any, sizes: BaseSizes) -> Config:
-        width = None if sizes.num_kv_heads is None or sizes.head_dim is None else sizes.num_kv_heads * sizes.head_dim
-        config = fill_in(
-            config, {"num_layers": sizes.num_layers, "token_dim": width, "num_attention_heads": sizes.num_kv_heads}
-        )
-        return fill_in(config, {"num_transformer_submodules": config.submodules} | self.own_sizes(config))
-
-    def own_sizes(self, config: Any) -> dict[str, int | None]:
-        """Return the fields of this method that follow from the others."""
-        return {"encoder_hidden_size": config.token_dim}
+    examples = (
+        {"num_virtual_tokens": 3},
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
+    )
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)
@@ -60,16 +52,8 @@ class PrefixTuning(PromptMethod):
         fan_in = config.token_dim if name.endswith("0") else config.encoder_hidden_size or config.token_dim
         return draw_dense(fan_in)
 
-    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
-        if EMBEDDINGS in shared:
-            return {EMBEDDINGS: shared[EMBEDDINGS]}
-        return {EMBEDDINGS: dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"num_virtual_tokens": 3},
-            {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
-        )
+    def encode(self, config: Any, shared: Params) -> Array:
+        return dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))
 
 
 METHOD = PrefixTuning()

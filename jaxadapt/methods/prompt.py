@@ -5,23 +5,34 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, TargetError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights
+from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights, Shapes, Targets
+
+# ---------------------------------------------------------------- names
+
 
 EMBEDDINGS = "prompt_embeddings"
 """The name of the virtual tokens, in a trained adapter without an encoder and in every file."""
 
 TASKS, PREFILLED = "task_ids", "prefilled"
 """The names of the data of one call: the task of each row, and a marker that a cache holds the virtual tokens."""
+
+PROMPT, GATE = "adaption_prompt", "adaption_gate"
+"""The ends of the names of a layer's tensors, in a method that adds attention to tokens of its own."""
+
+KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"
+"""The projections of an attention module that such a method uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +107,15 @@ class PromptMethod(Method):
     in_decoder: ClassVar[bool] = False
     from_base: ClassVar[bool] = False
 
-    @abc.abstractmethod
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         """Return the configuration with the sizes of the base that are None filled in, as PEFT fills them in."""
+        width, heads = sizes.token_dim, sizes.num_attention_heads
+        if self.adds == "keys":
+            known = sizes.num_kv_heads is not None and sizes.head_dim is not None
+            width, heads = sizes.num_kv_heads * sizes.head_dim if known else None, sizes.num_kv_heads
+        found = {"num_layers": sizes.num_layers, "token_dim": width, "num_attention_heads": heads}
+        config = fill_in(config, {**found, "num_transformer_submodules": config.submodules})
+        return fill_in(config, {"encoder_hidden_size": config.token_dim})
 
     @abc.abstractmethod
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
@@ -112,7 +129,7 @@ class PromptMethod(Method):
         """Return the setting that decides where a prompt starts, for messages, and the arguments of `start` for it."""
         return type(config).__name__, ("key",)
 
-    def start_values(self, config: Any, shapes: Mapping[str, tuple[int, ...]], data: StartData) -> dict[str, Array]:
+    def start_values(self, config: Any, shapes: Shapes, data: StartData) -> dict[str, Array]:
         """Return the tensors of the trained form that do not start as `draw` says, float32, for `initializers.start`.
 
         Args:
@@ -124,9 +141,13 @@ class PromptMethod(Method):
         """
         return {}
 
-    @abc.abstractmethod
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
         """Return the tensors of the stored form from those of either form."""
+        return {EMBEDDINGS: shared[EMBEDDINGS] if EMBEDDINGS in shared else self.encode(config, shared)}
+
+    def encode(self, config: Any, shared: Params) -> Array:
+        """Return the virtual tokens from the tensors of a trained form that has others."""
+        raise NotImplementedError  # only a method with such a form defines it
 
     def tokens(self, config: Any, params: Params, data: Params) -> Array:
         """Return the virtual tokens of a call, (n, width) or for each row of the batch (batch, n, width).
@@ -135,7 +156,7 @@ class PromptMethod(Method):
         """
         return self.stored(config, params)[EMBEDDINGS]
 
-    def check_targets(self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]) -> None:
+    def check_targets(self, config: Any, targets: Targets, found: Shapes) -> None:
         """Raise `TargetError` if the base's modules that `reads` selects do not suffice for a file's tensors."""
         return
 
@@ -143,7 +164,7 @@ class PromptMethod(Method):
         """Return True for a module of the base whose sizes the adapter's shapes depend on."""
         return False
 
-    def names_in_file(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def names_in_file(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the adapter's tensors by name, from those of a file by key."""
         return {key: shape for key, shape in shapes.items() if not key.startswith("base_model.")}
 
@@ -163,7 +184,7 @@ class PromptMethod(Method):
     # ------------------------------------------------------------ the interface
 
     def shared(
-        self, config: Any, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: Any, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         shapes = self.shapes(config, stored=EMBEDDINGS in found)
         return tuple(
@@ -223,6 +244,66 @@ def draw_dense(fan_in: int) -> Draw:
 
 
 def fill_in(config: Any, values: Mapping[str, Any]) -> Any:
-    """Return a configuration with these values in the fields that are None."""
-    known = {name: value for name, value in values.items() if value is not None and config.get(name) is None}
+    """Return a configuration with these values in the fields that it has and that are None."""
+    known = {name: x for name, x in values.items() if x is not None and vars(config).get(name, x) is None}
     return config.replace(**known) if known else config
+
+
+def layer_number(name: str) -> int:
+    """Return the first number of a module's name, which numbers its layer.
+
+    >>> layer_number("model.layers.12.self_attn"), layer_number("model:layers:3:self_attn:adaption_gate")
+    (12, 3)
+    """
+    found = re.search(r"(?:^|[.:])(\d+)[.:]", name)
+    if found is None:
+        raise TargetError(f"{name}: expected the name of a module in a numbered layer, found no number")
+    return int(found[1])
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+class EmbeddingPrompt(PromptMethod):
+    """A method whose virtual tokens are embeddings before those of the tokens.
+
+    The tensor of the stored form is `prompt_embeddings` (n · submodules, token_dim).
+    """
+
+    adds = "embeddings"
+    from_base = True
+
+    def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+        self.require_sizes(config)
+        return {EMBEDDINGS: (config.num_virtual_tokens * config.submodules, config.token_dim)}
+
+    def draw(self, config: Any, name: str) -> Draw:
+        kind = config.get("prompt_tuning_init", "RANDOM")
+        if kind != "RANDOM":
+            needed = {"SAMPLE_VOCAB": "", "TEXT": ", tokens=ids"}.get(kind, ", source=adapter")
+            raise ConfigError(
+                f'{self.peft_type}: prompt_tuning_init="{kind}" needs data beyond the configuration; create the adapter'
+                f" with jaxadapt.initializers.start(base, config{needed})"
+            )
+        return Draw("normal", 1.0)  # torch's nn.Embedding
+
+    def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
+        kind = config.get("prompt_tuning_init")
+        if kind is None:
+            return super().start_setting(config)
+        needs = {"RANDOM": ("key",), "SAMPLE_VOCAB": ("key",), "TEXT": ("tokens",)}.get(kind, ("source",))
+        return f'prompt_tuning_init="{kind}"', needs
+
+    def start_values(self, config: Any, shapes: Shapes, data: StartData) -> dict[str, Array]:
+        kind = config.get("prompt_tuning_init")
+        if kind not in ("SAMPLE_VOCAB", "TEXT"):
+            return {}
+        rows = shapes[EMBEDDINGS][0]
+        if kind == "SAMPLE_VOCAB":
+            return {EMBEDDINGS: data.embed("", jax.random.randint(data.key, (rows,), 0, data.table().shape[0]))}
+        assert data.tokens is not None
+        text = config.prompt_tuning_init_text or ""
+        ids = np.asarray(data.tokens(text) if callable(data.tokens) else data.tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise AttachError(f"tokens: expected a list of token ids, found {ids.dtype} of shape {list(ids.shape)}")
+        return {EMBEDDINGS: data.embed("tokens", ids)[np.resize(np.arange(len(ids)), rows)]}  # as in PEFT

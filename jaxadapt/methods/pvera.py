@@ -23,9 +23,9 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.common import draw_projections, projections
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod, MatrixHparams
-from jaxadapt.methods.vera import draw_projections, projections
 
 NOISE = "noise"
 
@@ -35,10 +35,8 @@ class Pvera(FactoredMethod):
 
     peft_type = "PVERA"
     scaled = frozenset({"pvera_lambda_b"})
-    roles = MappingProxyType(
-        {"pvera_lambda_b": "vector", "pvera_lambda_d": "vector"}
-        | dict.fromkeys(("pvera_A", "pvera_B", "pvera_place"), "frozen")
-    )
+    roles = tensor_roles(vector="pvera_lambda_b pvera_lambda_d", frozen="pvera_A pvera_B pvera_place")
+    examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
 
     def check(self, config: PveraConfig) -> None:
         if config.sample_at_inference:
@@ -56,7 +54,7 @@ class Pvera(FactoredMethod):
         )
 
     def shared(
-        self, config: PveraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: PveraConfig, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         return projections("pvera", config, targets, found, 2 * config.r)
 
@@ -103,9 +101,6 @@ class Pvera(FactoredMethod):
 
     def call_data(self, config: PveraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
         return {NOISE: given[NOISE]} if NOISE in given else {}
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
 
 
 METHOD = Pvera()

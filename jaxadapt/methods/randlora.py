@@ -23,9 +23,9 @@ from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.common import check_projections
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
-from jaxadapt.methods.vera import check_projections
 
 
 class Randlora(MatrixMethod):
@@ -34,9 +34,8 @@ class Randlora(MatrixMethod):
     peft_type = "RANDLORA"
     row_numbers = frozenset({"scale"})
     scaled = frozenset({"randlora_lambda"})
-    roles = MappingProxyType(
-        {"randlora_lambda": "other", "randlora_gamma": "other", "randlora_A": "frozen", "randlora_B": "frozen"}
-    )
+    roles = tensor_roles(other="randlora_lambda randlora_gamma", frozen="randlora_A randlora_B")
+    examples = ({"r": 3, "randlora_alpha": 6}, {"r": 4, "randlora_alpha": 4, "sparse": True, "projection_prng_key": 7})
 
     def check(self, config: RandLoraConfig) -> None:
         if not config.save_projection:
@@ -52,7 +51,7 @@ class Randlora(MatrixMethod):
         return own_tensor("randlora_lambda", (config.r, bases)), own_tensor("randlora_gamma", (bases, small))
 
     def shared(
-        self, config: RandLoraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: RandLoraConfig, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         a, b = found.get("randlora_A"), found.get("randlora_B")
         if a is None or b is None:
@@ -102,9 +101,6 @@ class Randlora(MatrixMethod):
             return y + own.scale * _change_few(params, x, out)
         a, b = _bases(params, out, inputs)
         return y + own.scale * ((x @ a.T) @ b.T if inputs <= out else (x @ b) @ a)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 3, "randlora_alpha": 6}, {"r": 4, "randlora_alpha": 4, "sparse": True, "projection_prng_key": 7})
 
 
 def _bases(params: Params, out: int, inputs: int) -> tuple[Array, Array]:

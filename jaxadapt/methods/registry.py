@@ -15,7 +15,7 @@ from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import Modules, Weight
-from jaxadapt.methods.base import Method, Target
+from jaxadapt.methods.base import Method, Shape, Shapes, Target
 
 # ---------------------------------------------------------------- registry
 
@@ -116,11 +116,10 @@ def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
 # ---------------------------------------------------------------- file sizes
 
 
-Shape = tuple[int, ...]
 _LEAF = "weight"
 
 
-def file_target(config: Config, module: str, found: Mapping[str, Shape], shape: Shape = ()) -> Target:
+def file_target(config: Config, module: str, found: Shapes, shape: Shape = ()) -> Target:
     """Return a module as a target of its method, from its file tensors `{name: shape}`.
 
     Args:
@@ -136,7 +135,7 @@ def file_target(config: Config, module: str, found: Mapping[str, Shape], shape: 
 
 
 def file_sizes(
-    config: Config, module: str, found: Mapping[str, Shape], shape: Shape = ()
+    config: Config, module: str, found: Shapes, shape: Shape = ()
 ) -> tuple[int | None, int | None]:
     """Return the outputs and the inputs of a module, as far as its file tensors `{name: shape}` determine them.
 
@@ -153,5 +152,5 @@ def file_sizes(
     return sizes.get("out"), sizes.get("channels", sizes.get("in"))
 
 
-def _kind(found: Mapping[str, Shape]) -> Literal["embedding", "linear"]:
+def _kind(found: Shapes) -> Literal["embedding", "linear"]:
     return "embedding" if any("_embedding_" in name for name in found) else "linear"

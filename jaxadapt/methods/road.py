@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import RoadConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 _VALUES_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -38,7 +38,12 @@ class Road(MatrixMethod):
     """A rotation and scaling of pairs of outputs."""
 
     peft_type = "ROAD"
-    roles = MappingProxyType({"road_theta": "vector", "road_alpha": "vector"})
+    roles = tensor_roles(vector="road_theta road_alpha")
+    examples = (
+        {"group_size": 4},
+        {"variant": "road_2", "group_size": 8},
+        {"variant": "road_4", "group_size": 2, "init_weights": False},
+    )
 
     def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
         ratio = _VALUES_PER_OUTPUT[config.variant]
@@ -86,13 +91,6 @@ class Road(MatrixMethod):
         else:
             new = c1 * y - s1 * z, c2 * z + s2 * y
         return jnp.stack(new, axis=-2).reshape(bias.shape)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"group_size": 4},
-            {"variant": "road_2", "group_size": 8},
-            {"variant": "road_4", "group_size": 2, "init_weights": False},
-        )
 
 
 def _columns(own: RoadHparams, params: Params) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ from jaxadapt.arrays.random_draws import Draw, TorchRandom, draw_arrays
 from jaxadapt.configs.full_rank import ShiraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -29,7 +29,8 @@ class Shira(MatrixMethod):
 
     peft_type = "SHIRA"
     scaled = frozenset({"shira_weight"})
-    roles = MappingProxyType({"shira_weight": "other", "shira_indices": "frozen"})
+    roles = tensor_roles(other="shira_weight", frozen="shira_indices")
+    examples = ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
 
     def tensors(self, config: ShiraConfig, target: Target) -> tuple[MethodTensor, ...]:
         def count() -> int:
@@ -69,9 +70,6 @@ class Shira(MatrixMethod):
         rows, columns = params["shira_indices"]
         values = params["shira_weight"]
         return jnp.zeros(w.shape, values.dtype).at[rows, columns].add(values)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
 
 
 def _positions(key: Any, size: int, count: int) -> Array:

@@ -20,7 +20,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import SupertuningConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
 VALUES, INDICES, LORA_A, LORA_B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
@@ -31,7 +31,11 @@ class Supertuning(MatrixMethod):
 
     peft_type = "SUPERTUNING"
     scaled = frozenset({VALUES, LORA_B})
-    roles = MappingProxyType({VALUES: "other", INDICES: "frozen", LORA_A: "A", LORA_B: "B"})
+    roles = tensor_roles(A=LORA_A, B=LORA_B, other=VALUES, frozen=INDICES)
+    examples = (
+        {"sparsity": 0.8},
+        {"sparsity": 0.9, "select_top": False, "r": 2, "lora_alpha": 3.0, "save_precomputed_indices": False},
+    )
 
     def tensors(self, config: SupertuningConfig, target: Target) -> tuple[MethodTensor, ...]:
         def count() -> int:
@@ -80,12 +84,6 @@ class Supertuning(MatrixMethod):
         values = params[VALUES]
         change = jnp.zeros(w.size, values.dtype).at[params[INDICES]].add(values).reshape(w.shape)
         return change + own.scale * (params[LORA_B] @ params[LORA_A]) if LORA_A in params else change
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"sparsity": 0.8},
-            {"sparsity": 0.9, "select_top": False, "r": 2, "lora_alpha": 3.0, "save_precomputed_indices": False},
-        )
 
 
 METHOD = Supertuning()

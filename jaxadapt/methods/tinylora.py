@@ -22,7 +22,7 @@ from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import TinyLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Drop, Params, Start, Target
+from jaxadapt.methods.base import Array, Drop, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams
 
 
@@ -40,8 +40,10 @@ class TinyLora(FactoredMethod):
     peft_type = "TINYLORA"
     kinds = frozenset({"linear", "embedding"})
     ordered = True
-    roles = MappingProxyType(
-        {"tinylora_v": "vector"} | dict.fromkeys(("tinylora_A", "tinylora_B", "tinylora_P", "tinylora_group"), "frozen")
+    roles = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")
+    examples = (
+        {"u": 5, "init_weights": "uniform"},
+        {"r": 3, "u": 4, "weight_tying": 0.6, "save_projection": False, "projection_seed": 7},
     )
 
     def tensors(self, config: TinyLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
@@ -62,7 +64,7 @@ class TinyLora(FactoredMethod):
         )
 
     def shared(
-        self, config: TinyLoraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: TinyLoraConfig, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         count = sum(len(tuple(target.modules)) for target in targets)
         # The trained parameters alone are v, without the modules.
@@ -124,12 +126,6 @@ class TinyLora(FactoredMethod):
 
     def describe_change(self, config: TinyLoraConfig) -> None:
         return None
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"u": 5, "init_weights": "uniform"},
-            {"r": 3, "u": 4, "weight_tying": 0.6, "save_projection": False, "projection_seed": 7},
-        )
 
 
 def _groups(config: TinyLoraConfig, modules: int) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import UniLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
 THETA = "unilora_theta_d"
@@ -30,9 +30,8 @@ class UniLora(FactoredMethod):
 
     peft_type = "UNILORA"
     ordered = True
-    roles = MappingProxyType(
-        {THETA: "vector"} | {f"unilora_{name}_{side}": "frozen" for name in ("indices", "scales") for side in "AB"}
-    )
+    roles = tensor_roles(vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB"))
+    examples = ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
 
     def tensors(self, config: UniLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
         options: dict[str, Any] = {"own": (("r", config.r),), "scale_power": 0, "trained": False}
@@ -47,7 +46,7 @@ class UniLora(FactoredMethod):
         return tuple(made)
 
     def shared(
-        self, config: UniLoraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: UniLoraConfig, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         return (own_tensor(THETA, (config.theta_d_length,)),)
 
@@ -74,9 +73,6 @@ class UniLora(FactoredMethod):
 
     def describe_change(self, config: UniLoraConfig) -> None:
         return None
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
 
 
 @functools.lru_cache(maxsize=2)  # each module takes its own part

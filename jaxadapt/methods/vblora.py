@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.matrix import FactoredMethod
 
 BANK = "vblora_vector_bank"
@@ -40,9 +40,10 @@ class Vblora(FactoredMethod):
     """Low-rank matrices whose parts are mixes of vectors from one bank."""
 
     peft_type = "VBLORA"
-    roles = MappingProxyType(
-        {"vblora_logits_A": "other", "vblora_logits_B": "other", BANK: "other"}
-        | {f"vblora_logits_{side}_{name}": "frozen" for side in "AB" for name in (INDICES, WEIGHTS)}
+    roles = tensor_roles(other=f"vblora_logits_A vblora_logits_B {BANK}", frozen=" ".join(f"vblora_logits_{side}_{name}" for side in "AB" for name in (INDICES, WEIGHTS)))
+    examples = (
+        {"r": 2, "num_vectors": 9, "vector_length": 4},
+        {"r": 3, "num_vectors": 6, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5},
     )
 
     def tensors(self, config: VBLoRAConfig, target: Target) -> tuple[MethodTensor, ...]:
@@ -72,7 +73,7 @@ class Vblora(FactoredMethod):
         return tuple(made)
 
     def shared(
-        self, config: VBLoRAConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+        self, config: VBLoRAConfig, targets: Targets, found: Shapes
     ) -> tuple[MethodTensor, ...]:
         return (own_tensor(BANK, (config.num_vectors, config.vector_length)),)
 
@@ -105,12 +106,6 @@ class Vblora(FactoredMethod):
             mixed.append((weights[..., None] * bank[indices]).sum(-2))
         a, b = mixed  # (r, tiles, length), (tiles, r, length)
         return a.reshape(len(a), -1), b.transpose(0, 2, 1).reshape(-1, b.shape[1])
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"r": 2, "num_vectors": 9, "vector_length": 4},
-            {"r": 3, "num_vectors": 6, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5},
-        )
 
 
 def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:

@@ -28,8 +28,8 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import WaveFTConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Params, Start, Target
-from jaxadapt.methods.fourierft import count_of, positions, spectrum, used_values
+from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
+from jaxadapt.methods.common import count_of, positions, spectrum, used_values
 from jaxadapt.methods.matrix import MatrixMethod
 
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
@@ -59,7 +59,12 @@ class WaveFt(MatrixMethod):
     row_numbers = frozenset({"count", "scaling"})
     row_padded = frozenset({"r"})
     scaled = frozenset({"waveft_spectrum"})
-    roles = MappingProxyType({"waveft_spectrum": "vector"})
+    roles = tensor_roles(vector="waveft_spectrum")
+    examples = (
+        {"n_frequency": 20, "scaling": 2.0, "init_weights": False},
+        {"n_frequency": 16, "scaling": 3.0, "wavelet_family": "db3", "n_frequency_pattern": {"q|q_proj": 24}},
+        {"n_frequency": 12, "scaling": 2.0, "use_idwt": False, "random_loc_seed": 3},
+    )
 
     def check(self, config: WaveFTConfig) -> None:
         if config.use_idwt and config.wavelet_family not in _ORDERS:
@@ -91,13 +96,6 @@ class WaveFt(MatrixMethod):
         (h,) = jax.linear_transpose(functools.partial(_synthesis, own.order, x.shape[-1]), wide)(x.astype(wide.dtype))
         h = jnp.zeros((*x.shape[:-1], shape[0]), h.dtype).at[..., rows].add(h[..., columns] * values)
         return y + _synthesis(own.order, y.shape[-1], h)
-
-    def examples(self) -> Sequence[Mapping[str, Any]]:
-        return (
-            {"n_frequency": 20, "scaling": 2.0, "init_weights": False},
-            {"n_frequency": 16, "scaling": 3.0, "wavelet_family": "db3", "n_frequency_pattern": {"q|q_proj": 24}},
-            {"n_frequency": 12, "scaling": 2.0, "use_idwt": False, "random_loc_seed": 3},
-        )
 
 
 def _count(config: WaveFTConfig, target: Target, module: str) -> int:

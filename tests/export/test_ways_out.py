@@ -104,7 +104,7 @@ def test_what_export_and_inspect_advise_for_an_adapter_works(kind: str, tmp_path
         config: Any = jaxadapt.LoraConfig(r=2, target_modules=targets, **FIELDS[kind])
     else:
         cls: Any = class_of(kind)
-        config = cls(**{**METHODS[kind].examples()[0], "target_modules": targets})
+        config = cls(**{**METHODS[kind].examples[0], "target_modules": targets})
     adapter = adapted(config, parameters(), tmp_path / "adapter")
     with pytest.raises(AdapterError) as refused:
         export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")

@@ -114,7 +114,7 @@ def peft_layers(peft_type: str) -> str:
         "linear": (torch.nn.Linear(16, 16), (x,)),
     }
     made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    fields = {k: v for k, v in METHODS[peft_type].examples()[0].items() if k in made.__dataclass_fields__}
+    fields = {k: v for k, v in METHODS[peft_type].examples[0].items() if k in made.__dataclass_fields__}
     found: list[str] = []
     for kind, (layer, inputs) in layers.items():
         with contextlib.suppress(Exception), warnings.catch_warnings():  # each method refuses in its own way

@@ -35,7 +35,7 @@ BASE = {name: np.random.default_rng(0).standard_normal(shape).astype("f4") for n
 
 
 def adapter_of(peft_type: str) -> jaxadapt.Adapter:
-    fields = FIELDS.get(peft_type, METHODS[peft_type].examples()[0])
+    fields = FIELDS.get(peft_type, METHODS[peft_type].examples[0])
     config = class_of(peft_type)(**{**fields, "target_modules": ["q", "v", "o"]})
     adapter, rng = jaxadapt.init(BASE, config, key=jax.random.key(0), keymap=KEYMAP), np.random.default_rng(1)
     roles = METHODS[peft_type].roles

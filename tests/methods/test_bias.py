@@ -50,7 +50,7 @@ class Net(nnx.Module):
 
 
 def fields_of(peft_type: str) -> dict[str, Any]:
-    return {**methods.METHODS[peft_type].examples()[0], "target_modules": ["q"], "bias": f"{peft_type.lower()}_only"}
+    return {**methods.METHODS[peft_type].examples[0], "target_modules": ["q"], "bias": f"{peft_type.lower()}_only"}
 
 
 def has_it(peft_type: str) -> bool:

@@ -1,6 +1,6 @@
 """What every method of weights must be, for each in `METHODS`: this file names none. `test_conformance_peft` has PEFT.
 
-The configurations are the methods' own `examples()`.
+The configurations are the methods' own `examples`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STACKED = (Weight("w", "h.{l}.q.weight", "i {l} o -> o i"), (IN, 3, OUT))
 
 def cases(on_bias: bool | None = None) -> list[Any]:
     types = [t for t in sorted(METHODS) if METHODS[t].scope == "site" and on_bias in (None, METHODS[t].on_bias)]
-    found = [(t, i) for t in types for i in range(len(METHODS[t].examples()))]
+    found = [(t, i) for t in types for i in range(len(METHODS[t].examples))]
     return [pytest.param(t, i, id=f"{t}-{i}") for t, i in found]
 
 
@@ -64,7 +64,7 @@ every_bias_case = pytest.mark.parametrize(("peft_type", "i"), cases(on_bias=True
 
 
 def config_of(peft_type: str, i: int, targets: Any = ("q",)) -> Any:
-    return class_of(peft_type)(**{"target_modules": list(targets), **METHODS[peft_type].examples()[i]})
+    return class_of(peft_type)(**{"target_modules": list(targets), **METHODS[peft_type].examples[i]})
 
 
 def without_idle_patterns(config: Any, targets: Any) -> Any:
@@ -253,7 +253,7 @@ def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:
 @pytest.mark.parametrize(("line", "targets"), [(FUSED, ("k", "q")), (PART, ("q",))], ids=["fused", "one part"])
 @every_weight_case
 def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int, line: Any, targets: Any):
-    if len(targets) > 1 and METHODS[peft_type].examples()[i].get("block_size_pattern"):
+    if len(targets) > 1 and METHODS[peft_type].examples[i].get("block_size_pattern"):
         with pytest.raises(ConfigError, match="block_size differs between the modules of one"):
             adapted(peft_type, i, line, targets)
         return

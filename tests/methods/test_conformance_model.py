@@ -44,7 +44,7 @@ CASES = [
     pytest.param(t, i, api, id=f"{t}-{i}-{api}")
     for t in sorted(METHODS)
     if METHODS[t].scope != "site"
-    for i in range(len(METHODS[t].examples()))
+    for i in range(len(METHODS[t].examples))
     for api in ("nnx", "linen")
 ]
 
@@ -147,7 +147,7 @@ def along_model(x: Any) -> NamedSharding:
 @pytest.mark.parametrize(("peft_type", "i", "api"), CASES)
 def test_eight_devices(peft_type: str, i: int, api: str, tmp_path: Any) -> None:
     method = METHODS[peft_type]
-    config = class_of(peft_type)(**method.examples()[i])
+    config = class_of(peft_type)(**method.examples[i])
     model, variables, new = begun(config, "nnx", spread=False)
     alone = trained(new)
     want, want_gradients = results(model, variables, alone, spread=False)
@@ -199,7 +199,7 @@ def test_eight_devices(peft_type: str, i: int, api: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("peft_type", "i", "api"), CASES)
 def test_rows_can_be_mapped_and_the_base_can_have_16_bits(peft_type: str, i: int, api: str) -> None:
-    config = class_of(peft_type)(**METHODS[peft_type].examples()[i])
+    config = class_of(peft_type)(**METHODS[peft_type].examples[i])
     if api == "linen":  # which has no trace of the model to take its sizes from
         config = begun(config, "nnx", spread=False)[2].config
     model, variables, new = begun(config, api, spread=False)

@@ -1,6 +1,6 @@
 """PEFT's files of every registered method, both ways, on a tiny Llama: knows no method by name.
 
-A method's `examples()` are the configurations. PEFT's own model gives the tensors, the outputs and the gradients.
+A method's `examples` are the configurations. PEFT's own model gives the tensors, the outputs and the gradients.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cases() -> list[Any]:
         pytest.param(name, i, id=f"{name}-{i}")
         for name in sorted(methods.METHODS)
         if methods.METHODS[name].scope != "model"  # prompts: tests/reference/test_prompts.py
-        for i in range(len(methods.METHODS[name].examples()))
+        for i in range(len(methods.METHODS[name].examples))
     ]
 
 
@@ -68,7 +68,7 @@ def torch_base() -> Any:
 
 
 def fields_of(peft_type: str, i: int) -> dict[str, Any]:
-    return {"target_modules": TARGETS, **methods.METHODS[peft_type].examples()[i]}
+    return {"target_modules": TARGETS, **methods.METHODS[peft_type].examples[i]}
 
 
 @functools.cache

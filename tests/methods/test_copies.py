@@ -16,8 +16,7 @@ from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods import METHODS, AppliedMethod, Start, Target
 from jaxadapt.methods.applied import AppliedMethods, check_biases, refuse_rivals
-from jaxadapt.methods.copies import CopyHparams, FullCopy
-from jaxadapt.methods.trainable_tokens import TokensHparams, TrainableTokens
+from jaxadapt.methods.copies import CopyHparams, FullCopy, RowCopy, TokensHparams
 
 LOOKUP, HEAD = Axes((0,), (1,)), Axes((1,), (0,))
 W = np.arange(20, dtype="float32").reshape(5, 4)
@@ -68,7 +67,7 @@ def test_a_copy_for_the_lookup_is_not_the_head():
 def test_rows_of_tokens_are_replaced(head):
     axes = HEAD if head else LOOKUP
     w = jnp.asarray(W)
-    method = TrainableTokens((3, 1))
+    method = RowCopy((3, 1))
     hook = applied(method, TokensHparams((3, 1), head), axes, trainable_tokens_delta=[[9] * 4, [8] * 4])
     rows = np.array([[9] * 4, [8] * 4], "float32")
     expected = W.copy()
@@ -87,15 +86,15 @@ def test_tokens_have_one_table(pattern):
     kind = "embedding" if "l" in pattern else "conv"
     match = Match("w", Weight("w", "h.{l}.q.weight" if "l" in pattern else "q.weight", pattern, kind=kind))
     with pytest.raises(ConfigError, match="only to a token embedding or a head"):
-        TrainableTokens((1,)).tensors(LoraConfig(), Target(match))
+        RowCopy((1,)).tensors(LoraConfig(), Target(match))
 
 
 @pytest.mark.parametrize(("kind", "axes"), [("embedding", ("n", "out")), ("linear", ("n", "in"))])
 def test_rows_are_of_the_axis_that_is_not_the_tokens(kind, axes):
     match = Match("w", Weight("w", "q.weight", "v d -> v d", kind=kind))
-    (tensor,) = TrainableTokens((1, 4, 2)).tensors(LoraConfig(), Target(match))
+    (tensor,) = RowCopy((1, 4, 2)).tensors(LoraConfig(), Target(match))
     assert (tensor.axes, tensor.own) == (axes, (("n", 3),))
-    assert TrainableTokens((1,)).hparams(LoraConfig(), Target(match)) == TokensHparams((1,), kind == "linear")
+    assert RowCopy((1,)).hparams(LoraConfig(), Target(match)) == TokensHparams((1,), kind == "linear")
 
 
 # ---- several adapters --------------------------------------------------------------------------------------
@@ -144,14 +143,14 @@ def test_one_of_several_decides_or_all():
 
 
 def test_two_copies_of_one_weight_are_rivals():
-    copy, tokens, lora = FullCopy("modules_to_save"), TrainableTokens((1,)), METHODS["LORA"]
+    copy, tokens, lora = FullCopy("modules_to_save"), RowCopy((1,)), METHODS["LORA"]
     refuse_rivals({"a": {"one": copy, "two": lora}, "b": {"two": tokens}})
     with pytest.raises(AttachError, match=r"Activate one of them:\n.*a: one, two"):
         refuse_rivals({"a": {"one": copy, "two": tokens}, "b": {"two": copy}})
 
 
 def test_copies_of_other_rows_of_one_weight_are_no_rivals():
-    one, two, three = (TrainableTokens(rows) for rows in ((1, 5), (3,), (7, 3)))
+    one, two, three = (RowCopy(rows) for rows in ((1, 5), (3,), (7, 3)))
     refuse_rivals({"a": {"one": one, "two": two}})
     with pytest.raises(AttachError, match=r"of the same rows of it(.|\n)*a: one, two, three"):
         refuse_rivals({"a": {"one": one, "two": two, "three": three}})

@@ -30,5 +30,5 @@ def file_shapes(peft_type: str, fields: Any, targets: list[str]) -> dict[str, tu
 @pytest.mark.parametrize("peft_type", sorted(t for t in METHODS if METHODS[t].scope == "site"))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_tensors_of_one_layer_have_their_whole_shape(peft_type: str):
-    for fields in METHODS[peft_type].examples():
+    for fields in METHODS[peft_type].examples:
         assert file_shapes(peft_type, fields, ["h.1.q"]) == file_shapes(peft_type, fields, ["q"]) != {}

@@ -243,7 +243,7 @@ def test_the_method_of_contributing_works_as_written(tmp_path: Path):
     for block in blocks:
         exec(compile(block, "CONTRIBUTING.md", "exec"), names)
     with registered(names["METHOD"]) as method:
-        for fields in method.examples():
+        for fields in method.examples:
             config = names["SketchConfig"](target_modules=["q"], **fields)
             model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))
             np.testing.assert_array_equal(model(X), Net()(X))

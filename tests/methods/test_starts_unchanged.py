@@ -21,7 +21,7 @@ FIELDS = {"LORA": "init_lora_weights", "IA3": "init_ia3_weights", "TINYLORA": "i
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize(("peft_type", "field"), FIELDS.items())
 def test_it_agrees_with_the_output(peft_type: str, field: str, value: Any):
-    config = class_of(peft_type)(**{"target_modules": ["q"], **METHODS[peft_type].examples()[0], field: value})
+    config = class_of(peft_type)(**{"target_modules": ["q"], **METHODS[peft_type].examples[0], field: value})
     weight, shape = PLAIN
     found = selection.select_sites(config, KeyMap("t", (weight,), order=ORDER), {"w": shape})
     w = random(shape, 1)

@@ -60,7 +60,7 @@ def keymap_of(peft_type: str) -> KeyMap | str:
 
 def network(peft_type: str) -> Any:
     """A network with an adapter whose trained tensors are not those of a new one."""
-    config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples()[0])
+    config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples[0])
     model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2), keymap=keymap_of(peft_type))
     adapter, random = jaxadapt.extract(model), np.random.default_rng(3)
     trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}

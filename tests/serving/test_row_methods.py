@@ -17,7 +17,7 @@ from jaxadapt.methods import METHODS
 from tests.support import banked, meshes
 from tests.support.configs import class_of
 
-ROWS = [(t, i) for t in sorted(METHODS) if METHODS[t].rows != "no" for i in range(len(METHODS[t].examples()))]
+ROWS = [(t, i) for t in sorted(METHODS) if METHODS[t].rows != "no" for i in range(len(METHODS[t].examples))]
 X = np.random.default_rng(0).standard_normal((4, 3, 8)).astype("f4")
 
 
@@ -43,7 +43,7 @@ def blocks(scanned: bool) -> jaxadapt.KeyMap:
 
 
 def config_of(peft_type: str, example: int, targets: list[str]) -> jaxadapt.Config:
-    return class_of(peft_type)(**{"target_modules": targets, **METHODS[peft_type].examples()[example]})
+    return class_of(peft_type)(**{"target_modules": targets, **METHODS[peft_type].examples[example]})
 
 
 def changed(adapter: jaxadapt.Adapter, seed: int) -> jaxadapt.Adapter:

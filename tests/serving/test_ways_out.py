@@ -93,7 +93,7 @@ def test_put_works_or_its_error_names_a_way_that_works(peft_type: str, tmp_path:
     if method.scope == "model":
         check_prompt(peft_type, tmp_path)
         return
-    fields = {**method.examples()[0], "target_modules": TARGETS.get(peft_type, ["q", "up"])}
+    fields = {**method.examples[0], "target_modules": TARGETS.get(peft_type, ["q", "up"])}
     model, adapter = trained(Net(), class_of(peft_type)(**fields))
     want = np.asarray(model(IDS))
     assert np.abs(want - Net()(IDS)).max() > 1e-2
@@ -151,7 +151,7 @@ def check_prompt(peft_type: str, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_an_adapter_with_a_part_without_rows_is_refused_with_its_own_way_out():
     """A copy of a norm beside a VB-LoRA, whose weights alone could go into the bank."""
-    fields = {**METHODS["VBLORA"].examples()[0], "target_modules": ["q"], "modules_to_save": ["norm"]}
+    fields = {**METHODS["VBLORA"].examples[0], "target_modules": ["q"], "modules_to_save": ["norm"]}
     model, adapter = trained(Net(), class_of("VBLORA")(**fields))
     bank = serving.create(Net(), jaxadapt.LoraConfig(r=4, target_modules=["q"]), slots=2, keymap=KEYMAP)
     with pytest.raises(AttachError, match=r"(?s)copy of the weight.*Merge the adapter") as caught:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 
-EXAMPLE = "-0$"  # the first of a method's `examples()`
+EXAMPLE = "-0$"  # the first of a method's `examples`
 
 CI = {
     # A library's keymap with its classes here; those that are recorded take no time.

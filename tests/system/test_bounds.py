@@ -181,7 +181,7 @@ def misshapen(tensors: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
 def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
     """`inspect --norms`, `diff` and `load`."""
     method = jaxadapt.methods.METHODS[name]
-    config = type(configs.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples()[0])
+    config = type(configs.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples[0])
     base = {"q_proj": {"kernel": np.ones((6, 8), "f4")}}
     good = jaxadapt.to_peft(jaxadapt.init(base, config, key=jax.random.key(0)))
     for tensors in misshapen({key: np.asarray(x) for key, x in good.tensors.items()}):

@@ -286,12 +286,10 @@ def test_files_stay_short():
 
 # Files outside a method's own that name it, and why.
 NAMING = {
-    "adapters.full_copies": "a trained row of LoRA's `trainable_token_indices` is a tensor of TRAINABLE_TOKENS",
     "analysis.differences": "compares the changes of LORA and IA3, and the tensors of all other methods",
     "cli.adapter_reports": "the words for these",
     "configs.listing": "the types of PEFT",
     "configs.table": "the table of the methods",
-    "models.prompt.attention": "the attention of ADAPTION_PROMPT, the one method that adds it, on models",
     "persistence.consumers": "the methods that other programs read",
     "persistence.formats.image_files": "the methods of kohya-ss and LyCORIS",
     "persistence.formats.image_names": "the methods of kohya-ss and LyCORIS",

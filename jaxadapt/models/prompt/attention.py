@@ -24,7 +24,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.adaption_prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, layer_number
+from jaxadapt.methods.prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, layer_number
 
 # ---------------------------------------------------------------- attention
 
