@@ -1,4 +1,4 @@
-"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and a row of `_TABLE`."""
+"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and a row of `TABLE`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
-_TABLE = {
+TABLE = {
     "llama": "LLAMA",
-    "gpt2": "GPT2 GPT2_DENSE",
-    "gpt_neo": "GPT_NEO GPTJ",
+    "gpt": "GPT2 GPT2_DENSE GPT_NEO GPTJ",
     "bert": "BERT ROBERTA",
     "t5": "T5",
     "vit": "VIT",
@@ -26,19 +25,23 @@ _TABLE = {
     "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
     "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
     "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4 GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
-    "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3",
-    "maxtext_gemma": "GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B",
-    "maxtext_moe": "MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
+    "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3 GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B"
+    " MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
     "keras": "LLAMA QWEN3 GEMMA3",
     "easydel": "LLAMA",
     "openpi": "PI0",
 }
 """`{file of this package: its keymaps}`, in the order in which families are tried."""
-FAMILIES: dict[str, KeyMap] = {
-    keymap.name: keymap
-    for file, names in _TABLE.items()
-    for keymap in map(vars(importlib.import_module(f"{__name__}.{file}")).__getitem__, names.split())
-}
+
+
+def load_families(table: Mapping[str, str]) -> dict[str, KeyMap]:
+    """Return `{name: keymap}` of the rows of a table such as `TABLE`."""
+    files = {file: vars(importlib.import_module(f"{__name__}.{file}")) for file in table}
+    keymaps: list[KeyMap] = [files[file][name] for file, names in table.items() for name in names.split()]
+    return {keymap.name: keymap for keymap in keymaps}
+
+
+FAMILIES = load_families(TABLE)
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")

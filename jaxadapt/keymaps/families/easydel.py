@@ -3,8 +3,7 @@
 "easydel:llama" is for dense decoders with Llama's layer names: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM 3, Phi 3.
 """
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, biases, dense, embeddings
-from jaxadapt.keymaps.families.llama import decoder_keymap
+from jaxadapt.keymaps.families.entries import FROM, INTO, biases, decoder_keymap, dense, embeddings
 from jaxadapt.keymaps.weight import Weight
 
 _LAYER = "model.layers.{l}."

@@ -1,6 +1,6 @@
-"""Parts that several families share: entries of Flax's built-in layers, spellings of keys, orders of modules.
+"""Parts that several families share, so that no family's file imports another's.
 
-The entries are for keymaps whose paths are PyTorch's names: kernels, norms, embeddings. The spellings are other
+The entries are of Flax's built-in layers (kernels, norms, embeddings), for keymaps whose paths are PyTorch's names. The spellings are other
 prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the linear layers and embeddings
 in PyTorch's classes, for `KeyMap.order`.
 """
@@ -8,7 +8,9 @@ in PyTorch's classes, for `KeyMap.order`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
 # ---------------------------------------------------------------- flax entries
@@ -120,3 +122,39 @@ WHISPER_ORDER = (
     *("self_attn", "encoder_attn", *KEYS_FIRST_ORDER, "fc1", "fc2"),
 )
 """Whisper."""
+
+
+# ---------------------------------------------------------------- decoders
+
+
+def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMap:
+    """Return the keymap of a decoder that has Llama's modules in PyTorch; `fields` are further fields of `KeyMap`."""
+    return KeyMap(
+        name,
+        tuple(weights),
+        output="lm_head",
+        order=DECODER_ORDER,
+        tied=(("lm_head.weight", "model.embed_tokens.weight"),),
+        spellings=(*VISION_LANGUAGE, *bare("model.")),
+        **fields,
+    )
+
+
+Modules = tuple[tuple[str, tuple[str, ...]], ...]
+"""`KeyMap.expert_modules`: parameters of all experts, each with the names of its parts as modules of single experts."""
+
+
+def single_expert_names(block: str, wide: tuple[str, str], down: str, router: str = "") -> Modules:
+    """Return the names of single experts in transformers 4 (gate, up and down of `block`) and of the router."""
+    layer = "model.layers.{l}."
+    expert = f"{layer}{block}.experts.{{e}}."
+    names = (
+        (f"{layer}mlp.experts.gate_up_proj", tuple(expert + name for name in wide)),
+        (f"{layer}mlp.experts.down_proj", (expert + down,)),
+    )
+    return (*names, (f"{layer}mlp.gate.weight", (f"{layer}{router}",))) if router else names
+
+
+EACH_MIXTRAL = single_expert_names("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
+EACH_QWEN3 = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
+EACH_DEEPSEEK = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj")

@@ -7,7 +7,7 @@ layers, but still have weights for them in JAX. These weights are missing in tra
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families.llama import decoder_keymap
+from jaxadapt.keymaps.families.entries import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 

@@ -5,7 +5,7 @@ A leaf is the `path` of a variable, with dots in place of slashes. `load`, `merg
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families.llama import decoder_keymap
+from jaxadapt.keymaps.families.entries import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 

@@ -1,11 +1,6 @@
 """Llama, Mistral, Qwen 2, Qwen 3 and similar models under Hugging Face's names (transformers' Flax classes)."""
 
-from collections.abc import Iterable
-from typing import Any
-
-from jaxadapt.keymaps.families import entries
-from jaxadapt.keymaps.families.entries import VISION_LANGUAGE, bare
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.families.entries import decoder_keymap
 from jaxadapt.keymaps.weight import Weight
 
 _LAYER = "model.layers.{l}."
@@ -16,19 +11,6 @@ _NORMS = {
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "d -> d"),
     **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "h -> h"),
 }
-
-
-def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMap:
-    """Return the keymap of a decoder that has Llama's modules in PyTorch; `fields` are further fields of `KeyMap`."""
-    return KeyMap(
-        name,
-        tuple(weights),
-        output="lm_head",
-        order=entries.DECODER_ORDER,
-        tied=(("lm_head.weight", "model.embed_tokens.weight"),),
-        spellings=(*VISION_LANGUAGE, *bare("model.")),
-        **fields,
-    )
 
 
 LLAMA = decoder_keymap(

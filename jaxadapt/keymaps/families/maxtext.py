@@ -3,13 +3,28 @@
 All models have the same layer names, but their weights differ. The queries of Llama and Mistral include the factor
 1/√head_dim. With the RoPE "llama3.1", the features of each query and key head are interleaved pairs, where PyTorch has
 first halves and second halves. Names are therefore not sufficient to recognize a Llama.
+
+Gemma's norms store 1 + w, and its embeddings include the factor √d. A layer of MaxText's Gemma 2 is two PyTorch layers,
+a local one and a global one, and its queries include the factor 1/√head_dim (also in the 27B, where PyTorch uses
+another factor). A stacked Gemma 3 has blocks of six layers and a remainder. The layer numbers of the remainder depend
+on the number of blocks, so each size has its own keymap.
+
+In the mixtures of experts, gate and up of all experts are two arrays (expert, in, out). transformers 5 concatenates
+them in one array; its GPT-OSS interleaves them, and stores (expert, in, out). In a stacked GPT-OSS, two layers are one
+block. DeepSeek's layers with experts are numbered separately from the dense layers before them: three in DeepSeek V3,
+one in Kimi K2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from jaxadapt.keymaps.families.llama import decoder_keymap
+from jaxadapt.keymaps.families import entries
+from jaxadapt.keymaps.families.entries import decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
+
+# ---------------------------------------------------------------- dense models
+
 
 _OURS, _HF = "decoder.layers_{l}.", "model.layers.{l}."
 _QUERY, _KEY = f"{_OURS}self_attention.query.kernel", f"{_OURS}self_attention.key.kernel"
@@ -37,7 +52,7 @@ def make_keymap(
     extra: Iterable[Weight],
     needs: tuple[str, ...] = (),
     shared: Iterable[Weight] = SHARED,
-    expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = (),
+    expert_modules: entries.Modules = (),
     counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
     """Return the keymap of a model: the shared entries, and the extra entries of the model."""
@@ -74,3 +89,203 @@ NORMS = tuple(
 LLAMA3 = make_keymap("llama3", QUERY_SCALED)
 QWEN2 = make_keymap("qwen2", (*PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
 QWEN3 = make_keymap("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS))
+
+# ---------------------------------------------------------------- gemma
+
+
+_NORMS = (
+    ("pre_self_attention_norm", "input_layernorm"),
+    ("post_self_attention_norm", "post_attention_layernorm"),
+    ("pre_ffw_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+)
+_TOP = (
+    Weight("token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding", scale=("d", 0.5)),
+    Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d", shift=1.0),
+    Weight("decoder.logits_dense.kernel", "lm_head.weight", "d v -> v d"),
+)
+
+
+
+
+def _layer(
+    kind: str = "",
+    layers: tuple[int, int] = (1, 0),
+    scale: tuple[str, float] | None = None,
+    prefix: str = _OURS,
+    torch_prefix: str = _HF,
+) -> Iterator[Weight]:
+    attention = f"{prefix}self_attention{kind}."
+    query, q_proj = f"{attention}query.kernel", f"{torch_prefix}self_attn.q_proj.weight"
+    yield Weight(query, q_proj, "d n h -> (n h) d", scale=scale, layers=layers)
+    for name in ("key", "value"):
+        ours, key = f"{attention}{name}.kernel", f"{torch_prefix}self_attn.{name[0]}_proj.weight"
+        yield Weight(ours, key, "d k h -> (k h) d", layers=layers)
+    yield Weight(f"{attention}out.kernel", f"{torch_prefix}self_attn.o_proj.weight", "n h d -> d (n h)", layers=layers)
+    for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+        yield Weight(f"{prefix}mlp{kind}.{a}.kernel", f"{torch_prefix}mlp.{b}_proj.weight", "i o -> o i", layers=layers)
+    for a, b in _NORMS:
+        yield Weight(f"{prefix}{a}{kind}.scale", f"{torch_prefix}{b}.weight", "d -> d", shift=1.0, layers=layers)
+
+
+def _gemma3_layer(layers: tuple[int, int] = (1, 0), prefix: str = _OURS, torch_prefix: str = _HF) -> Iterator[Weight]:
+    """Yield the entries of a Gemma 3 layer, which also has norms of queries and keys."""
+    yield from _layer("", layers, None, prefix, torch_prefix)
+    for name in ("query", "key"):
+        ours, key = f"{prefix}self_attention.{name}_norm.scale", f"{torch_prefix}self_attn.{name[0]}_norm.weight"
+        yield Weight(ours, key, "h -> h", shift=1.0, layers=layers)
+
+
+_GEMMA2_LAYERS = (*_layer("_local", (2, 0), ("h", -0.5)), *_layer("_global", (2, 1), ("h", -0.5)))
+GEMMA2 = make_keymap("gemma2", _GEMMA2_LAYERS, needs=tuple(w.leaf for w in _GEMMA2_LAYERS if w.shift), shared=_TOP)
+_GEMMA3_LAYER = tuple(_gemma3_layer())
+GEMMA3 = make_keymap("gemma3", _GEMMA3_LAYER, needs=tuple(w.leaf for w in _GEMMA3_LAYER if w.shift), shared=_TOP)
+
+
+def _blocks(size: str, layers: int) -> KeyMap:
+    """Return the keymap of a stacked Gemma 3: one layer for each position in a block of six, and the remainder."""
+    count, remainder = divmod(layers, 6)
+    blocks = [tuple(_gemma3_layer((6, place), f"{_OURS}layers_{place}.")) for place in range(6)]
+    entries = [w for block in blocks for w in block]
+    for place in range(remainder):
+        torch_prefix = _HF.replace("{l}", str(6 * count + place))
+        entries += _gemma3_layer((1, 0), f"decoder.layers_remainder.layers_{place}.", torch_prefix)
+    needs = tuple(w.leaf for w in entries)
+    counts = tuple((block[0].leaf, count) for block in blocks)
+    return make_keymap(f"gemma3-{size}", entries, needs, shared=_TOP, counts=counts)
+
+
+GEMMA3_4B, GEMMA3_12B, GEMMA3_27B = _blocks("4b", 34), _blocks("12b", 48), _blocks("27b", 62)
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+def _experts(
+    block: str, torch: str, wide: str, down: str, halves: tuple[str, str], prefix: str = _OURS
+) -> Iterator[Weight]:
+    """Yield the entries of a layer's experts.
+
+    Args:
+        block: the name of the module.
+        torch: PyTorch's name of the module.
+        wide: PyTorch's axes of the array of gate and up; those of GPT-OSS are (in, out).
+        down: PyTorch's axes of the array of the down projection.
+        halves: the parts of gate and up in PyTorch's array.
+        prefix: the prefix of the layer's names.
+    """
+    turned = wide == "e d f"
+    for ours, half in zip(("wi_0", "wi_1"), halves, strict=True):
+        key = f"{_HF}{torch}.experts.gate_up_proj[f {half}]"
+        yield Weight(f"{prefix}{block}.{ours}", key, f"e d f -> {wide}", kind="experts", fan_in_fan_out=turned)
+    key = f"{_HF}{torch}.experts.down_proj"
+    yield Weight(f"{prefix}{block}.wo", key, f"e f d -> {down}", kind="experts", fan_in_fan_out=turned)
+
+
+def _router(block: str, torch: str, prefix: str = _OURS) -> Weight:
+    return Weight(f"{prefix}{block}.gate.kernel", f"{_HF}{torch}.weight", "d e -> e d", kind="parameter")
+
+
+_SIDE_BY_SIDE, _IN_TURNS = ("0/2", "1/2"), ("0::2", "1::2")
+_MLP = tuple(w.leaf for w in SHARED if ".mlp." in w.leaf)
+_COMMON = tuple(w for w in SHARED if w.leaf not in _MLP)
+
+
+_LAYER_NORMS = tuple(w for w in SHARED if "layer_norm" in w.leaf)
+_OUTSIDE = tuple(w for w in SHARED if _OURS not in w.leaf)
+_USUAL = ("e f d", "e d f", _SIDE_BY_SIDE)
+
+
+def _usual(block: str) -> tuple[Weight, ...]:
+    return (_router(block, "mlp.gate"), *_experts(block, "mlp", *_USUAL))
+
+
+_MIXTRAL, _QWEN3 = _usual("MoeBlock_0"), _usual("moe_block")
+MIXTRAL = make_keymap(
+    "mixtral",
+    (*QUERY_SCALED, *_MIXTRAL),
+    tuple(w.leaf for w in _MIXTRAL),
+    shared=_COMMON,
+    expert_modules=entries.EACH_MIXTRAL,
+)
+_NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
+QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, expert_modules=entries.EACH_QWEN3)
+
+_PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
+
+
+def _with_layers(layers: tuple[int, int], w: Weight) -> Weight:
+    options: dict[str, Any] = {**w.options, "layers": layers}
+    return Weight(w.leaf, w.key, w.pattern, **options)
+
+
+def _gpt_oss(prefix: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
+    attention = f"{prefix}GptOssAttention."
+    entries = (
+        *(
+            Weight(f"{attention}{a}.kernel", f"{_HF}self_attn.{p}_proj.weight", f"d {n} h -> ({n} h) d")
+            for a, p, n in _PROJ
+        ),
+        *(Weight(f"{attention}{a}.bias", f"{_HF}self_attn.{p}_proj.bias", f"{n} h -> ({n} h)") for a, p, n in _PROJ),
+        Weight(f"{attention}out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
+        Weight(f"{attention}out.bias", f"{_HF}self_attn.o_proj.bias", "d -> d"),
+        Weight(f"{attention}sinks", f"{_HF}self_attn.sinks", "n -> n"),
+        _router("GptOssMlp", "mlp.router", prefix),
+        Weight(f"{prefix}GptOssMlp.gate.bias", f"{_HF}mlp.router.bias", "e -> e"),
+        *_experts("GptOssMlp", "mlp", "e d f", "e f d", _IN_TURNS, prefix),
+        *(
+            Weight(f"{prefix}GptOssMlp.{a}_bias", f"{_HF}mlp.experts.{b}", "e f -> e f", kind="other")
+            for a, b in (
+                ("wi_0", "gate_up_proj_bias[f 0::2]"),
+                ("wi_1", "gate_up_proj_bias[f 1::2]"),
+                ("wo", "down_proj_bias"),
+            )
+        ),
+        *(Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS),
+    )
+    return tuple(_with_layers(layers, w) for w in entries)
+
+
+def _top(name: str, entries: tuple[Weight, ...]) -> KeyMap:
+    return make_keymap(name, entries, needs=tuple(w.leaf for w in entries), shared=_OUTSIDE)
+
+
+GPT_OSS = _top("gpt_oss", _gpt_oss(_OURS))
+_BLOCK = f"{_OURS}layers_"
+GPT_OSS_BLOCKS = _top("gpt_oss-blocks", (*_gpt_oss(f"{_BLOCK}0.", (2, 0)), *_gpt_oss(f"{_BLOCK}1.", (2, 1))))
+
+# DeepSeek V3: dense layers first; the layers with experts are numbered separately.
+
+
+def _deepseek(name: str, dense: int) -> KeyMap:
+    entries: list[Weight] = []
+    for prefix, first in (("decoder.dense_layers_{l}.", 0), ("decoder.moe_layers_{l}.", dense)):
+        attention, block = f"{prefix}self_attention.", f"{prefix}DeepSeekMoeBlock_0."
+        layer_entries = [Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS]
+        for a, b, pattern in (
+            ("wq_a", "q_a_proj", "d r -> r d"),
+            ("wq_b", "q_b_proj", "r n h -> (n h) r"),
+            ("wkv_a", "kv_a_proj_with_mqa", "d r -> r d"),
+            ("wkv_b", "kv_b_proj", "r n h -> (n h) r"),
+            ("out", "o_proj", "n h d -> d (n h)"),
+        ):
+            layer_entries.append(Weight(f"{attention}{a}.kernel", f"{_HF}self_attn.{b}.weight", pattern))
+        for a, b in (("q", "q_a"), ("kv", "kv_a")):
+            layer_entries.append(Weight(f"{attention}{a}_norm.scale", f"{_HF}self_attn.{b}_layernorm.weight", "d -> d"))
+        mlp = (f"{prefix}mlp.", f"{_HF}mlp.") if not first else (f"{block}shared_experts.", f"{_HF}mlp.shared_experts.")
+        for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+            layer_entries.append(Weight(f"{mlp[0]}{a}.kernel", f"{mlp[1]}{b}_proj.weight", "i o -> o i"))
+        if first:
+            layer_entries += [
+                _router("MoeBlock_0", "mlp.gate", block),
+                *_experts("MoeBlock_0", "mlp", *_USUAL, prefix=block),
+            ]
+            bias = f"{_HF}mlp.gate.e_score_correction_bias"  # not a parameter, so it is always stacked on axis 0
+            layer_entries.append(Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", scan=0))
+        entries += [_with_layers((1, first), w) for w in layer_entries]
+    needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and w.scan is None)
+    counts = ((next(w.leaf for w in entries if "dense_layers" in w.leaf), dense),)
+    return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=entries.EACH_DEEPSEEK, counts=counts)
+
+
+DEEPSEEK_V3 = _deepseek("deepseek_v3", 3)
+KIMI_K2 = _deepseek("kimi_k2", 1)

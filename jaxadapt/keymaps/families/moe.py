@@ -8,13 +8,11 @@ outputs, and the entries follow PEFT. Routers are parameters of separate classes
 
 from collections.abc import Iterable, Iterator
 
-from jaxadapt.keymaps.families.entries import biases
-from jaxadapt.keymaps.families.llama import decoder_keymap
+from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, biases, decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
 _LAYER = "model.layers.{l}."
-Each = tuple[tuple[str, tuple[str, ...]], ...]
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -41,22 +39,7 @@ def _experts(block: str, pattern: str, turned: bool = False) -> Iterator[Weight]
         yield Weight(prefix, prefix, f"e {i} {o} -> {torch}", kind="experts", fan_in_fan_out=turned)
 
 
-def single_expert_names(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
-    """Return the names of single experts in transformers 4 (gate, up and down of `block`) and of the router."""
-    expert = f"{_LAYER}{block}.experts.{{e}}."
-    names = (
-        (f"{_LAYER}mlp.experts.gate_up_proj", tuple(expert + name for name in wide)),
-        (f"{_LAYER}mlp.experts.down_proj", (expert + down,)),
-    )
-    return (*names, (f"{_LAYER}mlp.gate.weight", (f"{_LAYER}{router}",))) if router else names
-
-
-EACH_MIXTRAL = single_expert_names("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
-EACH_QWEN3 = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
-EACH_DEEPSEEK = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj")
-
-
-def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], expert_modules: Each = ()) -> KeyMap:
+def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], expert_modules: Modules = ()) -> KeyMap:
     shared = (
         Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         *_norms("input_layernorm", "post_attention_layernorm"),

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from jaxadapt.keymaps.families.llama import decoder_keymap
-from jaxadapt.keymaps.families.moe import EACH_QWEN3
+from jaxadapt.keymaps.families.entries import EACH_QWEN3, Modules, decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -26,7 +25,7 @@ _BIASES = tuple(Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias",
 _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
 
 
-def _keymap(name: str, extra: Iterable[Weight], expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
+def _keymap(name: str, extra: Iterable[Weight], expert_modules: Modules = ()) -> KeyMap:
     extra = tuple(extra)
     # Experts replace the feed-forward kernels in every layer.
     shared = (w for w in _SHARED if not expert_modules or not w.leaf.endswith("_proj.kernel"))
