@@ -106,7 +106,7 @@ def state_dict_keymap(
         tensors: the shapes of the adapter's tensors. Their names may lack the first part of the model's ("model."), or
             have an additional one, as GPT-2's do.
         source: the adapter, for the message.
-        sizes: the outputs and inputs of a module by its method, `methods.registry.file_sizes` of a configuration.
+        sizes: the outputs and inputs of a module by its method, `methods.base.file_sizes` of a configuration.
         fan_in_fan_out: the adapter's setting, for weights whose sizes do not determine the orientation.
         tied: `(head, embedding)` of weights that are one weight in this model, which has no parameter for the head.
 

@@ -33,7 +33,7 @@ from jaxadapt.configs.base import Change as Change
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
-from jaxadapt.keymaps.weight import MethodTensor, Modules
+from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 
 # ---------------------------------------------------------------- per entry
 
@@ -86,6 +86,23 @@ class Target:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     found: Shapes = dataclasses.field(default_factory=dict[str, Shape])
     has_bias: bool | None = None
+
+    @staticmethod
+    def of_file(module: str, found: Shapes, shape: Shape = ()) -> Target:
+        """Return a module as a target of its method, from its file tensors `{name: shape}`.
+
+        Args:
+            module: the module.
+            found: the shapes of its tensors in a file, by name.
+            shape: the shape of a convolution's weight; empty for a matrix, whose sizes are then not known.
+        """
+        leaf, key, axes = "weight", f"{module}.weight", " ".join(f"a{i}" for i in range(len(shape)))
+        if len(shape) > 2:
+            weight = Weight(leaf, key, f"{axes} -> {axes}", kind="conv")
+            return Target(Match(leaf, weight), Modules((module,)), dict(zip(weight.left, shape, strict=True)), found)
+        is_embedding = any("_embedding_" in name for name in found)
+        weight = Weight(leaf, key, "o i -> o i", kind="embedding" if is_embedding else "linear")
+        return Target(Match(leaf, weight), Modules((module,)), {}, found)
 
     @property
     def leaf(self) -> str:
@@ -200,6 +217,9 @@ Params = Mapping[str, Array]
 
 CALL_KEY = "call_key"
 """The random key of one call among the parameters of a site whose method drops parts of its change."""
+
+PRIMITIVES: Mapping[str, str] = MappingProxyType({"conv": "conv_general_dilated", "embedding": "gather"})
+"""{kind of a weight: the primitive of its layer, if that is not a matrix product}."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -549,6 +569,20 @@ class Method(abc.ABC):
         None if the tensors do not determine it.
         """
         return config.measure_change(module, arrays)
+
+
+def file_sizes(
+    method: Method, config: Any, module: str, found: Shapes, shape: Shape = ()
+) -> tuple[int | None, int | None]:
+    """Return the outputs and the inputs of a module, as far as its file tensors `{name: shape}` determine them.
+
+    The inputs of a convolution are its channels, in all groups. The arguments are those of `Target.of_file`.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in method.tensors(config, Target.of_file(module, found, shape)):
+        if len(tensor.torch) == len(found.get(tensor.name, ())):
+            sizes |= {group[0]: n for group, n in zip(tensor.torch, found[tensor.name], strict=True) if len(group) == 1}
+    return sizes.get("out"), sizes.get("channels", sizes.get("in"))
 
 
 def as_computable(x: Array) -> Array:

@@ -84,15 +84,6 @@ class Hira(MatrixMethod):
         b = params["hira_B"]
         return w * jnp.einsum("or,r...->o...", b.reshape(b.shape[:2]), params["hira_A"])
 
-    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
-        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(hparams.own.kind) == primitive
-
-    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
-        return hparams.own.kind == "embedding" or not use.transposed
-
-    def forward(self, hparams: MatrixHparams) -> bool:
-        return hparams.own.kind != "embedding"  # an embedding's product is that of a tied head
-
     def output(
         self,
         hparams: MatrixHparams,

@@ -55,6 +55,7 @@ from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import (
+    PRIMITIVES,
     Array,
     Drop,
     Effects,
@@ -399,7 +400,7 @@ class Lora(Method):
     def follows(self, hparams: LoraHparams, primitive: str) -> bool:
         if primitive == "ragged_dot_general":
             return not (hparams.dora or hparams.bias or hparams.kind in ("conv", "embedding"))
-        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(hparams.kind) == primitive
+        return PRIMITIVES.get(hparams.kind) == primitive
 
     def forward(self, hparams: LoraHparams) -> bool:
         return not hparams.kind and super().forward(hparams)  # an embedding's product is that of a tied head

@@ -26,6 +26,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import (
     CALL_KEY,
+    PRIMITIVES,
     Array,
     Change,
     Drop,
@@ -35,8 +36,8 @@ from jaxadapt.methods.base import (
     Target,
     adapted_entries,
     at_least_float32,
+    file_sizes,
 )
-from jaxadapt.methods.registry import file_sizes, file_target
 
 # ---------------------------------------------------------------- matrix
 
@@ -87,7 +88,8 @@ class MatrixMethod(Method):
     def own(self, config: Any, target: Target) -> Hashable:
         """Return the hyperparameters of a site: a frozen dataclass, or None, the default.
 
-        If it has a field `dropout`, that is the dropout rate of the input.
+        If it has a field `dropout`, that is the dropout rate of the input. It has a field `kind`, the kind of the weight,
+        if `output` handles convolutions or lookups.
         """
         return None
 
@@ -130,10 +132,10 @@ class MatrixMethod(Method):
     def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
         """Return the size of `delta`, if it does not read the weight and the file tensors determine its shape."""
         found = {name: tuple(x.shape) for name, x in arrays.items()}
-        target = file_target(config, module, found)
+        target = Target.of_file(module, found)
         own, tensors = self.own(config, target), self.tensors(config, target)
         needed = {tensor.name for tensor in tensors if tensor.in_file and not tensor.optional}
-        shape = file_sizes(config, module, found)
+        shape = file_sizes(self, config, module, found)
         complete = needed <= arrays.keys() <= {tensor.name for tensor in tensors}
         if self.effect(own).reads or not complete or not all(shape):
             return None
@@ -154,10 +156,17 @@ class MatrixMethod(Method):
     def dropout(self, hparams: MatrixHparams) -> float:
         return getattr(hparams.own, "dropout", 0.0)
 
+    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
+        return PRIMITIVES.get(_kind(hparams)) == primitive
+
     def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
         # A tied head uses the weight in reverse, and fused parts with one input cannot each change it.
         changes_input = type(self).before is not MatrixMethod.before
-        return not use.transposed and not (changes_input and not set(use.letters("batch")) <= set(use.x))
+        fits = not use.transposed and not (changes_input and not set(use.letters("batch")) <= set(use.x))
+        return fits or _kind(hparams) == "embedding"
+
+    def forward(self, hparams: MatrixHparams) -> bool:
+        return _kind(hparams) != "embedding"  # whose product is that of a tied head
 
     def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
         if type(self).before is MatrixMethod.before:
@@ -267,34 +276,37 @@ class MatrixMethod(Method):
         Args:
             arrays: the arrays, each with True if it has the batch axes.
         """
-        by_entry = {*self.row_numbers, USED} if hparams.rows else {LAYER, CALL_KEY}
-        tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name not in by_entry}
-        tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
-        batched = {name for name in tensors if layout.has_batch(name)}
-        if CALL_KEY in params:  # another key for each module
-            sizes = {x.shape[: len(layout.batch)] for name, x in tensors.items() if name in batched}
-            tensors[CALL_KEY] = jax.random.split(params[CALL_KEY], sizes.pop()) if sizes else params[CALL_KEY]
-            batched.add(CALL_KEY)
-        numbers = {
-            field.name: value.layer_values(params)
-            for field in (dataclasses.fields(hparams.own) if dataclasses.is_dataclass(hparams.own) else ())
-            if isinstance(value := getattr(hparams.own, field.name), PerEntry)
-        }
-        used = None if hparams.used is None else hparams.used.layer_values(params)
-        if hparams.rows:
-            numbers, used = {name: params[name] for name in self.row_numbers}, params[USED]
 
-        def call(numbers: Mapping[str, Any], used: Any, tensors: Params, *values: Array) -> Array:
-            own = dataclasses.replace(hparams.own, **numbers) if numbers else hparams.own
+        def call(values: Mapping[str, Any], *arrays: Array) -> Array:
+            own = dataclasses.replace(hparams.own, **values["own"]) if values["own"] else hparams.own
             with jax.numpy_rank_promotion("allow"):  # a method may multiply rows by a vector
-                return change(own, tensors, used, *values)
+                return change(own, values["tensors"], values["used"], *arrays)
 
-        mapped: Any = call
+        values, mapped = self._module_values(hparams, params, layout), call
+        has_batch = {name: 0 if name == CALL_KEY or layout.has_batch(name) else None for name in values["tensors"]}
+        axes = ({"own": 0, "used": 0, "tensors": has_batch}, *(0 if has else None for _, has in arrays))
         for _ in layout.batch:
-            axes = (dict.fromkeys(numbers, 0), None if used is None else 0)
-            per_tensor = {name: 0 if name in batched else None for name in tensors}
-            mapped = jax.vmap(mapped, in_axes=(*axes, per_tensor, *(0 if has else None for _, has in arrays)))
-        return mapped(numbers, used, tensors, *(x for x, _ in arrays))
+            mapped = jax.vmap(mapped, in_axes=axes)
+        return mapped(values, *(x for x, _ in arrays))
+
+    def _module_values(self, hparams: MatrixHparams, params: Params, layout: TorchLayout) -> dict[str, Any]:
+        """Return a site's own numbers that differ, its adapted entries and its tensors, with the batch axes first."""
+        others = {*self.row_numbers, USED} if hparams.rows else {LAYER, CALL_KEY}
+        tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name not in others}
+        tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
+        if CALL_KEY in params:  # another key for each module
+            sizes = {x.shape[: len(layout.batch)] for name, x in tensors.items() if layout.has_batch(name)}
+            tensors[CALL_KEY] = jax.random.split(params[CALL_KEY], sizes.pop()) if sizes else params[CALL_KEY]
+        if hparams.rows:
+            return {"own": {name: params[name] for name in self.row_numbers}, "used": params[USED], "tensors": tensors}
+        fields = vars(hparams.own) if dataclasses.is_dataclass(hparams.own) else {}
+        own = {name: value.layer_values(params) for name, value in fields.items() if isinstance(value, PerEntry)}
+        used = None if hparams.used is None else hparams.used.layer_values(params)
+        return {"own": own, "used": used, "tensors": tensors}
+
+
+def _kind(hparams: MatrixHparams) -> str:
+    return getattr(hparams.own, "kind", "")
 
 
 def layout_of(axes: Axes) -> TorchLayout:

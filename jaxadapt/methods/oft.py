@@ -49,15 +49,13 @@ class OftHparams:
     Attributes:
         terms: the terms of the series, 0 for the exact rotation.
         eps: the radius, 0 for none.
-        embedding: True if the rows of an embedding are rotated.
-        conv: True if patches of an image are rotated.
+        kind: the kind of the weight: rows of an embedding are rotated, and patches of the image of a convolution.
         window: the pixels of a patch, 0 if the base is not known.
     """
 
     terms: int
     eps: float
-    embedding: bool = False
-    conv: bool = False
+    kind: str = "linear"
     window: int = dataclasses.field(default=0, compare=False)
 
 
@@ -94,11 +92,11 @@ class Oft(MatrixMethod):
 
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-        eps, kind = config.eps if config.coft else 0.0, target.kind
-        return OftHparams(terms, eps, kind == "embedding", kind == "conv", math.prod(target.window))
+        eps = config.eps if config.coft else 0.0
+        return OftHparams(terms, eps, target.kind, math.prod(target.window))
 
     def warnings(self, sites: Mapping[str, MatrixHparams]) -> list[str]:
-        leaves = [leaf for leaf, hparams in sites.items() if hparams.own.conv and hparams.own.window > 1]
+        leaves = [leaf for leaf, hparams in sites.items() if hparams.own.kind == "conv" and hparams.own.window > 1]
         warning = (
             "OFT on convolutions with a window of several pixels computes what PEFT's layer does, which adds up the"
             " patches of the input in other places: even a new adapter changes the output. No kernel does this, so a"
@@ -107,7 +105,7 @@ class Oft(MatrixMethod):
         return [warning] if leaves else []
 
     def effect(self, own: OftHparams) -> Effects:
-        return Effects("changes", form="use", reads=True, order="weight" if own.embedding else "input")
+        return Effects("changes", form="use", reads=True, order="weight" if own.kind == "embedding" else "input")
 
     def init(self, config: OFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.module_dropout:
@@ -116,19 +114,12 @@ class Oft(MatrixMethod):
             )
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
-    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
-        own = hparams.own
-        return (own.embedding and primitive == "gather") or (own.conv and primitive == "conv_general_dilated")
-
-    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
-        return hparams.own.embedding or super().follows_use(hparams, use)
-
     def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
-        return x if hparams.own.embedding else super().input(hparams, params, use, x)
+        return x if hparams.own.kind == "embedding" else super().input(hparams, params, use, x)
 
     def operand(self, hparams: MatrixHparams, params: Params, use: Operation, x: Array, w: Array) -> Array:
         """Return the sum of an image's rotated patches as PEFT places them; the ids of a lookup as they are."""
-        if not hparams.own.conv:
+        if hparams.own.kind != "conv":
             return x
         slide, layout = use.slide, layout_of(use.axes)
         window = [layout.left.index(name) for group in layout.right[2:] for name in group]
@@ -159,9 +150,9 @@ class Oft(MatrixMethod):
         self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None,
         w: Array,
     ) -> Array:  # fmt: skip
-        if hparams.own.conv:
+        if hparams.own.kind == "conv":
             return y
-        if not hparams.own.embedding:
+        if hparams.own.kind != "embedding":
             return super().output(hparams, params, use, x, y, drop, w)
         if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
             return y if use.transposed else low_rank.run_use(use, x, self.weight(hparams, params, use.axes, w))
@@ -181,16 +172,16 @@ class Oft(MatrixMethod):
             )
         flat = w.reshape(len(w), -1)
         blocks = self._blocks(own, params, flat.shape[1])
-        return common.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
+        return common.turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     def unmatrix(self, own: OftHparams, params: Params, w: Array) -> Array:
         flat = w.reshape(len(w), -1)
         blocks = jnp.linalg.inv(self._blocks(own, params, flat.shape[1]))
-        return common.turn(flat, blocks if own.embedding else blocks.swapaxes(1, 2)).reshape(w.shape)
+        return common.turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
 
     @staticmethod
     def _blocks(own: OftHparams, params: Params, size: int) -> Array:
-        return _rotation(own, params["oft_embedding_R" if own.embedding else "oft_R"], size)
+        return _rotation(own, params["oft_embedding_R" if own.kind == "embedding" else "oft_R"], size)
 
 
 def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:

@@ -1,24 +1,15 @@
-"""The methods by type: those of `configs.table`, loaded on first use, and those that other packages register.
-
-`file_sizes` computes the sizes of a module from the shapes of its adapter's file tensors alone.
-"""
+"""The methods by type: those of `configs.table`, loaded on first use, and those that other packages register."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Literal
 
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.listing import reason_not_applied
 from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.weight import Modules, Weight
-from jaxadapt.methods.base import Method, Shape, Shapes, Target
-
-# ---------------------------------------------------------------- registry
-
+from jaxadapt.methods.base import Method
 
 class Methods(Mapping[str, Method]):
     """`{peft_type: method}`."""
@@ -112,45 +103,3 @@ def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
     METHODS.add(method, facts)
     return method
 
-
-# ---------------------------------------------------------------- file sizes
-
-
-_LEAF = "weight"
-
-
-def file_target(config: Config, module: str, found: Shapes, shape: Shape = ()) -> Target:
-    """Return a module as a target of its method, from its file tensors `{name: shape}`.
-
-    Args:
-        shape: the shape of a convolution's weight; empty for a matrix, whose sizes are then not known.
-    """
-    if len(shape) > 2:
-        axes = " ".join(f"a{i}" for i in range(len(shape)))
-        weight = Weight(_LEAF, f"{module}.weight", f"{axes} -> {axes}", kind="conv")
-        sizes = {f"a{i}": size for i, size in enumerate(shape)}
-        return Target(Match(_LEAF, weight), Modules((module,)), sizes, found)
-    weight = Weight(_LEAF, f"{module}.weight", "o i -> o i", kind=_kind(found))
-    return Target(Match(_LEAF, weight), Modules((module,)), {}, found)
-
-
-def file_sizes(
-    config: Config, module: str, found: Shapes, shape: Shape = ()
-) -> tuple[int | None, int | None]:
-    """Return the outputs and the inputs of a module, as far as its file tensors `{name: shape}` determine them.
-
-    The inputs of a convolution are its channels, in all groups. The arguments are those of `file_target`.
-
-    >>> from jaxadapt.configs import LoraConfig
-    >>> file_sizes(LoraConfig(r=2, target_modules=["q"]), "q", {"lora_A": (2, 4), "lora_B": (6, 2)})
-    (6, 4)
-    """
-    sizes: dict[str, int] = {}
-    for tensor in get_method(config).tensors(config, file_target(config, module, found, shape)):
-        if len(tensor.torch) == len(found.get(tensor.name, ())):
-            sizes |= {group[0]: n for group, n in zip(tensor.torch, found[tensor.name], strict=True) if len(group) == 1}
-    return sizes.get("out"), sizes.get("channels", sizes.get("in"))
-
-
-def _kind(found: Shapes) -> Literal["embedding", "linear"]:
-    return "embedding" if any("_embedding_" in name for name in found) else "linear"

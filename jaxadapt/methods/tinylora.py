@@ -28,9 +28,9 @@ from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams
 
 @dataclasses.dataclass(frozen=True)
 class TinyLoraHparams:
-    """The hyperparameters of a site: whether it is an embedding, and the dropout rate."""
+    """The hyperparameters of a site: the kind of its weight and the dropout rate."""
 
-    embedding: bool
+    kind: str
     dropout: float
 
 
@@ -75,8 +75,7 @@ class TinyLora(FactoredMethod):
         return config.init_weights != "uniform"
 
     def own(self, config: TinyLoraConfig, target: Target) -> TinyLoraHparams:
-        is_embedding = target.kind == "embedding"
-        return TinyLoraHparams(is_embedding, 0.0 if is_embedding else config.tinylora_dropout)
+        return TinyLoraHparams(target.kind, 0.0 if target.kind == "embedding" else config.tinylora_dropout)
 
     def init(self, config: TinyLoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "tinylora_v":
@@ -98,15 +97,6 @@ class TinyLora(FactoredMethod):
     def factors(self, own: TinyLoraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         return _middle(params) @ params["tinylora_A"], params["tinylora_B"]
 
-    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
-        return hparams.own.embedding and primitive == "gather"
-
-    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
-        return hparams.own.embedding or super().follows_use(hparams, use)
-
-    def forward(self, hparams: MatrixHparams) -> bool:
-        return not hparams.own.embedding  # an embedding's product is that of a tied head
-
     def output(
         self,
         hparams: MatrixHparams,
@@ -117,7 +107,7 @@ class TinyLora(FactoredMethod):
         drop: Drop | None,
         w: Array,
     ) -> Array:
-        if not hparams.own.embedding:
+        if hparams.own.kind != "embedding":
             return super().output(hparams, params, use, x, y, drop, w)
         if isinstance(use, Use):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted

@@ -35,7 +35,8 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Plan, PlanEntry
 from jaxadapt.methods.lora import is_newer_attention_file
-from jaxadapt.methods.registry import file_sizes
+from jaxadapt.methods.base import file_sizes
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.base import DEFAULT
@@ -406,12 +407,16 @@ def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[
 # ---------------------------------------------------------------- models in files
 
 
+def _module_sizes(config: Config, *given: Any) -> tuple[int | None, int | None]:
+    return file_sizes(get_method(config), config, *given)
+
+
 def with_pytorch_names(tensors: PeftTensors) -> Adapter:
     """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
     shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(file_sizes, tensors.config)
+    sizes = functools.partial(_module_sizes, tensors.config)
     return from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
 
 
@@ -419,6 +424,6 @@ def base_keymap(
     tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
 ) -> KeyMap:
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
-    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(file_sizes, tensors.config)
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(_module_sizes, tensors.config)
     turned = bool(tensors.config.get("fan_in_fan_out"))
     return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)

@@ -8,7 +8,8 @@ import pytest
 
 from jaxadapt import IA3Config, LoraConfig, MismatchError
 from jaxadapt.keymaps import pytorch
-from jaxadapt.methods.registry import file_sizes
+from jaxadapt.methods import get_method
+from jaxadapt.methods.base import file_sizes
 
 
 def lora(module, out, inputs, r=2):
@@ -16,14 +17,18 @@ def lora(module, out, inputs, r=2):
     return {f"{prefix}A.weight": (r, *inputs), f"{prefix}B.weight": (out, r, *(1 for _ in inputs[1:]))}
 
 
-_sizes = functools.partial(file_sizes, LoraConfig(r=2, target_modules=["q"]))
+def sizes_by(config):
+    return functools.partial(file_sizes, get_method(config), config)
+
+
+_sizes = sizes_by(LoraConfig(r=2, target_modules=["q"]))
 
 
 def entry(shapes, tensors, **options):
     inputs = any(len(shape) > 1 and shape[:1] == (1,) for shape in tensors.values())
     config = IA3Config(target_modules=["q"], feedforward_modules=".*" if inputs else [])
     config = config if any("ia3_l" in key for key in tensors) else LoraConfig(r=2, target_modules=["q"])
-    keymap = pytorch.state_dict_keymap(shapes, tensors, "it", functools.partial(file_sizes, config), **options)
+    keymap = pytorch.state_dict_keymap(shapes, tensors, "it", sizes_by(config), **options)
     return {w.leaf: w for w in keymap.weights}
 
 

@@ -18,8 +18,7 @@ one in Kimi K2.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxadapt.keymaps.families import entries
-from jaxadapt.keymaps.families.entries import decoder_keymap
+from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -52,7 +51,7 @@ def make_keymap(
     extra: Iterable[Weight],
     needs: tuple[str, ...] = (),
     shared: Iterable[Weight] = SHARED,
-    expert_modules: entries.Modules = (),
+    expert_modules: Modules = (),
     counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
     """Return the keymap of a model: the shared entries, and the extra entries of the model."""
@@ -205,10 +204,10 @@ MIXTRAL = make_keymap(
     (*QUERY_SCALED, *_MIXTRAL),
     tuple(w.leaf for w in _MIXTRAL),
     shared=_COMMON,
-    expert_modules=entries.EACH_MIXTRAL,
+    expert_modules=EACH_MIXTRAL,
 )
 _NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
-QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, expert_modules=entries.EACH_QWEN3)
+QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, expert_modules=EACH_QWEN3)
 
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
@@ -284,7 +283,7 @@ def _deepseek(name: str, dense: int) -> KeyMap:
         entries += [_with_layers((1, first), w) for w in layer_entries]
     needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and w.scan is None)
     counts = ((next(w.leaf for w in entries if "dense_layers" in w.leaf), dense),)
-    return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=entries.EACH_DEEPSEEK, counts=counts)
+    return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=EACH_DEEPSEEK, counts=counts)
 
 
 DEEPSEEK_V3 = _deepseek("deepseek_v3", 3)
