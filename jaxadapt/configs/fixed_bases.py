@@ -6,13 +6,25 @@ The fields and defaults are those of PEFT 0.21.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import LayersConfig
-from jaxadapt.configs.validation import INTEGER, NUMBER, PROBABILITY, RANK, RANKS, Problems, checked, one_of
+from jaxadapt.configs.method_config import ExcludesConfig, LayersConfig, LinearConfig
+from jaxadapt.configs.validation import (
+    INTEGER,
+    POSITIVE,
+    PROBABILITY,
+    RANK,
+    RANKS,
+    Problems,
+    all_of,
+    checked,
+    expects,
+    is_number,
+    one_of,
+)
 
 __all__ = [
     "C3AConfig",
@@ -25,6 +37,19 @@ __all__ = [
     "VeraConfig",
     "WaveFTConfig",
 ]
+
+
+def _refuse_alternatives(problems: Problems, name: str, patterns: Mapping[str, Any] | None) -> None:
+    """Report the patterns with alternatives at their top level, which PEFT's `.*\\.{pattern}$` splits."""
+    for pattern in patterns or ():
+        rest, groups = pattern, 1
+        while groups:
+            rest, groups = re.subn(r"\\.|\[[^]]*\]|\([^()]*\)", "", rest)
+        if "|" in rest:
+            problems.add(name, "patterns without alternatives at the top level", pattern, "put them in parentheses")
+
+
+_UNGROUPED = all_of(RANKS, _refuse_alternatives)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -51,29 +76,14 @@ class C3AConfig(LayersConfig):
     peft_type: str = "C3A"
     block_size: int = checked(RANK, 256)
     bias: str = checked(one_of("none", "all", "c3a_only"), "none")
-    block_size_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
+    block_size_pattern: Mapping[str, int] | None = checked(_UNGROUPED, FrozenDict())
     init_weights: bool | str = checked(
         one_of(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"), "xavier_uniform"
     )
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "block_size_pattern" not in problems:
-            refuse_alternatives(problems, "block_size_pattern", self.block_size_pattern)
-
-
-def refuse_alternatives(problems: Problems, name: str, patterns: Mapping[str, Any] | None) -> None:
-    """Report the patterns with alternatives at their top level, which PEFT's `.*\\.{pattern}$` splits."""
-    for pattern in patterns or ():
-        rest, groups = pattern, 1
-        while groups:
-            rest, groups = re.subn(r"\\.|\[[^]]*\]|\([^()]*\)", "", rest)
-        if "|" in rest:
-            problems.add(name, "patterns without alternatives at the top level", pattern, "put them in parentheses")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FourierFTConfig(LayersConfig):
+class FourierFTConfig(ExcludesConfig, LinearConfig):
     """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
 
     Besides the attributes of `Config`:
@@ -99,20 +109,13 @@ class FourierFTConfig(LayersConfig):
     n_frequency: int = checked(RANK, 1000)
     scaling: float = 150.0
     random_loc_seed: int = 777
-    fan_in_fan_out: bool = False
-    exclude_modules: str | Collection[str] | None = None
     bias: str = checked(one_of("none", "all", "fourier_only"), "none")
-    n_frequency_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
+    n_frequency_pattern: Mapping[str, int] | None = checked(_UNGROUPED, FrozenDict())
     init_weights: bool = False
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "n_frequency_pattern" not in problems:
-            refuse_alternatives(problems, "n_frequency_pattern", self.n_frequency_pattern)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PveraConfig(LayersConfig):
+class PveraConfig(LinearConfig):
     """PVeRA (arXiv:2512.07703): VeRA whose vector over ranks is the mean and the variance of a distribution.
 
     Besides the attributes of `Config`:
@@ -142,15 +145,13 @@ class PveraConfig(LayersConfig):
     save_projection: bool = True
     pvera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "pvera_only"), "none")
-    init_weights: bool = True
     sample_at_inference: bool = False
     generator_seed: int | None = checked(INTEGER, None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RandLoraConfig(LayersConfig):
+class RandLoraConfig(LinearConfig):
     """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
 
     Besides the attributes of `Config`:
@@ -180,14 +181,12 @@ class RandLoraConfig(LayersConfig):
     sparse: bool = False
     very_sparse: bool = False
     randlora_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool = False
     randlora_alpha: int = 640
     bias: str = checked(one_of("none", "all", "randlora_only"), "none")
-    init_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(LayersConfig):
+class TinyLoraConfig(LinearConfig):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -216,23 +215,17 @@ class TinyLoraConfig(LayersConfig):
     peft_type: str = "TINYLORA"
     r: int = checked(RANK, 2)
     u: int = checked(RANK, 64)
-    weight_tying: float = checked(NUMBER, 0.0)
+    weight_tying: float = checked(expects("a number in [0, 1]", lambda x: is_number(x) and 0 <= x <= 1), 0.0)
     projection_seed: int = 42
     save_projection: bool = True
     init_v_bound: float = 0.02
     tinylora_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "tinylora_only"), "none")
     init_weights: bool | str = checked(one_of(True, False, "uniform"), True)
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not 0 <= self.weight_tying <= 1:
-            problems.add("weight_tying", "a number in [0, 1]", self.weight_tying)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class UniLoraConfig(LayersConfig):
+class UniLoraConfig(LinearConfig):
     """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
 
     Besides the attributes of `Config`:
@@ -260,20 +253,13 @@ class UniLoraConfig(LayersConfig):
     proj_seed: int = 42
     theta_d_length: int = checked(RANK, 256)
     unilora_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "unilora_only"), "none")
-    init_theta_d_bound: float = 0.02
-    init_weights: bool = True
+    init_theta_d_bound: float = checked(POSITIVE, 0.02)
     save_indices: bool = False
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if not self.init_theta_d_bound > 0:
-            problems.add("init_theta_d_bound", "a positive number", self.init_theta_d_bound)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VBLoRAConfig(LayersConfig):
+class VBLoRAConfig(ExcludesConfig):
     """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
 
     Besides the attributes of `Config`:
@@ -303,7 +289,6 @@ class VBLoRAConfig(LayersConfig):
     num_vectors: int = checked(RANK, 256)
     vector_length: int = checked(RANK, 256)
     topk: int = checked(RANK, 2)
-    exclude_modules: str | Collection[str] | None = None
     save_only_topk_weights: bool = False
     vblora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
@@ -318,7 +303,7 @@ class VBLoRAConfig(LayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VeraConfig(LayersConfig):
+class VeraConfig(LinearConfig):
     """VeRA (arXiv:2310.11454): two vectors per module scale random projections that all modules share.
 
     Besides the attributes of `Config`:
@@ -346,13 +331,11 @@ class VeraConfig(LayersConfig):
     save_projection: bool = True
     vera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "vera_only"), "none")
-    init_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WaveFTConfig(LayersConfig):
+class WaveFTConfig(ExcludesConfig, LinearConfig):
     """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
 
     Besides the attributes of `Config`:
@@ -383,9 +366,6 @@ class WaveFTConfig(LayersConfig):
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: int = 777
-    fan_in_fan_out: bool = False
-    exclude_modules: str | Collection[str] | None = None
     bias: str = checked(one_of("none", "all", "waveft_only"), "none")
     n_frequency_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
     proportional_parameters: bool = False
-    init_weights: bool = True

@@ -11,19 +11,21 @@ from typing import Any, Self
 
 from jaxadapt.configs.base import Change, Config
 from jaxadapt.configs.matching import is_feedforward
-from jaxadapt.configs.method_config import LayersConfig, MethodConfig, TargetsConfig
+from jaxadapt.configs.method_config import ExcludesConfig, LinearConfig, MethodConfig, TargetsConfig
 from jaxadapt.configs.validation import (
-    ANY,
     FLAG_OR_NULL,
     INTEGER,
+    NUMBER,
     PROBABILITY,
     RANK,
     Problems,
+    all_of,
     checked,
-    is_int,
+    expects,
     is_ints,
     is_number,
     one_of,
+    patterns,
 )
 
 __all__ = [
@@ -64,7 +66,7 @@ class BeftConfig(TargetsConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BOFTConfig(LayersConfig):
+class BOFTConfig(ExcludesConfig, LinearConfig):
     """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
 
     Besides the attributes of `Config`:
@@ -90,11 +92,8 @@ class BOFTConfig(LayersConfig):
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = checked(RANK, 1)
-    exclude_modules: str | Collection[str] | None = None
     boft_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "boft_only"), "none")
-    init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -105,7 +104,7 @@ class BOFTConfig(LayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HRAConfig(LayersConfig):
+class HRAConfig(ExcludesConfig):
     """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -126,7 +125,6 @@ class HRAConfig(LayersConfig):
     peft_type: str = "HRA"
     r: int = checked(RANK, 8)
     apply_GS: bool = False
-    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
     bias: str = checked(one_of("none", "all", "hra_only"), "none")
 
@@ -229,7 +227,7 @@ class LNTuningConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OFTConfig(LayersConfig):
+class OFTConfig(ExcludesConfig, LinearConfig):
     """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -259,10 +257,7 @@ class OFTConfig(LayersConfig):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "oft_only"), "none")
-    exclude_modules: str | Collection[str] | None = None
-    init_weights: bool = True
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
@@ -273,6 +268,8 @@ class OFTConfig(LayersConfig):
         super()._check(problems)
         if (self.r == 0) == (self.oft_block_size == 0):
             problems.add("r", "0 if oft_block_size is given, else the number of blocks", self.r, "set one of them to 0")
+
+_KEPT = expects("a positive number or null", lambda x: x is None or (is_number(x) and x > 0))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -298,21 +295,10 @@ class OSFConfig(TargetsConfig):
     """
 
     peft_type: str = "OSF"
-    effective_rank: int | float | None = checked(ANY, None)
-    rank_pattern: Mapping[str, int | float] | None = None
+    effective_rank: int | float | None = checked(_KEPT, None)
+    rank_pattern: Mapping[str, int | float] | None = checked(patterns(_KEPT), None)
     init_weights: bool | None = checked(one_of(True, False, None), True)
     target_svd_config: Mapping[str, int] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        ranks: dict[str, Any] = {"effective_rank": self.effective_rank}
-        if isinstance(self.rank_pattern, Mapping):
-            ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
-            for key in self.rank_pattern:
-                problems.pattern("rank_pattern", key)
-        for name, value in ranks.items():
-            if value is not None and not (is_number(value) and value > 0):
-                problems.add(name, "a positive number or null", value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -337,13 +323,8 @@ class RoadConfig(TargetsConfig):
 
     peft_type: str = "ROAD"
     variant: str = checked(one_of("road_1", "road_2", "road_4"), "road_1")
-    group_size: int = checked(RANK, 64)
+    group_size: int = checked(all_of(RANK, expects("an even number", lambda x: x % 2 == 0)), 64)
     init_weights: bool = True
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "group_size" not in problems and self.group_size % 2:
-            problems.add("group_size", "an even number", self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -400,10 +381,10 @@ class SupertuningConfig(TargetsConfig):
     """
 
     peft_type: str = "SUPERTUNING"
-    sparsity: float = 0.99
+    sparsity: float = checked(PROBABILITY, 0.99)
     select_top: bool = True
-    r: int | None = checked(ANY, None)
-    lora_alpha: float | None = checked(ANY, None)
+    r: int | None = checked(RANK, None)
+    lora_alpha: float | None = checked(NUMBER, None)
     lora_dropout: float = checked(PROBABILITY, 0.0)
     init_weights: bool = True
     save_precomputed_indices: bool = True
@@ -415,15 +396,10 @@ class SupertuningConfig(TargetsConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        sparsity, r, alpha = self.get("sparsity"), self.get("r"), self.get("lora_alpha")
-        if not (is_number(sparsity) and 0 <= sparsity < 1):
-            problems.add("sparsity", "from 0 to below 1", sparsity)
-        if r is not None and not (is_int(r) and r > 0):
-            problems.add("r", "a positive integer or null", r)
-        if r is None and alpha is not None:
-            problems.add("lora_alpha", "null if r is null", alpha, "set r, or remove lora_alpha")
-        elif alpha is not None and not is_number(alpha):
-            problems.add("lora_alpha", "a number or null", alpha)
+        if self.r is None and self.lora_alpha is not None:
+            problems.add("lora_alpha", "null if r is null", self.lora_alpha, "set r, or remove lora_alpha")
+
+_TOKENS = expects("a list of integers from 0 on", lambda x: is_ints(x) and min(x, default=0) >= 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -445,15 +421,13 @@ class TrainableTokensConfig(MethodConfig):
     """
 
     peft_type: str = "TRAINABLE_TOKENS"
-    token_indices: Collection[int] = ()
+    token_indices: Collection[int] = checked(_TOKENS, ())
     target_modules: str | Collection[str] | None = None
     init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        indices: Any = self.token_indices
-        if not (is_ints(indices) and min(indices, default=0) >= 0):
-            problems.add("token_indices", "a list of integers from 0 on", indices)
-        elif len(set(indices)) < len(indices):
-            repeated = sorted({i for i in indices if tuple(indices).count(i) > 1})
+        indices = tuple(self.token_indices)
+        if "token_indices" not in problems and len(set(indices)) < len(indices):
+            repeated = sorted({i for i in indices if indices.count(i) > 1})
             problems.add("token_indices", "each token once", repeated, "remove the repeated tokens")

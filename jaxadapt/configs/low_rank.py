@@ -5,13 +5,14 @@ The fields and defaults are those of PEFT 0.21.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.lora import LoraFields
-from jaxadapt.configs.method_config import LayersConfig, RanksConfig
+from jaxadapt.configs.method_config import ExcludesConfig, LinearConfig, RanksConfig
 from jaxadapt.configs.validation import (
     ANY,
     INTEGER,
@@ -22,7 +23,8 @@ from jaxadapt.configs.validation import (
     SIZE,
     Problems,
     checked,
-    is_int,
+    expects,
+    is_number,
     one_of,
 )
 
@@ -37,6 +39,8 @@ __all__ = [
     "MissConfig",
     "PeanutConfig",
 ]
+
+_DECAY = expects("a number in (0, 1)", lambda x: is_number(x) and 0 < x < 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -86,13 +90,13 @@ class AdaLoraConfig(LoraFields):
     rank_pattern: Mapping[str, Collection[bool]] | None = checked(ANY, None)
     target_r: int = checked(RANK, 8)
     init_r: int = checked(RANK, 12)
-    tinit: int = 0
-    tfinal: int = 0
+    tinit: int = checked(SIZE, 0)
+    tfinal: int = checked(SIZE, 0)
     deltaT: int = checked(RANK, 1)
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    total_step: int | None = checked(ANY, None)
+    beta1: float = checked(_DECAY, 0.85)
+    beta2: float = checked(_DECAY, 0.85)
+    orth_reg_weight: float = checked(expects("a number of at least 0", lambda x: is_number(x) and x >= 0), 0.5)
+    total_step: int | None = checked(RANK, None)
 
     def mask_of(self, module: str) -> tuple[bool, ...]:
         """Return for each of the first ranks of a PyTorch module if it remains in the tensors of a file.
@@ -109,22 +113,11 @@ class AdaLoraConfig(LoraFields):
         for name in ("use_dora", "loftq_config"):
             if self.get(name):
                 problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
-        for name in ("beta1", "beta2"):
-            if name not in problems and not 0 < self.get(name) < 1:
-                problems.add(name, "a number in (0, 1)", self.get(name))
-        self._check_steps(problems)
-        self._check_masks(problems)
-
-    def _check_steps(self, problems: Problems) -> None:
-        for name in ("tinit", "tfinal", "orth_reg_weight"):
-            if name not in problems and self.get(name) < 0:
-                problems.add(name, "a number of at least 0", self.get(name))
-        steps: Any = self.total_step
-        if steps is not None and not (is_int(steps) and steps > 0):
-            problems.add("total_step", "a positive integer or null", steps)
-        elif steps and not ("tinit" in problems or "tfinal" in problems) and self.tinit >= steps - self.tfinal:
+        steps, names = self.total_step or math.inf, ("tinit", "tfinal", "total_step")
+        if not any(name in problems for name in names) and self.tinit >= steps - self.tfinal:
             way_out = "decrease tinit or tfinal, or increase total_step"
             problems.add("tinit", "less than total_step - tfinal", self.tinit, way_out)
+        self._check_masks(problems)
 
     def _check_masks(self, problems: Problems) -> None:
         masks: Any = self.rank_pattern
@@ -139,7 +132,7 @@ class AdaLoraConfig(LoraFields):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(LayersConfig):
+class DeftConfig(ExcludesConfig, LinearConfig):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -164,14 +157,11 @@ class DeftConfig(LayersConfig):
 
     peft_type: str = "DEFT"
     r: int = checked(RANK, 8)
-    exclude_modules: str | Collection[str] | None = None
     decomposition_method: str = checked(one_of("relu", "qr"), "relu")
     init_scale: float = 1.0
     alpha: int | None = checked(INTEGER, None)
     para: bool = False
-    fan_in_fan_out: bool = False
     deft_dropout: float = checked(PROBABILITY, 0.0)
-    init_weights: bool = True
     bias: str = checked(one_of("none", "all", "deft_only"), "none")
 
 
@@ -200,14 +190,13 @@ class DeloraConfig(RanksConfig):
     peft_type: str = "DELORA"
     delora_lambda: int | float = checked(NUMBER, 15)
     module_dropout: float = checked(PROBABILITY, 0.0)
-    exclude_modules: str | Collection[str] | None = None
     bias: str = checked(one_of("none", "all", "delora_only"), "none")
     init_weights: bool = True
     lambda_pattern: Mapping[str, float] | None = checked(NUMBERS, FrozenDict())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class GraloraConfig(LayersConfig):
+class GraloraConfig(LinearConfig):
     """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
 
     Besides the attributes of `Config`:
@@ -234,9 +223,7 @@ class GraloraConfig(LayersConfig):
     alpha: int | float = checked(NUMBER, 64)
     gralora_dropout: float = checked(PROBABILITY, 0.0)
     gralora_k: int = checked(RANK, 2)
-    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "gralora_only"), "none")
-    init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -245,7 +232,7 @@ class GraloraConfig(LayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HiraConfig(LayersConfig):
+class HiraConfig(ExcludesConfig):
     """HiRA (Huang et al., ICLR 2025): the change of a weight is its elementwise product with a low-rank matrix.
 
     Besides the attributes of `Config`:
@@ -268,7 +255,6 @@ class HiraConfig(LayersConfig):
 
     peft_type: str = "HIRA"
     r: int = checked(RANK, 32)
-    exclude_modules: str | Collection[str] | None = None
     hira_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
     init_weights: bool | str | None = checked(ANY, True)
@@ -309,7 +295,6 @@ class LoHaConfig(RanksConfig):
     rank_dropout: float = checked(PROBABILITY, 0.0)
     module_dropout: float = checked(PROBABILITY, 0.0)
     use_effective_conv2d: bool = False
-    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True
 
 
@@ -350,12 +335,11 @@ class LoKrConfig(RanksConfig):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = checked(one_of(True, False, "lycoris"), True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(LayersConfig):
+class MissConfig(ExcludesConfig):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:
@@ -379,13 +363,12 @@ class MissConfig(LayersConfig):
     r: int = checked(RANK, 64)
     miss_dropout: float = checked(PROBABILITY, 0.0)
     mini_r: int = checked(RANK, 1)
-    exclude_modules: str | Collection[str] | None = None
     init_weights: bool | str = checked(one_of(True, False, "bat", "mini"), True)
     bias: str = checked(one_of("none", "all", "MiSS_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PeanutConfig(LayersConfig):
+class PeanutConfig(ExcludesConfig):
     """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
 
     Besides the attributes of `Config`:
@@ -411,5 +394,4 @@ class PeanutConfig(LayersConfig):
     depth: int = checked(SIZE, 0)
     act_fn: str = "relu"
     scaling: float = 1.0
-    exclude_modules: str | Collection[str] | None = None
     init_weights: bool = True

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
-from jaxadapt.configs.validation import RANK, Problems, checked, is_int
+from jaxadapt.configs.validation import RANK, Problems, checked, expects, is_int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -44,7 +44,26 @@ class LayersConfig(TargetsConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RanksConfig(LayersConfig):
+class ExcludesConfig(LayersConfig):
+    """A configuration that leaves out some of the selected modules, as in `LoraConfig`."""
+
+    exclude_modules: str | Collection[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LinearConfig(LayersConfig):
+    """A configuration of a method for linear layers; `fan_in_fan_out` is as in `LoraConfig`.
+
+    Attributes:
+        init_weights: true starts without a change of the weight, unless the class states another meaning.
+    """
+
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RanksConfig(ExcludesConfig):
     """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
 
     r: int = checked(RANK, 8)
@@ -77,15 +96,13 @@ class PromptLearningConfig(MethodConfig):
 
     num_virtual_tokens: int | None = checked(RANK, None)
     token_dim: int | None = checked(RANK, None)
-    num_transformer_submodules: int | None = None
+    num_transformer_submodules: int | None = checked(expects("1, 2 or null", lambda x: x in (1, 2)), None)
     num_attention_heads: int | None = checked(RANK, None)
     num_layers: int | None = checked(RANK, None)
     modules_to_save: Collection[str] | None = None
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.num_transformer_submodules not in (None, 1, 2):
-            problems.add("num_transformer_submodules", "1, 2 or null", self.num_transformer_submodules)
         width, heads = self.token_dim, self.num_attention_heads
         if is_int(width) and is_int(heads) and width and heads and heads > 0 and width % heads:
             problems.add("token_dim", f"a multiple of num_attention_heads={heads}", width)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.configs.validation import (
-    ANY,
     OBJECT,
     PROBABILITY,
     RANK,
@@ -19,6 +18,7 @@ from jaxadapt.configs.validation import (
     TEXT,
     Problems,
     checked,
+    expects,
     is_int,
     is_ints,
     one_of,
@@ -90,7 +90,7 @@ class CartridgeConfig(PromptLearningConfig):
             problems.add("num_frozen_tokens", f"at most num_virtual_tokens={n}", frozen)
 
 
-_LISTS = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")
+_TOKENS = expects("a list of integers of 0 or more", lambda x: is_ints(x) and min(x, default=-1) >= 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -121,9 +121,9 @@ class CPTConfig(PromptLearningConfig):
     """
 
     peft_type: str = "CPT"
-    cpt_token_ids: Sequence[int] | None = checked(ANY, None)
-    cpt_mask: Sequence[int] | None = checked(ANY, None)
-    cpt_tokens_type_mask: Sequence[int] | None = checked(ANY, None)
+    cpt_token_ids: Sequence[int] | None = checked(_TOKENS, None)
+    cpt_mask: Sequence[int] | None = checked(_TOKENS, None)
+    cpt_tokens_type_mask: Sequence[int] | None = checked(_TOKENS, None)
     opt_weighted_loss_type: str = checked(one_of("none", "decay"), "none")
     opt_loss_decay_factor: float = 1.0
     opt_projection_epsilon: float = 0.1
@@ -143,16 +143,11 @@ class CPTConfig(PromptLearningConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        for name in _LISTS:
-            value: Any = getattr(self, name)
-            if not (is_ints(value) and value and min(value) >= 0):
-                problems.add(name, "a list of integers of 0 or more", value)
-        ids: Any = self.cpt_token_ids
-        count = len(ids) if is_ints(ids) else None
-        if count is not None:
-            for name in _LISTS[1:]:
+        if self.cpt_token_ids is not None and "cpt_token_ids" not in problems:
+            count = len(self.cpt_token_ids)
+            for name in ("cpt_mask", "cpt_tokens_type_mask"):
                 value = getattr(self, name)
-                if is_ints(value) and len(value) != count:
+                if name not in problems and value is not None and len(value) != count:
                     problems.add(name, f"{count} integers, as many as cpt_token_ids", value)
             if self.num_virtual_tokens != count:
                 problems.add("num_virtual_tokens", f"{count}, the number of cpt_token_ids", self.num_virtual_tokens)
@@ -259,6 +254,8 @@ class PromptTuningConfig(PromptLearningConfig):
         elif self.tokenizer_kwargs:
             problems.add("tokenizer_kwargs", 'null unless prompt_tuning_init is "TEXT"', self.tokenizer_kwargs)
 
+_TASK = expects("an integer of 0 or more, or null", lambda x: x is None or (is_int(x) and x >= 0))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MultitaskPromptTuningConfig(PromptTuningConfig):
@@ -289,12 +286,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         one_of("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"), "RANDOM"
     )
     prompt_tuning_init_state_dict_path: str | None = checked(TEXT, None)
-    prompt_tuning_init_task: int | None = checked(ANY, 0)
+    prompt_tuning_init_task: int | None = checked(_TASK, 0)
     num_ranks: int = checked(RANK, 1)
     num_tasks: int = checked(RANK, 1)
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        task = self.prompt_tuning_init_task
-        if task is not None and not (is_int(task) and task >= 0):
-            problems.add("prompt_tuning_init_task", "an integer of 0 or more, or null", task)

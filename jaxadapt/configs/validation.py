@@ -347,7 +347,18 @@ def one_of(*known: str | bool | None, optional: bool = False) -> Check:
     return expects(expected, lambda x: any(x is value or (isinstance(x, str) and x == value) for value in values))
 
 
-def _patterns(item_check: Check) -> Check:
+def all_of(*checks: Check) -> Check:
+    """Return the check that makes these checks in turn, up to the first problem of the field."""
+
+    def check(problems: Problems, field: str, value: Any) -> None:
+        for each in checks:
+            if field not in problems:
+                each(problems, field, value)
+
+    return check
+
+
+def patterns(item_check: Check) -> Check:
     """Return the check for an object {expression: value} whose values have their own check."""
 
     def check(problems: Problems, field: str, value: Any) -> None:
@@ -415,10 +426,11 @@ RANK = expects(
 )
 SIZE = expects("an integer of at least 0", lambda x: is_int(x) and x >= 0)
 INTEGER = expects("an integer or null", lambda x: x is None or is_int(x))
+POSITIVE = expects("a positive number", lambda x: is_number(x) and x > 0)
 PROBABILITY = expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
 FLAG_OR_NULL = expects("true, false or null", lambda x: isinstance(x, bool | None))
-RANKS = _patterns(RANK)
-NUMBERS = _patterns(NUMBER)
+RANKS = patterns(RANK)
+NUMBERS = patterns(NUMBER)
 ANY: Check = lambda problems, field, value: None  # noqa: E731 (the configuration's own check follows)
 _strings = expects(  # a single string would be read letter by letter
     "a list of strings or null",

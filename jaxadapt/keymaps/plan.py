@@ -444,10 +444,10 @@ class Plan:
         """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor.
 
         Args:
-            found: the shapes of the file's tensors, by key.
+            found_shapes: the shapes of the file's tensors, by key.
             source: the file, for the message.
-            more: further problems for the same list.
-            table: the name of the keymap.
+            other_problems: further problems for the same list.
+            keymap_name: the name of the keymap.
         """
         problems = self.list_problems(found_shapes, source, other_problems)
         if problems:

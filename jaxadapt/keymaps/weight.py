@@ -90,8 +90,8 @@ class Weight:
             `("h", -0.5)` is a query projection that includes the factor 1/√head_dim.
         shift: a number added to PyTorch's weight to get the JAX weight: 1 for a norm that stores 1 + w in JAX.
         layers: `(step, first)`: number l of `{l}` in JAX is PyTorch's layer step · l + first. (2, 1) is the second half
-            of a JAX layer that corresponds to two PyTorch layers.
-        scan: the axis on which layers of this leaf are stacked, if it differs from that of the other leaves.
+            of a JAX layer that corresponds to two PyTorch layers. A third number is the axis on which layers of this
+            leaf are stacked, if it differs from that of the other leaves.
         over: the names of a braced axis' indices, `p=("k", "v")` for a leaf that has both. As a number, the size of an
             axis in parentheses on the left: `"d n (c p) -> (n p c) d", p=2` undoes an interleaving, where the leaf's
             last axis has pairs and PyTorch has first halves and second halves.
@@ -114,7 +114,7 @@ class Weight:
     scale: tuple[str, float] | None
     shift: float
     layers: tuple[int, int]
-    scan: int | None
+    scan: tuple[int, ...]
 
     def __init__(
         self,
@@ -128,7 +128,6 @@ class Weight:
         scale: tuple[str, float] | None = None,
         shift: float = 0.0,
         layers: Sequence[int] = (1, 0),
-        scan: int | None = None,
         **over: Sequence[str] | int,
     ) -> None:
         axes = {1: "vector", 2: "linear"}.get(len(parse_pattern(pattern).right), "other")
@@ -143,8 +142,8 @@ class Weight:
             "sizes": tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))),
             "scale": None if scale is None else (scale[0], float(scale[1])),
             "shift": float(shift),
-            "layers": tuple(layers),
-            "scan": scan,
+            "layers": tuple(layers[:2]),
+            "scan": tuple(layers[2:]),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -412,7 +411,7 @@ class Weight:
         if leaf == self.leaf:
             return self
         left = list(self.left)
-        axis = axis if self.scan is None else self.scan
+        (axis,) = self.scan or (axis,)
         left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
         pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
         return Weight(leaf, self.key, pattern, **self.options)
@@ -423,8 +422,7 @@ class Weight:
         options = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
         options |= {"groups": self.groups} if self.groups != 1 else {}
         options |= {"shift": self.shift} if self.shift else {}
-        options |= {"layers": self.layers} if self.layers != (1, 0) else {}
-        options |= {"scan": self.scan} if self.scan is not None else {}
+        options |= {"layers": self.layers + self.scan} if self.layers + self.scan != (1, 0) else {}
         return {**options, **dict(self.over), **dict(self.sizes)}
 
     def factor(self, sizes: Mapping[str, int]) -> float:
@@ -502,15 +500,27 @@ def own_tensor(name: str, shape: Sequence[int], suffix: str = "", **options: Any
     (('d0',), ('d1',))
     """
     names = tuple(f"d{i}" for i in range(len(shape)))
-    return MethodTensor(
-        name,
-        suffix or f".{name}",
-        ("batch", *names),
-        tuple((n,) for n in names),
-        tuple(zip(names, shape, strict=True)),
-        scale_power=0,
-        **options,
-    )
+    return axes_tensor(name, " ".join(names), tuple(zip(names, shape, strict=True)), suffix, **options)
+
+
+def axes_tensor(
+    name: str, axes: str, own: Sequence[tuple[str, int]] = (), suffix: str = "", **options: Any
+) -> MethodTensor:
+    """Return the specification of a tensor whose axes in the file are those in the model, in the same order.
+
+    Args:
+        name: the tensor.
+        axes: the names of the axes, separated by spaces. "1" is an axis of size 1, which only the file has.
+        own: `(name, size)` of the method's own axes.
+        suffix: the end of its key; by default a dot and the name.
+        options: other fields of `MethodTensor`.
+
+    >>> axes_tensor("boft_s", "out 1").torch
+    (('out',), ())
+    """
+    names = axes.split()
+    layouts = ("batch", *(n for n in names if n != "1")), tuple(() if n == "1" else (n,) for n in names)
+    return MethodTensor(name, suffix or f".{name}", *layouts, tuple(own), **{"scale_power": 0, **options})
 
 
 @dataclasses.dataclass(frozen=True)

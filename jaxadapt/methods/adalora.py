@@ -25,7 +25,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
@@ -55,17 +55,17 @@ class Adalora(MatrixMethod):
                 "the adapter has rank 0 in some of its modules and another rank in others, which one stacked or fused"
                 " leaf cannot hold; use an unrolled model"
             )
-        a_axes, r = ("r", "in"), (("r", target.rank(rank)),)
-        a_own = r
+        r = (("r", target.rank(rank)),)
+        a = axes_tensor("lora_A", "r in", r)
         if target.kind == "conv":
             if len(target.match.weight.right) != 4 or target.match.weight.groups > 1:
                 raise target.refuse("PEFT implements ADALORA for 2-D convolutions without groups; exclude the module")
             size = target.own_size("lora_A", -1, lambda: target.in_size * math.prod(target.window))
-            a_axes, a_own = ("r", "i"), (*r, ("i", size))
+            a = axes_tensor("lora_A", "r i", (*r, ("i", size)))
         made = (
-            MethodTensor("lora_A", ".lora_A", ("batch", *a_axes), tuple((n,) for n in a_axes), a_own, scale_power=0),
-            MethodTensor("lora_B", ".lora_B", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
-            MethodTensor("lora_E", ".lora_E", ("batch", "r"), (("r",), ()), r, scale_power=0),
+            a,
+            axes_tensor("lora_B", "out r", r),
+            axes_tensor("lora_E", "r 1", r),
         )
         return target.with_ranks(made, rank)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import BeftConfig
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -20,12 +20,11 @@ class Beft(MatrixMethod):
     """A trained bias."""
 
     peft_type = "BEFT"
-    on_bias = True
     scaled = frozenset({"beft_bias"})
     roles = tensor_roles(bias="beft_bias")
 
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
-        return (MethodTensor("beft_bias", ".beft_bias", ("batch", "out"), ((), ("out",)), scale_power=0),)
+        return (axes_tensor("beft_bias", "1 out"),)
 
     def effect(self, own: None) -> Effects:
         return Effects("adds", form="use", bias="adds")

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods import common
 from jaxadapt.methods.base import CALL_KEY, Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import DropoutHparams, MatrixMethod
@@ -61,8 +61,7 @@ class Boft(MatrixMethod):
                 raise target.refuse(f"BOFT needs blocks that divide the size {size} of its inputs; found {given}")
             number, block = (size // given, given) if config.boft_block_size else (given, size // given)
             found = (1, number, block, block)
-        torch = ((), ("out",)) if window else (("out",), ())
-        scale = MethodTensor("boft_s", ".boft_s", ("batch", "out"), torch, scale_power=0)
+        scale = axes_tensor("boft_s", "1 out" if window else "out 1")
         return own_tensor("boft_R", found), scale
 
     def own(self, config: BOFTConfig, target: Target) -> DropoutHparams:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import TorchRandom
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import CALL_KEY, Array, Params, Shapes, Target, Targets, at_least_float32
 
 # ---------------------------------------------------------------- rotations
@@ -144,7 +144,7 @@ def spectrum(name: str, target: Target, count: Callable[[str], int]) -> tuple[Me
             f"expected an n_frequency of at most {target.in_size * target.out_size}, the number of entries of the"
             f" weight, found {size}"
         )
-    tensor = MethodTensor(name, f".{name}", ("batch", "r"), (("r",),), (("r", size),), scale_power=0)
+    tensor = axes_tensor(name, "r", (("r", size),))
     return target.with_ranks((tensor,), count)
 
 

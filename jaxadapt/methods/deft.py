@@ -19,7 +19,7 @@ from jax.nn import relu
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import DeftConfig
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -49,11 +49,10 @@ class Deft(MatrixMethod):
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)
-        p = MethodTensor("deft_P", ".deft_P", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0)
+        p = axes_tensor("deft_P", "out r", r)
         if config.para:
             return (p,)
-        axes, torch = ("batch", "r", "in"), (("r",), ("in",))
-        return (p, MethodTensor("deft_R", ".deft_R", axes, torch, r, from_base=config.init_weights, scale_power=0))
+        return (p, axes_tensor("deft_R", "r in", r, from_base=config.init_weights))
 
     def starts_unchanged(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para

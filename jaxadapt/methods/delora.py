@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import DeloraConfig
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -53,19 +53,10 @@ class Delora(MatrixMethod):
         r = (("r", target.rank(config.rank_of)),)
         return target.with_ranks(
             (
-                MethodTensor("delora_A", ".delora_A", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
-                MethodTensor("delora_B", ".delora_B", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
+                axes_tensor("delora_A", "r in", r),
+                axes_tensor("delora_B", "out r", r),
                 own_tensor("delora_lambda", (1,)),
-                MethodTensor(
-                    "delora_w_norm",
-                    ".delora_w_norm",
-                    ("batch", "in"),
-                    (("in",),),
-                    from_base=True,
-                    trained=False,
-                    optional=True,
-                    scale_power=0,
-                ),
+                axes_tensor("delora_w_norm", "in", from_base=True, trained=False, optional=True),
             ),
             config.rank_of,
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import GraloraConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
@@ -47,8 +47,8 @@ class Gralora(MatrixMethod):
         own, a, b = (("h", config.hybrid_r),), "gralora_A_general", "gralora_B_general"
         return (
             *made,
-            MethodTensor(a, f".{a}.weight", ("batch", "h", "in"), (("h",), ("in",)), own, scale_power=0),
-            MethodTensor(b, f".{b}.weight", ("batch", "out", "h"), (("out",), ("h",)), own, scale_power=0),
+            axes_tensor(a, "h in", own, suffix=f".{a}.weight"),
+            axes_tensor(b, "out h", own, suffix=f".{b}.weight"),
         )
 
     def own(self, config: GraloraConfig, target: Target) -> ScaleHparams:

@@ -24,7 +24,7 @@ from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import HiraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
 
@@ -51,11 +51,11 @@ class Hira(MatrixMethod):
             raise target.refuse("PEFT does not implement HIRA for convolutions with groups; exclude the module")
         start = "hira_embedding" if target.kind == "embedding" else "hira"
         r = (("r", target.own_size(f"{start}_A", 0, lambda: config.r)),)
-        ones = ((),) * (len(target.match.weight.right) - 2 if target.kind == "conv" else 0)
+        ones = " 1" * (len(target.match.weight.right) - 2 if target.kind == "conv" else 0)
         a, b = f"{start}_A", f"{start}_B"
         return (
-            MethodTensor(a, f".{a}", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
-            MethodTensor(b, f".{b}", ("batch", "out", "r"), (("out",), ("r",), *ones), r, scale_power=0),
+            axes_tensor(a, "r in", r),
+            axes_tensor(b, f"out r{ones}", r),
         )
 
     def own(self, config: HiraConfig, target: Target) -> HiraHparams:

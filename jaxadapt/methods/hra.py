@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods import common
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
@@ -55,7 +55,7 @@ class Hra(MatrixMethod):
             raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
         if window:
             return (own_tensor("hra_u", (inputs, config.r)),)
-        return (MethodTensor("hra_u", ".hra_u", ("batch", "in", "r"), (("in",), ("r",)), r, scale_power=0),)
+        return (axes_tensor("hra_u", "in r", r),)
 
     def starts_unchanged(self, config: HRAConfig) -> bool:
         return config.init_weights and config.r % 2 == 0

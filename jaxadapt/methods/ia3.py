@@ -23,7 +23,7 @@ from jaxadapt.configs import IA3Config
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, shared_value, tensor_roles
 
 
@@ -61,8 +61,8 @@ class IA3(Method):
         if hparams.conv:
             return (dataclasses.replace(_conv_tensor(hparams, match), used_sizes=used),)
         if hparams.feedforward:
-            return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used_sizes=used),)
-        return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used_sizes=used),)
+            return (axes_tensor("ia3_l", "1 in", used_sizes=used),)
+        return (axes_tensor("ia3_l", "out 1", used_sizes=used),)
 
     def hparams(self, config: IA3Config, target: Target) -> IA3Hparams:
         match, modules = target.match, target.modules
@@ -157,14 +157,14 @@ METHOD = IA3()
 
 
 def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
-    window = ((),) * (len(match.weight.right) - 2)
-    if len(window) < 2:
+    ones = " 1" * (len(match.weight.right) - 2)
+    if len(match.weight.right) < 4:
         raise ConfigError(
             f"{match.leaf}: PEFT implements IA3 for 2-D and 3-D convolutions, but not for 1-D; remove the module from"
             " target_modules"
         )
     if not hparams.feedforward:
-        return MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), ((), ("out",), *window), scale_power=0)
+        return axes_tensor("ia3_l", f"1 out{ones}")
     channels = match.roles["channels"]
     if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
         raise ConfigError(
@@ -173,7 +173,8 @@ def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
         )
     group_axis, own = ((("g",), (("g", hparams.groups),))) if hparams.groups > 1 else ((), ())
     scaled = (*group_axis, "channels")
-    return MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, scale_power=0)
+    torch = ((), scaled, *((),) * (len(match.weight.right) - 2))
+    return MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), torch, own, scale_power=0)
 
 
 def _vector(hparams: IA3Hparams, params: Params) -> Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import LoHaConfig
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, shared_value, tensor_roles
 from jaxadapt.methods.common import DroppedHparams, kept_rows
 from jaxadapt.methods.matrix import FactoredMethod
@@ -51,21 +51,18 @@ class Loha(FactoredMethod):
             shared_value("rank_pattern", {module: config.rank_of(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
-            a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
-            b = MethodTensor(f"hada_w{i}_b", f".hada_w{i}_b", ("batch", "r", "in"), (("r",), ("in",)), r)
+            a = axes_tensor(f"hada_w{i}_a", "out r", r)
+            b = axes_tensor(f"hada_w{i}_b", "r in", r)
             if effective:
                 sizes = (*r, ("r2", r[0][1]), *zip(("x", "y"), window, strict=True))
-                axes = ("r", "r2", "x", "y")
-                made.append(
-                    MethodTensor(f"hada_t{i}", f".hada_t{i}", ("batch", *axes), tuple((n,) for n in axes), sizes)
-                )
-                a = dataclasses.replace(a, axes=("batch", "r", "out"), torch=(("r",), ("out",)))
-                b = dataclasses.replace(b, axes=("batch", "r", "channels"), torch=(("r",), ("channels",)))
+                made.append(axes_tensor(f"hada_t{i}", "r r2 x y", sizes))
+                a = axes_tensor(f"hada_w{i}_a", "r out", r)
+                b = axes_tensor(f"hada_w{i}_b", "r channels", r)
             elif is_conv:
                 inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
-                b = dataclasses.replace(b, axes=("batch", "r", "i"), torch=(("r",), ("i",)), own=(*r, ("i", inputs)))
+                b = axes_tensor(f"hada_w{i}_b", "r i", (*r, ("i", inputs)))
             made += [a, b]
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], config.rank_of)
+        return target.with_ranks(made, config.rank_of)
 
     def own(self, config: LoHaConfig, target: Target) -> DroppedHparams:
         def scale(module: str) -> float:

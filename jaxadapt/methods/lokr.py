@@ -21,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import LoKrConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.common import DroppedHparams, kept_rows, split_size
 from jaxadapt.methods.matrix import MatrixMethod
@@ -60,11 +60,9 @@ class Lokr(MatrixMethod):
                 f"the ranks {sorted(ranks)} of its modules decompose their matrices differently; choose ranks that all"
                 " decompose the same ones, or use an unrolled model"
             )
-        r, tensors = target.rank(config.rank_of), list[MethodTensor]()
-        for name, sizes in _axes(config, target, form, r).items():
-            axes = ("batch", *sizes)
-            tensors.append(MethodTensor(name, f".{name}", axes, tuple((n,) for n in sizes), tuple(sizes.items())))
-        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in tensors], config.rank_of)
+        axes = _axes(config, target, form, target.rank(config.rank_of))
+        tensors = [axes_tensor(name, " ".join(sizes), tuple(sizes.items())) for name, sizes in axes.items()]
+        return target.with_ranks(tensors, config.rank_of)
 
     def own(self, config: LoKrConfig, target: Target) -> DroppedHparams:
         def scale(module: str) -> float:

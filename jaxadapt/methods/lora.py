@@ -53,7 +53,7 @@ from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import (
     PRIMITIVES,
     Array,
@@ -73,14 +73,6 @@ from jaxadapt.methods.base import (
 
 
 MAGNITUDE = "lora_magnitude_vector"
-
-
-def magnitude_tensor(match: Match) -> MethodTensor:
-    """Return the magnitude's tensor: (out), or (1, out, 1...) for a convolution."""
-    torch = (("out",),)
-    if match.weight.kind == "conv":
-        torch = ((), ("out",), *((),) * (len(match.weight.right) - 2))
-    return MethodTensor(MAGNITUDE, f".{MAGNITUDE}", ("batch", "out"), torch, from_base=True, scale_power=1)
 
 
 def output_norms(axes: Axes, w: Array) -> Array:
@@ -135,11 +127,6 @@ def output(
 DIAGONAL = "lora_diag"
 
 
-def diagonal_tensor(r: int) -> MethodTensor:
-    """Return the diagonal's tensor: (r)."""
-    return MethodTensor(DIAGONAL, f".{DIAGONAL}", ("batch", "r"), (("r",),), (("r", r),), scale_power=0)
-
-
 def scale_a(params: Params, a: Array) -> Array:
     """Return diag(d)·A for A (batch..., r, in...) and d (batch..., r); return A if there is no d."""
     if DIAGONAL not in params:
@@ -151,12 +138,14 @@ def scale_a(params: Params, a: Array) -> Array:
 def list_kasa_problems(config: LoraConfig, match: Match) -> list[str]:
     """Return the settings and layers that PEFT does not combine with KaSA."""
     init = config.init_lora_weights
-    unsupported = ["use_dora=True"] if config.use_dora else []
-    if isinstance(init, str) and init.lower() != "gaussian":
-        unsupported.append(f"init_lora_weights={init!r}")
-    if match.weight.kind != "linear" or match.weight.fan_in_fan_out:
-        unsupported.append("a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)")
-    return unsupported
+    unsupported = {
+        "use_dora=True": config.use_dora,
+        f"init_lora_weights={init!r}": isinstance(init, str) and init.lower() != "gaussian",
+        "a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)": (
+            match.weight.kind != "linear" or match.weight.fan_in_fan_out
+        ),
+    }
+    return [setting for setting, is_set in unsupported.items() if is_set]
 
 
 # ---------------------------------------------------------------- alora
@@ -198,14 +187,14 @@ def mask_delta(params: Params, delta: Array, y: Array) -> Array:
 
 def list_alora_problems(config: LoraConfig, match: Match) -> list[str]:
     """Return the settings and layers that PEFT does not combine with aLoRA."""
-    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name) not in (None, False)]
-    if str(config.init_lora_weights).lower() == "mica":
-        unsupported.append("init_lora_weights='mica'")
-    if not config.alora_invocation_tokens:
-        unsupported.append("an empty list of tokens")
-    if match.weight.kind != "linear":
-        unsupported.append("a layer that is not linear")
-    return unsupported
+    unsupported = {
+        "use_dora": config.use_dora,
+        "kasa_config": config.kasa_config is not None,
+        "init_lora_weights='mica'": str(config.init_lora_weights).lower() == "mica",
+        "an empty list of tokens": not config.alora_invocation_tokens,
+        "a layer that is not linear": match.weight.kind != "linear",
+    }
+    return [setting for setting, is_set in unsupported.items() if is_set]
 
 
 # ---------------------------------------------------------------- checks
@@ -368,11 +357,12 @@ class Lora(Method):
             MethodTensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, scale_power=1),
         ]
         if config.lora_bias:
-            tensors.append(MethodTensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), scale_power=1))
+            tensors.append(axes_tensor("lora_B_bias", "out", suffix=".lora_B.bias", scale_power=1))
         if config.kasa_config is not None:
-            tensors.append(diagonal_tensor(r))
+            tensors.append(axes_tensor(DIAGONAL, "r", (("r", r),)))
         if config.use_dora:
-            tensors.append(magnitude_tensor(match))
+            axes = "1 out" + " 1" * len(window) if kind == "conv" else "out"
+            tensors.append(axes_tensor(MAGNITUDE, axes, from_base=True, scale_power=1))
         return target.with_ranks(tensors, config.rank_of)
 
     def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:

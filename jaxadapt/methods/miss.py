@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import MissConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -50,8 +50,7 @@ class Miss(MatrixMethod):
             return (own_tensor("miss_block", (blocks, r, r)),)
         if variant == "mini":
             return (own_tensor("miss_block", (r, config.mini_r)),)
-        axes = ("batch", "r", "out"), (("r",), ("out",))
-        return (MethodTensor("miss_block", ".miss_block", *axes, (("r", r),), scale_power=0),)
+        return (axes_tensor("miss_block", "r out", (("r", r),)),)
 
     def own(self, config: MissConfig, target: Target) -> MissHparams:
         variant = config.init_weights if isinstance(config.init_weights, str) else ""

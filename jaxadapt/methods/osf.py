@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import OSFConfig
 from jaxadapt.configs.validation import compile_pattern
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -49,15 +49,13 @@ class Osf(MatrixMethod):
             )
         r, k = (("r", smaller - high),), (("k", high),)
         suffix = ".osf_svd_params."
-        low: dict[str, Any] = {"from_base": True, "scale_power": 0}
-        frozen: dict[str, Any] = {**low, "trained": False, "in_file": False}
-        out, inputs = (("out",), ("r",)), (("r",), ("in",))
+        frozen: dict[str, Any] = {"from_base": True, "trained": False, "in_file": False}
         return (
-            MethodTensor("osf_U_high", ".osf_U_high", ("batch", "out", "k"), (("out",), ("k",)), k, **frozen),
-            MethodTensor("osf_V_high", ".osf_V_high", ("batch", "k", "in"), (("k",), ("in",)), k, **frozen),
-            MethodTensor(f"{_P}U_low", f"{suffix}U_low", ("batch", "out", "r"), out, r, **low),
-            MethodTensor(f"{_P}S_low", f"{suffix}S_low", ("batch", "r"), (("r",),), r, **low),
-            MethodTensor(f"{_P}V_low", f"{suffix}V_low", ("batch", "r", "in"), inputs, r, **low),
+            axes_tensor("osf_U_high", "out k", k, **frozen),
+            axes_tensor("osf_V_high", "k in", k, **frozen),
+            axes_tensor(f"{_P}U_low", "out r", r, suffix=f"{suffix}U_low", from_base=True),
+            axes_tensor(f"{_P}S_low", "r", r, suffix=f"{suffix}S_low", from_base=True),
+            axes_tensor(f"{_P}V_low", "r in", r, suffix=f"{suffix}V_low", from_base=True),
         )
 
     def starts_unchanged(self, config: OSFConfig) -> bool:

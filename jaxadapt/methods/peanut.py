@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import PeanutConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod
 
@@ -78,9 +78,9 @@ class Peanut(MatrixMethod):
         r = (("r", config.r),)
         hidden = [f"{side}.{i}" for side in ("peanut_encoders", "peanut_decoders") for i in range(config.depth)]
         return (
-            MethodTensor("peanut_A", ".peanut_A.weight", ("batch", "r", "out"), (("r",), ("out",)), r, scale_power=0),
+            axes_tensor("peanut_A", "r out", r, suffix=".peanut_A.weight"),
             *(own_tensor(name.replace(".", "_"), (config.r, config.r), f".{name}.weight") for name in hidden),
-            MethodTensor("peanut_B", ".peanut_B.weight", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
+            axes_tensor("peanut_B", "out r", r, suffix=".peanut_B.weight"),
         )
 
     def own(self, config: PeanutConfig, target: Target) -> PeanutHparams:

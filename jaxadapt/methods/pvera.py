@@ -22,7 +22,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.common import draw_projections, projections
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod, MatrixHparams
@@ -48,7 +48,7 @@ class Pvera(FactoredMethod):
 
     def tensors(self, config: PveraConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (
-            MethodTensor("pvera_lambda_b", ".pvera_lambda_b", ("batch", "out"), (("out",),), scale_power=0),
+            axes_tensor("pvera_lambda_b", "out"),
             own_tensor("pvera_lambda_d", (2 * config.r,)),
             own_tensor("pvera_place", (1,), trained=False, in_file=False, dtype="int32"),
         )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import SupertuningConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
@@ -59,8 +59,8 @@ class Supertuning(MatrixMethod):
         if config.r is not None:
             r = (("r", config.r),)
             made += [
-                MethodTensor(LORA_A, f".{LORA_A}.weight", ("batch", "r", "in"), (("r",), ("in",)), r, scale_power=0),
-                MethodTensor(LORA_B, f".{LORA_B}.weight", ("batch", "out", "r"), (("out",), ("r",)), r, scale_power=0),
+                axes_tensor(LORA_A, "r in", r, suffix=f".{LORA_A}.weight"),
+                axes_tensor(LORA_B, "out r", r, suffix=f".{LORA_B}.weight"),
             ]
         return tuple(made)
 

@@ -21,7 +21,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import TinyLoraConfig
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams
 
@@ -39,7 +39,6 @@ class TinyLora(FactoredMethod):
 
     peft_type = "TINYLORA"
     kinds = frozenset({"linear", "embedding"})
-    ordered = True
     roles = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")
     examples = (
         {"u": 5, "init_weights": "uniform"},
@@ -53,10 +52,10 @@ class TinyLora(FactoredMethod):
             "tinylora_A", 0, lambda: target.cap_rank("TINYLORA", config.r, min(target.in_size, target.out_size))
         )
         first, last = ("out", "in") if target.kind == "embedding" else ("in", "out")
-        frozen: dict[str, Any] = {"own": (("r", rank),), "scale_power": 0, "trained": False, "from_base": True}
+        frozen: dict[str, Any] = {"own": (("r", rank),), "trained": False, "from_base": True}
         return (
-            MethodTensor("tinylora_A", ".tinylora_A", ("batch", "r", first), (("r",), (first,)), **frozen),
-            MethodTensor("tinylora_B", ".tinylora_B", ("batch", last, "r"), ((last,), ("r",)), **frozen),
+            axes_tensor("tinylora_A", f"r {first}", **frozen),
+            axes_tensor("tinylora_B", f"{last} r", **frozen),
             own_tensor(
                 "tinylora_P", (config.u, rank, rank), trained=False, optional=True, in_file=config.save_projection
             ),

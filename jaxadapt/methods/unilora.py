@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import UniLoraConfig
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
@@ -29,19 +29,18 @@ class UniLora(FactoredMethod):
     """Low-rank matrices of the entries of one vector."""
 
     peft_type = "UNILORA"
-    ordered = True
     roles = tensor_roles(vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB"))
     examples = ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
 
     def tensors(self, config: UniLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        options: dict[str, Any] = {"own": (("r", config.r),), "scale_power": 0, "trained": False}
+        options: dict[str, Any] = {"own": (("r", config.r),), "trained": False}
         options |= {"optional": True, "in_file": config.save_indices}
         made: list[MethodTensor] = []
         for name, dtype in (("indices", "int32"), ("scales", None)):
             a, b = (f"unilora_{name}_{side}" for side in "AB")
             made += [
-                MethodTensor(a, f".{a}", ("batch", "r", "in"), (("r",), ("in",)), dtype=dtype, **options),
-                MethodTensor(b, f".{b}", ("batch", "out", "r"), (("out",), ("r",)), dtype=dtype, **options),
+                axes_tensor(a, "r in", dtype=dtype, **options),
+                axes_tensor(b, "out r", dtype=dtype, **options),
             ]
         return tuple(made)
 

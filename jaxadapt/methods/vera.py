@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import VeraConfig
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
 from jaxadapt.methods.common import draw_projections, projections
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
@@ -32,10 +32,8 @@ class Vera(FactoredMethod):
 
     def tensors(self, config: VeraConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (
-            MethodTensor("vera_lambda_b", ".vera_lambda_b", ("batch", "out"), (("out",),), scale_power=0),
-            MethodTensor(
-                "vera_lambda_d", ".vera_lambda_d", ("batch", "rank"), (("rank",),), (("rank", config.r),), scale_power=0
-            ),
+            axes_tensor("vera_lambda_b", "out"),
+            axes_tensor("vera_lambda_d", "rank", (("rank", config.r),)),
         )
 
     def shared(

@@ -16,7 +16,6 @@ one in Kimi K2.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
@@ -213,8 +212,7 @@ _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
 
 def _with_layers(layers: tuple[int, int], w: Weight) -> Weight:
-    options: dict[str, Any] = {**w.options, "layers": layers}
-    return Weight(w.leaf, w.key, w.pattern, **options)
+    return Weight(w.leaf, w.key, w.pattern, **(w.options | {"layers": layers + w.scan}))
 
 
 def _gpt_oss(prefix: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
@@ -279,9 +277,9 @@ def _deepseek(name: str, dense: int) -> KeyMap:
                 *_experts("MoeBlock_0", "mlp", *_USUAL, prefix=block),
             ]
             bias = f"{_HF}mlp.gate.e_score_correction_bias"  # not a parameter, so it is always stacked on axis 0
-            layer_entries.append(Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", scan=0))
+            layer_entries.append(Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", layers=(1, 0, 0)))
         entries += [_with_layers((1, first), w) for w in layer_entries]
-    needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and w.scan is None)
+    needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and not w.scan)
     counts = ((next(w.leaf for w in entries if "dense_layers" in w.leaf), dense),)
     return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=EACH_DEEPSEEK, counts=counts)
 
