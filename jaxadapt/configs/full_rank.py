@@ -269,6 +269,7 @@ class OFTConfig(ExcludesConfig, LinearConfig):
         if (self.r == 0) == (self.oft_block_size == 0):
             problems.add("r", "0 if oft_block_size is given, else the number of blocks", self.r, "set one of them to 0")
 
+
 _KEPT = expects("a positive number or null", lambda x: x is None or (is_number(x) and x > 0))
 
 
@@ -398,6 +399,7 @@ class SupertuningConfig(TargetsConfig):
         super()._check(problems)
         if self.r is None and self.lora_alpha is not None:
             problems.add("lora_alpha", "null if r is null", self.lora_alpha, "set r, or remove lora_alpha")
+
 
 _TOKENS = expects("a list of integers from 0 on", lambda x: is_ints(x) and min(x, default=0) >= 0)
 

@@ -254,6 +254,7 @@ class PromptTuningConfig(PromptLearningConfig):
         elif self.tokenizer_kwargs:
             problems.add("tokenizer_kwargs", 'null unless prompt_tuning_init is "TEXT"', self.tokenizer_kwargs)
 
+
 _TASK = expects("an integer of 0 or more, or null", lambda x: x is None or (is_int(x) and x >= 0))
 
 
@@ -289,4 +290,3 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     prompt_tuning_init_task: int | None = checked(_TASK, 0)
     num_ranks: int = checked(RANK, 1)
     num_tasks: int = checked(RANK, 1)
-

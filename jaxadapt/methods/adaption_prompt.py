@@ -12,7 +12,6 @@ which adds the adapter's part after the output projection, is not computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.random_draws import Draw
@@ -20,7 +19,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError, TargetError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Target, Shapes, Targets
+from jaxadapt.methods.base import Array, Params, Shapes, Targets
 from jaxadapt.methods.prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, BaseSizes, PromptMethod, layer_number
 
 
@@ -43,9 +42,7 @@ class AdaptionPrompt(PromptMethod):
         own = {key: shape for key, shape in shapes.items() if key.rpartition(".")[2].startswith("adaption_")}
         return {key.removeprefix(PEFT_PREFIX).replace(".", ":"): shape for key, shape in own.items()}
 
-    def shared(
-        self, config: Any, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         shapes = dict(found)
         if not found:
             missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]

@@ -408,9 +408,7 @@ class Method(abc.ABC):
     def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:
         """Return the tensors of a target."""
 
-    def shared(
-        self, config: Any, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         """Return the tensors that belong to the whole adapter, with the sizes that all its targets require.
 
         Every function of a site gets them among its `params`. Their keys are "base_model" and the tensor's suffix, or

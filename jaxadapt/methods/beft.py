@@ -5,8 +5,6 @@ It changes no weight. A merge adds it to the layer's bias and needs one, as in P
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw

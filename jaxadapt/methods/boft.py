@@ -16,9 +16,6 @@ its faults:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp

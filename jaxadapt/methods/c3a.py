@@ -12,9 +12,6 @@ should convolve. So the gradients before an adapted layer differ from PEFT's; th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np

@@ -5,8 +5,6 @@ The stored form is that of PREFIX_TUNING. The trained form has the fixed and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax

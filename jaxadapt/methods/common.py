@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,9 +90,7 @@ def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Arr
     return first, second
 
 
-def projections(
-    prefix: str, config: Any, targets: Targets, found: Shapes, rows: int
-) -> tuple[MethodTensor, ...]:
+def projections(prefix: str, config: Any, targets: Targets, found: Shapes, rows: int) -> tuple[MethodTensor, ...]:
     """Return the specifications of A (rows, inputs) and B (outputs, r), for the largest modules of a new adapter."""
     names, saved = (f"{prefix}_A", f"{prefix}_B"), config.save_projection
     a, b = (found.get(name) for name in names)
@@ -107,9 +105,7 @@ def projections(
     return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
 
 
-def check_projections(
-    targets: Targets, needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]
-) -> None:
+def check_projections(targets: Targets, needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]) -> None:
     """Raise `MismatchError` if shared projections are too small for a module of the base.
 
     Args:

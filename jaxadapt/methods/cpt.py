@@ -10,8 +10,6 @@ parameter by its projection at every call; `project` does so, call it after each
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ from jax.scipy.special import logsumexp
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.base import Array, Params, tensor_roles, Shapes
+from jaxadapt.methods.base import Array, Params, Shapes, tensor_roles
 from jaxadapt.methods.prompt import EMBEDDINGS, EmbeddingPrompt, StartData
 
 FIXED, DELTA = "embedding", "delta_embedding"

@@ -10,9 +10,6 @@ the input. Several active adapters each project the output of the base weight.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 from jax.nn import relu

@@ -8,8 +8,6 @@ PEFT saves n, and so does jaxadapt; a file without it gets the norms of the base
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp

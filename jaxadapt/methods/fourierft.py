@@ -9,8 +9,6 @@ one-dimensional transforms and no change (out, in): y + s·Re(ifft(S·ifft(x))).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp

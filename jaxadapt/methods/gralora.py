@@ -8,10 +8,6 @@ The layer adds the product of its input with these factors to its output. The ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
-
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw

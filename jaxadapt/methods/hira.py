@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 

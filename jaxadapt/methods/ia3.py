@@ -9,9 +9,7 @@ it is (groups, in...) in the model. The arithmetic follows PEFT's `tuners/ia3/la
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -24,7 +22,18 @@ from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries, shared_value, tensor_roles
+from jaxadapt.methods.base import (
+    Array,
+    Drop,
+    Effects,
+    Method,
+    Params,
+    Start,
+    Target,
+    adapted_entries,
+    shared_value,
+    tensor_roles,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +139,6 @@ class IA3(Method):
 
     def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         return {"ia3_l": params["ia3_l"], USED: entry_values(hparams.used or 1.0, entries)}
-
 
     @staticmethod
     def _scale_letters(hparams: IA3Hparams, use: Use) -> str:

@@ -7,9 +7,6 @@ keeps the copies; unmerging is refused, because they replaced the originals. PEF
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from jaxadapt.configs.full_rank import LNTuningConfig
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.copies import CopyingMethod, FullCopy

@@ -307,7 +307,13 @@ class Lora(Method):
     row_neutral = MappingProxyType({MAGNITUDE: 1.0})
     row_padded = frozenset({"r"})
     row_turned = frozenset({"lora_B"})
-    roles = tensor_roles(A="lora_A", B="lora_B", bias="lora_B_bias", vector="lora_magnitude_vector lora_diag", embedding="lora_embedding_A lora_embedding_B")
+    roles = tensor_roles(
+        A="lora_A",
+        B="lora_B",
+        bias="lora_B_bias",
+        vector="lora_magnitude_vector lora_diag",
+        embedding="lora_embedding_A lora_embedding_B",
+    )
 
     # The nesting depth of PEFT's ParamWrapper, if the weight is adapted through target_parameters.
     wrapper_depth: int | None = None

@@ -88,8 +88,8 @@ class MatrixMethod(Method):
     def own(self, config: Any, target: Target) -> Hashable:
         """Return the hyperparameters of a site: a frozen dataclass, or None, the default.
 
-        If it has a field `dropout`, that is the dropout rate of the input. It has a field `kind`, the kind of the weight,
-        if `output` handles convolutions or lookups.
+        If it has a field `dropout`, that is the dropout rate of the input. If `output` handles convolutions or lookups,
+        it has a field `kind`, the kind of the weight.
         """
         return None
 

@@ -12,9 +12,6 @@ A sum over the blocks of the input replaces the effective weight, except with "b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 

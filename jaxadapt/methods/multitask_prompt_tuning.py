@@ -6,7 +6,7 @@ The virtual tokens of task t are prompt_embeddings ∘ (prefix_task_cols[t] · p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax

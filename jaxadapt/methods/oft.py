@@ -23,8 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -157,9 +156,9 @@ class Oft(MatrixMethod):
         if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
             return y if use.transposed else low_rank.run_use(use, x, self.weight(hparams, params, use.axes, w))
         rows = jnp.moveaxis(y, use.out, -1)
-        return jnp.moveaxis(
-            common.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out
-        ).astype(y.dtype)
+        return jnp.moveaxis(common.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out).astype(
+            y.dtype
+        )
 
     def before(self, own: OftHparams, params: Params, x: Array) -> Array:
         return common.turn(x, self._blocks(own, params, x.shape[-1]))

@@ -13,8 +13,6 @@ projected off U_high and V_high. The arithmetic follows PEFT's `tuners/osf/layer
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax

@@ -7,7 +7,6 @@ the parameters of a bidirectional LSTM, and dense layers with ReLU between them:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax

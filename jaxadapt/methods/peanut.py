@@ -9,9 +9,8 @@ transformers that is not in `ACTIVATIONS` is refused, such as those with paramet
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import jax.nn as functions
 import jax.numpy as jnp

@@ -15,7 +15,6 @@ prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp

@@ -17,7 +17,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, TargetError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Method, Params, Start, Target, require_weights, Shapes, Targets
+from jaxadapt.methods.base import Array, Effects, Method, Params, Shapes, Start, Target, Targets, require_weights
 
 # ---------------------------------------------------------------- names
 
@@ -183,9 +183,7 @@ class PromptMethod(Method):
 
     # ------------------------------------------------------------ the interface
 
-    def shared(
-        self, config: Any, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         shapes = self.shapes(config, stored=EMBEDDINGS in found)
         return tuple(
             own_tensor(name, shape, name, trained=self.roles.get(name) != "frozen") for name, shape in shapes.items()

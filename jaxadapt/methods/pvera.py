@@ -11,9 +11,7 @@ no key by itself. The projections are PyTorch's own random numbers, as in VeRA.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.base import Array, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.common import draw_projections, projections
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod, MatrixHparams
 
@@ -53,9 +51,7 @@ class Pvera(FactoredMethod):
             own_tensor("pvera_place", (1,), trained=False, in_file=False, dtype="int32"),
         )
 
-    def shared(
-        self, config: PveraConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: PveraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return projections("pvera", config, targets, found, 2 * config.r)
 
     def own(self, config: PveraConfig, target: Target) -> DropoutHparams:

@@ -12,9 +12,6 @@ and is refused. PEFT 0.21.2 writes the bases once, and again for each module; ja
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +20,7 @@ from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.base import Array, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.common import check_projections
 from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
 
@@ -50,9 +47,7 @@ class Randlora(MatrixMethod):
         bases = -(-small // config.r)
         return own_tensor("randlora_lambda", (config.r, bases)), own_tensor("randlora_gamma", (bases, small))
 
-    def shared(
-        self, config: RandLoraConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: RandLoraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         a, b = found.get("randlora_A"), found.get("randlora_B")
         if a is None or b is None:
             sizes = (max(t.out_size for t in targets), max(t.in_size for t in targets))

@@ -11,6 +11,7 @@ from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Method
 
+
 class Methods(Mapping[str, Method]):
     """`{peft_type: method}`."""
 
@@ -102,4 +103,3 @@ def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
     """
     METHODS.add(method, facts)
     return method
-

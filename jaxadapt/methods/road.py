@@ -10,9 +10,6 @@ own. R acts on the output, so the cost of a use does not depend on the inputs. T
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -8,8 +8,6 @@ no file names; jaxadapt applies such a file, and refuses a new adapter of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp

@@ -9,10 +9,6 @@ and is refused for a new adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 

@@ -10,8 +10,6 @@ shares one v: the tensor `tinylora_v` (groups, u), which a file has as `tinylora
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import TinyLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Drop, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.base import Array, Drop, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.matrix import FactoredMethod, MatrixHparams
 
 
@@ -62,9 +60,7 @@ class TinyLora(FactoredMethod):
             own_tensor("tinylora_group", (1,), trained=False, in_file=False, dtype="int32"),
         )
 
-    def shared(
-        self, config: TinyLoraConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: TinyLoraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         count = sum(len(tuple(target.modules)) for target in targets)
         # The trained parameters alone are v, without the modules.
         groups = _groups(config, count) if targets else found["tinylora_v"][0]

@@ -10,8 +10,6 @@ PEFT reads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy as np
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import UniLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.base import Array, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
 THETA = "unilora_theta_d"
@@ -29,7 +27,9 @@ class UniLora(FactoredMethod):
     """Low-rank matrices of the entries of one vector."""
 
     peft_type = "UNILORA"
-    roles = tensor_roles(vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB"))
+    roles = tensor_roles(
+        vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB")
+    )
     examples = ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
 
     def tensors(self, config: UniLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
@@ -44,9 +44,7 @@ class UniLora(FactoredMethod):
             ]
         return tuple(made)
 
-    def shared(
-        self, config: UniLoraConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: UniLoraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return (own_tensor(THETA, (config.theta_d_length,)),)
 
     def starts_unchanged(self, config: UniLoraConfig) -> bool:

@@ -10,9 +10,6 @@ of it is refused. PEFT's `topk` must not be larger than `num_vectors`, which PEF
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.methods.base import Array, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.matrix import FactoredMethod
 
 BANK = "vblora_vector_bank"
@@ -40,7 +37,10 @@ class Vblora(FactoredMethod):
     """Low-rank matrices whose parts are mixes of vectors from one bank."""
 
     peft_type = "VBLORA"
-    roles = tensor_roles(other=f"vblora_logits_A vblora_logits_B {BANK}", frozen=" ".join(f"vblora_logits_{side}_{name}" for side in "AB" for name in (INDICES, WEIGHTS)))
+    roles = tensor_roles(
+        other=f"vblora_logits_A vblora_logits_B {BANK}",
+        frozen=" ".join(f"vblora_logits_{side}_{name}" for side in "AB" for name in (INDICES, WEIGHTS)),
+    )
     examples = (
         {"r": 2, "num_vectors": 9, "vector_length": 4},
         {"r": 3, "num_vectors": 6, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5},
@@ -72,9 +72,7 @@ class Vblora(FactoredMethod):
             ]
         return tuple(made)
 
-    def shared(
-        self, config: VBLoRAConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: VBLoRAConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return (own_tensor(BANK, (config.num_vectors, config.vector_length)),)
 
     def starts_unchanged(self, config: VBLoRAConfig) -> bool:

@@ -7,16 +7,12 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
-
 import jax.numpy as jnp
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import VeraConfig
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles, Shapes, Targets
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
+from jaxadapt.methods.base import Array, Params, Shapes, Start, Target, Targets, tensor_roles
 from jaxadapt.methods.common import draw_projections, projections
 from jaxadapt.methods.matrix import DropoutHparams, FactoredMethod
 
@@ -36,9 +32,7 @@ class Vera(FactoredMethod):
             axes_tensor("vera_lambda_d", "rank", (("rank", config.r),)),
         )
 
-    def shared(
-        self, config: VeraConfig, targets: Targets, found: Shapes
-    ) -> tuple[MethodTensor, ...]:
+    def shared(self, config: VeraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return projections("vera", config, targets, found, config.r)
 
     def own(self, config: VeraConfig, target: Target) -> DropoutHparams:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax

@@ -34,8 +34,8 @@ from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Plan, PlanEntry
-from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.base import file_sizes
+from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier

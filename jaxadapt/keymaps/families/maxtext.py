@@ -104,8 +104,6 @@ _TOP = (
 )
 
 
-
-
 def _layer(
     kind: str = "",
     layers: tuple[int, int] = (1, 0),
