@@ -504,7 +504,12 @@ def own_tensor(name: str, shape: Sequence[int], suffix: str = "", **options: Any
 
 
 def axes_tensor(
-    name: str, axes: str, own: Sequence[tuple[str, int]] = (), suffix: str = "", **options: Any
+    name: str,
+    axes: str,
+    own: Sequence[tuple[str, int]] = (),
+    suffix: str = "",
+    scale_power: int | None = 0,
+    **options: Any,
 ) -> MethodTensor:
     """Return the specification of a tensor whose axes in the file are those in the model, in the same order.
 
@@ -513,6 +518,7 @@ def axes_tensor(
         axes: the names of the axes, separated by spaces. "1" is an axis of size 1, which only the file has.
         own: `(name, size)` of the method's own axes.
         suffix: the end of its key; by default a dot and the name.
+        scale_power: see `MethodTensor`.
         options: other fields of `MethodTensor`.
 
     >>> axes_tensor("boft_s", "out 1").torch
@@ -520,7 +526,7 @@ def axes_tensor(
     """
     names = axes.split()
     layouts = ("batch", *(n for n in names if n != "1")), tuple(() if n == "1" else (n,) for n in names)
-    return MethodTensor(name, suffix or f".{name}", *layouts, tuple(own), **{"scale_power": 0, **options})
+    return MethodTensor(name, suffix or f".{name}", *layouts, tuple(own), scale_power=scale_power, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -343,6 +343,7 @@ class Method(abc.ABC):
         ties_heads: True if PEFT repeats them for every tied head; False if only with `ensure_weight_tying`.
         sums: True if PEFT combines adapters by the weighted sum of their tensors (`combine`).
         row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
+        ordered: True if a module's change depends on its place among all modules of the adapter.
         row_padded: the method's own axes that rows may fill with these values, because a smaller adapter then computes
             the same; the other axes of all rows are equal.
         row_turned: the tensors whose last axis is moved to the front in each row's copy, because batched products with
@@ -367,6 +368,7 @@ class Method(abc.ABC):
     as_head: Mapping[str, str] = MappingProxyType({})
     ties_heads: bool = False
     row_neutral: Mapping[str, float] = MappingProxyType({})
+    ordered: bool = False
     row_padded: frozenset[str] = frozenset()
     row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False

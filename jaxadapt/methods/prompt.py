@@ -111,8 +111,8 @@ class PromptMethod(Method):
         """Return the configuration with the sizes of the base that are None filled in, as PEFT fills them in."""
         width, heads = sizes.token_dim, sizes.num_attention_heads
         if self.adds == "keys":
-            known = sizes.num_kv_heads is not None and sizes.head_dim is not None
-            width, heads = sizes.num_kv_heads * sizes.head_dim if known else None, sizes.num_kv_heads
+            heads, size = sizes.num_kv_heads, sizes.head_dim
+            width = None if heads is None or size is None else heads * size
         found = {"num_layers": sizes.num_layers, "token_dim": width, "num_attention_heads": heads}
         config = fill_in(config, {**found, "num_transformer_submodules": config.submodules})
         return fill_in(config, {"encoder_hidden_size": config.token_dim})

@@ -36,6 +36,7 @@ class TinyLora(FactoredMethod):
     """A change between the weight's own singular vectors."""
 
     peft_type = "TINYLORA"
+    ordered = True
     kinds = frozenset({"linear", "embedding"})
     roles = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")
     examples = (

@@ -27,6 +27,7 @@ class UniLora(FactoredMethod):
     """Low-rank matrices of the entries of one vector."""
 
     peft_type = "UNILORA"
+    ordered = True
     roles = tensor_roles(
         vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB")
     )

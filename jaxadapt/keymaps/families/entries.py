@@ -1,8 +1,8 @@
 """Parts that several families share, so that no family's file imports another's.
 
-The entries are of Flax's built-in layers (kernels, norms, embeddings), for keymaps whose paths are PyTorch's names. The spellings are other
-prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the linear layers and embeddings
-in PyTorch's classes, for `KeyMap.order`.
+The entries are of Flax's built-in layers (kernels, norms, embeddings), for keymaps whose paths are PyTorch's names.
+The spellings are other prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the linear
+layers and embeddings in PyTorch's classes, for `KeyMap.order`.
 """
 
 from __future__ import annotations

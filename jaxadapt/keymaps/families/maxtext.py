@@ -16,6 +16,7 @@ one in Kimi K2.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, decoder_keymap
 from jaxadapt.keymaps.keymap import KeyMap
@@ -210,7 +211,8 @@ _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
 
 def _with_layers(layers: tuple[int, int], w: Weight) -> Weight:
-    return Weight(w.leaf, w.key, w.pattern, **(w.options | {"layers": layers + w.scan}))
+    options: dict[str, Any] = {**w.options, "layers": layers + w.scan}
+    return Weight(w.leaf, w.key, w.pattern, **options)
 
 
 def _gpt_oss(prefix: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
