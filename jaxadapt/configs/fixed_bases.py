@@ -186,7 +186,7 @@ class RandLoraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(LinearConfig):
+class TinyLoraConfig(LayersConfig):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -220,6 +220,7 @@ class TinyLoraConfig(LinearConfig):
     save_projection: bool = True
     init_v_bound: float = 0.02
     tinylora_dropout: float = checked(PROBABILITY, 0.0)
+    fan_in_fan_out: bool = False
     bias: str = checked(one_of("none", "all", "tinylora_only"), "none")
     init_weights: bool | str = checked(one_of(True, False, "uniform"), True)
 
