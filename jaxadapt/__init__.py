@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "adapters.adapter": "Adapter",
     "adapters.peft_tensors": "PeftTensors",
-    "configs.base": "Config",
+    "configs.base": "Config GenericConfig",
     "core.errors": "AdapterError AttachError ConfigError FileError FormatError KeyMapError MismatchError TargetError",
     "keymaps.keymap": "KeyMap",
     "keymaps.weight": "Weight",

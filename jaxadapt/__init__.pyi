@@ -10,6 +10,7 @@ from jaxadapt import serving as serving
 from jaxadapt.adapters.adapter import Adapter as Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
 from jaxadapt.configs.base import Config as Config
+from jaxadapt.configs.base import GenericConfig as GenericConfig
 from jaxadapt.configs.fixed_bases import *  # noqa: F403
 from jaxadapt.configs.full_rank import *  # noqa: F403
 from jaxadapt.configs.lora import *  # noqa: F403

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors  # its module imports no JAX
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.keymaps.generic import GENERIC

@@ -16,7 +16,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters.site import Site
-from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.plan import Part, group_by_file_key, join_parts, parse_part_key

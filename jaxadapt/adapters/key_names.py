@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxadapt.configs import Config, matching
-from jaxadapt.configs.base import class_of
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config, class_of
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.storage.strided import is_float
 

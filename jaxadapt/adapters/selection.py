@@ -122,7 +122,7 @@ _LIMIT = 8
 def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     """Return the entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> unmatched_targets(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
     ('qq',)
     """
@@ -148,7 +148,7 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
         names: the modules that could be adapted.
         chosen: the modules that are adapted.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> doubtful_selection(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """

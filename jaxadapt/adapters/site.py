@@ -14,7 +14,7 @@ from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.layout import FileLayout, TorchLayout
 from jaxadapt.arrays.per_entry import LAYER
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan

@@ -11,8 +11,8 @@ import jax
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import all_tensors
-from jaxadapt.configs import Config, matching
-from jaxadapt.configs.base import class_of
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, TargetError
@@ -23,7 +23,7 @@ from jaxadapt.models import attachment
 def count_trained(adapter: Adapter) -> int:
     """Return the number of trained parameters of an adapter, with or without values.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
     >>> count_trained(attachment.init(base, LoraConfig(r=2, target_modules=["q"])))
     20

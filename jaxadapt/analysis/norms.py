@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, matching
-from jaxadapt.configs.base import Change
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Change, Config
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -123,7 +123,7 @@ def named_parameter(config: Config, module: str) -> str:
     PEFT wraps a module once per parameter in `target_parameters`. The module's first parameter is innermost, so with
     gate_up_proj and down_proj, "experts.base_layer" stands for gate_up_proj.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> config = LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
     >>> named_parameter(config, "0.experts.base_layer")
     '0.experts.gate_up_proj'

@@ -1,6 +1,6 @@
 """Configurations: the base class, `GenericConfig` for methods without a class of their own, and their text.
 
-`Config` holds the values of an `adapter_config.json`; `loads` and `dumps` convert between the text and a configuration.
+`Config` holds the values of an `adapter_config.json`; `loads` reads the text, and `Config.to_json` writes it.
 `Change` is the size of the change that an adapter makes to a weight; NumPy is imported where it is used.
 """
 
@@ -246,7 +246,7 @@ class Config:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""
         own = type(self).peft_type
         if own and self.peft_type != own:
-            problems.add("peft_type", f'"{own}"', self.peft_type, "use configs.loads to read any type")
+            problems.add("peft_type", f'"{own}"', self.peft_type, "use jaxadapt.Config.from_dict to read any type")
         for name, check in checks_of(type(self)):
             check(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
@@ -537,20 +537,6 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
         raise ConfigError(f"{source}: expected a configuration, found JSON nested too deeply") from error
     except ValueError as error:  # an integer with more digits than Python converts
         raise ConfigError(f"{source}: expected a configuration, found invalid JSON: {error}") from error
-    return from_dict(values, source)
-
-
-def dumps(config: Config) -> str:
-    """Return the text of `adapter_config.json`, exactly as PEFT formats it (no newline at the end)."""
-    return config.to_json()
-
-
-def from_dict(values: object, source: str = "configuration") -> Config:
-    """Return the configuration that a JSON value describes, as `loads` does for its text.
-
-    Raises:
-        ConfigError: the value is no object, or is invalid; see `loads`.
-    """
     return Config.from_dict(cast("Mapping[str, Any]", values), source)
 
 

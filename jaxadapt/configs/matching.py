@@ -42,7 +42,7 @@ def is_target(config: Config, name: str) -> bool:
     Raises:
         ConfigError: a regular expression is invalid (if the configuration's class did not check it).
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
     >>> [is_target(config, f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
     [False, True, False]
@@ -65,7 +65,7 @@ def is_parameter(config: Config, name: str) -> bool:
 
     As in PEFT, `exclude_modules` and `layers_to_transform` do not apply to parameters.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> is_parameter(LoraConfig(target_parameters=["experts.gate_up_proj"]), "layers.0.mlp.experts.gate_up_proj")
     True
     """
@@ -84,7 +84,7 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 def with_task_heads(config: _C) -> _C:
     """Add the heads of the task to `modules_to_save`, as PEFT does for a new adapter.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> with_task_heads(LoraConfig(task_type="SEQ_CLS")).modules_to_save
     ('classifier', 'score')
     """
@@ -99,7 +99,7 @@ def with_task_heads(config: _C) -> _C:
 def with_default_targets(config: _C, family: str) -> _C:
     """Set `target_modules` to PEFT's default for a model family, if the configuration names no targets.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> with_default_targets(LoraConfig(), "llama/scan0").target_modules
     ('q_proj', 'v_proj')
     """
@@ -164,7 +164,7 @@ def resolve_targets(
     Raises:
         TargetError: `target_modules` is "all-linear", and `linear` is None or holds only the output layer.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> config = LoraConfig(target_modules="all-linear")
     >>> resolve_targets(config, ["q", "norm", "lm_head"], linear={"q", "lm_head"}, output="lm_head").target_modules
     ('q',)
@@ -214,7 +214,7 @@ def select_names(
         TargetError: nothing matches, or `target_modules` is null.
         ConfigError: a regular expression is invalid.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> select_names(LoraConfig(target_modules=["q", "v"]), ["a.q", "a.k", "a.v", "b.q"])
     ('a.q', 'a.v', 'b.q')
     """

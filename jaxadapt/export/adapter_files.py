@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxadapt import configs
 from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, lora, matching
+from jaxadapt.configs import lora, matching
+from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
@@ -303,7 +303,7 @@ def extract_files(
                     f"{os.fspath(checkpoint)}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
                 )
             if settings is None and stored.text is not None:
-                settings = configs.loads(stored.text(), os.fspath(checkpoint))
+                settings = loads(stored.text(), os.fspath(checkpoint))
             settings = settings or check_config(stored)[0]
             if settings is None:
                 raise ConfigError(

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import PeftTensors
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FormatError, MismatchError
 from jaxadapt.keymaps import families, pytorch

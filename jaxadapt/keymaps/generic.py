@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Kind, Weight
 

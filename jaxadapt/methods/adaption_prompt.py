@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import ConfigError, TargetError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor

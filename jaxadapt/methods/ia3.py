@@ -17,7 +17,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import IA3Config
+from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, TargetError
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Method, Params, Shapes, Start, Target, Targets, require_weights

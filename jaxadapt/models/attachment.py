@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, is_array, not_an_adapter
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.core.paths import bullets

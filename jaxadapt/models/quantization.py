@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
-from jaxadapt.configs import LoraConfig
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import errors
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError
 from jaxadapt.keymaps import pytorch

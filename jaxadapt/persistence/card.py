@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import consumers
 

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxadapt.adapters import key_names
-from jaxadapt.configs import Config, lora
+from jaxadapt.configs import lora
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
@@ -202,7 +203,7 @@ def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = 
         keys: the keys of its file, in PEFT's names.
         tied: True if the base model ties its output head to the token embedding; None if unknown.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> found = {r.name: r for r in judge_readers(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))}
     >>> found["vLLM"].verdict, found["llama.cpp"].verdict, found["llama.cpp"].reasons
     ('right', 'wrong', ('use_rslora: ignored',))
@@ -261,7 +262,7 @@ def version_of(name: str) -> str:
 def reads_copies(name: str, config: Config) -> bool:
     """Return True if a program reads the copies of modules (`modules_to_save`) that an adapter has.
 
-    >>> from jaxadapt.configs import LoraConfig
+    >>> from jaxadapt.configs.lora import LoraConfig
     >>> reads_copies("vLLM", LoraConfig(modules_to_save=["score"])), reads_copies("vLLM", LoraConfig())
     (True, False)
     """

@@ -13,10 +13,9 @@ import os
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from jaxadapt import configs
 from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config, loads
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import findings, formats, reconcile
@@ -71,7 +70,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if file_format is None:
         config = place.at if place.names is None else place.at / peft_folder.CONFIG
         if place.names is None or peft_folder.CONFIG in place.names:
-            return configs.loads(reconcile.read_text(config), str(config))
+            return loads(reconcile.read_text(config), str(config))
         findings.refuse(peft_folder.missing(place))
     if file_format.read_config is not None:
         return file_format.read_config(place)

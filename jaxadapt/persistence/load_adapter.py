@@ -18,7 +18,8 @@ from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Site, tensor_entries
 from jaxadapt.arrays import finite
-from jaxadapt.configs import Config, lora
+from jaxadapt.configs import lora
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporter

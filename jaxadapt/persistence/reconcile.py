@@ -7,8 +7,9 @@ import json
 import time
 from collections.abc import Mapping
 
-from jaxadapt import configs
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config, loads
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import fingerprint
@@ -51,9 +52,9 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
         return parse_copy(raw, weights)[0]
     text = read_text(path)
     if header is None or raw is None or _has_text(raw, text):
-        return configs.loads(text, str(path))
+        return loads(text, str(path))
     stored, replaces = parse_copy(raw, weights)
-    config = None if replaces == text_digest(text) else configs.loads(text, str(path))
+    config = None if replaces == text_digest(text) else loads(text, str(path))
     if config is not None and not config.changed_keys(stored):
         return config
     for wait in _WAITS:
@@ -144,7 +145,7 @@ def text_digest(text: str) -> str:
 def tensor_module(config: Config, key: str) -> str | None:
     """Return the module of a tensor: the longest prefix of its key that the configuration targets; else None.
 
-    >>> tensor_module(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
+    >>> tensor_module(LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
     'h.0.q'
     """
     parts = key.removeprefix(PEFT_PREFIX).split(".")

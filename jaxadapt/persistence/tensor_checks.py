@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters import key_names
 from jaxadapt.analysis.norms import named_parameter
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import compare
 from jaxadapt.core.compare import Spec

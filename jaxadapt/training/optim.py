@@ -21,7 +21,7 @@ import optax
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Site
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors

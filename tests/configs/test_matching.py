@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt import ConfigError, TargetError, init
+from jaxadapt import ConfigError, GenericConfig, IA3Config, LoraConfig, TargetError, init
 from jaxadapt.adapters.selection import doubtful_selection, unmatched_targets
-from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.matching import (
     is_feedforward,

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from jaxadapt import ConfigError, LoraConfig, configs
+from jaxadapt import ConfigError, LoraConfig
 from jaxadapt.configs import matching, validation
+from jaxadapt.configs.base import loads
 from jaxadapt.configs.frozen import PatternIndex, find_pattern_value
 from jaxadapt.configs.validation import MAX_EXPRESSIONS, compile_pattern
 
@@ -52,14 +53,14 @@ def test_slow_expressions_are_refused(field, pattern):
     if field == "target_modules":
         del held["layers_to_transform"]
     with pytest.raises(ConfigError, match=rf"x\.json: .*{field}: .*matched in a few steps, found .*; write"):
-        configs.loads(json.dumps(held), "x.json")
+        loads(json.dumps(held), "x.json")
 
 
 def test_a_slow_expression_of_a_method_without_a_class_of_its_own_is_refused():
     text = json.dumps({"peft_type": "LOHA", "target_modules": "(a+)+$", "r": 2})
     with pytest.raises(ConfigError, match="matched in a few steps"):
-        configs.loads(text)
-    ranks = configs.loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
+        loads(text)
+    ranks = loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
     with pytest.raises(ConfigError, match="matched in a few steps"):
         find_pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
 

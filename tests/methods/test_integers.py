@@ -15,7 +15,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AttachError, optim
 
-CONFIG = jaxadapt.configs.ShiraConfig(r=1, target_modules=["q"], random_seed=0)
+CONFIG = jaxadapt.ShiraConfig(r=1, target_modules=["q"], random_seed=0)
 X = np.random.default_rng(0).standard_normal((3, 4)).astype("float32")
 
 

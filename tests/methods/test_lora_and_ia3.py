@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMap, KeyMapError, Weight, configs, methods
+from jaxadapt import ConfigError, GenericConfig, KeyMap, KeyMapError, Weight, methods
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import low_rank
@@ -407,7 +407,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
 
 def test_methods_without_a_class_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"cannot apply peft_type 'XLORA'.*IA3,.* LOHA,.* LORA"):
-        methods.get_method(configs.GenericConfig(peft_type="XLORA"))
+        methods.get_method(GenericConfig(peft_type="XLORA"))
 
 
 def test_one_array_cannot_scale_both_inputs_and_outputs():

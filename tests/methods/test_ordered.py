@@ -14,8 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMap, KeyMapError, MismatchError
-from jaxadapt.configs import TinyLoraConfig, UniLoraConfig
+from jaxadapt import ConfigError, KeyMap, KeyMapError, MismatchError, TinyLoraConfig, UniLoraConfig
 from tests.methods import one_layer
 
 pytest.importorskip("torch")

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import ConfigError, MismatchError
-from jaxadapt.configs import GenericConfig, listing
+from jaxadapt import ConfigError, GenericConfig, MismatchError
+from jaxadapt.configs import listing
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError
-from jaxadapt.configs import LoraConfig, PveraConfig
+from jaxadapt import AttachError, LoraConfig, PveraConfig
 from jaxadapt.core import paths
 from tests.methods.one_layer import numbers
 

@@ -18,9 +18,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import ConfigError, configs, methods
+from jaxadapt import Config, ConfigError, methods
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import Config
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
@@ -151,7 +150,7 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
         with pytest.raises(ConfigError, match="the type has a method already"):
             methods.register(type("Other", (type(method),), {})())
     assert "CODE" not in METHODS
-    assert type(configs.Config.from_dict({"peft_type": "CODE"})).__name__ == "GenericConfig"
+    assert type(Config.from_dict({"peft_type": "CODE"})).__name__ == "GenericConfig"
 
 
 # ---- a method on the model ---------------------------------------------------------------------------------------

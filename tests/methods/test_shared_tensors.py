@@ -44,7 +44,7 @@ def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
     monkeypatch.setattr(
         Vera, "shared", lambda *args: tuple(dataclasses.replace(t, from_base=True) for t in shared(*args))
     )
-    config = jaxadapt.configs.VeraConfig(r=5, target_modules=["q"])
+    config = jaxadapt.VeraConfig(r=5, target_modules=["q"])
     with pytest.raises(
         jaxadapt.AttachError, match=r"VERA: vera_A is a tensor of the whole adapter and cannot be from_b"
     ):
@@ -52,7 +52,7 @@ def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
 
 
 def randlora() -> Any:
-    config = jaxadapt.configs.RandLoraConfig(r=3, target_modules=["q", "up"], init_weights=False)
+    config = jaxadapt.RandLoraConfig(r=3, target_modules=["q", "up"], init_weights=False)
     return jaxadapt.to_peft(jaxadapt.init(BASE, config, key=jax.random.key(0)))
 
 
@@ -76,13 +76,13 @@ def test_randlora_reads_bases_once_or_for_each_module():
 
 
 def test_randlora_without_saved_bases_is_refused():
-    config = jaxadapt.configs.RandLoraConfig(target_modules=["q"], save_projection=False)
+    config = jaxadapt.RandLoraConfig(target_modules=["q"], save_projection=False)
     with pytest.raises(ConfigError, match="depend on the machine"):
         jaxadapt.init(BASE, config)
 
 
 def test_a_new_pvera_warns_once_that_its_variance_is_not_trained():
-    config = jaxadapt.configs.PveraConfig(r=2, target_modules=["q", "up"])
+    config = jaxadapt.PveraConfig(r=2, target_modules=["q", "up"])
     with pytest.warns(UserWarning, match="trained without noise unless") as caught:
         adapter = jaxadapt.init(BASE, config, key=jax.random.key(0))
     assert len(caught) == 1
@@ -98,7 +98,7 @@ def test_nnx_holds_shared_tensors_once(tmp_path: Any):
         def __init__(self) -> None:
             self.layers = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(0)) for _ in range(3)])
 
-    config = jaxadapt.configs.VeraConfig(r=2, target_modules=r"layers\.\d")
+    config = jaxadapt.VeraConfig(r=2, target_modules=r"layers\.\d")
     model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(1))
     jaxadapt.save(model, tmp_path)
     again = jaxadapt.load(tmp_path, Net())
@@ -112,7 +112,7 @@ def test_nnx_holds_shared_tensors_once(tmp_path: Any):
 
 def test_a_compiled_call_and_its_gradients_hold_no_second_copy_of_shared_tensors():
     shapes = {name: {"kernel": jax.ShapeDtypeStruct((256, 256), "float32")} for name in ("a", "b", "c")}
-    config = jaxadapt.configs.VeraConfig(r=512, target_modules=["a", "b", "c"])
+    config = jaxadapt.VeraConfig(r=512, target_modules=["a", "b", "c"])
     adapter = jaxadapt.init(shapes, config)
     shared = sum(4 * x.size for path, x in adapter.flat().items() if path.startswith("~shared"))
     assert shared == 2 * 512 * 256 * 4

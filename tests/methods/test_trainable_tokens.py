@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, MismatchError
-from jaxadapt.configs import TrainableTokensConfig
+from jaxadapt import AttachError, ConfigError, MismatchError, TrainableTokensConfig
 from jaxadapt.export import merge_files
 
 pytest.importorskip("torch")

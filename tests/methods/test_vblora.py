@@ -48,7 +48,7 @@ def by_hand(file: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_a_file_of_chosen_vectors(tmp_path: Any):
-    config = jaxadapt.configs.VBLoRAConfig(save_only_topk_weights=True, **FIELDS)
+    config = jaxadapt.VBLoRAConfig(save_only_topk_weights=True, **FIELDS)
     file = jaxadapt.PeftTensors(config, tensors())
     adapter = jaxadapt.from_peft(file, BASE)
     merged = jaxadapt.merge(BASE, adapter)["q"]["kernel"]
@@ -91,11 +91,11 @@ def test_pefts_file_of_chosen_vectors(num_vectors: int, tmp_path: Any):
 
 
 def test_sizes_and_choices():
-    config = jaxadapt.configs.VBLoRAConfig(**{**FIELDS, "vector_length": 5})
+    config = jaxadapt.VBLoRAConfig(**{**FIELDS, "vector_length": 5})
     with pytest.raises(ConfigError, match="vector_length=5 does not divide 8"):
         jaxadapt.init(BASE, config)
     with pytest.raises(ConfigError, match="topk: expected at most num_vectors"):
-        jaxadapt.configs.VBLoRAConfig(**{**FIELDS, "topk": 7})
+        jaxadapt.VBLoRAConfig(**{**FIELDS, "topk": 7})
     indices, weights = choose_vectors(jnp.array([[0.0, 2.0, 1.0]]), 2)
     np.testing.assert_array_equal(indices, [[1, 2]])
     np.testing.assert_allclose(weights, [[np.e / (1 + np.e), 1 / (1 + np.e)]], rtol=1e-6)

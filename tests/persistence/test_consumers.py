@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
+from jaxadapt import GenericConfig
 from jaxadapt.cli import main
-from jaxadapt.configs import GenericConfig
 from jaxadapt.persistence import consumers
 from tests.support import small
 
@@ -81,7 +81,7 @@ def test_the_rules_are_the_measurements(case: str):
 def test_other_methods():
     found = verdicts(jaxadapt.IA3Config(target_modules=["q_proj"]), ["base_model.model.q_proj.ia3_l"])
     assert [found[name] for name in PROGRAMS] == [RIGHT, RIGHT, REFUSED, REFUSED]  # measured
-    found = verdicts(jaxadapt.configs.VeraConfig(target_modules=["q_proj"]))
+    found = verdicts(jaxadapt.VeraConfig(target_modules=["q_proj"]))
     assert [found[name] for name in PROGRAMS] == [RIGHT, UNKNOWN, REFUSED, REFUSED]
     assert set(verdicts(GenericConfig(peft_type="MAGIC")).values()) == {REFUSED}
 
@@ -119,7 +119,7 @@ EVERY_PROPERTY = [
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), None),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), True),
     (jaxadapt.IA3Config(target_modules=["q"]), (), None),
-    (jaxadapt.configs.VeraConfig(target_modules=["q"]), (), None),
+    (jaxadapt.VeraConfig(target_modules=["q"]), (), None),
     (GenericConfig(peft_type="MAGIC"), (), None),
 ]  # fmt: skip
 

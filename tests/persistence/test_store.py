@@ -20,7 +20,8 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs, serving
+from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, serving
+from jaxadapt.configs.base import loads
 from jaxadapt.persistence import reconcile
 from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import safetensors, torch_bin
@@ -677,7 +678,7 @@ def test_real_adapters_are_written_as_they_were_read(real_adapters, tmp_path):
             continue  # one is 44 bytes of nothing, one is no adapter
         text = config.read_bytes() if config.exists() else b""
         try:
-            configs.loads(text)
+            loads(text)
         except jaxadapt.AdapterError:
             text = LORA.to_json().encode()
         (here / CONFIG).write_bytes(text)

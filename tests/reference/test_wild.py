@@ -27,8 +27,7 @@ import torch
 import transformers
 
 import jaxadapt
-from jaxadapt import Weight
-from jaxadapt.configs import Config
+from jaxadapt import Config, Weight
 from jaxadapt.core import paths
 from tests.support import peft_harness as harness
 

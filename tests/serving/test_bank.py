@@ -132,7 +132,7 @@ def test_an_active_adapter_acts_in_every_row_beside_the_bank():
         (jaxadapt.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1]), "aLoRA"),
         (jaxadapt.OFTConfig(r=2, oft_block_size=0, target_modules=["q_proj"]), "is OFT; the bank has LORA"),
         (jaxadapt.LoHaConfig(r=3, target_modules=["q_proj"]), "lora_A: r is 9, the bank has 4"),
-        (jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), "HIRA has no form"),
+        (jaxadapt.HiraConfig(target_modules=["q_proj"]), "HIRA has no form"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(config, message):
@@ -187,7 +187,7 @@ def test_bad_requests():
     with pytest.raises(AttachError, match="at least 2"):
         serving.create(base, small.LORA, slots=1)
     with pytest.raises(AttachError, match=r"(?s)cannot create the bank.*HIRA has no form.*to_lora.*merge"):
-        serving.create(base, jaxadapt.configs.HiraConfig(target_modules=["q_proj"]), slots=2)
+        serving.create(base, jaxadapt.HiraConfig(target_modules=["q_proj"]), slots=2)
     with pytest.raises(AttachError, match="two of the configurations"):
         serving.create(base, [small.LORA, small.LORA.replace(r=9)], slots=2)
     bank = serving.create(base, small.LORA.replace(use_dora=True), slots=2)

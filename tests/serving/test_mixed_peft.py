@@ -105,7 +105,7 @@ def test_rows_of_several_veras_are_as_each_alone_in_peft(torch_base, tmp_path, a
         expected = {name: model(torch.from_numpy(IDS)).logits.numpy() for name, model in expected.items()}
     twin = llama.twin_of(torch_base, api, scan=scan is not None, scan_axis=scan or 0)
     base = twin if api == "nnx" else twin[1]
-    room = jaxadapt.configs.VeraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+    room = jaxadapt.VeraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
     bank = serving.create(base, room, slots=3)
     attached = serving.attach(twin if api == "nnx" else twin[0], bank)
     names = ["fr", "de", "__base__", "de", "fr", "de"]

@@ -12,8 +12,7 @@ import optax
 import pytest
 
 import jaxadapt
-from jaxadapt import AttachError, serving
-from jaxadapt.configs import VeraConfig
+from jaxadapt import AttachError, VeraConfig, serving
 from tests.support import banked, meshes, small
 from tests.support.banked import INPUT, LAYERS, NAMES, SIZES, Given, Served, check_rows
 

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt import MismatchError, configs
+from jaxadapt import Config, MismatchError
 from jaxadapt.analysis import diff, norms
 from jaxadapt.cli import main
+from jaxadapt.configs.base import loads
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
 
@@ -181,7 +182,7 @@ def misshapen(tensors: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]
 def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
     """`inspect --norms`, `diff` and `load`."""
     method = jaxadapt.methods.METHODS[name]
-    config = type(configs.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples[0])
+    config = type(Config.from_dict({"peft_type": name}))(target_modules=["q_proj"], **method.examples[0])
     base = {"q_proj": {"kernel": np.ones((6, 8), "f4")}}
     good = jaxadapt.to_peft(jaxadapt.init(base, config, key=jax.random.key(0)))
     for tensors in misshapen({key: np.asarray(x) for key, x in good.tensors.items()}):
@@ -216,4 +217,4 @@ def test_a_configuration_that_is_nested_deeply_is_an_error(method):
     deep = "[" * 500 + "]" * 500
     for field in ("unknown", "target_modules", "encoder_hidden_size", "auto_mapping"):
         with pytest.raises(jaxadapt.ConfigError, match="nested too deeply"):
-            configs.loads(f'{{"peft_type": "{method}", "{field}": {deep}}}')
+            loads(f'{{"peft_type": "{method}", "{field}": {deep}}}')

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jaxadapt import ConfigError
+from jaxadapt import ConfigError, LoraConfig
 from jaxadapt.adapters import selection
 from jaxadapt.arrays import pattern
-from jaxadapt.configs import LoraConfig, matching
+from jaxadapt.configs import matching
 from jaxadapt.configs.frozen import find_pattern_value
 
 

@@ -9,7 +9,7 @@ import jax
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Site
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, raise_listed

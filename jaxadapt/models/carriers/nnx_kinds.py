@@ -12,7 +12,7 @@ from flax import nnx
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.site import Site
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, PeftTensors, collection_name, integers_name
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap

@@ -15,9 +15,10 @@ from typing import Any
 
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.pattern import axis_parts
-from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
-from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.lora import fields_set
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
+from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan

@@ -24,7 +24,7 @@ from jaxadapt.adapters.adapter import (
     is_array,
 )
 from jaxadapt.arrays import regions
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import families

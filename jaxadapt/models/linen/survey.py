@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan

@@ -20,7 +20,7 @@ from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
 from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.site import Sites
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap

@@ -221,7 +221,7 @@ def extend_labels(config: PromptLearningConfig, labels: Array) -> Array:
     Returns integers (batch, n + time) that begin with -100, or the labels themselves. Raises `ConfigError` for a type
     that is not implemented.
 
-    >>> from jaxadapt.configs import PromptTuningConfig
+    >>> from jaxadapt.configs.prompts import PromptTuningConfig
     >>> extend_labels(PromptTuningConfig(num_virtual_tokens=2), jnp.array([[5, 7]])).tolist()
     [[-100, -100, 5, 7]]
     """

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.storage import hub, location, orbax

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import configs
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
@@ -44,7 +43,7 @@ _RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> tuple[Config, str]:
     """Return the configuration that the tensors, the alphas and diffusers' metadata show, and its method."""
-    opaque = configs.Config.from_dict({"peft_type": image_names.LYCORIS, "peft_version": None, "inference_mode": True})
+    opaque = Config.from_dict({"peft_type": image_names.LYCORIS, "peft_version": None, "inference_mode": True})
     if layout.method == image_names.LYCORIS:
         return opaque, image_names.LYCORIS
     modules: dict[str, dict[str, tuple[int, ...]]] = {}

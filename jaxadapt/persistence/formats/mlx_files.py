@@ -19,8 +19,9 @@ from collections.abc import Generator, Mapping
 from typing import Any, cast
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
-from jaxadapt.configs import LoraConfig, lora
+from jaxadapt.configs import lora
 from jaxadapt.configs.base import mlx_keys
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter

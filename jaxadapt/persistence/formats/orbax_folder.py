@@ -21,7 +21,7 @@ import numpy as np
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, integers_name, name_donated_arrays
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.configs import Config
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import Report

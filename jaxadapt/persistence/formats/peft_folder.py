@@ -18,11 +18,10 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from jaxadapt import configs
 from jaxadapt.adapters import key_names
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
-from jaxadapt.configs import Config
-from jaxadapt.configs.base import mlx_keys
+from jaxadapt.configs.base import Config, mlx_keys
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.persistence import card, findings, fingerprint, reconcile
@@ -289,11 +288,11 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
 def with_integral_alpha(config: Config) -> Config:
     """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
 
-    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
+    >>> with_integral_alpha(LoraConfig(lora_alpha=16.0)).lora_alpha
     16
     """
     alpha = config.get("lora_alpha")
-    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
+    if isinstance(config, LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
         return config.replace(lora_alpha=int(alpha))
     return config
 

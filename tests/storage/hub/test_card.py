@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import jaxadapt
-from jaxadapt.configs import Config
+from jaxadapt import Config
 from jaxadapt.persistence import card
 from tests.support import small
 from tests.support.small import CARD
