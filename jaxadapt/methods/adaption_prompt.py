@@ -12,15 +12,25 @@ which adds the adapter's part after the output projection, is not computed.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
+from jaxadapt.arrays import quantized
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import ConfigError, TargetError
-from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.core.errors import AttachError, ConfigError, TargetError, raise_listed
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Params, Shapes, Targets
-from jaxadapt.methods.prompt import GATE, KEYS, OUTPUT, PROMPT, VALUES, BaseSizes, PromptMethod, layer_number
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+
+PROMPT, GATE = "adaption_prompt", "adaption_gate"
+KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"
+_WEIGHT = MethodTensor("copy", "", (), (), is_copy=True, scale_power=1)
 
 
 class AdaptionPrompt(PromptMethod):
@@ -71,6 +81,61 @@ class AdaptionPrompt(PromptMethod):
     def starts_unchanged(self, config: Any) -> bool:
         return True
 
+    def layers(
+        self, config: Any, keymap: KeyMap, params: Mapping[str, Array], base: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        weights = _projections(keymap, base)
+        modules = {name.rpartition(".")[0] for name, _ in weights if self.reads(config, name)}
+        by_layer: dict[int, dict[str, Array]] = {}
+        for name, x in params.items():
+            by_layer.setdefault(layer_number(name), {})[name.rpartition(":")[2]] = x
+        problems = [
+            f"layer {i}: the base has no {config.target_modules} with {KEYS}" for i in by_layer if i >= len(modules)
+        ]
+        biased = [f"{module}.{OUTPUT}" for module in modules if (f"{module}.{OUTPUT}", "bias") in weights]
+        problems += [f"{name} has a bias, which PEFT adds once more" for name in sorted(biased, key=layer_number)]
+        raise_listed(AttachError, "ADAPTION_PROMPT: cannot apply the adapter to this model:", problems)
+        first = next(iter(by_layer.values()))[PROMPT]
+        none = {PROMPT: jnp.zeros_like(first), GATE: jnp.zeros(1, first.dtype)}
+        rows: dict[str, list[Array]] = {"keys": [], "values": [], "gate": []}
+        for i, module in enumerate(sorted(modules, key=layer_number)):
+            own = by_layer.get(i, none)
+            rows["keys"].append(_project(weights, f"{module}.{KEYS}", own[PROMPT][0]))
+            rows["values"].append(_project(weights, f"{module}.{VALUES}", own[PROMPT][0]))
+            rows["gate"].append(own[GATE][0])
+        return {name: jnp.stack(each) for name, each in rows.items()}
+
+    def attend(self, attention: Callable[..., Array], arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
+        key, value = (
+            jnp.broadcast_to(new.reshape(-1, *x.shape[-2:]), (*x.shape[:-3], len(new), *x.shape[-2:])).astype(x.dtype)
+            for new, x in ((layer["keys"], arrays["key"]), (layer["values"], arrays["value"]))
+        )
+        others = {name: x for name, x in arrays.items() if name not in ("mask", "bias")}
+        y, more = attention(arrays), attention({**others, "key": key, "value": value}, is_causal=False)
+        return y + (layer["gate"] * more).astype(y.dtype)
+
+
+def _project(weights: Mapping[tuple[str, str], Array], module: str, x: Array) -> Array:
+    y = x.astype(jnp.promote_types(x.dtype, weights[module, "weight"].dtype)) @ weights[module, "weight"].T
+    bias = weights.get((module, "bias"))
+    return y if bias is None else y + bias[None]
+
+
+def _projections(keymap: KeyMap, base: Mapping[str, Array]) -> dict[tuple[str, str], Array]:
+    """Return `{(module, parameter): array}` of the keys', values' and output projections, as in PyTorch."""
+    found: dict[tuple[str, str], Array] = {}
+    for leaf, x in base.items():
+        match = keymap.match(leaf)
+        if match is None or not any(f".{name}." in match.weight.file_key for name in (KEYS, VALUES, OUTPUT)):
+            continue
+        dense = quantized.to_dense(x)
+        sizes = plan.axis_sizes(match, dense.shape)
+        entry = plan.plan_entry(keymap, match, _WEIGHT, sizes)
+        for i, (module, parameter) in enumerate(match.parameters(sizes).values()):
+            if module.rpartition(".")[2] in (KEYS, VALUES) or parameter == "bias":
+                found[module, parameter] = entry.form.encode(dense, i)
+    return found
+
 
 def _attention_widths(config: Any, targets: Targets, count: int, field: str) -> dict[str, int]:
     """Return `{attention module: its inputs}` in the order of layers; raise `TargetError` if there are too few."""
@@ -81,6 +146,18 @@ def _attention_widths(config: Any, targets: Targets, count: int, field: str) -> 
             f" {config.target_modules!r} and that have {KEYS}, {VALUES} and {OUTPUT}, as in Llama, found {len(widths)}"
         )
     return {name: widths[name] for name in sorted(widths, key=layer_number)}
+
+
+def layer_number(name: str) -> int:
+    """Return the first number of a module's name, which numbers its layer.
+
+    >>> layer_number("model.layers.12.self_attn"), layer_number("model:layers:3:self_attn:adaption_gate")
+    (12, 3)
+    """
+    found = re.search(r"(?:^|[.:])(\d+)[.:]", name)
+    if found is None:
+        raise TargetError(f"{name}: expected the name of a module in a numbered layer, found no number")
+    return int(found[1])
 
 
 METHOD = AdaptionPrompt()

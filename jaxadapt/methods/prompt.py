@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -15,7 +14,8 @@ import numpy as np
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, TargetError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Effects, Method, Params, Shapes, Start, Target, Targets, require_weights
 
@@ -27,12 +27,6 @@ EMBEDDINGS = "prompt_embeddings"
 
 TASKS, PREFILLED = "task_ids", "prefilled"
 """The names of the data of one call: the task of each row, and a marker that a cache holds the virtual tokens."""
-
-PROMPT, GATE = "adaption_prompt", "adaption_gate"
-"""The ends of the names of a layer's tensors, in a method that adds attention to tokens of its own."""
-
-KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"
-"""The projections of an attention module that such a method uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +150,29 @@ class PromptMethod(Method):
         """
         return self.stored(config, params)[EMBEDDINGS]
 
+    def layers(self, config: Any, keymap: KeyMap, params: Params, base: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what `attend` gets of the attention layers, which the first axis of each array numbers.
+
+        Args:
+            config: the configuration.
+            keymap: the keymap of the base.
+            params: the adapter's tensors.
+            base: `{leaf: array}` of the base parameters.
+
+        Raises `AttachError` for a base whose attention cannot take the tokens.
+        """
+        raise NotImplementedError
+
+    def attend(self, attention: Callable[..., Array], arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
+        """Return what replaces the result of an attention, if the method `adds` an "attention".
+
+        Args:
+            attention: `attention(arrays, is_causal=…)` computes it from its arrays.
+            arrays: query (..., T, H, h), key (..., S, K, h), value (..., S, K, v) and others.
+            layer: the arrays of one layer.
+        """
+        raise NotImplementedError
+
     def check_targets(self, config: Any, targets: Targets, found: Shapes) -> None:
         """Raise `TargetError` if the base's modules that `reads` selects do not suffice for a file's tensors."""
         return
@@ -245,18 +262,6 @@ def fill_in(config: Any, values: Mapping[str, Any]) -> Any:
     """Return a configuration with these values in the fields that it has and that are None."""
     known = {name: x for name, x in values.items() if x is not None and vars(config).get(name, x) is None}
     return config.replace(**known) if known else config
-
-
-def layer_number(name: str) -> int:
-    """Return the first number of a module's name, which numbers its layer.
-
-    >>> layer_number("model.layers.12.self_attn"), layer_number("model:layers:3:self_attn:adaption_gate")
-    (12, 3)
-    """
-    found = re.search(r"(?:^|[.:])(\d+)[.:]", name)
-    if found is None:
-        raise TargetError(f"{name}: expected the name of a module in a numbered layer, found no number")
-    return int(found[1])
 
 
 # ---------------------------------------------------------------- embeddings

@@ -45,7 +45,6 @@ def call_module(
             f"{prompt.recipe.config.peft_type} adds virtual tokens only to the module's __call__, but the call is of"
             f" {name!r}. Call {name!r} without the adapter, model.clone(active=())"
         )
-    signature = calling.signature_of(type(module).__call__)
     options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in options}
     if (hooked := calling.hooked_call(module, prompt)) is not None:
@@ -56,8 +55,8 @@ def call_module(
         def embed(tokens: Any) -> Any:
             return _embed(lambda: apply(variables, *args, **kwargs), tokens, prompt.method.peft_type)
 
-        arguments = calling.with_embeddings(signature, prompt, args, rest, embed)
-        return apply(variables, *arguments.args, **arguments.kwargs, **options)
+        args, rest = calling.with_embeddings(prompt, type(module).__call__, args, rest, embed)
+        return apply(variables, *args, **rest, **options)
 
     def run(state: Any, *args: Any, **kwargs: Any) -> Any:
         variables, rngs = state
@@ -67,7 +66,8 @@ def call_module(
     def base() -> dict[str, Any]:
         return paths.flatten(collections.unbox_tree(variables.get("params", {})))
 
-    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")), base)
+    state = (variables, options.get("rngs"))
+    return calling.call_with_keys(run, prompt, type(module).__call__, args, rest, state, base)
 
 
 class _EmbeddedError(Exception):

@@ -5,7 +5,6 @@ model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapter
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -72,16 +71,7 @@ def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, ca
             yield name, calling.Prompt(recipe, params, data)
 
 
-def with_embeddings(
-    module: nnx.Module, prompt: calling.Prompt, base: type[nnx.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a model's call with the embeddings of virtual tokens before those of the others."""
-    embed = functools.partial(_embed, module, prompt)
-    arguments = calling.with_embeddings(calling.signature_of(base.__call__), prompt, args, kwargs, embed)
-    return arguments.args, arguments.kwargs
-
-
-def _embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
+def embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
     """Return the embeddings of tokens, by the model's own layer."""
     owners = survey.base_leaves(module)
     leaf = input_embedding(prompt.recipe.keymap, owners)
@@ -127,9 +117,7 @@ def call_with_keys(
     def base_parameters() -> dict[str, Any]:
         return survey.base_values(survey.base_leaves(module))
 
-    y, changed = calling.call_with_keys(
-        run, calling.signature_of(base.__call__), prompt, args, kwargs, inputs, base_parameters
-    )
+    y, changed = calling.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)

@@ -6,12 +6,10 @@ Pure functions, for NNX and Linen alike.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import Recipe, is_array
@@ -20,7 +18,7 @@ from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models.prompt import rewriting
-from jaxadapt.models.prompt.attention import AttentionCall, RelativeBias, add_gated, causal_mask, gated_layers
+from jaxadapt.models.prompt.attention import AttentionCall, RelativeBias, causal_mask
 from jaxadapt.models.prompt.rewriting import TakesEmbeddings, TakesKeys
 
 # ---------------------------------------------------------------- arguments
@@ -32,8 +30,7 @@ IGNORED = -100
 """The label of a token without loss, as in torch."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """The names by which a model may call the arguments of a sequence.
 
     Attributes:
@@ -48,10 +45,6 @@ class Names:
     masks: tuple[str, ...]
     tokens: tuple[str, ...] = ()
 
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (*self.positions, *self.embeddings, *self.masks, *self.tokens)
-
 
 INPUT = Names(
     ("positions", "position_ids", "segment_pos", "input_positions"),
@@ -64,49 +57,37 @@ DECODER = Names(
     ("decoder_mask", "decoder_attention_mask"),
     ("decoder_tokens", "decoder_input_ids", "decoder_input_tokens"),
 )
-TOKEN_TYPES, LABELS = ("token_type_ids",), ("labels",)
+TOKEN_TYPES, LABELS = "token_type_ids", "labels"
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of one call."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The arguments of one call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def signature_of(call: Callable[..., Any]) -> inspect.Signature:
-    """Return the parameters of a method, without `self`."""
+def _bind(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Return the arguments of a method by name, without `self`."""
     signature = inspect.signature(call)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+    return signature.replace(parameters=list(signature.parameters.values())[1:]).bind(*args, **kwargs)
 
 
-def shift_positions(
-    signature: inspect.Signature,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    n: int,
-    peft_type: str,
-    names: Names = INPUT,
-    relative: bool = False,
-) -> Arguments:
-    """Return the arguments of a call with the positions moved by `n`; without positions, the first token has n.
+def _parameter(bound: inspect.BoundArguments, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in bound.signature.parameters), None)
 
-    Args:
-        signature: the parameters of the call.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        n: the number of virtual tokens.
-        peft_type: the method, for messages.
-        names: the arguments of the sequence that gets the virtual tokens.
-        relative: True if the model knows positions only as distances.
 
-    Raises `AttachError` if the model takes no positions, unless they are relative.
+def _first_positions(batch: int, length: int) -> Array:
+    """Return the positions of the first tokens, integers (batch, length)."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+
+
+def _shift_positions(
+    bound: inspect.BoundArguments, n: int, peft_type: str, names: Names = INPUT, relative: bool = False
+) -> None:
+    """Move the positions of a call by the number of virtual tokens; without positions, the first token has n.
+
+    With `relative`, a model that takes no positions knows only distances; else raise `AttachError` for it.
     """
-    name = _parameter(signature, names.positions)
+    name = _parameter(bound, names.positions)
     if name is None and relative:
-        return Arguments(tuple(args), dict(kwargs))
+        return
     if name is None:
         raise AttachError(
             f"{peft_type} puts {n} virtual tokens before the input, so the input's positions begin at {n}, but this"
@@ -114,21 +95,24 @@ def shift_positions(
             " shape (batch, time); a model that knows only distances passes them to jaxadapt.models.RelativeBias, and"
             " its KeyMap has relative_positions=True"
         )
-    bound = signature.bind(*args, **kwargs)
     positions = bound.arguments.get(name)
     if positions is None:
         given = [bound.arguments.get(name) for name in (*names.tokens, *names.embeddings)]
-        batch, length = _batch_and_length(given if names.tokens else bound.arguments.values())
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        values = given if names.tokens else bound.arguments.values()
+        shape = next((x.shape for x in values if is_array(x) and len(x.shape) >= 2), None)
+        if shape is None:
+            raise AttachError(
+                "the call has no argument of shape (batch, time, …), from which the positions follow; pass them"
+            )
+        positions = _first_positions(*shape[:2])
     bound.arguments[name] = positions + n
-    return Arguments(bound.args, bound.kwargs)
 
 
-def prepend_mask(bound: inspect.BoundArguments, n: int, names: Names = INPUT) -> None:
+def _prepend_mask(bound: inspect.BoundArguments, n: int, names: Names = INPUT) -> None:
     """Add n visible tokens at the start of the mask of the tokens, if the call has one."""
-    name = _parameter(bound.signature, names.masks)
-    mask = None if name is None else bound.arguments.get(name)
-    if name is None or mask is None:
+    name = _parameter(bound, names.masks) or ""
+    mask = bound.arguments.get(name)
+    if mask is None:
         return
     if mask.ndim != 2:
         raise AttachError(
@@ -138,25 +122,21 @@ def prepend_mask(bound: inspect.BoundArguments, n: int, names: Names = INPUT) ->
     bound.arguments[name] = jnp.concatenate([jnp.ones((mask.shape[0], n), mask.dtype), mask], axis=1)
 
 
-def prepend_embeddings(
-    signature: inspect.Signature,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+def _prepend_embeddings(
+    bound: inspect.BoundArguments,
     virtual: Array,
     embed: Callable[[Array], Array],
     peft_type: str,
     names: Names = INPUT,
     labels: bool = True,
-) -> Arguments:
-    """Return the arguments of a call with embeddings in place of tokens, and virtual tokens before them.
+) -> None:
+    """Put embeddings in place of the tokens of a call, and virtual tokens before them.
 
     Positions count from 0 at the first virtual token. Positions that are given move by the number of virtual tokens.
     (PEFT ignores given positions, with a warning.)
 
     Args:
-        signature: the parameters of the call.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        bound: the arguments of the call.
         virtual: the embeddings of the virtual tokens, (n, width) or (batch, n, width).
         embed: returns the embeddings of tokens (batch, time), as the model computes them.
         peft_type: the method, for messages.
@@ -165,47 +145,36 @@ def prepend_embeddings(
 
     Raises `AttachError` if the model takes no embeddings, `MismatchError` if they have another width.
     """
-    name = _parameter(signature, names.embeddings)
+    name, arguments = _parameter(bound, names.embeddings), bound.arguments
     if name is None:
         raise AttachError(
             f"{peft_type} puts embeddings before those of the tokens, but this model takes no embeddings. Give its call"
             f" an argument {' or '.join(map(repr, names.embeddings[:2]))} of shape (batch, time, width), which it uses"
             " in place of tokens"
         )
-    bound = signature.bind(*args, **kwargs)
-    given = bound.arguments.get(name)
+    given = arguments.get(name)
     if given is None:
         tokens = _tokens(bound, names)
-        given = embed(bound.arguments[tokens])
-        bound.arguments[tokens] = None
-    batch, length, width = given.shape
-    n = virtual.shape[-2]
+        given = embed(arguments[tokens])
+        arguments[tokens] = None
+    (batch, length, width), n = given.shape, virtual.shape[-2]
     if virtual.shape[-1] != width or (virtual.ndim == 3 and virtual.shape[0] != batch):
         raise MismatchError(
             f"the adapter's virtual tokens have the shape {tuple(virtual.shape)}, but the embeddings of this call have"
             f" {tuple(given.shape)}. The last axis (token_dim, the width of the base) and a batch axis must be equal"
         )
     virtual = jnp.broadcast_to(virtual.astype(given.dtype), (batch, n, width))
-    bound.arguments[name] = jnp.concatenate([virtual, given], axis=1)
-    prepend_mask(bound, n, names)
-    filled = {**dict.fromkeys(TOKEN_TYPES if names is INPUT else (), 0), **dict.fromkeys(LABELS * labels, IGNORED)}
-    for argument, value in filled.items():
-        ids = bound.arguments.get(argument)
-        if ids is not None and ids.ndim == 2:
-            bound.arguments[argument] = _extend(ids, n, value)
-    position = _parameter(signature, names.positions)
-    if position is not None:
-        own = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (batch, n))
-        after = bound.arguments.get(position)
-        if after is None:
-            after = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    arguments[name] = jnp.concatenate([virtual, given], axis=1)
+    _prepend_mask(bound, n, names)
+    for argument, value, own in ((TOKEN_TYPES, 0, names is INPUT), (LABELS, IGNORED, labels)):
+        ids = arguments.get(argument)
+        if own and ids is not None and ids.ndim == 2:
+            arguments[argument] = _extend(ids, n, value)
+    if (position := _parameter(bound, names.positions)) is not None:
+        after = arguments.get(position)
+        after = _first_positions(batch, length) if after is None else after
         after = jnp.broadcast_to(after if after.ndim == 2 else after[None], (batch, length)) + n
-        bound.arguments[position] = jnp.concatenate([own.astype(after.dtype), after], axis=1)
-    return Arguments(bound.args, bound.kwargs)
-
-
-def _parameter(signature: inspect.Signature, names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in signature.parameters), None)
+        arguments[position] = jnp.concatenate([_first_positions(batch, n).astype(after.dtype), after], axis=1)
 
 
 def extend_labels(config: PromptLearningConfig, labels: Array) -> Array:
@@ -249,24 +218,11 @@ def _tokens(bound: inspect.BoundArguments, names: Names) -> str:
         raise AttachError(
             f"the call has neither embeddings nor tokens of the decoder ({' or '.join(map(repr, names.tokens[:2]))})"
         )
-    others = {*INPUT.positions, *INPUT.masks, *TOKEN_TYPES, *LABELS, *DECODER.all}
-    for name, value in bound.arguments.items():
-        if (
-            name not in others
-            and is_array(value)
-            and len(value.shape) == 2
-            and jnp.issubdtype(value.dtype, jnp.integer)
-        ):
+    others = {*INPUT.positions, *INPUT.masks, TOKEN_TYPES, LABELS, *(name for group in DECODER for name in group)}
+    for name, x in bound.arguments.items():
+        if name not in others and is_array(x) and len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.integer):
             return name
     raise AttachError("the call has neither embeddings nor tokens of shape (batch, time)")
-
-
-def _batch_and_length(values: Any) -> tuple[int, int]:
-    """Return the sizes of the first two axes of the first argument that has them."""
-    for value in values:
-        if is_array(value) and len(value.shape) >= 2:
-            return value.shape[0], value.shape[1]
-    raise AttachError("the call has no argument of shape (batch, time, …), from which the positions follow; pass them")
 
 
 # ---------------------------------------------------------------- calling
@@ -306,8 +262,7 @@ class Prompt:
     @property
     def encoder_decoder(self) -> bool:
         """True if the base has an encoder and a decoder."""
-        submodules: int = self.recipe.config.get("num_transformer_submodules") or 1
-        return submodules == 2
+        return self.recipe.config.get("num_transformer_submodules") == 2
 
     def keys_and_values(self, calls: rewriting.CallCounts | None = None) -> Array:
         """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
@@ -355,8 +310,8 @@ def require_one(prompts: Mapping[str, Prompt]) -> None:
 
 
 def with_embeddings(
-    signature: inspect.Signature,
     prompt: Prompt,
+    call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     embed: Callable[[Array], Array],
@@ -364,35 +319,35 @@ def with_embeddings(
     """Return the arguments of a call with an adapter whose virtual tokens are embeddings.
 
     Args:
-        signature: the parameters of the call, without `self`.
         prompt: the adapter.
+        call: the method, as the model's class has it.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
         embed: returns the embeddings of tokens (batch, time), as the model computes them.
 
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    peft_type = prompt.method.peft_type
-    if not prompt.prefilled:
-        n, virtual = prompt.n, prompt.tokens()
-        if not prompt.encoder_decoder:
-            return prepend_embeddings(signature, args, kwargs, virtual, embed, peft_type)
-        both = prepend_embeddings(signature, args, kwargs, virtual[..., :n, :], embed, peft_type, labels=False)
-        if not prompt.method.in_decoder:
-            return both
-        return prepend_embeddings(signature, both.args, both.kwargs, virtual[..., n:, :], embed, peft_type, DECODER)
-    if prompt.encoder_decoder:
-        raise AttachError("invoke(prefilled=True) is not implemented for models with an encoder; call it without")
-    shifted = shift_positions(signature, args, kwargs, prompt.n, peft_type)
-    bound = signature.bind(*shifted.args, **shifted.kwargs)
-    prepend_mask(bound, prompt.n)
-    return Arguments(bound.args, bound.kwargs)
+    bound, n, peft_type = _bind(call, args, kwargs), prompt.n, prompt.method.peft_type
+    if prompt.prefilled:
+        if prompt.encoder_decoder:
+            raise AttachError("invoke(prefilled=True) is not implemented for models with an encoder; call it without")
+        _shift_positions(bound, n, peft_type)
+        _prepend_mask(bound, n)
+        return bound.args, bound.kwargs
+    virtual = prompt.tokens()
+    if not prompt.encoder_decoder:
+        _prepend_embeddings(bound, virtual, embed, peft_type)
+        return bound.args, bound.kwargs
+    _prepend_embeddings(bound, virtual[..., :n, :], embed, peft_type, labels=False)
+    if prompt.method.in_decoder:
+        _prepend_embeddings(bound, virtual[..., n:, :], embed, peft_type, DECODER)
+    return bound.args, bound.kwargs
 
 
 def call_with_keys(
     f: Callable[..., Any],
-    signature: inspect.Signature,
     prompt: Prompt,
+    call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     state: Any,
@@ -402,8 +357,8 @@ def call_with_keys(
 
     Args:
         f: the call of the model, as a function of its state and its arguments.
-        signature: the parameters of the call, without `self`.
         prompt: the adapter.
+        call: the method, as the model's class has it.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
         state: a tree of arrays.
@@ -411,22 +366,25 @@ def call_with_keys(
 
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    if prompt.method.adds == "attention":
-        arguments, change = Arguments(tuple(args), dict(kwargs)), add_gated
-        layers: Callable[[rewriting.CallCounts], Any] = functools.partial(
-            _of_calls, gated_layers(prompt.recipe, prompt.params, base())
-        )
-    else:
-        names, relative = DECODER if prompt.encoder_decoder else INPUT, prompt.recipe.keymap.relative_positions
-        arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type, names, relative)
-        change, layers = add_keys, prompt.keys_and_values
-    return rewriting.rewrite_attention(lambda state, a: f(state, *a.args, **a.kwargs), change, layers, state, arguments)
+    method, recipe = prompt.method, prompt.recipe
 
+    def run(state: Any, arguments: Arguments) -> Any:
+        return f(state, *arguments[0], **arguments[1])
 
-def _of_calls(layers: Mapping[str, Array], calls: rewriting.CallCounts) -> Mapping[str, Array]:
-    """Return the layers; raise `AttachError` if the call of the model has another number of them."""
-    rewriting.require_count(calls, len(layers["gate"]))
-    return layers
+    if method.adds == "attention":
+        layers = method.layers(recipe.config, recipe.keymap, prompt.params, base())
+
+        def attend(call: AttentionCall, arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
+            return method.attend(call.run, arrays, layer)
+
+        def of_calls(calls: rewriting.CallCounts) -> Mapping[str, Array]:
+            rewriting.require_count(calls, len(next(iter(layers.values()))))
+            return layers
+
+        return rewriting.rewrite_attention(run, attend, of_calls, state, (tuple(args), dict(kwargs)))
+    bound, names = _bind(call, args, kwargs), DECODER if prompt.encoder_decoder else INPUT
+    _shift_positions(bound, prompt.n, method.peft_type, names, recipe.keymap.relative_positions)
+    return rewriting.rewrite_attention(run, add_keys, prompt.keys_and_values, state, (bound.args, bound.kwargs))
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:

@@ -20,7 +20,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models.prompt.attention import AttentionCall
-from jaxadapt.models.tracing.rewrite import called_jaxpr, evaluate_unchanged, trace
+from jaxadapt.models.tracing.rewrite import called_jaxpr, evaluate_unchanged, interpret, trace
 
 # ---------------------------------------------------------------- rewriting
 
@@ -77,8 +77,7 @@ def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[C
     traced = trace(lambda _, *a: f(*a), {}, args)
     jaxpr = traced.closed.jaxpr
     of_calls = layers(CallCounts(len(_find(jaxpr)), _count_others(jaxpr)))
-    outs, _ = _evaluate(jaxpr, traced.closed.consts, traced.arrays, change, of_calls, 0)
-    return traced.result(outs)
+    return traced.result(_evaluate(jaxpr, traced.closed.consts, traced.arrays, change, of_calls))
 
 
 def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> None:
@@ -163,41 +162,28 @@ def _count_others(jaxpr: core.Jaxpr) -> int:
 
 
 def _evaluate(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], change: Change, layers: Any, start: int
-) -> tuple[list[Any], int]:
-    """Evaluate a jaxpr whose first call of `attention` has the number `start`; return results and the next number."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
+    jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], change: Change, layers: Any
+) -> list[Any]:
+    """Evaluate a jaxpr; `layers` has an entry for each of its calls of `attention`."""
+    start = 0
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
+    def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        nonlocal start
+        if not (count := len(_calls_in(eqn))):
+            return evaluate_unchanged(eqn, operands)
+        first, start = start, start + count
+        own = jax.tree.map(lambda x: x[first : first + count], layers)
+        if (call := _policy(eqn)) is not None:
+            return [_checked(change(call, call.arrays(operands), jax.tree.map(lambda x: x[0], own)), eqn)]
+        if eqn.primitive is primitives.scan_p:
+            return _scan(eqn, operands, change, own)
+        if eqn.primitive is primitives.remat_p:
+            return _checkpoint(eqn, operands, change, own)
+        body = called_jaxpr(eqn)
+        assert body is not None  # `_find` has raised for any other
+        return _evaluate(*body, operands, change, own)
 
-    for eqn in jaxpr.eqns:
-        operands = [read(a) for a in eqn.invars]
-        call = _policy(eqn)
-        count = 1 if call is not None else len(_calls_in(eqn))
-        if call is not None:
-            outs = [_checked(change(call, call.arrays(operands), _pick(layers, start)), eqn)]
-        elif not count:
-            outs = evaluate_unchanged(eqn, operands)
-        elif eqn.primitive is primitives.scan_p:
-            outs = _scan(eqn, operands, change, _part(layers, start, count))
-        elif eqn.primitive is primitives.remat_p:
-            outs = _checkpoint(eqn, operands, change, _part(layers, start, count))
-        else:
-            body = called_jaxpr(eqn)
-            assert body is not None  # `_find` has raised for any other
-            outs, _ = _evaluate(*body, operands, change, layers, start)
-        start += count
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(a) for a in jaxpr.outvars], start
-
-
-def _pick(layers: Any, index: int) -> Any:
-    return jax.tree.map(lambda x: x[index], layers)
-
-
-def _part(layers: Any, start: int, count: int) -> Any:
-    return jax.tree.map(lambda x: x[start : start + count], layers)
+    return interpret(jaxpr, consts, values, step)
 
 
 def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
@@ -215,27 +201,24 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) 
         n_consts, n_carry, _ = map(len, p["ft_in"].unpack())
     else:
         n_consts, n_carry = p["num_consts"], p["num_carry"]
-    consts, carry, xs = _split(operands, n_consts, n_carry)
+    consts, others = operands[:n_consts], operands[n_consts:]
     steps = jax.tree.map(lambda x: x.reshape(p["length"], -1, *x.shape[1:]), layers)
 
     def body(carry: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         inner, step = sliced
-        outs, _ = _evaluate(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*consts, *carry, *inner], change, step, 0)
+        outs = _evaluate(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*consts, *carry, *inner], change, step)
         return outs[:n_carry], outs[n_carry:]
 
-    carry, ys = jax.lax.scan(body, carry, (xs, steps), length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    options = {name: p[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(body, others[:n_carry], (others[n_carry:], steps), **options)
     return [*carry, *ys]
-
-
-def _split(operands: list[Any], consts: int, carry: int) -> tuple[list[Any], list[Any], list[Any]]:
-    return operands[:consts], operands[consts : consts + carry], operands[consts + carry :]
 
 
 def _checkpoint(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
     """Evaluate a `checkpoint` under the same policy."""
 
     def body(layers: Any, *values: Any) -> list[Any]:
-        return _evaluate(eqn.params["jaxpr"], (), values, change, layers, 0)[0]
+        return _evaluate(eqn.params["jaxpr"], (), values, change, layers)
 
     again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
     return again(layers, *operands)

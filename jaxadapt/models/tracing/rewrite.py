@@ -268,19 +268,31 @@ def evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*operands.values())
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
-    """Evaluate a jaxpr with views among its inputs; its results may be views too."""
+def interpret(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    values: Sequence[Any],
+    step: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """Evaluate a jaxpr, each of its equations by `step(equation, operands)`."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        operands = [read(a) for a in eqn.invars]
-        viewed = any(isinstance(v, _View) for v in operands)
-        outs = _evaluate_equation(eqn, operands, scope) if viewed else evaluate_unchanged(eqn, operands)
-        env.update(zip(eqn.outvars, outs, strict=True))
+        env.update(zip(eqn.outvars, step(eqn, [read(a) for a in eqn.invars]), strict=True))
     return [read(a) for a in jaxpr.outvars]
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
+    """Evaluate a jaxpr with views among its inputs; its results may be views too."""
+
+    def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+        viewed = any(isinstance(v, _View) for v in operands)
+        return _evaluate_equation(eqn, operands, scope) if viewed else evaluate_unchanged(eqn, operands)
+
+    return interpret(jaxpr, consts, values, step)
 
 
 def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
