@@ -291,7 +291,7 @@ def _are_same(first: Adapter, other: Any) -> bool:
 def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any) -> Any:
     """Merge a model's active adapters and remove them; on failure the model stays unchanged."""
     refuse_dependent(adapters)
-    walked = graph.walk_if_model(model)
+    walked = graph.walk_model(model)
     attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
     attach.activate(walked, ())
     try:

@@ -158,7 +158,7 @@ def _values_differ(new: Array, old: Array) -> bool:
 
 def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
     """Return `{"adapter: path": variable}` of the named (or active) adapters."""
-    walked = graph.walk_if_model(model)
+    walked = graph.walk_model(model)
     present = walked.adapters
     chosen = attach.active_names(walked) if name is None else (name,)
     missing = [n for n in chosen if n not in present]

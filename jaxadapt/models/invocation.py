@@ -23,7 +23,7 @@ from jaxadapt.models.carriers import carrier
 from jaxadapt.models.carriers.nnx_kinds import Model
 from jaxadapt.models.carriers.tree_kinds import Wrapper
 from jaxadapt.models.linen.overlay import repeat_on_stack
-from jaxadapt.models.nnx import attach, graph
+from jaxadapt.models.nnx import graph
 
 # ---------------------------------------------------------------- invocation
 
@@ -144,7 +144,7 @@ def adapter_gradient(
     """
 
     def is_wanted(path: Any, value: Any) -> bool:
-        return isinstance(value, attach.AdapterParam) and path[-1] == tensor and name in path
+        return isinstance(value, graph.AdapterParam) and path[-1] == tensor and name in path
 
     def gradient(graphdef: Any, wanted: Any, rest: Any, batch: Any) -> Any:
         def value(wanted: Any) -> Any:
@@ -156,7 +156,7 @@ def adapter_gradient(
     jitted = jax.jit(gradient, static_argnums=0)
 
     def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
-        variables = attach.adapter_variables(jitted(*nnx.split(model, is_wanted, ...), batch))
+        variables = graph.adapter_variables(jitted(*nnx.split(model, is_wanted, ...), batch))
         return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
 
     return run

@@ -28,7 +28,7 @@ from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach, graph, prompt, survey
+from jaxadapt.models.nnx import graph, prompt, survey
 from jaxadapt.models.prompt.rewriting import with_width
 
 # ---------------------------------------------------------------- base params
@@ -75,22 +75,17 @@ class ModelParams(BaseParams):
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """`{path: array or spec}`."""
-        return survey.base_values(self.held)
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """`{path: shape}`."""
-        return survey.base_shapes(self.held)
+        return graph.base_values(self.held)
 
     @functools.cached_property
     def shardings(self) -> dict[str, Any]:
         """`{path: sharding}`; None for a leaf without a sharding."""
-        return dict(attach.base_shardings(self.held))
+        return graph.base_shardings(self.held)
 
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
         """The keymap of an adapter that the model has, if any."""
-        adapters = attach.adapter_variables(self.walked or self.target)
+        adapters = graph.adapter_variables(self.walked or self.target)
         known = (var for by_path in adapters.values() for var in by_path.values())
         return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
 

@@ -19,7 +19,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx import graph, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
     if not inputs:
         return how
-    variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
+    variables = {path: v for by_path in graph.adapter_variables(held.tree).values() for path, v in by_path.items()}
     attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}

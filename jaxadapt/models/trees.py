@@ -20,7 +20,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach, graph
+from jaxadapt.models.nnx import graph
 
 Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
@@ -28,7 +28,7 @@ Put = Callable[[Mapping[str, Any]], Any]
 
 def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
     """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
-    if isinstance(tree, attach.Model):
+    if isinstance(tree, graph.Model):
         return any(wanted(paths.join(*map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
     if not isinstance(tree, Mapping):
         return True
@@ -39,7 +39,7 @@ def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
 
 def open_tree(tree: Any) -> tuple[Leaves, Put]:
     """Return `{dotted path: array}` of a tree, without boxes, and a function that returns the tree with new leaves."""
-    if isinstance(tree, attach.TREES):
+    if isinstance(tree, graph.TREES):
         return _open_nnx(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
         leaves, put = _open_pytree(tree["params"])
@@ -48,12 +48,12 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 
 
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
-    if isinstance(tree, attach.Model):
+    if isinstance(tree, graph.Model):
         is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
         variables = [(path, x) for path, x, _ in entries if is_param(x) or _is_slot_variable(path)]
     else:
         variables = list(nnx.to_flat_state(tree))
-    is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(attach.AdapterParam)
+    is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(graph.AdapterParam)
     flat = {paths.join(*map(str, path)): var for path, var in variables}
     values = {p: var.get_value() if is_variable(var) else var for p, var in flat.items() if not is_ours(var)}
     leaves = {p: leaf for p, leaf in values.items() if is_array(leaf) or is_quantized(leaf)}
@@ -68,7 +68,7 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
         )
         for path, value in new.items():
             flat[path].set_value(value)
-        return graph.model_of(tree)
+        return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
     return leaves, put
 

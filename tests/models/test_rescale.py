@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx import graph
 from tests.support import small
 from tests.support.small import X
 
@@ -95,7 +95,7 @@ def test_the_factor_may_be_traced():
 @pytest.mark.parametrize("kind", ["error", "return"])
 def test_restored_whatever_happens(kind):
     model = small.trained()
-    values = {p: v.get_value() for p, v in attach.adapter_variables(model)["default"].items()}
+    values = {p: v.get_value() for p, v in graph.adapter_variables(model)["default"].items()}
 
     def leave():
         with jaxadapt.models.rescale(model, 3):
@@ -108,7 +108,7 @@ def test_restored_whatever_happens(kind):
             leave()
     else:
         leave()
-    assert all(v.get_value() is values[p] for p, v in attach.adapter_variables(model)["default"].items())
+    assert all(v.get_value() is values[p] for p, v in graph.adapter_variables(model)["default"].items())
 
 
 def test_training_inside_is_refused_and_undone():

@@ -55,7 +55,7 @@ class _Variables(Carrier):
         return self.tree
 
     def names(self) -> list[str]:
-        return list(attach.adapter_variables(self._contents))
+        return list(graph.adapter_variables(self._contents))
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
         if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
@@ -63,7 +63,7 @@ class _Variables(Carrier):
         return attach.extract(self._contents, name)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        variables = attach.adapter_variables(self._contents).get(name)
+        variables = graph.adapter_variables(self._contents).get(name)
         if variables is None:
             raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
         recipe = next(iter(variables.values())).get_metadata("adapter").recipe
@@ -89,7 +89,7 @@ class State(_Variables):
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the variables; each must be an adapter's."""
-        variables = attach.adapter_variables(self.tree)
+        variables = graph.adapter_variables(self.tree)
         if not variables:
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
         new: dict[int, Any] = {}
@@ -134,7 +134,7 @@ class Model(_Variables, Object):
         return ModelParams(self._contents.leaves, self.tree, self._contents)
 
     def leaves(self) -> dict[str, Any]:
-        return survey.base_values(self._contents.leaves)
+        return graph.base_values(self._contents.leaves)
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
@@ -145,7 +145,7 @@ class Model(_Variables, Object):
             if module is None or not isinstance(vars(module).get(attr), nnx.Param):
                 return super().some_leaves(wanted)  # a shared module has other paths too
             owners[path] = module, attr
-        return survey.base_values(owners)
+        return graph.base_values(owners)
 
     def abstract(self) -> Any:
         rebuild, state = self.split()
@@ -183,7 +183,7 @@ class Model(_Variables, Object):
         base, rngs = self.base(), options["rngs"]
         check_free(name, self.names())
         recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
-        abstract = rngs is None and survey.is_abstract(base.held)
+        abstract = rngs is None and any(isinstance(x, jax.ShapeDtypeStruct) for x in base.leaves.values())
         if rngs is None and not abstract:
             raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
         if rngs is not None:
@@ -201,7 +201,7 @@ class Model(_Variables, Object):
         if present is not None and rngs is None and not new and is_same(present, adapter):
             old = present.flat()
             if old.keys() == values.keys() and all(old[path].shape == x.shape for path, x in values.items()):
-                graph.set_values(attach.adapter_variables(self._contents)[name], values)
+                graph.set_values(graph.adapter_variables(self._contents)[name], values)
                 attach.activate(self._contents, (name,))
                 return self.tree
         if present is not None or rngs is not None or new:
@@ -233,7 +233,7 @@ class Model(_Variables, Object):
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        trained = State(nnx.state(self.tree, attach.AdapterParam))
+        trained = State(nnx.state(self.tree, graph.AdapterParam))
         return trained.map_adapters(lambda name, _: f(name, attach.extract(self.tree, name)), names)  # all its tensors
 
     def with_rest(self, rest: Any) -> Any:

@@ -374,8 +374,9 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         bound_keymap = experts.per_expert_keymap(bound_keymap)
     if isinstance(foreign_tree.given.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
-        owners = nnx_survey.base_leaves(foreign_tree.given.tree)
-        entries = nnx_survey.class_entries(owners, nnx_survey.base_shapes(owners), bound_keymap)
+        owners = graph.walk_model(foreign_tree.given.tree).leaves
+        shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
+        entries = nnx_survey.class_entries(owners, shapes, bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
     known = survey_sites(
         foreign_tree.dialect,

@@ -53,26 +53,10 @@ from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, ada
 # ---------------------------------------------------------------- attach
 
 
-Model = nnx.Module | graph.ModelWalk
-Tree = Model | nnx.State[Any, Any]
-TREES = (nnx.Module, graph.ModelWalk, nnx.State)
 Layers = Sequence[tuple[str, Any]]
 
 
 # ---------------------------------------------------------------- shardings of parameters
-
-
-def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
-    """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
-    shardings: dict[str, NamedSharding | None] = {}
-    for leaf, value in survey.base_values(owners).items():
-        shardings[leaf] = regions.sharding_of(value)
-        module, attr = owners[leaf]
-        var: nnx.Variable[Any] = vars(module)[attr]
-        if var.get_metadata("out_sharding", None) and regions.is_unplaced(value):
-            spec = nnx.get_partition_spec({"": var})[""].get_value()
-            shardings[leaf] = regions.sharding_from_spec(spec, var.get_metadata("mesh", None))
-    return shardings
 
 
 def _sharding_metadata(site: Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +250,7 @@ def uninstall_adapters(layer: nnx.Module) -> None:
         survey.set_class(layer, survey.base_class(layer))
 
 
-def adapted_layers(model: Model) -> list[tuple[str, Any]]:
+def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
     """Return `(path, layer)` for every adapted layer."""
     modules = graph.walk_model(model).modules
     return [
@@ -274,7 +258,7 @@ def adapted_layers(model: Model) -> list[tuple[str, Any]]:
     ]
 
 
-def activate(model: Model, names: Sequence[str]) -> None:
+def activate(model: graph.Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
@@ -299,12 +283,12 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
             setattr(layer, ACTIVE, names)
 
 
-def active_names(model: Model) -> tuple[str, ...]:
+def active_names(model: graph.Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
     return tuple(dict.fromkeys(name for _, layer in adapted_layers(model) for name in getattr(layer, ACTIVE)))
 
 
-def delete(model: Model, *names: str) -> None:
+def delete(model: graph.Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     walk = graph.walk_model(model)
     layers = adapted_layers(walk)
@@ -326,19 +310,12 @@ def delete(model: Model, *names: str) -> None:
 # ---------------------------------------------------------------- extracting and injecting values
 
 
-def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
-    """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
-    if isinstance(tree, nnx.State):
-        return graph.group_adapters(nnx.to_flat_state(tree))
-    return (tree if isinstance(tree, graph.ModelWalk) else graph.walk_model(tree)).adapters
-
-
-def extract(tree: Tree, name: str) -> Adapter:
+def extract(tree: graph.Tree, name: str) -> Adapter:
     """Return the adapter called `name` as a value.
 
     Raises `AttachError` if the tree has no such adapter, or if parts of the adapter are missing.
     """
-    adapters = adapter_variables(tree)
+    adapters = graph.adapter_variables(tree)
     if name not in adapters:
         merged = (
             ". If merge merged it, it is in the weights: save it from the model before the merge, or write the merged"

@@ -20,6 +20,7 @@ from flax.nnx import graphlib
 from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import SHARED_NODE
+from jaxadapt.arrays import regions
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.registry import COLLECTIONS
@@ -407,6 +408,11 @@ class ModelWalk:
         return group_adapters((path, var) for path, var, _ in self.entries)
 
 
+Model = nnx.Module | ModelWalk
+Tree = Model | nnx.State[Any, Any]
+TREES = (nnx.Module, ModelWalk, nnx.State)
+
+
 def walk_model(model: Any) -> ModelWalk:
     """List the contents of a model; return a walk unchanged."""
     return model if isinstance(model, ModelWalk) else ModelWalk(walk(model))
@@ -428,11 +434,24 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
     return adapters
 
 
-def walk_if_model(tree: Any) -> Any:
-    """Return the walk over an NNX model, which functions on models take in its place; any other tree unchanged."""
-    return walk_model(tree) if isinstance(tree, nnx.Module) else tree
+def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
+    """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
+    return group_adapters(nnx.to_flat_state(tree)) if isinstance(tree, nnx.State) else walk_model(tree).adapters
 
 
-def model_of(tree: Any) -> Any:
-    """Return the model of a walk; any other tree unchanged."""
-    return tree.model if isinstance(tree, ModelWalk) else tree
+def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
+    """Return `{dotted path: array or spec}` of base parameters."""
+    return values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
+
+
+def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
+    """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
+    shardings: dict[str, Any] = {}
+    for leaf, value in base_values(owners).items():
+        shardings[leaf] = regions.sharding_of(value)
+        module, attr = owners[leaf]
+        var: nnx.Variable[Any] = vars(module)[attr]
+        if var.get_metadata("out_sharding", None) and regions.is_unplaced(value):
+            spec = nnx.get_partition_spec({"": var})[""].get_value()
+            shardings[leaf] = regions.sharding_from_spec(spec, var.get_metadata("mesh", None))
+    return shardings

@@ -73,7 +73,7 @@ def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, ca
 
 def embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
     """Return the embeddings of tokens, by the model's own layer."""
-    owners = survey.base_leaves(module)
+    owners = graph.walk_model(module).leaves
     leaf = input_embedding(prompt.recipe.keymap, owners)
     layer = None if leaf is None else owners[leaf][0]
     if not isinstance(layer, nnx.Embed):
@@ -115,7 +115,7 @@ def call_with_keys(
         return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
 
     def base_parameters() -> dict[str, Any]:
-        return survey.base_values(survey.base_leaves(module))
+        return graph.base_values(graph.walk_model(module).leaves)
 
     y, changed = calling.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))

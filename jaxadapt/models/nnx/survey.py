@@ -203,26 +203,6 @@ def describe_use(module: nnx.Module) -> str:
 # ---------------------------------------------------------------- the model's leaves
 
 
-def base_leaves(model: nnx.Module) -> Mapping[str, graph.Owner]:
-    """Return `{dotted path: (owner, attribute)}` for every base parameter that is a module's attribute, once each."""
-    return graph.walk_model(model).leaves
-
-
-def base_shapes(owners: Mapping[str, graph.Owner]) -> dict[str, tuple[int, ...]]:
-    """Return `{dotted path: shape}` for the base parameters of a real or abstract model."""
-    return {leaf: tuple(value.shape) for leaf, value in base_values(owners).items()}
-
-
-def base_values(owners: Mapping[str, graph.Owner]) -> dict[str, Any]:
-    """Return `{dotted path: array or spec}` for the base parameters."""
-    return graph.values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
-
-
-def is_abstract(owners: Mapping[str, graph.Owner]) -> bool:
-    """Return True if a model is abstract: made by `nnx.eval_shape`, with shapes instead of arrays."""
-    return any(isinstance(value, jax.ShapeDtypeStruct) for value in base_values(owners).values())
-
-
 def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
     """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
 
@@ -373,7 +353,7 @@ def instrument(
             for name, (path, var) in zip(names, flat, strict=True)
         ]
         copy: Any = nnx.merge(graphdef, nnx.from_flat_state(filled))
-        for leaf, (module, attr) in base_leaves(copy).items():
+        for leaf, (module, attr) in graph.walk_model(copy).leaves.items():
             if leaf in leaves:
                 base = base_class(module)
                 body = {name: _observed(leaf, attr, base, f, observe) for name, f in entry_points(base).items()}
@@ -437,7 +417,7 @@ def trace_axes(
 def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args: Args) -> dict[str, str]:
     """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
     notes: dict[str, str] = {}
-    owners = base_leaves(model)
+    owners = graph.walk_model(model).leaves
     leaves = custom_leaves(owners, adapted)
 
     def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
