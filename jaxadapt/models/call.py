@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use, contradiction_message
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.rows import AppliedRows, Implementation, apply_rows, split_rows
@@ -203,7 +204,87 @@ def describe(name: str, layer: Layer, hooks: Mapping[str, Hook], args: Args, kwa
         return dict.fromkeys(hooks, f"{name}'s own call")
     weights = {leaf: quantized.to_dense(layer.params[leaf]) for leaf in hooks}
     uses = rewrite.uses(functools.partial(layer.output, **kwargs), weights, *args)
-    return {leaf: rewrite.describe_uses(name, uses[leaf], hook) for leaf, hook in hooks.items()}
+    unfollowed = {leaf: ", ".join(dict.fromkeys(unfollowed_uses(uses[leaf], hook))) for leaf, hook in hooks.items()}
+    return {leaf: f"effective weight in {name} ({each})" if each else f"traced {name}" for leaf, each in unfollowed.items()}
+
+
+# ---------------------------------------------------------------- conclusions from the uses of a weight
+
+
+def unfollowed_uses(found: Iterable[rewrite.WeightUse], hook: Hook) -> list[str]:
+    """Return the uses that need the effective weight, in a few words each."""
+    axes = hook.axes
+    along = (set(axes.in_axes), set(axes.out_axes))
+    return [
+        use.primitive if isinstance(use, rewrite.OtherUse) else f"a sum over axes {list(use.in_axes)}"
+        for use in found
+        if (isinstance(use, rewrite.OtherUse) and not hook.follows(use.primitive))
+        or (
+            isinstance(use, rewrite.Contraction)
+            and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
+        )
+    ]
+
+
+def infer_axes(f: rewrite.Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
+    """Infer the axis roles of `weights[name]` from the contraction in `f`.
+
+    Inputs and outputs are in the weight's axis order. A trace cannot distinguish a fused axis (k and v in one array)
+    from an output axis.
+
+    Raises:
+        AttachError: `f` does not use the weight, uses it in several ways, or in an operation other than `dot_general`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
+    >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
+    Axes(in_axes=(0,), out_axes=(1, 2), batch_axes=(), parts=None)
+    """
+    distinct = list(dict.fromkeys(rewrite.uses(f, weights, *args)[name]))
+    match distinct:
+        case [rewrite.Contraction(inputs, out, batch)]:
+            return Axes(inputs, out, batch)
+        case []:
+            problem = "is never used"
+        case [rewrite.OtherUse(primitive)]:
+            problem = f"is used by {primitive}, and only a matrix product shows which axes are inputs"
+        case _:
+            listed = "; ".join(_describe_use(use) for use in distinct)
+            problem = f"is used in several ways ({listed}), so that its inputs and outputs are ambiguous"
+    raise AttachError(f"cannot infer the axis roles of {name!r}: it {problem}. Pass a KeyMap with an entry for it")
+
+
+def _describe_use(use: rewrite.WeightUse) -> str:
+    if isinstance(use, rewrite.OtherUse):
+        return f"by {use.primitive}"
+    shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""
+    return f"summed over axes {list(use.in_axes)}, leaving {list(use.out_axes)}{shared}"
+
+
+# ---------------------------------------------------------------- dependence on a weight, without running
+
+
+def refuse_reads_outside(leaves: Iterable[str]) -> None:
+    """Raise `AttachError` if there are weights that the model reads outside their own module's call."""
+    raise_listed(
+        AttachError,
+        "these weights are read outside their own module's call, where an adapter cannot follow:",
+        leaves,
+        "\nExclude them with exclude_modules, or change the reader to call the module",
+    )
+
+
+def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
+    """Return `{name: True if the outputs of f(weights) depend on it}`; weights may be `ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
+    {'a': True, 'b': False}
+    """
+    names = list(weights)
+    closed = jax.make_jaxpr(lambda *ws: f(dict(zip(names, ws, strict=True))))(*(weights[n] for n in names))
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return dict(zip(names, used, strict=True))
 
 
 # ---------------------------------------------------------------- rows of a batch

@@ -169,7 +169,7 @@ class _SurveyInterceptor:
                 output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
                 if layer.kernel is not None or not rewrite.uses(output, weights, *args)[name]:
                     return  # this method does not use the weight as one that an adapter can follow
-                roles = Roles(rewrite.infer_axes(output, weights, name, *args))
+                roles = Roles(call.infer_axes(output, weights, name, *args))
         except AttachError as error:
             self.survey.unknown[leaf] = str(error)
             return
@@ -275,7 +275,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         overlaid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    rewrite.refuse_reads_outside(leaf for leaf, is_live in rewrite.live_weights(output, values).items() if is_live)
+    call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, values).items() if is_live)
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:

@@ -396,7 +396,7 @@ def trace_axes(
     def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         weight = layer.params[attr]
         try:
-            axes = rewrite.infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
+            axes = call.infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
             seen = TracedAxes(axes, tuple(weight.shape))
             if traced.setdefault(leaf, seen) != seen:
                 problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
@@ -459,13 +459,13 @@ def check_calls(
             uses = rewrite.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
             shapes[leaf] = weight.shape
             products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
-            unfollowed = rewrite.unfollowed_uses(uses, adapted[leaf])
+            unfollowed = call.unfollowed_uses(uses, adapted[leaf])
             if leaf in dropped and unfollowed:
                 stray_uses[leaf] = ", ".join(unfollowed)
         return {attr: alias}
 
     run, inputs = instrument(model, list(adapted), observe, args)
-    live = rewrite.live_weights(run, inputs)
+    live = call.live_weights(run, inputs)
     contradictions = [
         f"{leaf}: {contradiction_message(axes, layer_axes)}"
         for leaf in forward
@@ -473,7 +473,7 @@ def check_calls(
         and (layer_axes := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
     ]
     raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
-    rewrite.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
+    call.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     raise_listed(
         AttachError,
         "dropout cannot be applied, because these layers use their weight outside a supported product, where only"

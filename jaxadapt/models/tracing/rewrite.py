@@ -6,8 +6,6 @@ the hook receives that contraction: LoRA adds a low-rank product beside it, at t
 convolution, a lookup or a ragged product goes to the hook if it follows that primitive. Any other consumer (a scan, a
 cond) receives the hook's effective weight: exact, but more expensive. `uses` reports these cases beforehand.
 
-`infer_axes` and the functions after it draw conclusions from the uses, also without running the function.
-
 Uses only public names of jax; independent of Flax and of the methods.
 """
 
@@ -22,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
-from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.core.errors import AttachError
 from jaxadapt.models.tracing.operations import (
     BARRIER,
     AxisLayout,
@@ -52,6 +49,8 @@ class OtherUse:
     """Any other use, named after the primitive that consumes the weight (`"return"`: the function itself)."""
 
     primitive: str
+
+WeightUse = Contraction | OtherUse
 
 
 def rewrite(
@@ -105,7 +104,7 @@ def rewrite(
     return traced.result([scope.plain(out) for out in outs])
 
 
-def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[Contraction | OtherUse, ...]]:
+def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[WeightUse, ...]]:
     """Return the uses of each weight in `f(weights, *args)`, in order, without computing anything.
 
     Weights and the arrays in `args` may be `jax.ShapeDtypeStruct`s.
@@ -115,7 +114,7 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
     """
     traced = trace(f, weights, args)
-    by_weight: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}
+    by_weight: dict[str, list[WeightUse]] = {name: [] for name in weights}
     layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
     for out in _collect_uses(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], by_weight):
         if out is not None:
@@ -185,7 +184,7 @@ def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> 
 
 
 def _collect_uses(
-    jaxpr: core.Jaxpr, given: Sequence[AxisLayout | None], found: dict[str, list[Contraction | OtherUse]]
+    jaxpr: core.Jaxpr, given: Sequence[AxisLayout | None], found: dict[str, list[WeightUse]]
 ) -> list[AxisLayout | None]:
     """Append the uses of the given views to `found`; return the layouts of the jaxpr's results."""
     env = dict(zip(jaxpr.invars, given, strict=True))
@@ -399,92 +398,3 @@ def _evaluate_operation(
     (y,) = evaluate_unchanged(eqn, changed)
     new = scope.hooks[name].output(use, hooked_x, y, scope.weights[name])
     return [_check_like("output", new, y)]
-
-
-# ---------------------------------------------------------------- conclusions from the uses of a weight
-
-
-def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list[str]:
-    """Return the uses that need the effective weight, in a few words each."""
-    axes = hook.axes
-    along = (set(axes.in_axes), set(axes.out_axes))
-    return [
-        use.primitive if isinstance(use, OtherUse) else f"a sum over axes {list(use.in_axes)}"
-        for use in found
-        if (isinstance(use, OtherUse) and not hook.follows(use.primitive))
-        or (
-            isinstance(use, Contraction)
-            and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
-        )
-    ]
-
-
-def describe_uses(function: str, found: Iterable[Contraction | OtherUse], hook: Hook) -> str:
-    """Say in a few words if `function` contracts a weight along its roles, or which uses need the effective weight."""
-    unfollowed = unfollowed_uses(found, hook)
-    return (
-        f"effective weight in {function} ({', '.join(dict.fromkeys(unfollowed))})"
-        if unfollowed
-        else f"traced {function}"
-    )
-
-
-def infer_axes(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
-    """Infer the axis roles of `weights[name]` from the contraction in `f`.
-
-    Inputs and outputs are in the weight's axis order. A trace cannot distinguish a fused axis (k and v in one array)
-    from an output axis.
-
-    Raises:
-        AttachError: `f` does not use the weight, uses it in several ways, or in an operation other than `dot_general`.
-
-    >>> import jax, jax.numpy as jnp
-    >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
-    >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
-    Axes(in_axes=(0,), out_axes=(1, 2), batch_axes=(), parts=None)
-    """
-    distinct = list(dict.fromkeys(uses(f, weights, *args)[name]))
-    match distinct:
-        case [Contraction(inputs, out, batch)]:
-            return Axes(inputs, out, batch)
-        case []:
-            problem = "is never used"
-        case [OtherUse(primitive)]:
-            problem = f"is used by {primitive}, and only a matrix product shows which axes are inputs"
-        case _:
-            listed = "; ".join(_describe_use(use) for use in distinct)
-            problem = f"is used in several ways ({listed}), so that its inputs and outputs are ambiguous"
-    raise AttachError(f"cannot infer the axis roles of {name!r}: it {problem}. Pass a KeyMap with an entry for it")
-
-
-def _describe_use(use: Contraction | OtherUse) -> str:
-    if isinstance(use, OtherUse):
-        return f"by {use.primitive}"
-    shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""
-    return f"summed over axes {list(use.in_axes)}, leaving {list(use.out_axes)}{shared}"
-
-
-# ---------------------------------------------------------------- dependence on a weight, without running
-
-
-def refuse_reads_outside(leaves: Iterable[str]) -> None:
-    """Raise `AttachError` if there are weights that the model reads outside their own module's call."""
-    raise_listed(
-        AttachError,
-        "these weights are read outside their own module's call, where an adapter cannot follow:",
-        leaves,
-        "\nExclude them with exclude_modules, or change the reader to call the module",
-    )
-
-
-def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
-    """Return `{name: True if the outputs of f(weights) depend on it}`; weights may be `ShapeDtypeStruct`s.
-
-    >>> import jax.numpy as jnp
-    >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
-    {'a': True, 'b': False}
-    """
-    names = list(weights)
-    closed = jax.make_jaxpr(lambda *ws: f(dict(zip(names, ws, strict=True))))(*(weights[n] for n in names))
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return dict(zip(names, used, strict=True))
