@@ -31,7 +31,7 @@ from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params, carrier, lora_carrier
-from jaxadapt.models.carriers.base import DEFAULT, Carrier, check_free
+from jaxadapt.models.carriers import DEFAULT, Carrier, check_free
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 from jaxadapt.models.prompt.rewriting import input_embedding

@@ -35,7 +35,7 @@ from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params
 from jaxadapt.models import invocation
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.linen import survey, wrapper
+from jaxadapt.models.linen import collections, wrapper
 from jaxadapt.models.linen.interceptor import SEP, LeafAdapter, intercept
 from jaxadapt.models.nnx import attach
 
@@ -280,7 +280,7 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
         key_paths |= {paths.join(site.leaf, name): (*path, key) for name, key in keys.items()}
 
     def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:
-        inner = survey.overlay(params, {key_paths[path]: x for path, x in {**masks, **states}.items()})
+        inner = collections.overlay(params, {key_paths[path]: x for path, x in {**masks, **states}.items()})
         with intercept(adapters):
             return sum_outputs(forward(inner, batch))
 

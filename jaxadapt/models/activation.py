@@ -19,7 +19,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers.base import DEFAULT, Carrier
+from jaxadapt.models.carriers import DEFAULT, Carrier
 from jaxadapt.models.nnx import attach, graph
 
 # ---------------------------------------------------------------- activation

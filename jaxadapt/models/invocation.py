@@ -20,8 +20,8 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers.nnx_kinds import Model
-from jaxadapt.models.carriers.tree_kinds import Wrapper
+from jaxadapt.models.carriers import Model
+from jaxadapt.models.carriers import Wrapper
 from jaxadapt.models.linen.overlay import repeat_on_stack
 from jaxadapt.models.nnx import graph
 

@@ -63,10 +63,8 @@ class BaseParams:
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
         """The keymap of an adapter that the variables have, if any."""
-        for collection in collections.adapter_collections(self.target).values():
-            for name, tree in collection.items():
-                return collections.read_adapter(tree, name).keymap
-        return None
+        found = collections.variable_adapters(self.target)
+        return next((collections.read_adapter(tree, name).keymap for name, tree in found), None)
 
 
 class ModelParams(BaseParams):

@@ -39,7 +39,7 @@ from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.models.carriers import DEFAULT
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.planning import BaseParams

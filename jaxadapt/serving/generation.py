@@ -20,7 +20,7 @@ from jax.nn import log_softmax, softmax
 from jax.typing import DTypeLike
 
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.models.carriers.nnx_kinds import Model
+from jaxadapt.models.carriers import Model
 from jaxadapt.models.invocation import invoke
 from jaxadapt.serving import routing
 

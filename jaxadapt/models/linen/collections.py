@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import families
 from jaxadapt.methods.registry import COLLECTIONS
+
+Keys = tuple[str, ...]
 
 
 def unbox_tree(tree: Any) -> Any:
@@ -78,6 +81,31 @@ def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
     return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
+def lookup(tree: Any, keys: Sequence[str]) -> Any:
+    """Return the value at these keys of nested mappings."""
+    return functools.reduce(lambda node, key: node[key], keys, tree)
+
+
+def overlay(tree: Mapping[str, Any], leaves: Mapping[Keys, Any]) -> dict[str, Any]:
+    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
+    inner: dict[str, dict[Keys, Any]] = {}
+    out = dict(tree)
+    for (first, *rest), value in leaves.items():
+        if rest:
+            inner.setdefault(first, {})[tuple(rest)] = value
+        else:
+            out[first] = value
+    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}
+
+
+def with_value(tree: Any, value: Any, *keys: str) -> Any:
+    """Return nested mappings of the same types with `value` at these keys."""
+    if not keys:
+        return value
+    mapping_type: Any = type(tree)
+    return mapping_type({**tree, keys[0]: with_value(tree.get(keys[0], {}), value, *keys[1:])})
+
+
 def replace_adapter_values(
     tree: Mapping[str, Any], name: str, values: Mapping[str, Any], recipe: Recipe | None = None
 ) -> Any:
@@ -88,23 +116,10 @@ def replace_adapter_values(
         values: `{path: array}` for all parameters of the adapter.
         recipe: replaces the adapter's recipe, if given.
     """
-    if CONFIG_NODE in tree:
-        return replace_values(tree, values, recipe)
-    inner = tree.get(name)
-    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
-        return with_entry(tree, name, replace_values(inner, values, recipe))
-    key = next(c for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c])
-    for collection in (key, integers_name(key)):
-        if name in tree.get(collection, {}):
-            inner = replace_values(tree[collection][name], values, recipe)
-            tree = with_entry(tree, collection, with_entry(tree[collection], name, inner))
+    found = next(keys for keys in find_adapters(tree) if keys[-1:] in ((), (name,)))
+    for keys in places(tree, found):
+        tree = with_value(tree, replace_values(lookup(tree, keys), values, recipe), *keys)
     return tree
-
-
-def with_entry(tree: Mapping[str, Any], key: str, value: Any) -> Any:
-    """Return a mapping of the same type with `tree[key]` set to `value`."""
-    mapping_type: Any = type(tree)
-    return mapping_type({**tree, key: value})
 
 
 def replace_values(
@@ -134,14 +149,21 @@ def replace_values(
 # ---------------------------------------------------------------- finding and reading adapters
 
 
-def adapter_collections(variables: Any) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return `{collection: {name: tree of one adapter}}` of Linen variables.
+def find_adapters(tree: Mapping[str, Any]) -> dict[Keys, Mapping[str, Any]]:
+    """Return `{keys: tree of one adapter}` of Linen variables, of one collection, or of one adapter, with the keys ().
 
-    Returns none for a tree without "params": in a parameter tree, "lora" may be the name of a module.
+    The tree of an adapter in variables has the integer tensors of the collection beside its own.
     """
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        return {}
-    return adapter_trees(variables)
+    if CONFIG_NODE in tree:
+        return {(): tree}
+    groups: list[tuple[Keys, Any, Mapping[str, Any]]] = [((), tree, {}), *(((c,), tree[c], tree.get(integers_name(c), {})) for c in collection_names(tree))]
+    return {
+        (*keys, name): with_integers(inner, integers.get(name, {}))
+        for keys, group, integers in groups
+        if isinstance(group, Mapping)
+        for name, inner in group.items()
+        if isinstance(inner, Mapping) and (keys or CONFIG_NODE in inner)
+    }
 
 
 def with_integers(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -153,27 +175,25 @@ def with_integers(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> Mappi
     return {**tree, **added}
 
 
-def adapter_trees(tree: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return `{collection: {name: tree of one adapter}}` of the collections in Linen variables, with their integers."""
-    return {
-        collection: {
-            name: with_integers(inner, tree.get(integers_name(collection), {}).get(name, {}))
-            for name, inner in dict(tree[collection]).items()
-        }
-        for collection in collection_names(tree)
-    }
+def places(tree: Mapping[str, Any], keys: Keys) -> list[Keys]:
+    """Return the keys of an adapter that `find_adapters` found, and those of its integer tensors, if it has some."""
+    integers = [(integers_name(collection), name) for collection, name in [keys] * (len(keys) == 2)]
+    return [keys, *(each for each in integers if each[1] in tree.get(each[0], {}))]
+
+
+def variable_adapters(variables: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return `(name, tree of one adapter)` of the collections in Linen variables.
+
+    Returns none for a tree without "params": in a parameter tree, "lora" may be the name of a module.
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        return []
+    return [(keys[1], inner) for keys, inner in find_adapters(variables).items() if len(keys) == 2]
 
 
 def adapter_names(tree: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapters with a configuration in Linen variables, or in one collection of them."""
-    candidates = [tree, *(tree.get(name, {}) for name in COLLECTIONS)]
-    return sorted(
-        name
-        for collection in candidates
-        if isinstance(collection, Mapping)
-        for name, inner in collection.items()
-        if isinstance(inner, Mapping) and CONFIG_NODE in inner
-    )
+    return sorted(keys[-1] for keys, inner in find_adapters(tree).items() if keys and CONFIG_NODE in inner)
 
 
 def collection_names(tree: Mapping[str, Any]) -> list[str]:
@@ -196,21 +216,13 @@ def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
 
     Raises `AttachError` if several collections have an adapter of this name.
     """
-    if CONFIG_NODE in tree:
-        return tree
-    inner = tree.get(name)
-    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
-        return inner
-    matches = {c: tree[c] for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c]}
-    if len(matches) > 1:
+    found = {keys: inner for keys, inner in find_adapters(tree).items() if keys[-1:] in ((), (name,))}
+    if len(found) > 1 and all(len(keys) == 2 for keys in found):
         raise AttachError(
-            f"several adapters are called {name!r} here, in {' and '.join(matches)}. Rename one of them, for example"
-            " with adapter.named('other')"
+            f"several adapters are called {name!r} here, in {' and '.join(keys[0] for keys in found)}. Rename one of"
+            " them, for example with adapter.named('other')"
         )
-    for collection in matches:
-        own = {collection, integers_name(collection)}
-        return adapter_trees({key: value for key, value in tree.items() if key in own})[collection][name]
-    return None
+    return next(iter(found.values()), None)
 
 
 def is_moment(path: str) -> bool:

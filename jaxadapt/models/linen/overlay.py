@@ -29,7 +29,7 @@ from jaxadapt.methods.applied import Applicable, refuse_rivals
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
-from jaxadapt.models.linen import collections, survey
+from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
 
@@ -63,14 +63,14 @@ class Overlay:
         """Return the variables with which the module is called."""
         if not self.leaves:
             return dict(self.base)
-        return {**self.base, "params": survey.overlay(self.base["params"], self.leaves)}
+        return {**self.base, "params": collections.overlay(self.base["params"], self.leaves)}
 
     def restore(self, changed: Mapping[str, Any], mutable: Any) -> Any:
         """Return the collections that a call returned, without the added leaves and with the adapters' collections."""
         out = dict(changed)
         if "params" in out and self.leaves:
-            replaced = {keys: survey.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]}
-            out["params"] = survey.overlay(_without_added(out["params"]), replaced)
+            replaced = {keys: collections.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]}
+            out["params"] = collections.overlay(_without_added(out["params"]), replaced)
         out |= {c: tree for c, tree in self.adapters.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 
@@ -112,14 +112,14 @@ def build_overlay(
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
-                old = quantized.to_dense(added.leaves[keys] if keys in added.leaves else survey.lookup(params, keys))
+                old = quantized.to_dense(added.leaves[keys] if keys in added.leaves else collections.lookup(params, keys))
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
                 added.leaves[keys] = meta.replace_boxed(old, new)
                 continue
             if site.method.dropout(site.hparams):
                 with_dropout[name] = None
             number = order, has_stream and name in with_dropout
-            tensors = {**values[site.leaf], **_repeat_data(site, of_call, survey.lookup(params, keys))}
+            tensors = {**values[site.leaf], **_repeat_data(site, of_call, collections.lookup(params, keys))}
             added.append(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
     interceptor = Interceptor(added.sites, _quantized_modules(params), has_stream)
@@ -170,7 +170,7 @@ class _Added:
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
     """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
     collection = collection_name(config)
-    tree = collections.adapter_trees(adapters).get(collection, {}).get(name)
+    tree = collections.find_adapters(adapters).get((collection, name))
     if tree is None:
         raise AttachError(
             f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"

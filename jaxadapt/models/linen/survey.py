@@ -25,7 +25,7 @@ from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import call, layers
 from jaxadapt.models.layers import Roles
 from jaxadapt.models.linen import interceptor
-from jaxadapt.models.linen.collections import unbox_tree
+from jaxadapt.models.linen.collections import lookup, overlay, unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
 
@@ -276,20 +276,3 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
     call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, values).items() if is_live)
-
-
-def lookup(tree: Any, keys: Sequence[str]) -> Any:
-    """Return the value at these keys of nested mappings."""
-    return functools.reduce(lambda node, key: node[key], keys, tree)
-
-
-def overlay(tree: Mapping[str, Any], leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
-    inner: dict[str, dict[tuple[str, ...], Any]] = {}
-    out = dict(tree)
-    for (first, *rest), value in leaves.items():
-        if rest:
-            inner.setdefault(first, {})[tuple(rest)] = value
-        else:
-            out[first] = value
-    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}

@@ -282,10 +282,10 @@ class Adapted:
         """
         keys_by_leaf = key_paths(overlay.base["params"])
         base = collections.unbox_tree(overlay.base["params"])
-        shapes = {leaf: tuple(survey.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
+        shapes = {leaf: tuple(collections.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
         configs = dict(self.adapters)
         for name in self.active:
-            tree = collections.adapter_trees(overlay.adapters)[collection_name(configs[name])][name]
+            tree = collections.find_adapters(overlay.adapters)[collection_name(configs[name]), name]
             adapter = collections.read_adapter(meta.unbox(tree), name)
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             scopes = called() if missing else ()

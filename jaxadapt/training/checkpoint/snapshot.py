@@ -26,8 +26,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
 from jaxadapt.models.carriers import carrier, lora_carrier
-from jaxadapt.models.carriers.base import DEFAULT, Carrier
-from jaxadapt.models.carriers.nnx_kinds import is_object
+from jaxadapt.models.carriers import DEFAULT, Carrier
+from jaxadapt.models.carriers import is_object
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
 

@@ -1,0 +1,712 @@
+"""Carriers: what kind of tree holds base parameters and adapters is decided here, once for each call.
+
+A carrier is one tree, of a kind that `carrier` recognises, with the operations that this kind has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from jax.core import Tracer
+
+from jaxadapt.adapters import initial_values
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, PeftTensors, Recipe, collection_name, integers_name
+from jaxadapt.adapters.site import Site, make_file_plan
+from jaxadapt.adapters.sites import sites_of
+from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
+from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.models import planning
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.foreign.tree import ForeignTree, LoraTree, describe_unknown, find_lora
+from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.nnx.graph import LayerNumber
+from jaxadapt.models.planning import BaseParams, ModelParams, read_params
+from jaxadapt.models.trees import is_box, rebox, unbox
+
+DEFAULT = "default"
+Describe = Callable[[str, Adapter], Mapping[str, Any]]
+"""A function from the name and the value of an adapter to `{path: new value}`."""
+
+
+class Carrier:
+    """A tree of base parameters, adapters or both. This class holds any pytree, without adapters.
+
+    Operations of NNX objects change them in place and return them; those of other trees return new trees. An operation
+    that the kind lacks raises `AttachError`.
+    """
+
+    remedy = ""
+    """The end of the errors for this kind: another value to pass."""
+    foreign: ForeignTree | None = None
+    """The LoRA leaves of another library, if the tree has them."""
+    on_shared: str | None = None
+    """`on_shared` of the `LoraTree` that wraps the tree."""
+    has_base = False
+    """True if the tree may hold base parameters beside adapters: a model, or variables."""
+    in_place = False
+    """True for NNX models, which operations change."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+    def unsupported(self, expected: str) -> AttachError:
+        """Return the error for an operation that this kind lacks."""
+        return AttachError(f"expected {expected}, found {type(self.tree).__name__}{self.remedy}")
+
+    # ------------------------------------------------------------ base parameters
+
+    def base(self) -> BaseParams:
+        """Return the base parameters, to plan an adapter for."""
+        raise self.unsupported("base parameters as nested mappings, Linen variables or an NNX model")
+
+    @property
+    def params(self) -> Any:
+        """The base parameters in the tree."""
+        return self.tree
+
+    def to_change(self, in_place: bool, donate: bool) -> Any:
+        """Return the tree whose base an operation may change: of an NNX model a copy, unless its memory is given up."""
+        if in_place:
+            raise AttachError(
+                f"in_place=True: expected an NNX model, found {type(self.tree).__name__}, for which a new tree is"
+                " returned. donate=True reuses the memory of its weights"
+            )
+        return self.tree
+
+    def walk(self) -> graph.ModelWalk | None:
+        """Return the modules and parameters of an NNX model, from one traversal; None for trees without modules."""
+        return None
+
+    def leaves(self) -> dict[str, Any]:
+        """Return `{path: array}` of the base parameters, without boxes."""
+        flat = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
+        return {_dotted_path(keys): unbox(leaf) for keys, leaf in flat}
+
+    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+        """Return `{path: array}` of some base parameters."""
+        found = {path: _descend(self.params, path) for path in wanted}
+        if all(leaf is not None for leaf in found.values()):
+            return {path: unbox(leaf) for path, leaf in found.items()}
+        leaves = self.leaves()  # names with dots, or nodes that are no mappings
+        return {path: leaves[path] for path in wanted}
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        """Replace the base parameters at some paths, in their boxes or with them."""
+
+        def put(keys: Any, leaf: Any) -> Any:
+            path = _dotted_path(keys)
+            return leaf if path not in new else rebox(leaf, new[path]) if boxes else new[path]
+
+        params = self.params
+        filled = jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
+        return filled if params is self.tree else collections.with_value(self.tree, filled, "params")
+
+    def abstract(self) -> Any:
+        """Return a copy of the tree with shapes instead of arrays."""
+        return jax.eval_shape(lambda: self.tree)
+
+    def statistics(self) -> list[str]:
+        """Return the paths of statistics of batch normalization."""
+        return []
+
+    # ------------------------------------------------------------ adapters
+
+    def names(self) -> list[str]:
+        """Return the names of the adapters."""
+        return []
+
+    def has_adapters(self) -> bool:
+        """True if the tree has an adapter of jaxadapt."""
+        return bool(self.names())
+
+    def active(self) -> list[str]:
+        """Return the names of the adapters that a call applies."""
+        return self.names()
+
+    def attached(self, name: str) -> Adapter | None:
+        """Return the adapter called `name` with its configuration; None if there is none."""
+        return self.extract(name) if name in self.names() else None
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        """Attach a new adapter; `options` are the arguments of `jaxadapt.adapt` that only some kinds have."""
+        raise self.unsupported("an NNX model, a Linen module or an adapted Linen module")
+
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        """Return the adapter called `name`, as `jaxadapt.extract` does."""
+        raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        """Write an adapter's values into the attached adapter of that name."""
+        raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        """Change the base at `new`, `{path: array}`, and attach an adapter instead of the `present` one."""
+        raise self.unsupported("an NNX model or Linen variables")
+
+    def delete(self, name: str) -> Any:
+        """Remove one adapter."""
+        raise self.unsupported("an adapted NNX model, an adapted Linen module or Linen variables")
+
+    def detach(self) -> Any:
+        """Remove all adapters."""
+        raise self.unsupported("an adapted NNX model, an adapted Linen module or Linen variables")
+
+    def activate(self, names: Sequence[str]) -> Any:
+        """Activate these adapters only."""
+        raise self.unsupported("an adapted NNX model or an adapted Linen module")
+
+    def adapters(self) -> list[tuple[str, Adapter]]:
+        """Return `(name, adapter)` of all adapters with their configurations."""
+        return [(name, self.extract(name)) for name in self.names()]
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Return the tree with the values that `f` returns in place of its adapters' leaves."""
+        raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
+
+    # ------------------------------------------------------------ training state
+
+    def pytree(self) -> Any:
+        """Return the tree as a pytree: the state of an NNX object."""
+        return self.tree
+
+    def fill(self, new: Any) -> Any:
+        """Return the tree with the leaves of `new`, a pytree like `pytree()`."""
+        return new
+
+    def rest(self) -> Any:
+        """Return the state that training changes besides adapters, such as random streams and batch statistics."""
+        return {}
+
+    def with_rest(self, rest: Any) -> Any:
+        """Return the tree with another `rest`."""
+        return self.tree
+
+
+def _descend(tree: Any, path: str) -> Any:
+    """Return the leaf at a dotted path of nested mappings; None if the path does not lead to one."""
+    for name in path.split("."):
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
+    return None if isinstance(tree, Mapping) else tree
+
+
+def _dotted_path(keys: Sequence[Any]) -> str:
+    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
+
+
+def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:
+    """Raise `AttachError`, listing all problems, unless an adapter fits the one to replace: its `{path: array}`."""
+    problems = list(map(str, compare(shapes_of(present), shapes_of(adapter.flat()))))
+    if config != adapter.config:
+        problems.append(f"another configuration: {config.differences(adapter.config, 'given')}")
+    raise_listed(AttachError, f"cannot inject: the adapter does not fit {name!r}:", problems)
+
+
+def check_name(name: str, present: Sequence[str]) -> None:
+    """Raise `AttachError` unless an adapter is called `name`."""
+    if name not in present:
+        raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
+
+
+def check_free(name: str, present: Sequence[str]) -> None:
+    """Raise `AttachError` if an adapter is called `name` already."""
+    if name in present:
+        raise AttachError(
+            f"cannot attach the adapter {name!r}: the name is taken; pass another name=, or delete that adapter first"
+        )
+
+
+def refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raise `AttachError` for options that were given and do not apply."""
+    if given := [option for option, value in options.items() if value is not None]:
+        raise AttachError(f"{', '.join(given)}: {why}")
+
+
+# ---------------------------------------------------------------- NNX
+
+
+# Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
+# that follow from an adapter's configuration, and variables that exist only during one call.
+_NOT_REST = (nnx.Param, LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
+
+
+def is_object(tree: Any) -> bool:
+    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
+    return isinstance(tree, nnx.Pytree)
+
+
+class Object(Carrier):
+    """An NNX object, such as an optimizer or random streams."""
+
+    def pytree(self) -> Any:
+        """Return the object's state."""
+        return nnx.state(self.tree)
+
+    def fill(self, new: Any) -> Any:
+        """Write a state into the object, and return it."""
+        nnx.update(self.tree, new)
+        return self.tree
+
+
+class _Variables(Carrier):
+    """The operations that models and states share: their adapters are `AdapterParam`s."""
+
+    @functools.cached_property
+    def _contents(self) -> Any:
+        """The state, or the walk over the model."""
+        return self.tree
+
+    def names(self) -> list[str]:
+        return list(graph.adapter_variables(self._contents))
+
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
+            raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
+        return attach.extract(self._contents, name)
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        variables = graph.adapter_variables(self._contents).get(name)
+        if variables is None:
+            raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
+        recipe = next(iter(variables.values())).get_metadata("adapter").recipe
+        check_fit(adapter, recipe.config, graph.values_of(variables), name)
+        graph.set_values(variables, adapter.flat())
+        return self.tree
+
+    def rest(self) -> Any:
+        return nnx.filter_state(self.pytree(), nnx.Not(nnx.Any(*_NOT_REST)))
+
+
+class State(_Variables):
+    """An `nnx.State` of a model."""
+
+    remedy = "; pass the model"
+
+    @property
+    def params(self) -> Any:
+        return self.tree.get("params", self.tree)
+
+    def base(self) -> BaseParams:
+        return read_params(nnx.to_pure_dict(self.params), self.tree)
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Replace the variables; each must be an adapter's."""
+        variables = graph.adapter_variables(self.tree)
+        if not variables:
+            raise AttachError("the model has no adapter; call jaxadapt.adapt first")
+        new: dict[int, Any] = {}
+        for name, by_path in variables.items():
+            values = f(name, attach.extract(self.tree, name))
+            new |= {id(var): values[path] for path, var in by_path.items()}
+        flat = nnx.to_flat_state(self.tree)
+        others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
+        raise_listed(
+            AttachError,
+            "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
+            " also contains:",
+            others,
+        )
+        return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def with_rest(self, rest: Any) -> Any:
+        nnx.replace_by_pure_dict(self.tree, nnx.to_pure_dict(rest))
+        return self.tree
+
+
+class Model(_Variables, Object):
+    """An NNX module; operations change it in place."""
+
+    has_base = in_place = True
+
+    def to_change(self, in_place: bool, donate: bool) -> Any:
+        return self.tree if in_place or donate else nnx.clone(self.tree)  # which shares the arrays
+
+    def walk(self) -> graph.ModelWalk:
+        return self._contents
+
+    @functools.cached_property
+    def _contents(self) -> Any:
+        return graph.walk_model(self.tree)
+
+    def _walk_again(self) -> None:
+        """Forget the walk, after modules got or lost attributes."""
+        vars(self).pop("_contents", None)
+
+    def base(self) -> ModelParams:
+        return ModelParams(self._contents.leaves, self.tree, self._contents)
+
+    def leaves(self) -> dict[str, Any]:
+        return graph.base_values(self._contents.leaves)
+
+    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+        modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
+        owners: dict[str, graph.Owner] = {}
+        for path in wanted:
+            prefix, _, attr = path.rpartition(".")
+            module = modules.get(prefix)
+            if module is None or not isinstance(vars(module).get(attr), nnx.Param):
+                return super().some_leaves(wanted)  # a shared module has other paths too
+            owners[path] = module, attr
+        return graph.base_values(owners)
+
+    def abstract(self) -> Any:
+        rebuild, state = self.split()
+        return rebuild(jax.eval_shape(lambda: state))
+
+    def split(self) -> tuple[Callable[[Any], Any], Any]:
+        """Return the function that builds the model from its state, and the state."""
+        graphdef, state = nnx.split(self.tree)
+        return functools.partial(nnx.merge, graphdef), state
+
+    def statistics(self) -> list[str]:
+        return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        owners, others = self._contents.leaves, survey.layer_state(self.tree) if new else {}
+        for path, value in new.items():
+            if path not in owners:
+                others[path].set_value(value)
+                continue
+            module, attr = owners[path]
+            vars(module)[attr].set_value(value)
+            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
+        return self.tree
+
+    def active(self) -> list[str]:
+        return list(attach.active_names(self._contents))
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        refuse(
+            {"deterministic": options["deterministic"]},
+            "for Linen modules only; call model.train() or model.eval() of an NNX model",
+        )
+        base, rngs = self.base(), options["rngs"]
+        check_free(name, self.names())
+        recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
+        abstract = rngs is None and any(isinstance(x, jax.ShapeDtypeStruct) for x in base.leaves.values())
+        if rngs is None and not abstract:
+            raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
+        if rngs is not None:
+            attach.require_stream(rngs, "params")
+        key = None if rngs is None else attach.draw_params_key(rngs)
+        values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
+        attach.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
+        self._walk_again()
+        return self.tree
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        values = adapter.flat()
+        if present is not None and rngs is None and not new and is_same(present, adapter):
+            old = present.flat()
+            if old.keys() == values.keys() and all(old[path].shape == x.shape for path, x in values.items()):
+                graph.set_values(graph.adapter_variables(self._contents)[name], values)
+                attach.activate(self._contents, (name,))
+                return self.tree
+        if present is not None or rngs is not None or new:
+            # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
+            copy = self.abstract()
+            if present is not None:
+                attach.delete(copy, name)
+            attach.attach(copy, adapter.recipe, sites, name, values, None if rngs is None else nnx.clone(rngs))
+        self.replace(new)
+        if present is not None:
+            attach.delete(self._contents, name)
+        attach.attach(self.tree, adapter.recipe, sites, name, values, rngs, self._contents)
+        self._walk_again()
+        return self.tree
+
+    def delete(self, name: str) -> Any:
+        check_name(name, self.names())
+        attach.delete(self._contents, name)
+        self._walk_again()
+        return self.tree
+
+    def detach(self) -> Any:
+        attach.delete(self._contents, *self.names())
+        self._walk_again()
+        return self.tree
+
+    def activate(self, names: Sequence[str]) -> Any:
+        attach.activate(self._contents, names)
+        return self.tree
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        trained = State(nnx.state(self.tree, graph.AdapterParam))
+        return trained.map_adapters(lambda name, _: f(name, attach.extract(self.tree, name)), names)  # all its tensors
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.fill(rest)
+
+
+def is_same(present: Adapter, adapter: Adapter) -> bool:
+    """Return True if two adapters have one configuration, and would be saved with the same origin."""
+    return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
+
+
+# ---------------------------------------------------------------- Linen, and other trees
+
+
+_PER_CALL = {"params", "intermediates", "cache", "perturbations"}
+
+
+class Module(Carrier):
+    """A Linen module, which holds no parameters."""
+
+    remedy = ", which holds no parameters; pass the variables, {'params': …}"
+
+    def leaves(self) -> dict[str, Any]:
+        return self.base().leaves
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        given = {option: value for option, value in options.items() if option != "deterministic"}
+        refuse(given, "for NNX models only; pass keys and inputs to the wrapper's init")
+        return self._wrap(config, name, {"keymap": keymap, "dtype": dtype, "deterministic": options["deterministic"]})
+
+    def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
+        return Adapted(self.tree, ((name, config),), (name,), **shared)
+
+
+class Wrapper(Module):
+    """An adapted Linen module."""
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.tree.adapters]
+
+    def active(self) -> list[str]:
+        return list(self.tree.active)
+
+    def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
+        check_free(name, self.names())
+        for argument, value in shared.items():
+            present = getattr(self.tree, argument)
+            if value is not None and value != present:
+                raise AttachError(
+                    f"cannot use {argument}={value!r}: all adapters of a wrapper share this argument, and this wrapper"
+                    f" has {present!r}; leave it out"
+                )
+        return dataclasses.replace(self.tree, adapters=(*self.tree.adapters, (name, config)), active=(name,))
+
+    def delete(self, name: str) -> Any:
+        check_name(name, self.names())
+        kept = tuple(pair for pair in self.tree.adapters if pair[0] != name)
+        return dataclasses.replace(self.tree, adapters=kept, active=tuple(n for n in self.tree.active if n != name))
+
+    def detach(self) -> Any:
+        return self.tree.module
+
+    def activate(self, names: Sequence[str]) -> Any:
+        present = self.names()
+        unknown = [name for name in names if name not in present]
+        if unknown:
+            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {present}")
+        return dataclasses.replace(self.tree, active=tuple(names))
+
+
+class Params(Carrier):
+    """Nested mappings: base parameters, or the collections of an adapter without a base."""
+
+    remedy = "; for bare parameters use jaxadapt.init, or from_peft(read(path), params)"
+
+    def base(self) -> BaseParams:
+        return read_params(self.params, self.tree)
+
+    def names(self) -> list[str]:
+        return collections.adapter_names(self.tree)
+
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        present = collections.adapter_tree(self.tree, name)
+        if present is not None and (config is None or (keymap is None and collections.has_config(present))):
+            adapter = collections.read_adapter(present, name)
+            return adapter if config is None else dataclasses.replace(adapter, config=config)
+        names = self.names()
+        if present is None and names:
+            raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
+        return collections.adapter_from_arrays(self.tree, name, config, keymap)
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        present = self.extract(name)
+        check_fit(adapter, present.config, present.flat(), name)
+        return collections.replace_adapter_values(self.tree, name, adapter.flat())
+
+    def delete(self, name: str) -> Any:
+        collection = collection_name(self.extract(name).config)
+        out = dict(self.tree)
+        for each in (collection, integers_name(collection)):
+            kept = {k: v for k, v in out.pop(each, {}).items() if k != name}
+            out |= {each: kept} if kept else {}
+        return out
+
+    def detach(self) -> Any:
+        return collections.without_adapters(self.tree)
+
+    def adapters(self) -> list[tuple[str, Adapter]]:
+        found = collections.find_adapters(self.tree).items()
+        return [(keys[1], collections.read_adapter(inner, keys[1])) for keys, inner in found if len(keys) == 2]
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Replace the leaves of the adapters called `names` (None: of all)."""
+        new: dict[tuple[str, ...], Any] = {}
+        for keys, inner in collections.find_adapters(self.tree).items():
+            if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
+                values = f(keys[-1], collections.read_adapter(inner, keys[-1]))
+                for at in collections.places(self.tree, keys):
+                    tree = collections.lookup(self.tree, at)
+                    kept = {k: v for k, v in tree.items() if k == CONFIG_NODE}
+                    leaves = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
+                    new[at] = {**paths.unflatten({path: values[path] for path in leaves}), **kept}
+        return collections.overlay(self.tree, new)
+
+    def rest(self) -> Any:
+        if not (collections.collection_names(self.tree) or self.has_base):
+            return {}
+        return {k: v for k, v in collections.without_adapters(self.tree).items() if k not in _PER_CALL}
+
+    def with_rest(self, rest: Any) -> Any:
+        mapping_type: Any = type(self.tree)
+        return mapping_type({**self.tree, **rest})
+
+
+class Variables(Params):
+    """Linen variables, `{"params": base, …}`."""
+
+    remedy = ""
+    has_base = True
+
+    @property
+    def params(self) -> Any:
+        """The base parameters."""
+        return self.tree["params"]
+
+    def statistics(self) -> list[str]:
+        return [f"batch_stats.{path}" for path in paths.flatten(self.tree.get("batch_stats", {}))]
+
+    def attached(self, name: str) -> Adapter | None:
+        found = (tree for each, tree in collections.variable_adapters(self.tree) if each == name)
+        return next((collections.read_adapter(tree, name) for tree in found), None)
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        changed = Variables(self.replace(new) if new else self.tree)
+        if present is not None and present.config == adapter.config and present.shapes == adapter.shapes:
+            recipe = None if is_same(present, adapter) else adapter.recipe
+            return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
+        variables: Any = changed.tree if present is None else changed.delete(name)
+        named = collections.box_like_base(adapter, changed.params).named(name)
+        for collection, tree in named.items():
+            variables = collections.with_value(variables, tree[name], collection, name)
+        return variables
+
+
+class Value(Carrier):
+    """An `Adapter`."""
+
+    def names(self) -> list[str]:
+        return [DEFAULT]
+
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        return self.tree
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        check_fit(adapter, self.tree.config, self.tree.flat(), name)
+        return dataclasses.replace(self.tree, params=collections.replace_values(self.tree.params, adapter.flat()))
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        return dataclasses.replace(self.tree, params=paths.unflatten(f(DEFAULT, self.tree)))
+
+
+class Foreign(Carrier):
+    """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
+
+    def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
+        super().__init__(found.given.tree)
+        self.foreign = self.found = found
+        self.whole = whole
+
+    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+        return foreign.extract_adapter(self.found, config, keymap)
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        leaves, dialect = adapter.flat(), self.found.dialect
+        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
+        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
+        tensors = PeftTensors(adapter.config, tensors, "this adapter")
+        return foreign.fill_tree(self.found, tensors, adapter.keymap if same else None)
+
+    def rest(self) -> Any:
+        return self.whole.rest()
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.whole.with_rest(rest)
+
+
+
+
+_KINDS: tuple[tuple[type[Any], type[Carrier]], ...] = (  # the first that fits: an nnx.Dict is a Mapping too
+    (nnx.Module, Model),
+    (nnx.State, State),
+    (nnx.Pytree, Object),
+    (Adapter, Value),
+    (Adapted, Wrapper),
+    (nn.Module, Module),
+    (Mapping, Params),
+)
+
+
+def carrier(tree: Any) -> Carrier:
+    """Return the carrier of a tree, for its base parameters and the adapters of jaxadapt."""
+    kind = next((kind for cls, kind in _KINDS if isinstance(tree, cls)), Carrier)
+    return Variables(tree) if kind is Params and isinstance(tree.get("params"), Mapping) else kind(tree)
+
+
+def lora_carrier(tree: Any) -> Carrier:
+    """Return the carrier of a tree, for its adapters: those of jaxadapt, else the LoRA leaves of another library.
+
+    Raises `KeyMapError` if a known layout matches only some of the LoRA leaves, and `AttachError` for options of a
+    `LoraTree` that apply only to trees of other libraries.
+    """
+    given = tree if isinstance(tree, LoraTree) else None
+    own = carrier(tree if given is None else given.tree)
+    found = None if own.has_adapters() else find_lora(given or LoraTree(tree), own.walk())
+    if found is not None:
+        return Foreign(found, own)
+    if given is None:
+        return own
+    own.on_shared = given.on_shared
+    near = "" if own.has_adapters() else describe_unknown(given.tree)
+    why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
+    refuse({"lora_alpha": given.lora_alpha}, why)
+    refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA leaves{near}")
+    return own
+
+
+def base_params(tree: Any) -> BaseParams:
+    """Return the base parameters of an NNX model, or of nested mappings. Raises `AttachError` for variables."""
+    held = carrier(tree)
+    if isinstance(held, Variables):
+        raise AttachError("expected base parameters, found variables; pass variables['params']")
+    return held.base()
