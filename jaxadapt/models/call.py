@@ -325,7 +325,7 @@ class RowLayout:
     sites: tuple[RowSite, ...]
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """The adapters of the rows of one batch: a pytree of arrays.
@@ -339,8 +339,8 @@ class Rows:
     """
 
     arrays: Sequence[Mapping[str, Any]]
-    layout: RowLayout
-    how: Implementation = "gather"
+    layout: RowLayout = dataclasses.field(metadata={"static": True})
+    how: Implementation = dataclasses.field(default="gather", metadata={"static": True})
     shared: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -351,15 +351,6 @@ class Rows:
     def shared_of(self, site: RowSite) -> Mapping[str, Any]:
         """Return the shared tensors that a site uses."""
         return {} if site.shared is None else self.shared[site.shared]
-
-    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[RowLayout, Implementation]]:
-        """Flatten the rows for JAX."""
-        return (tuple(self.arrays), tuple(self.shared)), (self.layout, self.how)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[RowLayout, Implementation], children: tuple[Any, Any]) -> Rows:
-        """Rebuild the rows that `tree_flatten` flattened."""
-        return cls(children[0], *static, children[1])
 
     def check_layout(self, layout: RowLayout) -> None:
         """Raise `AttachError` if these rows are of another bank than the attached one."""

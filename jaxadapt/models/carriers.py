@@ -666,6 +666,9 @@ class Foreign(Carrier):
 
 
 
+# ---------------------------------------------------------------- recognition
+
+
 _KINDS: tuple[tuple[type[Any], type[Carrier]], ...] = (  # the first that fits: an nnx.Dict is a Mapping too
     (nnx.Module, Model),
     (nnx.State, State),

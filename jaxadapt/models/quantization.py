@@ -142,7 +142,11 @@ def from_qwix(model: Any) -> Any:
         for attr, value in vars(node).items()
         if quantized.is_qwix_parameter(value)
     }
-    new = {at: jax.tree.map(_open_variable, value, is_leaf=_is_variable) for at, (_, value) in qwix_params.items()}
+    is_variable = graph.instance_test(nnx.Variable)
+    new = {
+        at: jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, value, is_leaf=is_variable)
+        for at, (_, value) in qwix_params.items()
+    }
     odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
     raise_listed(
         AttachError, "cannot convert this model: Qwix also quantizes activations, with static scales, at:", odd
@@ -157,11 +161,3 @@ def from_qwix(model: Any) -> Any:
 
 def _without_qwix(cls: Any) -> Any:
     return vars(cls).get("_unquantized_type", cls)
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
-
-
-def _open_variable(x: Any) -> Any:
-    return x.get_value() if isinstance(x, nnx.Variable) else x

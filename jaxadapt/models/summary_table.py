@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core.errors import AttachError
 from jaxadapt.core.progress import escape_text
@@ -148,13 +147,9 @@ def _describe_hparams(hparams: Any) -> str:
         if field.name == "own":  # the method's, in a dataclass within `MatrixHparams`
             shown += filter(None, [_describe_hparams(value)])
         elif value and value != field.default and field.name != "used":  # `entries` shows the used layers
-            shown.append(value_text(value) if field.name == "scale" else f"{field.name} {value}")
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            shown.append(text if field.name == "scale" else f"{field.name} {value}")
     return ", ".join(shown)
-
-
-def value_text(scale: float | PerEntry) -> str:
-    """Return a scale as text; if layers differ, its smallest and largest value."""
-    return f"{scale:g}" if isinstance(scale, float) else str(scale)
 
 
 def summary(model: Any, *inputs: Any) -> Summary:

@@ -14,7 +14,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
 from jaxadapt.models.foreign.dialect import RANK, Dialect, layouts
-from jaxadapt.models.foreign.heads import head_axes
+from jaxadapt.models.foreign.forms import head_axes
 from jaxadapt.models.foreign.survey import hinted_sizes
 
 Shape = tuple[int, ...]

@@ -97,7 +97,7 @@ class Dialect:
         slots: names of two arrays beside `a`, if the arrays hold several adapters on a leading axis: the rank that
             each slot uses, and its scale.
         heads: "shared": B is shared by all heads (r, last axis), A has one matrix per head. "own": both have one per
-            head. See `heads.py`. "" otherwise.
+            head. See `forms.py`. "" otherwise.
         named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
             paths have any module.
         trains: the libraries whose models it trains; "maxtext/flat" if the layers call dot_general there.

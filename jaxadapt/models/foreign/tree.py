@@ -1,7 +1,7 @@
 """Foreign trees: `read_tree` converts their LoRA leaves to PEFT's tensors, and `fill_tree` writes such tensors.
 
-The paths and layouts are in `dialects/`, the sites in `survey.py`, heads with an A each in `heads.py`, trees with
-several adapters in `slots.py`, access to the trees in `models/trees.py`.
+The paths and layouts are in `dialects/`, the sites in `survey.py`, arrays of heads and of slots in
+`forms.py`, access to the trees in `models/trees.py`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
-from jaxadapt.models.foreign import dialects, heads, slots
+from jaxadapt.models.foreign import dialects, forms
 from jaxadapt.models.foreign import survey as foreign_config
 from jaxadapt.models.foreign.dialect import Dialect, is_like
-from jaxadapt.models.foreign.heads import require_rank
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
@@ -81,7 +80,7 @@ def place_tensors(
             ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors'
         )
     small = {half.path: half for half in sites.arrays if need[half.path] > half.rank}
-    require_rank(
+    forms.require_rank(
         [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()],
         max(need.values(), default=0),
     )
@@ -352,7 +351,7 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
             f"cannot select an adapter: each array of this {foreign_tree.dialect.name} tree holds several. Pass"
             " jaxadapt.models.LoraTree(tree, slot=0) instead of tree"
         )
-    leaves, stored = slots.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.given.slot, room)
+    leaves, stored = forms.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.given.slot, room)
     return dataclasses.replace(foreign_tree, leaves=leaves, stored=stored)
 
 
@@ -398,11 +397,11 @@ def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> K
     return families.family_of_leaves(leaves)  # the tree has only LoRA leaves
 
 
-def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[heads.HeadPair]:
+def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[forms.HeadPair]:
     """Return the pairs of leaves with head axes."""
     if not foreign_tree.dialect.heads:
         return []
-    return heads.find_heads(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
+    return forms.find_heads(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
 
 
 def _scales_some(foreign_tree: ForeignTree) -> bool:
@@ -438,7 +437,7 @@ def read_tree(
             raise foreign_config.missing_alpha(foreign_tree.dialect)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
-        wide = heads.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
+        wide = forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
         foreign_tree, lora_alpha = _with_leaves(foreign_tree, wide, alpha), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     sites = survey_tree(foreign_tree, keymap)
@@ -489,7 +488,7 @@ def fill_tree(
     room, alpha = _select_slot(foreign_tree, room=True), given.lora_alpha
     pairs = _find_heads(room, keymap)
     if (pairs or _scales_some(room)) and alpha is not None:
-        wide = heads.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs)
+        wide = forms.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs)
         room, alpha = _with_leaves(room, wide, alpha), None
     sites = survey_tree(room, keymap, tensors.tensors)
     if sites.real is not None:
@@ -504,10 +503,10 @@ def fill_tree(
     values = {key: tensors.tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
     placed, new = _build_arrays(room, sites, values, ratios, dtype, tensors.source)
     if pairs:
-        new |= heads.narrow_leaves(dialect, pairs, leaves, new, given.on_shared == "concat")
+        new |= forms.narrow_leaves(dialect, pairs, leaves, new, given.on_shared == "concat")
     new = {path: place_like(leaves[path], x) for path, x in new.items()}
     if given.slot is not None:
-        new = slots.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
+        new = forms.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
     return foreign_tree.put(new)
 
 
@@ -567,7 +566,7 @@ def needed_rank(
 ) -> int:
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
     pairs = _find_heads(foreign_tree, keymap)
-    wide = heads.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
+    wide = forms.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
     sites, ratios = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap), dict.fromkeys(modules, 1.0)
     _, needed = _assign_rows(sites, tensors, ratios, bitwise_same)[1:]
     placed = place_tensors(sites, tensors, ratios, True, bitwise_same) if pairs else {}

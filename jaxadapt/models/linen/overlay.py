@@ -27,7 +27,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import Applicable, refuse_rivals
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.registry import COLLECTIONS, get_method
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
@@ -248,16 +248,10 @@ def _without_added(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Config]) -> dict[str, Any]:
     """Return the collections of the wrapper's adapters, and of all others that have a configuration."""
     names = {collection_name(config) for config in configs.values()}
-    names |= {c for c in COLLECTIONS if _has_adapters(variables.get(c))}
+    found = collections.find_adapters(variables).items()
+    names |= {keys[0] for keys, inner in found if keys[1:] and CONFIG_NODE in inner}
     names |= set(map(integers_name, names))
     return {c: variables[c] for c in variables if c in names}
-
-
-def _has_adapters(collection: Any) -> bool:
-    """Return True if a collection holds an adapter with its configuration."""
-    return isinstance(collection, Mapping) and any(
-        isinstance(tree, Mapping) and CONFIG_NODE in tree for tree in collection.values()
-    )
 
 
 def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:

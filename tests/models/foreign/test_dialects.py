@@ -11,7 +11,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt.models import LoraTree
-from jaxadapt.models.foreign import heads, survey
+from jaxadapt.models.foreign import forms, survey
 from jaxadapt.models.foreign.dialect import Dialect, Pair
 from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.models.foreign.cases import CASES, Case, D, E, F, R, flat, nest
@@ -420,7 +420,7 @@ def test_equal_rows_of_one_head_stay_apart():
     b = np.stack([np.stack([one, one]), np.stack([one, other])])  # (r, heads, last)
     a = rng.standard_normal((5, 2))
     weight = jaxadapt.Weight("q.kernel", "q.weight", "d n h -> (n h) d")
-    pair = heads.HeadPair("a", "b", weight, {"d": 5, "n": 2, "h": 3}, True)
+    pair = forms.HeadPair("a", "b", weight, {"d": 5, "n": 2, "h": 3}, True)
     by_head, rows, _ = pair.narrow(a, b)
     np.testing.assert_allclose(np.einsum("dnk,kh->dnh", by_head, rows), np.einsum("dr,rnh->dnh", a, b), rtol=1e-12)
 
