@@ -26,8 +26,14 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models import planning
-from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.foreign.tree import ForeignTree, LoraTree, describe_unknown, find_lora
+from jaxadapt.models.foreign.tree import (
+    ForeignTree,
+    LoraTree,
+    describe_unknown,
+    extract_adapter,
+    fill_tree,
+    find_lora,
+)
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import attach, graph, survey
@@ -247,11 +253,6 @@ def refuse(options: Mapping[str, Any], why: str) -> None:
 _NOT_REST = (nnx.Param, LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
 
 
-def is_object(tree: Any) -> bool:
-    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
-    return isinstance(tree, nnx.Pytree)
-
-
 class Object(Carrier):
     """An NNX object, such as an optimizer or random streams."""
 
@@ -277,7 +278,7 @@ class _Variables(Carrier):
         return list(graph.adapter_variables(self._contents))
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
+        if not self.has_adapters() and (unknown := describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
 
@@ -416,23 +417,21 @@ class Model(_Variables, Object):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        values = adapter.flat()
-        if present is not None and rngs is None and not new and is_same(present, adapter):
-            old = present.flat()
-            if old.keys() == values.keys() and all(old[path].shape == x.shape for path, x in values.items()):
-                graph.set_values(graph.adapter_variables(self._contents)[name], values)
-                attach.activate(self._contents, (name,))
-                return self.tree
-        if present is not None or rngs is not None or new:
+        values, changes = adapter.flat(), rngs is not None or bool(new)
+        if present is not None and not changes and is_same(present, adapter) and present.shapes == adapter.shapes:
+            graph.set_values(graph.adapter_variables(self._contents)[name], values)
+            return self.activate((name,))
+
+        def put(model: Any, walk: graph.ModelWalk, rngs: Any) -> None:
+            if present is not None:
+                attach.delete(walk, name)
+            attach.attach(model, adapter.recipe, sites, name, values, rngs, walk)
+
+        if present is not None or changes:
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
             copy = self.abstract()
-            if present is not None:
-                attach.delete(copy, name)
-            attach.attach(copy, adapter.recipe, sites, name, values, None if rngs is None else nnx.clone(rngs))
-        self.replace(new)
-        if present is not None:
-            attach.delete(self._contents, name)
-        attach.attach(self.tree, adapter.recipe, sites, name, values, rngs, self._contents)
+            put(copy, graph.walk_model(copy), None if rngs is None else nnx.clone(rngs))
+        put(self.replace(new), self._contents, rngs)
         self._walk_again()
         return self.tree
 
@@ -641,13 +640,13 @@ class Value(Carrier):
 class Foreign(Carrier):
     """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
 
-    def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
+    def __init__(self, found: ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
         self.foreign = self.found = found
         self.whole = whole
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        return foreign.extract_adapter(self.found, config, keymap)
+        return extract_adapter(self.found, config, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         leaves, dialect = adapter.flat(), self.found.dialect
@@ -655,7 +654,7 @@ class Foreign(Carrier):
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
         same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
         tensors = PeftTensors(adapter.config, tensors, "this adapter")
-        return foreign.fill_tree(self.found, tensors, adapter.keymap if same else None)
+        return fill_tree(self.found, tensors, adapter.keymap if same else None)
 
     def rest(self) -> Any:
         return self.whole.rest()

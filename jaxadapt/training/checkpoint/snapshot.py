@@ -27,7 +27,7 @@ from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
 from jaxadapt.models.carriers import carrier, lora_carrier
 from jaxadapt.models.carriers import DEFAULT, Carrier
-from jaxadapt.models.carriers import is_object
+from jaxadapt.models.carriers import Object
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
 
@@ -133,7 +133,7 @@ def adapter_names(held: Carrier) -> list[str]:
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Return `[(path, leaf)]` and the structure. Segments of paths are escaped, so that all paths differ."""
-    pytree = carrier(tree).pytree() if is_object(tree) else tree
+    pytree = carrier(tree).pytree()
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
     except ValueError as error:  # for example numbers and strings as keys of one dict
@@ -221,7 +221,7 @@ def _plain_structure(tree: Any) -> Any:
         return [type(tree).__name__, inner] if None not in inner else None
     if tree is None:
         return ["none"]
-    return ["leaf"] if jax.tree_util.all_leaves([tree]) and not is_object(tree) else None
+    return ["leaf"] if jax.tree_util.all_leaves([tree]) and not isinstance(carrier(tree), Object) else None
 
 
 # ---------------------------------------------------------------- restore
