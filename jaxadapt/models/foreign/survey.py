@@ -55,27 +55,18 @@ class PackedLayout(FileLayout):
         return super().encode(leaf.reshape(self.shape), i)
 
     @functools.cached_property
-    def rank(self) -> int:
-        """The position of the rank's axis."""
-        return self.left.index(RANK)
-
-    @functools.cached_property
     def file_rank(self) -> int:
         """The position of the rank's axis in the file's tensors."""
         return self.right.index((RANK,))
 
-    @functools.cached_property
-    def _units(self) -> dict[int, FileLayout]:
-        return {}
-
     def unit(self, rank: int) -> FileLayout:
         """Return the layout that converts one key's tensor of this rank to its subarray."""
-        layout = self._units.get(rank)
+        layout = self._by_rank.get(rank)
         if layout is None:
             keep = [axis for axis in range(len(self.left)) if axis not in self.split]
-            shape = tuple(rank if axis == self.rank else self.shape[axis] for axis in keep)
+            shape = tuple(rank if axis == self.rank_axis else self.shape[axis] for axis in keep)
             left = tuple(self.left[axis] for axis in keep)
-            layout = self._units[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
+            layout = self._by_rank[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
         return layout
 
 
@@ -100,7 +91,7 @@ class FactorArray(plan.PlanEntry):
 
     @property
     def rank(self) -> int:
-        return self.shape[self.form.rank]
+        return self.shape[self.form.rank_axis]
 
 
 @dataclasses.dataclass(frozen=True)

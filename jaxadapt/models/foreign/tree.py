@@ -223,7 +223,7 @@ def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, d
             wide = np.dtype(np.float32 if traced else np.float64)
             piece = piece.astype(wide) * wide.type(factor)
         index = list(half.form.index(i))
-        index[half.form.rank] = rows
+        index[half.form.rank_axis] = rows
         if traced:
             out = out.at[tuple(index)].set(piece.astype(dtype))
         else:

@@ -31,7 +31,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
-from jaxadapt.models.prompt.calling import Prompt, require_one
+from jaxadapt.models.prompt.calling import Prompt, only_one
 
 # ---------------------------------------------------------------- overlay
 
@@ -123,8 +123,7 @@ def build_overlay(
             added.append(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
     interceptor = Interceptor(added.sites, _quantized_modules(params), has_stream)
-    require_one(prompts)
-    return Overlay(base, adapters, added.leaves, interceptor, list(with_dropout), next(iter(prompts.values()), None))
+    return Overlay(base, adapters, added.leaves, interceptor, list(with_dropout), only_one(prompts))
 
 
 @dataclasses.dataclass(frozen=True)

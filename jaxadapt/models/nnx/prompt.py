@@ -6,7 +6,7 @@ model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapter
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -54,21 +54,15 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
 
     Raises `AttachError` if there are several.
     """
-    prompts = dict(_prompts(module, names))
-    calling.require_one(prompts)
-    return next(iter(prompts.values()), None)
-
-
-def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
-    held = graph.held_adapters(module)
-    for name, adapters in itertools.product(names, held.values()):
-        tensors = adapters.get(name, {}).get(SHARED_NODE)
-        if tensors:
+    prompts: dict[str, calling.Prompt] = {}
+    for name, adapters in itertools.product(names, graph.held_adapters(module).values()):
+        if tensors := adapters.get(name, {}).get(SHARED_NODE):
             values = {t: var.get_value() for t, var in tensors.items()}
             data = {t: x for t, x in values.items() if isinstance(tensors[t], graph.CallData)}
             params = {t: x for t, x in values.items() if t not in data}
             recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
-            yield name, calling.Prompt(recipe, params, data)
+            prompts[name] = calling.Prompt(recipe, params, data)
+    return calling.only_one(prompts)
 
 
 def embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:

@@ -300,13 +300,14 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
     return "call_with_keys", (layers[:, 0], layers[:, 1])
 
 
-def require_one(prompts: Mapping[str, Prompt]) -> None:
-    """Raise `AttachError` if several adapters with virtual tokens are active."""
+def only_one(prompts: Mapping[str, Prompt]) -> Prompt | None:
+    """Return the active adapter with virtual tokens, if there is one; raise `AttachError` if there are several."""
     if len(prompts) > 1:
         raise AttachError(
             "cannot apply several adapters with virtual tokens at once (as in PEFT). Activate one of them:"
             f" {', '.join(prompts)}"
         )
+    return next(iter(prompts.values()), None)
 
 
 def with_embeddings(
