@@ -19,8 +19,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers import DEFAULT, Carrier
-from jaxadapt.models.nnx import attach, graph
+from jaxadapt.models.carriers import DEFAULT
+from jaxadapt.models.nnx import graph
 
 # ---------------------------------------------------------------- activation
 
@@ -86,9 +86,6 @@ def disable(model: Any) -> Generator[Any]:
 # ---------------------------------------------------------------- adapter scale
 
 
-Array = Any
-
-
 @contextlib.contextmanager
 def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[Any]:
     """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
@@ -123,20 +120,29 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
     held = carrier(model)
     if not held.in_place:
-        yield _rescale_tree(held, factor, name)
+        if name is not None or not held.has_adapters():
+            held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
+        names = None if name is None else (name,)
+        yield held.map_adapters(lambda name, adapter: _multiply(name, adapter, factor), names)
         return
-    variables = _find_variables(model, name)
-    before = {path: var.get_value() for path, var in variables.items()}
-    scaled = [p for p, v in variables.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
-    scaled_values = {**before, **{path: _multiply(before[path], factor) for path in scaled}}
+    present = graph.adapter_variables(model)
+    chosen = held.active() if name is None else [name]
+    if not chosen or not present.keys() >= set(chosen):
+        raise AttachError(
+            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
+            f" {sorted(present) or 'none'}"
+        )
+    before = {each: {path: var.get_value() for path, var in present[each].items()} for each in chosen}
+    scaled = {each: _multiply(each, held.extract(each), factor) for each in chosen}
     try:
-        for path in scaled:
-            variables[path].set_value(scaled_values[path])
+        for each in chosen:
+            graph.set_values(present[each], scaled[each])
         yield model
-        changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled_values[path])]
+        values = [(each, path, var.get_value()) for each in chosen for path, var in present[each].items()]
+        changed = [f"{each}: {path}" for each, path, x in values if _values_differ(x, scaled[each][path])]
     finally:
-        for path, var in variables.items():
-            var.set_value(before[path])
+        for each in chosen:
+            graph.set_values(present[each], before[each])
     raise_listed(
         AttachError,
         "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
@@ -145,49 +151,21 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
     )
 
 
-def _multiply(value: Array, factor: Any) -> Array:
-    return (value * jnp.asarray(factor, jnp.float32)).astype(value.dtype)
+def _multiply(name: str, adapter: Adapter, factor: Any) -> dict[str, Any]:
+    """Return an adapter's `{path: array}` with its update multiplied; raise `AttachError` if its method has no scale."""
+    leaves = paths.flatten(adapter.params)
+    scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(adapter.config).scaled]
+    if not scaled:
+        raise AttachError(f"cannot rescale the adapter {name!r}: its type {adapter.config.peft_type} has no scale")
+
+    def multiply(x: Any) -> Any:
+        return (x * jnp.asarray(factor, jnp.float32)).astype(x.dtype)
+
+    return leaves | {path: jax.tree.map(multiply, leaves[path]) for path in scaled}
 
 
-def _values_differ(new: Array, old: Array) -> bool:
+def _values_differ(new: Any, old: Any) -> bool:
     """Return True if two arrays differ; an array that a jitted function returned unchanged is equal, not identical."""
     if new is old or isinstance(new, Tracer) or isinstance(old, Tracer):
         return False
     return not bool(jnp.array_equal(new, old, equal_nan=True))
-
-
-def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
-    """Return `{"adapter: path": variable}` of the named (or active) adapters."""
-    walked = graph.walk_model(model)
-    present = walked.adapters
-    chosen = attach.active_names(walked) if name is None else (name,)
-    missing = [n for n in chosen if n not in present]
-    if missing or not chosen:
-        raise AttachError(
-            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
-            f" {sorted(present) or 'none'}"
-        )
-    out: dict[str, Any] = {}
-    for n in chosen:
-        metadata = {path: var.get_metadata()["adapter"] for path, var in present[n].items()}
-        scaled = [path for path, meta in metadata.items() if path.rpartition(".")[2] in meta.method.scaled]
-        _require_scale(scaled, n, next(iter(metadata.values())).recipe.config)
-        out |= {f"{n}: {path}": var for path, var in present[n].items()}
-    return out
-
-
-def _require_scale(scaled: Any, name: str, config: Any) -> None:
-    if not scaled:
-        raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
-
-
-def _rescale_tree(held: Carrier, factor: Any, name: str | None) -> Any:
-    def scale(name: str, adapter: Adapter) -> dict[str, Any]:
-        leaves = paths.flatten(adapter.params)
-        scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(adapter.config).scaled]
-        _require_scale(scaled, name, adapter.config)
-        return leaves | {path: jax.tree.map(lambda x: _multiply(x, factor), leaves[path]) for path in scaled}
-
-    if name is not None or not held.has_adapters():
-        held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
-    return held.map_adapters(scale, None if name is None else (name,))
