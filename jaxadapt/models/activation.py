@@ -119,13 +119,13 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
     if np.ndim(factor):
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
     held = carrier(model)
-    if not held.in_place:
+    if (walk := held.walk()) is None:
         if name is not None or not held.has_adapters():
             held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
         names = None if name is None else (name,)
         yield held.map_adapters(lambda name, adapter: _multiply(name, adapter, factor), names)
         return
-    present = graph.adapter_variables(model)
+    present = walk.adapters
     chosen = held.active() if name is None else [name]
     if not chosen or not present.keys() >= set(chosen):
         raise AttachError(

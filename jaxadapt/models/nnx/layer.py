@@ -157,7 +157,7 @@ def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any
         if virtual.method.adds != "embeddings":
             run: Any = functools.partial(_call_layer, base, f)
             return prompt.call_with_keys(module, virtual, base, run, args, kwargs)
-        embed = functools.partial(prompt.embed, module, virtual)
+        embed = functools.partial(prompt.embed_tokens, module, virtual)
         args, kwargs = calling.with_embeddings(virtual, base.__call__, args, kwargs, embed)
     return _call_layer(base, f, module, args, kwargs)
 

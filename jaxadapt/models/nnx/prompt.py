@@ -65,7 +65,7 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
     return calling.only_one(prompts)
 
 
-def embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
+def embed_tokens(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
     """Return the embeddings of tokens, by the model's own layer."""
     owners = graph.walk_model(module).leaves
     leaf = input_embedding(prompt.recipe.keymap, owners)
