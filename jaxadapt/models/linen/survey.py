@@ -86,17 +86,15 @@ class Survey:
         stack = self.stack.get(leaf)
         if stack is not None and match.stack != stack:
             self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
-        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
-        elif leaf in self.certain and (axes := self._contradicting_roles(leaf, match)) is not None:
-            self.refused[leaf] = contradiction_message(match.axes, axes)
-
-    def _contradicting_roles(self, leaf: str, match: Match) -> Axes | None:
-        """Return the roles that the layer's calls show if the keymap swaps its inputs and outputs, else None."""
+            return
+        if leaf not in self.certain or leaf in self.unknown:
+            return
         roles = self.roles[leaf]
-        if match.weight.kind not in ("linear", roles.kind) or leaf in self.unknown:
-            return None
         shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in match.stack]
-        return transposed_axes(match.axes, [roles.axes], shape)
+        axes = transposed_axes(match.axes, [roles.axes], shape) if match.weight.kind in ("linear", roles.kind) else None
+        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+        if axes is not None:
+            self.refused[leaf] = contradiction_message(match.axes, axes)
 
     def check(self, config: Config, keymap: KeyMap) -> None:
         """Raise `AttachError` naming every leaf that the configuration targets and that cannot be adapted."""
