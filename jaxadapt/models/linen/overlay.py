@@ -30,13 +30,11 @@ from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
 from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.collections import Keys
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, only_one
 
 # ---------------------------------------------------------------- overlay
-
-
-Keys = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)

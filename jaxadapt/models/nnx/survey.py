@@ -323,13 +323,12 @@ def is_never_linear(owner: graph.Owner) -> bool:
 # ---------------------------------------------------------------- abstract call
 
 
-Args = Sequence[Any]
-Observe = Callable[[str, str, call.Layer, Args, Mapping[str, Any]], Mapping[str, Any]]
+Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping[str, Any]]
 """`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
 
 
 def instrument(
-    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: Args
+    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: call.Args
 ) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
     """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model and lets `observe` see calls of its layers.
 
@@ -375,7 +374,7 @@ def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any
 
 
 def trace_axes(
-    model: nnx.Module, walk: graph.ModelWalk, args: Args, leaves: Sequence[str], required: bool
+    model: nnx.Module, walk: graph.ModelWalk, args: call.Args, leaves: Sequence[str], required: bool
 ) -> tuple[dict[str, TracedAxes], set[str]]:
     """Trace the axis roles of custom layers' leaves in one abstract call of the model.
 
@@ -393,7 +392,7 @@ def trace_axes(
     traced: dict[str, TracedAxes] = {}
     problems: dict[str, str] = {}
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         weight = layer.params[attr]
         try:
             axes = call.infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
@@ -414,13 +413,13 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args: Args) -> dict[str, str]:
+def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args: call.Args) -> dict[str, str]:
     """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
     notes: dict[str, str] = {}
     owners = graph.walk_model(model).leaves
     leaves = custom_leaves(owners, adapted)
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
         return {}
 
@@ -436,7 +435,7 @@ def check_calls(
     adapted: Mapping[str, operations.Hook],
     dropped: Sequence[str],
     forward: Sequence[str],
-    args: Args,
+    args: call.Args,
 ) -> None:
     """Raise `AttachError` for uses that an adapter cannot follow in one abstract call of the model.
 
@@ -451,7 +450,7 @@ def check_calls(
     products: dict[str, list[rewrite.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         weight = layer.params[attr]
         # The module reads a copy, so only reads outside its call keep the weight itself live.
         alias = jnp.zeros(weight.shape, weight.dtype)
