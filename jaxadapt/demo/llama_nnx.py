@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
+from jaxadapt.models.attention import attention
 from jaxadapt.models.nnx.graph import SharedParam
-from jaxadapt.models.prompt.attention import attention
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache

@@ -30,11 +30,10 @@ from jaxadapt.merging import factors
 from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import base_params, carrier, lora_carrier
-from jaxadapt.models.carriers import DEFAULT, Carrier, check_free
+from jaxadapt.models.attention import input_embedding
+from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
-from jaxadapt.models.prompt.rewriting import input_embedding
 
 # ---------------------------------------------------------------- start prompt
 

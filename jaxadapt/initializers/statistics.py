@@ -33,7 +33,7 @@ from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params
-from jaxadapt.models import invocation
+from jaxadapt.models import activation
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen import collections, wrapper
 from jaxadapt.models.linen.interceptor import SEP, LeafAdapter, intercept
@@ -253,7 +253,7 @@ def sum_outputs(out: Any) -> Array:
 
 def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     # One for each observer, because it keeps references of `forward`.
-    gradient = invocation.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
+    gradient = activation.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         before = attach.active_names(model)

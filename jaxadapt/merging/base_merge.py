@@ -31,9 +31,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
-from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers import Carrier
-from jaxadapt.models.carriers import Module
+from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph
 

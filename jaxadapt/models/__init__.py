@@ -3,13 +3,11 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "models.activation": "rescale",
+    "models.activation": "invoke rescale",
     "models.foreign.tree": "LoraTree",
-    "models.invocation": "invoke",
     "models.nnx.graph": "BaseParam FrozenParam LayerNumber SharedParam",
-    "models.prompt.attention": "RelativeBias attention",
-    "models.prompt.calling": "extend_labels",
-    "models.prompt.rewriting": "TakesEmbeddings TakesKeys",
+    "models.attention": "RelativeBias TakesEmbeddings TakesKeys attention",
+    "models.prompts": "extend_labels",
     "models.quantization": "dequantize from_qwix quantize",
     "models.attachment": "Selection Target",
 }

@@ -24,9 +24,8 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.rows import AppliedRows, Implementation, apply_rows, split_rows
-from jaxadapt.models import layers
-from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.operations import Hook
+from jaxadapt.models import layers, tracing
+from jaxadapt.models.tracing import Hook
 
 Hooks = Mapping[str, AppliedMethod | AppliedMethods]
 """`{leaf: the adapters on it}` of one layer."""
@@ -145,7 +144,7 @@ def _run_rewritten(
 
     try:
         check_biases(hooks.values(), others)
-        return rewrite.rewrite(run, {leaf: params[leaf] for leaf in hooks}, hooks, *args, forward=forward)
+        return tracing.rewrite(run, {leaf: params[leaf] for leaf in hooks}, hooks, *args, forward=forward)
     except AttachError as error:
         raise AttachError(f"{layer.name}: {error}") from error
 
@@ -203,30 +202,32 @@ def describe(name: str, layer: Layer, hooks: Mapping[str, Hook], args: Args, kwa
     if layer.kernel is not None:
         return dict.fromkeys(hooks, f"{name}'s own call")
     weights = {leaf: quantized.to_dense(layer.params[leaf]) for leaf in hooks}
-    uses = rewrite.uses(functools.partial(layer.output, **kwargs), weights, *args)
+    uses = tracing.uses(functools.partial(layer.output, **kwargs), weights, *args)
     unfollowed = {leaf: ", ".join(dict.fromkeys(unfollowed_uses(uses[leaf], hook))) for leaf, hook in hooks.items()}
-    return {leaf: f"effective weight in {name} ({each})" if each else f"traced {name}" for leaf, each in unfollowed.items()}
+    return {
+        leaf: f"effective weight in {name} ({each})" if each else f"traced {name}" for leaf, each in unfollowed.items()
+    }
 
 
 # ---------------------------------------------------------------- conclusions from the uses of a weight
 
 
-def unfollowed_uses(found: Iterable[rewrite.WeightUse], hook: Hook) -> list[str]:
+def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: Hook) -> list[str]:
     """Return the uses that need the effective weight, in a few words each."""
     axes = hook.axes
     along = (set(axes.in_axes), set(axes.out_axes))
     return [
-        use.primitive if isinstance(use, rewrite.OtherUse) else f"a sum over axes {list(use.in_axes)}"
+        use.primitive if isinstance(use, tracing.OtherUse) else f"a sum over axes {list(use.in_axes)}"
         for use in found
-        if (isinstance(use, rewrite.OtherUse) and not hook.follows(use.primitive))
+        if (isinstance(use, tracing.OtherUse) and not hook.follows(use.primitive))
         or (
-            isinstance(use, rewrite.Contraction)
+            isinstance(use, tracing.Contraction)
             and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
         )
     ]
 
 
-def infer_axes(f: rewrite.Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
+def infer_axes(f: tracing.Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
     """Infer the axis roles of `weights[name]` from the contraction in `f`.
 
     Inputs and outputs are in the weight's axis order. A trace cannot distinguish a fused axis (k and v in one array)
@@ -240,13 +241,13 @@ def infer_axes(f: rewrite.Function, weights: Mapping[str, Any], name: str, *args
     >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
     Axes(in_axes=(0,), out_axes=(1, 2), batch_axes=(), parts=None)
     """
-    distinct = list(dict.fromkeys(rewrite.uses(f, weights, *args)[name]))
+    distinct = list(dict.fromkeys(tracing.uses(f, weights, *args)[name]))
     match distinct:
-        case [rewrite.Contraction(inputs, out, batch)]:
+        case [tracing.Contraction(inputs, out, batch)]:
             return Axes(inputs, out, batch)
         case []:
             problem = "is never used"
-        case [rewrite.OtherUse(primitive)]:
+        case [tracing.OtherUse(primitive)]:
             problem = f"is used by {primitive}, and only a matrix product shows which axes are inputs"
         case _:
             listed = "; ".join(_describe_use(use) for use in distinct)
@@ -254,8 +255,8 @@ def infer_axes(f: rewrite.Function, weights: Mapping[str, Any], name: str, *args
     raise AttachError(f"cannot infer the axis roles of {name!r}: it {problem}. Pass a KeyMap with an entry for it")
 
 
-def _describe_use(use: rewrite.WeightUse) -> str:
-    if isinstance(use, rewrite.OtherUse):
+def _describe_use(use: tracing.WeightUse) -> str:
+    if isinstance(use, tracing.OtherUse):
         return f"by {use.primitive}"
     shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""
     return f"summed over axes {list(use.in_axes)}, leaving {list(use.out_axes)}{shared}"

@@ -24,7 +24,6 @@ from jaxadapt.core import paths
 from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.registry import COLLECTIONS
 from jaxadapt.models import planning
 from jaxadapt.models.foreign.tree import (
     ForeignTree,
@@ -661,8 +660,6 @@ class Foreign(Carrier):
 
     def with_rest(self, rest: Any) -> Any:
         return self.whole.with_rest(rest)
-
-
 
 
 # ---------------------------------------------------------------- recognition

@@ -27,9 +27,9 @@ from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import layers
+from jaxadapt.models.attention import with_width
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.prompt.rewriting import with_width
+from jaxadapt.models.nnx import graph, layer, survey
 
 # ---------------------------------------------------------------- base params
 
@@ -124,7 +124,7 @@ def plan_adapter(
         )
     keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
-        sizes = BaseSizes() if example is None else prompt.measure_base(base.target, example)
+        sizes = BaseSizes() if example is None else layer.measure_base(base.target, example)
         config = method.complete(config, with_width(sizes, keymap, base.shapes))
         return make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:

@@ -38,8 +38,7 @@ from jaxadapt.methods.base import file_sizes
 from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers import DEFAULT
+from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.planning import BaseParams

@@ -43,8 +43,7 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models.carriers import lora_carrier
-from jaxadapt.models.carriers import DEFAULT, Carrier
+from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder

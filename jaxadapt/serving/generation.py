@@ -20,8 +20,8 @@ from jax.nn import log_softmax, softmax
 from jax.typing import DTypeLike
 
 from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.models.activation import invoke
 from jaxadapt.models.carriers import Model
-from jaxadapt.models.invocation import invoke
 from jaxadapt.serving import routing
 
 # ---------------------------------------------------------------- sampling

@@ -17,7 +17,7 @@ from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.applied import AppliedMethods
-from jaxadapt.models.tracing.rewrite import rewrite
+from jaxadapt.models.tracing import rewrite
 from tests.support.configs import class_of
 
 CONV = Weight("w", "q.weight", "x y i o -> o i x y", kind="conv")

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt import AttachError
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.models.call import infer_axes
-from jaxadapt.models.tracing.rewrite import Contraction, OtherUse, rewrite, uses
+from jaxadapt.models.tracing import Contraction, OtherUse, rewrite, uses
 
 R = 3
 

@@ -156,7 +156,10 @@ def find_adapters(tree: Mapping[str, Any]) -> dict[Keys, Mapping[str, Any]]:
     """
     if CONFIG_NODE in tree:
         return {(): tree}
-    groups: list[tuple[Keys, Any, Mapping[str, Any]]] = [((), tree, {}), *(((c,), tree[c], tree.get(integers_name(c), {})) for c in collection_names(tree))]
+    groups: list[tuple[Keys, Any, Mapping[str, Any]]] = [
+        ((), tree, {}),
+        *(((c,), tree[c], tree.get(integers_name(c), {})) for c in collection_names(tree)),
+    ]
     return {
         (*keys, name): with_integers(inner, integers.get(name, {}))
         for keys, group, integers in groups

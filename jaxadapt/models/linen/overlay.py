@@ -32,7 +32,7 @@ from jaxadapt.models.call import NO_ROUTE, RowLayout, Rows
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.collections import Keys
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
-from jaxadapt.models.prompt.calling import Prompt, only_one
+from jaxadapt.models.prompts import Prompt, only_one
 
 # ---------------------------------------------------------------- overlay
 
@@ -67,7 +67,9 @@ class Overlay:
         """Return the collections that a call returned, without the added leaves and with the adapters' collections."""
         out = dict(changed)
         if "params" in out and self.leaves:
-            replaced = {keys: collections.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]}
+            replaced = {
+                keys: collections.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]
+            }
             out["params"] = collections.overlay(_without_added(out["params"]), replaced)
         out |= {c: tree for c, tree in self.adapters.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
@@ -110,7 +112,9 @@ def build_overlay(
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
-                old = quantized.to_dense(added.leaves[keys] if keys in added.leaves else collections.lookup(params, keys))
+                old = quantized.to_dense(
+                    added.leaves[keys] if keys in added.leaves else collections.lookup(params, keys)
+                )
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
                 added.leaves[keys] = meta.replace_boxed(old, new)
                 continue

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
+from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -27,7 +27,7 @@ from jaxadapt.models.layers import Roles
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import lookup, overlay, unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
-from jaxadapt.models.tracing import rewrite
+from jaxadapt.models.tracing import uses
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
 _MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
@@ -165,7 +165,7 @@ class _SurveyInterceptor:
             roles = layers.roles_of(layer.module, layer.method, name, equation)
             if roles is None:
                 output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
-                if layer.kernel is not None or not rewrite.uses(output, weights, *args)[name]:
+                if layer.kernel is not None or not uses(output, weights, *args)[name]:
                     return  # this method does not use the weight as one that an adapter can follow
                 roles = Roles(call.infer_axes(output, weights, name, *args))
         except AttachError as error:

@@ -3,6 +3,8 @@
 An adapter is stored in its own collection, `{"params": base, "lora": {name: tree}}`. For a call, its tensors are added
 to `params` beside the weights that they adapt, so that the model's scan, vmap and remat transform them like the
 weights. An interceptor applies them when the weight's module is called.
+
+Prompt methods on Linen modules: calls with the virtual tokens of the active adapter.
 """
 
 from __future__ import annotations
@@ -27,11 +29,112 @@ from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
+from jaxadapt.models import prompts
+from jaxadapt.models.attention import Findable, is_findable, with_width
 from jaxadapt.models.call import RowLayout, Rows
-from jaxadapt.models.linen import collections, prompt, survey
+from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
-from jaxadapt.models.prompt.rewriting import with_width
+
+# ---------------------------------------------------------------- prompts
+
+
+def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Intercept the calls of Flax's attention modules, so that a trace shows those of their attention function."""
+    module = context.module
+    is_attention = isinstance(module, nn.MultiHeadDotProductAttention) and context.method_name == "__call__"
+    if not is_attention or is_findable(module.attention_fn):
+        return next_fun(*args, **kwargs)
+    copy = module.clone(parent=module.scope, attention_fn=Findable(module.attention_fn))
+    return copy(*args, **kwargs)
+
+
+def call_module(
+    module: nn.Module,
+    prompt: prompts.Prompt,
+    apply: Callable[..., Any],
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call `apply(variables, *args, **kwargs)` with the virtual tokens of an adapter.
+
+    Raises `AttachError` for another method than `__call__`.
+    """
+    method = kwargs.get("method")
+    if not (method is None or method == "__call__" or method is type(module).__call__):
+        name = method if isinstance(method, str) else method.__name__
+        raise AttachError(
+            f"{prompt.recipe.config.peft_type} adds virtual tokens only to the module's __call__, but the call is of"
+            f" {name!r}. Call {name!r} without the adapter, model.clone(active=())"
+        )
+    options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in options}
+    if (hooked := prompts.hooked_call(module, prompt)) is not None:
+        name, first = hooked
+        return apply(variables, *first, *args, **{**kwargs, "method": name})
+    if prompt.method.adds == "embeddings":
+
+        def embed(tokens: Any) -> Any:
+            return _embed(lambda: apply(variables, *args, **kwargs), tokens, prompt.method.peft_type)
+
+        args, rest = prompts.with_embeddings(prompt, type(module).__call__, args, rest, embed)
+        return apply(variables, *args, **rest, **options)
+
+    def run(state: Any, *args: Any, **kwargs: Any) -> Any:
+        variables, rngs = state
+        with nn.intercept_methods(find_attention):
+            return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
+
+    def base() -> dict[str, Any]:
+        return paths.flatten(collections.unbox_tree(variables.get("params", {})))
+
+    state = (variables, options.get("rngs"))
+    return prompts.call_with_keys(run, prompt, type(module).__call__, args, rest, state, base)
+
+
+class _EmbeddedError(Exception):
+    """Ends a call once the embeddings of its tokens are known."""
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+
+def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
+    """Return the embeddings of the tokens of a call, by the module's own `nn.Embed`. The call ends with them."""
+
+    def stop(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if isinstance(context.module, nn.Embed) and context.method_name == "__call__" and given[0] is tokens:
+            raise _EmbeddedError(y)
+        return y
+
+    try:
+        with nn.intercept_methods(stop):
+            call()
+    except _EmbeddedError as found:
+        return found.embeddings
+    raise AttachError(
+        f"{peft_type}: the module does not embed its tokens with an nn.Embed, so their embeddings are unknown. Pass"
+        " embeddings to the call in place of tokens"
+    )
+
+
+def measure_base(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> BaseSizes:
+    """Return the sizes of a base model that a trace of its `init` shows."""
+
+    def run(rngs: Any, args: Any, kwargs: Any) -> Any:
+        with nn.intercept_methods(find_attention):
+            return module.init(rngs, *args, **kwargs)
+
+    traced = jax.eval_shape(lambda x: x, (rngs, args, kwargs))
+    return prompts.measure_base(run, *traced)
+
+
+# ---------------------------------------------------------------- the wrapper
+
 
 _CACHE_SIZE = 64
 
@@ -130,7 +233,7 @@ class Adapted:
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
         has_prompt = any(get_method(config).scope == "model" for _, config in self.adapters)
-        sizes = prompt.measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
+        sizes = measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
         own = {collection_name(config) for _, config in self.adapters}
         occupied = model.collections & (own | set(map(integers_name, own)))
@@ -196,7 +299,7 @@ class Adapted:
         if overlay.prompt is None:
             out = call(variables, *args, **kwargs)
         else:
-            out = prompt.call_module(self.module, overlay.prompt, call, variables, args, kwargs)
+            out = call_module(self.module, overlay.prompt, call, variables, args, kwargs)
         if mutable is False:
             return out
         y, changed = out

@@ -37,7 +37,7 @@ from jaxadapt.methods.applied import refuse_rivals
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.call import RowLayout, Rows
-from jaxadapt.models.nnx import graph, prompt, survey
+from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.graph import (
     AdapterParam,
     FrozenParam,
@@ -48,7 +48,16 @@ from jaxadapt.models.nnx.graph import (
     SharedFrozenParam,
     SharedRowParam,
 )
-from jaxadapt.models.nnx.layer import ACTIVE, ROWS, Attached, adapted_class, adapters_on, attached_to
+from jaxadapt.models.nnx.layer import (
+    ACTIVE,
+    ROWS,
+    Attached,
+    adapted_class,
+    adapters_on,
+    attached_to,
+    prepare_model,
+    restore_attention,
+)
 
 # ---------------------------------------------------------------- attach
 
@@ -155,7 +164,7 @@ def attach(
     }
     if method.scope == "model":
         require_current_trace([model])
-        prompt.prepare_model(model, collection, method)
+        prepare_model(model, collection, method)
         _hold_tensors(model, collection, name, SHARED_NODE, shared)
         _apply_adapters(model, name)
     for site in adapter_sites:
@@ -304,7 +313,7 @@ def delete(model: graph.Model, *names: str) -> None:
         if not graph.held_adapters(layer):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-    prompt.restore_attention(walk.model)
+    restore_attention(walk.model)
 
 
 # ---------------------------------------------------------------- extracting and injecting values

@@ -1,4 +1,9 @@
-"""The call of an adapted NNX layer: its own function, with active adapters applied and quantised weights made dense."""
+"""The call of an adapted NNX layer: its own function, with active adapters applied and quantised weights made dense.
+
+Prompt methods on NNX models: the tensors are attributes of the model itself, whose call adds the virtual tokens.
+
+model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import copyreg
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -16,9 +21,123 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop, Method
-from jaxadapt.models import call
-from jaxadapt.models.nnx import graph, prompt, survey
-from jaxadapt.models.prompt import calling
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+from jaxadapt.models import call, prompts
+from jaxadapt.models import prompts as calling
+from jaxadapt.models.attention import Findable, input_embedding, is_findable
+from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.prompts import Prompt, only_one
+
+# ---------------------------------------------------------------- prompts
+
+
+def prepare_model(model: nnx.Module, collection: str, method: Method) -> None:
+    """Prepare a model for an adapter of a prompt method: a trace must find the calls of its attention layers.
+
+    Raises `AttachError` for a model with an attribute called like the method's collection.
+    """
+    if not isinstance(vars(model).get(collection, {}), Mapping):
+        raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
+    if isinstance(method, PromptMethod) and method.adds != "embeddings":
+        _find_attention(model, _mark)
+
+
+def _mark(function: Any) -> Any:
+    return function if is_findable(function) else Findable(function)
+
+
+def restore_attention(model: nnx.Module) -> None:
+    """Give the attention layers their own functions back, if a model has no adapter of a prompt method."""
+    held = graph.held_adapters(model)
+    if not any(SHARED_NODE in adapter for adapters in held.values() for adapter in adapters.values()):
+        _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
+
+
+def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
+    for _, node in graph.walk_model(model).modules:
+        if isinstance(node, nnx.MultiHeadAttention):
+            node.attention_fn = change(node.attention_fn)
+
+
+def active_prompt(module: nnx.Module, names: Sequence[str]) -> Prompt | None:
+    """Return the active adapter of a prompt method among `names`; None if there is none.
+
+    Raises `AttachError` if there are several.
+    """
+    prompts: dict[str, Prompt] = {}
+    for name, adapters in itertools.product(names, graph.held_adapters(module).values()):
+        if tensors := adapters.get(name, {}).get(SHARED_NODE):
+            values = {t: var.get_value() for t, var in tensors.items()}
+            data = {t: x for t, x in values.items() if isinstance(tensors[t], graph.CallData)}
+            params = {t: x for t, x in values.items() if t not in data}
+            recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
+            prompts[name] = Prompt(recipe, params, data)
+    return only_one(prompts)
+
+
+def embed_tokens(module: nnx.Module, prompt: Prompt, tokens: Any) -> Any:
+    """Return the embeddings of tokens, by the model's own layer."""
+    owners = graph.walk_model(module).leaves
+    leaf = input_embedding(prompt.recipe.keymap, owners)
+    layer = None if leaf is None else owners[leaf][0]
+    if not isinstance(layer, nnx.Embed):
+        raise AttachError(
+            f"{prompt.method.peft_type}: the nnx.Embed that embeds the tokens is unclear"
+            f" ({'none or several are candidates' if leaf is None else f'{leaf} is of another class'}). Pass embeddings"
+            " to the call in place of tokens"
+        )
+    return layer(tokens)
+
+
+def call_with_keys(
+    module: nnx.Module,
+    prompt: Prompt,
+    base: type[nnx.Module],
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Return `call(module, args, kwargs)` with keys and values of an adapter in every attention layer.
+
+    Raises `AttachError` if the call adds variables to the model.
+    """
+    # The model's transforms (nnx.scan, nnx.remat) write to all variables, so they must belong to the current trace.
+    graphdef, variables = nnx.split(survey.plain_view(module, base, {}))
+    flat = nnx.to_flat_state(variables)
+    inputs = {str(i): var.get_value() for i, (_, var) in enumerate(flat)}
+
+    def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        copies = [(path, var.copy(inputs[str(i)])) for i, (path, var) in enumerate(flat)]
+        copy = nnx.merge(graphdef, nnx.from_flat_state(copies))
+        y = call(copy, args, kwargs)
+        after = nnx.to_flat_state(nnx.state(copy))
+        if [path for path, _ in after] != [path for path, _ in flat]:
+            raise AttachError(
+                f"{base.__name__} adds variables while it is called, so an adapter cannot run its call. Create them in"
+                " __init__"
+            )
+        return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
+
+    def base_parameters() -> dict[str, Any]:
+        return graph.base_values(graph.walk_model(module).leaves)
+
+    y, changed = calling.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
+    by_path = dict(nnx.to_flat_state(nnx.state(module)))
+    for i, value in changed.items():
+        by_path[flat[int(i)][0]].set_value(value)
+    return y
+
+
+def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
+    """Return the sizes of a base model that a trace of its call with these inputs shows."""
+    copy: Any = nnx.clone(model)
+    _find_attention(copy, _mark)
+    f, inputs = survey.instrument(copy, (), lambda *_: {}, tuple(example))
+    return calling.measure_base(f, inputs)
+
+
+# ---------------------------------------------------------------- the call of a layer
+
 
 ACTIVE = "active_adapters"
 ROWS = "adapter_rows"
@@ -150,15 +269,15 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
-    if f is base.__call__ and (virtual := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
-        if (hooked := calling.hooked_call(module, virtual)) is not None:
+    if f is base.__call__ and (virtual := active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        if (hooked := prompts.hooked_call(module, virtual)) is not None:
             name, first = hooked
             return getattr(base, name)(survey.plain_view(module, base, {}), *first, *args, **kwargs)
         if virtual.method.adds != "embeddings":
             run: Any = functools.partial(_call_layer, base, f)
-            return prompt.call_with_keys(module, virtual, base, run, args, kwargs)
-        embed = functools.partial(prompt.embed_tokens, module, virtual)
-        args, kwargs = calling.with_embeddings(virtual, base.__call__, args, kwargs, embed)
+            return call_with_keys(module, virtual, base, run, args, kwargs)
+        embed = functools.partial(embed_tokens, module, virtual)
+        args, kwargs = prompts.with_embeddings(virtual, base.__call__, args, kwargs, embed)
     return _call_layer(base, f, module, args, kwargs)
 
 

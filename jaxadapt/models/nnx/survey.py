@@ -23,9 +23,8 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models import call, layers
+from jaxadapt.models import call, layers, tracing
 from jaxadapt.models.nnx import graph
-from jaxadapt.models.tracing import operations, rewrite
 
 # ---------------------------------------------------------------- survey
 
@@ -392,7 +391,9 @@ def trace_axes(
     traced: dict[str, TracedAxes] = {}
     problems: dict[str, str] = {}
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         weight = layer.params[attr]
         try:
             axes = call.infer_axes(functools.partial(layer.output, **kwargs), {attr: weight}, attr, *args)
@@ -413,13 +414,15 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args: call.Args) -> dict[str, str]:
+def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: call.Args) -> dict[str, str]:
     """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
     notes: dict[str, str] = {}
     owners = graph.walk_model(model).leaves
     leaves = custom_leaves(owners, adapted)
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
         return {}
 
@@ -432,7 +435,7 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, operations.Hook], args:
 
 def check_calls(
     model: nnx.Module,
-    adapted: Mapping[str, operations.Hook],
+    adapted: Mapping[str, tracing.Hook],
     dropped: Sequence[str],
     forward: Sequence[str],
     args: call.Args,
@@ -447,17 +450,19 @@ def check_calls(
         forward: the leaves whose axis roles are checked against their layer's products.
     """
     stray_uses: dict[str, str] = {}
-    products: dict[str, list[rewrite.Contraction]] = {}
+    products: dict[str, list[tracing.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         weight = layer.params[attr]
         # The module reads a copy, so only reads outside its call keep the weight itself live.
         alias = jnp.zeros(weight.shape, weight.dtype)
         if layer.kernel is None:
-            uses = rewrite.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
+            uses = tracing.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
             shapes[leaf] = weight.shape
-            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
+            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, tracing.Contraction))
             unfollowed = call.unfollowed_uses(uses, adapted[leaf])
             if leaf in dropped and unfollowed:
                 stray_uses[leaf] = ", ".join(unfollowed)

@@ -25,9 +25,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
-from jaxadapt.models.carriers import carrier, lora_carrier
-from jaxadapt.models.carriers import DEFAULT, Carrier
-from jaxadapt.models.carriers import Object
+from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
 
