@@ -1,10 +1,8 @@
-"""Which adapters of a model are active, and how strongly.
+"""Which adapters of a model are active, how strongly, and with which data.
 
-`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled.
-
-Data of a call that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
-
-It also has the gradients of a function of an NNX model with respect to some of its adapter parameters.
+`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the data
+of a call that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
+`adapter_gradient` returns gradients with respect to some adapter parameters of an NNX model.
 """
 
 from __future__ import annotations

@@ -4,10 +4,8 @@ A call is marked by `jax.checkpoint` with an `AttentionCall` as its policy. As t
 computed twice, and the compiled program is the same. The equation of the jaxpr holds the policy, and with it the
 function that was called and the names of its arguments, whatever scan, jit, remat or grad surround it.
 
-Evaluation of a function with changes to its calls of `attention`, by interpreting its jaxpr.
-
-Only equations that contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated
-unchanged. Two methods of a model (`TakesEmbeddings`, `TakesKeys`) tell how virtual tokens enter it, where jaxadapt
+`rewrite_attention` evaluates a function with changes to these calls, by interpreting its jaxpr. Only equations that
+contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated unchanged. Two methods of a model (`TakesEmbeddings`, `TakesKeys`) tell how virtual tokens enter it, where jaxadapt
 cannot do it by itself.
 """
 

@@ -6,14 +6,11 @@ the hook receives that contraction: LoRA adds a low-rank product beside it, at t
 convolution, a lookup or a ragged product goes to the hook if it follows that primitive. Any other consumer (a scan, a
 cond) receives the hook's effective weight: exact, but more expensive. `uses` reports these cases beforehand.
 
+Operations that are linear in a weight are a `dot_general` of a rearranged view, a convolution, a lookup, and a product
+of tokens with their experts' matrices. The positions of a weight's axes follow from the shapes and axis numbers of an
+equation; nothing is evaluated for them. `Hook` is the interface of an adapter on one weight.
+
 Uses only public names of jax; independent of Flax and of the methods.
-
-Operations that are linear in a weight, and the interface of an adapter on one weight, for the interpreter of jaxprs.
-
-Beside a `dot_general` of a rearranged view of the weight, these are a convolution, a lookup, and a product of tokens
-with their experts' matrices, which keep the weight's output axis as a separate axis. The positions of a weight's axes
-follow from the shapes and axis numbers of an equation; nothing is evaluated. `Hook` is the interface of an adapter on
-one weight.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 An adapter is stored in its own collection, `{"params": base, "lora": {name: tree}}`. For a call, its tensors are added
 to `params` beside the weights that they adapt, so that the model's scan, vmap and remat transform them like the
-weights. An interceptor applies them when the weight's module is called.
-
-Prompt methods on Linen modules: calls with the virtual tokens of the active adapter.
+weights. An interceptor applies them when the weight's module is called. The call of the outermost module adds the
+virtual tokens of a prompt method.
 """
 
 from __future__ import annotations

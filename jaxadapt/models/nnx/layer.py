@@ -1,8 +1,8 @@
 """The call of an adapted NNX layer: its own function, with active adapters applied and quantised weights made dense.
 
-Prompt methods on NNX models: the tensors are attributes of the model itself, whose call adds the virtual tokens.
+The tensors of a prompt method are attributes of the model itself, whose call adds the virtual tokens:
 
-model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
+    model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
 """
 
 from __future__ import annotations
