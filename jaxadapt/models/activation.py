@@ -161,7 +161,7 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
 
 
 def _multiply(name: str, adapter: Adapter, factor: Any) -> dict[str, Any]:
-    """Return an adapter's `{path: array}` with its update multiplied; raise `AttachError` for a method without scale."""
+    """Return an adapter's `{path: array}` with its update multiplied; refuse a method without a scale."""
     leaves = paths.flatten(adapter.params)
     scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(adapter.config).scaled]
     if not scaled:

@@ -5,8 +5,9 @@ computed twice, and the compiled program is the same. The equation of the jaxpr 
 function that was called and the names of its arguments, whatever scan, jit, remat or grad surround it.
 
 `rewrite_attention` evaluates a function with changes to these calls, by interpreting its jaxpr. Only equations that
-contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated unchanged. Two methods of a model (`TakesEmbeddings`, `TakesKeys`) tell how virtual tokens enter it, where jaxadapt
-cannot do it by itself.
+contain such a call are interpreted: nested `jit`, `checkpoint` and `scan`. All others are evaluated unchanged. Two
+methods of a model (`TakesEmbeddings`, `TakesKeys`) tell how virtual tokens enter it, where jaxadapt cannot do it by
+itself.
 """
 
 from __future__ import annotations
