@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
-from jaxadapt.models.attention import attention
+from jaxadapt.models.attention_calls import attention
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache

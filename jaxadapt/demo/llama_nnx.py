@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
-from jaxadapt.models.attention import attention
+from jaxadapt.models.attention_calls import attention
 from jaxadapt.models.nnx.graph import SharedParam
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from jaxadapt.merging import factors
 from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.attention import input_embedding
+from jaxadapt.models.attention_calls import input_embedding
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach

@@ -6,7 +6,7 @@ _NAMES = {
     "models.activation": "invoke rescale",
     "models.foreign.tree": "LoraTree",
     "models.nnx.graph": "BaseParam FrozenParam LayerNumber SharedParam",
-    "models.attention": "RelativeBias TakesEmbeddings TakesKeys attention",
+    "models.attention_calls": "RelativeBias TakesEmbeddings TakesKeys attention",
     "models.prompts": "extend_labels",
     "models.quantization": "dequantize from_qwix quantize",
     "models.attachment": "Selection Target",

@@ -4,10 +4,10 @@ from jaxadapt.models.activation import invoke as invoke
 from jaxadapt.models.activation import rescale as rescale
 from jaxadapt.models.attachment import Selection as Selection
 from jaxadapt.models.attachment import Target as Target
-from jaxadapt.models.attention import RelativeBias as RelativeBias
-from jaxadapt.models.attention import TakesEmbeddings as TakesEmbeddings
-from jaxadapt.models.attention import TakesKeys as TakesKeys
-from jaxadapt.models.attention import attention as attention
+from jaxadapt.models.attention_calls import RelativeBias as RelativeBias
+from jaxadapt.models.attention_calls import TakesEmbeddings as TakesEmbeddings
+from jaxadapt.models.attention_calls import TakesKeys as TakesKeys
+from jaxadapt.models.attention_calls import attention as attention
 from jaxadapt.models.foreign.tree import LoraTree as LoraTree
 from jaxadapt.models.nnx.graph import BaseParam as BaseParam
 from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam

@@ -25,14 +25,7 @@ from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
-from jaxadapt.models.foreign.tree import (
-    ForeignTree,
-    LoraTree,
-    describe_unknown,
-    extract_adapter,
-    fill_tree,
-    find_lora,
-)
+from jaxadapt.models.foreign import tree as foreign_tree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import attach, graph, survey
@@ -54,7 +47,7 @@ class Carrier:
 
     remedy = ""
     """The end of the errors for this kind: another value to pass."""
-    foreign: ForeignTree | None = None
+    foreign: foreign_tree.ForeignTree | None = None
     """The LoRA leaves of another library, if the tree has them."""
     on_shared: str | None = None
     """`on_shared` of the `LoraTree` that wraps the tree."""
@@ -69,8 +62,6 @@ class Carrier:
     def unsupported(self, expected: str) -> AttachError:
         """Return the error for an operation that this kind lacks."""
         return AttachError(f"expected {expected}, found {type(self.tree).__name__}{self.remedy}")
-
-    # ------------------------------------------------------------ base parameters
 
     def base(self) -> BaseParams:
         """Return the base parameters, to plan an adapter for."""
@@ -125,8 +116,6 @@ class Carrier:
     def statistics(self) -> list[str]:
         """Return the paths of statistics of batch normalization."""
         return []
-
-    # ------------------------------------------------------------ adapters
 
     def names(self) -> list[str]:
         """Return the names of the adapters."""
@@ -183,8 +172,6 @@ class Carrier:
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Return the tree with the values that `f` returns in place of its adapters' leaves."""
         raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
-
-    # ------------------------------------------------------------ training state
 
     def pytree(self) -> Any:
         """Return the tree as a pytree: the state of an NNX object."""
@@ -277,7 +264,7 @@ class _Variables(Carrier):
         return list(graph.adapter_variables(self._contents))
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        if not self.has_adapters() and (unknown := describe_unknown(self.tree)):
+        if not self.has_adapters() and (unknown := foreign_tree.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
 
@@ -639,13 +626,13 @@ class Value(Carrier):
 class Foreign(Carrier):
     """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
 
-    def __init__(self, found: ForeignTree, whole: Carrier) -> None:
+    def __init__(self, found: foreign_tree.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
         self.foreign = self.found = found
         self.whole = whole
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        return extract_adapter(self.found, config, keymap)
+        return foreign_tree.extract_adapter(self.found, config, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         leaves, dialect = adapter.flat(), self.found.dialect
@@ -653,7 +640,7 @@ class Foreign(Carrier):
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
         same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
         tensors = PeftTensors(adapter.config, tensors, "this adapter")
-        return fill_tree(self.found, tensors, adapter.keymap if same else None)
+        return foreign_tree.fill_tree(self.found, tensors, adapter.keymap if same else None)
 
     def rest(self) -> Any:
         return self.whole.rest()
@@ -688,15 +675,15 @@ def lora_carrier(tree: Any) -> Carrier:
     Raises `KeyMapError` if a known layout matches only some of the LoRA leaves, and `AttachError` for options of a
     `LoraTree` that apply only to trees of other libraries.
     """
-    given = tree if isinstance(tree, LoraTree) else None
+    given = tree if isinstance(tree, foreign_tree.LoraTree) else None
     own = carrier(tree if given is None else given.tree)
-    found = None if own.has_adapters() else find_lora(given or LoraTree(tree), own.walk())
+    found = None if own.has_adapters() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
     if found is not None:
         return Foreign(found, own)
     if given is None:
         return own
     own.on_shared = given.on_shared
-    near = "" if own.has_adapters() else describe_unknown(given.tree)
+    near = "" if own.has_adapters() else foreign_tree.describe_unknown(given.tree)
     why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
     refuse({"lora_alpha": given.lora_alpha}, why)
     refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA leaves{near}")

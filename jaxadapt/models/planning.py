@@ -27,7 +27,7 @@ from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import layers
-from jaxadapt.models.attention import with_width
+from jaxadapt.models.attention_calls import with_width
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph, layer, survey
 

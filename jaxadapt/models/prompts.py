@@ -17,8 +17,8 @@ from jaxadapt.configs.method_config import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.methods.registry import METHODS, get_method
-from jaxadapt.models import attention
-from jaxadapt.models.attention import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, causal_mask
+from jaxadapt.models import attention_calls
+from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, causal_mask
 
 # ---------------------------------------------------------------- calling
 
@@ -266,7 +266,7 @@ class Prompt:
         """True if the base has an encoder and a decoder."""
         return self.recipe.config.get("num_transformer_submodules") == 2
 
-    def keys_and_values(self, calls: attention.CallCounts | None = None) -> Array:
+    def keys_and_values(self, calls: attention_calls.CallCounts | None = None) -> Array:
         """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
 
         Raises `AttachError` if the call of the model has another number of layers.
@@ -275,7 +275,7 @@ class Prompt:
         whole = keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
         if calls is None:
             return whole
-        attention.require_count(calls, layers, self.encoder_decoder)
+        attention_calls.require_count(calls, layers, self.encoder_decoder)
         return whole[: calls.prefixed]
 
     def tokens(self) -> Array:
@@ -380,14 +380,14 @@ def call_with_keys(
         def attend(call: AttentionCall, arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
             return method.attend(call.run, arrays, layer)
 
-        def of_calls(calls: attention.CallCounts) -> Mapping[str, Array]:
-            attention.require_count(calls, len(next(iter(layers.values()))))
+        def of_calls(calls: attention_calls.CallCounts) -> Mapping[str, Array]:
+            attention_calls.require_count(calls, len(next(iter(layers.values()))))
             return layers
 
-        return attention.rewrite_attention(run, attend, of_calls, state, (tuple(args), dict(kwargs)))
+        return attention_calls.rewrite_attention(run, attend, of_calls, state, (tuple(args), dict(kwargs)))
     bound, names = _bind(call, args, kwargs), DECODER if prompt.encoder_decoder else INPUT
     _shift_positions(bound, prompt.n, method.peft_type, names, recipe.keymap.relative_positions)
-    return attention.rewrite_attention(run, add_keys, prompt.keys_and_values, state, (bound.args, bound.kwargs))
+    return attention_calls.rewrite_attention(run, add_keys, prompt.keys_and_values, state, (bound.args, bound.kwargs))
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:
@@ -433,7 +433,7 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
 
 def measure_base(f: Callable[..., Any], *args: Any) -> BaseSizes:
     """Return the sizes of a base model that a trace of one call, `f(*args)`, shows."""
-    calls = attention.attention_calls(f, *args)
+    calls = attention_calls.attention_calls(f, *args)
     if not calls:
         return BaseSizes()
     heads = {(call.query[-2], call.key[-2], call.key[-1]) for call in calls}

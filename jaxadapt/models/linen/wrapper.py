@@ -29,7 +29,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import prompts
-from jaxadapt.models.attention import Findable, is_findable, with_width
+from jaxadapt.models.attention_calls import Findable, is_findable, with_width
 from jaxadapt.models.call import RowLayout, Rows
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder

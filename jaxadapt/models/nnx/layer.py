@@ -23,8 +23,7 @@ from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop, Method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models import call, prompts
-from jaxadapt.models import prompts as calling
-from jaxadapt.models.attention import Findable, input_embedding, is_findable
+from jaxadapt.models.attention_calls import Findable, input_embedding, is_findable
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.prompts import Prompt, only_one
 
@@ -121,7 +120,7 @@ def call_with_keys(
     def base_parameters() -> dict[str, Any]:
         return graph.base_values(graph.walk_model(module).leaves)
 
-    y, changed = calling.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
+    y, changed = prompts.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)
@@ -133,7 +132,7 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     copy: Any = nnx.clone(model)
     _find_attention(copy, _mark)
     f, inputs = survey.instrument(copy, (), lambda *_: {}, tuple(example))
-    return calling.measure_base(f, inputs)
+    return prompts.measure_base(f, inputs)
 
 
 # ---------------------------------------------------------------- the call of a layer

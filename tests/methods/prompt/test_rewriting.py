@@ -11,7 +11,7 @@ import pytest
 
 from jaxadapt import AttachError
 from jaxadapt.models import attention
-from jaxadapt.models.attention import CallCounts, require_count, rewrite_attention
+from jaxadapt.models.attention_calls import CallCounts, require_count, rewrite_attention
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 4)), jnp.float32)
 SCALES = jnp.asarray([1.0, 0.5, 2.0, 3.0], jnp.float32)

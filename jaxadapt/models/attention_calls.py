@@ -309,7 +309,6 @@ def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
 
     Raises `AttachError` for a call inside a loop or a function with a gradient of its own.
 
-    >>> from jaxadapt.models.attention import attention
     >>> q = jax.ShapeDtypeStruct((1, 3, 2, 4), "float32")
     >>> [call.key for call in attention_calls(lambda q: attention(q, q, q), q)]
     [(1, 3, 2, 4)]
@@ -334,7 +333,6 @@ def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[C
         layers: returns, for the numbers of calls, a tree of arrays whose first axis numbers those that a prefix may
             enter, in the order in which `f` makes them. `change` gets the tree of one call.
 
-    >>> from jaxadapt.models.attention import attention
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> double = lambda call, arrays, factor: call.run(arrays) * factor
     >>> twice = lambda calls: jnp.full(calls.prefixed, 2.0)
