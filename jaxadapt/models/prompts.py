@@ -100,7 +100,7 @@ def _shift_positions(
     positions = bound.arguments.get(name)
     if positions is None:
         given = [bound.arguments.get(name) for name in (*names.tokens, *names.embeddings)]
-        values = given if names.tokens else bound.arguments.values()
+        values: Any = given if names.tokens else bound.arguments.values()
         shape = next((x.shape for x in values if is_array(x) and len(x.shape) >= 2), None)
         if shape is None:
             raise AttachError(
