@@ -24,12 +24,12 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 107, 0, 8
 CHAIN, CIRCLES = 29, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (47, 533),
-    "save": (38, 467),
-    "to_peft": (21, 72),
-    "adapt": (28, 241),
-    "inject": (12, 32),
-    "merge": (30, 274),
+    "load": (45, 522),
+    "save": (35, 460),
+    "to_peft": (18, 66),
+    "adapt": (26, 231),
+    "inject": (9, 27),
+    "merge": (28, 266),
 }
 # What the tests name of the inside (`house.inner_modules`), and the places where they replace something of it.
 INNER_MODULES, REPLACED = 86, 48
