@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, TargetError
-from jaxadapt.methods.adaption_prompt import METHOD as method
+from jaxadapt.methods import METHODS
 from tests.support import prompts
 from tests.support.prompts import IDS, RIGHT, Case, close, loaded, torch_base
 from tests.support.twins import llama
@@ -156,6 +156,6 @@ def test_bad_input() -> None:
         for path, x in nnx.to_flat_state(nnx.state(twin, jaxadapt.models.BaseParam))
     }
     with pytest.raises(AttachError, match="has a bias, which PEFT adds once more"):
-        method.layers(adapter.config, adapter.keymap, adapter.shared, base | bias)
+        METHODS["ADAPTION_PROMPT"].layers(adapter.config, adapter.keymap, adapter.shared, base | bias)
     with pytest.raises(AttachError, match="layer 7: the base has no self_attn with k_proj"):
-        method.layers(adapter.config, adapter.keymap, values, base)
+        METHODS["ADAPTION_PROMPT"].layers(adapter.config, adapter.keymap, values, base)
