@@ -53,11 +53,8 @@ def entry_from_axes(
     left = " ".join(names[i] for i in range(ndim))
     out, inputs = (" ".join(names[unstacked[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
     over: Any = {f"b{n}": [str(i) for i in range(shape[unstacked[a]])] for n, a in enumerate(axes.batch_axes)}
-    right = f"({out}) ({inputs})"
-    if kind == "embedding":
-        right = f"({inputs}) ({out})"
-    elif kind == "conv":
-        right = f"({out}) {inputs}"
+    turned = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}"}
+    right = turned.get(kind, f"({out}) ({inputs})")
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 

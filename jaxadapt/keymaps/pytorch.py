@@ -249,9 +249,10 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     joined: dict[str, Rows] = {}
     missing: list[str] = []
     for name, parts in parts_of.items():
-        rows = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in parts])]
-        missing += [f"{name}: part {p} of expert {e}" for row in rows for e, p in row if (e, p) not in parts]
-        joined[name] = tuple(tuple(parts.get(index, "") for index in row) for row in rows)
+        experts = expert_numbers([e for e, _ in parts])
+        indices = itertools.product(experts, range(width[name]))
+        missing += [f"{name}: part {p} of expert {e}" for e, p in indices if (e, p) not in parts]
+        joined[name] = tuple(tuple(parts.get((e, p), "") for p in range(width[name])) for e in experts)
     raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
     return joined, renamed
 

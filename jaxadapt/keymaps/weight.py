@@ -180,7 +180,7 @@ class Weight:
         problems += [
             f"hole {{{h}}} of the key is neither a hole of the leaf nor a braced axis"
             for h in key_holes
-            if h not in holes and h not in braced
+            if h not in holes | braced
         ]
         axis = self._bracket.get("axis")
         if axis and (axis,) not in self.right:
@@ -207,7 +207,7 @@ class Weight:
         sizes, problems = dict(self.sizes), list[str]()
         groups = [(axis, axis_parts(axis)) for axis in self.left if axis.startswith("(")]
         for axis, names in groups:
-            if len([n for n in names if n not in sizes]) != 1 or any(n.startswith("{") for n in names):
+            if len(set(names) - sizes.keys()) != 1 or "{" in axis:
                 problems.append(f"{axis}: all axes except one must have a size (as in p=2), and none may have braces")
             elif len({i for i, group in enumerate(self.right) for n in names if n in group}) != 1:
                 problems.append(f"{axis}: its axes must be in the same PyTorch axis")
@@ -339,6 +339,11 @@ class Weight:
         return tuple(i for i in numbered if self.left[i] != EXPERTS)
 
     @functools.cached_property
+    def fused(self) -> tuple[str, ...]:
+        """The axes whose indices have names: the parts of a fused weight."""
+        return tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
+
+    @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
         """The leaf's axes by role.
 
@@ -350,7 +355,7 @@ class Weight:
         torch = self.torch_roles
         return {
             "stack": tuple(self.left[i] for i in self.stack),
-            "fused": tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None),
+            "fused": self.fused,
             "experts": torch["experts"],
             "batch": torch["batch"],
             "in": tuple(dict.fromkeys(axis_of[n] for n in torch["in"])),
@@ -362,8 +367,7 @@ class Weight:
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The axes of the file's tensors by role: as `roles`, with split axes replaced by their parts."""
         groups = self.right
-        batch = tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
-        batch += tuple(n for n in self.left if n == EXPERTS)
+        batch = self.fused + tuple(n for n in self.left if n == EXPERTS)
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups
         out, inputs = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())

@@ -203,34 +203,28 @@ def list_alora_problems(config: LoraConfig, match: Match) -> list[str]:
 def check_site(config: LoraConfig, match: Match, r: int) -> None:
     """Raise `ConfigError` for settings that PEFT lacks for the kind of weight at a site."""
     groups, kind = match.weight.groups, match.weight.kind
-    if r % groups:
-        raise ConfigError(f"{match.leaf}: the rank {r} must be a multiple of the convolution's {groups} groups")
-    if groups > 1 and config.use_dora:
-        raise ConfigError(
-            f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
-            " several groups; set use_dora=False, or exclude the module"
-        )
     asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
-    if kind == "attention" and asked:
-        raise ConfigError(
-            f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
-            " (its bias there has no effect in the forward pass); remove the setting, or exclude the module"
-        )
-    conflicts = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
-    if kind == "embedding" and config.ensure_weight_tying and conflicts:
-        raise ConfigError(
-            f"{match.leaf}: {', '.join(conflicts)} cannot be combined with ensure_weight_tying: PEFT then treats the"
-            " lookup and the head differently, but they are one weight; remove one of the settings"
-        )
-    if config.kasa_config is not None and (problems := list_kasa_problems(config, match)):
-        raise ConfigError(f"{match.leaf}: kasa_config with {', '.join(problems)}: PEFT has no such adapter")
-    if config.alora_invocation_tokens is not None and (problems := list_alora_problems(config, match)):
-        raise ConfigError(f"{match.leaf}: alora_invocation_tokens with {', '.join(problems)}: PEFT has no such adapter")
-    if kind == "embedding" and config.lora_bias:
-        raise ConfigError(
-            f"{match.leaf}: lora_bias=True is not supported on an embedding, which has no output bias; set"
-            " lora_bias=False, or exclude the module"
-        )
+    tied = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
+    kasa = [] if config.kasa_config is None else list_kasa_problems(config, match)
+    alora = [] if config.alora_invocation_tokens is None else list_alora_problems(config, match)
+    problems = {
+        f"the rank {r} must be a multiple of the convolution's {groups} groups": r % groups,
+        "use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of several groups; set"
+        " use_dora=False, or exclude the module": groups > 1 and config.use_dora,
+        f"{', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter (its bias there has"
+        " no effect in the forward pass); remove the setting, or exclude the module": kind == "attention" and asked,
+        f"{', '.join(tied)} cannot be combined with ensure_weight_tying: PEFT then treats the lookup and the head"
+        " differently, but they are one weight; remove one of the settings": (
+            kind == "embedding" and config.ensure_weight_tying and tied
+        ),
+        f"kasa_config with {', '.join(kasa)}: PEFT has no such adapter": kasa,
+        f"alora_invocation_tokens with {', '.join(alora)}: PEFT has no such adapter": alora,
+        "lora_bias=True is not supported on an embedding, which has no output bias; set lora_bias=False, or exclude the"
+        " module": kind == "embedding" and config.lora_bias,
+    }
+    for problem, is_found in problems.items():
+        if is_found:
+            raise ConfigError(f"{match.leaf}: {problem}")
 
 
 def check_parameter(config: LoraConfig, match: Match) -> None:

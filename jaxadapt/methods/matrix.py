@@ -56,6 +56,12 @@ class MatrixHparams:
     used: PerEntry | None = None
     rows: bool = False
 
+    def layer_values(self, params: Params) -> tuple[dict[str, Any], Any]:
+        """Return the numbers of `own` that differ between entries, and `used`, of the layer that a call is in."""
+        fields = vars(self.own) if dataclasses.is_dataclass(self.own) else {}
+        own = {name: value.layer_values(params) for name, value in fields.items() if isinstance(value, PerEntry)}
+        return own, None if self.used is None else self.used.layer_values(params)
+
 
 @dataclasses.dataclass(frozen=True)
 class DropoutHparams:
@@ -298,10 +304,9 @@ class MatrixMethod(Method):
             sizes = {x.shape[: len(layout.batch)] for name, x in tensors.items() if layout.has_batch(name)}
             tensors[CALL_KEY] = jax.random.split(params[CALL_KEY], sizes.pop()) if sizes else params[CALL_KEY]
         if hparams.rows:
-            return {"own": {name: params[name] for name in self.row_numbers}, "used": params[USED], "tensors": tensors}
-        fields = vars(hparams.own) if dataclasses.is_dataclass(hparams.own) else {}
-        own = {name: value.layer_values(params) for name, value in fields.items() if isinstance(value, PerEntry)}
-        used = None if hparams.used is None else hparams.used.layer_values(params)
+            own, used = {name: params[name] for name in self.row_numbers}, params[USED]
+        else:
+            own, used = hparams.layer_values(params)
         return {"own": own, "used": used, "tensors": tensors}
 
 
