@@ -133,6 +133,21 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
             np.testing.assert_allclose(y[row], want[slot][row], rtol=1e-4, atol=1e-4 * np.abs(want[slot]).max())
 
 
+@pytest.mark.parametrize(("peft_type", "field"), [("LORA", "lora_dropout"), ("HIRA", "hira_dropout")])
+def test_adapters_of_another_dropout_share_a_bank(peft_type: str, field: str):
+    """Dropout belongs to training: a slot computes what the adapter computes in evaluation."""
+    config = config_of(peft_type, 0, ["q", "up"])
+    bank = serving.create(Net(), config.replace(**{field: 0.3}), slots=2, keymap=NET)
+    adapter = changed(jaxadapt.init(Net(), config, key=jax.random.key(1), keymap=NET), 1)
+    bank = serving.put(bank, 1, adapter)
+    want = jaxadapt.inject(jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(0), keymap=NET), adapter)
+    want.eval()
+    net = serving.attach(Net(), bank)
+    with serving.route(net, bank.select([1] * 4)):
+        got = net(X)
+    np.testing.assert_allclose(got, want(X), rtol=1e-5, atol=1e-5)
+
+
 def test_a_prompt_does_not_go_into_a_slot():
     """Its tensors belong to no weight, so no place of the bank would miss them."""
     bank = serving.create(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=2)
