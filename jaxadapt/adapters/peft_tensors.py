@@ -20,7 +20,11 @@ class PeftTensors:
         config: the configuration of `adapter_config.json`.
         tensors: `{key: array}`; the mapping may read its values on demand.
         source: the place it was read from, for messages.
-        base: the fingerprint of the base it was trained on (`persistence.fingerprint`); None if it is not known.
+        fingerprint: that of the base it was trained on (`persistence.fingerprint`); None if it is not known.
+        change_base: for an adapter whose initialization took a part out of the base weights (PiSSA, OLoRA, …). True:
+            `load` takes that part out of the model's weights, as PEFT does. False: the model's weights are changed
+            already. None: `load` and `from_peft` refuse such an adapter.
+        fit_vocabulary: True if `load` may resize the tensors for another vocabulary to the model's.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
@@ -31,7 +35,9 @@ class PeftTensors:
     config: Config
     tensors: Mapping[str, Any]
     source: str = "these tensors"
-    base: Mapping[str, Any] | None = None
+    fingerprint: Mapping[str, Any] | None = None
+    change_base: bool | None = None
+    fit_vocabulary: bool = False
 
     def __repr__(self) -> str:
         return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"

@@ -248,7 +248,7 @@ def nearest_lora(
         )
     keymap, params = _read_adapted_weights(tensors, base)
     reduced = rank_reduction.to_lora(peft.from_peft(tensors, params, keymap=keymap), rank, params=params)
-    encoded = dataclasses.replace(peft.to_peft(reduced.adapter), source=tensors.source, base=tensors.base)
+    encoded = dataclasses.replace(peft.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint)
     return encoded, {name: float(e) for name, e in reduced.error.items()}
 
 

@@ -38,7 +38,7 @@ def _kept(result: PeftTensors, source: PeftTensors) -> PeftTensors:
     names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
     fields = {name: source.config.get(name) for name in names}
     config = result.config.replace(inference_mode=True, **fields)
-    return dataclasses.replace(result, config=config, source=source.source, base=source.base)
+    return dataclasses.replace(result, config=config, source=source.source, fingerprint=source.fingerprint)
 
 
 def resize_files(

@@ -236,29 +236,29 @@ def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> Pef
         warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
     name = base.pop() if len(base) == 1 else None
     config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
-    return dataclasses.replace(combined, config=config, base=_common_fingerprint(adapters))
+    return dataclasses.replace(combined, config=config, fingerprint=_common_fingerprint(adapters))
 
 
 def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerprint | None:
     """Return the fingerprint of the base of all adapters, if all have one; warn if these are of several bases."""
     first, *others = adapters
-    common = dict(first.base or {})
+    common = dict(first.fingerprint or {})
     for other in others:
-        shared = {key: value for key, value in common.items() if key in (other.base or {})}
-        if different := fingerprint.differences(shared, other.base or {}):
+        shared = {key: value for key, value in common.items() if key in (other.fingerprint or {})}
+        if different := fingerprint.differences(shared, other.fingerprint or {}):
             warn(
                 f"{first.source} and {other.source} were trained on different base models: {len(different)} of"
                 f" {len(shared)} compared weights differ, such as {different[0]}. The combined adapter may be wrong on"
                 " both"
             )
             return None
-        common |= other.base or {}
-    return common if all(adapter.base for adapter in adapters) else None
+        common |= other.fingerprint or {}
+    return common if all(adapter.fingerprint for adapter in adapters) else None
 
 
 def warn_of_another_base(base: TensorSource, tensors: PeftTensors) -> None:
     """Warn if an adapter was trained on another base, as far as the fingerprint in its file tells. Reads 8 weights."""
-    stored = tensors.base or {}
+    stored = tensors.fingerprint or {}
     names = base_checks.weight_names(stored, base.shapes) or {}
     parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
     if parts and None not in parts:

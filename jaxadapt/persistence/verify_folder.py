@@ -456,8 +456,8 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     with reporter(progress) as report, open_stored(path, report) as stored:
         reading = read_stored(stored)
         found = [*reading.findings, *_check_content(stored, reading, base, known_base, name, report)]
-        if isinstance(base, str | os.PathLike) and stored.base and not isinstance(known_base, KeyMap):
-            found += base_checks.check_identity(stored.base, known_base or {}, base)
+        if isinstance(base, str | os.PathLike) and stored.fingerprint and not isinstance(known_base, KeyMap):
+            found += base_checks.check_identity(stored.fingerprint, known_base or {}, base)
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))
 
 
@@ -644,7 +644,7 @@ def _apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, 
     keys = {name: key for key, name in names.items() if name is not None}
     if fixes and key_names.normalize_keys(keys, reading.config.peft_type).steps:
         return None, ()  # keys with two readings, such as a module that is called lora_A
-    tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.base)
+    tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.fingerprint)
     return tensors, tuple(sentence for fix in fixes for sentence in fix.done)
 
 

@@ -235,18 +235,18 @@ def test_results_keep_the_fingerprint_of_the_base(tmp_path: Path):
 
     for name, seed in (("a", 1), ("b", 2)):
         jaxadapt.save(small.trained(seed=seed), tmp_path / name)
-    base = jaxadapt.read(tmp_path / "a").base
+    base = jaxadapt.read(tmp_path / "a").fingerprint
     assert base
     run("resize", tmp_path / "a", "--rank", 8, "--out", tmp_path / "resized")
     run("combine", tmp_path / "a", tmp_path / "b", "--weights", "1,1", "--out", tmp_path / "both")
-    assert jaxadapt.read(tmp_path / "resized").base == jaxadapt.read(tmp_path / "both").base == base
+    assert jaxadapt.read(tmp_path / "resized").fingerprint == jaxadapt.read(tmp_path / "both").fingerprint == base
     key = next(iter(base))
     other = {**base, key: {**base[key], "bf16": "3f80" * 8}}
     held = jaxadapt.read(tmp_path / "b")
     jaxadapt.write(dataclasses.replace(held, base=other), tmp_path / "b")
     with pytest.warns(UserWarning, match="were trained on different base models: 1 of 2 compared weights differ"):
         merge_files.combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "mixed")
-    assert jaxadapt.read(tmp_path / "mixed").base is None
+    assert jaxadapt.read(tmp_path / "mixed").fingerprint is None
 
 
 def test_start_undo_gives_a_plain_lora(tmp_path: Path):

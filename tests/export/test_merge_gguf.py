@@ -96,7 +96,7 @@ def test_a_merge_into_another_base_warns(family, tmp_path):
     tensors = jaxadapt.read(tmp_path / "plain")
     modules = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors.tensors}
     base = fingerprint.of_file(as_source(weights), {f"{module}.weight": f"{module}.weight" for module in modules})
-    jaxadapt.write(dataclasses.replace(tensors, base=base), tmp_path / "in")
+    jaxadapt.write(dataclasses.replace(tensors, fingerprint=base), tmp_path / "in")
     for name, each in (("right", model), ("wrong", other)):
         write_base(family, each, tmp_path / f"{name}.gguf")
     gguf_model.merge_gguf(tmp_path / "right.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")

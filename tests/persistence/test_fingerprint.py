@@ -110,7 +110,7 @@ def test_a_load_onto_another_base_warns(tmp_path: Path):
     other = nnx_model(seed=1)
     with pytest.raises(jaxadapt.MismatchError, match="Load the adapter onto its own base, or without strict_base=True"):
         jaxadapt.load(tmp_path, other, strict_base=True)
-    jaxadapt.write(dataclasses.replace(jaxadapt.read(tmp_path), base=None), tmp_path / "none")
+    jaxadapt.write(dataclasses.replace(jaxadapt.read(tmp_path), fingerprint=None), tmp_path / "none")
     with pytest.raises(jaxadapt.MismatchError, match="has no fingerprint of its base"):
         jaxadapt.load(tmp_path / "none", nnx_model(), strict_base=True)
 
@@ -154,12 +154,12 @@ def test_a_merge_into_another_base_warns(tmp_path: Path):
 def test_it_stays_when_the_file_is_written_again(tmp_path: Path):
     expected = saved(adapted(nnx_model()), tmp_path / "a")
     jaxadapt.write(jaxadapt.read(tmp_path / "a"), tmp_path / "b")
-    assert jaxadapt.read(tmp_path / "b").base == expected
+    assert jaxadapt.read(tmp_path / "b").fingerprint == expected
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
     assert CliRunner().invoke(main, ["convert", f"{tmp_path}/a", f"{tmp_path}/c", "--dtype", "bfloat16"]).exit_code == 0
-    assert jaxadapt.read(tmp_path / "c").base == expected
+    assert jaxadapt.read(tmp_path / "c").fingerprint == expected
     assert {x.dtype.name for x in load_file(tmp_path / "a" / "adapter_model.safetensors").values()} == {"float32"}
 
 

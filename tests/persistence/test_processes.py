@@ -70,7 +70,7 @@ def test_two_processes_have_the_fingerprint_of_one(tmp_path: Path) -> None:
     alone = {"params": jax.tree.map(jax.numpy.asarray, meshes.base(False)), **original(False).collection}
     jaxadapt.save(alone, tmp_path / "alone")
     said = run("on_bases", tmp_path, count=2, devices=4)
-    expected = jaxadapt.read(tmp_path / "alone").base
+    expected = jaxadapt.read(tmp_path / "alone").fingerprint
     assert expected is not None
     assert len(expected) == 8
     for number in range(3):

@@ -24,8 +24,9 @@ from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.persistence import card, findings, fingerprint, reconcile
+from jaxadapt.persistence import card, findings, reconcile
 from jaxadapt.persistence.findings import Finding, error, warning
+from jaxadapt.persistence.fingerprint import FIELD, Fingerprint
 from jaxadapt.persistence.formats import Format, Opened, Place
 from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.location import Location
@@ -108,7 +109,7 @@ class StoredAdapter:
         return {} if self.tensors is None else dtypes_and_shapes(self.tensors)
 
     @property
-    def base(self) -> fingerprint.Fingerprint | None:
+    def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the base in the header; None without one."""
         return None if self.header is None else reconcile.stored_fingerprint(self.header)
 
@@ -179,7 +180,7 @@ def open_folder(place: Place) -> Generator[Opened]:
         assert stored.weights is not None
         assert stored.tensors is not None
         config = reconcile.resolve_config(place.at / CONFIG, stored.header, stored.weights)
-        tensors = PeftTensors(config, stored.tensors, stored.source, stored.base)
+        tensors = PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
         yield Opened(key_names.without_names(tensors), stored.weights)
 
 
@@ -246,8 +247,8 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
     document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
-    if tensors.base is not None:
-        document[fingerprint.FIELD] = dict(tensors.base)
+    if tensors.fingerprint is not None:
+        document[FIELD] = dict(tensors.fingerprint)
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     raise_listed(
