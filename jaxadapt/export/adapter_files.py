@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
 from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks
-from jaxadapt.persistence.verify_folder import check_config, left_out_by_peft, open_stored
+from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.source import as_source, rename
 

@@ -29,7 +29,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter, verify_folder
+from jaxadapt.persistence import fingerprint, folder, formats, peft, reading, rules, save_adapter
 
 _TIMEOUT = 300.0  # seconds for each answer of another process
 
@@ -118,7 +118,7 @@ def load(
     held = lora_carrier(model)
     if held.foreign is None and not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
-    open_file = verify_folder.open_repaired if repair else folder.open_adapter
+    open_file = reading.open_repaired if repair else folder.open_adapter
     if held.foreign is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,

@@ -1,0 +1,451 @@
+"""Read adapter files with findings in place of errors, and repair them while they are read.
+
+path ──open_stored──► StoredAdapter ──read_stored──► Reading ──fixes of its findings──► PeftTensors
+
+What `read` refuses is read too, and the reason is a finding. A finding with one possible remedy carries it as its fix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from jaxadapt import configs
+from jaxadapt.adapters import key_names
+from jaxadapt.adapters.key_names import NormalKeys
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.configs import PEFT_VERSION, Config
+from jaxadapt.configs.base import GenericConfig, class_of
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
+from jaxadapt.core.progress import Report, no_report
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import findings, formats, reconcile, run_folder
+from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning
+from jaxadapt.persistence.formats import Place, peft_folder
+from jaxadapt.persistence.formats.image_names import LYCORIS
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter
+from jaxadapt.storage import hub
+from jaxadapt.storage.source import Kinds, as_source, rename
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def open_stored(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Generator[StoredAdapter]:
+    """Open an adapter's folder or file without the demands of `read`. Tensors are read on demand, one at a time.
+
+    Raises `FileError` if nothing at the path can be read at all.
+    """
+    with contextlib.ExitStack() as stack:
+        yield _open(formats.look(path, report), stack)
+
+
+def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
+    source, at = os.fspath(place.path), place.at
+    if place.names is None and at.suffix == ".json":
+        return StoredAdapter(source, lambda: reconcile.read_text(at))
+    if place.names is None and run_folder.NAME.fullmatch(at.name):
+        return StoredAdapter(source, findings=(findings.training_step(at.parent, at.name),))
+    is_named = place.names is None and at.name in hub.WEIGHTS  # a file with PEFT's name, whatever its keys are
+    file_format = None if is_named else formats.find(place)
+    if file_format is None or file_format is peft_folder.FORMAT:
+        return peft_folder.open_files(place, stack)
+    try:
+        opened = stack.enter_context(file_format.open(place))
+    except AdapterError as problem:
+        if file_format.describe is None:
+            raise
+        return StoredAdapter(source, findings=(file_format.describe(source, problem),))
+    found = () if file_format.describe is None else (file_format.describe(source, opened),)
+    return StoredAdapter(source, opened.tensors.config.to_json, as_source(opened.tensors.tensors), findings=found)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+# Fields of PEFT up to 0.2, with the value that changes nothing.
+_OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
+_MAX_COMMAS = 16  # each costs a reading of the text
+
+
+def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+    """Return the configuration of stored adapter files, with the fix of its finding, and the findings about it.
+
+    The configuration is None if it cannot be read, even with a fix.
+    """
+    copy, found = _header_copy(stored)
+    if stored.text is None:
+        return copy, [*found, *([] if copy is None else [_lost(copy), *_check_values(copy, None)])]
+    values: dict[str, Any] | None = None
+    repairs: list[str] = []
+    try:
+        text = stored.text()
+        values, repairs = mend_text(text)
+        if values is not None and (foreign := findings.foreign_config(values)) is not None:
+            return None, [*found, foreign]
+        config = configs.loads(text, hub.CONFIG)
+    except (ConfigError, FileError) as problem:
+        found.append(_unreadable(stored, copy, values or {}, repairs, problem))
+        config = found[-1].fix and found[-1].fix.config
+        if config is None:
+            return None, found
+    else:
+        if copy is not None and (changed := config.changed_keys(copy)):
+            text = f"{hub.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
+            expected = "two equal configurations: it was edited, or a save was interrupted"
+            remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
+            found.append(warning("edited", changed, text, expected, remedy))
+    return config, [*found, *_check_values(config, None if config is copy else values or {})]
+
+
+def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+    """Return jaxadapt's copy of the configuration, if the header has one that can be read."""
+    if stored.weights is None or stored.header is None or not peft_folder.has_copy(stored.header):
+        return None, []
+    try:
+        return reconcile.parse_copy(stored.header.metadata[reconcile.META], stored.weights)[0], []
+    except AdapterError as problem:
+        return None, [
+            warning("header", (stored.weights.name,), str(problem), "a copy of the configuration", "save it again")
+        ]
+
+
+def _lost(copy: Config) -> Finding:
+    return warning(
+        "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
+        f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+        Fix((_FROM_COPY,), {}, copy),
+    )  # fmt: skip
+
+
+_FROM_COPY = f"{hub.CONFIG} written again from the copy in the weights' header"
+
+
+def _unreadable(
+    stored: StoredAdapter, copy: Config | None, values: Mapping[str, Any], repairs: list[str], problem: AdapterError
+) -> Finding:
+    """Return the finding for a configuration that PEFT refuses, with the one that it stands for if that is certain."""
+    mended, more = mend_values(values, stored.specs)
+    done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
+    with contextlib.suppress(ConfigError, ValueError):
+        config = configs.loads(json.dumps(mended), hub.CONFIG) if done else None
+    if config is not None:
+        remedy = "jaxadapt repair corrects it"
+    elif copy is not None:
+        remedy = "jaxadapt repair corrects it from the copy in the weights' header"
+        config, done = copy, (_FROM_COPY,)
+    fix = None if config is None else Fix(done, {}, config)
+    return error("configuration", (hub.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
+
+
+def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the JSON object of a text without a byte order mark and trailing commas, and a sentence for each repair.
+
+    Returns None for any other text, also for one with a key twice.
+
+    >>> mend_text('{"r": 4, "target_modules": ["q",],}')
+    ({'r': 4, 'target_modules': ['q']}, ['2 trailing commas removed'])
+    """
+    plain, removed = text.removeprefix("\ufeff"), 0
+    done = [] if plain == text else ["the byte order mark at the beginning removed"]
+    while removed < _MAX_COMMAS and (place := _trailing_comma(plain)) is not None:
+        plain, removed = plain[:place] + plain[place + 1 :], removed + 1
+    if removed:
+        done.append(f"{count(removed, 'trailing comma')} removed")
+    return peft_folder.parse_json(plain), done
+
+
+def _trailing_comma(text: str) -> int | None:
+    """Return the position of the comma before a bracket at which JSON ends to be valid; None for another fault."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as problem:
+        is_there = text[problem.pos : problem.pos + 1] == ","
+        place = problem.pos if is_there else len(text[: problem.pos].rstrip()) - 1
+        return place if re.match(r",\s*[}\]]", text[max(place, 0) :]) else None
+    except (ValueError, RecursionError):  # `parse_json` returns None for it
+        return None
+
+
+def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values with every certain repair, and a sentence for each repair.
+
+    >>> mend_values({"peft_type": "lora", "r": 4.0, "lora_alpha": "16"}, [])
+    ({'peft_type': 'LORA', 'r': 4, 'lora_alpha': 16},
+     ["peft_type: 'lora' became 'LORA'", 'r: 4.0 became 4', "lora_alpha: '16' became 16"])
+    """
+    kind = _meant_type(values, keys)
+    cls = class_of(str(kind))
+    numbers = [] if cls is None else [f.name for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
+    meant = {"peft_type": kind} | {field: _number(values[field], field == "r") for field in numbers if field in values}
+    for field in sorted(_PATTERNS.keys() & values.keys(), reverse=True):
+        items = cast("dict[str, Any]", values[field]).items() if isinstance(values[field], dict) else ()
+        is_rank = field == "rank_pattern"
+        pattern = {name: _number(value, is_rank) for name, value in items}
+        meant[field] = pattern if items or values[field] is None else values[field]
+    changed = {field: value for field, value in meant.items() if _is_other(value, values.get(field))}
+    return {**values, **changed}, [_describe(field, values.get(field), value) for field, value in changed.items()]
+
+
+def _meant_type(values: Mapping[str, Any], keys: Collection[str]) -> Any:
+    """Return the type that a configuration means, or its own value if that is not certain."""
+    kind = values.get("peft_type")
+    if kind is None and {"r", "lora_alpha"} <= values.keys() and any(".lora_A." in key for key in keys):
+        return "LORA"
+    name = re.sub("[^A-Z0-9]+", "_", str(kind).removeprefix("PeftType.").upper()).strip("_")
+    return name if isinstance(kind, str) and key_names.is_known_method(name) else kind
+
+
+_PATTERNS = {"rank_pattern": "ranks became integers", "alpha_pattern": "texts became numbers"}
+
+
+def _is_other(value: Any, found: Any) -> bool:
+    """Return True for another value, or an equal one of another type."""
+    return json.dumps(value) != json.dumps(found)
+
+
+def _describe(field: str, found: Any, value: Any) -> str:
+    if found is None:
+        return f"{field}: {'null became {}' if value == {} else f'{value!r} added'}"
+    return f"{field}: {_PATTERNS.get(field, f'{found!r} became {value!r}')}"
+
+
+def _number(value: Any, is_rank: bool) -> Any:
+    """Return the number that a text states, and an integer for a whole rank; any other value as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value, re.ASCII):
+        value = float(value) if "." in value else int(value)
+    return int(value) if is_rank and isinstance(value, float) and value.is_integer() else value
+
+
+# ---------------------------------------------------------------- versions and scales
+
+
+def _check_values(config: Config, values: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Find values that PEFT takes, and that are suspicious.
+
+    Args:
+        config: the configuration.
+        values: those that its file states; None for a copy of the configuration.
+    """
+    name = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), None)
+    if values is not None and name is not None and not isinstance(config, GenericConfig):
+        text = f"{name} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
+        text = text if name in values else f"{name} is missing: PEFT takes {config.get(name)}"
+        if name not in values or config.get(name) == 0:
+            yield warning(
+                "alpha",
+                (name,),
+                text,
+                "the alpha of the training, on which the scale depends",
+                f"state {name} as it was in the training",
+            )
+    unknown = [] if isinstance(config, GenericConfig) else sorted(config.extra)
+    old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
+    if old:
+        yield error(
+            "old-layout",
+            old,
+            f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
+            " projections whose tensors have another layout",
+            "a configuration of PEFT 0.3 or newer",
+            "load it with that version of PEFT, merge it, or split the merged projections",
+        )
+    if _version(config.peft_version or "") > _version(PEFT_VERSION):
+        fields = f", with fields unknown here: {', '.join(unknown)}" if unknown else ""
+        yield warning(
+            "newer-peft",
+            ("peft_version", *unknown),
+            f"PEFT {config.peft_version} wrote the configuration{fields}",
+            f"PEFT {PEFT_VERSION} or older, which this version of jaxadapt follows",
+            "update jaxadapt, and compare the outputs with PEFT's",
+        )
+    elif unknown:
+        yield note(
+            "unknown-fields",
+            unknown,
+            f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
+        )
+    if not key_names.is_known_method(config.peft_type):
+        text = f"PEFT {PEFT_VERSION} has no method {config.peft_type}"
+        yield warning(
+            "unknown-method", ("peft_type",), text, "a method of PEFT", "load it with the program that wrote it"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    match = re.match(r"\d{1,9}(\.\d{1,9})*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+# ---------------------------------------------------------------- keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Adapter files under PEFT's names, read with the fixes of the findings.
+
+    Attributes:
+        findings: the findings about the files, the configuration and the keys.
+        config: the configuration; None if it cannot be read, even with fixes.
+        keys: {PEFT's name: key of the file}; empty if the tensors are not those of an adapter.
+        has_several: True for the tensors of several adapters.
+    """
+
+    findings: tuple[Finding, ...]
+    config: Config | None = None
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    has_several: bool = False
+
+
+def read_stored(stored: StoredAdapter) -> Reading:
+    """Read the configuration and the keys of adapter files, with findings in place of errors."""
+    if stored.tensors is None and stored.text is None:
+        return Reading(stored.findings)
+    config, about_config = check_config(stored)
+    found = (*stored.findings, *about_config)
+    if not stored.specs:
+        return Reading(found, config)
+    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
+    foreign = None if passes else _foreign_tensors(stored, config)
+    if foreign is not None:
+        others = [f for f in found if f.code not in ("configuration-missing", foreign.code)]
+        return Reading((*others, foreign), config)
+    kind = guess_method(stored.specs) if config is None else config.peft_type
+    names = NormalKeys({key: key for key in stored.specs}) if passes else key_names.normalize_keys(stored.specs, kind)
+    left_out = left_out_by_peft(names, config)
+    found += tuple(_check_names(names, stored, left_out, has_config=config is not None))
+    keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
+    return Reading(found, config, keys, names.has_several)
+
+
+def _foreign_tensors(stored: StoredAdapter, config: Config | None) -> Finding | None:
+    """Return a finding if the tensors are not those of an adapter of PEFT."""
+    foreign = findings.foreign_library(stored.specs, config is not None)
+    is_known = config is None or key_names.is_known_method(config.peft_type)
+    return findings.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
+
+
+def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
+    """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
+    if config is None or not names.owners:
+        return set()
+    return {key for key, name in names.names.items() if name is None or not key_names.is_saved_by_peft(name, config)}
+
+
+def _check_names(
+    names: NormalKeys, stored: StoredAdapter, left_out: Collection[str], *, has_config: bool
+) -> Iterator[Finding]:
+    """Return the findings about the keys."""
+    if names.models:
+        several = ", ".join(f"{name}.{PEFT_PREFIX}".lstrip(".") for name in names.models)
+        yield error(
+            "several-adapters",
+            names.models,
+            f"the keys are those of several PEFT models: {several}",
+            "one adapter in a file",
+            "keep the keys of one of them in the file",
+        )
+        return
+    mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
+    for rule, changed in names.steps:
+        is_name = rule is key_names.ADAPTER_NAME
+        if is_name and names.has_several:
+            yield error(
+                "several-adapters",
+                names.adapters,
+                f"the keys contain the names of several adapters: {', '.join(names.adapters)}",
+                "one adapter in a file",
+                f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])",
+            )
+            continue
+        keys = [key for key, name in changed.items() if name is not None]
+        done = [f"{len(keys)} keys: {rule.done}"]
+        if is_name and left_out:
+            done.append(f"{len(left_out)} tensors of the base left out, which PEFT does not save")
+        changed = {**changed, **dict.fromkeys(left_out)}
+        fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
+        found = rule.found.format(wrappers=", ".join(key_names.wrappers_in(keys)), adapter="".join(names.adapters))
+        yield (warning if is_name else error)(
+            rule.code,
+            keys,
+            f"{len(keys)} of {len(names.names)} keys {found}, such as {keys[0]}",
+            rule.expected,
+            mend,
+            fix,
+        )
+    duplicates = key_names.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
+    if duplicates and not names.has_several:
+        yield _duplicate(duplicates, stored, has_config=has_config)
+
+
+def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
+    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
+    name, keys = next(iter(duplicates.items()))
+    again = {key: None for keys in duplicates.values() for key in keys[1:]}
+    done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
+    return error(
+        "duplicate",
+        duplicates,
+        f"{len(duplicates)} tensors are stored twice: {name} as {' and '.join(keys)}, with"
+        f" {'equal' if equal else 'different'} values",
+        "each tensor once",
+        "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
+        Fix((done,), names=again) if equal else None,
+    )
+
+
+def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
+    """Return True if tensors have equal shapes, dtypes and bytes."""
+    tensors, specs = stored.tensors or {}, stored.specs
+    first = tensors[keys[0]].tobytes()
+    return len({specs[key] for key in keys}) == 1 and all(tensors[key].tobytes() == first for key in keys[1:])
+
+
+def guess_method(specs: Kinds) -> str:
+    """Return the method that the tensor names of a file without a configuration show; "" if none."""
+    if any("lora_A" in key.split(".") or "lora_embedding_A" in key for key in specs):
+        return "LORA"
+    return "PROMPT_TUNING" if "prompt_embeddings" in specs else ""
+
+
+# ---------------------------------------------------------------- fixes
+
+
+def apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, ...]]:
+    """Return the adapter with the fixes of all findings, and a sentence for each; None if it has no certain reading."""
+    reading = read_stored(stored)
+    fixes = [found.fix for found in reading.findings if found.fix is not None]
+    uncertain = any((found.code, found.fix) == ("duplicate", None) for found in reading.findings)
+    if stored.tensors is None or reading.config is None or not reading.keys or reading.has_several or uncertain:
+        return None, ()
+    names: dict[str, str | None] = {key: key for key in stored.specs}
+    for fix in fixes:
+        names |= fix.names
+    keys = {name: key for key, name in names.items() if name is not None}
+    if fixes and key_names.normalize_keys(keys, reading.config.peft_type).steps:
+        return None, ()  # keys with two readings, such as a module that is called lora_A
+    tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.fingerprint)
+    return tensors, tuple(sentence for fix in fixes for sentence in fix.done)
+
+
+@contextlib.contextmanager
+def open_repaired(place: Place) -> Generator[PeftTensors]:
+    """Open an adapter with every certain repair, and warn of each.
+
+    A file that no repair helps raises the error of its format.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors, done = None, ()
+        with contextlib.suppress(FileError, FormatError):
+            tensors, done = apply_fixes(stack.enter_context(open_stored(place)))
+        if tensors is None or not done:
+            yield stack.enter_context(formats.open_place(place)).tensors
+            return
+        warn(f"{os.fspath(place.path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(done))
+        yield tensors
