@@ -24,7 +24,7 @@ class PeftTensors:
         change_base: for an adapter whose initialization took a part out of the base weights (PiSSA, OLoRA, …). True:
             `load` takes that part out of the model's weights, as PEFT does. False: the model's weights are changed
             already. None: `load` and `from_peft` refuse such an adapter.
-        fit_vocabulary: True if `load` may resize the tensors for another vocabulary to the model's.
+        fit_vocabulary: True if `load` and `from_peft` may resize tensors for another vocabulary to the model's.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])

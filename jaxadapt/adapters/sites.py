@@ -377,7 +377,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     raise_listed(
         ConfigError,
         f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
-        " modules_to_save, target_parameters or bias use the old ones. Pass config= with the new names:",
+        " modules_to_save, target_parameters or bias use the old ones. Pass"
+        " jaxadapt.models.LoraTree(tree, config=…) with the new names:",
         renamed,
     )
     if set(old_modules) == set(new_names):
@@ -391,7 +392,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
         raise ConfigError(
             f"cannot rename the targets: in the keymap {keymap.name!r} the modules are called"
             f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
-            f" {', '.join(sorted(old_modules)[:3])}, …. Pass config= with the new names"
+            f" {', '.join(sorted(old_modules)[:3])}, …. Pass"
+            " jaxadapt.models.LoraTree(tree, config=…) with the new names"
         )
     if all(matching.is_target(config, name) for name in new_names):
         return config

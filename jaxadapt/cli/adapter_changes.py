@@ -200,16 +200,10 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def convert_command(
     sources: tuple[str, ...],
     target: str,
-    from_keymap: str | None,
-    to_keymap: str | None,
-    dialect: str | None,
-    lora_alpha: float | None,
-    like: str | None,
-    sizes: dict[str, int],
-    on_shared: str | None,
     form: str | None,
     dtype: str | None,
     as_json: bool,
+    **tree: Any,
 ) -> None:
     """Convert the adapter SOURCE to TARGET: to another file format or dtype, or between PEFT and other JAX libraries.
     No model is needed.
@@ -244,7 +238,7 @@ def convert_command(
     if more:
         from jaxadapt.export import conversion
 
-        if from_keymap or to_keymap or dialect or like or sizes or on_shared or lora_alpha is not None:
+        if any(value not in (None, {}) for value in tree.values()):
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         if as_json:
@@ -253,12 +247,9 @@ def convert_command(
             for each in done:
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
         return
-    from jaxadapt.export.conversion import convert
+    from jaxadapt.export.conversion import TreeOptions, convert
 
-    result = convert(
-        source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
-        like=like, sizes=sizes, on_shared=on_shared, progress=True, format=form, dtype=dtype,
-    )  # fmt: skip
+    result = convert(source, target, TreeOptions(**tree), format=form, dtype=dtype, progress=True)
     if as_json:
         output.print_json(result._asdict())
         return

@@ -128,11 +128,11 @@ def push_command(
     from jaxadapt.cli.adapter_reports import reader_rows
     from jaxadapt.persistence import consumers
     from jaxadapt.persistence.folder import inspect
-    from jaxadapt.persistence.upload import push
+    from jaxadapt.persistence.upload import Card, push
 
     result = push(
         folder, repo, private=private or None, commit_message=message,
-        create_pr=create_pr, tag=tag, license=license_, metrics=metrics, picture=picture, progress=True,
+        create_pr=create_pr, tag=tag, card=Card(license_, metrics, picture), progress=True,
     )  # fmt: skip
     info = inspect(folder)
     if as_json:

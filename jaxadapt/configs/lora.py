@@ -105,9 +105,9 @@ def require_original_base(config: Config, source: str) -> None:
     if changes_base(config):
         raise ConfigError(
             f"{source}: {init_field(config)}: the initialization of this adapter took a part out of the base"
-            " weights, so it does not fit the original base. Load it into a model with base='original', which takes"
-            " that part out of the model's weights as PEFT does on loading, or with base='changed' if they are changed"
-            " already. Or convert it to a plain LoRA with the base it was trained on"
+            " weights, so it does not fit the original base. Read it with jaxadapt.read(path, change_base=True), and load"
+            " takes that part out of the model's weights as PEFT does on loading, or with change_base=False if they are"
+            " changed already. Or convert it to a plain LoRA with the base it was trained on"
             " (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
             " path_initial_model_for_weight_conversion), or merge it into that base (the only way for KaSA)"
         )
@@ -136,7 +136,7 @@ def merge_advice(config: Config) -> str:
     if config.get("target_parameters") or config.get("layer_replication") or not facts.merges_files:
         return "merge it into its model in memory (jaxadapt.export.export_base(model, folder, adapter))"
     if config.get("kasa_config") is not None:
-        return 'merge it into its base in memory (jaxadapt.load(…, base="original"), jaxadapt.merge)'
+        return 'merge it into its base in memory (jaxadapt.load(jaxadapt.read(…, change_base=True), model), jaxadapt.merge)'
     merge = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
     if config.get("lora_bias"):
         return f"{merge} if the adapted modules of the base have biases; else only PEFT and jaxadapt.load run it"
@@ -264,21 +264,21 @@ class LoraConfig(LoraFields):
             selects PEFT's defaults.
         use_dora: true trains a magnitude for each output beside the low-rank direction (DoRA, arXiv:2402.09353).
         velora_config: the settings of VeLoRA, which compresses activations in training, an object or None. Refused.
-            `jaxadapt.merging.plain_lora` converts a trained adapter.
+            `jaxadapt.merging.convert_variant` converts a trained adapter.
         alora_invocation_tokens: the token sequence from which on the adapter applies (aLoRA, arXiv:2504.12397). Run
             the model inside `jaxadapt.models.invoke`. Such an adapter cannot be merged. None adapts all tokens.
         use_qalora: true for an adapter whose A takes pooled inputs, on a GPTQ base (arXiv:2309.14717). Refused.
-            `jaxadapt.merging.plain_lora` converts a trained adapter.
+            `jaxadapt.merging.convert_variant` converts a trained adapter.
         qalora_group_size: the number of inputs that `use_qalora` pools (default 16). Used only by the conversion above.
         monteclora_config: the settings of MonteCLoRA, which samples the factors in training, an object or None.
-            Refused. `jaxadapt.merging.plain_lora` converts a trained adapter.
+            Refused. `jaxadapt.merging.convert_variant` converts a trained adapter.
         layer_replication: [start, end) pairs of base layers, for an adapter of a model that repeats layers of its base.
             The JAX model must already have the repeated layers; `adapt` and `load` check their number and values.
         lora_bias: true trains a bias with B. Requires `init_lora_weights` true or false, and no `use_dora`.
         target_parameters: the parameters to adapt by their own names, such as the stacked weights of experts: a list in
             which an entry matches a path that equals it or ends in it after a dot. None selects none.
         use_bdlora: the settings of BD-LoRA, whose A or B is block-diagonal, an object or None. Refused.
-            `jaxadapt.merging.plain_lora` converts a trained adapter.
+            `jaxadapt.merging.convert_variant` converts a trained adapter.
         arrow_config: the settings of Arrow, which routes tokens among several adapters, an object or None. Refused.
         kasa_config: the settings of KaSA (arXiv:2412.06071), an object with `beta` and `gamma`, or None. It adds a
             trained diagonal between A and B, and `start` removes the r smallest singular values of the base weight.

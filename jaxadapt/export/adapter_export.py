@@ -1,6 +1,6 @@
 """Export an adapter to a file with which another program computes what PEFT computes.
 
-    PEFT folder ──plain_form──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
+    PEFT folder ──plain_lora──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
 
 An adapter of another method becomes the nearest plain LoRA, and a start that changed the base is undone.
 """
@@ -28,8 +28,9 @@ from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import rank_reduction
-from jaxadapt.merging.plain_form import plain_form
-from jaxadapt.persistence import consumers, folder, formats, peft
+from jaxadapt.merging.plain_form import plain_lora
+from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.persistence import consumers, folder, formats, peft, save_adapter
 from jaxadapt.persistence.formats import Wanted
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.source import as_source
@@ -168,7 +169,10 @@ def _open(source: Any, report: Report) -> Generator[PeftTensors]:
                 )
             yield opened.tensors
     else:
-        yield peft.to_peft(source)
+        tensors = save_adapter.encode_tree(source, DEFAULT, None, in_memory=False)
+        if save_adapter.is_spread(tensors):
+            raise FileError("several processes cannot export an adapter; save it, and export the folder afterwards")
+        yield tensors
 
 
 def _read_tied(base: Path | None) -> bool | None:
@@ -196,7 +200,7 @@ def _plain(
             f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
             " products. Leave dtype= (`--dtype`) out, and reduce the rank before rounding (`jaxadapt resize`)"
         )
-    plain = plain_form(tensors, start, keep=keeps)
+    plain = plain_lora(tensors, start, keep=keeps)
     return conversion.with_dtype(plain, dtype)
 
 

@@ -358,14 +358,13 @@ def _from_orbax(
     for item, specs in leaves.items():  # another library's LoRA
         names = {key: orbax.parameter_path(key) for key in specs}
         abstract = {dotted: jax.ShapeDtypeStruct(*specs[key]) for key, dotted in names.items()}
-        if (
-            tree := foreign.find_lora(foreign.LoraTree(abstract, lora_alpha=lora_alpha, on_shared="concat"))
-        ) is not None:
+        given = foreign.LoraTree(abstract, config=config, lora_alpha=lora_alpha, on_shared="concat")
+        tree = foreign.find_lora(given)
+        if tree is not None:
             wanted = [key for key, dotted in names.items() if dotted in tree.leaves]
             arrays = orbax.load(path, item, dict.fromkeys(wanted))
             values = {names[key]: np.asarray(x) for key, x in arrays.items()}
-            filled = dataclasses.replace(tree, leaves=values)
-            tensors, _ = foreign.read_tree(filled, config, keymap)
+            tensors, _ = foreign.read_tree(dataclasses.replace(tree, leaves=values), keymap)
             return dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True))
     if config is None:
         raise ConfigError(f"{os.fspath(path)}: the checkpoint has no configuration of an adapter; pass --config")

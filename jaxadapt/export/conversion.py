@@ -218,18 +218,51 @@ class ConvertedFile(NamedTuple):
     lora_alpha: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class TreeOptions:
+    """The options of `convert` for trees.
+
+    Attributes:
+        from_keymap: the family of a source tree (default: recognized by its paths), or the spelling of a source folder.
+        to_keymap: the family of a target tree, or another spelling for a target folder.
+        dialect: the LoRA layout of a target tree. Default: the one of the family's library.
+        lora_alpha: the alpha of a source tree whose file does not contain it.
+        like: a safetensors file with the base weights of the target tree, or else of the source tree. Only the shapes
+            in its header are read.
+        sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
+        on_shared: as in `jaxadapt.models.LoraTree`; the rank grows as needed.
+    """
+
+    from_keymap: KeyMap | str | None = None
+    to_keymap: KeyMap | str | None = None
+    dialect: str | None = None
+    lora_alpha: float | None = None
+    like: str | os.PathLike[str] | None = None
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    on_shared: str | None = None
+
+    def refuse(self, source: object) -> None:
+        """Raise `ConfigError` for options that need a tree, where neither side is one."""
+        names = {
+            "--from": self.from_keymap, "--to": self.to_keymap, "--dialect": self.dialect,
+            "--on-shared": self.on_shared, "--lora-alpha": self.lora_alpha,
+        }  # fmt: skip
+        given = [name for name, value in names.items() if value is not None]
+        if given == ["--lora-alpha"]:
+            raise ConfigError(f"{source}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: --dialect and --on-shared need a tree (a file ending in .safetensors), and --from"
+                " and --to a tree or a folder of PEFT's"
+            )
+
+
 @atomic.cleans("target")
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
+    options: TreeOptions | None = None,
     *,
-    from_keymap: KeyMap | str | None = None,
-    to_keymap: KeyMap | str | None = None,
-    dialect: str | None = None,
-    lora_alpha: float | None = None,
-    like: str | os.PathLike[str] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    on_shared: str | None = None,
     format: str | None = None,  # noqa: A002 (as in `save`)
     dtype: str | None = None,
     progress: Progress = None,
@@ -242,14 +275,7 @@ def convert(
     Args:
         source: the PEFT folder, Orbax checkpoint, mlx-lm folder or tree to read.
         target: the PEFT folder or tree to write.
-        from_keymap: the family of a source tree (default: recognized by its paths), or the spelling of a source folder.
-        to_keymap: the family of a target tree, or another spelling for a target folder.
-        dialect: the LoRA layout of a target tree. Default: the one of the family's library.
-        lora_alpha: the alpha of a source tree whose file does not contain it.
-        like: a safetensors file with the base weights of the target tree, or else of the source tree. Only the shapes
-            in its header are read.
-        sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
-        on_shared: as in `load`; the rank grows as needed.
+        options: what the files of a tree do not tell.
         format: "bin" writes a folder with PyTorch's adapter_model.bin; "orbax" an Orbax checkpoint with PyTorch's names
             in place of a folder, which any model can load; "kohya-ss" and "diffusers" the file of an image adapter.
         dtype: as in `convert_format`.
@@ -259,12 +285,12 @@ def convert(
         AdapterError: the conversion is impossible, and nothing is written. The message names the options of
             `jaxadapt convert`.
     """
-    options = TreeOptions(from_keymap, to_keymap, dialect, lora_alpha, like, sizes or {}, on_shared)
+    options = options or TreeOptions()
     is_adapter, from_tree, to_tree = _sides(source, target, format)
     if not from_tree and not to_tree:
-        if like is not None or sizes:
+        if options.like is not None or options.sizes:
             raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-        if is_adapter or (from_keymap is None and to_keymap is None):
+        if is_adapter or (options.from_keymap is None and options.to_keymap is None):
             options.refuse(source)
             done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
             return ConvertedFile(
@@ -344,34 +370,6 @@ NOTE = "jaxadapt_tree"
 """The metadata key for the scale of a tree, which its leaves do not contain."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeOptions:
-    """The options of `convert` for trees; see there."""
-
-    from_keymap: KeyMap | str | None = None
-    to_keymap: KeyMap | str | None = None
-    dialect: str | None = None
-    lora_alpha: float | None = None
-    like: str | os.PathLike[str] | None = None
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
-    on_shared: str | None = None
-
-    def refuse(self, source: object) -> None:
-        """Raise `ConfigError` for options that need a tree, where neither side is one."""
-        names = {
-            "--from": self.from_keymap, "--to": self.to_keymap, "--dialect": self.dialect,
-            "--on-shared": self.on_shared, "--lora-alpha": self.lora_alpha,
-        }  # fmt: skip
-        given = [name for name, value in names.items() if value is not None]
-        if given == ["--lora-alpha"]:
-            raise ConfigError(f"{source}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)}: --dialect and --on-shared need a tree (a file ending in .safetensors), and --from"
-                " and --to a tree or a folder of PEFT's"
-            )
-
-
 def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str] | None) -> PeftTensors:
     """Read a tree under PEFT's names.
 
@@ -389,7 +387,7 @@ def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     base = {**tree.base, **_base_shapes(like, tree.dialect)}
     tree = dataclasses.replace(tree, base=base, sizes=options.sizes)
-    tensors, _ = foreign.read_tree(tree, None, options.from_keymap)
+    tensors, _ = foreign.read_tree(tree, options.from_keymap)
     return dataclasses.replace(tensors, source=str(path))
 
 

@@ -352,8 +352,8 @@ def _require_product_start(config: Config) -> lora.LoraConfig:
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
             "cannot convert a LoftQ adapter: LoftQ quantized the base, and the adapter does not contain the rounding"
-            " error. Keep the changed base (export_base), or load the file with base='original', which quantizes the"
-            " base again"
+            " error. Keep the changed base (export_base), or read the file with change_base=True and load it, which"
+            " quantizes the base again"
         )
     why = lora.reasons_not_a_product(config)
     if why or not isinstance(config, lora.LoraConfig):
@@ -378,8 +378,8 @@ def residual_base(recipe: Recipe, adapter_sites: Sequence[Site], weights: Mappin
     if kind.from_run:
         raise ConfigError(
             f"{lora.init_field(config)}: cannot repeat the change of the base, which depends on"
-            f" {kind.from_run} (PEFT's load cannot either). Load onto the changed base with base='changed', or convert"
-            " the adapter where it was trained, with for_original_base (in PEFT"
+            f" {kind.from_run} (PEFT's load cannot either). Read it with change_base=False for the changed base, or"
+            " convert the adapter where it was trained, with for_original_base (in PEFT"
             " path_initial_model_for_weight_conversion)"
         )
     initialization = Initialization(kind, recipe, adapter_sites, weights, None)

@@ -35,8 +35,8 @@ Array = Any
 _ONLY_IN_TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
 
 
-def plain_lora(tensors: PeftTensors) -> PeftTensors:
-    """Convert the file of a LoRA variant to a plain LoRA that computes exactly the same.
+def convert_variant(tensors: PeftTensors) -> PeftTensors:
+    """Convert the file of a LoRA variant to a LoRA without it that computes exactly the same.
 
     | field | conversion |
     |---|---|
@@ -44,19 +44,19 @@ def plain_lora(tensors: PeftTensors) -> PeftTensors:
     | `use_qalora` (arXiv:2309.14717; on a GPTQ base) | A (r, in/group) repeats for each input, times in/group² |
     | `velora_config`, `monteclora_config` | removed with their tensors, which only training uses |
 
-    Further training trains a plain LoRA, not the variant. Other files are returned unchanged.
+    Further training trains a LoRA, not the variant. Other files are returned unchanged.
 
     Raises `ConfigError` for an adapter that is not LoRA, `MismatchError` if a tensor does not divide into the blocks.
 
     >>> import numpy as np
     >>> config = LoraConfig(r=2, target_modules=["q"], use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2})
     >>> a, b = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
-    >>> plain_lora(PeftTensors(config, {a: np.ones((2, 2)), b: np.ones((3, 2))})).tensors[a].tolist()
+    >>> convert_variant(PeftTensors(config, {a: np.ones((2, 2)), b: np.ones((3, 2))})).tensors[a].tolist()
     [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
     """
     config = tensors.config
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{tensors.source}: plain_lora converts LORA only, found {config.peft_type}")
+        raise ConfigError(f"{tensors.source}: convert_variant converts LORA only, found {config.peft_type}")
     arrays = {
         key: x
         for key, x in tensors.tensors.items()
@@ -104,7 +104,7 @@ _SCALE_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora
 _VARIANTS = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 
 
-def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: Collection[str] = ()) -> PeftTensors:
+def plain_lora(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: Collection[str] = ()) -> PeftTensors:
     """Return a LoRA file in its plain form, which computes the same.
 
     A and B are padded with zeros to the largest rank r; `lora_alpha` is r, so that the scale is 1, and B is multiplied
@@ -126,7 +126,7 @@ def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     >>> import numpy as np
     >>> config = LoraConfig(r=4, lora_alpha=8, target_modules=["q"], use_rslora=True)
     >>> a, b = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
-    >>> plain = plain_form(PeftTensors(config, {a: np.ones((4, 2)), b: np.ones((3, 4))}))
+    >>> plain = plain_lora(PeftTensors(config, {a: np.ones((4, 2)), b: np.ones((3, 4))}))
     >>> plain.config, float(plain.tensors[b][0, 0])
     (LoraConfig(r=4, target_modules=['q'], lora_alpha=4), 4.0)
     """
@@ -136,8 +136,8 @@ def plain_form(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
         raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {advice}")
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
-        tensors = plain_lora(tensors)
-        first = None if first is None else plain_lora(first)
+        tensors = convert_variant(tensors)
+        first = None if first is None else convert_variant(first)
         config = tensors.config
         assert isinstance(config, LoraConfig)
     arrays = as_source(tensors.tensors)

@@ -24,8 +24,8 @@ dropped input.
 KaSA (Wang et al. 2024, arXiv:2412.06071) with PEFT's conventions: W₋ + s·B·diag(d)·A, d trained with A and B.
 
 W₋ is the base weight without its r smallest singular values. `start` computes it (`factors.truncate_svd`), and
-`load(…, base="original")` computes it again. It follows PEFT's `tuners/lora/variants.py`, which supports linear layers
-only. `optim.kasa_loss` has the penalties of the paper.
+`load(read(…, change_base=True), …)` computes it again. It follows PEFT's `tuners/lora/variants.py`, which supports
+linear layers only. `optim.kasa_loss` has the penalties of the paper.
 
 aLoRA (arXiv:2504.12397) with PEFT's conventions: a LoRA that adapts only the tokens from its invocation sequence on.
 
@@ -239,7 +239,7 @@ def check_parameter(config: LoraConfig, match: Match) -> None:
         )
 
 
-_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) converts such a file to an equivalent plain LoRA"
+_PLAIN = "jaxadapt.merging.convert_variant(jaxadapt.read(…)) converts such a file to an equivalent LoRA"
 REFUSED_FIELDS: dict[str, str] = {
     "use_qalora": f"applies only to bases quantized with GPTQ, and no JAX model is: {_PLAIN}"
     " (with another base the file is a plain LoRA already: set use_qalora=False)",

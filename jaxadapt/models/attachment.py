@@ -22,7 +22,9 @@ from jaxadapt.core.paths import bullets
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
+from jaxadapt.models.carriers import base_params, carrier, lora_carrier
+from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 
 # ---------------------------------------------------------------- attachment
@@ -121,7 +123,6 @@ def extract(
     model: Any,
     *,
     name: str = DEFAULT,
-    config: Config | None = None,
     keymap: KeyMap | str | None = None,
 ) -> Adapter:
     """Return the adapter called `name` of a model, state or variables.
@@ -129,9 +130,9 @@ def extract(
     Args:
         model: an NNX model or `nnx.State`, Linen variables (or their adapter collection), an `Adapter`, or any pytree
             with the LoRA leaves of another library, which are recognised by their paths. A `LoraTree` wraps a tree
-            that does not store its alpha.
-        config: required if the tree has lost its configuration, or comes from another library.
-        keymap: as `config`; for another library's tree the default is the family recognised from its base weights.
+            that does not store its configuration or its alpha.
+        keymap: needed only if the tree has lost it; for another library's tree the default is the family recognised
+            from its base weights.
 
     Raises `AttachError` if the tree has no adapter of that name, or its configuration is lost and not passed.
     Raises `KeyMapError` listing the leaves of another library that have no exact equivalent.
@@ -144,7 +145,7 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    return lora_carrier(model).extract(name, config, keymap)
+    return lora_carrier(model).extract(name, LoraTree.of(model).config, keymap)
 
 
 def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
@@ -176,7 +177,7 @@ def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
         " jax.tree.map(jnp.copy, adapter):",
         gone,
     )
-    return lora_carrier(model).inject(adapter, name)
+    return lora_carrier(model, fills=True).inject(adapter, name)
 
 
 def delete(model: Any, *, name: str) -> Any:

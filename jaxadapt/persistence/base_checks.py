@@ -267,7 +267,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
             f"embeddings of another vocabulary: {vocabulary[0]}",
             "as many rows as the base has tokens",
             "resize the base's embeddings to the adapter's number of rows"
-            " before loading (resize_token_embeddings), or load with on_mismatch='skip'",
+            " before loading (resize_token_embeddings), or read with fit_vocabulary=True",
         )
     if wrong := texts[False]:
         yield error(

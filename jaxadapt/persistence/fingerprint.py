@@ -194,7 +194,7 @@ def check(stored: Fingerprint | None, found: Fingerprint | None, source: str, *,
         if strict:
             place = f"{source} has no fingerprint of its base" if stored is None else "this base has no fingerprint"
             raise MismatchError(
-                f"strict_base=True: cannot compare the bases: {place}. jaxadapt.save writes a fingerprint if the base"
+                f'strict="base": cannot compare the bases: {place}. jaxadapt.save writes a fingerprint if the base'
                 " has values, except for a quantized base and for an adapter that changed its base"
             )
         return
@@ -206,7 +206,7 @@ def check(stored: Fingerprint | None, found: Fingerprint | None, source: str, *,
         f" such as {different[0]}"
     )
     if strict:
-        raise MismatchError(f"{text}. Load the adapter onto its own base, or without strict_base=True")
+        raise MismatchError(f'{text}. Load the adapter onto its own base, or without strict="base"')
     warn(f"{text}. Its outputs on this base may be wrong")
 
 

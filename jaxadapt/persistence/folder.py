@@ -18,7 +18,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import findings, formats, reconcile
+from jaxadapt.persistence import findings, formats, reading, reconcile
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
@@ -78,10 +78,28 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         return opened.tensors.config
 
 
-def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTensors:
+def read(
+    path: str | os.PathLike[str],
+    *,
+    repair: bool = False,
+    change_base: bool | None = None,
+    fit_vocabulary: bool = False,
+    progress: Progress = None,
+) -> PeftTensors:
     """Read an adapter folder as `PeftTensors`, without a model: PEFT's names, PyTorch's layout, the file's dtypes.
 
+    `load` and `from_peft` take the result, with what it says of its base and its vocabulary.
+
     Args:
+        repair: True corrects names and settings that have only one meaning, as `jaxadapt.repair` does in files,
+            and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
+            adapter_config.json, … The files stay as they are.
+        change_base: for an unconverted adapter whose initialization took a part out of the base weights (PiSSA, OLoRA,
+            …). True: the model of `load` has the original weights, and `load` changes them as PEFT does. False: the
+            model has the changed weights already. Without it, `load` and `from_peft` refuse such an adapter.
+        fit_vocabulary: True if the tensors may be for another vocabulary than the model's: `load` and `from_peft` take
+            the rows that the model has, with a warning; rows that the file lacks keep the base's values. By default
+            such tensors are refused.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("read", bytes done, bytes in all);
             for an address of the Hub also of the files fetched.
 
@@ -100,8 +118,11 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     >>> {key: (x.dtype.name, x.shape) for key, x in tensors.items()}
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
-    with reporter(progress) as report, open_adapter(path, report) as adapter:
-        return in_memory(adapter, report)
+    with reporter(progress) as report:
+        place = formats.look(path, report)
+        with reading.open_repaired(place) if repair else open_adapter(place) as adapter:
+            tensors = in_memory(adapter, report)
+    return dataclasses.replace(tensors, change_base=change_base, fit_vocabulary=fit_vocabulary)
 
 
 def in_memory(adapter: PeftTensors, report: Report) -> PeftTensors:

@@ -5,17 +5,18 @@ files ──folder.open_adapter──► PeftTensors ──peft.adapter_from_ten
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters import key_names, sites
+from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.adapters.site import Site, tensor_entries
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora
@@ -26,16 +27,17 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
+from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, formats, peft, reading, rules, save_adapter
+from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter
+from jaxadapt.persistence.formats import Place
 
 _TIMEOUT = 300.0  # seconds for each answer of another process
 
 
 def load(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | PeftTensors,
     model: Any,
     *,
     name: str = DEFAULT,
@@ -43,14 +45,8 @@ def load(
     dtype: Any = None,
     replace: bool = False,
     rngs: Any = None,
-    stack_axes: Sequence[int] | None = None,
-    example: Sequence[Any] | None = None,
     shardings: Any = None,
-    on_mismatch: str | None = None,
-    base: str | None = None,
-    strict: bool = True,
-    repair: bool = False,
-    strict_base: bool = False,
+    strict: bool | str = True,
     progress: Progress = None,
 ) -> Any:
     """Read an adapter folder, written by jaxadapt or PEFT, into a model.
@@ -60,12 +56,14 @@ def load(
     scale differs, B is multiplied accordingly.
 
     Args:
-        path: the folder; an address of an object store ("s3://bucket/folder", "gs://…") or of the Hub
+        source: the folder; an address of an object store ("s3://bucket/folder", "gs://…") or of the Hub
             ("hf://org/name@revision/subfolder"). For a `name` other than "default", the subfolder of that name if it
-            exists.
+            exists. Or `PeftTensors`: `jaxadapt.read` has the options for files that need repair, that belong to a
+            changed base, or that are for another vocabulary.
         model: an NNX model, plain or adapted, changed in place and returned; or Linen variables
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too. A `LoraTree` of
-            one says what happens where it has one A for several modules of the file.
+            one says what happens where it has one A for several modules of the file, and how custom layers store
+            their weights.
         name: the adapter's name on this model; the adapter becomes the active one.
         keymap: the model's family, a `KeyMap`, or None to recognise it.
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
@@ -76,31 +74,23 @@ def load(
             differs only in its dropout or in how it began (`init_lora_weights`) gets the attached adapter's values of
             these fields.
         rngs: NNX: for dropout in further training; without it dropout is off.
-        stack_axes, example: as in `adapt`.
         shardings: the parameters' shardings: one `Sharding` for all, or a tree of them like the adapter's (an
             `Adapter` or nested dicts). By default each follows the base weight it adapts, axis by axis; the rank is
-            replicated. A process reads only the bytes that its own devices hold.
-        on_mismatch: "skip" loads, from tensors for another vocabulary, the rows that the model has, with a warning;
-            rows that the file lacks keep the base's values. By default such a file is refused.
-        base: for an unconverted adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …).
-            "original": the target has the original weights, and load changes them as PEFT does. "changed": the target
-            has the changed weights already. Without it such a file is refused.
-        strict: False loads the tensors that fit and warns of the rest, as in `import_base`. Tensors that the file lacks
-            start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy of `modules_to_save`
-            is the base's); tensors that the model has no place for are ignored. Wrong shapes are still refused, and so
-            is a file without any fitting tensor.
-        repair: True corrects names and settings that have only one meaning, as `jaxadapt.repair` does in files,
-            and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
-            adapter_config.json, … The files stay as they are.
-        strict_base: True refuses a base other than the one the adapter was trained on, by the fingerprint in the file
-            (a few values of the base's weights), and a file or a base without one. By default another base is a
-            warning. If the base is spread over several processes, all of them call `load` with strict_base=True, and
-            all of them refuse another base; by default each compares the values that its devices hold.
+            replicated. From a path, a process reads only the bytes that its own devices hold.
+        strict: True: every tensor must fit; a base other than the one the adapter was trained on, by the fingerprint
+            in the file (a few values of the base's weights), is a warning. "base": as True, and another base is
+            refused, and a file or a base without fingerprint. If the base is spread over several processes, all of them
+            call `load` with strict="base", and all of them refuse another base; by default each compares the values
+            that its devices hold. False: load the tensors that fit and warn of the rest, as in `import_base`. Tensors
+            that the file lacks start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy
+            of `modules_to_save` is the base's); tensors that the model has no place for are ignored. Wrong shapes are
+            still refused, and so is a file without any fitting tensor.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             for an address of the Hub also of each file fetched, by its name.
 
-    Otherwise the base is never changed. Nothing is attached unless everything fits. Raises `AdapterError`;
-    `MismatchError` lists all missing, unexpected and wrongly shaped tensors together.
+    The base is never changed, except by tensors that were read with `change_base=True`. Nothing is attached unless
+    everything fits. Raises `AdapterError`; `MismatchError` lists all missing, unexpected and wrongly shaped tensors
+    together.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -112,63 +102,59 @@ def load(
     >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].shape
     (6, 2)
     """
-    dtype = peft.requested_dtype(dtype)
-    with reporter(progress) as report:
-        place = folder.find_adapter(path, name, report)
-    held = lora_carrier(model)
+    if strict not in (True, False, "base"):
+        raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
+    given = foreign.LoraTree.of(model)
+    options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), given)
+    held = lora_carrier(model, fills=True)
     if held.foreign is None and not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
-    open_file = reading.open_repaired if repair else folder.open_adapter
     if held.foreign is not None:
         unused = {
-            "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
-            "shardings": shardings, "on_mismatch": on_mismatch, "strict": None if strict else False,
-            "dtype": dtype if dtype == peft.AUTOCAST else None, "strict_base": strict_base or None,
+            "replace": replace or None, "rngs": rngs, "shardings": shardings, "strict": None if strict is True else strict,
+            "stack_axes": given.stack_axes, "example": given.example,
+            "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
         }  # fmt: skip
         refuse(
             unused,
-            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
+            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )
-        with reporter(progress) as report, open_file(place) as adapter:
-            tensors = folder.in_memory(adapter, lambda _, done, total: report("load", done, total))
-        return foreign.fill_tree(held.foreign, tensors, keymap, dtype)
-    if base not in (None, "original", "changed"):
-        raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
-    if on_mismatch not in (None, "skip"):
-        raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
-    parameters, present = held.base(), held.attached(name)
-    options = rules.Options(keymap, dtype, stack_axes, example, shardings, on_mismatch, held.on_shared, strict)
-    found = formats.find(place)
-    if found is not None and found.write_adapter is not None:  # a format that keeps the model's layout
-        source = os.fspath(place.path)
-        with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(source, parameters, present, name, options, report)
-    else:
-        with reporter(progress) as report, open_file(place) as tensors:
-            adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, options, report, check=True)
-        source = tensors.source
-        _check_base(tensors.base, parameters, adapter, adapter_sites, source, strict_base)
-    LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
+    with reporter(progress) as report, _open(source, name, held, report) as opened:
+        if held.foreign is not None:
+            tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
+            return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
+        parameters, present = held.base(), held.attached(name)
+        if isinstance(opened, Place):
+            text, stored, policy = os.fspath(opened.path), None, None
+            adapter, adapter_sites = _from_orbax(text, parameters, present, name, options, report)
+        else:
+            text, stored, policy = opened.source, opened.fingerprint, opened.change_base
+            adapter, adapter_sites = peft.adapter_from_tensors(opened, parameters, options, report, check=True)
+        _check_base(stored, parameters, adapter, adapter_sites, text, strict == "base")
+    LOGGER.info("%s: %d weights adapted, by the keymap %s", text, len(adapter_sites), adapter.keymap.name)
     if present is not None and not replace:
         adapter, adapter_sites = _trained_as(present.config, adapter, adapter_sites)
-    if present is not None and present.config != adapter.config and not replace:
-        raise ConfigError(
-            f"{source}: the configuration differs from that of the attached adapter {name!r} in"
-            f" {present.config.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
-            " load(…, name=…) keeps both"
-        )
-    if present is not None and present.config == adapter.config:
-        is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
-        if is_encoded and not replace:
-            raise MismatchError(
-                f"{source}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's"
-                f" output ({', '.join(adapter.shared)}); load(…, replace=True) replaces the adapter by one without"
-                " its encoder, and load(…, name=…) keeps both"
-            )
-        if dtype is None and not is_encoded:
-            adapter = _promote(adapter, present)
-    changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
+    if present is not None:
+        adapter = _in_place_of(present, adapter, options.dtype, text, replace=replace, name=name)
+    changed = _changed_base(parameters, policy, present, adapter, adapter_sites, text)
     return held.attach(adapter, adapter_sites, name, present, rngs, changed)
+
+
+@contextlib.contextmanager
+def _open(
+    source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
+) -> Generator[PeftTensors | Place]:
+    """Open an adapter; return the place of a format that keeps a model's layout, unless another library's tree is filled."""
+    if isinstance(source, PeftTensors):
+        yield key_names.without_names(source)
+        return
+    place = folder.find_adapter(source, name, report)
+    found = formats.find(place)
+    if found is not None and found.write_adapter is not None and held.foreign is None:
+        yield place
+        return
+    with folder.open_adapter(place) as tensors:
+        yield tensors
 
 
 def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
@@ -188,6 +174,28 @@ def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site
     before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
     same = sites.sites_of(before) == sites.sites_of(after)
     return (after, sites.sites_of(after)) if same else (adapter, adapter_sites)
+
+
+def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, source: str, *, replace: bool, name: str) -> Adapter:
+    """Return the adapter that replaces the attached one, in the wider dtype of both unless `dtype` is given.
+
+    Raises `ConfigError` or `MismatchError` if the two differ, unless `replace` is True.
+    """
+    ways_out = "load(…, replace=True) replaces the adapter{}, and load(…, name=…) keeps both"
+    if present.config != adapter.config:
+        if replace:
+            return adapter
+        raise ConfigError(
+            f"{source}: the configuration differs from that of the attached adapter {name!r} in"
+            f" {present.config.differences(adapter.config)}; {ways_out.format('')}"
+        )
+    is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
+    if is_encoded and not replace:
+        raise MismatchError(
+            f"{source}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's output"
+            f" ({', '.join(adapter.shared)}); {ways_out.format(' by one without its encoder')}"
+        )
+    return adapter if dtype is not None or is_encoded else _promote(adapter, present)
 
 
 def _check_base(
@@ -228,22 +236,25 @@ def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
 
 def _changed_base(
     parameters: BaseParams,
-    which: str | None,
+    policy: bool | None,
     present: Adapter | None,
     adapter: Adapter,
     adapter_sites: Sequence[Site],
     source: str,
 ) -> dict[str, Any]:
-    """Return {leaf: array} of the base weights that load must change for the adapter; empty if none."""
-    if which is None:
+    """Return {leaf: array} of the base weights that load must change for the adapter; empty if none.
+
+    `policy` is the `change_base` of the tensors.
+    """
+    if policy is None:
         lora.require_original_base(adapter.config, source)
-    if which != "original":
+    if not policy:
         return {}
     if not lora.changes_base(adapter.config):
-        raise AttachError(f"{source}: base='original': this adapter does not change its base; leave base= out")
+        raise AttachError(f"{source}: change_base=True: this adapter does not change its base; leave change_base= out")
     if present is not None and lora.changes_base(present.config):
         raise AttachError(
-            f"{source}: base='original', but the attached adapter has already changed this base; pass base='changed'"
+            f"{source}: change_base=True, but the attached adapter has already changed this base; pass change_base=False"
         )
     return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
@@ -265,7 +276,7 @@ def _from_orbax(
     keymap = planning.target_keymap(base, options.keymap, keys)
     shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
     recipe, target_sites = planning.plan_adapter(
-        base, stored.adapter.config, keymap, options.stack_axes, options.example, shared
+        base, stored.adapter.config, keymap, options.given.stack_axes, options.given.example, shared
     )
     planning.check_kernels(recipe.config, base, target_sites)
     wanted, found = (

@@ -27,7 +27,7 @@ from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import PEFT_VERSION, Config
+from jaxadapt.configs.base import PEFT_VERSION
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, TargetError, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
@@ -241,15 +241,14 @@ def to_peft(
     model: Any,
     *,
     name: str = DEFAULT,
-    config: Config | None = None,
     keymap: KeyMap | str | None = None,
 ) -> PeftTensors:
     """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
 
     Args:
         model: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
-            or a `LoraTree` of one.
-        config, keymap: needed only if the tree does not store them, or to rename by another keymap.
+            or a `LoraTree` of one, which has the configuration if the tree has lost it.
+        keymap: needed only if the tree does not store it, or to rename by another keymap.
 
     Each tensor is encoded on access, as a numpy view where the layouts allow (inside jit: as a traced array).
     Raises `AttachError` or `KeyMapError`.
@@ -264,7 +263,7 @@ def to_peft(
         raise AttachError(
             "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
         )
-    return save_adapter.encode_tree(model, name, config, keymap, in_memory=True)
+    return save_adapter.encode_tree(model, name, keymap, in_memory=True)
 
 
 def from_peft(
@@ -273,19 +272,16 @@ def from_peft(
     *,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
-    stack_axes: Sequence[int] | None = None,
-    example: Sequence[Any] | None = None,
     shardings: Any = None,
-    base: str | None = None,
     strict: bool = True,
 ) -> Adapter:
     """Convert PEFT's tensors to an adapter in the layout of `model`.
 
     Args:
+        tensors: from `read` or `to_peft`. With `change_base=True` they are refused: only `load` changes a base.
         model: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
-        keymap, dtype, stack_axes, example, shardings: as in `load`.
-        base: as in `load`, but only "changed" is possible here.
-        strict: as in `load`.
+        keymap, dtype, shardings: as in `load`.
+        strict: as in `load`, True or False.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
 
@@ -297,21 +293,23 @@ def from_peft(
     >>> again.config == config, again.params["q"]["kernel"]["lora_A"].shape
     (True, (2, 4))
     """
-    if base not in (None, "changed"):
-        raise AttachError(
-            f"base={base!r}: expected None, or 'changed' if the target's base is changed; from_peft changes no base"
-        )
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " add an Adapter to a model with jaxadapt.inject"
         )
-    if base is None:
+    if tensors.change_base is None:
         lora.require_original_base(tensors.config, tensors.source)
-    dtype = requested_dtype(dtype)
+    if tensors.change_base:
+        raise AttachError(
+            f"{tensors.source}: change_base=True: from_peft changes no base; pass the tensors to load, or read them with"
+            " change_base=False if the base of the model is changed"
+        )
+    if strict not in (True, False):
+        raise AttachError(f"strict={strict!r}: expected True or False; only load compares the base")
     given = LoraTree.of(model)
     parameters = carrier(given.tree).base()
-    options = rules.Options(keymap, dtype, stack_axes, example, shardings, None, given.on_shared, strict)
+    options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
     tensors = key_names.without_names(tensors)
     return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
@@ -330,10 +328,11 @@ def adapter_from_tensors(
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         keymap = planning.target_keymap(base, options.keymap, keys)
         if experts.may_have_experts(keys):
-            tensors = experts.fuse_experts(tensors, keymap, options.on_shared)
+            fused = experts.fuse_experts(tensors, keymap, options.given.on_shared)
+            tensors = dataclasses.replace(tensors, config=fused.config, tensors=fused.tensors)
         found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}
         recipe, adapter_sites = planning.plan_adapter(
-            base, tensors.config, keymap, options.stack_axes, options.example, found
+            base, tensors.config, keymap, options.given.stack_axes, options.given.example, found
         )
         planning.check_kernels(recipe.config, base, adapter_sites)
     except AdapterError as error:

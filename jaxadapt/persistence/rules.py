@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxadapt.core.errors import AdapterError, MismatchError, warn
 from jaxadapt.keymaps import check, generic
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
@@ -36,16 +37,13 @@ from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an adapter's tensors are bound to a base, as in `load`."""
+    """How an adapter's tensors are bound to a base, as in `load`; `given` is the model or tree."""
 
     keymap: KeyMap | str | None = None
     dtype: Any = None
-    stack_axes: Sequence[int] | None = None
-    example: Sequence[Any] | None = None
     shardings: Any = None
-    on_mismatch: str | None = None
-    on_shared: str | None = None
     strict: bool = True
+    given: LoraTree = LoraTree(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +116,13 @@ def cut_joint_tensors(source: TensorSource, expected: Expected) -> TensorSource:
 
 
 def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
-    """Resize tensors for another vocabulary to the model's, with a warning for each, if the caller asks for it.
+    """Resize tensors for another vocabulary to the model's, with a warning for each, if `read` was asked for it.
 
     Rows that the file lacks have no effect in an adapter, and are the base's own in a copy. Tensors that differ in
     another way stay unchanged; `require_fit` refuses them.
     """
     fitted: dict[str, Any] = {}
-    for site in expected.sites if expected.options.on_mismatch == "skip" else ():
+    for site in expected.sites if expected.file.fit_vocabulary else ():
         axes = full_copies.vocabulary_axes(site, expected.recipe.keymap)
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
             (key, *others), shape = entry.keys, entry.form.file_shape

@@ -41,7 +41,6 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
-from jaxadapt.merging.plain_form import plain_form
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
@@ -58,6 +57,11 @@ from jaxadapt.storage.strided import float_dtype
 def is_distributed(leaves: Iterable[Any]) -> bool:
     """Return True if some of these arrays are partly in other processes."""
     return jax.process_count() > 1 and not all(map(is_local, leaves))
+
+
+def is_spread(tensors: PeftTensors) -> bool:
+    """Return True if some arrays of an adapter are partly in other processes."""
+    return isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())
 
 
 def write_shared(
@@ -279,12 +283,7 @@ class Source:
 
 
 def take_adapter(
-    held: Carrier,
-    name: str,
-    config: Config | None,
-    keymap: KeyMap | str | None,
-    *,
-    in_memory: bool,
+    held: Carrier, name: str, config: Config | None, keymap: KeyMap | str | None, *, in_memory: bool
 ) -> Source:
     """Take the adapter out of a tree, with the target names of the given keymap.
 
@@ -303,7 +302,6 @@ def take_adapter(
 def encode_tree(
     tree: Any,
     name: str,
-    config: Config | None,
     keymap: KeyMap | str | None,
     *,
     in_memory: bool,
@@ -325,14 +323,14 @@ def encode_tree(
     held = lora_carrier(tree)
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
-        tensors, known = foreign.read_tree(held.foreign, config, keymap)
+        tensors, known = foreign.read_tree(held.foreign, keymap)
         full_copies.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         return dataclasses.replace(
             tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
         )
-    source = take_adapter(held, name, config, keymap, in_memory=in_memory)
+    source = take_adapter(held, name, foreign.LoraTree.of(tree).config, keymap, in_memory=in_memory)
     if stored := get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
         params = {**source.adapter.params, SHARED_NODE: stored}
         source = Source(held, dataclasses.replace(source.adapter, params=params))
@@ -445,20 +443,48 @@ def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: 
 # ---------------------------------------------------------------- save adapter
 
 
+@dataclasses.dataclass(frozen=True)
+class MultihostFolder:
+    """A folder that several processes write together, and how they do.
+
+    `save` takes it as it takes a path. It has an effect only for arrays that are spread over several processes.
+
+    Args:
+        path: the folder, or an address of an object store.
+        shared: True if all processes see the folder, and False if they share no file system: process 0 then writes
+            everything, one leaf at a time. None: detect it.
+        timeout: in seconds, for each answer of another process. If a process fails, dies or does not call, the save
+            ends with an error in all of them, within twice this time.
+
+    >>> import os
+    >>> os.fspath(MultihostFolder("out", shared=False))
+    'out'
+    """
+
+    path: str | os.PathLike[str]
+    _: dataclasses.KW_ONLY
+    shared: bool | None = None
+    timeout: float = 300
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str] | MultihostFolder) -> MultihostFolder:
+        """Return a path as a `MultihostFolder`, without options unless it is one."""
+        return path if isinstance(path, cls) else cls(path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+
 def save(
     model: Any,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | MultihostFolder,
     *,
     name: str = DEFAULT,
-    config: Config | None = None,
     keymap: KeyMap | str | None = None,
     base_model: str | None = None,
     dtype: Any = None,
     save_embedding_layers: bool | str = "auto",
     format: str = "safetensors",  # noqa: A002 (the field's usual name)
-    plain: bool = False,
-    shared: bool | None = None,
-    timeout: float = 300,
     progress: Progress = None,
 ) -> None:
     """Write an adapter, without its base model, as a folder that PEFT reads.
@@ -468,11 +494,12 @@ def save(
     PEFT.
 
     LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …) are recognised by their paths; rank and
-    `target_modules` follow from the tree. Wrap it in a `LoraTree` if it does not store its alpha. The same value says
-    what happens to different As where PyTorch has one A for several of our weights.
+    `target_modules` follow from the tree. Wrap it in a `LoraTree` if it does not store its alpha or has lost its
+    configuration. The same value says what happens to different As where PyTorch has one A for several of our weights.
 
     Args:
-        config: the configuration, if the tree does not store one (the error says so).
+        path: the folder, or an address of an object store. If the arrays are spread over several processes, all of them
+            call `save`, and each writes its own bytes to the one file; a `MultihostFolder` says how.
         keymap: names the tensors by another keymap than the one the model was adapted with.
         base_model: written as `base_model_name_or_path`; never looked up.
         dtype: the floating-point dtype of the tensors in the file, such as "bfloat16" or "bf16"; by default their dtype
@@ -484,13 +511,6 @@ def save(
             cannot write it. "orbax" writes an Orbax checkpoint instead: the parameters in the model's layout and the
             configuration, in one commit, to a path that does not exist yet. With several processes all of them call
             `save`.
-        plain: write a LoRA in its plain form, which every reader of PEFT's files understands: one rank, `lora_alpha`
-            equal to it, the scales in B, no patterns and no rsLoRA. `load` reads it like any other; a training run
-            that continues from it has another scale.
-        shared, timeout: for arrays that are spread over several processes. All of them then call `save`, and each
-            writes its own bytes to the one file. `shared=False`: the processes share no file system (None: detect it),
-            and process 0 writes everything, one leaf at a time. If a process fails, dies or does not call, the save
-            ends with an error in all of them, within twice `timeout` seconds.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
             With several processes each counts the bytes that it writes. An Orbax checkpoint is reported once, when it
             is written.
@@ -509,24 +529,23 @@ def save(
     ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight']
     """
     if format not in ("safetensors", "bin", "orbax"):
-        raise FileError(f"{path}: format {format!r}: expected 'safetensors', 'bin' or 'orbax'")
+        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors', 'bin' or 'orbax'")
     if isinstance(model, PeftTensors):
         raise AttachError(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
             " jaxadapt.write(tensors, path)"
         )
-    if plain and format == "orbax":
-        raise FileError(f"{path}: plain=True: expected a PEFT folder; other programs read no Orbax checkpoint")
+    place = MultihostFolder.of(path)
     dtype = None if dtype is None else float_dtype(dtype)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
-    target = folder.adapter_folder(path, name)
+    target = folder.adapter_folder(place.path, name)
     if format == "orbax":
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = take_adapter(held, name, config, keymap, in_memory=False).adapter
+        adapter = take_adapter(held, name, foreign.LoraTree.of(model).config, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
@@ -536,18 +555,15 @@ def save(
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode_tree(
-        model, name, config, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=timeout
+        model, name, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=place.timeout
     )
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
-    is_spread = isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())
-    if is_spread and (plain or format == "bin"):
-        option, command = ("plain=True", "export") if plain else ("format 'bin'", "convert")
-        raise FileError(f"{path}: {option}: several processes cannot write it; {command} the folder afterwards")
-    if plain:
-        tensors = plain_form(tensors)
-    if is_spread:
+    spread = is_spread(tensors)
+    if spread and format == "bin":
+        raise FileError(f"{target}: format 'bin': several processes cannot write it; convert the folder afterwards")
+    if spread:
         with reporter(progress) as report:
-            write_shared(tensors, target, dtype, shared, timeout, report)
+            write_shared(tensors, target, dtype, place.shared, place.timeout, report)
     else:
         tensors = tensors if dtype is None else dataclasses.replace(tensors, tensors=cast(tensors.tensors, dtype))
         folder.write(tensors, target, format=format, progress=progress)

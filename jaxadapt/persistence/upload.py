@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError
 from jaxadapt.core.progress import LOGGER, Progress
-from jaxadapt.persistence import card, folder
+from jaxadapt.persistence import card as cards
+from jaxadapt.persistence import folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
 
@@ -33,6 +35,24 @@ class Pushed(NamedTuple):
     url: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a model card says beside the facts of an adapter's files.
+
+    Args:
+        license: the license, such as "apache-2.0".
+        metrics: `{name: value}` of results.
+        picture: True for a picture of how much each weight is changed; None: if matplotlib is installed.
+
+    >>> Card(metrics={"loss": 3.2})
+    Card(license=None, metrics={'loss': 3.2}, picture=None)
+    """
+
+    license: str | None = None
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    picture: bool | None = None
+
+
 def push(
     source: Any,
     repo: str,
@@ -43,9 +63,7 @@ def push(
     create_pr: bool = False,
     tag: str | None = None,
     token: hub.Token = None,
-    license: str | None = None,  # noqa: A002 (the front matter's name)
-    metrics: Mapping[str, Any] | None = None,
-    picture: bool | None = None,
+    card: Card | None = None,
     progress: Progress = None,
     **saving: Any,
 ) -> Pushed:
@@ -61,8 +79,7 @@ def push(
         create_pr: open a pull request instead of committing to the branch.
         tag: a tag for the commit.
         token: by default `HF_TOKEN` or the stored one.
-        license, metrics: for the card; metrics are `{name: value}`.
-        picture: show on the card how much each weight is changed; None: if matplotlib is installed.
+        card: what the model card says beside the facts of the files.
         progress: None, True (the client's bars, on a terminal or in a notebook) or a function of ("upload", bytes sent,
             bytes in all); for a model also of "save". With hf_xet, which the client uses where it is installed and the
             Hub supports it, the function is called only at the beginning and the end.
@@ -75,10 +92,10 @@ def push(
     Raises `FileError` for errors of the Hub or the connection and, before anything is sent, for an unreadable card in
     the folder; and every error of `save`.
 
-        jaxadapt.push(model, "org/name", base_model="org/base", metrics={"loss": 3.2}).url
+        jaxadapt.push(model, "org/name", base_model="org/base", card=jaxadapt.Card(metrics={"loss": 3.2})).url
     """
     place = hub.parse(repo)
-    page = _Page(license, metrics or {}, picture)
+    page = card or Card()
     commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
     if isinstance(source, str | os.PathLike):
         if saving or name != "default":
@@ -95,10 +112,11 @@ def push(
                 raise AttachError(f"{', '.join(saving)}: applies to models only; PeftTensors are uploaded unchanged")
             folder.write(source, made, progress=progress)
         else:
-            from jaxadapt.persistence.save_adapter import save  # here, so that a folder uploads without JAX
+            # here, so that a folder uploads without JAX
+            from jaxadapt.persistence.save_adapter import MultihostFolder, save
 
-            saving.setdefault("shared", False)  # each process has its own folder
-            save(source, made, name=name, progress=progress, **saving)
+            own = MultihostFolder(made, shared=False)  # each process has its own folder
+            save(source, own, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
         send = functools.partial(_push, below, place, page, commit, progress)
         return send() if isinstance(source, PeftTensors) else _run_once(source, f"push to {place}", send)
@@ -117,15 +135,7 @@ def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
     return Pushed(*save_adapter.run_on_leader(task, send, _LONG))
 
 
-class _Page(NamedTuple):
-    """The arguments of `push` for the model card."""
-
-    license: str | None
-    metrics: Mapping[str, Any]
-    picture: bool | None
-
-
-def _push(source: Location, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
+def _push(source: Location, place: hub.Address, page: Card, commit: dict[str, Any], progress: Progress) -> Pushed:
     info = folder.inspect(source)  # raises for unreadable files before anything is sent
     weights = next((name for name in hub.WEIGHTS if location.exists(source / name)), None)
     if weights is None:
@@ -140,11 +150,11 @@ def _push(source: Location, place: hub.Address, page: _Page, commit: dict[str, A
     image = _picture(source, info, page.picture)
     if image is not None:
         files[PICTURE] = image
-    facts = card.Facts(
+    facts = cards.Facts(
         {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
         place.subfolder, page.license, page.metrics, PICTURE if image else None,
     )  # fmt: skip
-    files[hub.CARD] = _card(source, card.card_text(info.config, facts), place, commit["token"]).encode()
+    files[hub.CARD] = _card(source, cards.card_text(info.config, facts), place, commit["token"]).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
     uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
@@ -156,12 +166,12 @@ def _card(source: Location, new: str, place: hub.Address, token: hub.Token) -> s
     if location.exists(path):
         # `write` only warns; here an unreadable card is an error, because another card would be uploaded in its place.
         in_folder = _read_card(path)
-        if card.is_edited(in_folder):
-            return card.merge_card(in_folder, new)
+        if cards.is_edited(in_folder):
+            return cards.merge_card(in_folder, new)
     on_hub = hub.fetch_text(place, hub.CARD, token)
-    if on_hub is not None and card.is_edited(on_hub):
+    if on_hub is not None and cards.is_edited(on_hub):
         LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
-    return card.merge_card(on_hub, new)
+    return cards.merge_card(on_hub, new)
 
 
 def _read_card(path: Location) -> str:

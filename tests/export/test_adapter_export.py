@@ -259,21 +259,22 @@ def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_save_writes_the_plain_form(tmp_path):
+def test_an_adapter_in_memory_is_exported_as_its_file(tmp_path):
     from tests.support import small
 
     adapter = small.adapter(small.LORA.replace(use_rslora=True, alpha_pattern={"up_proj": 3}))
     jaxadapt.save(adapter, tmp_path / "in")
-    jaxadapt.save(adapter, tmp_path / "saved", plain=True)
+    export_adapter(adapter, tmp_path / "saved")
     export_adapter(tmp_path / "in", tmp_path / "exported")
     assert small.files(tmp_path / "saved") == small.files(tmp_path / "exported")
     assert jaxadapt.read_config(tmp_path / "saved").rank_pattern == {}
-    jaxadapt.save(adapter, tmp_path / "low", plain=True, dtype="float16")
+    export_adapter(adapter, tmp_path / "low", dtype="float16")
     whole = load_file(tmp_path / "saved/adapter_model.safetensors")
     for key, x in load_file(tmp_path / "low/adapter_model.safetensors").items():
         np.testing.assert_array_equal(x, whole[key].astype("float16"))  # rounded once, after the multiplication
-    with pytest.raises(jaxadapt.FileError, match="plain"):
-        jaxadapt.save(adapter, tmp_path / "orbax", plain=True, format="orbax")
+    plain = jaxadapt.merging.plain_lora(jaxadapt.to_peft(adapter))
+    jaxadapt.write(plain, tmp_path / "written")
+    assert small.files(tmp_path / "written") == small.files(tmp_path / "saved")
 
 
 # ---------------------------------------------------------------- GGUF

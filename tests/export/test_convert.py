@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export.conversion import convert
+from jaxadapt.export.conversion import convert, TreeOptions
 from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import values
@@ -60,16 +60,16 @@ def test_there_and_back_between_families(name, tmp_path):
     sizes = {"h": size, "c": size // 2}
     if "llama3.1" in name:  # its heads are interleaved, so their size must be known
         with pytest.raises(jaxadapt.KeyMapError, match="their sizes are not known"):
-            convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6)
-    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, sizes=sizes)
+            convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6))
+    convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6, sizes=sizes))
     tunix = "tunix:qwen3" if "qwen3" in name else "tunix:llama3"
-    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=tunix, sizes={"h": size})
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", TreeOptions(to_keymap=tunix, sizes={"h": size}))
     assert (done.dialect, done.rank, done.lora_alpha) == ("qwix", 3, 6)
     there = load_file(tmp_path / "c.safetensors")
     assert there["layers.0.attn.o_proj.w_lora_a"].shape == (4, size, 3)
     assert there["layers.2.attn.k_proj.w_lora_b"].shape == (3, 2, size)
-    convert(tmp_path / "c.safetensors", tmp_path / "d", from_keymap=tunix)  # the file says its alpha
-    done = convert(tmp_path / "d", tmp_path / "e.safetensors", to_keymap=table, sizes=sizes)
+    convert(tmp_path / "c.safetensors", tmp_path / "d", TreeOptions(from_keymap=tunix))  # the file says its alpha
+    done = convert(tmp_path / "d", tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes))
     assert done.dialect == "qwix"
     back = load_file(tmp_path / "e.safetensors")
     assert set(back) == set(tree)
@@ -85,10 +85,10 @@ def test_the_same_tree_as_load_fills(tmp_path):
     name = "gemma-gemma3"
     folder = peft_folder(name, tmp_path / "peft")
     with pytest.raises(jaxadapt.MismatchError, match=r"several tensors of the file.*"):
-        convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6})
+        convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}))
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.warns(UserWarning, match="rounded once"):
-        done = convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat")
+        done = convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"))
     assert (done.rank, done.lora_alpha) == (6, 6)
     target = {
         path: np.zeros([6 if size == 3 and i in (0, len(shape) - 1) else size for i, size in enumerate(shape)], "f4")
@@ -106,7 +106,7 @@ def test_the_target_may_be_told_by_a_file(tmp_path):
     """Queries, keys and values in one leaf, or not: only the target's own shapes tell."""
     folder = peft_folder("gemma-gemma3-mha", tmp_path / "peft")
     with pytest.raises(jaxadapt.KeyMapError, match=r"matches layer_0.attn.kv_einsum.w, layer_0.attn.qkv_einsum.w"):
-        convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat")
+        convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"))
     leaves = specimens.recorded("gemma-gemma3-mha")["leaves"]
     like = tmp_path / "base.safetensors"
     save_file({path.replace(".", "/"): np.zeros(shape, "f4") for path, shape in leaves.items()}, like)
@@ -138,23 +138,23 @@ def test_heads_that_have_an_a_each(name, tmp_path):
     save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, tmp_path / "base.safetensors")
     like = {"like": tmp_path / "base.safetensors"}
     with pytest.raises(jaxadapt.MismatchError, match="one A for all heads"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, **like)
-    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, on_shared="concat", **like)
-    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, sizes=sizes)
+        convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6, **like))
+    convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6, on_shared="concat", **like))
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", TreeOptions(to_keymap=table, sizes=sizes))
     assert (done.dialect, done.rank, done.lora_alpha) == ("keras", 3, 6)
     back = load_file(tmp_path / "c.safetensors")
     assert set(back) == set(tree)
     for path, x in tree.items():
         np.testing.assert_array_equal(back[path], x, err_msg=path)
     with pytest.raises(jaxadapt.MismatchError, match="one B for all heads"):
-        convert(peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", to_keymap=table, sizes=sizes)
-    done = convert(tmp_path / "d", tmp_path / "e.safetensors", to_keymap=table, sizes=sizes, on_shared="concat")
+        convert(peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes))
+    done = convert(tmp_path / "d", tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes, on_shared="concat"))
     assert (done.rank, load_file(tmp_path / "e.safetensors").keys()) == (12, tree.keys())
 
 
 def test_another_spelling(tmp_path):
     folder = peft_folder("gemma-gemma3", tmp_path / "peft")
-    convert(folder, tmp_path / "vl", from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl")
+    convert(folder, tmp_path / "vl", TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl"))
     old, new = jaxadapt.read(folder).tensors, jaxadapt.read(tmp_path / "vl").tensors
     assert {key.replace("model.language_model.", "model.") for key in new} == set(old)
     assert all("language_model" in key for key in new)
@@ -175,7 +175,7 @@ def test_another_spelling(tmp_path):
 def test_what_cannot_be_is_refused(options, what, tmp_path):
     folder = peft_folder("gemma-gemma3", tmp_path / "peft")
     with pytest.raises(jaxadapt.AdapterError, match=what):
-        convert(folder, tmp_path / "x.safetensors", **options)
+        convert(folder, tmp_path / "x.safetensors", TreeOptions(**options))
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -185,7 +185,7 @@ def test_sources_that_are_none(tmp_path):
         convert(tmp_path / "a.safetensors", tmp_path / "out")
     save_file(recorded_tree("maxtext-qwen3-scan0"), tmp_path / "b.safetensors")
     with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
-        convert(tmp_path / "b.safetensors", tmp_path / "out", from_keymap="maxtext:qwen3/scan0")
+        convert(tmp_path / "b.safetensors", tmp_path / "out", TreeOptions(from_keymap="maxtext:qwen3/scan0"))
     assert not (tmp_path / "out").exists()
 
 

@@ -220,9 +220,9 @@ def test_kasa_is_merged_into_the_base_that_it_changes(tmp_path: Path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.1})
     started = jaxadapt.initializers.start(parameters(), config, key=jax.random.key(0), keymap=KEYMAP)
     jaxadapt.save(started.adapter, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=r'jaxadapt\.load\(…, base="original"\), jaxadapt\.merge'):
+    with pytest.raises(AdapterError, match=r"jaxadapt\.load\(jaxadapt\.read\(…, change_base=True\), model\), jaxadapt\.merge"):
         export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
-    loaded = jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP, base="original")
+    loaded = jaxadapt.load(jaxadapt.read(tmp_path / "adapter", change_base=True), {"params": parameters()}, keymap=KEYMAP)
     wanted = jaxadapt.merge(started.base, started.adapter)
     np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted["q"]["kernel"], atol=1e-5)
 
@@ -264,15 +264,15 @@ def test_the_ways_out_of_load_for_an_adapter_of_a_changed_base_work(tmp_path: Pa
     jaxadapt.save(started.adapter, tmp_path / "first")
     trained = dataclasses.replace(started.adapter, params=jax.tree.map(lambda x: 2 * x, started.adapter.params))
     jaxadapt.save(trained, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=r"(?s)base='original'.*base='changed'.*for_original_base"):
+    with pytest.raises(AdapterError, match=r"(?s)change_base=True.*change_base=False.*for_original_base"):
         jaxadapt.load(tmp_path / "adapter", {"params": parameters()}, keymap=KEYMAP)
     wanted = jaxadapt.merge(started.base, trained)["q"]["kernel"]
     run("undo-start", tmp_path / "adapter", "--first", tmp_path / "first", "--out", tmp_path / "plain")
     for folder, base, options in (
-        ("adapter", parameters(), {"base": "original"}), ("adapter", started.base, {"base": "changed"}),
+        ("adapter", parameters(), {"change_base": True}), ("adapter", started.base, {"change_base": False}),
         ("plain", parameters(), {}),
     ):  # fmt: skip
-        loaded = jaxadapt.load(tmp_path / folder, {"params": base}, keymap=KEYMAP, **options)
+        loaded = jaxadapt.load(jaxadapt.read(tmp_path / folder, **options), {"params": base}, keymap=KEYMAP)
         np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted, atol=1e-4)
 
 

@@ -154,7 +154,7 @@ def test_orbax(save: Any, targeted: bool, variables: Any, tmp_path: Path):
     else:
         with pytest.raises(jaxadapt.AttachError, match="config="):
             jaxadapt.extract(after)
-    again = jaxadapt.extract(after, config=CONFIG, keymap=KEYMAP)
+    again = jaxadapt.extract(jaxadapt.models.LoraTree(after, config=CONFIG), keymap=KEYMAP)
     same(again, wanted)
     for path, value in wanted.flat().items():
         np.testing.assert_array_equal(again.flat()[path], value)
@@ -184,7 +184,7 @@ def test_lost_and_given_again(lose: Any, variables: Any):
         names = {"variables": after, "extract": jaxadapt.extract, "config": CONFIG, "keymap": KEYMAP}
         restored = eval(again, names)  # noqa: S307 - the way out that the message shows
         np.testing.assert_array_equal(MODEL.apply(restored, layers.x()), MODEL.apply(variables, layers.x()))
-    same(jaxadapt.extract(after, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
+    same(jaxadapt.extract(jaxadapt.models.LoraTree(after, config=CONFIG), keymap=KEYMAP), jaxadapt.extract(variables))
 
 
 def test_moments_are_no_adapter(variables: Any):
@@ -192,7 +192,7 @@ def test_moments_are_no_adapter(variables: Any):
     held = {"default": {k: t for k, t in variables["lora"]["default"].items() if k != "~config"}}
     moments = serialization.to_state_dict(optax.adam(1e-3).init({"lora": held}))
     tree = {"params": variables["params"], "lora": held, "opt_state": moments}
-    same(jaxadapt.extract(tree, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
+    same(jaxadapt.extract(jaxadapt.models.LoraTree(tree, config=CONFIG), keymap=KEYMAP), jaxadapt.extract(variables))
 
 
 def test_two_methods_under_one_name_are_told(variables: Any):
@@ -206,8 +206,8 @@ def test_two_methods_under_one_name_are_told(variables: Any):
 
 def test_another_configuration_leaves_the_table(variables: Any):
     more = CONFIG.replace(task_type="CAUSAL_LM")
-    assert jaxadapt.extract(variables, config=more).config.task_type == "CAUSAL_LM"
-    tensors = jaxadapt.to_peft(variables, config=more).tensors
+    assert jaxadapt.extract(jaxadapt.models.LoraTree(variables, config=more)).config.task_type == "CAUSAL_LM"
+    tensors = jaxadapt.to_peft(jaxadapt.models.LoraTree(variables, config=more)).tensors
     assert sorted(tensors) == [f"base_model.model.attn.v_proj.lora_{side}.weight" for side in "AB"]
 
 

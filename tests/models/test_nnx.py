@@ -391,6 +391,6 @@ def test_a_state_that_lost_its_configuration_is_not_taken_for_another_librarys()
     plain = nnx.to_pure_dict(nnx.state(model, jaxadapt.AdapterParam))
     with pytest.raises(AttachError, match="carries no adapter configuration"):
         jaxadapt.extract(plain)
-    found = jaxadapt.extract(plain, config=config, keymap=table)
+    found = jaxadapt.extract(jaxadapt.models.LoraTree(plain, config=config), keymap=table)
     assert found.flat().keys() == want.flat().keys()
     assert all(found.flat()[path] is x for path, x in want.flat().items())

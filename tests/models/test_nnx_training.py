@@ -255,7 +255,7 @@ def test_a_pure_dict_has_lost_it_and_says_so():
         pure = nnx.to_pure_dict(state)
         with pytest.raises(AttachError, match="config="):
             jaxadapt.extract(pure)
-        found = jaxadapt.extract(pure, config=CONFIG, keymap="llama")
+        found = jaxadapt.extract(jaxadapt.models.LoraTree(pure, config=CONFIG), keymap="llama")
         assert found.config == CONFIG
         assert found.flat().keys() == want.flat().keys()
         for path, value in found.flat().items():
@@ -269,7 +269,7 @@ def test_what_orbax_restores_of_a_state_without_a_target(tmp_path):
         checkpointer.save(tmp_path / "state", nnx.state(model, jaxadapt.AdapterParam))
         checkpointer.wait_until_finished()
         bare = checkpointer.restore(tmp_path / "state")
-    found = jaxadapt.extract(bare, config=want.config, keymap=want.keymap)
+    found = jaxadapt.extract(jaxadapt.models.LoraTree(bare, config=want.config), keymap=want.keymap)
     assert found.flat().keys() == want.flat().keys()
     for path, value in found.flat().items():
         np.testing.assert_array_equal(value, want.flat()[path])

@@ -104,15 +104,15 @@ def test_one_base_has_one_fingerprint(tmp_path: Path):
 
 def test_a_load_onto_another_base_warns(tmp_path: Path):
     saved(adapted(nnx_model()), tmp_path)
-    jaxadapt.load(tmp_path, nnx_model(scan=True), strict_base=True)
+    jaxadapt.load(tmp_path, nnx_model(scan=True), strict="base")
     with pytest.warns(UserWarning, match="was trained on another base: 6 of 6 compared weights differ"):
         jaxadapt.load(tmp_path, nnx_model(seed=1))
     other = nnx_model(seed=1)
-    with pytest.raises(jaxadapt.MismatchError, match="Load the adapter onto its own base, or without strict_base=True"):
-        jaxadapt.load(tmp_path, other, strict_base=True)
+    with pytest.raises(jaxadapt.MismatchError, match='Load the adapter onto its own base, or without strict="base"'):
+        jaxadapt.load(tmp_path, other, strict="base")
     jaxadapt.write(dataclasses.replace(jaxadapt.read(tmp_path), fingerprint=None), tmp_path / "none")
     with pytest.raises(jaxadapt.MismatchError, match="has no fingerprint of its base"):
-        jaxadapt.load(tmp_path / "none", nnx_model(), strict_base=True)
+        jaxadapt.load(tmp_path / "none", nnx_model(), strict="base")
 
 
 @pytest.mark.parametrize("values", [("7f80", "3f80"), ("3f80", "ff80"), ("7f80", "ff80"), ("7f80", "7fc0")])

@@ -52,7 +52,7 @@ def doors(folder: Path) -> dict[str, Callable[[Any], Any]]:
     }
     return {
         "save": lambda dtype: jaxadapt.save(made, out, dtype=dtype),
-        "save plain": lambda dtype: jaxadapt.save(made, out, dtype=dtype, plain=True),
+        "export in memory": lambda dtype: export_adapter(made, out, dtype=dtype),
         "save bin": lambda dtype: jaxadapt.save(made, out, dtype=dtype, format="bin"),
         "save orbax": lambda dtype: jaxadapt.save(made, out, dtype=dtype, format="orbax"),
         "load": lambda dtype: jaxadapt.load(folder / "in", {"params": BASE}, keymap=TABLE, dtype=dtype),
@@ -70,7 +70,7 @@ def doors(folder: Path) -> dict[str, Callable[[Any], Any]]:
     }  # fmt: skip
 
 
-NAMES = ["save", "save plain", "save bin", "save orbax", "load", "load into a tree", "load orbax", "from_peft",
+NAMES = ["save", "export in memory", "save bin", "save orbax", "load", "load into a tree", "load orbax", "from_peft",
          "from_peft of JAX arrays", "convert", "export", "to_lora"]  # fmt: skip
 
 

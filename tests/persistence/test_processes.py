@@ -75,7 +75,7 @@ def test_two_processes_have_the_fingerprint_of_one(tmp_path: Path) -> None:
     assert len(expected) == 8
     for number in range(3):
         assert (tmp_path / f"{number}" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
-    # What differs is in process 1: with strict_base=True both refuse the base, and by default process 1 warns.
+    # What differs is in process 1: with strict="base" both refuse the base, and by default process 1 warns.
     assert ["another base" in out for out in said] == [False, True]
     assert "no warning" in said[0]
 

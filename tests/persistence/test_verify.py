@@ -282,7 +282,7 @@ def test_load_repairs_on_request(tmp_path: Path):
     with pytest.raises(jaxadapt.MismatchError):
         jaxadapt.load(path, small.net())
     with pytest.warns(UserWarning, match=r"repaired while reading.*\n  4 keys: the names of wrapping"):
-        model = jaxadapt.load(path, small.net(), repair=True)
+        model = jaxadapt.load(jaxadapt.read(path, repair=True), small.net())
     assert np.array_equal(model(small.X), jaxadapt.load(tmp_path / "sound", small.net())(small.X))
     assert codes(path, severity="error") == ["wrapper-names", "prefix"]
 

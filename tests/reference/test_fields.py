@@ -183,7 +183,7 @@ def test_what_such_a_training_made_computes_what_plain_lora_does(field, value, t
     read = jaxadapt.read(tmp_path)
     with pytest.raises(jaxadapt.ConfigError, match=f"{field}=.*plain_lora"):
         jaxadapt.from_peft(read, params(), keymap=TABLE)
-    plain = jaxadapt.merging.plain_lora(read)
+    plain = jaxadapt.merging.convert_variant(read)
     assert plain.config == read.config.replace(**{field: None})
     adapter = jaxadapt.from_peft(plain, params(), keymap=TABLE)
     module = jaxadapt.adapt(EMB.linen(), adapter.config, keymap=TABLE)
@@ -212,7 +212,7 @@ def test_qalora_is_its_formula():
         want = QALoraLinearVariant.forward(layer, "default", torch.from_numpy(x), torch.zeros(3, 5, 6)).numpy()
     config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], use_qalora=True, qalora_group_size=size)
     keys = [f"base_model.model.q.lora_{side}.weight" for side in "AB"]
-    plain = jaxadapt.merging.plain_lora(jaxadapt.PeftTensors(config, dict(zip(keys, (a, b), strict=True))))
+    plain = jaxadapt.merging.convert_variant(jaxadapt.PeftTensors(config, dict(zip(keys, (a, b), strict=True))))
     base = {"q": {"kernel": np.zeros((8, 6), "float32")}}
     merged = jaxadapt.merge(base, jaxadapt.from_peft(plain, base))["q"]["kernel"]
     np.testing.assert_allclose(x @ merged, want, rtol=0, atol=1e-5 * abs(want).max())
@@ -226,9 +226,9 @@ def test_blocks_that_do_not_fit_are_named():
     config = jaxadapt.LoraConfig(r=3, target_modules=["q"], use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2})
     tensors = jaxadapt.PeftTensors(config, {"base_model.model.q.lora_A.weight": np.ones((3, 4))}, "here")
     with pytest.raises(jaxadapt.MismatchError, match=r"here: .*q\.lora_A\.weight: expected rows for 2 blocks"):
-        jaxadapt.merging.plain_lora(tensors)
+        jaxadapt.merging.convert_variant(tensors)
     with pytest.raises(jaxadapt.ConfigError, match="converts LORA only, found IA3"):
-        jaxadapt.merging.plain_lora(jaxadapt.PeftTensors(jaxadapt.IA3Config(target_modules=["q"]), {}))
+        jaxadapt.merging.convert_variant(jaxadapt.PeftTensors(jaxadapt.IA3Config(target_modules=["q"]), {}))
 
 
 # ---- layer_replication -----------------------------------------------------------------------------------------

@@ -326,7 +326,7 @@ def test_the_conversion_is_the_one_peft_makes(tmp_path):
         warnings.simplefilter("ignore")  # PEFT's own, of a second adapter beside PiSSA: that is how it converts
         model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     base = twin("llama", "linen", 0)[0]
-    now, first = (jaxadapt.from_peft(jaxadapt.read(tmp_path / name), base, base="changed") for name in ("now", "first"))
+    now, first = (jaxadapt.from_peft(jaxadapt.read(tmp_path / name, change_base=False), base) for name in ("now", "first"))
     first = dataclasses.replace(first, config=now.config)
     plain = jaxadapt.to_peft(jaxadapt.initializers.for_original_base(now, first))
     expected = harness.read_tensors(tmp_path / "plain")
@@ -350,15 +350,15 @@ def test_an_unconverted_file_changes_the_base_on_request_as_in_peft(kind, api, s
     expected = harness.logits(harness.load(torch_base("llama"), tmp_path).model, IDS)
     base, forward = twin("llama", api, scan)
     target = base if api == "nnx" else {"params": base}
-    with pytest.raises(jaxadapt.ConfigError, match=f"init_lora_weights='{kind}'.*base='original'"):
+    with pytest.raises(jaxadapt.ConfigError, match=f"init_lora_weights='{kind}'.*change_base=True"):
         jaxadapt.load(tmp_path, target)
-    with pytest.raises(jaxadapt.ConfigError, match="base='changed'"):
+    with pytest.raises(jaxadapt.ConfigError, match="change_base=False"):
         jaxadapt.from_peft(jaxadapt.read(tmp_path), target)
-    loaded = jaxadapt.load(tmp_path, target, base="original")
+    loaded = jaxadapt.load(jaxadapt.read(tmp_path, change_base=True), target)
     if api == "nnx":
         found = loaded(IDS)
         with pytest.raises(jaxadapt.AttachError, match="has already changed this base"):
-            jaxadapt.load(tmp_path, loaded, base="original")
+            jaxadapt.load(jaxadapt.read(tmp_path, change_base=True), loaded)
     else:
         found = forward(jaxadapt.merge(loaded["params"], jaxadapt.extract(loaded)), {"input_ids": IDS})
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(expected).max())
@@ -403,7 +403,7 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
         jaxadapt.initializers.for_original_base(adapter, adapter)
     jaxadapt.save(adapter, tmp_path)
     fresh = twin(family, api, scan)[0]
-    loaded = jaxadapt.load(tmp_path, fresh if api == "nnx" else {"params": fresh}, base="original")
+    loaded = jaxadapt.load(jaxadapt.read(tmp_path, change_base=True), fresh if api == "nnx" else {"params": fresh})
     for path, w in carrier(loaded).leaves().items():
         np.testing.assert_array_equal(w, weights[path], err_msg=path)
 

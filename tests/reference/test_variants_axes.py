@@ -106,15 +106,15 @@ def test_several_axes(variant, api, tmp_path):
     harness.save(theirs, tmp_path / "peft")
     with torch.no_grad():
         want = theirs(torch.from_numpy(X)).numpy()
-    options: dict[str, Any] = {"keymap": TABLE} | ({"base": "original"} if variant == "kasa" else {})
+    file = jaxadapt.read(tmp_path / "peft", change_base=True if variant == "kasa" else None)
     base = trees.nest(leaves())
     if api == "nnx":
         model = NNXNet(nnx.Rngs(0))
         trees.fill(model, leaves())
-        tree = jaxadapt.load(tmp_path / "peft", model, **options)
+        tree = jaxadapt.load(file, model, keymap=TABLE)
         output = tree(jnp.asarray(X))
     else:
-        tree = jaxadapt.load(tmp_path / "peft", {"params": base}, **options)
+        tree = jaxadapt.load(file, {"params": base}, keymap=TABLE)
         module = jaxadapt.adapt(LinenNet(), jaxadapt.extract(tree).config, keymap=TABLE)
         output = module.apply(tree, jnp.asarray(X))
     close(output, want)

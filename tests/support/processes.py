@@ -158,12 +158,10 @@ def save_and_load(folder: Path, argument: str) -> None:
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
         with mock.patch.object(save_adapter.multihost_utils, "process_allgather", never):
-            jaxadapt.save(
-                mine, folder / f"{number}-all", timeout=PATIENCE, progress=watching(folder / f"{number}-all-told")
-            )
+            jaxadapt.save(mine, jaxadapt.MultihostFolder(folder / f"{number}-all", timeout=PATIENCE), progress=watching(folder / f"{number}-all-told"))
         if number % 3 == 0:
             told = watching(folder / f"{number}-one-told")
-            jaxadapt.save(mine, folder / f"{number}-one", shared=False, timeout=PATIENCE, progress=told)
+            jaxadapt.save(mine, jaxadapt.MultihostFolder(folder / f"{number}-one", shared=False, timeout=PATIENCE), progress=told)
         other = meshes.LAYOUTS[(number + 3) % len(meshes.LAYOUTS)]
         target = {"params": base(other, not scanned)}
         found = jaxadapt.load(folder / f"{number}-all", target, keymap=meshes.table(not scanned))
@@ -173,20 +171,20 @@ def save_and_load(folder: Path, argument: str) -> None:
 
     model = meshes.model(base(("4x2", "both"), False), False)
     check(jaxadapt.extract(jaxadapt.load(folder / "0-all", model, keymap=meshes.TABLE)), False)
-    jaxadapt.save(model, folder / "nnx-all", timeout=PATIENCE)
+    jaxadapt.save(model, jaxadapt.MultihostFolder(folder / "nnx-all", timeout=PATIENCE))
     fresh = jaxadapt.init(base(("8", "fsdp"), False), meshes.CONFIG, key=jax.random.key(3), keymap=meshes.TABLE)
-    jaxadapt.save(fresh, folder / "fresh", timeout=PATIENCE)
+    jaxadapt.save(fresh, jaxadapt.MultihostFolder(folder / "fresh", timeout=PATIENCE))
     here = jax.process_index()
     with pytest.raises(jaxadapt.AttachError, match="other processes"):
         jaxadapt.to_peft(fresh)
     # no file system in common: found out
-    jaxadapt.save(adapter(("2x2x2", "both"), False), folder / f"apart{here}", timeout=PATIENCE)
+    jaxadapt.save(adapter(("2x2x2", "both"), False), jaxadapt.MultihostFolder(folder / f"apart{here}", timeout=PATIENCE))
     # to the Hub that the environment names: one commit, of which all hear; and what it refuses, all hear too
     mine = adapter(("4x2", "both"), False)
     for source in (mine, model):
-        print(jaxadapt.push(source, "org/spread", token="hf_writes", picture=False).address)
+        print(jaxadapt.push(source, "org/spread", token="hf_writes", card=jaxadapt.Card(picture=False)).address)
     with pytest.raises(jaxadapt.FileError, match=r"401|token"):
-        jaxadapt.push(mine, "org/other", token="hf_wrong", picture=False)
+        jaxadapt.push(mine, "org/other", token="hf_wrong", card=jaxadapt.Card(picture=False))
 
 
 def on_bases(folder: Path, argument: str) -> None:
@@ -211,15 +209,13 @@ def on_bases(folder: Path, argument: str) -> None:
 
     for number, layout in enumerate(meshes.LAYOUTS[1::3]):
         scanned = bool(number % 2)
-        jaxadapt.save(
-            spread(layout, scanned) | adapter(layout, scanned).collection, folder / f"{number}", timeout=PATIENCE
-        )
+        jaxadapt.save(spread(layout, scanned) | adapter(layout, scanned).collection, jaxadapt.MultihostFolder(folder / f"{number}", timeout=PATIENCE))
     layout = ("8", "fsdp")
-    found = jaxadapt.load(folder / "0", spread(layout, False), keymap=meshes.TABLE, strict_base=True)
+    found = jaxadapt.load(folder / "0", spread(layout, False), keymap=meshes.TABLE, strict="base")
     check(jaxadapt.extract(found), False)
     other = spread(layout, False, second_half)
     with pytest.raises(jaxadapt.MismatchError, match="was trained on another base"):
-        jaxadapt.load(folder / "0", other, keymap=meshes.TABLE, strict_base=True)
+        jaxadapt.load(folder / "0", other, keymap=meshes.TABLE, strict="base")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jaxadapt.load(folder / "0", other, keymap=meshes.TABLE)
@@ -241,11 +237,11 @@ def faults(folder: Path, argument: str) -> None:
     for version in (0, 1):
         mine = adapter(layout, False, version)
         if version == 0:
-            jaxadapt.save(mine, new, timeout=PATIENCE)
+            jaxadapt.save(mine, jaxadapt.MultihostFolder(new, timeout=PATIENCE))
 
-    def refused(path: Path, *words: str, tree: Any = mine, **options: Any) -> None:
+    def refused(path: Path, *words: str, tree: Any = mine, shared: bool | None = None) -> None:
         with pytest.raises(jaxadapt.AdapterError) as caught:
-            jaxadapt.save(tree, path, timeout=PATIENCE, **options)
+            jaxadapt.save(tree, jaxadapt.MultihostFolder(path, shared=shared, timeout=PATIENCE))
         missing = [word for word in words if word not in str(caught.value)]
         assert not missing, f"process {here}: {missing} not in: {caught.value}"  # the reason, not a time limit
 
@@ -281,7 +277,7 @@ def faults(folder: Path, argument: str) -> None:
         time.sleep(0.5)
         arrived.touch()
     assert save_adapter.run_on_leader("look", lambda: arrived.exists() and not arrived.unlink(), PATIENCE) is True
-    jaxadapt.save(mine, folder / "after", timeout=PATIENCE)
+    jaxadapt.save(mine, jaxadapt.MultihostFolder(folder / "after", timeout=PATIENCE))
 
 
 def in_a_store(folder: Path, argument: str) -> None:
@@ -294,7 +290,7 @@ def in_a_store(folder: Path, argument: str) -> None:
 
     layout, other = ("4x2", "both"), ("2x2x2", "both")
     mine, target = adapter(layout, False), {"params": base(other, True)}
-    jaxadapt.save(mine, f"{argument}/adapter", timeout=PATIENCE)
+    jaxadapt.save(mine, jaxadapt.MultihostFolder(f"{argument}/adapter", timeout=PATIENCE))
     check(jaxadapt.extract(jaxadapt.load(f"{argument}/adapter", target, keymap=meshes.table(True))), True)
     if not argument.startswith("gs"):
         with pytest.raises(jaxadapt.FileError, match="Orbax cannot use s3://"):

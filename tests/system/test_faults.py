@@ -284,7 +284,7 @@ def test_what_such_a_tree_cannot_hold_is_refused(tmp_path: Path):
 
 def test_the_dropout_that_was_trained_with_is_in_the_file(tmp_path: Path):
     told = jaxadapt.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.25, target_modules=["up"])
-    jaxadapt.save(qwix(2, "up"), tmp_path / "theirs", config=told, keymap=PLAIN)
+    jaxadapt.save(jaxadapt.models.LoraTree(qwix(2, "up"), config=told), tmp_path / "theirs", keymap=PLAIN)
     jaxadapt.save(jaxadapt.init(qwix(2, "up"), told, key=jax.random.key(0), keymap=PLAIN), tmp_path / "ours")
     for name in ("theirs", "ours"):
         assert jaxadapt.read_config(tmp_path / name).lora_dropout == 0.25

@@ -35,7 +35,7 @@ PUBLIC = {
     # configuration
     "Config", "GenericConfig", *CLASSES,
     # values
-    "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam",
+    "Adapter", "Card", "MultihostFolder", "PeftTensors", "KeyMap", "Weight", "AdapterParam",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
     "merge", "unmerge", "combine",
@@ -53,7 +53,7 @@ PACKAGES = {
     "analysis": {"diff"},
     "export": {"export_adapter", "export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
-    "merging": {"plain_lora", "resize_rank", "to_lora"},
+    "merging": {"convert_variant", "plain_lora", "resize_rank", "to_lora"},
     "methods": {
         "METHODS", "AppliedMethod", "Change", "Drop", "Effects", "MatrixMethod", "Method", "MethodInfo", "Start",
         "Target", "describe_methods", "get_method", "register",

@@ -248,19 +248,22 @@ _NEARLY = re.compile(r"(?<![a-z])lora", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class LoraTree:
-    """A tree with LoRA, and the options that say how to read and fill it.
+    """A tree that has LoRA or gets it, and the facts about it that the tree does not tell.
 
     `save`, `load`, `to_peft`, `from_peft`, `extract`, `inject` and checkpoints take it as they take the tree. Functions
     that fill a tree return the tree itself.
 
     Args:
-        tree: a tree with the LoRA leaves of another library, or any tree with an adapter of jaxadapt.
+        tree: a tree with the LoRA leaves of another library, or any model or tree that `load` or `save` takes.
+        config: the configuration, for `save`, `to_peft` and `extract`, if the tree has lost it or is another library's.
         lora_alpha: the alpha by which another library's tree scales, if the tree does not store one (Qwix, keras, …).
         on_shared: "concat" concatenates different As along the rank: where PyTorch has one A for several weights of the
             tree (the heads of keras and openpi; queries, keys and values of an `nn.MultiheadAttention`), and where the
             tree has one A for several modules of the file. By default they are refused.
         slot: the number, from 0, of one adapter of a tree whose arrays hold several (SkyRL-tx). `load` and `inject`
             change only that slot, and set its rank and scale.
+        stack_axes, example: for `load` and `from_peft` into an NNX model with custom or scanned layers, as in
+            `jaxadapt.adapt`.
 
     Raises `MismatchError` for any other `on_shared`. Functions that take the value raise `AttachError` for options that
     its tree does not need, and `MismatchError` if the slot does not exist or is empty.
@@ -277,9 +280,12 @@ class LoraTree:
 
     tree: Any
     _: dataclasses.KW_ONLY
+    config: Config | None = None
     lora_alpha: float | None = None
     on_shared: str | None = None
     slot: int | None = None
+    stack_axes: Sequence[int] | None = None
+    example: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.on_shared not in (None, "concat"):
@@ -423,13 +429,14 @@ def _with_leaves(foreign_tree: ForeignTree, new: Leaves, alpha: float) -> Foreig
 
 
 def read_tree(
-    foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, parts: bool = False
+    foreign_tree: ForeignTree, keymap: KeyMap | str | None, parts: bool = False
 ) -> tuple[PeftTensors, ForeignSites]:
     """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    lora_alpha, on_shared = foreign_tree.given.lora_alpha, foreign_tree.given.on_shared
+    given = foreign_tree.given
+    config, lora_alpha, on_shared = given.config, given.lora_alpha, given.on_shared
     foreign_tree = _select_slot(foreign_tree)
     pairs = _find_heads(foreign_tree, keymap)
     if pairs or _scales_some(foreign_tree):
@@ -457,9 +464,9 @@ def read_tree(
     return peft, sites
 
 
-def extract_adapter(foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None) -> Adapter:
+def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    peft, sites = read_tree(foreign_tree, config, keymap, parts=True)
+    peft, sites = read_tree(foreign_tree, keymap, parts=True)
     shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
     unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:

@@ -148,7 +148,7 @@ def _find_leaves(
         shown = sorted("/".join([item, *prefix]) for item, prefix in nearest)
         raise MismatchError(
             f"{os.fspath(path)}: several subtrees match the adapter {name!r}. Restore the right one with Orbax and"
-            " pass it to jaxadapt.extract(tree, config=…):\n" + paths.bullets(shown)
+            " pass it to jaxadapt.extract(jaxadapt.models.LoraTree(tree, config=…)):\n" + paths.bullets(shown)
         )
     return nearest[0][0], candidates[nearest[0]]
 

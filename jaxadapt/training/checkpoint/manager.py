@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
@@ -481,19 +482,23 @@ class CheckpointManager(RunFolder):
         step: int | None,
         path: str | os.PathLike[str],
         *,
+        config: Config | None = None,
         lora_alpha: float | None = None,
         on_shared: str | None = None,
         **options: Any,
     ) -> None:
         """Write the adapters of a step (None: the latest) to a folder that PEFT can load. No model is needed.
 
-        `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. `lora_alpha` and `on_shared`
-        are those of `jaxadapt.models.LoraTree`: a tree of another library needs `lora_alpha=` or `config=`.
+        `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. `config`, `lora_alpha` and
+        `on_shared` are those of `jaxadapt.models.LoraTree`: a tree of another library needs `lora_alpha=` or `config=`.
         """
         self.wait()
         options.setdefault("progress", self.progress)
         self._run_on_leader(
-            "export", lambda: self._export(step, path, {"lora_alpha": lora_alpha, "on_shared": on_shared}, options)
+            "export",
+            lambda: self._export(
+                step, path, {"config": config, "lora_alpha": lora_alpha, "on_shared": on_shared}, options
+            ),
         )
 
     def _export(

@@ -150,10 +150,10 @@ def test_the_scale(case: Case):
         ):
             jaxadapt.to_peft(tree, keymap=case.table)
         config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
-        found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
+        found = jaxadapt.to_peft(jaxadapt.models.LoraTree(tree, config=config), keymap=case.table).config
         assert (found.r, found.lora_alpha, found.task_type) == (R, 5, "CAUSAL_LM")
         with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=16 contradicts lora_alpha=5 of the configuration"):
-            jaxadapt.to_peft(LoraTree(tree, lora_alpha=16), keymap=case.table, config=config)
+            jaxadapt.to_peft(LoraTree(tree, lora_alpha=16, config=config), keymap=case.table)
 
 
 @each
@@ -306,9 +306,9 @@ def test_a_configuration_that_contradicts_the_tree():
         (jaxadapt.LoraConfig(alora_invocation_tokens=[1]), "adapts every token"),
     ):
         with pytest.raises(jaxadapt.ConfigError, match=what):
-            jaxadapt.to_peft(tree, keymap=TABLE, config=config)
+            jaxadapt.to_peft(jaxadapt.models.LoraTree(tree, config=config), keymap=TABLE)
     with pytest.raises(jaxadapt.ConfigError, match="expected a LoraConfig"):
-        jaxadapt.to_peft(tree, keymap=TABLE, config=jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[]))
+        jaxadapt.to_peft(jaxadapt.models.LoraTree(tree, config=jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[])), keymap=TABLE)
 
 
 def test_target_modules_name_what_is_adapted_and_nothing_else():

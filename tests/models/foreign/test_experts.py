@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.export.conversion import convert
+from jaxadapt.export.conversion import convert, TreeOptions
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
 from jaxadapt.models import LoraTree
@@ -168,11 +168,11 @@ def test_files_alone(name, tmp_path):
     save_file(lora_of(mine), tmp_path / "a.safetensors")
     save_file({path: np.ascontiguousarray(x) for path, x in base(name).items()}, tmp_path / "base.safetensors")
     like = tmp_path / "base.safetensors"
-    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=ALPHA, like=like)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=ALPHA, like=like))
     jaxadapt.save(LoraTree(mine, lora_alpha=ALPHA), tmp_path / "saved", keymap=table)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
-    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, dialect="qwix", like=like)
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", TreeOptions(to_keymap=table, dialect="qwix", like=like))
     assert (done.rank, done.lora_alpha) == (R, ALPHA)
     back = load_file(tmp_path / "c.safetensors")
     assert set(back) == set(lora_of(mine))
@@ -181,13 +181,13 @@ def test_files_alone(name, tmp_path):
     if name == "llama4":  # whose experts were never modules
         return
     single = f"{table}/per-expert"
-    convert(tmp_path / "b", tmp_path / "each", from_keymap=table, to_keymap=single)
-    convert(tmp_path / "a.safetensors", tmp_path / "too", from_keymap=single, lora_alpha=ALPHA, like=like)
+    convert(tmp_path / "b", tmp_path / "each", TreeOptions(from_keymap=table, to_keymap=single))
+    convert(tmp_path / "a.safetensors", tmp_path / "too", TreeOptions(from_keymap=single, lora_alpha=ALPHA, like=like))
     each, too = jaxadapt.read(tmp_path / "each").tensors, jaxadapt.read(tmp_path / "too").tensors
     assert any(".experts.3." in key for key in each)
     assert set(each) == set(too)
-    convert(tmp_path / "each", tmp_path / "again", from_keymap=single, to_keymap=table)
-    convert(tmp_path / "each", tmp_path / "d.safetensors", to_keymap=table, dialect="qwix", like=like)
+    convert(tmp_path / "each", tmp_path / "again", TreeOptions(from_keymap=single, to_keymap=table))
+    convert(tmp_path / "each", tmp_path / "d.safetensors", TreeOptions(to_keymap=table, dialect="qwix", like=like))
     again, first = jaxadapt.read(tmp_path / "again").tensors, jaxadapt.read(tmp_path / "b").tensors
     assert set(again) == set(first)
     for key, x in first.items():
@@ -202,12 +202,12 @@ def test_from_one_family_to_another(tmp_path):
     save_file(lora_of(source), tmp_path / "a.safetensors")
     told = {"from_keymap": "maxtext:mixtral", "lora_alpha": ALPHA}
     with pytest.raises(jaxadapt.MismatchError, match=r'(?s)gate_up_proj.*on_shared="concat"'):
-        convert(tmp_path / "a.safetensors", tmp_path / "b", **told)
+        convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(**told))
     single = {**told, "from_keymap": "maxtext:mixtral/per-expert"}
-    convert(tmp_path / "a.safetensors", tmp_path / "each", **single)
+    convert(tmp_path / "a.safetensors", tmp_path / "each", TreeOptions(**single))
     with pytest.raises(jaxadapt.MismatchError, match=r'(?s)one A for both.*on_shared="concat"'):
-        convert(tmp_path / "each", tmp_path / "c.safetensors", to_keymap=target, dialect="qwix")
-    done = convert(tmp_path / "each", tmp_path / "c.safetensors", to_keymap=target, dialect="qwix", on_shared="concat")
+        convert(tmp_path / "each", tmp_path / "c.safetensors", TreeOptions(to_keymap=target, dialect="qwix"))
+    done = convert(tmp_path / "each", tmp_path / "c.safetensors", TreeOptions(to_keymap=target, dialect="qwix", on_shared="concat"))
     assert done.rank == 2 * R
     merged_there = in_torch("maxtext-mixtral", merged("maxtext-mixtral", False))
     leaves = paths.unflatten({**base("mixtral"), **load_file(tmp_path / "c.safetensors")})

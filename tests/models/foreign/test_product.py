@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.export.conversion import convert
+from jaxadapt.export.conversion import convert, TreeOptions
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.keymaps.families import specimen_arrays
@@ -57,13 +57,13 @@ def test_there_and_back(table: str, tmp_path: Path):
     for dialect in NAMES:
         tree, back = tmp_path / "tree.safetensors", tmp_path / "back"
         try:
-            done = convert(tmp_path / "peft", tree, to_keymap=table, dialect=dialect, **told)
+            done = convert(tmp_path / "peft", tree, TreeOptions(to_keymap=table, dialect=dialect, **told))
         except jaxadapt.KeyMapError as error:
             if not re.search(REFUSED, str(error)):
                 raise
             continue
         alpha = None if DIALECTS[dialect.partition("/")[0]].unscaled else done.lora_alpha
-        convert(tree, back, from_keymap=table, lora_alpha=alpha, **told)
+        convert(tree, back, TreeOptions(from_keymap=table, lora_alpha=alpha, **told))
         found = products(back)
         assert set(found) == set(wanted)
         for module, x in wanted.items():

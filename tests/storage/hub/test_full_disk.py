@@ -120,11 +120,11 @@ def test_pushing_a_model_needs_room_to_save_it(hub, disk, monkeypatch):
     )  # fmt: skip
     disk.shrink()
     with pytest.raises(jaxadapt.FileError, match=rf"{WEIGHTS}: cannot write: {SAID[disk.kind]}"):
-        jaxadapt.push(model, REPO, token=hub_server.WRITE, picture=False)
+        jaxadapt.push(model, REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=False))
     assert hub.requests == []
     assert list(disk.path.iterdir()) == []  # nor is anything left of it
     disk.grow()
-    jaxadapt.push(model, REPO, token=hub_server.WRITE, picture=False)
+    jaxadapt.push(model, REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=False))
     assert {CONFIG, WEIGHTS, CARD} <= hub.files(REPO).keys()
 
 
@@ -136,9 +136,9 @@ def test_pushing_reads_the_card_that_is_there(hub, disk, tmp_path, monkeypatch):
     before = hub.files(REPO)
     disk.fill()
     with pytest.raises(jaxadapt.FileError, match=rf"push to hf://{REPO}.*{SAID[disk.kind]}"):
-        jaxadapt.push(tmp_path / "out", REPO, token=hub_server.WRITE, picture=False)
+        jaxadapt.push(tmp_path / "out", REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=False))
     assert hub.files(REPO) == before
     disk.grow()
-    jaxadapt.push(tmp_path / "out", REPO, token=hub_server.WRITE, picture=False)
+    jaxadapt.push(tmp_path / "out", REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=False))
     assert b"# Mine" in hub.files(REPO)[CARD]
     assert hub.files(REPO)[WEIGHTS] == (tmp_path / "out" / WEIGHTS).read_bytes()

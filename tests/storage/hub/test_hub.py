@@ -34,8 +34,9 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-def pushed(hub: hub_server.Hub, source, repo=REPO, **options) -> Any:
-    return jaxadapt.push(source, repo, token=hub_server.WRITE, picture=False, **options)
+def pushed(hub: hub_server.Hub, source, repo=REPO, license=None, metrics=None, **options) -> Any:
+    card = jaxadapt.Card(license, metrics or {}, picture=False)
+    return jaxadapt.push(source, repo, token=hub_server.WRITE, card=card, **options)
 
 
 # ---- there and back ----------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def test_private_is_not_ignored_where_the_repository_is_public(hub, saved):
 )
 def test_no_token_or_a_wrong_one(hub, saved, token, message):
     with pytest.raises(jaxadapt.FileError, match=rf"hf://{REPO}: cannot push to it: .*{message}"):
-        jaxadapt.push(saved, REPO, token=token, picture=False)
+        jaxadapt.push(saved, REPO, token=token, card=jaxadapt.Card(picture=False))
     assert not hub.repos
 
 
@@ -432,17 +433,17 @@ def test_the_card_of_a_push(hub, saved):
 
 
 def test_a_picture_goes_with_the_card(hub, saved):
-    jaxadapt.push(saved, REPO, token=hub_server.WRITE, picture=True)
+    jaxadapt.push(saved, REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=True))
     files = hub.files(REPO)
     assert files["adapter_norms.png"].startswith(b"\x89PNG")
     assert "](adapter_norms.png)\n\nLayer by module: " in files[CARD].decode()  # shown, and explained
     commits = len(hub.repos[REPO].commits)
-    jaxadapt.push(saved, REPO, token=hub_server.WRITE, picture=True)
+    jaxadapt.push(saved, REPO, token=hub_server.WRITE, card=jaxadapt.Card(picture=True))
     assert len(hub.repos[REPO].commits) == commits  # drawn alike
     oft = jaxadapt.Config.from_dict({"peft_type": "OFT", "target_modules": ["q"], "oft_block_size": 2})
     held = jaxadapt.PeftTensors(oft, {"base_model.model.q.oft_R.weight": np.ones((2, 1), "f4")}, "")
     with pytest.raises(jaxadapt.ConfigError, match="OFT"):
-        jaxadapt.push(held, "org/oft", token=hub_server.WRITE, picture=True)
+        jaxadapt.push(held, "org/oft", token=hub_server.WRITE, card=jaxadapt.Card(picture=True))
     jaxadapt.push(held, "org/oft", token=hub_server.WRITE)
     assert "adapter_norms.png" not in hub.files("org/oft")
 

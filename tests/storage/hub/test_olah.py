@@ -136,4 +136,4 @@ def test_what_is_not_there_is_said(olah):
         with pytest.raises(jaxadapt.FileError, match=f"{place}: cannot read it: there is no such repository"):
             jaxadapt.load(place, small.net())
     with pytest.raises(jaxadapt.FileError, match=rf"hf://{REPO}: cannot push to it"):
-        jaxadapt.push(jaxadapt.pull(REPO), REPO, token="hf_any", picture=False)
+        jaxadapt.push(jaxadapt.pull(REPO), REPO, token="hf_any", card=jaxadapt.Card(picture=False))

@@ -1,0 +1,80 @@
+"""`load` of a value that `read` or `to_peft` returned, and of a model in a `LoraTree`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt.models import LoraTree
+from tests.support import small
+from tests.support.twins import layers
+
+EINSUM = next(case for case in layers.NNX if case.name == "own_einsum")
+
+
+def test_a_value_is_loaded_as_its_file(tmp_path: Path):
+    jaxadapt.save(small.trained(seed=3), tmp_path)
+    from_file = jaxadapt.load(tmp_path, small.net())
+    for value in (jaxadapt.read(tmp_path), jaxadapt.to_peft(small.trained(seed=3))):
+        np.testing.assert_array_equal(jaxadapt.load(value, small.net())(small.X), from_file(small.X))
+    same, in_linen = (jaxadapt.load(each, small.base()) for each in (tmp_path, jaxadapt.read(tmp_path)))
+    jax.tree.map(np.testing.assert_array_equal, same, in_linen)
+
+
+def test_a_value_is_loaded_under_any_name(tmp_path: Path):
+    jaxadapt.save(small.trained(), tmp_path)
+    model = jaxadapt.load(jaxadapt.read(tmp_path), small.net(), name="second")
+    assert jaxadapt.extract(model, name="second").config.r == small.LORA.r
+
+
+def test_the_fingerprint_of_a_value_is_compared(tmp_path: Path):
+    base = small.base()
+    jaxadapt.save({**base, **small.adapter().collection}, tmp_path)
+    other = jax.tree.map(lambda x: x + 1, base)
+    value = jaxadapt.read(tmp_path)
+    jaxadapt.load(value, base, strict="base")
+    with pytest.warns(UserWarning, match="was trained on another base"):
+        jaxadapt.load(value, other)
+    with pytest.raises(jaxadapt.MismatchError, match="was trained on another base"):
+        jaxadapt.load(value, other, strict="base")
+    with pytest.raises(jaxadapt.MismatchError, match='strict="base": cannot compare'):
+        jaxadapt.load(dataclasses.replace(value, fingerprint=None), base, strict="base")
+    jaxadapt.save(small.adapter(), tmp_path / "orbax", format="orbax")
+    with pytest.raises(jaxadapt.MismatchError, match="has no fingerprint"):
+        jaxadapt.load(tmp_path / "orbax", base, strict="base")
+
+
+def test_an_example_tells_the_layout_of_a_fresh_custom_layer(tmp_path: Path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    x = layers.x()
+    adapted = jaxadapt.adapt(EINSUM.make(), config, rngs=nnx.Rngs(1), example=[x])
+    jaxadapt.save(adapted, tmp_path)
+    with pytest.raises(jaxadapt.KeyMapError, match="example="):
+        jaxadapt.load(tmp_path, EINSUM.make())
+    loaded = jaxadapt.load(tmp_path, LoraTree(EINSUM.make(), example=[x]))
+    found = jaxadapt.from_peft(jaxadapt.read(tmp_path), LoraTree(EINSUM.make(), example=[x]))
+    for adapter in (jaxadapt.extract(loaded), found):
+        jax.tree.map(np.testing.assert_array_equal, adapter.params, jaxadapt.extract(adapted).params)
+
+
+def test_options_without_effect_are_refused(tmp_path: Path):
+    jaxadapt.save(small.adapter(), tmp_path)
+    value = jaxadapt.read(tmp_path, change_base=True)
+    with pytest.raises(jaxadapt.MismatchError, match='expected True, False or "base"'):
+        jaxadapt.load(tmp_path, small.net(), strict="bases")
+    with pytest.raises(jaxadapt.AttachError, match="only load compares the base"):
+        jaxadapt.from_peft(value, small.base(), strict="base")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(jaxadapt.AttachError, match="from_peft changes no base"):
+        jaxadapt.from_peft(value, small.base())
+    with pytest.raises(jaxadapt.AttachError, match="does not change its base"):
+        jaxadapt.load(value, small.net())
+    with pytest.raises(jaxadapt.AttachError, match="config: applies to a tree that is read"):
+        jaxadapt.load(tmp_path, LoraTree(small.net(), config=small.LORA))
+    with pytest.raises(jaxadapt.AttachError, match="example: applies to a model that load or from_peft fills"):
+        jaxadapt.save(LoraTree(small.trained(), example=[small.X]), tmp_path)
