@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxadapt.adapters import key_names
@@ -26,6 +26,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
 from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.source import as_source, rename
@@ -315,7 +316,8 @@ def extract_files(
             return tensors
 
 
-def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
+def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> PeftTensors:
+    assert stored.tensors is not None
     names = key_names.normalize_keys(stored.specs, config.peft_type)
     if names.models:
         raise MismatchError(
@@ -327,17 +329,21 @@ def _from_state_dict(stored: Any, config: Config, name: str) -> PeftTensors:
             f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
     left_out = left_out_by_peft(names, config)
-    keys = {new: key for new, key in names.keys_of(name).items() if key not in left_out}
-    kept = {new: stored.specs[key][1] for new, key in keys.items()}
-    wrong = [found.found for found in tensor_checks.check_tensors(kept, config) if found.code == "rank"]
+    tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})
+    wrong = [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
-    known = key_names.is_known_method(config.peft_type)
-    if not keys or (known and not any(key_names.split_key(key, config.peft_type) for key in keys)):
+    if not _has_tensors(tensors, config):
         raise MismatchError(
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
-    return PeftTensors(config, rename(stored.tensors, keys), stored.source)
+    return PeftTensors(config, tensors, stored.source)
+
+
+def _has_tensors(keys: Collection[str], config: Config) -> bool:
+    """Return True if keys are those of the configuration's method, as far as it is known."""
+    is_known = key_names.is_known_method(config.peft_type)
+    return any(not is_known or key_names.split_key(key, config.peft_type) is not None for key in keys)
 
 
 def _from_orbax(

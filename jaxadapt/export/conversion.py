@@ -28,6 +28,7 @@ from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapErro
 from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
@@ -444,20 +445,9 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     """Write a tree of a model family; return the number of its leaves, its dialect, its rank and its alpha."""
     if options.to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
-    keymap, name = families.resolve_keymap(options.to_keymap, {}), options.dialect
+    keymap = families.resolve_keymap(options.to_keymap, {})
     sizes, on_shared = options.sizes, options.on_shared
-    config = _require_lora(tensors.config, "a tree")
-    library = keymap.name.partition(":")[0]
-    dialect = dialects.dialect_of(library) if name is None else dialects.get_dialect(name)
-    if dialect is None:
-        raise ConfigError(
-            f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
-            f" {', '.join(dialects.DIALECTS)}"
-        )
-    if dialect.slots is not None:
-        raise ConfigError(
-            f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"
-        )
+    config, dialect = _require_lora(tensors.config, "a tree"), _target_dialect(keymap, options.dialect)
     known_shapes = _base_shapes(options.like, dialect)
     leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
@@ -495,24 +485,30 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     return len(arrays), dialect.name, rank, float(rank if alpha is None else alpha)
 
 
+def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
+    """Return the LoRA layout of a tree to write: the named one, or that of the family's library."""
+    dialect = dialects.dialect_of(keymap.name.partition(":")[0]) if name is None else dialects.get_dialect(name)
+    if dialect is None:
+        raise ConfigError(
+            f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
+            f" {', '.join(dialects.DIALECTS)}"
+        )
+    if dialect.slots is not None:
+        raise ConfigError(
+            f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"
+        )
+    return dialect
+
+
 def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     """Return `{module: (A, B)}`; raise `KeyMapError` for all other tensors."""
-    pairs: dict[str, dict[str, Any]] = {}
-    unsupported: list[str] = []
-    for key, x in tensors.tensors.items():
-        module, separator, suffix = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        if separator and suffix in ("A.weight", "B.weight"):
-            pairs.setdefault(module, {})[suffix[0]] = x
-        else:
-            unsupported.append(key)
-    incomplete = [m for m, pair in pairs.items() if len(pair) != 2]
-    if unsupported or incomplete:
-        problems = [*unsupported, *(f"{m}: A or B is missing" for m in incomplete)]
-        raise KeyMapError(
-            f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:\n"
-            + paths.bullets(problems)
-        )
-    return {m: (pair["A"], pair["B"]) for m, pair in pairs.items()}
+    pairs, arrays = lora_pairs(tensors.tensors), tensors.tensors
+    known = {key for keys in pairs.values() for key in keys.values() if key.endswith(".weight")}
+    problems = [key for key in arrays if key not in known]
+    problems += [f"{module}: A or B is missing" for module, keys in pairs.items() if len(keys) < 2]
+    unfit = f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:"
+    raise_listed(KeyMapError, unfit, problems)
+    return {module: (arrays[keys["A"]], arrays[keys["B"]]) for module, keys in pairs.items()}
 
 
 def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ A model is read with PyTorch's names and layouts, and written after a merge:
 
 An adapter is written in its plain form:
 
-    PEFT tensors ──plain_form──► one rank, scale 1 ──the architecture's names and rows──► `blk.0.attn_q.weight.lora_a`
+    PEFT tensors ──plain_lora──► one rank, scale 1 ──the architecture's names and rows──► `blk.0.attn_q.weight.lora_a`
 
 A table has the layout in which llama.cpp stores each architecture that is exported: names, order of rows, transposed
 and shifted weights. The rules are those of llama.cpp's converter, `conversion/*.py` in the sources of
