@@ -270,6 +270,7 @@ class Source:
 
     held: Carrier
     adapter: Adapter
+    save_embedding_layers: bool | str = False
 
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
@@ -281,14 +282,18 @@ class Source:
         """The adapter's sites."""
         return sites.sites_of(self.adapter)
 
+    @functools.cached_property
+    def base(self) -> dict[str, Any] | None:
+        """`{path: array}` of the base parameters; None for an adapter without a model."""
+        return self.held.leaves() if self.held.has_base else None
 
-def take_adapter(
-    held: Carrier, name: str, config: Config | None, keymap: KeyMap | str | None, *, in_memory: bool
-) -> Source:
+
+def take_adapter(tree: Any, held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Source:
     """Take the adapter out of a tree, with the target names of the given keymap.
 
     Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
     """
+    config = foreign.LoraTree.of(tree).config
     adapter = held.extract(name, config, keymap)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
@@ -327,21 +332,16 @@ def encode_tree(
         full_copies.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
-        return dataclasses.replace(
-            tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
-        )
-    source = take_adapter(held, name, foreign.LoraTree.of(tree).config, keymap, in_memory=in_memory)
-    if stored := get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
-        params = {**source.adapter.params, SHARED_NODE: stored}
-        source = Source(held, dataclasses.replace(source.adapter, params=params))
-    config, keymap = source.adapter.config, source.adapter.keymap
-    base = held.leaves() if held.has_base else None
-    encoded = _encode(source)
-    if full_copies.may_need_embeddings(config, save_embedding_layers):
-        encoded = full_copies.add_embeddings(encoded, config, keymap, source.sites, base, save_embedding_layers)
-    encoded = _repeat_for_heads(config, encoded, keymap, base)
-    tensors = _join_or_split(source, encoded)
-    return PeftTensors(*tensors, "this adapter", None if in_memory else _fingerprint(source, timeout))
+        repeated = _repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
+        return dataclasses.replace(tensors, tensors=repeated)
+    source = take_adapter(tree, held, name, keymap, in_memory=in_memory)
+    adapter = source.adapter
+    if stored := get_method(adapter.config).stored(adapter.config, adapter.shared):
+        adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
+    source = Source(held, adapter, save_embedding_layers)
+    tensors = PeftTensors(adapter.config, _encode(source), "this adapter")
+    tensors = functools.reduce(lambda tensors, rule: rule(tensors, source), RULES, tensors)
+    return tensors if in_memory else dataclasses.replace(tensors, fingerprint=_fingerprint(source, timeout))
 
 
 def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | None:
@@ -415,29 +415,70 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
     )
 
 
-def _join_or_split(source: Source, encoded: Encoded) -> tuple[Config, Mapping[str, Any]]:
-    """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
-    config, keymap = source.adapter.config, source.adapter.keymap
-    has_parts = plans.has_parts(encoded.plan.keys)
-    if not (has_parts or (keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
-        return config, encoded
-    if is_distributed(encoded.leaves.values()):
-        raise AttachError(
-            "cannot join these weights: PyTorch stores several of them in one tensor, and the arrays are partly in"
-            " other processes. Gather the adapter's arrays first (they are small), with"
-            " jax.experimental.multihost_utils"
-        )
-    if keymap.per_expert:
-        return experts.split_experts(config, encoded, keymap)
-    return joint_tensors.join_tensors(config, source.sites, encoded, source.held.on_shared)
-
-
 def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
     if not full_copies.repeats_heads(config, keymap, leaves):
         return encoded
     more = full_copies.repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
+
+
+def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
+    """Add the base's token embedding and head where PEFT saves them with the adapter."""
+    config, mode = tensors.config, source.save_embedding_layers
+    if not full_copies.may_need_embeddings(config, mode):
+        return tensors
+    keymap, encoded = source.adapter.keymap, _encoded(tensors)
+    more = full_copies.add_embeddings(encoded, config, keymap, source.sites, source.base, mode)
+    return dataclasses.replace(tensors, tensors=more)
+
+
+def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
+    """Add the tensors of a tied head, as PEFT stores them under both names."""
+    leaves = source.base if get_method(tensors.config).ties_heads else None
+    repeated = _repeat_for_heads(tensors.config, _encoded(tensors), source.adapter.keymap, leaves)
+    return dataclasses.replace(tensors, tensors=repeated)
+
+
+def split_experts(tensors: PeftTensors, source: Source) -> PeftTensors:
+    """Split the tensors of experts where PyTorch has one for each expert."""
+    keys, keymap = _encoded(tensors).plan.keys, source.adapter.keymap
+    if not keymap.per_expert or not (plans.has_parts(keys) or experts.may_have_experts(keys)):
+        return tensors
+    _require_local(tensors)
+    config, split = experts.split_experts(tensors.config, _encoded(tensors), keymap)
+    return dataclasses.replace(tensors, config=config, tensors=split)
+
+
+def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
+    """Join leaves that are one tensor in PyTorch."""
+    if source.adapter.keymap.per_expert or not plans.has_parts(_encoded(tensors).plan.keys):
+        return tensors
+    _require_local(tensors)
+    config, joined = joint_tensors.join_tensors(
+        tensors.config, source.sites, _encoded(tensors), source.held.on_shared
+    )
+    return dataclasses.replace(tensors, config=config, tensors=joined)
+
+
+def _encoded(tensors: PeftTensors) -> Encoded:
+    assert isinstance(tensors.tensors, Encoded)
+    return tensors.tensors
+
+
+def _require_local(tensors: PeftTensors) -> None:
+    if is_spread(tensors):
+        raise AttachError(
+            "cannot join these weights: PyTorch stores several of them in one tensor, and the arrays are partly in"
+            " other processes. Gather the adapter's arrays first (they are small), with"
+            " jax.experimental.multihost_utils"
+        )
+
+
+RULES: tuple[Callable[[PeftTensors, Source], PeftTensors], ...] = (
+    add_embeddings, repeat_tied, split_experts, join_parts,
+)  # fmt: skip
+"""The rules by which the leaves of an adapter become the tensors of PEFT's file."""
 
 
 # ---------------------------------------------------------------- save adapter
@@ -545,7 +586,7 @@ def save(
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = take_adapter(held, name, foreign.LoraTree.of(model).config, keymap, in_memory=False).adapter
+        adapter = take_adapter(model, held, name, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
