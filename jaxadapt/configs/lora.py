@@ -105,9 +105,9 @@ def require_original_base(config: Config, source: str) -> None:
     if changes_base(config):
         raise ConfigError(
             f"{source}: {init_field(config)}: the initialization of this adapter took a part out of the base"
-            " weights, so it does not fit the original base. Read it with jaxadapt.read(path, change_base=True), and load"
-            " takes that part out of the model's weights as PEFT does on loading, or with change_base=False if they are"
-            " changed already. Or convert it to a plain LoRA with the base it was trained on"
+            " weights, so it does not fit the original base. Read it with jaxadapt.read(path, change_base=True), and"
+            " load takes that part out of the model's weights as PEFT does on loading, or with change_base=False if"
+            " they are changed already. Or convert it to a plain LoRA with the base it was trained on"
             " (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
             " path_initial_model_for_weight_conversion), or merge it into that base (the only way for KaSA)"
         )
@@ -136,7 +136,8 @@ def merge_advice(config: Config) -> str:
     if config.get("target_parameters") or config.get("layer_replication") or not facts.merges_files:
         return "merge it into its model in memory (jaxadapt.export.export_base(model, folder, adapter))"
     if config.get("kasa_config") is not None:
-        return 'merge it into its base in memory (jaxadapt.load(jaxadapt.read(…, change_base=True), model), jaxadapt.merge)'
+        loaded = "jaxadapt.load(jaxadapt.read(…, change_base=True), model)"
+        return f"merge it into its base in memory ({loaded}, jaxadapt.merge)"
     merge = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
     if config.get("lora_bias"):
         return f"{merge} if the adapted modules of the base have biases; else only PEFT and jaxadapt.load run it"

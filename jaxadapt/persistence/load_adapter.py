@@ -111,8 +111,8 @@ def load(
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
         unused = {
-            "replace": replace or None, "rngs": rngs, "shardings": shardings, "strict": None if strict is True else strict,
-            "stack_axes": given.stack_axes, "example": given.example,
+            "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": given.stack_axes,
+            "example": given.example, "strict": None if strict is True else strict,
             "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
         }  # fmt: skip
         refuse(
@@ -144,7 +144,7 @@ def load(
 def _open(
     source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
 ) -> Generator[PeftTensors | Place]:
-    """Open an adapter; return the place of a format that keeps a model's layout, unless another library's tree is filled."""
+    """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
     if isinstance(source, PeftTensors):
         yield key_names.without_names(source)
         return
@@ -254,7 +254,8 @@ def _changed_base(
         raise AttachError(f"{source}: change_base=True: this adapter does not change its base; leave change_base= out")
     if present is not None and lora.changes_base(present.config):
         raise AttachError(
-            f"{source}: change_base=True, but the attached adapter has already changed this base; pass change_base=False"
+            f"{source}: change_base=True, but the attached adapter has already changed this base; read it with"
+            " change_base=False"
         )
     return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 

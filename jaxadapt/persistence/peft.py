@@ -302,8 +302,8 @@ def from_peft(
         lora.require_original_base(tensors.config, tensors.source)
     if tensors.change_base:
         raise AttachError(
-            f"{tensors.source}: change_base=True: from_peft changes no base; pass the tensors to load, or read them with"
-            " change_base=False if the base of the model is changed"
+            f"{tensors.source}: change_base=True: from_peft changes no base; pass the tensors to load, or read them"
+            " with change_base=False if the base of the model is changed"
         )
     if strict not in (True, False):
         raise AttachError(f"strict={strict!r}: expected True or False; only load compares the base")

@@ -43,7 +43,7 @@ class Options:
     dtype: Any = None
     shardings: Any = None
     strict: bool = True
-    given: LoraTree = LoraTree(None)
+    given: LoraTree = dataclasses.field(default_factory=lambda: LoraTree(None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -455,9 +455,7 @@ def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
     if source.adapter.keymap.per_expert or not plans.has_parts(_encoded(tensors).plan.keys):
         return tensors
     _require_local(tensors)
-    config, joined = joint_tensors.join_tensors(
-        tensors.config, source.sites, _encoded(tensors), source.held.on_shared
-    )
+    config, joined = joint_tensors.join_tensors(tensors.config, source.sites, _encoded(tensors), source.held.on_shared)
     return dataclasses.replace(tensors, config=config, tensors=joined)
 
 

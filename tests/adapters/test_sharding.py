@@ -131,8 +131,8 @@ def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
     jaxadapt.save(variables, tmp_path)
     again = jaxadapt.load(tmp_path, {"params": variables["params"]})
     assert jax.tree.structure(again["lora"]["default"]["up"]) == jax.tree.structure(variables["lora"]["default"]["up"])
-    bare = jaxadapt.extract(jaxadapt.models.LoraTree({"lora": {"default": {k: v for k, v in variables["lora"]["default"].items()
-                                                  if k != "~config"}}}, config=BOXED))  # fmt: skip
+    leaves = {k: v for k, v in variables["lora"]["default"].items() if k != "~config"}
+    bare = jaxadapt.extract(jaxadapt.models.LoraTree({"lora": {"default": leaves}}, config=BOXED))
     jax.tree.map(np.testing.assert_array_equal, bare.params, jaxadapt.extract(variables).params)
 
 

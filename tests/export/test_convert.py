@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export.conversion import convert, TreeOptions
+from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import values
@@ -88,7 +88,11 @@ def test_the_same_tree_as_load_fills(tmp_path):
         convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}))
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.warns(UserWarning, match="rounded once"):
-        done = convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"))
+        done = convert(
+            folder,
+            tmp_path / "x.safetensors",
+            TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"),
+        )
     assert (done.rank, done.lora_alpha) == (6, 6)
     target = {
         path: np.zeros([6 if size == 3 and i in (0, len(shape) - 1) else size for i, size in enumerate(shape)], "f4")
@@ -106,7 +110,11 @@ def test_the_target_may_be_told_by_a_file(tmp_path):
     """Queries, keys and values in one leaf, or not: only the target's own shapes tell."""
     folder = peft_folder("gemma-gemma3-mha", tmp_path / "peft")
     with pytest.raises(jaxadapt.KeyMapError, match=r"matches layer_0.attn.kv_einsum.w, layer_0.attn.qkv_einsum.w"):
-        convert(folder, tmp_path / "x.safetensors", TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"))
+        convert(
+            folder,
+            tmp_path / "x.safetensors",
+            TreeOptions(to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat"),
+        )
     leaves = specimens.recorded("gemma-gemma3-mha")["leaves"]
     like = tmp_path / "base.safetensors"
     save_file({path.replace(".", "/"): np.zeros(shape, "f4") for path, shape in leaves.items()}, like)
@@ -139,7 +147,11 @@ def test_heads_that_have_an_a_each(name, tmp_path):
     like = {"like": tmp_path / "base.safetensors"}
     with pytest.raises(jaxadapt.MismatchError, match="one A for all heads"):
         convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6, **like))
-    convert(tmp_path / "a.safetensors", tmp_path / "b", TreeOptions(from_keymap=table, lora_alpha=6, on_shared="concat", **like))
+    convert(
+        tmp_path / "a.safetensors",
+        tmp_path / "b",
+        TreeOptions(from_keymap=table, lora_alpha=6, on_shared="concat", **like),
+    )
     done = convert(tmp_path / "b", tmp_path / "c.safetensors", TreeOptions(to_keymap=table, sizes=sizes))
     assert (done.dialect, done.rank, done.lora_alpha) == ("keras", 3, 6)
     back = load_file(tmp_path / "c.safetensors")
@@ -147,8 +159,12 @@ def test_heads_that_have_an_a_each(name, tmp_path):
     for path, x in tree.items():
         np.testing.assert_array_equal(back[path], x, err_msg=path)
     with pytest.raises(jaxadapt.MismatchError, match="one B for all heads"):
-        convert(peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes))
-    done = convert(tmp_path / "d", tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes, on_shared="concat"))
+        convert(
+            peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes)
+        )
+    done = convert(
+        tmp_path / "d", tmp_path / "e.safetensors", TreeOptions(to_keymap=table, sizes=sizes, on_shared="concat")
+    )
     assert (done.rank, load_file(tmp_path / "e.safetensors").keys()) == (12, tree.keys())
 
 

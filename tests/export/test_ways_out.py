@@ -220,9 +220,13 @@ def test_kasa_is_merged_into_the_base_that_it_changes(tmp_path: Path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.1})
     started = jaxadapt.initializers.start(parameters(), config, key=jax.random.key(0), keymap=KEYMAP)
     jaxadapt.save(started.adapter, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=r"jaxadapt\.load\(jaxadapt\.read\(…, change_base=True\), model\), jaxadapt\.merge"):
+    with pytest.raises(
+        AdapterError, match=r"jaxadapt\.load\(jaxadapt\.read\(…, change_base=True\), model\), jaxadapt\.merge"
+    ):
         export_adapter(tmp_path / "adapter", tmp_path / "out", "vllm")
-    loaded = jaxadapt.load(jaxadapt.read(tmp_path / "adapter", change_base=True), {"params": parameters()}, keymap=KEYMAP)
+    loaded = jaxadapt.load(
+        jaxadapt.read(tmp_path / "adapter", change_base=True), {"params": parameters()}, keymap=KEYMAP
+    )
     wanted = jaxadapt.merge(started.base, started.adapter)
     np.testing.assert_allclose(jaxadapt.merge(loaded)["params"]["q"]["kernel"], wanted["q"]["kernel"], atol=1e-5)
 

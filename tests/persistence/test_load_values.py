@@ -69,7 +69,7 @@ def test_options_without_effect_are_refused(tmp_path: Path):
     with pytest.raises(jaxadapt.MismatchError, match='expected True, False or "base"'):
         jaxadapt.load(tmp_path, small.net(), strict="bases")
     with pytest.raises(jaxadapt.AttachError, match="only load compares the base"):
-        jaxadapt.from_peft(value, small.base(), strict="base")  # pyright: ignore[reportArgumentType]
+        jaxadapt.from_peft(jaxadapt.read(tmp_path), small.base(), strict="base")  # pyright: ignore[reportArgumentType]
     with pytest.raises(jaxadapt.AttachError, match="from_peft changes no base"):
         jaxadapt.from_peft(value, small.base())
     with pytest.raises(jaxadapt.AttachError, match="does not change its base"):

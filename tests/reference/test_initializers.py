@@ -326,7 +326,9 @@ def test_the_conversion_is_the_one_peft_makes(tmp_path):
         warnings.simplefilter("ignore")  # PEFT's own, of a second adapter beside PiSSA: that is how it converts
         model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     base = twin("llama", "linen", 0)[0]
-    now, first = (jaxadapt.from_peft(jaxadapt.read(tmp_path / name, change_base=False), base) for name in ("now", "first"))
+    now, first = (
+        jaxadapt.from_peft(jaxadapt.read(tmp_path / name, change_base=False), base) for name in ("now", "first")
+    )
     first = dataclasses.replace(first, config=now.config)
     plain = jaxadapt.to_peft(jaxadapt.initializers.for_original_base(now, first))
     expected = harness.read_tensors(tmp_path / "plain")

@@ -79,7 +79,9 @@ def save(kind: str, folder: Path, adapter: jaxadapt.Adapter, version: int, timeo
         case "orbax":
             jaxadapt.save(adapter, folder / str(version), format="orbax")
         case _:
-            jaxadapt.save(adapter, jaxadapt.MultihostFolder(folder, shared=False if kind == "gathered" else None, timeout=timeout))
+            jaxadapt.save(
+                adapter, jaxadapt.MultihostFolder(folder, shared=False if kind == "gathered" else None, timeout=timeout)
+            )
 
 
 def latest(kind: str, folder: Path) -> int:

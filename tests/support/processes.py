@@ -158,10 +158,16 @@ def save_and_load(folder: Path, argument: str) -> None:
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
         with mock.patch.object(save_adapter.multihost_utils, "process_allgather", never):
-            jaxadapt.save(mine, jaxadapt.MultihostFolder(folder / f"{number}-all", timeout=PATIENCE), progress=watching(folder / f"{number}-all-told"))
+            jaxadapt.save(
+                mine,
+                jaxadapt.MultihostFolder(folder / f"{number}-all", timeout=PATIENCE),
+                progress=watching(folder / f"{number}-all-told"),
+            )
         if number % 3 == 0:
             told = watching(folder / f"{number}-one-told")
-            jaxadapt.save(mine, jaxadapt.MultihostFolder(folder / f"{number}-one", shared=False, timeout=PATIENCE), progress=told)
+            jaxadapt.save(
+                mine, jaxadapt.MultihostFolder(folder / f"{number}-one", shared=False, timeout=PATIENCE), progress=told
+            )
         other = meshes.LAYOUTS[(number + 3) % len(meshes.LAYOUTS)]
         target = {"params": base(other, not scanned)}
         found = jaxadapt.load(folder / f"{number}-all", target, keymap=meshes.table(not scanned))
@@ -178,7 +184,9 @@ def save_and_load(folder: Path, argument: str) -> None:
     with pytest.raises(jaxadapt.AttachError, match="other processes"):
         jaxadapt.to_peft(fresh)
     # no file system in common: found out
-    jaxadapt.save(adapter(("2x2x2", "both"), False), jaxadapt.MultihostFolder(folder / f"apart{here}", timeout=PATIENCE))
+    jaxadapt.save(
+        adapter(("2x2x2", "both"), False), jaxadapt.MultihostFolder(folder / f"apart{here}", timeout=PATIENCE)
+    )
     # to the Hub that the environment names: one commit, of which all hear; and what it refuses, all hear too
     mine = adapter(("4x2", "both"), False)
     for source in (mine, model):
@@ -209,7 +217,10 @@ def on_bases(folder: Path, argument: str) -> None:
 
     for number, layout in enumerate(meshes.LAYOUTS[1::3]):
         scanned = bool(number % 2)
-        jaxadapt.save(spread(layout, scanned) | adapter(layout, scanned).collection, jaxadapt.MultihostFolder(folder / f"{number}", timeout=PATIENCE))
+        jaxadapt.save(
+            spread(layout, scanned) | adapter(layout, scanned).collection,
+            jaxadapt.MultihostFolder(folder / f"{number}", timeout=PATIENCE),
+        )
     layout = ("8", "fsdp")
     found = jaxadapt.load(folder / "0", spread(layout, False), keymap=meshes.TABLE, strict="base")
     check(jaxadapt.extract(found), False)

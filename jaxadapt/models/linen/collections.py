@@ -249,8 +249,8 @@ def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
     if not isinstance(recipe, Recipe):
         raise AttachError(
             f"the adapter {name!r} has lost its configuration, as a restore without a target does. Pass"
-            " jaxadapt.models.LoraTree(variables, config=config) in place of the variables (and keymap=, if it was adapted"
-            " with one), or put the configuration back with extract: variables |"
+            " jaxadapt.models.LoraTree(variables, config=config) in place of the variables (and keymap=, if it was"
+            " adapted with one), or put the configuration back with extract: variables |"
             f" extract(LoraTree(variables, config=config), name={name!r}).named({name!r})"
         )
     adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
@@ -267,8 +267,8 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
         raise AttachError(
             "this tree carries no adapter configuration (it has no adapter, as after merge, or to_pure_dict or a"
             " restore without a target dropped it). Save a merged adapter from the variables before the merge; else"
-            " pass jaxadapt.models.LoraTree(tree, config=config) in place of the tree, and keymap= if the model was adapted"
-            " with one"
+            " pass jaxadapt.models.LoraTree(tree, config=config) in place of the tree, and keymap= if the model was"
+            " adapted with one"
         )
     collection = collection_name(config)
     values = _named_arrays({k: v for k, v in tree.items() if k != "params" or collection not in tree}, collection, name)

@@ -308,7 +308,10 @@ def test_a_configuration_that_contradicts_the_tree():
         with pytest.raises(jaxadapt.ConfigError, match=what):
             jaxadapt.to_peft(jaxadapt.models.LoraTree(tree, config=config), keymap=TABLE)
     with pytest.raises(jaxadapt.ConfigError, match="expected a LoraConfig"):
-        jaxadapt.to_peft(jaxadapt.models.LoraTree(tree, config=jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[])), keymap=TABLE)
+        jaxadapt.to_peft(
+            jaxadapt.models.LoraTree(tree, config=jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[])),
+            keymap=TABLE,
+        )
 
 
 def test_target_modules_name_what_is_adapted_and_nothing_else():

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.export.conversion import convert, TreeOptions
+from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps import plan as pieces
 from jaxadapt.models import LoraTree
@@ -207,7 +207,9 @@ def test_from_one_family_to_another(tmp_path):
     convert(tmp_path / "a.safetensors", tmp_path / "each", TreeOptions(**single))
     with pytest.raises(jaxadapt.MismatchError, match=r'(?s)one A for both.*on_shared="concat"'):
         convert(tmp_path / "each", tmp_path / "c.safetensors", TreeOptions(to_keymap=target, dialect="qwix"))
-    done = convert(tmp_path / "each", tmp_path / "c.safetensors", TreeOptions(to_keymap=target, dialect="qwix", on_shared="concat"))
+    done = convert(
+        tmp_path / "each", tmp_path / "c.safetensors", TreeOptions(to_keymap=target, dialect="qwix", on_shared="concat")
+    )
     assert done.rank == 2 * R
     merged_there = in_torch("maxtext-mixtral", merged("maxtext-mixtral", False))
     leaves = paths.unflatten({**base("mixtral"), **load_file(tmp_path / "c.safetensors")})

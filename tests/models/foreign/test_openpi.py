@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.export.conversion import convert, TreeOptions
+from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import dialects
 
@@ -103,7 +103,11 @@ def test_there_and_back(tmp_path: Path):
     """The same bits, but for the output projection, of whose heads only the sum of the Bs matters."""
     tree = leaves()
     save_file(tree, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "peft", TreeOptions(from_keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat"))
+    convert(
+        tmp_path / "a.safetensors",
+        tmp_path / "peft",
+        TreeOptions(from_keymap="openpi:pi0", lora_alpha=ALPHA, on_shared="concat"),
+    )
     target = {path: np.zeros_like(x) for path, x in tree.items()}
     back = jaxadapt.load(tmp_path / "peft", LoraTree(target, lora_alpha=ALPHA, on_shared="concat"), keymap="openpi:pi0")
     for path, x in tree.items():
@@ -113,7 +117,11 @@ def test_there_and_back(tmp_path: Path):
             np.testing.assert_array_equal(back[path], x, err_msg=path)
     sizes = {"h": H, "n": N, "k": K}
     with pytest.warns(UserWarning, match="rounded once"):
-        done = convert(tmp_path / "peft", tmp_path / "b.safetensors", TreeOptions(to_keymap="openpi:pi0", sizes=sizes, on_shared="concat"))
+        done = convert(
+            tmp_path / "peft",
+            tmp_path / "b.safetensors",
+            TreeOptions(to_keymap="openpi:pi0", sizes=sizes, on_shared="concat"),
+        )
     again = load_file(tmp_path / "b.safetensors")
     # A tree without rank patterns: its rank is the largest of the ranks that the leaves need.
     assert {x.shape[-1] for path, x in again.items() if path.endswith("_a")} == {R + 1}

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.export.conversion import convert, TreeOptions
+from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.keymaps.families import specimen_arrays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-def pushed(hub: hub_server.Hub, source, repo=REPO, license=None, metrics=None, **options) -> Any:
-    card = jaxadapt.Card(license, metrics or {}, picture=False)
+def pushed(hub: hub_server.Hub, source, repo=REPO, card=None, **options) -> Any:
+    card = dataclasses.replace(card or jaxadapt.Card(), picture=False)
     return jaxadapt.push(source, repo, token=hub_server.WRITE, card=card, **options)
 
 
@@ -151,7 +152,8 @@ def test_the_checkpoints_of_a_run_are_branches_and_its_best_is_a_tag(hub, tmp_pa
     for step in manager.steps:
         manager.export(step, tmp_path / str(step))
         tag = "best" if step == manager.best else None
-        pushed(hub, tmp_path / str(step), f"{REPO}@step-{step}", tag=tag, metrics=manager.metrics(step))
+        card = jaxadapt.Card(metrics=manager.metrics(step))
+        pushed(hub, tmp_path / str(step), f"{REPO}@step-{step}", tag=tag, card=card)
     for revision, step in {"step-0": 0, "step-1": 1, "step-2": 2, "best": 1}.items():
         found = jaxadapt.read(f"hf://{REPO}@{revision}").tensors
         want = jaxadapt.to_peft(small.adapter(seed=step)).tensors
@@ -419,7 +421,7 @@ def test_addresses_that_are_none(text):
 
 
 def test_the_card_of_a_push(hub, saved):
-    pushed(hub, saved, f"{REPO}/fr", license="apache-2.0", metrics={"held-out loss": 1.5})
+    pushed(hub, saved, f"{REPO}/fr", card=jaxadapt.Card("apache-2.0", {"held-out loss": 1.5}))
     text = hub.files(REPO)[f"fr/{CARD}"].decode()
     held = huggingface_hub.ModelCard(text).data.to_dict()
     assert held == {
@@ -453,7 +455,7 @@ def test_a_persons_card_on_the_hub_stays(hub, saved):
     mine = hub.files(REPO)[CARD].decode().replace("## Use it", "## Mine\n\nI wrote this.\n\n## Use it")
     mine = mine.replace("library_name: peft\n", "license: mit\n")
     hub.put(REPO, {CARD: mine.encode()})
-    pushed(hub, saved, metrics={"loss": 3})
+    pushed(hub, saved, card=jaxadapt.Card(metrics={"loss": 3}))
     text = hub.files(REPO)[CARD].decode()
     assert text.split("---\n", 2)[2] == mine.split("---\n", 2)[2]
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "peft"
@@ -461,8 +463,8 @@ def test_a_persons_card_on_the_hub_stays(hub, saved):
     # One that nobody touched is written anew, and one that a person wrote in the folder goes to the Hub.
     hub.put(REPO, {CARD: b""})
     hub.repos[REPO].commits[hub.repos[REPO].refs["main"]].pop(CARD)
-    pushed(hub, saved, metrics={"loss": 3})
-    pushed(hub, saved, metrics={"loss": 4})
+    pushed(hub, saved, card=jaxadapt.Card(metrics={"loss": 3}))
+    pushed(hub, saved, card=jaxadapt.Card(metrics={"loss": 4}))
     assert "| loss | 4 |" in hub.files(REPO)[CARD].decode()
     (saved / CARD).write_text("# All mine\n")
     pushed(hub, saved)
