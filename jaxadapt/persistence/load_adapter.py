@@ -120,7 +120,7 @@ def load(
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )
     with reporter(progress) as report, _open(source, name, held, report) as opened:
-        if held.foreign is not None:
+        if held.foreign is not None and not isinstance(opened, Place):
             tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
             return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
         parameters, present = held.base(), held.attached(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import ml_dtypes
@@ -273,6 +274,7 @@ def test_an_adapter_in_memory_is_exported_as_its_file(tmp_path):
     for key, x in load_file(tmp_path / "low/adapter_model.safetensors").items():
         np.testing.assert_array_equal(x, whole[key].astype("float16"))  # rounded once, after the multiplication
     plain = jaxadapt.merging.plain_lora(jaxadapt.to_peft(adapter))
+    plain = dataclasses.replace(plain, config=plain.config.replace(inference_mode=True))
     jaxadapt.write(plain, tmp_path / "written")
     assert small.files(tmp_path / "written") == small.files(tmp_path / "saved")
 

@@ -180,8 +180,14 @@ def test_lost_and_given_again(lose: Any, variables: Any):
     if "lora" in after and "params" in after:
         with pytest.raises(jaxadapt.AttachError, match="config=") as caught:
             MODEL.apply(after, layers.x())
-        again = str(caught.value).rpartition(": ")[2].replace("config=config", "config=config, keymap=keymap")
-        names = {"variables": after, "extract": jaxadapt.extract, "config": CONFIG, "keymap": KEYMAP}
+        again = str(caught.value).rpartition(": ")[2].replace("config=config)", "config=config), keymap=keymap")
+        names = {
+            "variables": after,
+            "extract": jaxadapt.extract,
+            "LoraTree": jaxadapt.models.LoraTree,
+            "config": CONFIG,
+            "keymap": KEYMAP,
+        }
         restored = eval(again, names)  # noqa: S307 - the way out that the message shows
         np.testing.assert_array_equal(MODEL.apply(restored, layers.x()), MODEL.apply(variables, layers.x()))
     same(jaxadapt.extract(jaxadapt.models.LoraTree(after, config=CONFIG), keymap=KEYMAP), jaxadapt.extract(variables))
