@@ -24,7 +24,6 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params, carrier, lora_carrier
 from jaxadapt.models.carriers.base import DEFAULT
-from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import collections
 
 # ---------------------------------------------------------------- attachment
@@ -145,7 +144,8 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    return lora_carrier(model).extract(name, LoraTree.of(model).config, keymap)
+    held = lora_carrier(model)
+    return held.extract(name, held.given.config, keymap)
 
 
 def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:

@@ -104,15 +104,14 @@ def load(
     """
     if strict not in (True, False, "base"):
         raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
-    given = foreign.LoraTree.of(model)
-    options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), given)
     held = lora_carrier(model, fills=True)
+    options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
         unused = {
-            "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": given.stack_axes,
-            "example": given.example, "strict": None if strict is True else strict,
+            "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
+            "example": held.given.example, "strict": None if strict is True else strict,
             "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
         }  # fmt: skip
         refuse(

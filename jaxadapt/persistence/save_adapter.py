@@ -41,8 +41,9 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
-from jaxadapt.methods.registry import get_method
-from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
+from jaxadapt.methods.registry import METHODS, get_method
+from jaxadapt.models.carriers import lora_carrier
+from jaxadapt.models.carriers.base import DEFAULT, Carrier
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder
@@ -288,12 +289,12 @@ class Source:
         return self.held.leaves() if self.held.has_base else None
 
 
-def take_adapter(tree: Any, held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Source:
+def take_adapter(held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Source:
     """Take the adapter out of a tree, with the target names of the given keymap.
 
     Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
     """
-    config = foreign.LoraTree.of(tree).config
+    config = held.given.config
     adapter = held.extract(name, config, keymap)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
@@ -334,7 +335,7 @@ def encode_tree(
             return tensors
         repeated = _repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
         return dataclasses.replace(tensors, tensors=repeated)
-    source = take_adapter(tree, held, name, keymap, in_memory=in_memory)
+    source = take_adapter(held, name, keymap, in_memory=in_memory)
     adapter = source.adapter
     if stored := get_method(adapter.config).stored(adapter.config, adapter.shared):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
@@ -435,7 +436,7 @@ def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
 
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Add the tensors of a tied head, as PEFT stores them under both names."""
-    leaves = source.base if get_method(tensors.config).ties_heads else None
+    leaves = source.base if METHODS[tensors.config.peft_type].ties_heads else None
     repeated = _repeat_for_heads(tensors.config, _encoded(tensors), source.adapter.keymap, leaves)
     return dataclasses.replace(tensors, tensors=repeated)
 
@@ -455,7 +456,8 @@ def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
     if source.adapter.keymap.per_expert or not plans.has_parts(_encoded(tensors).plan.keys):
         return tensors
     _require_local(tensors)
-    config, joined = joint_tensors.join_tensors(tensors.config, source.sites, _encoded(tensors), source.held.on_shared)
+    on_shared = source.held.given.on_shared
+    config, joined = joint_tensors.join_tensors(tensors.config, source.sites, _encoded(tensors), on_shared)
     return dataclasses.replace(tensors, config=config, tensors=joined)
 
 
@@ -584,7 +586,7 @@ def save(
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = take_adapter(model, held, name, keymap, in_memory=False).adapter
+        adapter = take_adapter(held, name, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
