@@ -27,7 +27,7 @@ import jaxadapt
 from benchmarks.measure import judge, parsed
 from jaxadapt.adapters import sites
 from jaxadapt.core import paths
-from jaxadapt.persistence import base_checks, fingerprint
+from jaxadapt.persistence import fingerprint, verify_folder
 
 TARGET = 0.2
 SIZES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "gate": (1, 0), "up": (1, 0), "down": (0, 1)}
@@ -86,9 +86,9 @@ def main() -> None:
     torch = {leaf.replace(".kernel", ".weight"): shape[::-1] for leaf, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=os.environ.get("JAXADAPT_BENCH_DIR")) as folder:
         sparse_file(shapes, Path(folder) / "model.safetensors")
-        (note,) = base_checks.check_identity(stored, torch, folder)
+        (note,) = verify_folder.check_identity(stored, torch, folder)
         assert note.code == "base", note
-        files = timed("in its files, compared", lambda: base_checks.check_identity(stored, torch, folder))
+        files = timed("in its files, compared", lambda: verify_folder.check_identity(stored, torch, folder))
     worst = max(first, files)
     judge([] if worst <= TARGET else [f"the fingerprint takes {worst:.3f} s, and may take {TARGET} s"], given)
 

@@ -10,7 +10,7 @@ import click
 from jaxadapt.cli import output
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import escape_text
-from jaxadapt.export.programs import PROGRAMS
+from jaxadapt.persistence.consumers import PROGRAMS
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Location
 

@@ -4,7 +4,6 @@ from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
     "export.adapter_export": "export_adapter",
-    "export.base_export": "export_base",
-    "export.base_import": "import_base",
+    "export.base_files": "export_base import_base",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -22,7 +22,6 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.export import conversion, gguf_model, untying
-from jaxadapt.export.programs import PROGRAMS, Program
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
@@ -31,6 +30,7 @@ from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import plain_lora
 from jaxadapt.models.carriers.base import DEFAULT
 from jaxadapt.persistence import consumers, folder, formats, peft, save_adapter
+from jaxadapt.persistence.consumers import PROGRAMS, Program
 from jaxadapt.persistence.formats import Wanted
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.source import as_source

@@ -25,7 +25,7 @@ from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import as_start
-from jaxadapt.persistence import base_checks, folder, formats, peft, tensor_checks
+from jaxadapt.persistence import folder, formats, peft, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import hub, location
@@ -161,11 +161,11 @@ def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, Non
 
 def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
     """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
-    shapes, wanted = base_checks.base_shapes(base), [*modules, *copied]
-    names = base_checks.names_in_base(wanted, shapes)
+    shapes, wanted = verify_folder.base_shapes(base), [*modules, *copied]
+    names = verify_folder.names_in_base(wanted, shapes)
     if names is None:  # a tied head is in no file
         wanted = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]
-        names = base_checks.names_in_base(wanted, shapes)
+        names = verify_folder.names_in_base(wanted, shapes)
     if names is None:
         raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(wanted))
     return names

@@ -18,10 +18,10 @@ from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
-from jaxadapt.export import base_export, conversion, untying
+from jaxadapt.export import base_files, conversion, untying
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
-from jaxadapt.persistence import base_checks, fingerprint, folder, formats, peft
+from jaxadapt.persistence import fingerprint, folder, formats, peft, verify_folder
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
@@ -37,7 +37,7 @@ def merge_folder(
     out: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    max_shard_size: int = base_export.SHARD,
+    max_shard_size: int = base_files.SHARD,
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> int:
@@ -111,7 +111,7 @@ def merge_folder(
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
         config_dtype = None if file_dtype is None else file_dtype.name
-        other_files = base_export.read_other_files(source, config_dtype, plan.is_untied)
+        other_files = base_files.read_other_files(source, config_dtype, plan.is_untied)
         atomic.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
@@ -259,7 +259,7 @@ def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerpr
 def warn_of_another_base(base: TensorSource, tensors: PeftTensors) -> None:
     """Warn if an adapter was trained on another base, as far as the fingerprint in its file tells. Reads 8 weights."""
     stored = tensors.fingerprint or {}
-    names = base_checks.weight_names(stored, base.shapes) or {}
+    names = verify_folder.weight_names(stored, base.shapes) or {}
     parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
     if parts and None not in parts:
         fingerprint.check(

@@ -3,6 +3,7 @@
 Pure functions of configuration and keys. The rules for PEFT, transformers, vLLM, llama.cpp and mlx-lm come from runs of
 these programs on adapters of one model, compared with PEFT's log-probabilities; those for SGLang, TGI, TensorRT-LLM and
 Ollama from their sources. `Reader.version` names the version of each.
+`PROGRAMS` lists those for which `jaxadapt export` writes a form of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxadapt.adapters import key_names
 from jaxadapt.configs import lora
@@ -353,3 +354,54 @@ def _layer_properties(keys: Iterable[str]) -> dict[str, str]:
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
     missing = [name for name, numbers in layers.items() if len(numbers) < most]
     return {"layers": f"{missing[0].removeprefix(PEFT_PREFIX)} of some layers"} if missing else {}
+
+
+# ---------------------------------------------------------------- export
+
+
+Style = Literal["safetensors", "gguf", "mlx"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that reads adapters.
+
+    Attributes:
+        name: its name on the command line.
+        style: that of its files in `formats`: "safetensors" (PEFT's folder, with the adapter in its plain form), "gguf"
+            or "mlx".
+        reader: its name in `consumers`; "" for every reader of PEFT's folders.
+        keeps: fields of the configuration that it reads although a plain LoRA has none.
+    """
+
+    name: str
+    style: Style
+    reader: str
+    keeps: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str:
+        """The version with which the form was measured, or in whose source it was read."""
+        return VERSIONS.get(self.name) or version_of(self.reader)
+
+
+PROGRAMS: Mapping[str, Program] = {
+    program.name: program
+    for program in (
+        Program("plain", "safetensors", ""),
+        Program("transformers", "safetensors", "transformers load_adapter"),
+        Program("vllm", "safetensors", "vLLM"),
+        Program("gguf", "gguf", "llama.cpp"),
+        Program("mlx", "mlx", "MLX", keeps=("use_dora",)),
+        Program("sglang", "safetensors", "SGLang"),
+        Program("tgi", "safetensors", "TGI and LoRAX"),
+        Program("tensorrt-llm", "safetensors", "TensorRT-LLM"),
+    )
+}
+"""{name: program}, in the order of the command's help."""
+
+VERSIONS: Mapping[str, str] = {
+    "plain": "every program that reads PEFT's LoRA",
+    "gguf": "llama.cpp in llama-cpp-python 0.3.36, measured",
+}
+"""{name: version}, of the forms that are not those of `consumers`."""

@@ -1,31 +1,380 @@
-"""Verify the files of an adapter, and repair them.
+"""Verify the files of an adapter, alone or by its base, and repair them.
 
 path ──reading──► Reading ──checks of tensors, values, base──► findings
                   Reading ──fixes of its findings──► PeftTensors ──write──► a copy
 
-`repair` applies the fixes in order, and verifies the result.
+The base is that of a model, or the names of a family: the names and sizes of the adapter's modules are compared with
+the base's, and the fingerprint in the file with a few of the base's values. `repair` applies the fixes in order, and
+verifies the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import operator
 import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.configs import Config
-from jaxadapt.core import paths
-from jaxadapt.core.errors import FileError, MismatchError
+from jaxadapt.configs import Config, matching
+from jaxadapt.core import errors, paths
+from jaxadapt.core.errors import FileError, FormatError, KeyMapError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.persistence import base_checks, folder, tensor_checks
-from jaxadapt.persistence.findings import SEVERITIES, Finding, count, note
-from jaxadapt.persistence.formats.peft_folder import StoredAdapter
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.persistence import fingerprint, folder, tensor_checks
+from jaxadapt.persistence.findings import MODEL_FILES, SEVERITIES, Finding, count, error, note, warning
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
-from jaxadapt.storage import hub, location
+from jaxadapt.persistence.tensor_checks import Shapes
+from jaxadapt.storage import hf_model, hub, location, safetensors, torch_bin
+from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors import BITS
+
+# ---------------------------------------------------------------- the base
+
+
+# Renames of transformers between versions: (prefix of the older names, prefix of the newer ones).
+_RENAMES = (
+    ("language_model.model.", "model.language_model."),  # 4.52, vision-language models
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("visual.", "model.visual."),
+)
+# The first parts of names that transformers leaves out in the files of models without their heads (base_model_prefix).
+_LEFT_OUT = frozenset(
+    ("model transformer backbone bert roberta distilbert electra albert deberta mpnet esm gpt_neox vit deit beit dinov2"
+     " swin clip siglip wav2vec2 hubert wavlm").split()
+)  # fmt: skip
+_IS_THE_BASE = "check that the adapter belongs to this base model"
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
+
+
+def base_shapes(base: Any) -> Shapes | KeyMap:
+    """Return the shapes of a base's PyTorch parameters by key, or the keymap of a family. Reads no tensor.
+
+    Args:
+        base: the folder of a Hugging Face model, one file of its weights, a .json file {key: shape}, a mapping of keys
+            to shapes or arrays, or the name of a family (`jaxadapt families`).
+
+    Raises `FileError` if there is no model at the path, and `KeyMapError` for an unknown family.
+    """
+    if isinstance(base, Mapping):
+        items = cast("Mapping[str, Any]", base).items()
+        return {key: tuple(value) if isinstance(value, list | tuple) else tuple(value.shape) for key, value in items}
+    place = location.to_location(cast("str | os.PathLike[str]", base))
+    if location.exists(place):
+        return _stored_shapes(place)
+    if isinstance(place, Path) and len(place.parts) == 1:
+        from jaxadapt.keymaps import families
+
+        try:
+            return families.get_family(str(base))
+        except KeyMapError as problem:
+            raise FileError(f"{base}: no such folder or file, and {problem}") from problem
+    raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
+
+
+def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
+    """Return the model type that a base's config.json states, or the name of its family; "" if neither is known.
+
+    Args:
+        base: as in `base_shapes`.
+        known: its result.
+    """
+    if isinstance(known, KeyMap):
+        return known.name
+    if not isinstance(base, str | os.PathLike):
+        return ""
+    place = location.to_location(cast("str | os.PathLike[str]", base))
+    path = (place if location.is_dir(place) else place.parent) / "config.json"
+    if not location.exists(path):
+        return ""
+    values = parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
+    return str(values.get("model_type") or "")
+
+
+def _stored_shapes(place: Location) -> Shapes:
+    """Return the shapes in a folder of weights, or in one file."""
+    if location.is_dir(place):
+        name = next((name for name in MODEL_FILES if location.exists(place / name)), None)
+        if name is None:
+            expected = f"{hf_model.SINGLE_FILE}, {hf_model.INDEX} or {hf_model.BIN}"
+            raise FileError(f"{place}: expected {expected}, found none of them")
+        is_index = name in (hf_model.INDEX, hf_model.BIN_INDEX)
+        files = dict.fromkeys(hf_model.read_index(place / name).values()) if is_index else (name,)
+        return {key: shape for file in files for key, shape in _stored_shapes(place / file).items()}
+    if place.suffix == ".safetensors":
+        return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}
+    if place.suffix != ".json":
+        return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(place).items()}
+    try:
+        values: Any = json.loads(location.read_text_bytes(place))
+        return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as problem:
+        text = f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
+        raise FormatError(text) from problem
+
+
+# ---------------------------------------------------------------- findings about the base
+
+
+def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: str) -> Iterator[Finding]:
+    """Find the modules of an adapter that do not fit the base.
+
+    Args:
+        shapes: the adapter's tensors, by PEFT's names.
+        config: the configuration.
+        base: the shapes of the base's parameters, or the keymap of its family.
+        source: the base, for messages.
+    """
+    if key_names.has_no_modules(config.peft_type):
+        return
+    modules = _modules(shapes, config)
+    if isinstance(base, KeyMap):
+        yield from _check_family(modules, base)
+        return
+    is_tied = not any(key.endswith("lm_head.weight") for key in base)  # such a file does not repeat the embedding
+    missing = [m for m in modules if not _has_module(base, m) and not (is_tied and m.rpartition(".")[2] == "lm_head")]
+    names = (_renamed_modules(modules, base) or _prefixed_modules(modules, base) or {}) if missing else {}
+    if missing:
+        yield _explain_missing(modules, missing, names, base, source)
+    yield from _check_shapes(shapes, config, base, names)
+    if not missing:
+        yield from _check_completeness(modules, config, base, source)
+
+
+def _modules(shapes: Shapes, config: Config) -> list[str]:
+    """Return the adapted modules, as the base names them."""
+    splits = (key_names.split_key(key, config.peft_type) for key in shapes)
+    found = dict.fromkeys(split[0] for split in splits if split is not None)
+    return list(dict.fromkeys(m.replace(".base_layer", "") for m in found if m and m != "base_model"))
+
+
+def _has_module(base: Shapes, module: str) -> bool:
+    # The parameters of stacked experts have no ".weight"; their module is a prefix of the key.
+    return f"{module}.weight" in base or any(key.startswith(f"{module}.") for key in base)
+
+
+def _explain_missing(
+    modules: Sequence[str], missing: Sequence[str], names: Mapping[str, str], base: Shapes, source: str
+) -> Finding:
+    """Return the finding for modules that the base lacks; `names` are those that it has in their place, if known."""
+    first = missing[0]
+    if names and names == _renamed_modules(modules, base):
+        return error(
+            "renamed", missing, f"{source} has these modules under other names of transformers: {first} is"
+            f" {names[first]} there", "the names of the transformers version that loads the base",
+            "rename them (jaxadapt rename --base), or load the adapter with the transformers version of its training",
+        )  # fmt: skip
+    if names:
+        return _explain_prefix(first, names, missing, source)
+    experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
+    if len(experts) == len(missing):
+        return error(
+            "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
+            f" expert, such as {first}", "target_parameters, as transformers 5 names experts",
+            "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
+            " jaxadapt.models.LoraTree(model, on_shared='concat')",
+        )  # fmt: skip
+    close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
+    text = f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as {first}"
+    text += f"; it has {', '.join(close[:4])}" if close else ""
+    return error("base", missing, text, "modules of this base", _IS_THE_BASE)
+
+
+def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str], source: str) -> Finding:
+    """Return the finding for modules whose names begin otherwise in the base."""
+    there = names[first]
+    text = f"the names have another prefix in {source}: {first} is {there} there"
+    if len(there) > len(first):
+        return error(
+            "prefix",
+            missing,
+            text,
+            "PEFT's names of the whole model, with its head",
+            f"put {there.removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}: jaxadapt rename --base",
+        )
+    prefix = first.removesuffix(there).rstrip(".")
+    is_whole = {name.partition(".")[0] for name in names.values()} <= {"model", "transformer"}
+    if prefix in _LEFT_OUT and not is_whole:  # transformers writes the files of a model without its head like this
+        return note("other-prefix", missing, f"{text}, as in files of a model without its head")
+    found = error if is_whole else warning  # a class that is not known here may leave out its prefix
+    return found(
+        "prefix", missing, text, "the names of the base's modules. With others, PEFT loads an adapter without effect",
+        f"take {prefix + '.'!r} off the names: jaxadapt rename --base",
+    )  # fmt: skip
+
+
+def names_in_base(modules: Sequence[str], base: Shapes | KeyMap) -> dict[str, str] | None:
+    """Return {module: its name in the base}, also where transformers renamed it; None if one is not there.
+
+    Args:
+        modules: PyTorch's names of modules.
+        base: as in `check_base`; a family's modules are recognized in each of its spellings, and keep their names.
+    """
+    if isinstance(base, KeyMap):
+        return {m: m for m in modules} if all(_is_known(base, m) for m in modules) else None
+    if all(_has_module(base, m) for m in modules):
+        return {m: m for m in modules}
+    return _renamed_modules(modules, base) or _prefixed_modules(modules, base)
+
+
+def _renamed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+    """Return {module: its name in the base} by the renames of transformers; None if one has no or two counterparts."""
+    names: dict[str, str] = {}
+    for module in modules:
+        candidates = {module} | {
+            after + module.removeprefix(before)
+            for pair in _RENAMES
+            for before, after in (pair, pair[::-1])
+            if module.startswith(before)
+        }
+        found = [name for name in candidates if _has_module(base, name)]
+        if len(found) != 1:
+            return None
+        names[module] = found[0]
+    return names
+
+
+def _prefixed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+    """Return {module: its name in the base}, with one beginning added to or removed from all; None if none fits."""
+    keys = pytorch.match_model_keys(base, modules)
+    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
+    return {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
+
+
+def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> Iterator[Finding]:
+    """Compare the sizes of the tensors with the base's weights."""
+    compared: list[tuple[str, str, tuple[int, ...], tuple[int, ...], str]] = []
+    has_own_layout = config.get("use_qalora") or config.get("use_bdlora")
+    by_tensors = pytorch.weight_shapes(shapes) if config.peft_type == "LORA" and not has_own_layout else {}
+    for key, shape in by_tensors.items():
+        module = key.removesuffix(".weight")
+        have = base.get(f"{names.get(module, module)}.weight", shape)
+        if sorted(have) != sorted(shape) and len(have) == len(shape):
+            compared.append((module, module, shape, have, "by its tensors"))
+    for key, shape in shapes.items():
+        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
+        have = base.get(name, shape)
+        if tuple(have) != tuple(shape):
+            compared.append((name, name.rpartition(".")[0], shape, have, "in the file"))
+    texts: dict[bool, list[str]] = {True: [], False: []}
+    for label, module, shape, have, where in compared:
+        is_vocabulary = _is_embedding(module) and have[1:] == shape[1:]
+        texts[is_vocabulary].append(f"{label}: {list(shape)} {where}, {list(have)} in the base")
+    if vocabulary := texts[True]:
+        yield error(
+            "vocabulary",
+            vocabulary,
+            f"embeddings of another vocabulary: {vocabulary[0]}",
+            "as many rows as the base has tokens",
+            "resize the base's embeddings to the adapter's number of rows"
+            " before loading (resize_token_embeddings), or read with fit_vocabulary=True",
+        )
+    if wrong := texts[False]:
+        yield error(
+            "shape",
+            wrong,
+            f"{count(wrong, 'size')} unlike the base: {wrong[0]}",
+            "sizes of the base's weights",
+            _IS_THE_BASE,
+        )
+
+
+def _is_embedding(module: str) -> bool:
+    return any(word in module.rpartition(".")[2] for word in ("embed", "wte", "lm_head", "shared", "word_embeddings"))
+
+
+def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> Iterator[Finding]:
+    """Find targets of the configuration in the base for which the file has no tensors."""
+    if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
+        return
+    candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
+    absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
+    if absent:
+        yield error(
+            "missing",
+            absent,
+            f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
+            "tensors for every target",
+            "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
+        )
+
+
+def _check_family(modules: Sequence[str], keymap: KeyMap) -> Iterator[Finding]:
+    """Compare the modules with the names of a family, in the spelling that fits best."""
+    spellings = [keymap, *(keymap.with_spelling(name) for name, _ in keymap.spellings)]
+    unknown = {s.name: [m for m in modules if not _is_known(s, m)] for s in spellings}
+    best = min(unknown, key=lambda name: len(unknown[name]))
+    if missing := unknown[best]:
+        yield error(
+            "base",
+            missing,
+            f"{keymap.name} lacks {len(missing)} of {count(modules, 'module')}, such as {missing[0]}",
+            "PyTorch's module names of the family",
+            f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
+        )
+    elif best != keymap.name:
+        yield note("renamed", modules, f"the names are those of {best}")
+
+
+def _is_known(keymap: KeyMap, module: str) -> bool:
+    heads = {head.removesuffix(".weight") for head, _ in keymap.tied}
+    return module in heads or any(w.match_key(f"{module}.weight") is not None for w in keymap.weights)
+
+
+# ---------------------------------------------------------------- base identity
+
+
+def weight_names(stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
+    """Return {weight of a fingerprint: its name in a base}; None if the base lacks one."""
+    names = names_in_base([key.removesuffix(".weight") for key in stored], shapes)
+    return None if names is None else {f"{module}.weight": f"{name}.weight" for module, name in names.items()}
+
+
+def check_identity(
+    stored: fingerprint.Fingerprint, shapes: Mapping[str, tuple[int, ...]], base: str | os.PathLike[str]
+) -> Iterator[Finding]:
+    """Tell whether a base has the values of the base of the training.
+
+    Args:
+        stored: the fingerprint in the adapter's file.
+        shapes: the shapes of the base's parameters.
+        base: the folder or file of the base; a few values are read.
+    """
+    place = location.to_location(base)
+    if place.suffix == ".json":
+        return
+    keys, found = weight_names(stored, shapes), None
+    with contextlib.suppress(FileError, FormatError):  # the other checks report it, or the base is quantized
+        if keys is not None:
+            with hf_model.open_model(place) as tensors:
+                hf_model.refuse_packed(tensors)
+                found = fingerprint.of_file(tensors, keys)
+    if found is None:
+        yield note(
+            "base-not-compared",
+            stored,
+            f"the values of {base} were not compared: it is quantized or lacks modules of the adapter",
+        )
+    elif different := fingerprint.differences(stored, found):
+        yield error(
+            "other-base", different, f"the adapter was trained on another base than {base}: {len(different)} of"
+            f" {len(stored)} compared weights differ, such as {different[0]}", "the base of the training",
+            "find the base that the adapter was trained on; on this one its outputs may be wrong",
+        )  # fmt: skip
+    else:
+        yield note("base", stored, f"{base} is the base of the training, by {len(stored)} of its weights")
+
 
 # ---------------------------------------------------------------- verify
 
@@ -61,13 +410,13 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     >>> findings[0].subjects
     ('q: [6, 4] by its tensors, [6, 5] in the base',)
     """
-    known_base = None if base is None else base_checks.base_shapes(base)
+    known_base = None if base is None else base_shapes(base)
     name = os.fspath(base) if isinstance(base, str | os.PathLike) else "the base"
     with reporter(progress) as report, open_stored(path, report) as stored:
         reading = read_stored(stored)
         found = [*reading.findings, *_check_content(stored, reading, base, known_base, name, report)]
         if isinstance(base, str | os.PathLike) and stored.fingerprint and not isinstance(known_base, KeyMap):
-            found += base_checks.check_identity(stored.fingerprint, known_base or {}, base)
+            found += check_identity(stored.fingerprint, known_base or {}, base)
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))
 
 
@@ -93,9 +442,9 @@ def _check_content(
         return [*found, *tensor_checks.check_values(keys, shapes, get, None)]
     found: list[Finding] = []
     if not reading.has_several:
-        found += tensor_checks.check_tensors(shapes, config, base_checks.base_family(base, known_base))
+        found += tensor_checks.check_tensors(shapes, config, base_family(base, known_base))
         if known_base is not None:
-            found += base_checks.check_base(shapes, config, known_base, base_name)
+            found += check_base(shapes, config, known_base, base_name)
     found += tensor_checks.check_dtypes(dtypes, config)
     found += tensor_checks.check_values(keys, shapes, get, config)
     return [*found, _describe_method(config, shapes), *_describe_scales(shapes, config)]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt import FileError, FormatError, KeyMap, KeyMapError, MismatchError, Weight
-from jaxadapt.export import base_export
+from jaxadapt.export import base_files
 from jaxadapt.keymaps import families
 from jaxadapt.merging import base_merge
 from jaxadapt.storage import hf_model
@@ -186,7 +186,7 @@ def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method, monkeypatch):
     """Exactly what `merge` and then exporting gives: stacked layers, fused parts, biases, output by output."""
-    monkeypatch.setattr(base_export, "SLICE", 16)
+    monkeypatch.setattr(base_files, "SLICE", 16)
     table, tree = TABLE, base()
     if scan is not None:
         table, stack = TABLE.scanned(scan), lambda *xs: np.stack(xs, min(scan, xs[0].ndim))
@@ -223,7 +223,7 @@ SHAPES = (
 @pytest.mark.parametrize("dora", [True, False])
 def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch):
     """Outputs of every kind of weight, whose rows lie here and there in PyTorch's tensor; norms of whole columns."""
-    monkeypatch.setattr(base_export, "SLICE", 16)
+    monkeypatch.setattr(base_files, "SLICE", 16)
     table = KeyMap("shapes", SHAPES)
     config = jaxadapt.LoraConfig(r=2, use_dora=dora, target_modules=["c", "r", "e", "k"])
     tree = {"c": {"conv": rand(2, 2, 3, 5)}, "r": {"rope": rand(3, 5, 16)}, "e": {"emb": rand(9, 7)}}

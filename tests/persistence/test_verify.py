@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.persistence import base_checks
+from jaxadapt.persistence import verify_folder
 from tests.support import small
 from tests.support.configs import class_of
 
@@ -563,10 +563,10 @@ def test_names_that_transformers_renamed_in_several_parts_of_a_model():
         "model.multi_modal_projector.linear_1.weight": (8, 8),
     }  # fmt: skip
     old = ["language_model.model.layers.0.q_proj", "vision_tower.layers.0.q_proj", "multi_modal_projector.linear_1"]
-    assert base_checks.names_in_base(old, base) == dict(
+    assert verify_folder.names_in_base(old, base) == dict(
         zip(old, (key.removesuffix(".weight") for key in base), strict=True)
     )
-    assert base_checks.names_in_base([*old, "lost"], base) is None
-    assert base_checks.names_in_base(["layers.0.q_proj"], {"model.layers.0.q_proj.weight": (8, 8)}) == {
+    assert verify_folder.names_in_base([*old, "lost"], base) is None
+    assert verify_folder.names_in_base(["layers.0.q_proj"], {"model.layers.0.q_proj.weight": (8, 8)}) == {
         "layers.0.q_proj": "model.layers.0.q_proj"
     }
