@@ -438,7 +438,9 @@ def import_base(
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
         tensors = cut(tensors, plan.locate_parts(tensors.shapes, base_plan.keys))
-        sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
+        nearest = functools.partial(families.describe_nearest_family, shapes)
+        describe = nearest if resolved.name == GENERIC.name else str
+        sources = _find_sources(tensors, resolved, base_plan, strict, describe)
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
         abstract = [p for p in unfilled if isinstance(leaves[p], jax.ShapeDtypeStruct)]
@@ -464,10 +466,6 @@ def import_base(
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read with the keymap %s", tensors.source, len(new), resolved.name)
     return carrier(model).replace(new)
-
-
-def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return families.describe_nearest_family(shapes) if keymap.name == GENERIC.name else ""
 
 
 def _find_sources(

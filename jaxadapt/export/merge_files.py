@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
@@ -25,7 +25,7 @@ from jaxadapt.persistence import fingerprint, folder, formats, peft, verify_fold
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, as_source
-from jaxadapt.storage.strided import dtype_name, float_dtype, numpy_dtype
+from jaxadapt.storage.strided import dtype_name, float_dtype, is_float, numpy_dtype
 
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
 
@@ -90,7 +90,7 @@ def merge_folder(
         base_tensors, specs = plan.base_tensors, plan.specs
         file_dtype = None if dtype is None else float_dtype(dtype)
         file_specs = {
-            key: (dtype_name(file_dtype if file_dtype is not None and _is_float(spec) else spec.dtype), spec.shape)
+            key: (dtype_name(file_dtype if file_dtype is not None and is_float(spec.dtype) else spec.dtype), spec.shape)
             for key, spec in specs.items()
         }
         total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in file_specs.values())
@@ -171,7 +171,8 @@ def plan_merge(
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
     keymap = peft.base_keymap(tensors, untied.tensors.shapes, untied.tied)
-    loaded = _load_adapter(tensors, specs | _repeated_weights(tensors, untied.tensors, keymap), keymap)
+    params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
+    loaded = peft.from_peft(tensors, params, keymap=keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
 
@@ -281,16 +282,7 @@ def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
         )
 
 
-def _is_float(spec: Any) -> bool:
-    return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
-
-
 def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:
     """Return the base weights that the adapter's file also contains, such as its token embedding and head."""
     names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
     return {key: base[key] for key in base if (match := keymap.match(key)) and ".".join(match.parameter({})) in names}
-
-
-def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> Adapter:
-    lora.require_original_base(tensors.config, tensors.source)
-    return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)

@@ -69,25 +69,20 @@ def card_text(config: Config, facts: Facts) -> str:
 
 def refresh_card(old: str | None, new: str) -> str:
     """Return a folder's card after another save: the new card, unless a person edited the old one."""
-    if old is None:
-        return new
-    front, front_is_ours, _, body_is_ours = _parts(old)
-    if not body_is_ours:
-        return old
-    return new if front_is_ours or front is None else _with_front(front, new)
+    return old if old is not None and is_edited(old) else merge_card(old, new)
 
 
 def merge_card(old: str | None, new: str) -> str:
     """Return the Hub's card after an upload: like `refresh_card`, but add missing front matter to an edited card."""
     if old is None:
         return new
-    front, _, body, body_is_ours = _parts(old)
-    if body_is_ours:
-        return refresh_card(old, new)
-    wanted, _, _, _ = _parts(new)
+    front, front_is_ours, body, body_is_ours = _parts(old)
+    if body_is_ours and (front_is_ours or front is None):
+        return new
+    wanted, _, new_body, _ = _parts(new)
     if front is None:
         return f"---\n{wanted or ''}---\n\n{old.lstrip()}"
-    return f"---\n{_with_missing(front, wanted or '')}---\n{body}"
+    return f"---\n{_with_missing(front, wanted or '')}---\n{new_body if body_is_ours else body}"
 
 
 def is_edited(card: str) -> bool:
@@ -132,12 +127,6 @@ def _parts(card: str) -> tuple[str | None, bool, str, bool]:
         return front, False, body, False
     inner = _MARK.sub("", body)
     return front, front is not None and mark[1] == _digest(front), body, mark[2] == _digest(inner)
-
-
-def _with_front(front: str, new: str) -> str:
-    """Return the new card, with the old card's edited front matter."""
-    wanted, _, body, _ = _parts(new)
-    return f"---\n{_with_missing(front, wanted or '')}---\n{body}"
 
 
 def _with_missing(front: str, wanted: str) -> str:

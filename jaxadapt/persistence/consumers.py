@@ -255,11 +255,6 @@ def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     return not lost
 
 
-def version_of(name: str) -> str:
-    """Return the version with which the rules of a program were measured, or in whose source they were read."""
-    return _RULES[name][0]
-
-
 def reads_copies(name: str, config: Config) -> bool:
     """Return True if a program reads the copies of modules (`modules_to_save`) that an adapter has.
 
@@ -382,7 +377,7 @@ class Program:
     @property
     def version(self) -> str:
         """The version with which the form was measured, or in whose source it was read."""
-        return VERSIONS.get(self.name) or version_of(self.reader)
+        return VERSIONS.get(self.name) or _RULES[self.reader][0]
 
 
 PROGRAMS: Mapping[str, Program] = {

@@ -80,8 +80,14 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     The configuration is None if it cannot be read, even with a fix.
     """
     copy, found = _header_copy(stored)
+    if stored.text is None and copy is not None:
+        found.append(warning(
+            "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
+            f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+            Fix((_FROM_COPY,), {}, copy),
+        ))  # fmt: skip
     if stored.text is None:
-        return copy, [*found, *([] if copy is None else [_lost(copy), *_check_values(copy, None)])]
+        return copy, [*found, *([] if copy is None else _check_values(copy, None))]
     values: dict[str, Any] | None = None
     repairs: list[str] = []
     try:
@@ -114,14 +120,6 @@ def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         return None, [
             warning("header", (stored.weights.name,), str(problem), "a copy of the configuration", "save it again")
         ]
-
-
-def _lost(copy: Config) -> Finding:
-    return warning(
-        "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
-        f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
-        Fix((_FROM_COPY,), {}, copy),
-    )  # fmt: skip
 
 
 _FROM_COPY = f"{hub.CONFIG} written again from the copy in the weights' header"
@@ -189,7 +187,7 @@ def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[
         is_rank = field == "rank_pattern"
         pattern = {name: _number(value, is_rank) for name, value in items}
         meant[field] = pattern if items or values[field] is None else values[field]
-    changed = {field: value for field, value in meant.items() if _is_other(value, values.get(field))}
+    changed = {field: value for field, value in meant.items() if json.dumps(value) != json.dumps(values.get(field))}
     return {**values, **changed}, [_describe(field, values.get(field), value) for field, value in changed.items()]
 
 
@@ -203,11 +201,6 @@ def _meant_type(values: Mapping[str, Any], keys: Collection[str]) -> Any:
 
 
 _PATTERNS = {"rank_pattern": "ranks became integers", "alpha_pattern": "texts became numbers"}
-
-
-def _is_other(value: Any, found: Any) -> bool:
-    """Return True for another value, or an equal one of another type."""
-    return json.dumps(value) != json.dumps(found)
 
 
 def _describe(field: str, found: Any, value: Any) -> str:

@@ -307,7 +307,7 @@ def _may_be_excluded(config: Config, target: str) -> bool:
 def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> Iterator[Finding]:
     """Check fully trained modules and token rows, and find tensors that PEFT ignores."""
     saved: set[str] = set(config.get("modules_to_save") or ())
-    names = {key: _module_of(key) for key in others}
+    names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in others}
     found = set[str]().union(*(matching.saving_entries(config, name) for name in names.values()))
     if saved and not saved & found and not config.get("ensure_weight_tying"):
         yield error(
@@ -331,10 +331,6 @@ def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> Ite
             "no other tensors: PEFT ignores them without a message",
             "if they were trained, name their modules in modules_to_save; else remove them",
         )
-
-
-def _module_of(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:
