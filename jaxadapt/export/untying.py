@@ -138,7 +138,7 @@ def untie_base(
         tied,
         _describe_change(changed, rows, pairs, bool(adapter.config.get("ensure_weight_tying"))),
         _HEADS[bool(equal), bool(different)],
-        len(pairs) > 1 and ("stored" if changed.isdisjoint(key for pair in without_head for key in pair) else "absent"),
+        len(pairs) > 1 and _place_of_changed(changed, without_head),
     )
     outcome = case.outcome()
     if outcome in _PROBLEMS:
@@ -280,6 +280,11 @@ def _changed_weights(adapter: PeftTensors, pairs: Pairs | Sequence[tuple[str, st
     # With ensure_weight_tying, the configuration lists only embeddings.
     ensured = saved if adapter.config.get("ensure_weight_tying") else set[str]()
     return changed | {head for head, _ in pairs if head in rows or head in ensured}, rows
+
+
+def _place_of_changed(changed: Collection[str], absent: Pairs) -> str:
+    """Return "absent" if a head that the folder lacks is changed, or its embedding; else "stored"."""
+    return "absent" if any(key in changed for pair in absent for key in pair) else "stored"
 
 
 def _describe_change(

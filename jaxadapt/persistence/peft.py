@@ -27,7 +27,7 @@ from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import PEFT_VERSION
+from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, TargetError, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
