@@ -28,7 +28,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.plain_form import plain_lora
-from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.models.carriers import DEFAULT
 from jaxadapt.persistence import consumers, folder, formats, peft, save_adapter
 from jaxadapt.persistence.consumers import PROGRAMS, Program
 from jaxadapt.persistence.formats import Wanted

@@ -22,8 +22,7 @@ from jaxadapt.core.paths import bullets
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import base_params, carrier, lora_carrier
-from jaxadapt.models.carriers.base import DEFAULT
+from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
 from jaxadapt.models.linen import collections
 
 # ---------------------------------------------------------------- attachment

@@ -49,8 +49,8 @@ class Carrier:
     """The end of the errors for this kind: another value to pass."""
     foreign: foreign_tree.ForeignTree | None = None
     """The LoRA leaves of another library, if the tree has them."""
-    on_shared: str | None = None
-    """`on_shared` of the `LoraTree` that wraps the tree."""
+    given = foreign_tree.LoraTree(None)
+    """The options of the `LoraTree` that wraps the tree, if one does."""
     has_base = False
     """True if the tree may hold base parameters beside adapters: a model, or variables."""
     in_place = False
@@ -629,10 +629,11 @@ class Foreign(Carrier):
     def __init__(self, found: foreign_tree.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
         self.foreign = self.found = found
+        self.given = found.given
         self.whole = whole
 
     def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        return foreign_tree.extract_adapter(self.found, config, keymap)
+        return foreign_tree.extract_adapter(self.found, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         leaves, dialect = adapter.flat(), self.found.dialect
@@ -669,20 +670,27 @@ def carrier(tree: Any) -> Carrier:
     return Variables(tree) if kind is Params and isinstance(tree.get("params"), Mapping) else kind(tree)
 
 
-def lora_carrier(tree: Any) -> Carrier:
+def lora_carrier(tree: Any, *, fills: bool = False) -> Carrier:
     """Return the carrier of a tree, for its adapters: those of jaxadapt, else the LoRA leaves of another library.
 
+    `fills`: True for an operation that fills the tree, and False for one that reads it.
+
     Raises `KeyMapError` if a known layout matches only some of the LoRA leaves, and `AttachError` for options of a
-    `LoraTree` that apply only to trees of other libraries.
+    `LoraTree` that the operation or the tree does not need.
     """
     given = tree if isinstance(tree, foreign_tree.LoraTree) else None
+    if given is not None and fills:
+        refuse({"config": given.config}, "applies to a tree that is read, not to one that is filled")
+    elif given is not None:
+        layout = {"stack_axes": given.stack_axes, "example": given.example}
+        refuse(layout, "applies to a model that load or from_peft fills")
     own = carrier(tree if given is None else given.tree)
     found = None if own.has_adapters() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
     if found is not None:
         return Foreign(found, own)
     if given is None:
         return own
-    own.on_shared = given.on_shared
+    own.given = given
     near = "" if own.has_adapters() else foreign_tree.describe_unknown(given.tree)
     why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
     refuse({"lora_alpha": given.lora_alpha}, why)

@@ -15,12 +15,10 @@ import re
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from jaxadapt import configs
 from jaxadapt.adapters import key_names
 from jaxadapt.adapters.key_names import NormalKeys
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import PEFT_VERSION, Config
-from jaxadapt.configs.base import GenericConfig, class_of
+from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
 from jaxadapt.core.progress import Report, no_report
@@ -95,7 +93,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         values, repairs = mend_text(text)
         if values is not None and (foreign := findings.foreign_config(values)) is not None:
             return None, [*found, foreign]
-        config = configs.loads(text, hub.CONFIG)
+        config = loads(text, hub.CONFIG)
     except (ConfigError, FileError) as problem:
         found.append(_unreadable(stored, copy, values or {}, repairs, problem))
         config = found[-1].fix and found[-1].fix.config
@@ -132,7 +130,7 @@ def _unreadable(
     mended, more = mend_values(values, stored.specs)
     done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
     with contextlib.suppress(ConfigError, ValueError):
-        config = configs.loads(json.dumps(mended), hub.CONFIG) if done else None
+        config = loads(json.dumps(mended), hub.CONFIG) if done else None
     if config is not None:
         remedy = "jaxadapt repair corrects it"
     elif copy is not None:

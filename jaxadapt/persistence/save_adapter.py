@@ -42,8 +42,7 @@ from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.methods.registry import METHODS, get_method
-from jaxadapt.models.carriers import lora_carrier
-from jaxadapt.models.carriers.base import DEFAULT, Carrier
+from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder

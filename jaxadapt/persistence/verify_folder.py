@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import FileError, FormatError, KeyMapError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
