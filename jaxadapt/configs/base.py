@@ -359,9 +359,11 @@ class Config:
 
     def with_targets(self, targets: Sequence[str]) -> Self:
         """Return the configuration with other targets, which select the same modules."""
-        if "target_modules" in self.extra:  # a GenericConfig
-            return self.replace(extra={**self.extra, "target_modules": targets})
-        return self.replace(target_modules=targets)
+        return self.with_value("target_modules", targets)
+
+    def with_value(self, key: str, value: Any) -> Self:
+        """Return the configuration with another value of a field, or of a key in `extra`."""
+        return self.replace(**({"extra": {**self.extra, key: value}} if key in self.extra else {key: value}))
 
     def shown_fields(self) -> dict[str, Any]:
         """Return the fields of the method that describe an adapter: its main fields, and those that are not default.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
@@ -93,7 +93,7 @@ def with_task_heads(config: _C) -> _C:
     missing = [name for name in heads if name not in saved]
     if not missing or "modules_to_save" not in config.to_dict():
         return config
-    return _replace_value(config, "modules_to_save", (*saved, *missing))
+    return config.with_value("modules_to_save", (*saved, *missing))
 
 
 def with_default_targets(config: _C, family: str) -> _C:
@@ -275,13 +275,6 @@ def is_all_linear(config: Config) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
-def _replace_value(config: _C, key: str, value: Any) -> _C:
-    """Return the configuration with another value of a field or of a key in `extra`."""
-    if key in config.extra:  # a GenericConfig
-        return config.replace(extra={**config.extra, key: value})
-    return config.replace(**{key: value})
-
-
 def shortest_suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
     """Return the shortest suffixes (split at dots) that match all of `targets` and none of `others`."""
     excluded = {suffix for other in others for suffix in path_suffixes(other)}
@@ -326,12 +319,11 @@ def _no_match_message(config: Config, names: Sequence[str]) -> str:
 
 def _without(config: Config, key: str) -> Config:
     """Return the configuration without the value of a key."""
-    if config.get(key) is None:
-        return config
-    if key in config.extra:
-        return config.replace(extra={k: v for k, v in config.extra.items() if k != key})
     # layers_pattern requires layers_to_transform.
-    return config.replace(**{key: None, **({"layers_pattern": None} if key == "layers_to_transform" else {})})
+    for name in ("layers_pattern", key) if key == "layers_to_transform" else (key,):
+        if config.get(name) is not None:
+            config = config.with_value(name, None)
+    return config
 
 
 # ---------------------------------------------------------------- tensor names

@@ -17,7 +17,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from jaxadapt.core.errors import ConfigError
 
@@ -289,14 +289,11 @@ class Problems:
 
     def raise_if_any(self, owner: str) -> None:
         """Raise one `ConfigError` that lists every problem, if there are any."""
-        if self._lines:
-            self._raise(owner)
-
-    def _raise(self, owner: str) -> NoReturn:
         lines = list(self._lines.values())
         if len(lines) == 1:
             raise ConfigError(f"{owner}: {lines[0]}")
-        raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
+        if lines:
+            raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
 
     def common(self, field: str, value: object) -> None:
         """Check a field that is read from any configuration, even if its class does not have the field."""

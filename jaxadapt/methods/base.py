@@ -548,8 +548,8 @@ class Method(abc.ABC):
         return self.roles.get(tensor, "other")
 
     def dropout(self, hparams: Any) -> float:
-        """Return the dropout rate of the site; 0 for methods without dropout."""
-        return 0.0
+        """Return the dropout rate of the site; 0 if its hyperparameters have none."""
+        return getattr(hparams, "dropout", 0.0)
 
     def starts_unchanged(self, config: Any) -> bool:
         """Return True if a new adapter leaves the model's output as it is."""

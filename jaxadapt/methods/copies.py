@@ -45,11 +45,26 @@ class CopyHparams:
     used: PerEntry | None = None
 
 
-class FullCopy(Method):
-    """Use of a copy W' in place of W."""
+class _Copy(Method):
+    """A copy of a weight, or of some of its rows, which replaces the original; its hyperparameters have `because`."""
 
-    peft_type = ""  # not a method of PEFT: it accompanies any of them
+    peft_type = ""  # not a method of PEFT: it accompanies one, or is what a `CopyingMethod` trains
     copies = True
+
+    def output(
+        self, hparams: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+    ) -> Array:
+        raise AssertionError("a replaced leaf has no output hook")
+
+    def unweight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> NoReturn:
+        raise AttachError(
+            f"cannot unmerge {hparams.because}: the copy replaced the original weight entirely, or rows of it. Keep the"
+            " parameters from before the merge"
+        )
+
+
+class FullCopy(_Copy):
+    """Use of a copy W' in place of W."""
 
     def __init__(self, because: str, wrapper: str = "", lookup: bool = False) -> None:
         """Create the method.
@@ -110,12 +125,6 @@ class FullCopy(Method):
         used = low_rank.expand_to_letters(hparams.used.layer_values(params), batch, LETTERS[: axes.rank])
         return jnp.where(used > 0, copy, w)
 
-    def unweight(self, hparams: CopyHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
-        raise AttachError(
-            f"cannot unmerge {hparams.because}: the copy replaced the original weight entirely. Keep the parameters"
-            " from before the merge"
-        )
-
 
 # ---------------------------------------------------------------- rows
 
@@ -139,11 +148,8 @@ class TokensHparams:
     because: str = "trainable_token_indices"
 
 
-class RowCopy(Method):
+class RowCopy(_Copy):
     """Replacement of single rows of W."""
-
-    peft_type = ""  # not a method of PEFT: it accompanies LORA, or is what TRAINABLE_TOKENS trains
-    copies = True
 
     def __init__(
         self,
@@ -194,27 +200,9 @@ class RowCopy(Method):
         assert start.axes is not None
         return jnp.take(self._by_token(start.hparams, start.axes, start.w), jnp.array(start.hparams.tokens), axis=0)
 
-    def output(
-        self,
-        hparams: TokensHparams,
-        params: Params,
-        use: Use | Operation,
-        x: Array,
-        y: Array,
-        drop: Drop | None,
-        w: Array,
-    ) -> NoReturn:
-        raise AssertionError("a replaced leaf has no output hook")
-
     def weight(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> Array:
         rows = self._by_token(hparams, axes, w).at[jnp.array(hparams.tokens)].set(params[ROWS].astype(w.dtype))
         return rows.transpose([self._order(hparams, axes).index(i) for i in range(axes.rank)])
-
-    def unweight(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
-        raise AttachError(
-            f"cannot unmerge {hparams.because}: its rows replaced the original ones entirely. Keep the parameters from"
-            " before the merge"
-        )
 
     @staticmethod
     def _is_head(target: Target) -> bool:

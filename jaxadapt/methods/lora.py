@@ -384,9 +384,6 @@ class Lora(Method):
     def role(self, hparams: LoraHparams, tensor: str) -> str:
         return "frozen" if hparams.frozen and tensor.endswith("_B") else super().role(hparams, tensor)
 
-    def dropout(self, hparams: LoraHparams) -> float:
-        return hparams.dropout
-
     def follows(self, hparams: LoraHparams, primitive: str) -> bool:
         if primitive == "ragged_dot_general":
             return not (hparams.dora or hparams.bias or hparams.kind in ("conv", "embedding"))
