@@ -35,7 +35,7 @@ _NAMES = {
     "persistence.verify_folder": "repair verify",
     "storage.hub": "pull",
     "training": "optim",
-    "training.checkpoint.manager": "CheckpointManager",
+    "training.checkpoint": "CheckpointManager",
 }
 _PACKAGES = "analysis export initializers merging methods models serving"
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES, _PACKAGES, config_places())

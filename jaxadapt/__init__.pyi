@@ -55,6 +55,6 @@ from jaxadapt.persistence.verify_folder import repair as repair
 from jaxadapt.persistence.verify_folder import verify as verify
 from jaxadapt.storage.hub import pull as pull
 from jaxadapt.training import optim as optim
-from jaxadapt.training.checkpoint.manager import CheckpointManager as CheckpointManager
+from jaxadapt.training.checkpoint import CheckpointManager as CheckpointManager
 
 __version__: str

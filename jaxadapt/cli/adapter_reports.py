@@ -313,7 +313,7 @@ def _open(path: str) -> Generator[PeftTensors]:
     import dataclasses
 
     from jaxadapt.persistence.peft import to_peft
-    from jaxadapt.training.checkpoint.manager import CheckpointManager  # imports JAX, which folders do not need
+    from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which folders do not need
 
     adapter = CheckpointManager(place.parent).adapter(int(step[1]))
     yield dataclasses.replace(to_peft(adapter), source=path)

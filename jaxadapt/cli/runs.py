@@ -98,7 +98,7 @@ def checkpoints_command(
     if (minimize or maximize) and best is None:
         raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
     if out is not None:
-        from jaxadapt.training.checkpoint.manager import CheckpointManager  # imports JAX, which the list does not need
+        from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which the list does not need
 
         number = _resolve_step(steps[-1], best, step)
         CheckpointManager(folder, progress=True).export(number, out)
@@ -211,14 +211,14 @@ def serve_command(
     from jaxadapt.core.errors import warn
 
     try:
-        from jaxadapt.server import run
+        from jaxadapt.server import app
         from jaxadapt.server.base import open_base
     except ModuleNotFoundError as error:
         raise FileError(
             f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"
         ) from error
-    server = run.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)
-    if not run.is_loopback(host):
+    server = app.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)
+    if not app.is_loopback(host):
         warn(f"{host} can be reached from other machines, and the server has no authentication")
 
     def started(url: str) -> None:
@@ -228,4 +228,4 @@ def serve_command(
         else:
             output.print_line(f"{server.base.name} and {count} adapters at {url}/v1; Ctrl-C ends")
 
-    run.run(server, host=host, port=port, started=started)
+    app.run(server, host=host, port=port, started=started)

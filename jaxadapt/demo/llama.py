@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxadapt.core.compare import Spec, compare, shapes_of
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.core.paths import Spec, compare, shapes_of
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache

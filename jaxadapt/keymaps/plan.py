@@ -30,8 +30,8 @@ from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.arrays.pattern import part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
-from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
+from jaxadapt.core.paths import Spec, compare, group_findings
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 

@@ -24,8 +24,8 @@ from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.per_entry import LAYER
 from jaxadapt.core import paths
-from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
+from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC

@@ -21,8 +21,8 @@ from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.core.paths import compare, shapes_of
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.foreign import tree as foreign_tree

@@ -18,9 +18,9 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.table import FACTS
-from jaxadapt.core import compare
-from jaxadapt.core.compare import Spec
+from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
+from jaxadapt.core.paths import Spec
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.findings import Finding, count, error, warning
 
@@ -172,7 +172,7 @@ def _first_size(spec: Spec | None) -> int | None:
     return spec.shape[0] if spec is not None and spec.shape else None
 
 
-def _compare_parts(modules: Modules, config: Config) -> list[compare.Finding]:
+def _compare_parts(modules: Modules, config: Config) -> list[paths.Finding]:
     """Compare the tensors of each module with those that it must have; others of a module are left aside."""
     expected: dict[str, Spec] = {}
     found: dict[str, Spec] = {}
@@ -182,7 +182,7 @@ def _compare_parts(modules: Modules, config: Config) -> list[compare.Finding]:
         expected |= {f"{PEFT_PREFIX}{module}.{name}": spec for name, spec in own.items()}
         compared = {name: shape for name, shape in tensors.items() if name in own or name.startswith(starts)}
         found |= {f"{PEFT_PREFIX}{module}.{name}": Spec(shape) for name, shape in compared.items()}
-    return compare.compare(expected, found)
+    return paths.compare(expected, found)
 
 
 def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, Spec]:

@@ -24,8 +24,8 @@ from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.rank_reduction import plain_config
 from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
-from jaxadapt.serving.index import BASE
 from jaxadapt.serving.layout import becomes_lora, compare_shared
+from jaxadapt.serving.pool import BASE
 from jaxadapt.storage import hf_model, hub
 
 # ---------------------------------------------------------------- base

@@ -4,9 +4,8 @@ from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
     "models.call": "Rows",
-    "serving.bank": "Bank create get prepare put",
+    "serving.bank": "Bank attach create detach get prepare put route",
     "serving.generation": "Decoder KVCache Sampling linen_forward nnx_forward",
     "serving.pool": "AdapterPool Lease",
-    "serving.routing": "attach detach route",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

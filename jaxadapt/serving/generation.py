@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.models.activation import invoke
 from jaxadapt.models.carriers import Model
-from jaxadapt.serving import routing
+from jaxadapt.serving import bank
 
 # ---------------------------------------------------------------- sampling
 
@@ -283,7 +283,7 @@ def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
     with contextlib.ExitStack() as stack:
         if prefilled:
             model = stack.enter_context(invoke(model, prefilled=True))
-        yield model if route is None else stack.enter_context(routing.route(model, route))
+        yield model if route is None else stack.enter_context(bank.route(model, route))
 
 
 class Decoder:

@@ -28,7 +28,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt.core import compare
+from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error
@@ -287,10 +287,10 @@ def load(
     place = _resolve_location(path)
     stored = leaf_specs(place).get(item, {})
     expected = {
-        "/".join(key): compare.Spec() if spec is None else compare.Spec(tuple(spec.shape), np.dtype(spec.dtype).name)
+        "/".join(key): paths.Spec() if spec is None else paths.Spec(tuple(spec.shape), np.dtype(spec.dtype).name)
         for key, spec in wanted.items()
     }
-    findings = compare.compare(expected, {"/".join(key): compare.Spec(*stored[key]) for key in wanted if key in stored})
+    findings = paths.compare(expected, {"/".join(key): paths.Spec(*stored[key]) for key in wanted if key in stored})
     raise_listed(MismatchError, f"{place}: the checkpoint does not match:", map(str, findings), limit=16)
     if not wanted:
         return {}

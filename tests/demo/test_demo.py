@@ -20,7 +20,7 @@ from rich.console import Console
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError
 from jaxadapt.cli import main
-from jaxadapt.demo import check, finetune, llama, smollm2, training
+from jaxadapt.demo import finetune, llama, smollm2, training
 from tests.support import compiling
 from tests.support.little_model import little_package as little_package
 from tests.support.little_model import little_smollm2 as little_smollm2
@@ -146,7 +146,7 @@ def test_without_the_extra_the_demo_says_what_to_install(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("little_smollm2")
 def test_a_failing_reader_process_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"in a new process \(linen\) failed:\n(.|\n)*Error"):
-        check.compute_in_new_process(tmp_path / "nothing", TOKENS, "linen")
+        finetune.compute_in_new_process(tmp_path / "nothing", TOKENS, "linen")
 
 
 # ---- the whole demo, briefly, on a part of the model: tests/full has all of it
@@ -180,7 +180,7 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["adapter_parameters"] == 162_816
     assert report["adapter_bytes"] < 1.02 * 4 * report["adapter_parameters"]
     assert all(passage.startswith(finetune.PROMPT) for passage in report["passages"])
-    if check.peft_installed():
+    if finetune.peft_installed():
         assert report["peft_difference"] is not None
         assert report["peft_difference"] < 1e-3
     if importlib.util.find_spec("matplotlib") is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxadapt.demo import check
+from jaxadapt.demo import finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 GIGABYTES = 3.0
@@ -36,7 +36,7 @@ def test_the_whole_demo(api: str, method: str, tmp_path: Path) -> None:
     before, after = report["held_out"]
     assert after < before - {"lora": 0.4, "ia3": 0.15}[method]
     assert report["reload_difference"] == 0
-    if check.peft_installed():
+    if finetune.peft_installed():
         assert report["peft_difference"] is not None
         assert report["peft_difference"] < 1e-3
     assert used.ru_maxrss * 1024 < GIGABYTES * 1e9  # KiB on Linux; the largest of them

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxadapt.demo import check, finetune, llama, training
+from jaxadapt.demo import finetune, llama, training
 from jaxadapt.methods import describe_methods
 
 LAYER = llama.LlamaConfig(
@@ -54,7 +54,7 @@ def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method
         found = {reader: training.load_logits(reader, config, base, tmp_path, TOKENS) for reader in training.APIS}
         if importlib.util.find_spec("peft") is not None:
             model: Any = types.SimpleNamespace(config=config, weights=lambda: base)
-            found["peft"] = check.peft_logits(tmp_path, TOKENS, model)
+            found["peft"] = finetune.peft_logits(tmp_path, TOKENS, model)
     for reader, logits in found.items():
         # float32; three layers' products in another order, and an inverse in some methods
         np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5 * abs(want).max(), err_msg=reader)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.demo import llama_nnx
-from jaxadapt.server import run
+from jaxadapt.server import app
 from jaxadapt.server.base import SMOLLM2, open_base
 from tests.server.conftest import LENGTH, alone, base, write_adapter
 from tests.server.test_app import client_of
@@ -39,7 +39,7 @@ def test_the_bank_has_room_for_every_kind_in_the_folder(base, tmp_path):
         jaxadapt.save(values, tmp_path / name)
     prefix = jaxadapt.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     jaxadapt.save(jaxadapt.adapt(model, prefix, rngs=nnx.Rngs(0), example=[np.zeros((1, 3), int)]), tmp_path / "prefix")
-    server = run.make_server(base, tmp_path, rows=2, length=LENGTH, rank=1)
+    server = app.make_server(base, tmp_path, rows=2, length=LENGTH, rank=1)
     try:
         names = ["lora", "dora", "five", "ia3", "road", "prefix"]
         made = submit(server.engine, names=names, prompt=base.encode("Hello"), count=6)
@@ -80,7 +80,7 @@ def test_smollm2_answers_as_transformers(tmp_path):
     )
     assert chat == smol.encode_chat([("user", user)])
     texts = [want(model, prompt), want(model, chat), want(peft.PeftModel.from_pretrained(model, adapter), prompt)]
-    server = run.make_server(smol, tmp_path, rows=2, length=64, rank=2)
+    server = app.make_server(smol, tmp_path, rows=2, length=64, rank=2)
     options = {"max_tokens": 16, "temperature": 0}
 
     async def ask() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import jaxadapt
 from jaxadapt import AttachError, FileError
 from jaxadapt.persistence.formats import orbax_folder
-from jaxadapt.training.checkpoint import step_files
+from jaxadapt.training import step_files
 from tests.support import small
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import jaxadapt
 from jaxadapt.demo import llama, llama_nnx
 from jaxadapt.demo.llama import LlamaConfig
-from jaxadapt.server import run
+from jaxadapt.server import app
 from jaxadapt.server.base import Base, open_base
 
 CONFIG = LlamaConfig(
@@ -77,7 +77,7 @@ def root(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(base: Base, root: Path) -> Iterator[Any]:
-    made = run.make_server(base, root, rows=ROWS, length=LENGTH, rank=2, queue=4)
+    made = app.make_server(base, root, rows=ROWS, length=LENGTH, rank=2, queue=4)
     yield made
     made.engine.close()
     made.pool.close()

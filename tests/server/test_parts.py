@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxadapt import ConfigError, FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
-from jaxadapt.server import run
+from jaxadapt.server import app
 from jaxadapt.server.base import open_base, scan
 from jaxadapt.server.engine import Engine, Job, Metrics, Piece
 from jaxadapt.server.protocol import RequestError, TextStream
@@ -269,11 +269,11 @@ def test_bases(tmp_path, base, root):
         open_base(folder)
     assert LlamaConfig.from_hf(CONFIG.to_hf()) == CONFIG
     with pytest.raises(ConfigError, match="slots: expected more than the 4 rows"):
-        run.make_server(base, root, rows=4, slots=4)
+        app.make_server(base, root, rows=4, slots=4)
     (tmp_path / "adapters" / "tiny").mkdir(parents=True)
     (tmp_path / "adapters" / "tiny" / "adapter_config.json").write_text("{}")
     with pytest.raises(FileError, match="has the base's name, 'tiny'"):
-        run.make_server(base, tmp_path / "adapters")
+        app.make_server(base, tmp_path / "adapters")
 
 
 def test_a_base_is_read_as_its_files_mean_it(base, tmp_path):
@@ -311,7 +311,7 @@ def test_a_rank_that_only_a_json_file_states_takes_no_room(base, root, tmp_path)
     )  # without the copy of the JSON
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 10**9}))
     model = to_nnx(base.config, base.weights)
-    (made,) = run.make_room(model, [root / "fr", tmp_path / "huge"], 1, ["q_proj"])
+    (made,) = app.make_room(model, [root / "fr", tmp_path / "huge"], 1, ["q_proj"])
     assert made.get("r") == 2
 
 

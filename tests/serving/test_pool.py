@@ -18,7 +18,7 @@ import jaxadapt
 from jaxadapt import AttachError, FileError, serving
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving import pool as pools
-from jaxadapt.serving.index import Recent
+from jaxadapt.serving.pool import Recent
 from tests.support import small
 
 LORA = small.LORA.replace(r=2)
@@ -361,7 +361,7 @@ def test_threads_lease_and_evict_and_each_row_is_its_own(folders):
 
 
 def test_the_index_needs_no_jax():
-    code = "import sys, jaxadapt.serving.index; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, jaxadapt.serving.pool; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

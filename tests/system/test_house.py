@@ -39,9 +39,11 @@ NEVER = {
 DOORS: dict[str, set[str]] = {
     "jax": {*PACKAGES} - {"core", "configs"},
     "flax": {"models", "demo"},
-    "torch": {"demo.check"},  # the library never imports torch; the demo's comparison with PEFT is a process of its own
-    "peft": {"demo.check"},
-    "transformers": {"demo.check"},
+    "torch": {
+        "demo.finetune"
+    },  # the library never imports torch; the demo's comparison with PEFT is a process of its own
+    "peft": {"demo.finetune"},
+    "transformers": {"demo.finetune"},
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
     "huggingface_hub": {"storage.hub"},
     "orbax": {"storage.orbax"},
@@ -55,7 +57,7 @@ DOORS: dict[str, set[str]] = {
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
     "starlette": {"server.app"},
-    "uvicorn": {"server.run"},
+    "uvicorn": {"server.app"},
 }
 
 LONG = 600  # lines; a longer file is a warning, and a much longer one a failure

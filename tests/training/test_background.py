@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxadapt.training.checkpoint.manager import Background
+from jaxadapt.training.checkpoint import Background
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import asyncio, time
 {before}
-from jaxadapt.training.checkpoint.manager import Background
+from jaxadapt.training.checkpoint import Background
 
 def work():
     time.sleep(0.5)  # in which the interpreter gets as far as it will

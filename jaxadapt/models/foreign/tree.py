@@ -28,8 +28,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, require_original_base
 from jaxadapt.core import paths
-from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
+from jaxadapt.core.paths import Spec, compare, group_findings
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees

@@ -23,11 +23,14 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.core import paths
-from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
+from jaxadapt.core.paths import Spec, compare
 from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
+
+# ---------------------------------------------------------------- snapshot
+
 
 # ---------------------------------------------------------------- snapshot
 

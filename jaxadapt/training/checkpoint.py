@@ -42,8 +42,11 @@ from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.location import Location
-from jaxadapt.training.checkpoint import snapshot, step_files
-from jaxadapt.training.checkpoint.snapshot import Restored, Snapshot
+from jaxadapt.training import snapshot, step_files
+from jaxadapt.training.snapshot import Restored, Snapshot
+
+# ---------------------------------------------------------------- manager
+
 
 # ---------------------------------------------------------------- background
 
