@@ -1,9 +1,9 @@
-"""Conversion between trees (nested dicts, FrozenDicts, NNX states) and flat `{"a.b.c": leaf}` mappings.
+"""Trees (nested dicts, FrozenDicts, NNX states) as flat `{"a.b.c": leaf}` mappings, and the comparison of two of them.
 
 Path segments are strings. An integer key (a list index of an NNX model) becomes its decimal text, so Linen and NNX
 give the same leaf the same path. `flatten` raises if two leaves would share one path.
 
-Comparison of the tensors that a model or file must have with those that are found. Shapes and dtypes only.
+`compare` compares the tensors that a model or file must have with those that are found, by shape and dtype.
 """
 
 from __future__ import annotations

@@ -38,9 +38,6 @@ from jaxadapt.server.engine import Engine, Job, Metrics, Piece
 from jaxadapt.server.protocol import LEFT, Answer, Request, RequestError
 from jaxadapt.serving import AdapterPool
 
-# ---------------------------------------------------------------- app
-
-
 # ---------------------------------------------------------------- session
 
 

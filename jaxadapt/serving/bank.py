@@ -52,9 +52,6 @@ from jaxadapt.serving.layout import (
 )
 from jaxadapt.storage.strided import float_dtype
 
-# ---------------------------------------------------------------- bank
-
-
 # ---------------------------------------------------------------- selection
 
 

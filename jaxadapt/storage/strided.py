@@ -1,14 +1,13 @@
-"""The dtypes of tensors, and the conversion between arrays of any memory layout and a file's flat bytes.
+"""The dtypes of tensors, the conversion between arrays of any memory layout and flat bytes, and their checksums.
 
-Dtypes have safetensors' names and numpy's. numpy is imported only when it is needed. `read` and `write` below convert
-regions of flat bytes to arrays, and strided arrays to flat bytes.
+Dtypes have safetensors' names and numpy's. numpy is imported only when it is needed. `read_region` and
+`write_region` convert regions of flat bytes to arrays, and strided arrays to flat bytes.
 
-Checksums of arrays at the speed of memory, also from parts that several processes hold.
-
-The checksum is the CRC-32 of the parities of the bytes: the XOR of the 512 words in each 4 KiB. It detects each flipped
-bit, exchanged and lost blocks, and two flipped bits unless both are the same bit of two words in the same 4 KiB. It
-takes half the time of a CRC of all bytes. It is linear: the checksum of one part, with zeros in place of all others, is
-the part's share, and the XOR of all shares and of the checksum of zeros is the checksum of the whole.
+`checksum` works at the speed of memory, also from parts that several processes hold. The checksum is the CRC-32 of the
+parities of the bytes: the XOR of the 512 words in each 4 KiB. It detects each flipped bit, exchanged and lost blocks,
+and two flipped bits unless both are the same bit of two words in the same 4 KiB. It takes half the time of a CRC of all
+bytes. It is linear: the checksum of one part, with zeros in place of all others, is the part's share, and the XOR of
+all shares and of the checksum of zeros is the checksum of the whole.
 """
 
 from __future__ import annotations
@@ -27,9 +26,6 @@ from jaxadapt.storage.local_files import aligned_empty
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-# ---------------------------------------------------------------- strided
 
 
 # ---------------------------------------------------------------- strided

@@ -45,9 +45,6 @@ from jaxadapt.storage.location import Location
 from jaxadapt.training import snapshot, step_files
 from jaxadapt.training.snapshot import Restored, Snapshot
 
-# ---------------------------------------------------------------- manager
-
-
 # ---------------------------------------------------------------- background
 
 

@@ -32,9 +32,6 @@ from jaxadapt.models.foreign import tree as foreign
 # ---------------------------------------------------------------- snapshot
 
 
-# ---------------------------------------------------------------- snapshot
-
-
 Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """`{name: (shape, dtype name)}` of stored arrays."""
 

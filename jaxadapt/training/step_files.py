@@ -32,9 +32,6 @@ from jaxadapt.training.snapshot import PARTS, Snapshot, is_committed, is_key, is
 # ---------------------------------------------------------------- step files
 
 
-# ---------------------------------------------------------------- step files
-
-
 def is_multi_process(taken: Snapshot | None) -> bool:
     """Return True if several processes share the arrays, without starting a JAX backend if no array has done so."""
     has_arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())

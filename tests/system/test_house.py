@@ -39,9 +39,8 @@ NEVER = {
 DOORS: dict[str, set[str]] = {
     "jax": {*PACKAGES} - {"core", "configs"},
     "flax": {"models", "demo"},
-    "torch": {
-        "demo.finetune"
-    },  # the library never imports torch; the demo's comparison with PEFT is a process of its own
+    # The library never imports torch; the demo compares with PEFT in a process of its own.
+    "torch": {"demo.finetune"},
     "peft": {"demo.finetune"},
     "transformers": {"demo.finetune"},
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
