@@ -329,6 +329,26 @@ def _print_difference(found: Difference, modules: bool) -> None:
         rows = [(name, _json(x), _json(y)) for name, (x, y) in found.settings.items()]
         output.print_table(("setting", "first", "second"), rows)
         click.echo()
+    _print_totals(found)
+    grid = difference_grid(found)
+    if grid is not None and any(v for row in grid.relative for v in row):
+        for title, values in (("distance ÷ norm of the first", grid.relative), ("cosine", grid.cosine)):
+            click.echo()
+            output.print_heat(title, grid.rows, grid.columns, values)
+    if modules:
+        click.echo()
+        _print_modules(found)
+    lists = {
+        "only in the first": found.only[0],
+        "only in the second": found.only[1],
+        "of other sizes": found.other_shapes,
+    }
+    for title, names in lists.items():
+        if names:
+            output.print_list(title, names, _MAX_DIFFERENCES)
+
+
+def _print_totals(found: Difference) -> None:
     for kind in dict.fromkeys(m.kind for m in found.modules):
         total = found.total(kind)
         if total is not None:
@@ -342,21 +362,6 @@ def _print_difference(found: Difference, modules: bool) -> None:
                     ("cosine", f"{total.cosine:.4g}"),
                 ]
             )
-    grid = difference_grid(found)
-    if grid is not None and any(v for row in grid.relative for v in row):
-        for title, values in (("distance ÷ norm of the first", grid.relative), ("cosine", grid.cosine)):
-            click.echo()
-            output.print_heat(title, grid.rows, grid.columns, values)
-    if modules:
-        click.echo()
-        _print_modules(found)
-    for title, names in (
-        ("only in the first", found.only[0]),
-        ("only in the second", found.only[1]),
-        ("of other sizes", found.other_shapes),
-    ):
-        if names:
-            output.print_list(title, names, _MAX_DIFFERENCES)
 
 
 _NAMES = {"LoRA": "modules with LoRA", "IA3": "modules with IA3", "tensor": "other tensors"}

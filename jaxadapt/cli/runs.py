@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
 import click
 
 from jaxadapt.cli import output
@@ -84,41 +87,35 @@ def checkpoints_command(
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
-    steps = run.steps
-    if not steps and not location.exists(run.folder):
-        raise FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
-    if not steps:
-        raise AdapterError(
-            f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"
-        )
-    objective = run.objective
+    rows = {s: run.metrics(s) for s in run.steps}
+    if not rows:
+        _raise_no_steps(folder, location.exists(run.folder))
+    objective, latest = run.objective, max(rows)
     best = run.best if objective else None
-    rows = {s: run.metrics(s) for s in steps}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     if (minimize or maximize) and best is None:
         raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
     if out is not None:
         from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which the list does not need
 
-        number = _resolve_step(steps[-1], best, step)
+        number = _resolve_step(latest, best, step)
         CheckpointManager(folder, progress=True).export(number, out)
         output.print_result(as_json, {"step": number, "folder": out}, [("step", str(number)), ("folder", out)])
-        return
-    if as_json:
+    elif as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
         output.print_json({"folder": folder, "objective": objective or None, "steps": listed})
-        return
-    suffix = ""
-    if not (minimize or maximize):  # the run chose the metric, so name it
-        suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in objective.items())
-    output.print_table(
-        ("step", *names, ""),
-        [
-            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _marks(s, best, steps[-1], suffix))
-            for s, m in rows.items()
-        ],
-        numbers=("step", *names),
-    )
+    else:
+        # If the run chose the metric, name it.
+        chosen = {} if minimize or maximize else objective
+        suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in chosen.items())
+        marks = [(f"best{suffix}", best), ("latest", latest)]
+        _print_steps(names, rows, marks)
+
+
+def _raise_no_steps(folder: str, exists: bool) -> NoReturn:
+    if not exists:
+        raise FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
+    raise AdapterError(f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager")
 
 
 def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
@@ -136,8 +133,19 @@ def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
     return int(step)
 
 
-def _marks(step: int, best: int | None, latest: int, suffix: str) -> str:
-    return ", ".join(name for name, number in ((f"best{suffix}", best), ("latest", latest)) if number == step)
+def _print_steps(
+    names: Sequence[str], rows: Mapping[int, Mapping[str, float]], marks: Sequence[tuple[str, int | None]]
+) -> None:
+    """Print the metrics of each step, and the marks (name, step) of some."""
+    table = [
+        (
+            str(step),
+            *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names),
+            ", ".join(mark for mark, number in marks if number == step),
+        )
+        for step, metrics in rows.items()
+    ]
+    output.print_table(("step", *names, ""), table, numbers=("step", *names))
 
 
 # ---------------------------------------------------------------- serve

@@ -138,19 +138,8 @@ def open_base(base: str | os.PathLike[str]) -> Base:
         config = LlamaConfig.from_hf(fields)
     except (ValueError, TypeError, KeyError, AttributeError, AdapterError) as error:
         raise FormatError(f"{path}: expected the configuration of a Llama; {type(error).__name__}: {error}") from error
-    try:
-        tokenizer = require("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except FileError:
-        raise
-    except Exception as error:  # tokenizers raises no class of its own
-        raise FormatError(f"{folder / 'tokenizer.json'}: expected a tokenizer; {error}") from error
-    tokenizer.no_truncation()  # files keep these settings of a training
-    tokenizer.no_padding()
-    ends = fields.get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if not all(type(token) is int for token in ends):
-        raise FormatError(f"{path}: eos_token_id: expected a token id or a list of them, found {ends}")
-    stop = {*ends, tokenizer.token_to_id(END)} - {None}
+    tokenizer = _read_tokenizer(folder / "tokenizer.json")
+    stop = {*_end_tokens(path, fields.get("eos_token_id")), tokenizer.token_to_id(END)} - {None}
     with hf_model.open_model(folder) as tensors:
         hf_model.refuse_packed(tensors)
         codes = sorted({str(spec.dtype) for spec in tensors.specs.values() if spec.dtype.kind in "iub"})
@@ -161,6 +150,24 @@ def open_base(base: str | os.PathLike[str]) -> Base:
             )
         name, weights = folder.resolve().name, dict(tensors)
     return Base(name, config, weights, tokenizer, _as_text(tokenizer), tuple(sorted(stop)))
+
+
+def _end_tokens(path: Path, ends: Any) -> list[int]:
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(token) is int for token in ends):
+        raise FormatError(f"{path}: eos_token_id: expected a token id or a list of them, found {ends}")
+    return ends
+
+
+def _read_tokenizer(path: Path) -> Any:
+    tokenizers = require("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise FormatError(f"{path}: expected a tokenizer; {error}") from error
+    tokenizer.no_truncation()  # files keep these settings of a training
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _as_text(tokenizer: Any) -> Any:

@@ -157,6 +157,10 @@ class Request:
     usage: bool
 
 
+_KNOWN = {
+    "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "n", "logprobs",
+}  # fmt: skip
+_OF_CHATS, _OF_COMPLETIONS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt", "echo"}
 # Fields that have no effect here, with the values at which they have none in OpenAI's interface either.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,), "suffix": ("",),
@@ -180,17 +184,7 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     >>> parse_request({"model": "fr", "prompt": "Bonjour", "temperature": 0}, chat=False, seed=1).max_tokens
     16
     """
-    if not isinstance(body, dict):
-        raise _wrong(None, "an object", body)
-    fields: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
-    texts = "messages" if chat else "prompt"
-    known = {"model", texts, "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
-    known |= {"n", "logprobs"} | ({"max_completion_tokens", "top_logprobs"} if chat else {"echo"})
-    for name, value in fields.items():
-        if name not in known | _NEUTRAL.keys() | _IGNORED:
-            raise RequestError(400, f"{name} is not a field that this server knows", param=name)
-        if name in _NEUTRAL and value not in _NEUTRAL[name]:
-            raise RequestError(400, f"{name}={value!r} is not implemented; leave it out", param=name)
+    fields = _fields(body, chat)
     model = _take(fields, "model", str, None)
     count = _take(fields, "max_tokens", int, None if chat else 16, required=False)
     count = _take(fields, "max_completion_tokens", int, count, required=False)
@@ -211,10 +205,24 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
         )
     except ConfigError as error:
         raise RequestError(400, str(error)) from error
-    messages = _messages(fields.get(texts)) if chat else ()
-    prompts = () if chat else _prompts(fields.get(texts))
+    messages = _messages(fields.get("messages")) if chat else ()
+    prompts = () if chat else _prompts(fields.get("prompt"))
     stop, (stream, usage) = _stop(fields), _stream(fields)
     return Request(model, prompts, messages, count, sampling, top or 0, choices, echo, stop, stream, usage)
+
+
+def _fields(body: Any, chat: bool) -> dict[str, Any]:
+    """Return the fields that are not null; raise `RequestError` for one that is unknown or not implemented."""
+    if not isinstance(body, dict):
+        raise _wrong(None, "an object", body)
+    fields: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
+    known = _KNOWN | (_OF_CHATS if chat else _OF_COMPLETIONS) | _NEUTRAL.keys() | _IGNORED
+    for name, value in fields.items():
+        if name not in known:
+            raise RequestError(400, f"{name} is not a field that this server knows", param=name)
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise RequestError(400, f"{name}={value!r} is not implemented; leave it out", param=name)
+    return fields
 
 
 def _stop(fields: Mapping[str, Any]) -> tuple[str, ...]:

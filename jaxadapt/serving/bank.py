@@ -61,11 +61,6 @@ _NAMES = ("gather", "layer", "mask", "sorted")
 def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Rows:
     """Return the result of `Bank.select`."""
     ids = _as_int32(ids, bank.slots)
-    if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise AttachError(
-            "ids: expected integers of shape (rows) or (rows, time), or (rows, adapters) with weights, found"
-            f" {ids.dtype} of shape {list(ids.shape)}"
-        )
     if implementation is not None and implementation not in _NAMES and not callable(implementation):
         raise AttachError(
             f"implementation: expected one of {', '.join(_NAMES)} or a function, found {implementation!r}"
@@ -97,12 +92,18 @@ def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | 
 
 def _as_int32(ids: Any, slots: int) -> Any:
     """Return ids as an array of JAX, which would cut the upper bits of an integer of 64 bits: those are no slot."""
-    if any(isinstance(each, jax.Array) for each in jax.tree.leaves(ids)):
-        return jnp.asarray(ids)
-    found = np.asarray(ids)
-    if not np.issubdtype(found.dtype, np.integer):
-        return found
-    return jnp.asarray(np.where((found < 0) | (found >= slots), slots, found.astype(np.int64)).astype(np.int32))
+    on_device = any(isinstance(each, jax.Array) for each in jax.tree.leaves(ids))
+    found = jnp.asarray(ids) if on_device else np.asarray(ids)
+    if found.ndim not in (1, 2) or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise AttachError(
+            "ids: expected integers of shape (rows) or (rows, time), or (rows, adapters) with weights, found"
+            f" {found.dtype} of shape {list(found.shape)}"
+        )
+    return (
+        found
+        if on_device
+        else jnp.asarray(np.where((found < 0) | (found >= slots), slots, found.astype(np.int64)).astype(np.int32))
+    )
 
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:
@@ -309,20 +310,26 @@ def create(
             number = _number_shared(shared, config.peft_type, own) if own else None
             shardings, leaves = held.shardings, held.leaves
             places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), dtype, number) for s in sites]
-    kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams, place.row.shared) for place in places]
-    twice = [kind for number, kind in enumerate(kinds) if kind in kinds[:number]]
-    problems += [
-        Refusal(f"{leaf}: two of the configurations have the same kind of {method}", "Leave the smaller one out")
-        for leaf, method, *_ in twice
-    ]
-    raise_listed(problems, "cannot create the bank")
+    raise_listed([*problems, *_find_twice(places)], "cannot create the bank")
     layout = Layout(tuple(places), slots, tuple(shared))
-    meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    on_devices = [
-        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in of.items()} for _, of in shared
-    ]
+    on_devices = [_put_everywhere(of, dtype, held.shardings) for _, of in shared]
     return Bank(tuple(_empty(place, slots) for place in places), layout, tuple(on_devices))
+
+
+def _put_everywhere(tensors: Shared, dtype: Any, shardings: Mapping[str, Any]) -> Tensors:
+    """Return tensors on all devices of a base with these shardings."""
+    meshes = [x.mesh for x in shardings.values() if isinstance(x, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
+
+
+def _find_twice(places: Sequence[Place]) -> list[Refusal]:
+    kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams, place.row.shared) for place in places]
+    return [
+        Refusal(f"{leaf}: two of the configurations have the same kind of {method}", "Leave the smaller one out")
+        for number, (leaf, method, *rest) in enumerate(kinds)
+        if (leaf, method, *rest) in kinds[:number]
+    ]
 
 
 def _number_shared(shared: list[tuple[str, Shared]], peft_type: str, own: Shared) -> int:

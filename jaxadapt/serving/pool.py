@@ -376,11 +376,7 @@ class AdapterPool(RowsByName):
         Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if slots
         are lacking or a name is no text.
         """
-        wrong = [name for name in names if not isinstance(name, str | None)]  # pyright: ignore[reportUnnecessaryIsInstance]
-        if wrong:
-            raise AttachError(
-                f"names: expected the name of each row's adapter, or None for the base, found {wrong[0]!r}"
-            )
+        _check_names(names)
         errors: dict[str, AdapterError] = {}
         wanted: dict[str, Version] = {}
         prepared: dict[int, _Prepared] = {}
@@ -391,10 +387,8 @@ class AdapterPool(RowsByName):
         different = list(dict.fromkeys(name for name in names if name is not None))
         try:
             for name in different:
-                try:
+                with _collect(name, errors):
                     wanted[name] = self._refresh(name)
-                except AdapterError as error:
-                    errors[name] = error
             while slots is None:
                 self._load_missing(wanted, prepared, errors)
                 if errors and failed is None:
@@ -426,11 +420,10 @@ class AdapterPool(RowsByName):
         with self._changed:
             missing = {n: v for n, v in wanted.items() if v.id not in self._slots and v.id not in prepared}
         for name, version in missing.items():
-            try:
+            with _collect(name, errors):
                 wanted[name], found = self._settle(version, self._load)
                 prepared[wanted[name].id] = found
-            except AdapterError as error:
-                errors[name] = error
+            if name in errors:
                 del wanted[name]
 
     def _take_slots(
@@ -598,6 +591,21 @@ class AdapterPool(RowsByName):
         if self._refresh(version.name) != version:
             raise FileError(f"{version.path}: the adapter changed while it was read; request it again")
         return adapter
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    wrong = [name for name in names if not isinstance(name, str | None)]
+    if wrong:
+        raise AttachError(f"names: expected the name of each row's adapter, or None for the base, found {wrong[0]!r}")
+
+
+@contextlib.contextmanager
+def _collect(name: str, errors: dict[str, AdapterError]) -> Generator[None]:
+    """Add an error of the block to `errors`."""
+    try:
+        yield
+    except AdapterError as error:
+        errors[name] = error
 
 
 def _raise_together(errors: Mapping[str, AdapterError]) -> None:

@@ -71,29 +71,37 @@ def open_model(path: Location) -> Generator[TensorSource]:
                 f"{path}: no such folder or file; download a model of the Hub with `hf download ORG/NAME --local-dir"
                 " FOLDER`"
             )
-        if not location.is_dir(path):
-            yield combine(str(path), [open_part(path)])
+        main = path if not location.is_dir(path) else _main_file(path)
+        if main == path or main.suffix != ".json":
+            yield combine(str(main), [open_part(main)])
             return
-        main = next((name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX) if location.exists(path / name)), None)
-        if main is None:
-            raise FileError(f"{path}: expected {SINGLE_FILE}, {INDEX} or {BIN}, found none of them; check the path")
-        if main in (SINGLE_FILE, BIN):
-            yield combine(str(path / main), [open_part(path / main)])
-            return
-        index = read_index(path / main)
+        index = read_index(main)
         names = dict.fromkeys(index.values())
         missing = [name for name in names if not location.exists(path / name)]
         if missing:
-            raise FileError(f"{path}: {main} names files that do not exist: {problems_text(missing)}; fetch them again")
-        parts = {name: open_part(path / name) for name in names}
-        wrong = [f"{key} is not in {name}" for key, name in index.items() if key not in parts[name]]
-        wrong += [f"{key} of {name} is not in the index" for name in names for key in parts[name] if key not in index]
-        twice = [f"{key} is also in {name}" for name in names for key in parts[name] if index.get(key, name) != name]
-        if wrong or twice:
-            raise FormatError(
-                f"{path / main}: index and files disagree: {problems_text([*wrong, *twice])}; fetch them again"
+            raise FileError(
+                f"{path}: {main.name} names files that do not exist: {problems_text(missing)}; fetch them again"
             )
+        parts = {name: open_part(path / name) for name in names}
+        if wrong := _disagreements(index, parts):
+            raise FormatError(f"{main}: index and files disagree: {problems_text(wrong)}; fetch them again")
         yield combine(str(path), list(parts.values()))
+
+
+def _main_file(folder: Location) -> Location:
+    """Return the file of a model's weights, or their index."""
+    found = [folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX) if location.exists(folder / name)]
+    if not found:
+        raise FileError(f"{folder}: expected {SINGLE_FILE}, {INDEX} or {BIN}, found none of them; check the path")
+    return found[0]
+
+
+def _disagreements(index: Mapping[str, str], parts: Mapping[str, TensorSource]) -> list[str]:
+    """Return the differences between an index and the files, which `parts` has by name."""
+    wrong = [f"{key} is not in {name}" for key, name in index.items() if key not in parts[name]]
+    held = [(key, name) for name, part in parts.items() for key in part]
+    wrong += [f"{key} of {name} is not in the index" for key, name in held if key not in index]
+    return wrong + [f"{key} is also in {name}" for key, name in held if index.get(key, name) != name]
 
 
 # Quantisation formats, by the suffix of a tensor that accompanies a quantised weight.

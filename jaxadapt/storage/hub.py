@@ -621,19 +621,8 @@ def upload(
     report = no_report if progress is None or isinstance(progress, bool) else progress
     report("upload", 0, total)
     with translate_errors(place, token, "push to"), client_bars(progress is True and is_watched()):
-        # For a pull request to an existing repository, the token may lack the right to create one.
-        if not (create_pr and api.repo_exists(place.repo)):
-            api.create_repo(place.repo, private=private, exist_ok=True)
-            if private and not api.repo_info(place.repo).private:
-                raise FileError(
-                    f"{place}: private=True, but the repository exists and is public; make it private on its settings"
-                    " page, or choose another name"
-                )
+        _prepare_repository(api, place, private, create_pr, tag)
         branch = place.revision
-        if branch is not None and not branch.startswith("refs/") and not create_pr:
-            api.create_branch(place.repo, branch=branch, exist_ok=True)
-        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
-            raise FileError(f"{place}: the tag {tag!r} exists already; choose another name, or delete it on the Hub")
         deleted = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
         addition = CommitOperationAdd if report is no_report else counted_operation(report, total)
         operations: list[Any] = [
@@ -646,6 +635,22 @@ def upload(
     report("upload", total, total)
     LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, commit.oid)
     return Commit(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision)
+
+
+def _prepare_repository(api: Any, place: Address, private: bool | None, create_pr: bool, tag: str | None) -> None:
+    """Create a missing repository or branch. Raises `FileError` if the commit would be public, or its tag exists."""
+    # For a pull request to an existing repository, the token may lack the right to create one.
+    if not (create_pr and api.repo_exists(place.repo)):
+        api.create_repo(place.repo, private=private, exist_ok=True)
+        if private and not api.repo_info(place.repo).private:
+            raise FileError(
+                f"{place}: private=True, but the repository exists and is public; make it private on its settings"
+                " page, or choose another name"
+            )
+    if place.revision is not None and not place.revision.startswith("refs/") and not create_pr:
+        api.create_branch(place.repo, branch=place.revision, exist_ok=True)
+    if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
+        raise FileError(f"{place}: the tag {tag!r} exists already; choose another name, or delete it on the Hub")
 
 
 def fetch_text(place: Address, name: str, token: Token = None) -> str | None:

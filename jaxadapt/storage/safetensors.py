@@ -219,11 +219,33 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         FormatError: the header is invalid; names every invalid tensor.
     """
 
-    def fail(problem: str) -> FormatError:
-        return FormatError(f"{path}: not a valid safetensors file: {problem}")
+    try:
+        items = _read_items(raw)
+        found = items.pop("__metadata__", None)
+        found = {} if found is None else found  # MLX writes null for none, which the reference reader takes
+        values = cast("dict[str, object]", found).values() if isinstance(found, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"__metadata__: expected an object of strings, found {_show(found)}")
+        metadata = cast("dict[str, str]", found)
+        tensors = _read_tensors(items)
+        _check_layout(tensors, 8 + len(raw), size)
+    except ValueError as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
+    try:
+        # "\ud800" is valid JSON, but not valid text: it can be neither printed nor written.
+        "".join([*tensors, *metadata, *metadata.values()]).encode()
+    except UnicodeEncodeError as error:
+        name = _show(error.object[error.start])
+        raise FormatError(
+            f"{path}: not a valid safetensors file: header: a name holds a lone surrogate, {name}"
+        ) from error
+    return Header(tensors, metadata, 8 + len(raw), size)
 
+
+def _read_items(raw: bytes) -> dict[str, object]:
+    """Return the JSON of a header. Raises `ValueError` with the problem."""
     if not raw.startswith(b"{"):
-        raise fail(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
+        raise ValueError(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
     try:
         # A Python function for each number is slow, so it is passed only if there may be a -0.
         integer = _parse_integer if b"-0" in raw else None
@@ -231,23 +253,18 @@ def parse(path: str, raw: bytes, size: int) -> Header:
             raw.decode("utf-8"), object_pairs_hook=_parse_object, parse_constant=_reject_constant, parse_int=integer
         )
     except UnicodeDecodeError as error:
-        raise fail(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
+        raise ValueError(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
     except RecursionError as error:
-        raise fail("header: JSON nested too deeply") from error
+        raise ValueError("header: JSON nested too deeply") from error
     except ValueError as error:
-        raise fail(f"header: expected JSON, found: {error}") from error
+        raise ValueError(f"header: expected JSON, found: {error}") from error
     if not isinstance(parsed, dict):  # the header is itself a tensor description
-        raise fail("header: expected an object of tensors, found the description of one")
-    items = cast("dict[str, object]", parsed)
-    metadata = items.pop("__metadata__", None)
-    if metadata is None:  # MLX writes null for none, which the reference reader takes
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(
-        isinstance(v, str) for v in cast("dict[str, object]", metadata).values()
-    ):
-        raise fail(f"__metadata__: expected an object of strings, found {_show(metadata)}")
+        raise ValueError("header: expected an object of tensors, found the description of one")
+    return cast("dict[str, object]", parsed)
 
-    data_start = 8 + len(raw)
+
+def _read_tensors(items: Mapping[str, object]) -> dict[str, TensorInfo]:
+    """Return the tensors in the order of their bytes. Raises `ValueError` with all problems."""
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for key, value in items.items():
@@ -263,9 +280,13 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         else:
             problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")
     if problems:
-        raise fail(problems_text(problems))
+        raise ValueError(problems_text(problems))
+    return dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
 
-    tensors = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+
+def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """Raise `ValueError` if the tensors do not fill a file of `size` bytes from `data_start` on without gaps."""
+    problems: list[str] = []
     position, last = 0, None
     for key, (_, _, start, stop) in tensors.items():
         if start != position:
@@ -279,13 +300,7 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         end = data_start + position
         problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")
     if problems:
-        raise fail(problems_text(problems))
-    try:
-        # "\ud800" is valid JSON, but not valid text: it can be neither printed nor written.
-        "".join([*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]).encode()
-    except UnicodeEncodeError as error:
-        raise fail(f"header: a name holds a lone surrogate, {_show(error.object[error.start])}") from error
-    return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
+        raise ValueError(problems_text(problems))
 
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -182,6 +182,26 @@ def _synchronized_stop(wait: Callable[[], None]) -> Generator[Callable[[int], bo
 # ---------------------------------------------------------------- manager
 
 
+def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | None, *, ranked: bool) -> None:
+    """Raise `ConfigError` for invalid or contradictory numbers of steps; `ranked` says if a metric is given."""
+    for name, count in (("keep", keep), ("keep_best", keep_best), ("keep_every", keep_every)):
+        if count is not None and not isinstance(count, numbers.Integral):
+            raise ConfigError(f"{name}={count!r}: expected an integer")
+    checks = {
+        f"keep={keep}: expected at least 1, or None for all": keep is None or keep >= 1,
+        f"keep_best={keep_best}, keep_every={keep_every}: expected positive numbers": (
+            (keep_best or 0) >= 0 and (keep_every is None or keep_every >= 1)
+        ),
+        "keep_best= needs minimize= or maximize=, the metric that decides which step is best": ranked or not keep_best,
+        "keep_best= and keep_every= have no effect with keep=None, which keeps all steps": (
+            keep is not None or not (keep_best or keep_every)
+        ),
+    }
+    problems = [problem for problem, right in checks.items() if not right]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 class _LastSave(NamedTuple):
     """The last step passed to `save`."""
 
@@ -242,20 +262,7 @@ class CheckpointManager(RunFolder):
         progress: Progress = None,
     ) -> None:
         """Raise `ConfigError` for invalid or contradictory arguments."""
-        problems: list[str] = []
-        for name, count in (("keep", keep), ("keep_best", keep_best), ("keep_every", keep_every)):
-            if count is not None and not isinstance(count, numbers.Integral):
-                raise ConfigError(f"{name}={count!r}: expected an integer")
-        if keep is not None and keep < 1:
-            problems.append(f"keep={keep}: expected at least 1, or None for all")
-        if (keep_best or 0) < 0 or (keep_every is not None and keep_every < 1):
-            problems.append(f"keep_best={keep_best}, keep_every={keep_every}: expected positive numbers")
-        if keep_best and minimize is None and maximize is None:
-            problems.append("keep_best= needs minimize= or maximize=, the metric that decides which step is best")
-        if keep is None and (keep_best or keep_every):
-            problems.append("keep_best= and keep_every= have no effect with keep=None, which keeps all steps")
-        if problems:
-            raise ConfigError("\n".join(problems))
+        _check_counts(keep, keep_best, keep_every, ranked=minimize is not None or maximize is not None)
         super().__init__(folder, minimize=minimize, maximize=maximize)
         self.keep, self.keep_every = keep, keep_every
         self.keep_best = len(self._own_objective) if keep_best is None else keep_best

@@ -267,20 +267,20 @@ def fill_parts(
     """
     held = lora_carrier(model)
     others = held.rest()
+    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
     examples, problems = _adapter_examples(held, stored)
     examples |= dict(named_leaves("model", others))
-    for part in PARTS:
-        if parts.get(part) is not None:
-            if part not in stored.parts:
-                problems.append(f"{part}: none was saved")
-            examples |= dict(named_leaves(part, parts[part]))
-        elif part in stored.parts:
-            if stored.plain[part] is None:
-                problems.append(
-                    f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or"
-                    " restore only the model with model_only=True"
-                )
-            examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
+    for part, example in given.items():
+        examples |= dict(named_leaves(part, example))
+    rebuilt = [part for part in PARTS if part in stored.parts - given.keys()]
+    examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] in rebuilt}
+    problems += [f"{part}: none was saved" for part in given if part not in stored.parts]
+    problems += [
+        f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or restore only"
+        " the model with model_only=True"
+        for part in rebuilt
+        if stored.plain[part] is None
+    ]
     hosts = set(stored.hosts)
     raise_listed(
         MismatchError,
@@ -294,9 +294,8 @@ def fill_parts(
     values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
               for n, v in values.items()}  # fmt: skip
     values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
-    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
     # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
-    filled = {part: _rebuild(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
+    filled = {part: _rebuild(part, stored.plain[part], values) for part in rebuilt}
     filled["model"] = _fill_model(held, others, stored, values)
     return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
 
