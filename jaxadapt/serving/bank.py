@@ -99,11 +99,9 @@ def _as_int32(ids: Any, slots: int) -> Any:
             "ids: expected integers of shape (rows) or (rows, time), or (rows, adapters) with weights, found"
             f" {found.dtype} of shape {list(found.shape)}"
         )
-    return (
-        found
-        if on_device
-        else jnp.asarray(np.where((found < 0) | (found >= slots), slots, found.astype(np.int64)).astype(np.int32))
-    )
+    if on_device:
+        return found
+    return jnp.asarray(np.where((found < 0) | (found >= slots), slots, found.astype(np.int64)).astype(np.int32))
 
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:
