@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -207,15 +207,12 @@ def read_model_shapes(path: Path) -> Shapes:
         raise FormatError(
             f"{path}: expected a JSON object of shapes such as {{leaf: [2, 3]}}, but reading failed: {error}"
         ) from error
-    invalid = [key for key, shape in flat.items() if not _is_shape(shape)]
+    invalid = [
+        key for key, sizes in flat.items() if not isinstance(sizes, list) or not all(isinstance(n, int) for n in sizes)
+    ]
     if invalid:
         raise FormatError(f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {invalid[0]}")
     return {key: tuple(shape) for key, shape in flat.items()}
-
-
-def _is_shape(value: Any) -> bool:
-    sizes = cast("list[Any]", value) if isinstance(value, list) else [None]
-    return all(isinstance(n, int) for n in sizes)
 
 
 def _read_orbax_shapes(path: Path) -> Shapes:
@@ -227,11 +224,8 @@ def _read_orbax_shapes(path: Path) -> Shapes:
 
     shapes: Shapes = {}
     for leaves in orbax.leaf_specs(path).values():
-        has_params = any("params" in names for names in leaves)
-        for names, (shape, _) in leaves.items():
-            if has_params and "params" not in names:
-                continue
-            shapes[orbax.parameter_path(names)] = tuple(shape)
+        chosen = [names for names in leaves if "params" in names] or leaves
+        shapes |= {orbax.parameter_path(names): leaves[names][0] for names in chosen}
     return shapes
 
 

@@ -19,7 +19,7 @@ from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors import MAX_HEADER, problems_text
-from jaxadapt.storage.source import TensorSource, as_source, combine
+from jaxadapt.storage.source import TensorSource, combine
 from jaxadapt.storage.strided import numpy_dtype
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
 
         def open_part(file: Location) -> TensorSource:
             if file.suffix == ".bin":
-                return as_source(torch_bin.read(file))
+                return torch_bin.open_tensors(file)
             return stack.enter_context(safetensors.open_tensors(file))
 
         if isinstance(path, Path) and not location.exists(path):
