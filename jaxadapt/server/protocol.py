@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jaxadapt.core.errors import AdapterError, ConfigError
 from jaxadapt.serving.generation import TOP, Sampling, Scores
@@ -298,7 +298,7 @@ def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any, *, req
     if not _has_kind(value, kind):
         raise _wrong(name, _KINDS[kind], value)
     try:
-        return float(value) if kind is float else value
+        return float(cast("float", value)) if kind is float else value
     except OverflowError as error:
         raise _wrong(name, "a number", "an integer that is too large") from error
 
