@@ -28,9 +28,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.methods.rows import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.models import planning
 from jaxadapt.models.call import Rows
-from jaxadapt.models.carriers import carrier
-from jaxadapt.models.carriers.nnx_kinds import Model
-from jaxadapt.models.carriers.tree_kinds import Module, Wrapper
+from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
 from jaxadapt.models.linen.wrapper import Adapted
 from jaxadapt.models.nnx import attach as nnx_rows
 from jaxadapt.serving.layout import (
