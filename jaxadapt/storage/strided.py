@@ -137,14 +137,14 @@ def write_region(
         write_at(data[number * run : (number + 1) * run], start + sum(map(operator.mul, index, strides)))
 
 
-def contiguous_parts(array: np.ndarray) -> Iterator[memoryview]:
-    """Yield the bytes of an array in C order: in place if it is contiguous, else in copies of at most 1 MB."""
+def contiguous_parts(array: np.ndarray, most: int = _PART) -> Iterator[memoryview]:
+    """Yield the bytes of an array in C order: in place if it is contiguous, else in copies of at most `most` bytes."""
     import numpy as np
 
-    if array.flags.c_contiguous or array.nbytes <= _PART:
+    if array.flags.c_contiguous or array.nbytes <= most:
         yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         return
-    count = max(1, _PART * len(array) // array.nbytes)
+    count = max(1, most * len(array) // array.nbytes)
     for start in range(0, len(array), count):
         yield from contiguous_parts(array[start : start + count] if count > 1 else array[start])
 

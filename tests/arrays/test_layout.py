@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxadapt.arrays import pattern
 from jaxadapt.arrays.layout import RANK, FileLayout, to_file_scale, to_model_scale
 
 
@@ -38,3 +39,22 @@ def test_rows_of_a_partial_leaf_and_back(xp):
     assert [layout.encode(leaf, i).shape for i in range(layout.count)] == [(4, 2), (3, 2)]
     factors = np.broadcast_to(layout.expand_by_tensor([5, 7]), leaf.shape)
     np.testing.assert_array_equal(factors, np.array([5, 0, 7])[:, None, None] * (leaf != 0))
+
+
+def test_the_axes_of_a_pattern():
+    """Counted, not sought for one by one (in C, where nothing here counts)."""
+    asked = 0
+
+    class Axis(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal asked
+            asked += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    assert pattern.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
+    assert asked < 10_000
+    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 import jaxadapt
 from jaxadapt.arrays import quantized
 from jaxadapt.core import paths
+from tests.reference.record_bitsandbytes import RECORDED
 from tests.support import meshes, small
 
 KINDS = ["nf4", "int8"]
@@ -407,3 +409,37 @@ def test_qwix_codes_say_where_they_lie():
     adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     b = adapter.sites["q.kernel"]["lora_B"]
     assert b.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("x", None)), 2)
+
+
+# ---- bitsandbytes' own numbers, as recorded ----------------------------------------------------------------
+
+
+@functools.cache
+def recorded() -> dict[str, np.ndarray]:
+    return load_file(RECORDED)
+
+
+def test_nf4_is_bitsandbytes_to_the_bit():
+    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "nf4")
+    np.testing.assert_array_equal(np.ravel(q.codes), found["nf4.codes"].ravel())
+    np.testing.assert_array_equal(np.ravel(q.absmax), found["nf4.absmax"])
+    np.testing.assert_array_equal(q.dense(), found["nf4.dense"])
+
+
+def test_int8_is_bitsandbytes():
+    """Its last product is taken in another order: one rounding in float32."""
+    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "int8")
+    np.testing.assert_array_equal(q.codes, found["int8.codes"])
+    np.testing.assert_array_equal(np.ravel(q.absmax), found["int8.absmax"])
+    np.testing.assert_allclose(q.dense(), found["int8.dense"], rtol=2e-7)
+
+
+def test_nf4_in_torch():
+    """The formula of the paper, in torch: the nearest of the levels, times the largest magnitude."""
+    torch = pytest.importorskip("torch")
+    w = torch.from_numpy(recorded()["weight"]).reshape(-1, 64)
+    most = w.abs().amax(1, keepdim=True)
+    levels = torch.tensor(quantized.NF4)
+    expected = levels[((w / most)[..., None] - levels).abs().argmin(-1)] * most
+    q = quantized.quantize_weight(recorded()["weight"], "nf4")
+    np.testing.assert_allclose(np.ravel(q.dense()), expected.ravel(), rtol=1e-6)

@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.core import paths
-from jaxadapt.merging import factors
 from jaxadapt.persistence.formats import mlx_files
 from tests.support import small
 from tests.support.small import WEIGHTS, files
@@ -59,9 +58,6 @@ def test_resize_does_not_replace_an_adapter(tmp_path):
 
 def test_a_product_that_overflows_is_combined_into_an_error(tmp_path):
     """LAPACK's SVD does not end on an infinity."""
-    u, s, vh = factors.svd(np.array([[[1, np.inf], [0, 1]], [[2, 0], [0, 1]]], "f4"))
-    assert np.isnan(s[0]).all()
-    np.testing.assert_allclose(u[1] @ np.diag(s[1]) @ vh[1], [[2, 0], [0, 1]], atol=1e-6)
     adapters = [lora(tmp_path / str(value), *full(value)) for value in (3e38, 1)]
     done = run("combine", *adapters, "--weights", "1,1", "--out", tmp_path / "out")
     assert (done.exit_code, "the result" in done.stderr) == (1, True), done.output

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.core import progress
-from jaxadapt.core.progress import LOGGER
+from jaxadapt.core.progress import LOGGER, escape_text
 from jaxadapt.export import merge_files
 from jaxadapt.export.conversion import convert
 from jaxadapt.models import LoraTree
@@ -117,10 +117,16 @@ def test_a_function_is_told_of_every_byte(work, here):
     assert "Orbax" in work or "read" in work or len(set(done)) > 1
 
 
+@pytest.fixture
+def show_short(monkeypatch):
+    """Have a bar for the shortest work too, from the call on."""
+    return lambda: monkeypatch.setattr(progress, "SHORT", 0)
+
+
 @pytest.mark.parametrize("work", WORK)
-def test_true_draws_nothing_where_nobody_sees_it(work, here, capfd, monkeypatch):
+def test_true_draws_nothing_where_nobody_sees_it(work, here, capfd, monkeypatch, show_short):
     monkeypatch.setenv("FORCE_COLOR", "1")  # colours are asked for, as in many a CI; that makes no terminal of a log
-    monkeypatch.setattr(progress, "SHORT", 0)
+    show_short()
     WORK[work][0](True)
     assert capfd.readouterr() == ("", "")
 
@@ -133,7 +139,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     "work", ["save, NNX", "load, NNX", "merge", "export", "import", "merge of files", "manager, save"]
 )
-def test_true_draws_bars_on_a_terminal(work, here, monkeypatch):
+def test_true_draws_bars_on_a_terminal(work, here, monkeypatch, show_short):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
@@ -143,7 +149,7 @@ def test_true_draws_bars_on_a_terminal(work, here, monkeypatch):
     call(True)
     assert screen.getvalue() == ""  # it is over before it is seen
     shutil.rmtree("new", ignore_errors=True)
-    monkeypatch.setattr(progress, "SHORT", 0)
+    show_short()
     call(True)
     text = screen.getvalue()
     assert f"{name} " in text
@@ -241,8 +247,17 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
     assert set(made) <= {"jaxadapt/core/progress.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
 
 
-def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "is_watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
+def test_bars_that_never_began_leave_no_line(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "dumb")  # rich draws nothing on it
     with progress.reporter(True) as report:
         report("read", 3, 12)
-    assert capsys.readouterr().err == ""
+    assert screen.getvalue() == ""
+
+
+def test_usual_text_is_as_it_was():
+    text = "Gewicht ü × 重み — “q” ⌘ é"
+    assert escape_text(text) == text
+    assert escape_text("a\nb", keep="\n") == "a\nb"
+    assert escape_text("\ud800") == "\\ud800"

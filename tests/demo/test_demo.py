@@ -165,8 +165,8 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `jaxadapt demo --json`: the result on standard output, and nothing else; what it says goes past it."""
     for name, value in compiling.ENV.items():  # for the processes that it starts
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(finetune, "PASSAGE", 4)
-    monkeypatch.setattr(finetune, "HELD_OUT", 8)
+    for name, count in (("PASSAGE", 4), ("HELD_OUT", 8)):
+        monkeypatch.setattr(finetune, name, count)
     monkeypatch.setenv("COLUMNS", "100")
     done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new" / "out"), "--steps", "4", "--json"])
     assert done.exit_code == 0, done.output
@@ -176,8 +176,8 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = report["held_out"]
     assert after < before - 0.05
     assert report["reload_difference"] == 0
-    assert report["base_parameters"] == 9_440_064
-    assert report["adapter_parameters"] == 162_816
+    assert report["base_parameters"] == 5_899_968
+    assert report["adapter_parameters"] == 81_408
     assert report["adapter_bytes"] < 1.02 * 4 * report["adapter_parameters"]
     assert all(passage.startswith(finetune.PROMPT) for passage in report["passages"])
     if finetune.peft_installed():
@@ -188,6 +188,6 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert Path(report["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in done.stderr  # no progress bar where there is no terminal
     assert re.findall(r"^step (\d) of 4: loss \d", done.stderr, re.M) == list("1234")
-    for part in ("sampled passage, before", "held-out loss", "162,816", "equal, bit for bit"):
+    for part in ("sampled passage, before", "held-out loss", "81,408", "equal, bit for bit"):
         assert part in done.stderr
     assert jaxadapt.read_config(report["out"]).base_model_name_or_path == smollm2.MODEL_NAME

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.export import adapter_files, merge_files
-from jaxadapt.merging import rank_reduction
 from jaxadapt.models import LoraTree
 from jaxadapt.storage import orbax
 
@@ -64,28 +63,6 @@ def test_resize_keeps_the_best_approximation(folder: Path, tmp_path: Path):
         np.testing.assert_allclose(result["error"][module], lost, rtol=1e-4)
 
 
-def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_out():
-    rng = np.random.default_rng(0)
-    config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"])
-    plain = {
-        f"{P}q.lora_{side}.weight": rng.standard_normal(shape, "f4") for side, shape in (("A", (2, 3)), ("B", (4, 2)))
-    }
-    named = {key.replace(".weight", ".default.weight"): x for key, x in plain.items()}
-    wanted, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, plain), 4)
-    with pytest.warns(UserWarning, match="'default' is removed from its 2 keys"):
-        found, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, named), 4)
-    assert found.tensors.keys() == plain.keys()
-    for key, x in wanted.tensors.items():
-        np.testing.assert_array_equal(found.tensors[key], x)
-    narrow = {key: x.astype(ml_dtypes.float8_e4m3fn) for key, x in plain.items()}
-    resized, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, narrow), 4)
-    assert {x.dtype.name for x in resized.tensors.values()} == {"float32"}
-    copies = plain | {f"{P}q.base_layer.weight": np.ones((4, 3), "f4")}
-    with pytest.warns(UserWarning, match="leaves out these copies of base weights"):
-        resized, _ = rank_reduction.resize_plain(jaxadapt.PeftTensors(config, copies), 4)
-    assert resized.tensors.keys() == plain.keys()
-
-
 def test_modules_that_are_no_targets_are_refused_and_float64_is_said(tmp_path: Path):
     """PEFT ignores the tensors of a module that is no target, so no result may contain their change."""
     for name, targets in (("narrow", ["q_proj"]), ("wide", ["q_proj", "up_proj"])):
@@ -101,12 +78,12 @@ def test_modules_that_are_no_targets_are_refused_and_float64_is_said(tmp_path: P
         adapter_files.undo_start(tmp_path / "narrow start", tmp_path / "narrow start", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     wide = jaxadapt.PeftTensors(CONFIG, {key: x.astype("float64") for key, x in tensors().items()}, "wide")
+    jaxadapt.write(wide, tmp_path / "wider")
     with pytest.warns(UserWarning, match="float64") as found:
-        resized, _ = rank_reduction.resize_plain(wide, 2)
-    assert [str(each.message) for each in found] == [
-        "wide: float64 tensors become float32, because jax_enable_x64 is off"
-    ]
-    assert {x.dtype.name for x in resized.tensors.values()} == {"float32"}
+        adapter_files.resize_files(tmp_path / "wider", 2, tmp_path / "out")
+    (said,) = [str(each.message) for each in found if "float64" in str(each.message)]
+    assert said.endswith("float64 tensors become float32, because jax_enable_x64 is off")
+    assert {x.dtype.name for x in jaxadapt.read(tmp_path / "out").tensors.values()} == {"float32"}
 
 
 @pytest.mark.filterwarnings("ignore:modules_to_save")  # it is in no model here

@@ -531,3 +531,10 @@ def test_the_matrices_of_three_layers_of_fused_parts_and_back(pattern):
 def test_nothing_of_a_zero_matrix_is_lost():
     np.testing.assert_array_equal(factors.truncation_error(jnp.zeros((2, 4)), 1), [0, 0])
     np.testing.assert_allclose(factors.truncation_error(jnp.array([4.0, 3.0, 0.0]), 1), 3 / 5, rtol=1e-6)
+
+
+def test_the_svd_of_an_infinity_is_nan():
+    """LAPACK's does not end on it."""
+    u, s, vh = factors.svd(np.array([[[1, np.inf], [0, 1]], [[2, 0], [0, 1]]], "f4"))
+    assert np.isnan(s[0]).all()
+    np.testing.assert_allclose(u[1] @ np.diag(s[1]) @ vh[1], [[2, 0], [0, 1]], atol=1e-6)

@@ -124,14 +124,10 @@ def nnx_model(**options: Any) -> Any:
 
 @pytest.mark.parametrize(("peft_type", "i"), cases())
 def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, folder: Any):
+    """In Linen; the next test is in NNX."""
     want, want_grads = peft_results(peft_type, i)
-    model = jaxadapt.load(folder, nnx_model())
-    assert_close(model(jnp.asarray(IDS)), want)
-
-    adapter, base = (
-        jaxadapt.extract(model),
-        llama_linen.to_linen(llama.config_of(torch_base()), llama.weights_of(torch_base())),
-    )
+    base = llama_linen.to_linen(llama.config_of(torch_base()), llama.weights_of(torch_base()))
+    adapter = jaxadapt.extract(jaxadapt.load(folder, base))
     module = jaxadapt.adapt(llama_linen.Llama(llama.config_of(torch_base())), adapter.config)
 
     def loss(params: Any) -> Any:
@@ -150,15 +146,18 @@ def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, fol
 
 @pytest.mark.parametrize(("peft_type", "i"), cases())
 def test_the_variables_of_an_nnx_model_have_pefts_gradients(peft_type: str, i: int, folder: Any):
-    """Those that an optimizer sees."""
-    _, want_grads = peft_results(peft_type, i)
+    """Those that an optimizer sees; and PEFT's logits."""
+    want, want_grads = peft_results(peft_type, i)
     model = jaxadapt.load(folder, nnx_model())
     adapter = jaxadapt.extract(model)
 
     def nnx_loss(model: Any) -> Any:
-        return (model(jnp.asarray(IDS)) ** 2).mean()
+        logits = model(jnp.asarray(IDS))
+        return (logits**2).mean(), logits
 
-    state = nnx.jit(nnx.grad(nnx_loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam)))(model)
+    gradient = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam), has_aux=True)
+    state, logits = nnx.jit(gradient)(model)
+    assert_close(logits, want)
     assert len(nnx.to_flat_state(state)) == sum(t.trained for t in tensors_of(adapter))
     nnx.update(model, state)
     check_gradients(jaxadapt.to_peft(model), want_grads, peft_type)

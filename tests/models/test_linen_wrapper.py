@@ -531,7 +531,7 @@ def test_nothing_named_is_left_out_silently(module, inputs, target, leaf):
 def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
     """The remedy in the error of the wrapper's `init` works: compare with kernels changed by hand."""
     net, x = nn.RNN(nn.OptimizedLSTMCell(6)), jax.random.normal(KEY, (2, 3, 4))
-    params = net.init(KEY, x)["params"]
+    params = jax.jit(net.init)(KEY, x)["params"]
     config = lora("ii", "hf", init_lora_weights=False)
     wrapper = jaxadapt.adapt(net, config)
     refused(jaxadapt.AttachError, r"if it is \(in, out\), take the adapter from jaxadapt\.init", wrapper.init, KEY, x)
@@ -541,7 +541,7 @@ def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
     for name in ("ii", "hf"):
         a, b = (adapter.flat()[f"{cell}.{name}.kernel.lora_{part}"] for part in "AB")
         by_hand[cell][name]["kernel"] += 3 * (b @ a).T
-    close(wrapper.apply({"params": params, **adapter.collection}, x), net.apply({"params": by_hand}, x))
+    close(quick(wrapper, {"params": params, **adapter.collection}, x), quick(net, {"params": by_hand}, x))
 
 
 def test_a_wrapper_is_no_part_of_a_module():

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.core.progress import no_report
 from jaxadapt.keymaps import pytorch
 from jaxadapt.persistence.formats import Wanted, image_files, image_names
 from tests.support import fuzz_image_files
@@ -448,7 +447,7 @@ def test_a_rank_that_only_the_configuration_states_is_refused(tmp_path: Path):
     held = jaxadapt.read(tmp_path / "a.safetensors")
     wrong = jaxadapt.PeftTensors(held.config.replace(r=4), held.tensors)
     with pytest.raises(jaxadapt.MismatchError, match=r"to_out\.0: 4, the tensor is \[2, 8\]"):
-        image_files.write_file(wrong, tmp_path / "b.safetensors", Wanted("kohya-ss"), no_report)
+        image_files.write_file(wrong, tmp_path / "b.safetensors", Wanted("kohya-ss"), lambda *_: None)
     assert not (tmp_path / "b.safetensors").exists()
 
 

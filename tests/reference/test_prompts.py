@@ -200,9 +200,10 @@ def test_generation_as_peft_generates(folders: Any) -> None:
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False
         )
         model = jaxadapt.load(folders(case), llama.twin_of(prompts.torch_base()))
+        call = nnx.jit(lambda model, tokens: model(tokens))
         tokens, time = np.zeros(want.shape, int), IDS.shape[1]  # of one length: compiled once
         tokens[:, :time] = IDS
         for at in range(time, tokens.shape[1]):
-            logits = np.asarray(model(jnp.asarray(tokens)))[:, -tokens.shape[1] :]  # a prompt's own come before
+            logits = np.asarray(call(model, jnp.asarray(tokens)))[:, -tokens.shape[1] :]  # a prompt's own come before
             tokens[:, at] = logits[:, at - 1].argmax(-1)
         np.testing.assert_array_equal(tokens, want.numpy())

@@ -1,4 +1,4 @@
-"""Adapters on quantised bases beside PEFT on the same base made dense; and bitsandbytes' own numbers, as recorded."""
+"""Adapters on quantised bases beside PEFT on the same base made dense."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -23,10 +22,8 @@ import qwix
 import torch
 
 import jaxadapt
-from jaxadapt.arrays import quantized
 from jaxadapt.keymaps import families, plan
 from jaxadapt.models.carriers import carrier
-from tests.reference.record_bitsandbytes import RECORDED
 from tests.support import peft_harness as harness
 from tests.support.twins import llama
 
@@ -169,33 +166,3 @@ def test_trains_saves_and_merges_as_peft_does_on_the_dense_base(name, tmp_path):
 
 
 # ---- bitsandbytes ----------------------------------------------------------------------------------------
-
-
-@functools.cache
-def recorded() -> dict[str, np.ndarray]:
-    return load_file(RECORDED)
-
-
-def test_nf4_is_bitsandbytes_to_the_bit():
-    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "nf4")
-    np.testing.assert_array_equal(np.ravel(q.codes), found["nf4.codes"].ravel())
-    np.testing.assert_array_equal(np.ravel(q.absmax), found["nf4.absmax"])
-    np.testing.assert_array_equal(q.dense(), found["nf4.dense"])
-
-
-def test_int8_is_bitsandbytes():
-    """Its last product is taken in another order: one rounding in float32."""
-    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "int8")
-    np.testing.assert_array_equal(q.codes, found["int8.codes"])
-    np.testing.assert_array_equal(np.ravel(q.absmax), found["int8.absmax"])
-    np.testing.assert_allclose(q.dense(), found["int8.dense"], rtol=2e-7)
-
-
-def test_nf4_in_torch():
-    """The formula of the paper, in torch: the nearest of the levels, times the largest magnitude."""
-    w = torch.from_numpy(recorded()["weight"]).reshape(-1, 64)
-    most = w.abs().amax(1, keepdim=True)
-    levels = torch.tensor(quantized.NF4)
-    expected = levels[((w / most)[..., None] - levels).abs().argmin(-1)] * most
-    q = quantized.quantize_weight(recorded()["weight"], "nf4")
-    np.testing.assert_allclose(np.ravel(q.dense()), expected.ravel(), rtol=1e-6)

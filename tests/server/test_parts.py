@@ -21,7 +21,7 @@ from jaxadapt.server import app
 from jaxadapt.server.base import open_base, scan
 from jaxadapt.server.engine import Engine, Job, Metrics, Piece
 from jaxadapt.server.protocol import RequestError, TextStream
-from jaxadapt.serving.generation import GREEDY
+from jaxadapt.serving import Sampling
 from tests.server.conftest import CONFIG, write_base
 
 
@@ -104,7 +104,7 @@ def submit(
             if piece.final:
                 ended.set()
 
-        engine.submit([Job(prompt, name, GREEDY, count, [], emit)])
+        engine.submit([Job(prompt, name, Sampling(), count, [], emit)])
         made.append((pieces, ended))
     return made
 

@@ -79,7 +79,8 @@ def test_logits_with_a_cache_are_those_without(api: str, scan: bool) -> None:
 
 
 @pytest.mark.peft
-def test_answers_are_those_of_transformers() -> None:
+@pytest.mark.parametrize(("api", "scan"), [("nnx", True), ("linen", False)])
+def test_answers_are_those_of_transformers(api: str, scan: bool) -> None:
     """Five prompts in two rows: some wait, and a row's earlier tokens do not remain."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY.to_hf())).eval()
@@ -93,12 +94,11 @@ def test_answers_are_those_of_transformers() -> None:
         want.append(answer[0, len(prompt) :].tolist())
     stop = want[0][3]
     stopped = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in want]
-    for api, scan in (("nnx", True), ("linen", False)):
-        decoder = make(api, scan, rows=2, length=32)
-        assert decoder.generate(PROMPTS, max_tokens=8) == want
-        assert decoder.generate(PROMPTS, max_tokens=8, stop=[stop]) == stopped
-        assert decoder.buckets == [16, 32]
-        assert decoder.compiled() == 3  # two buckets and the step, for ten requests
+    decoder = make(api, scan, rows=2, length=32)
+    assert decoder.generate(PROMPTS, max_tokens=8) == want
+    assert decoder.generate(PROMPTS, max_tokens=8, stop=[stop]) == stopped
+    assert decoder.buckets == [16, 32]
+    assert decoder.compiled() == 3  # two buckets and the step, for ten requests
 
 
 @pytest.mark.peft
@@ -151,7 +151,7 @@ def test_scores_are_those_of_the_logits_and_change_no_token() -> None:
     assert same == token
     assert scores is not None
     assert next_scores is not None
-    logits = np.asarray(llama_nnx.to_nnx(TINY, WEIGHTS)(jnp.asarray([PROMPTS[1]])))[0].astype("f8")
+    logits = np.asarray(call(llama_nnx.to_nnx(TINY, WEIGHTS), jnp.asarray([PROMPTS[1]])))[0].astype("f8")
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     following = [*PROMPTS[1][1:], token]
     np.testing.assert_allclose(scores.logprobs, want[np.arange(17), following], atol=1e-5, rtol=0)  # float32

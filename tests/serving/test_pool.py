@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import threading
 import time
@@ -51,6 +52,18 @@ def make(folders, slots=4, **options) -> serving.AdapterPool:
 
 def marks(pool, ids) -> list[float]:
     return pool.select(ids).arrays[0]["lora_A"][:, 0, 0].tolist()
+
+
+def on_reading(monkeypatch, call) -> None:
+    """Call a function with the name of each adapter whose weights are opened, before they are."""
+    original = os.open
+
+    def opening(path, *args, **options):
+        if str(path).endswith("adapter_model.safetensors"):
+            call(Path(path).parent.name)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", opening)
 
 
 def test_rows_get_their_adapters_and_the_base(folders):
@@ -108,14 +121,7 @@ def test_a_lease_waits_for_another_to_end(folders, monkeypatch):
 def test_two_leases_that_hold_a_part_of_their_slots_cannot_block_each_other(folders, monkeypatch):
     """Both batches need both slots, and have loaded one adapter when they load the other."""
     pool, found, both = make(folders, slots=3), {}, threading.Barrier(2)
-    original = serving.AdapterPool._read
-
-    def read(self, version):
-        if version.name in ("a1", "a3"):
-            both.wait(120)
-        return original(self, version)
-
-    monkeypatch.setattr(serving.AdapterPool, "_read", read)
+    on_reading(monkeypatch, lambda name: both.wait(120) if name in ("a1", "a3") else None)
 
     def batch(names: list[str]) -> None:
         with pool.lease(names, wait=120) as ids:
@@ -237,8 +243,7 @@ def test_host_memory_keeps_to_its_budget_and_saves_reading(folders, monkeypatch)
     bank = serving.create(small.base(), LORA, slots=2)
     pool = serving.AdapterPool(bank, small.base(), folders, host_bytes=2 * bank.layout.slot_bytes)
     read = []
-    original = serving.AdapterPool._read
-    monkeypatch.setattr(serving.AdapterPool, "_read", lambda self, v: read.append(v.name) or original(self, v))
+    on_reading(monkeypatch, read.append)
     for future in pool.prefetch(["a0", "a1"]).values():
         future.result(30)
     for name in ("a0", "a1", "a0", "a2", "a1"):

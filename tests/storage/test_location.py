@@ -185,6 +185,12 @@ def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
 # ---------------------------------------------------------------- reading no more than is needed
 
 
+def use_blocks(monkeypatch: pytest.MonkeyPatch, size: int, head: int | None = None) -> None:
+    """Fetch blocks of so many bytes, and as many when an object is opened."""
+    for name, count in (("_HEAD", head or size), ("_BLOCK", size)):
+        monkeypatch.setattr(location, name, count)
+
+
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The ranges that are asked for in memory://, in blocks of 4000 bytes."""
@@ -199,8 +205,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return cat(self, path, start, end, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    monkeypatch.setattr(location, "_HEAD", 4000)
-    monkeypatch.setattr(location, "_BLOCK", 4000)
+    use_blocks(monkeypatch, 4000)
     return asked
 
 
@@ -243,7 +248,7 @@ def test_each_device_gets_its_part_and_no_byte_is_read_twice(requests: list[tupl
 
 
 def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(location, "_BLOCK", 100_000)
+    use_blocks(monkeypatch, 100_000, head=4000)
     value = np.arange(24_000, dtype="f4").reshape(-1, 10)
     safetensors.write(f"memory://threads/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
     with safetensors.open_tensors(f"memory://threads/{WEIGHTS}") as held:

@@ -49,11 +49,7 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
 def test_contiguous_parts(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int]], size: int) -> None:
     shape, _, order = case
     array = np.arange(np.prod(shape, dtype=int), dtype="u2").reshape(shape).transpose(order)
-    before, strided._PART = strided._PART, size
-    try:
-        parts = list(strided.contiguous_parts(array))
-    finally:
-        strided._PART = before
+    parts = list(strided.contiguous_parts(array, size))
     assert b"".join(parts) == array.tobytes()
     copies = [part for part in parts if not np.shares_memory(np.frombuffer(part, "u1"), array)]
     assert all(len(part) <= max(size, array.itemsize) for part in copies)

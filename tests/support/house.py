@@ -22,7 +22,7 @@ Graph = Mapping[str, set[str]]
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
 # Packages whose tests are about their modules: functions on plain values, tables, bytes.
-PURE = ("adapters", "arrays", "configs", "core", "keymaps", "methods", "storage")
+PURE = ("adapters", "analysis", "arrays", "configs", "core", "keymaps", "merging", "methods", "storage")
 
 
 def statements(tree: ast.AST) -> list[ast.stmt]:
@@ -181,15 +181,11 @@ def walk(package: Path, call: Callable[[], Any]) -> Walk:
 
 
 def doors(root: Path) -> set[str]:
-    """The modules that users import: public packages, the command line, and what the documentation imports from."""
-    package = root / "jaxadapt"
-    found = {".".join(path.parent.relative_to(root).parts) for path in package.rglob("__init__.pyi")} | {"jaxadapt.cli"}
-    for path in [
-        root / "README.md",
-        root / "CONTRIBUTING.md",
-        *root.glob("docs/*.md"),
-        *root.glob("notebooks/*.ipynb"),
-    ]:
+    """Public packages, the command line, the demo's models, and the modules that the documentation imports from."""
+    public = [path.parent.relative_to(root).parts for path in (root / "jaxadapt").rglob("__init__.pyi")]
+    found = {".".join(parts) for parts in public} | {"jaxadapt.cli"}
+    found |= {f"jaxadapt.demo.{path.stem}" for path in (root / "jaxadapt" / "demo").glob("*.py")}
+    for path in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("notebooks/*.ipynb")]:
         for home, names in re.findall(r"from (jaxadapt[\w.]*) import ([\w, ]+)", path.read_text(encoding="utf-8")):
             found |= {home, *(f"{home}.{name.strip()}" for name in names.split(","))}
     return found

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import jaxadapt
 from jaxadapt.storage import orbax
@@ -208,8 +209,7 @@ def _die() -> None:
 
 
 def _die_at(moment: str, folder: Path) -> None:
-    from jaxadapt.persistence import save_adapter
-    from jaxadapt.storage import atomic, sharded_write
+    from jaxadapt.storage import sharded_write
 
     if moment == "begin":
         _die()
@@ -224,7 +224,7 @@ def _die_at(moment: str, folder: Path) -> None:
         threading.Thread(target=watch, daemon=True).start()
         return
     say, write, manager = sharded_write.Group._publish, sharded_write.write_at, jaxadapt.CheckpointManager
-    gather = save_adapter.multihost_utils.process_allgather
+    gather = multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
         if name == moment:
@@ -250,9 +250,9 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             return gather(*args, **more)
 
-        save_adapter.multihost_utils.process_allgather = dying_gather
+        multihost_utils.process_allgather = dying_gather
     elif moment == "commit":
-        atomic._rename_all = lambda *_: _die()
+        Path.replace = lambda *_: _die()
     elif moment == "prune":
         manager._prune = lambda _: _die()
 

@@ -20,11 +20,13 @@ CI = {
     "tests/arrays/test_quantized.py::test_over_devices_adapters_lie_as_on_the_dense_base": "^linen-int8-layout2",
     "tests/demo/test_demo.py::test_a_trainer_lowers_the_loss_and_leaves_the_base": "^(nnx-lora|linen-ia3)$",
     "tests/demo/test_demo.py::test_what_a_trainer_saves_either_api_loads": "^(nnx-ia3|linen-prompt_tuning)$",
+    "tests/demo/test_demo_model.py::test_gradients_agree_between_apis": "scan",
+    "tests/demo/test_demo_model.py::test_logits_equal_transformers": "^untied$",
     "tests/demo/test_demo_model.py::test_both_apis_make_the_same_leaves": "^(tied-{}|untied-.*1, 'remat.*)$",
-    "tests/adapters/test_sharding.py::test_explicit_meshes": "^(8-fsdp|2x2x2-both)$",
-    "tests/adapters/test_sharding.py::test_no_collective_that_hand_written_lora_lacks": "^layout[024]",
+    "tests/adapters/test_sharding.py::test_explicit_meshes": "^2x2x2-both$",
+    "tests/adapters/test_sharding.py::test_no_collective_that_hand_written_lora_lacks": "^layout[04]",
     "tests/adapters/test_sharding.py::test_no_collective_that_hand_written_lora_lacks_on_an_explicit_mesh": (
-        "^(8-fsdp|4x2-both)$"
+        "^4x2-both$"
     ),
     "tests/analysis/test_norms.py::test_a_picture_of_any_shape_is_whole": (
         "^(trained-(deep|one cell)|fresh-(wide|one row))$"
@@ -74,7 +76,7 @@ CI = {
     ),
     "tests/methods/test_conformance_peft.py::test_scanned_layers_give_pefts_logits": "^(LORA|VERA)-0-0$",
     "tests/methods/test_other_kinds.py::test_pefts_file_gives_pefts_outputs_and_gradients": (
-        "^(ADALORA conv2d|HIRA embedding|LOHA conv2d effective|LOKR conv1d full)$"
+        "^(ADALORA conv2d|HIRA embedding|LOKR conv1d full)$"
     ),
     "tests/methods/test_loha.py::test_a_convolution_has_pefts_tensors_and_weight": (
         "^(window0.*plain|window3.*effective)$"
@@ -83,7 +85,7 @@ CI = {
     "tests/methods/test_lora_and_ia3.py::test_the_output_is_that_of_the_effective_weight": (
         "^(LORA0|IA31)-.*-straight$|^(LORA1|IA30)-.*-transposed$"
     ),
-    "tests/persistence/test_sharded_files.py::test_orbax_from_every_layout_to_every_other": ("^(2x2x2-both|8-fsdp)$"),
+    "tests/persistence/test_sharded_files.py::test_orbax_from_every_layout_to_every_other": "^2x2x2-both$",
     "tests/reference/test_layer_choices.py::test_training_is_the_unrolled_models_and_leaves_the_rest_alone": (
         "^everything$"
     ),
@@ -117,6 +119,7 @@ CI = {
     "tests/serving/test_bank.py::test_each_row_is_as_with_its_adapter_alone": "^(nnx-True|linen-False)$",
     "tests/serving/test_bank.py::test_nothing_is_compiled_again": "^(nnx-False|linen-True)$",
     "tests/serving/test_bank.py::test_on_eight_devices_the_arrays_are_sharded_as_the_base": "^True$",
+    "tests/serving/test_generation.py::test_answers_are_those_of_transformers": "^nnx",
     "tests/serving/test_generation.py::test_each_row_has_its_own_adapter": "^linen$",
     "tests/serving/test_mixed_peft.py::test_a_mixed_batch_is_as_in_peft": "^(nnx-1|linen-0)$",
     "tests/serving/test_selection.py::test_fused_parts_have_the_adapters_of_their_rows": "0$",
@@ -139,7 +142,8 @@ CI = {
     "tests/models/test_layer_choices.py::test_every_layer_part_and_expert_gets_its_own_change": "^dora-1$",
     "tests/models/test_layer_choices.py::test_shards_and_jit_give_the_same_tensors": "^dora$",
     "tests/models/test_layer_choices.py::test_training_keeps_unused_entries_at_zero": "^ranks$",
-    "tests/models/test_linen_gemma.py::test_fused_parts": "^(LORA-targets[02]|IA3-targets1)$",
+    "tests/models/test_linen_gemma.py::test_adapts_equals_merged_and_costs_what_hand_written_costs": "^attention",
+    "tests/models/test_linen_gemma.py::test_fused_parts": "^(LORA-targets2|IA3-targets1)$",
     "tests/models/test_linen_wrapper.py::test_init_on_parameters_gives_the_specs_of_the_wrapper": "^1$",
     "tests/models/test_linen_wrapper.py::test_no_gradient_of_a_frozen_weight": "^(mha|scan0_remat)$",
     "tests/models/test_nnx.py::test_dropout_in_stacked_layers": "^1$",
@@ -187,7 +191,7 @@ CI = {
     "tests/training/test_checkpoint_tunix.py::test_resuming_inside_tunix": "^2$",
     "tests/training/test_optim.py::test_gradients_are_pefts": "^False$",
     "tests/training/test_optim.py::test_lora_fa_takes_pefts_steps": "^scan$",
-    "tests/training/test_optim.py::test_lora_plus_takes_pefts_steps": "^(nnx|linen)$",
+    "tests/training/test_optim.py::test_lora_plus_takes_pefts_steps": "^nnx$",
     "tests/models/test_nnx_custom.py::test_tunix": "^qwen3$",
     "tests/models/foreign/test_real.py::test_they_compute_what_peft_computes": "^(?!tunix-gemma3$)",
     "tests/models/foreign/test_real.py::test_peft_computes_what_they_compute": "^(?!tunix-gemma3$)",
@@ -232,8 +236,8 @@ CI = {
 }
 
 
-# Of these tests, CI runs a third of the methods each: every test meets about ten methods, and every method several of
-# the tests.
+# Of these tests, CI runs a quarter of the methods each: every test meets about eight methods, and every method several
+# of the tests.
 SHARED_OUT = (
     "tests/methods/test_conformance.py::test_transformations_of_jax",
     "tests/methods/test_conformance.py::test_parts_of_a_fused_weight_are_modules_of_their_own",
@@ -241,14 +245,14 @@ SHARED_OUT = (
     "tests/methods/test_conformance.py::test_stacked_layers_are_the_layers_one_by_one",
     "tests/methods/test_conformance.py::test_eight_devices",
     "tests/methods/test_conformance.py::test_every_layout_gives_the_same_weight_from_the_same_file",
-    "tests/methods/test_conformance_peft.py::test_the_variables_of_an_nnx_model_have_pefts_gradients",
+    "tests/methods/test_conformance_peft.py::test_pefts_file_gives_pefts_logits_and_gradients",
     "tests/methods/test_conformance_peft.py::test_redundant_tensors_may_be_missing",
     "tests/methods/test_bias.py::test_the_biases_of_adapted_modules_are_trained_and_saved_as_peft_does",
     "tests/methods/test_tools.py::test_everything_around_a_method",
     "tests/methods/test_conformance.py::test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so",
 )
-# The first of these tests compares a method's gradients with PEFT's in NNX, the second in Linen. CI runs the second for
-# the methods that it leaves out of the first.
+# The first of these tests compares a method's logits and gradients with PEFT's in NNX, the second in Linen, which takes
+# twice as long. CI runs the first for the methods that it leaves out of the second.
 NNX_GRADIENTS = "tests/methods/test_conformance_peft.py::test_the_variables_of_an_nnx_model_have_pefts_gradients"
 LINEN_GRADIENTS = "tests/methods/test_conformance_peft.py::test_pefts_file_gives_pefts_logits_and_gradients"
 # Of the cases of these long tests, CI runs a third.
@@ -265,6 +269,7 @@ THIRDS = (
     "tests/models/test_tracing.py::test_einsum",
     "tests/models/foreign/test_product.py::test_there_and_back",
     "tests/models/test_layer_registry.py::test_nnx",
+    "tests/models/test_nnx_registry.py::test_equals_the_effective_weight",
 )
 
 EVERY_TYPE = (
@@ -292,8 +297,8 @@ def is_long(nodeid: str) -> bool:
         return True
     if name in THIRDS:
         return zlib.crc32(case.encode()) % 3 != 0
-    if name == LINEN_GRADIENTS:
-        return not is_long(f"{NNX_GRADIENTS}[{case}]")
+    if name == NNX_GRADIENTS:
+        return not is_long(f"{LINEN_GRADIENTS}[{case}]")
     if name not in SHARED_OUT:
         return False
-    return (zlib.crc32(case.partition("-")[0].encode()) + SHARED_OUT.index(name)) % 3 != 0
+    return (zlib.crc32(case.partition("-")[0].encode()) + SHARED_OUT.index(name)) % 4 != 0

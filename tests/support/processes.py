@@ -147,8 +147,9 @@ def watching(stem: Path) -> Any:
 
 def save_and_load(folder: Path, argument: str) -> None:
     """Saved on each layout, by all and through process 0, loaded on another."""
+    from jax.experimental import multihost_utils
+
     import jaxadapt
-    from jaxadapt.persistence import save_adapter
     from tests.support import meshes
 
     def never(*_: Any, **__: Any) -> Any:
@@ -157,7 +158,7 @@ def save_and_load(folder: Path, argument: str) -> None:
     for number, layout in enumerate(meshes.LAYOUTS):
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
-        with mock.patch.object(save_adapter.multihost_utils, "process_allgather", never):
+        with mock.patch.object(multihost_utils, "process_allgather", never):
             jaxadapt.save(
                 mine,
                 jaxadapt.MultihostFolder(folder / f"{number}-all", timeout=PATIENCE),

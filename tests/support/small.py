@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.persistence.formats import peft_folder
 
 LORA = jaxadapt.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"])
 IA3 = jaxadapt.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"])
@@ -88,6 +90,12 @@ def host_adapter(r: int = 2, fill: float = 1.0, width: int = 8) -> jaxadapt.Adap
         for name in ("q_proj", "up_proj")
     }
     return jaxadapt.Adapter(jaxadapt.LoraConfig(r=r, target_modules=["q_proj", "up_proj"]), sites)
+
+
+def save_without_end(adapter: jaxadapt.Adapter, folder: Path) -> None:
+    """Save over an adapter, and leave the digest of the JSON that was replaced, as a save that is killed then."""
+    with mock.patch.object(peft_folder, "_blank_digest"):
+        jaxadapt.save(adapter, folder)
 
 
 def files(folder: Path) -> dict[str, bytes]:

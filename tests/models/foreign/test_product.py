@@ -16,12 +16,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, RECORDED, SPECIMENS, recorded
+from tests.support.configs import value_of
 
 NAMES = (*(d.name for d in DIALECTS.values() if not d.slots), "qwix/flat")
 ONE = {s.table: s.name for s in SPECIMENS if (RECORDED / f"{s.name}.json").exists() and s.lora["target_modules"]}
@@ -35,8 +35,8 @@ def products(folder: Path) -> dict[str, np.ndarray]:
     for key, a in held.tensors.items():
         if key.endswith("lora_A.weight"):
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            r = find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
-            alpha = find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            r = value_of(config.get("rank_pattern"), module, config.get("r"))
+            alpha = value_of(config.get("alpha_pattern"), module, config.get("lora_alpha"))
             out[module] = alpha / r * held.tensors[key.replace("lora_A", "lora_B")] @ a
     return out
 

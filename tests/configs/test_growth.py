@@ -11,7 +11,6 @@ import pytest
 
 from jaxadapt import ConfigError, LoraConfig
 from jaxadapt.adapters import selection
-from jaxadapt.arrays import pattern
 from jaxadapt.configs import matching
 from jaxadapt.configs.frozen import find_pattern_value
 
@@ -129,25 +128,6 @@ def test_a_number_of_more_digits_than_python_converts_is_no_layer():
     config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
     assert matching.is_target(config, "model.layers.1.q")
     assert not matching.is_target(config, f"model.layers.{'1' * 5000}.q")
-
-
-def test_the_axes_of_a_pattern():
-    """Counted, not sought for one by one (in C, where nothing here counts)."""
-    asked = 0
-
-    class Axis(str):
-        __slots__ = ()
-
-        def __eq__(self, other: object) -> bool:
-            nonlocal asked
-            asked += 1
-            return str.__eq__(self, other)
-
-        __hash__ = str.__hash__
-
-    assert pattern.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
-    assert asked < 10_000
-    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
 
 
 def test_layers_by_the_billion_are_refused():
