@@ -146,7 +146,7 @@ def contiguous_parts(array: np.ndarray, most: int = _PART) -> Iterator[memoryvie
         return
     count = max(1, most * len(array) // array.nbytes)
     for start in range(0, len(array), count):
-        yield from contiguous_parts(array[start : start + count] if count > 1 else array[start])
+        yield from contiguous_parts(array[start : start + count] if count > 1 else array[start], most)
 
 
 # ---------------------------------------------------------------- dtypes

@@ -46,6 +46,10 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     """The adapter as PEFT would have written it, from the names our table gives its tensors."""
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
-    made = jaxadapt.to_peft(jaxadapt.init(tree, config, keymap=specimen.table))
-    tensors = {key: adapter_values(key, x.shape) for key, x in made.tensors.items()}
+
+    def file(key: jax.Array) -> dict[str, jax.Array]:
+        return dict(jaxadapt.to_peft(jaxadapt.init(tree, config, key=key, keymap=specimen.table)).tensors)
+
+    made = jax.eval_shape(file, jax.random.key(0))
+    tensors = {key: adapter_values(key, x.shape) for key, x in made.items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
