@@ -20,7 +20,6 @@ import jaxadapt
 from jaxadapt import AttachError, methods
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import all_tensors
-from jaxadapt.configs.base import loads
 from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen, llama_nnx
 from tests.support.configs import class_of
@@ -220,7 +219,7 @@ def test_peft_opens_our_files(peft_type: str, i: int, tmp_path: Any):
     assert {k: (v.shape, v.dtype) for k, v in ours.tensors.items()} == {
         k: (v.shape, v.dtype) for k, v in again.tensors.items()
     }
-    written, back = (loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "again"))
+    written, back = (jaxadapt.read_config(tmp_path / name) for name in ("ours", "again"))
     for key, value in back.to_dict().items():
         if key not in ("base_model_name_or_path", "auto_mapping", "peft_version"):
             assert written.to_dict()[key] == value or key == "target_modules", key

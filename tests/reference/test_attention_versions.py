@@ -13,12 +13,12 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import jaxadapt
-from jaxadapt.configs.base import PEFT_VERSION
 from tests.reference.test_attention import TABLE, leaves, peft_net
 from tests.support import peft_harness as harness
 from tests.support.twins import trees
 
 pytestmark = pytest.mark.peft
+PEFT_VERSION = jaxadapt.LoraConfig().peft_version
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ import jaxadapt
 from jaxadapt import Config, MismatchError
 from jaxadapt.analysis import diff, norms
 from jaxadapt.cli import main
-from jaxadapt.configs.base import loads
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
 
@@ -213,8 +212,9 @@ def test_a_grouped_convolution_is_compared_by_its_tensors():
 
 
 @pytest.mark.parametrize("method", ["P_TUNING", "LN_TUNING", "PREFIX_TUNING", "LORA"])
-def test_a_configuration_that_is_nested_deeply_is_an_error(method):
+def test_a_configuration_that_is_nested_deeply_is_an_error(method, tmp_path):
     deep = "[" * 500 + "]" * 500
     for field in ("unknown", "target_modules", "encoder_hidden_size", "auto_mapping"):
+        (tmp_path / CONFIG).write_text(f'{{"peft_type": "{method}", "{field}": {deep}}}')
         with pytest.raises(jaxadapt.ConfigError, match="nested too deeply"):
-            loads(f'{{"peft_type": "{method}", "{field}": {deep}}}')
+            jaxadapt.read_config(tmp_path / CONFIG)
