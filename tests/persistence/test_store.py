@@ -370,7 +370,7 @@ def test_modules_are_those_the_configuration_targets(tmp_path):
     tensors = {f"{PREFIX}m.layer.3.{m}.lora_{x}.weight": np.ones((2, 2), "f4") for m in "qk" for x in "AB"}
     save_file({**tensors, f"{PREFIX}classifier.weight": np.ones((2, 2), "f4")}, tmp_path / WEIGHTS)
     (tmp_path / CONFIG).write_text(config.to_json())
-    assert list(jaxadapt.inspect(tmp_path).modules) == ["m.layer.3.q"]
+    assert list(jaxadapt.inspect(tmp_path).modules) == ["q"]
 
 
 def test_read_config_takes_folders_files_and_folders_without_weights(tmp_path):
