@@ -135,29 +135,34 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
         yield held.map_adapters(lambda name, adapter: _multiply(name, adapter, factor), names)
         return
     present = walk.adapters
-    chosen = held.active() if name is None else [name]
-    if not chosen or not present.keys() >= set(chosen):
-        raise AttachError(
-            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
-            f" {sorted(present) or 'none'}"
-        )
-    before = {each: {path: var.get_value() for path, var in present[each].items()} for each in chosen}
-    scaled = {each: _multiply(each, held.extract(each), factor) for each in chosen}
+    chosen = _chosen(held.active(), present, name)
+    variables = {f"{each}: {path}": var for each in chosen for path, var in present[each].items()}
+    before = {path: var.get_value() for path, var in variables.items()}
+    products = {each: _multiply(each, held.extract(each), factor) for each in chosen}
+    scaled = {f"{each}: {path}": x for each, by_path in products.items() for path, x in by_path.items()}
     try:
-        for each in chosen:
-            graph.set_values(present[each], scaled[each])
+        graph.set_values(variables, scaled)
         yield model
-        values = [(each, path, var.get_value()) for each in chosen for path, var in present[each].items()]
-        changed = [f"{each}: {path}" for each, path, x in values if _values_differ(x, scaled[each][path])]
+        changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled[path])]
     finally:
-        for each in chosen:
-            graph.set_values(present[each], before[each])
+        graph.set_values(variables, before)
     raise_listed(
         AttachError,
         "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
         " were discarded. Train outside the context:",
         changed,
     )
+
+
+def _chosen(active: list[str], present: Mapping[str, Any], name: str | None) -> list[str]:
+    """Return the names of the adapters to rescale; raise `AttachError` if there are none."""
+    chosen = active if name is None else [name]
+    if not chosen or not present.keys() >= set(chosen):
+        raise AttachError(
+            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
+            f" {sorted(present) or 'none'}"
+        )
+    return chosen
 
 
 def _multiply(name: str, adapter: Adapter, factor: Any) -> dict[str, Any]:
@@ -227,14 +232,7 @@ def invoke(
     ...     (net(ids) != before).any(-1).tolist()
     [[False, True, True, True]]
     """
-    given = {name: jnp.asarray(x) for name, x in (("tokens", tokens), ("task_ids", task_ids)) if x is not None}
-    given |= {"prefilled": jnp.ones((), bool)} if prefilled else {}
-    given |= {} if noise is None else {"noise": jax.random.key_data(noise)}
-    ids = given.get("tokens")
-    if ids is not None and (ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer))):
-        raise AttachError(
-            f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
-        )
+    given = _given_data(tokens, task_ids, prefilled, noise)
     held = carrier(model)
     if isinstance(held, Wrapper):
         data = _call_data({name: config for name, config in model.adapters if name in model.active}, given)
@@ -254,6 +252,19 @@ def invoke(
     finally:
         for tensors, key in extended:
             del tensors[key]
+
+
+def _given_data(tokens: Any, task_ids: Any, prefilled: bool, noise: Any) -> dict[str, Array]:
+    """Return the arguments of `invoke` that are given, as arrays; refuse tokens of another shape or dtype."""
+    given = {name: jnp.asarray(x) for name, x in (("tokens", tokens), ("task_ids", task_ids)) if x is not None}
+    given |= {"prefilled": jnp.ones((), bool)} if prefilled else {}
+    given |= {} if noise is None else {"noise": jax.random.key_data(noise)}
+    ids = given.get("tokens")
+    if ids is not None and (ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer))):
+        raise AttachError(
+            f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
+        )
+    return given
 
 
 def _places(

@@ -118,19 +118,23 @@ def spell_contraction(
     if roles is None:
         return None
     reads, writes = roles
-    view = [layout.spell(group) for group in layout.groups]
+    view = list(map(layout.spell, layout.groups))
     w_axis_of = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
     fresh = iter(LETTERS[len(layout.sizes) :])
     own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in w_axis_of}
     x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else view[w_axis_of[i]])]
     free_w = [pair for i, pairs in enumerate(view) if i not in (*summed_w, *shared_w) for pair in pairs]
-    free_x = [pair for pairs in own.values() for pair in pairs]
+    free_x = [pair for (pair,) in own.values()]
     # dot_general's result: batch axes, then the free axes of the left operand, then those of the right
     y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
     x += layout.spell((*reads, *axes.batch_axes), unit=True)
     y += layout.spell((*writes, *axes.batch_axes), unit=True)
-    spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)
-    return spelled, [n for _, n in x], [n for _, n in y]
+    (x_letters, x_sizes), (y_letters, y_sizes) = map(_unzip, (x, y))
+    return Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes), x_sizes, y_sizes
+
+
+def _unzip(axes: list[tuple[str, int]]) -> tuple[str, list[int]]:
+    return "".join(letter for letter, _ in axes), [size for _, size in axes]
 
 
 def _matching_roles(

@@ -6,6 +6,7 @@ The inverse of a keymap: from PyTorch's module names to the base leaves. Uses on
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,7 @@ from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
-from jaxadapt.models.foreign.dialect import RANK, Dialect, layouts
+from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes
 from jaxadapt.models.foreign.survey import hinted_sizes
 
@@ -40,29 +41,34 @@ def find_adapted_leaves(
 
     Raises one `KeyMapError` with every module that no entry, or several entries, match.
     """
-    modules_of: dict[str, dict[str, Mapping[str, str]]] = {}
-    for module in modules:
-        for w in keymap.weights:
-            texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
-            if texts is not None and _weight_exists(keymap, w, texts, leaves):
-                modules_of.setdefault(w.fill_leaf(texts), {})[module] = texts
-    # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
-    for leaf, axis_names in list(modules_of.items()):
-        if len({(modules[m][0][1], modules[m][1][0]) for m in axis_names}) > 1:
-            del modules_of[leaf]
-    problems: list[str] = []
-    for module in modules:
-        hits = [leaf for leaf, axis_names in modules_of.items() if module in axis_names]
-        if len(hits) != 1:
-            problems.append(f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches")
+    modules_of = _group_modules(keymap, modules, leaves)
+    problems = [
+        f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches"
+        for module in modules
+        if len(hits := [leaf for leaf, axis_names in modules_of.items() if module in axis_names]) != 1
+    ]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
         problems,
         "\nIf several leaves match, pass a file of the target's shapes (--like)",
     )
-    matches = {leaf: keymap.match(leaf) for leaf in modules_of}
-    return tuple(AdaptedLeaf(match, modules_of[leaf]) for leaf, match in matches.items() if match is not None)
+    matches = ((keymap.match(leaf), texts) for leaf, texts in modules_of.items())
+    return tuple(AdaptedLeaf(match, texts) for match, texts in matches if match is not None)
+
+
+def _group_modules(
+    keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Mapping[str, Shape] | None
+) -> dict[str, dict[str, Mapping[str, str]]]:
+    """Return `{base leaf: {module: the names of its braced axes}}` of the entries that may have these modules."""
+    modules_of: dict[str, dict[str, Mapping[str, str]]] = {}
+    for module, w in itertools.product(modules, keymap.weights):
+        texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
+        if texts is not None and _weight_exists(keymap, w, texts, leaves):
+            modules_of.setdefault(w.fill_leaf(texts), {})[module] = texts
+    # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
+    sizes = {leaf: {(modules[m][0][1], modules[m][1][0]) for m in texts} for leaf, texts in modules_of.items()}
+    return {leaf: texts for leaf, texts in modules_of.items() if len(sizes[leaf]) == 1}
 
 
 def _weight_exists(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
@@ -99,38 +105,43 @@ def blank_arrays(
     if lora_paths is None:
         raise KeyMapError(f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no path for it")
     path_a, path_b, pair = lora_paths
-    choices = layouts(pair, weight, dialect.shares)
-    if dialect.heads == "shared" and head_axes(weight, True):
-        *rest, last = weight.left
-        choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
-    elif dialect.heads == "own":
-        *rest, first, last = ((axis,) for axis in weight.left)
-        choices = [((*rest, first, (RANK,)), (*rest, (RANK,), last))]
+    choices = _possible_layouts(dialect, pair, weight)
     if not choices:
         raise KeyMapError(
             f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no layout for {weight.pattern!r}"
         )
-    if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
-        choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
     totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
     known = dict(plan.axis_sizes(adapted.match, base)) if base is not None else _infer_sizes(adapted, totals, sizes)
     known[RANK] = rank
     # If axes are flattened in another order than in PyTorch, filling the tree needs their sizes and raises an error.
     flat_sizes = {frozenset(axes): size for axes, size in totals.items()}
-    out: dict[str, Shape] = {}
-    for path, dims in zip((path_a, path_b), choices[0], strict=True):
-        shape: list[int] = []
-        for dim in dims:
-            unknown = [n for n in dim if n not in known]
-            if unknown and frozenset(dim) not in flat_sizes:
-                raise KeyMapError(
-                    f"{path}: the size of axis {unknown[0]!r} of {weight.pattern!r} does not follow from the file; pass"
-                    f" it (--axis {unknown[0]}=…), or a file of the target's shapes (--like)"
-                )
-            shape.append(flat_sizes[frozenset(dim)] if unknown else math.prod(known[n] for n in dim))
-        out[path] = tuple(shape)
-    return out
+
+    def size_of(path: str, dim: tuple[str, ...]) -> int:
+        unknown = [n for n in dim if n not in known]
+        if unknown and frozenset(dim) not in flat_sizes:
+            raise KeyMapError(
+                f"{path}: the size of axis {unknown[0]!r} of {weight.pattern!r} does not follow from the file; pass"
+                f" it (--axis {unknown[0]}=…), or a file of the target's shapes (--like)"
+            )
+        return flat_sizes[frozenset(dim)] if unknown else math.prod(known[n] for n in dim)
+
+    both = zip((path_a, path_b), choices[0], strict=True)
+    return {path: tuple(size_of(path, dim) for dim in dims) for path, dims in both}
+
+
+def _possible_layouts(dialect: Dialect, pair: Pair, weight: Weight) -> list[tuple[Dims, Dims]]:
+    """Return the layouts in which a dialect may hold any file's tensors of a weight."""
+    if dialect.heads == "shared" and head_axes(weight, True):
+        *rest, last = weight.left
+        return [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
+    if dialect.heads == "own":
+        *rest, first, last = ((axis,) for axis in weight.left)
+        return [((*rest, first, (RANK,)), (*rest, (RANK,), last))]
+    choices = layouts(pair, weight, dialect.shares)
+    if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
+        return [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
+    return choices
 
 
 def _infer_sizes(
@@ -138,7 +149,7 @@ def _infer_sizes(
 ) -> dict[str, int]:
     weight = adapted.match.weight
     known = {axis: len(weight.index_names(axis) or ()) for axis in weight.roles["fused"]}
-    for axis in (*weight.roles["stack"], *(axis for axis in weight.left if axis == EXPERTS)):
+    for axis in (*weight.roles["stack"], *({EXPERTS} & set(weight.left))):
         known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
     given = hinted_sizes(weight, sizes)
     for axes, total in totals.items():
