@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import layers
+from jaxadapt.models import call
 from jaxadapt.models.attention_calls import with_width
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph, layer, survey
@@ -150,7 +150,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
         if not named or site.method.copies or site.axes.rank != 2 or (known is not None and known.axes == site.axes):
             continue
         shape = [size for axis, size in enumerate(base.shapes[site.leaf]) if axis not in site.match.stack]
-        if (own := transposed_axes(site.axes, [layers.DENSE], shape)) is not None:
+        if (own := transposed_axes(site.axes, [call.DENSE], shape)) is not None:
             reverse.append(f"{site.leaf}: {contradiction_message(site.axes, own)}")
     raise_listed(
         AttachError,

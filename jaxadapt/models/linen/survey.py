@@ -22,8 +22,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models import call, layers
-from jaxadapt.models.layers import Roles
+from jaxadapt.models import call
+from jaxadapt.models.call import Roles
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import lookup, overlay, unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
@@ -162,7 +162,7 @@ class _SurveyInterceptor:
         equation = call.split_input(args, kwargs)[-1] if layer.kernel is not None else None
         self.tracing = True
         try:
-            roles = layers.roles_of(layer.module, layer.method, name, equation)
+            roles = call.roles_of(layer.module, layer.method, name, equation)
             if roles is None:
                 output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
                 if layer.kernel is not None or not uses(output, weights, *args)[name]:

@@ -23,7 +23,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models import call, layers, tracing
+from jaxadapt.models import call, tracing
 from jaxadapt.models.nnx import graph
 
 # ---------------------------------------------------------------- survey
@@ -58,7 +58,7 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
 
     These are `__call__` and the public methods of the class; for Flax's own layers, only `__call__`.
     """
-    if layers.kernel_of(base.__call__) is not None:
+    if call.kernel_of(base.__call__) is not None:
         return {"__call__": base.__call__}
     classes = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
     functions = {name: f for cls in reversed(classes) for name, f in vars(cls).items() if inspect.isfunction(f)}
@@ -162,15 +162,15 @@ _SHAPES: dict[Any, Callable[[Any], Sequence[int]]] = {
     nnx.Einsum.__call__: lambda m: m.kernel_shape,
     nnx.Conv.__call__: lambda m: m.kernel_shape,
 }
-"""The shapes without stacked layers of the weights whose roles `layers.roles_of` knows."""
+"""The shapes without stacked layers of the weights whose roles `call.roles_of` knows."""
 
 
-def kernel_roles(module: nnx.Module, attr: str) -> layers.Roles | None:
+def kernel_roles(module: nnx.Module, attr: str) -> call.Roles | None:
     """Return the roles of a weight if its layer class is one of Flax's own, else None.
 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
-    return layers.roles_of(module, base_class(module).__call__, attr)
+    return call.roles_of(module, base_class(module).__call__, attr)
 
 
 def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
@@ -196,7 +196,7 @@ def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, grap
 def describe_use(module: nnx.Module) -> str:
     """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
     base = base_class(module).__name__
-    return f"{base}'s own call" if layers.kernel_of(base_class(module).__call__) is not None else f"traced {base}"
+    return f"{base}'s own call" if call.kernel_of(base_class(module).__call__) is not None else f"traced {base}"
 
 
 # ---------------------------------------------------------------- the model's leaves
@@ -310,7 +310,7 @@ def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> l
     owned = [(leaf, *owners[leaf]) for leaf in leaves]
     matrices = [(leaf, m, attr) for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2]
     # The roles of a kernel are known from its class, even those that no adapter can follow.
-    traced = [x for x in matrices if x[2] != "kernel" or base_class(x[1]).__call__ not in layers.KERNELS]
+    traced = [x for x in matrices if x[2] != "kernel" or base_class(x[1]).__call__ not in call.KERNELS]
     return [leaf for leaf, module, attr in traced if kernel_roles(module, attr) is None]
 
 
