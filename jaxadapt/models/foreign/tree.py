@@ -317,6 +317,11 @@ class ForeignTree:
         """`{path: shape}` of the LoRA leaves."""
         return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
 
+    @property
+    def claimed(self) -> dict[str, list[tuple[str, str, int]]]:
+        """`{base leaf: [(path of A, path of B, number of the pair)]}`."""
+        return self.dialect.claim(self.leaves)
+
 
 def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> ForeignTree | None:
     """Return the foreign tree in a tree; None if it has no LoRA leaves of a known dialect.
@@ -371,18 +376,17 @@ def describe_unknown(tree: Any) -> str:
 
 def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
     """Bind the tree's LoRA leaves to a keymap (default: the recognised family), in the spelling of a file's `keys`."""
-    leaves = foreign_tree.dialect.claim(foreign_tree.leaves)
+    leaves = foreign_tree.claimed
     bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
         [key.removeprefix(PEFT_PREFIX) for key in keys], leaves
     )
     if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
     if isinstance(foreign_tree.given.tree, nnx.Module):
-        claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
         owners = graph.walk_model(foreign_tree.given.tree).leaves
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
         entries = nnx_survey.class_entries(owners, shapes, bound_keymap)
-        bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
+        bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
     known = survey_sites(
         foreign_tree.dialect,
         bound_keymap,
@@ -397,7 +401,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
 def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> KeyMap:
     if isinstance(keymap, KeyMap) or keymap not in (None, "auto"):
         return families.resolve_keymap(keymap, {})
-    leaves = list(foreign_tree.dialect.claim(foreign_tree.leaves))
+    leaves = list(foreign_tree.claimed)
     if any(leaf in foreign_tree.base for leaf in leaves):
         return families.resolve_keymap(keymap, foreign_tree.base)
     return families.family_of_leaves(leaves)  # the tree has only LoRA leaves
@@ -412,14 +416,14 @@ def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[
 
 def _scales_some(foreign_tree: ForeignTree) -> bool:
     """Return True if the library scales some of the tree's sites and not others, so that each needs its own alpha."""
-    claimed = foreign_tree.dialect.claim(foreign_tree.leaves).values()
-    return any(foreign_tree.dialect.pairs[number].unscaled for ((_, _, number), *_) in claimed)
+    pairs = foreign_tree.dialect.pairs
+    return any(pairs[number].unscaled for ((_, _, number), *_) in foreign_tree.claimed.values())
 
 
 def _with_leaves(foreign_tree: ForeignTree, new: Leaves, alpha: float) -> ForeignTree:
     """Return the tree with leaves of other ranks, and for each site the alpha that keeps its scale."""
     stored: dict[str, float] = {}
-    for leaf, ((a, _, number), *_) in foreign_tree.dialect.claim(foreign_tree.leaves).items():
+    for leaf, ((a, _, number), *_) in foreign_tree.claimed.items():
         old_rank, rank = foreign_tree.leaves[a].shape[-1], new[a].shape[-1]
         stored[leaf] = float(rank) if foreign_tree.dialect.pairs[number].unscaled else alpha * rank / old_rank
     return dataclasses.replace(foreign_tree, leaves=new, stored=stored)

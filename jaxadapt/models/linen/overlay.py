@@ -47,6 +47,7 @@ class Overlay:
         leaves: `{keys: value}` added to the base parameters, or replacing some of them, during the call.
         interceptor: applies the active adapters.
         with_dropout: the names of the active adapters that have dropout.
+        active: the active adapters.
         prompt: the active adapter with virtual tokens, if any.
     """
 
@@ -55,6 +56,7 @@ class Overlay:
     leaves: Mapping[Keys, Any]
     interceptor: Interceptor
     with_dropout: Sequence[str]
+    active: Mapping[str, Adapter]
     prompt: Prompt | None = None
 
     def module_variables(self) -> dict[str, Any]:
@@ -102,8 +104,8 @@ def build_overlay(
     replacing: dict[str, dict[str, Method]] = {}
     with_dropout: dict[str, None] = {}
     prompts: dict[str, Prompt] = {}
-    for order, name in enumerate(active):
-        adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
+    read = {name: _read_adapter(adapters, name, configs[name], keys_by_leaf) for name in active}
+    for order, (name, adapter) in enumerate(read.items()):
         values, of_call = adapter.sites, data.get(name, {})
         if get_method(adapter.config).scope == "model":
             prompts[name] = Prompt(adapter.recipe, adapter.shared, of_call)
@@ -125,7 +127,7 @@ def build_overlay(
             added.append(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
     interceptor = Interceptor(added.sites, _quantized_modules(params), has_stream)
-    return Overlay(base, adapters, added.leaves, interceptor, list(with_dropout), only_one(prompts))
+    return Overlay(base, adapters, added.leaves, interceptor, list(with_dropout), read, only_one(prompts))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import meta
 
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
@@ -385,10 +384,7 @@ class Adapted:
         keys_by_leaf = key_paths(overlay.base["params"])
         base = collections.unbox_tree(overlay.base["params"])
         shapes = {leaf: tuple(collections.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
-        configs = dict(self.adapters)
-        for name in self.active:
-            tree = collections.find_adapters(overlay.adapters)[collection_name(configs[name]), name]
-            adapter = collections.read_adapter(meta.unbox(tree), name)
+        for name, adapter in overlay.active.items():
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             scopes = called() if missing else ()
             used = [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in scopes]
