@@ -30,8 +30,8 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import prompts
 from jaxadapt.models.attention_calls import Findable, is_findable, with_width
 from jaxadapt.models.call import RowLayout, Rows
-from jaxadapt.models.linen import collections, survey
-from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
+from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder, called_scopes, check_reads, survey_module
 from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
 
 # ---------------------------------------------------------------- prompts
@@ -232,7 +232,7 @@ class Adapted:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
         has_prompt = any(get_method(config).scope == "model" for _, config in self.adapters)
         sizes = measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
-        model = survey.survey_module(self.module, rngs, args, kwargs)
+        model = survey_module(self.module, rngs, args, kwargs)
         own = {collection_name(config) for _, config in self.adapters}
         occupied = model.collections & (own | set(map(integers_name, own)))
         if occupied:
@@ -370,8 +370,8 @@ class Adapted:
             return out if mutable is False else out[0]
 
         params = overlay.base["params"]
-        survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
-        self._warn_of_missing(overlay, lambda: survey.called_scopes(run, params))
+        check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
+        self._warn_of_missing(overlay, lambda: called_scopes(run, params))
         if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
         self._checked.add(signature)
