@@ -23,7 +23,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
-from jaxadapt.models.linen import collections
+from jaxadapt.models.linen import wrapper
 
 # ---------------------------------------------------------------- attachment
 
@@ -111,7 +111,7 @@ def init(
     base = base_params(model)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
-    return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
+    return wrapper.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- extract and inject

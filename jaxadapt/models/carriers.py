@@ -27,7 +27,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.foreign import tree as foreign_tree
 from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.linen.wrapper import Adapted, box_like_base
 from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.models.nnx.graph import LayerNumber
 from jaxadapt.models.planning import BaseParams, ModelParams, read_params
@@ -600,7 +600,7 @@ class Variables(Params):
             recipe = None if is_same(present, adapter) else adapter.recipe
             return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
         variables: Any = changed.tree if present is None else changed.delete(name)
-        named = collections.box_like_base(adapter, changed.params).named(name)
+        named = box_like_base(adapter, changed.params).named(name)
         for collection, tree in named.items():
             variables = collections.with_value(variables, tree[name], collection, name)
         return variables

@@ -40,7 +40,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.foreign.tree import LoraTree
-from jaxadapt.models.linen import collections
+from jaxadapt.models.linen import wrapper
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import rules, save_adapter
 from jaxadapt.storage import local_files
@@ -311,7 +311,7 @@ def from_peft(
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
     tensors = key_names.without_names(tensors)
-    return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
+    return wrapper.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 
 def adapter_from_tensors(

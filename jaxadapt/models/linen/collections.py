@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from flax import serialization
 from flax.core import meta as meta  # re-exported
 from flax.linen import spmd
 
-from jaxadapt.adapters import initial_values, sites
 from jaxadapt.adapters.adapter import (
     CONFIG_NODE,
     SHARED_NODE,
@@ -60,25 +58,6 @@ def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
                 spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
             shardings[path] = regions.sharding_from_spec(tuple(spec), leaf.mesh)
     return shardings
-
-
-def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
-    """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
-
-    Args:
-        base: the base parameters with their boxes, nested or by dotted path.
-    """
-    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
-    if not boxes:
-        return adapter
-    values = adapter.flat()
-    for site in sites.sites_of(adapter):
-        if site.leaf in boxes:
-            box = boxes[site.leaf]
-            for entry in site.entries:
-                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
-                values[entry.path] = box.replace(value=values[entry.path], names=names)
-    return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:

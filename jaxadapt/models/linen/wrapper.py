@@ -15,11 +15,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import meta
 
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
 from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.site import Sites
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
@@ -264,7 +266,7 @@ class Adapted:
                 recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
             )
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for collection, tree in collections.box_like_base(adapter, leaves).named(name).items():
+            for collection, tree in box_like_base(adapter, leaves).named(name).items():
                 out[collection] = {**out.get(collection, {}), **tree}
         return out
 
@@ -409,6 +411,25 @@ def _adapter_key(rngs: Any, collection: str, name: str) -> Any:
     if isinstance(rngs, Mapping):
         rngs = rngs[collection] if collection in rngs else rngs.get("params", next(iter(rngs.values())))
     return jax.random.fold_in(rngs, zlib.crc32(f"{collection}.{name}".encode()))
+
+
+def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
+    """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
+
+    Args:
+        base: the base parameters with their boxes, nested or by dotted path.
+    """
+    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
+    if not boxes:
+        return adapter
+    values = adapter.flat()
+    for site in sites_of(adapter):
+        if site.leaf in boxes:
+            box = boxes[site.leaf]
+            for entry in site.entries:
+                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
+                values[entry.path] = box.replace(value=values[entry.path], names=names)
+    return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
 @dataclasses.dataclass(frozen=True)
