@@ -343,15 +343,8 @@ class Model(_Variables, Object):
         return graph.base_values(self._contents.leaves)
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
-        modules = dict(self._contents.modules)  # without the order of all leaves, which takes longer than the rest
-        owners: dict[str, graph.Owner] = {}
-        for path in wanted:
-            prefix, _, attr = path.rpartition(".")
-            module = modules.get(prefix)
-            if module is None or not isinstance(vars(module).get(attr), nnx.Param):
-                return super().some_leaves(wanted)  # a shared module has other paths too
-            owners[path] = module, attr
-        return graph.base_values(owners)
+        found = graph.values_at(self._contents, wanted)
+        return super().some_leaves(wanted) if found is None else found
 
     def abstract(self) -> Any:
         rebuild, state = self.split()

@@ -444,6 +444,19 @@ def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
     return values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
 
 
+def values_at(walk: ModelWalk, wanted: Iterable[str]) -> dict[str, Any] | None:
+    """Return `{path: array or spec}` of some base parameters; None if a path is a further one of a shared module."""
+    modules = dict(walk.modules)  # without the order of all leaves, which takes longer than the rest
+    owners: dict[str, Owner] = {}
+    for path in wanted:
+        prefix, _, attr = path.rpartition(".")
+        module = modules.get(prefix)
+        if module is None or not isinstance(vars(module).get(attr), nnx.Param):
+            return None
+        owners[path] = module, attr
+    return base_values(owners)
+
+
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
     shardings: dict[str, Any] = {}
