@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -181,11 +182,8 @@ class MatrixMethod(Method):
         letters = dict(zip(layout.left, use.w, strict=True))
         rows, _ = layout.rows_to_torch("in", letters, x, use.x)
 
-        def change(own: Any, p: Params, used: Any, rows: Array) -> Array:
-            return choose(used, self.before(own, p, rows), rows)
-
         has_batch = bool(set(use.letters("batch")) & set(use.x))
-        changed = self._map(hparams, params, layout, change, (rows, has_batch))
+        changed = self._map(hparams, params, layout, self.before, (rows, has_batch))
         return layout.rows_from_torch("in", letters, x, use.x, changed).astype(x.dtype)
 
     def output(
@@ -210,11 +208,8 @@ class MatrixMethod(Method):
         y_rows, _ = layout.rows_to_torch("out", letters, y, use.y)
         y_rows = y_rows if factor == 1 else y_rows / factor
 
-        def change(own: Any, p: Params, used: Any, x_rows: Array, y_rows: Array) -> Array:
-            return choose(used, self.after(own, p, x_rows, y_rows), y_rows)
-
         batch = set(use.letters("batch"))
-        changed = self._map(hparams, params, layout, change, (x_rows, bool(batch & set(use.x))), (y_rows, True))
+        changed = self._map(hparams, params, layout, self.after, (x_rows, bool(batch & set(use.x))), (y_rows, True))
         changed = changed if factor == 1 else changed * factor
         return layout.rows_from_torch("out", letters, y, use.y, changed).astype(y.dtype)
 
@@ -254,30 +249,25 @@ class MatrixMethod(Method):
             raise AttachError(mismatch)
         rows, _ = layout.rows_to_torch("out", letters, bias, over)
 
-        def change(own: Any, p: Params, used: Any, b: Array) -> Array:
-            return choose(used, self.shift(own, p, b, undo), b)
-
         try:
-            changed = self._map(hparams, params, layout, change, (rows, True))
+            changed = self._map(hparams, params, layout, functools.partial(self.shift, undo=undo), (rows, True))
         except (TypeError, ValueError) as error:  # another size
             raise AttachError(mismatch) from error
         return layout.rows_from_torch("out", letters, bias, over, changed).astype(bias.dtype)
 
     def _on_weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array, function: Any) -> Array:
         layout = layout_of(axes)
-
-        def change(own: Any, p: Params, used: Any, m: Array) -> Array:
-            return choose(used, function(own, p, m), m)
-
         params = {name: x if name in (LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
         matrices = layout.weight_to_torch(at_least_float32(w))
-        changed = self._map(hparams, params, layout, change, (matrices, True))
+        changed = self._map(hparams, params, layout, function, (matrices, True))
         return layout.weight_from_torch(w.shape, changed).astype(w.dtype)
 
     def _map(
         self, hparams: MatrixHparams, params: Params, layout: TorchLayout, change: Any, *arrays: tuple[Array, bool]
     ) -> Array:
-        """Return `change(own, params, used, *arrays)`, mapped over the weight's batch axes.
+        """Return `change(own, params, *arrays)`, mapped over the weight's batch axes.
+
+        An entry that the adapter leaves out keeps the values of the last array.
 
         Args:
             arrays: the arrays, each with True if it has the batch axes.
@@ -286,7 +276,9 @@ class MatrixMethod(Method):
         def call(values: Mapping[str, Any], *arrays: Array) -> Array:
             own = dataclasses.replace(hparams.own, **values["own"]) if values["own"] else hparams.own
             with jax.numpy_rank_promotion("allow"):  # a method may multiply rows by a vector
-                return change(own, values["tensors"], values["used"], *arrays)
+                new, old, used = change(own, values["tensors"], *arrays), arrays[-1], values["used"]
+                # NaN stays, where an id is no slot.
+                return new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
 
         values, mapped = self._module_values(hparams, params, layout), call
         has_batch = {name: 0 if name == CALL_KEY or layout.has_batch(name) else None for name in values["tensors"]}
@@ -323,13 +315,6 @@ def layout_of(axes: Axes) -> TorchLayout:
         )
         return TorchLayout(tuple(letters), (outputs, inputs), batch, inputs, outputs)
     return axes.torch
-
-
-def choose(used: Any, new: Array, old: Array) -> Array:
-    """Return the changed values, or the old ones in a layer that the adapter leaves out."""
-    return (
-        new if used is None else jnp.where(used != 0, new, old.astype(new.dtype))
-    )  # NaN, where an id is no slot, stays
 
 
 def _file_shape(tensor: MethodTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:

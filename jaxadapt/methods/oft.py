@@ -24,7 +24,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import common
 from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, tensor_roles
-from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, choose, layout_of
+from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod, layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +133,14 @@ class Oft(MatrixMethod):
             jnp.eye(size, dtype=jnp.promote_types(x.dtype, jnp.float32)).reshape(size, *inputs),
         )
 
-        def change(own: OftHparams, p: Params, used: Any, x: Array) -> Array:
+        def change(own: OftHparams, p: Params, x: Array) -> Array:
             wide = x.astype(one_hot.dtype)
             patches = slide(wide, one_hot)
             turned = common.turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
             turned = jnp.moveaxis(turned.reshape(*turned.shape[:-1], inputs[0], -1), -2, 1)  # positions before pixels
             placed = turned.reshape(patches.shape).astype(wide.dtype)  # read as pixels before positions
             (summed,) = jax.linear_transpose(lambda x: slide(x, one_hot), wide)(placed)
-            return choose(used, summed, x)
+            return summed
 
         return self._map(hparams, params, layout, change, (x, False)).astype(x.dtype)
 
