@@ -7,6 +7,7 @@ those of the small matrix s·Rb·Raᵀ.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -17,7 +18,6 @@ from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
-    ANY,
     FLAG_OR_NULL,
     NUMBER,
     NUMBERS,
@@ -28,6 +28,7 @@ from jaxadapt.configs.validation import (
     TEXT,
     Problems,
     checked,
+    expects,
     one_of,
 )
 from jaxadapt.core.errors import ConfigError, raise_listed
@@ -154,6 +155,14 @@ _V = TypeVar("_V")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 _CASELESS = ("gaussian", "olora", "mica")
 
+_INIT = expects(
+    f'true, false, {json.dumps(INITS)[1:-1]} or "pissa_niter_<number>"',
+    lambda x: (
+        isinstance(x, bool)
+        or (isinstance(x, str) and (x in INITS or x.lower() in _CASELESS or bool(re.fullmatch(r"pissa_niter_\d+", x))))
+    ),
+)
+
 _SPELLINGS = {
     **dict.fromkeys(("rank", "lora_rank", "lora_r"), "r"),
     **dict.fromkeys(("alpha", "loraalpha"), "lora_alpha"),
@@ -179,7 +188,7 @@ class LoraFields(Config):
     bias: str = checked(one_of("none", "all", "lora_only"), "none")
     use_rslora: bool = False
     modules_to_save: Collection[str] | None = None
-    init_lora_weights: bool | str = checked(ANY, True)
+    init_lora_weights: bool | str = checked(_INIT, True)
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, Any] | None = None
@@ -419,7 +428,8 @@ class LoraConfig(LoraFields):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        self._check_init(problems)
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            problems.add("loftq_config", 'an object with init_lora_weights "loftq"', self.loftq_config)
         self._check_layers(problems, with_expression=False)
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
@@ -428,19 +438,6 @@ class LoraConfig(LoraFields):
             problems.add("lora_bias", "false unless init_lora_weights is true or false", True, way_out)
         if self.lora_bias and self.use_dora:
             problems.add("lora_bias", "false with use_dora", True, "unset one of them")
-
-    def _check_init(self, problems: Problems) -> None:
-        init = cast("object", self.init_lora_weights)
-        if isinstance(init, bool):
-            return
-        if isinstance(init, str) and (
-            init in INITS or init.lower() in _CASELESS or re.fullmatch(r"pissa_niter_\d+", init)
-        ):
-            if init == "loftq" and not self.loftq_config:
-                problems.add("loftq_config", 'an object with init_lora_weights "loftq"', self.loftq_config)
-            return
-        known = ", ".join(f'"{name}"' for name in INITS)
-        problems.add("init_lora_weights", f'true, false, {known} or "pissa_niter_<number>"', init)
 
 
 def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:

@@ -141,9 +141,8 @@ def saving_entries(config: Config, module: str) -> set[str]:
     entries = config.names("modules_to_save")
     if not entries:
         return set()
-    sizes = config.sizes("modules_to_save")
     ends = [*(i for i, letter in enumerate(module) if letter == "."), len(module)]
-    tails = {module[end - size : end] for end in ends for size in sizes if size <= end}
+    tails = {module[end - size : end] for size in {len(entry) for entry in entries} for end in ends if size <= end}
     return tails & entries
 
 

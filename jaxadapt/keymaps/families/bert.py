@@ -23,12 +23,17 @@ def _encoder(prefix: str) -> Iterator[Weight]:
     yield from norms(*(f"{m}.LayerNorm" for m in (f"{prefix}embeddings", *outputs)))
 
 
-def _keymap(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
-    entries = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
-    position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
-    common: dict[str, object] = {"same": ("m",), "order": BERT_ORDER, "spellings": bare(prefix)}
-    fields: dict[str, object] = {**common, "buffers": position_ids, **options}
-    return KeyMap(name, entries, **fields)  # pyright: ignore[reportArgumentType]
+def _keymap(name: str, prefix: str, heads: tuple[Weight, ...], output: str, bias: str) -> KeyMap:
+    return KeyMap(
+        name,
+        (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs")),
+        output=output,
+        order=BERT_ORDER,
+        same=("m",),
+        tied=((f"{output}.weight", f"{prefix}embeddings.word_embeddings.weight"), (f"{output}.bias", bias)),
+        buffers=(f"{prefix}embeddings.position_ids", "embeddings.position_ids"),
+        spellings=bare(prefix),
+    )
 
 
 BERT = _keymap(
@@ -42,11 +47,8 @@ BERT = _keymap(
         *dense("cls.seq_relationship"),
         *dense("classifier"),
     ),
-    output="cls.predictions.decoder",
-    tied=(
-        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ),
+    "cls.predictions.decoder",
+    "cls.predictions.bias",
 )
 
 ROBERTA = _keymap(
@@ -61,9 +63,6 @@ ROBERTA = _keymap(
         *dense("classifier.out_proj"),
         *dense("classifier"),
     ),
-    output="lm_head.decoder",
-    tied=(
-        ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
-        ("lm_head.decoder.bias", "lm_head.bias"),
-    ),
+    "lm_head.decoder",
+    "lm_head.bias",
 )
