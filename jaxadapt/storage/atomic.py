@@ -241,11 +241,6 @@ def cleans(argument: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 # ---------------------------------------------------------------- atomic
 
 
-__all__ = [
-    "Writer", "lock_directory", "open_replacement", "replacing_all", "staging_folder", "write_bytes",
-]  # fmt: skip
-
-
 # New bytes after which Linux starts to write them to the disk, which would otherwise wait for the fsync, and written
 # bytes that stay in the page cache; older pages are dropped. Without both a save of 1.5 GB takes 1.6 to 2.4 times as
 # long, and one of 50 or 500 MB as long as with them (benchmarks/README.md).

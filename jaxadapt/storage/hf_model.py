@@ -25,8 +25,6 @@ from jaxadapt.storage.strided import numpy_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["BIN", "BIN_INDEX", "INDEX", "SINGLE_FILE", "open_model", "read_index", "write_model"]
-
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

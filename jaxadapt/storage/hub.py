@@ -90,9 +90,6 @@ def parse(text: str) -> Address:
     return Address(match["repo"], (match["revision"] or "").replace("%2F", "/") or None, folder)
 
 
-# ---------------------------------------------------------------- hub
-
-
 # ---------------------------------------------------------------- hub answers
 
 
@@ -664,23 +661,3 @@ def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
             raise
         except (*_absence_errors(), RevisionNotFoundError):
             return None
-
-
-__all__ = [
-    "CARD",
-    "CONFIG",
-    "MLX_WEIGHTS",
-    "SCHEME",
-    "WEIGHTS",
-    "Address",
-    "Commit",
-    "Token",
-    "could_be_repository",
-    "fetch_config",
-    "fetch_folder",
-    "fetch_text",
-    "is_address",
-    "parse",
-    "pull",
-    "upload",
-]  # fmt: skip

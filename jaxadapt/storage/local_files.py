@@ -27,20 +27,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- local files
 
 
-__all__ = [
-    "ALIGNED",
-    "MAX_CALL",
-    "MAX_TEXT",
-    "ByteSource",
-    "LocalFile",
-    "aligned_empty",
-    "close_after",
-    "file_error",
-    "open_binary",
-    "pread_exact",
-    "read_into",
-]
-
 _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file, not a directory",

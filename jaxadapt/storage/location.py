@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- store errors
 
 
-__all__ = ["store_error", "translate_errors"]
-
-
 @contextlib.contextmanager
 def translate_errors(text: str, action: str) -> Generator[None]:
     """Turn errors of a store's package into `FileError`; a missing object remains a `FileNotFoundError`."""
@@ -87,23 +84,6 @@ def store_error(text: str, action: str, error: Exception) -> FileError:
 
 # ---------------------------------------------------------------- location
 
-
-__all__ = [
-    "Address",
-    "Location",
-    "absolute",
-    "content_version",
-    "exists",
-    "is_address",
-    "is_dir",
-    "is_file",
-    "object_stamp",
-    "put",
-    "read_text_bytes",
-    "staged_upload",
-    "to_location",
-    "total_size",
-]  # fmt: skip
 
 _T = TypeVar("_T")
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -450,8 +430,6 @@ def put(address: Address, fd: int) -> None:
 
 # ---------------------------------------------------------------- ranged reads
 
-
-__all__ = ["RemoteObject", "fetch_object"]
 
 _HEAD = 512 << 10  # bytes read when an object is opened: most headers, and all of a small adapter
 _BLOCK = 4 << 20  # bytes; fetching them takes about as long as a store's latency

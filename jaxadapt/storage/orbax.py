@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-__all__ = ["MARKERS", "Pending", "is_checkpoint", "leaf_specs", "load", "read_json", "save", "start_save"]
-
 MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
 """The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts."""
 _ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder

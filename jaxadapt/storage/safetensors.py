@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- safetensors header
 
 
-__all__ = ["BITS", "MAX_HEADER", "Header", "TensorInfo", "encode", "parse", "problems_text"]
-
 MAX_HEADER = 100_000_000
 """Largest header in bytes that readers accept."""
 
@@ -374,11 +372,6 @@ def encode(
 
 # ---------------------------------------------------------------- safetensors
 
-
-__all__ = [
-    "MAX_HEADER", "Header", "TensorFile", "TensorInfo", "encode", "little_bits",
-    "named_specs", "open_tensors", "read", "read_header", "write", "write_to",
-]  # fmt: skip
 
 # Bytes of tensors that one thread reads before it takes more: small enough to share a file among several threads.
 _JOB_BYTES = 16 << 20

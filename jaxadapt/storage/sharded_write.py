@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- coordination
 
 
-__all__ = ["Group"]
-
 _MAX_ERROR = 4000  # characters of an error that is sent to other processes
 
 
@@ -148,9 +146,6 @@ class Group:
 
 
 # ---------------------------------------------------------------- sharded write
-
-
-__all__ = ["Parts", "Put", "TensorPart", "digest", "start", "write"]
 
 
 class TensorPart(NamedTuple):

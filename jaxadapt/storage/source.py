@@ -16,11 +16,6 @@ from jaxadapt.storage.strided import dtype_name, is_float, numpy_dtype
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "TensorSource", "TensorSpec", "View", "Whole", "as_source", "cast", "combine", "cut", "dtypes_and_shapes", "rename",
-    "stack", "transpose",
-]  # fmt: skip
-
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 """{key: (dtype, shape)}, with safetensors' names of dtypes."""
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- strided
 
 
-__all__ = ["contiguous_parts", "read_region", "write_region"]
-
 # Reading a gap of this many bytes costs about as much as another system call.
 _GAP = 16 << 10
 # Reads that include gaps pass through a buffer of about this size.

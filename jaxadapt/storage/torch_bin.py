@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- pickle ops
 
 
-__all__ = ["Global", "Stream", "UnsupportedPickle", "load"]
-
-
 class Stream(Protocol):
     """A source of opcodes. `read` must not allocate more bytes than the file has, whatever size is requested."""
 
@@ -208,8 +205,6 @@ def load(
 
 
 T = TypeVar("T")
-
-__all__ = ["SIZES", "STORAGES", "UNTYPED", "keys_and_shapes", "read"]
 
 # By PyTorch's names of dtypes. safetensors lacks C128.
 _DTYPES = {**NAMES, "complex128": "C128"}
