@@ -153,10 +153,8 @@ def _print_norms(norms: Norms) -> None:
         output.print_heat(title, cells.rows, cells.columns, values)
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} in all modules")
-    if norms.not_finite:
-        output.print_list("modules with a NaN or an infinity", norms.not_finite, 8)
-    if norms.left_out:
-        output.print_list("left out", norms.left_out, 8)
+    output.print_list("modules with a NaN or an infinity", norms.not_finite, 8)
+    output.print_list("left out", norms.left_out, 8)
 
 
 # ---------------------------------------------------------------- verify
@@ -344,8 +342,7 @@ def _print_difference(found: Difference, modules: bool) -> None:
         "of other sizes": found.other_shapes,
     }
     for title, names in lists.items():
-        if names:
-            output.print_list(title, names, _MAX_DIFFERENCES)
+        output.print_list(title, names, _MAX_DIFFERENCES)
 
 
 def _print_totals(found: Difference) -> None:

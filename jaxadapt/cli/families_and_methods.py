@@ -163,15 +163,14 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
         )
     click.echo()
     output.print_table(("leaf", "PyTorch key", "matches"), used, numbers=("matches",))
-    if unused and is_custom:
+    if is_custom:
         output.print_list("entries that match nothing; check their spelling", _describe_unused(report), _MAX_ITEMS)
     elif unused:
         output.print_words("absent here (not an error: models of one family differ)", unused)
     for kind, names in report.problems.items():
         output.print_list(_TITLES[kind], names, _MAX_ITEMS)
     wrong = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in report.wrong]
-    if wrong:
-        output.print_list("wrong entries: none of their matches fits", wrong, _MAX_ITEMS)
+    output.print_list("wrong entries: none of their matches fits", wrong, _MAX_ITEMS)
 
 
 def _describe_unused(report: KeyMapReport) -> list[str]:

@@ -134,12 +134,14 @@ def _fold(text: str, width: int) -> str:
     return "\n".join([*lines, text])
 
 
-def print_list(title: str, items: Sequence[str], limit: int | None = None) -> None:
-    """Print a title with the number of items, and the first `limit` items, one a line."""
+def print_list(title: str, items: Sequence[str], limit: int) -> None:
+    """Print a title with the number of items, and the first `limit` items, one a line; nothing without items."""
+    if not items:
+        return
     _print_title(f"{title}: {len(items)}")
     for item in items[:limit]:
         click.echo(_indent(item))
-    if limit is not None and len(items) > limit:
+    if len(items) > limit:
         click.echo(_indent(f"… and {len(items) - limit} more (--json lists all)"))
 
 
