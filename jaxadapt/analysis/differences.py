@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -92,10 +92,8 @@ def compare_products(module: str, one: Factors, other: Factors) -> ModuleDiffere
         e = _grams(one.a, other.a, one.scale, other.scale, differ=True)
         f = _grams(one.b.swapaxes(1, 2), other.b.swapaxes(1, 2), differ=True)
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
-    cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
-    cosine = cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))
     distance, ranks = math.sqrt(max(square, 0.0)), (one.a.shape[1], other.a.shape[1])
-    return ModuleDifference(module, "LoRA", norms, distance, cosine, ranks, *_angles(b, a))
+    return ModuleDifference(module, "LoRA", norms, distance, _cosine(product, *norms), ranks, *_angles(b, a))
 
 
 _SMALLEST = 1e-13
@@ -220,8 +218,7 @@ class Difference:
         norms = [math.sqrt(sum(m.norms[side] ** 2 for m in members)) for side in (0, 1)]
         products = sum(m.cosine * m.norms[0] * m.norms[1] for m in members if not math.isnan(m.cosine))
         distance = math.sqrt(sum(m.distance**2 for m in members))
-        cosine = products / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
-        return ModuleDifference("all", kind, (norms[0], norms[1]), distance, cosine)
+        return ModuleDifference("all", kind, (norms[0], norms[1]), distance, _cosine(products, norms[0], norms[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -266,18 +263,22 @@ def difference_grid(difference: Difference) -> DifferenceGrid | None:
         for values in ([m.norms[0] for m in members], [m.norms[1] for m in members], [m.distance for m in members])
     )
     sizes = (first.values("norm"), second.values("norm"), distance.values("norm"))
-    relative: list[list[float | None]] = []
-    cosine: list[list[float | None]] = []
-    for one, two, apart in zip(*sizes, strict=True):  # a cell may hold several experts
-        cells = list(zip(one, two, apart, strict=True))
-        relative.append([None if x is None or z is None else _ratio(z, x) for x, _, z in cells])
-        cosine.append([None if x is None or y is None or z is None else _cosine(x, y, z) for x, y, z in cells])
+    cells = [[_cell(*each) for each in zip(*rows, strict=True)] for rows in zip(*sizes, strict=True)]
+    relative, cosine = ([[each[i] for each in row] for row in cells] for i in (0, 1))
     return DifferenceGrid(kind, first.rows, first.columns, relative, cosine)
 
 
-def _cosine(x: float, y: float, distance: float) -> float:
-    """Return the cosine of the angle between two sides of a triangle."""
-    return max(-1.0, min(1.0, (x * x + y * y - distance * distance) / (2 * x * y))) if x and y else math.nan
+def _cell(norm: float | None, other: float | None, distance: float | None) -> tuple[float | None, float | None]:
+    """Return the relative distance and the cosine of a cell, which may hold several experts."""
+    if norm is None or other is None or distance is None:
+        return None, None
+    return _ratio(distance, norm), _cosine((norm * norm + other * other - distance * distance) / 2, norm, other)
+
+
+def _cosine(product: float, norm: float, other: float) -> float:
+    """Return the cosine of the angle between two changes from their inner product; NaN if one is zero or not finite."""
+    cosine = product / (norm * other) if norm and other else math.nan
+    return cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))
 
 
 def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) -> Difference:
@@ -307,41 +308,41 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
             f"cannot compare {first.source} with {second.source}: their methods are {first.config.peft_type} and"
             f" {second.config.peft_type}; compare adapters of one method"
         )
-    groups = _modules(first), _modules(second)
-    used = [{key for keys in group.values() for key in keys.values()} for group in groups]
-    others = [[key for key in t.tensors if key not in keys] for t, keys in zip((first, second), used, strict=True)]
-    shared = [module for module in groups[0] if module in groups[1]]
-    keys = [key for key in others[0] if key in others[1]]
+    ours, theirs = _contents(first), _contents(second)
     configs = first.config, second.config
-    sources = as_source(first.tensors), as_source(second.tensors)
     jobs = [
-        _Job(functools.partial(_compare, module, *configs), (groups[0][module], groups[1][module])) for module in shared
+        _Job(functools.partial(_compare, module, *configs), (keys, theirs.modules[module]))
+        for module, keys in ours.modules.items()
+        if module in theirs.modules
     ]
     jobs += [
-        _Job(functools.partial(_compare_stored, key.removeprefix(PEFT_PREFIX)), ({"": key}, {"": key})) for key in keys
+        _Job(functools.partial(_compare_stored, key.removeprefix(PEFT_PREFIX)), ({"": key}, {"": key}))
+        for key in ours.others
+        if key in theirs.others
     ]
-    modules: list[ModuleDifference] = []
-    shapes: list[str] = []
+    found = _run(jobs, (as_source(first.tensors), as_source(second.tensors)), progress)
+    values = [each.config.to_dict() for each in (first, second)]
+    return Difference(
+        {name: (values[0].get(name), values[1].get(name)) for name in first.config.changed_keys(second.config)},
+        tuple(each for each in found if isinstance(each, ModuleDifference)),
+        (ours.without(theirs), theirs.without(ours)),
+        tuple(each for each in found if isinstance(each, str)),
+    )
+
+
+def _run(
+    jobs: Sequence[_Job], sources: tuple[TensorSource, TensorSource], progress: Progress
+) -> list[ModuleDifference | str]:
+    """Return the results of the comparisons in order; several threads compute them."""
+    found: list[ModuleDifference | str] = []
     with reporter(progress) as report:
         count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
         tasks = (functools.partial(job.run, sources) for job in jobs)
         with contextlib.closing(local_files.run_in_order(tasks, len(jobs))) as results:
-            for found, nbytes in results:
-                if isinstance(found, ModuleDifference):
-                    modules.append(found)
-                else:
-                    shapes.append(found)
+            for result, nbytes in results:
+                found.append(result)
                 count(nbytes)
-    only = tuple(
-        tuple([m for m in groups[i] if m not in groups[1 - i]])
-        + tuple(key.removeprefix(PEFT_PREFIX) for key in others[i] if key not in others[1 - i])
-        for i in (0, 1)
-    )
-    settings = {
-        name: (first.config.to_dict().get(name), second.config.to_dict().get(name))
-        for name in first.config.changed_keys(second.config)
-    }
-    return Difference(settings, tuple(modules), (only[0], only[1]), tuple(shapes))
+    return found
 
 
 _Arrays = Mapping[str, Any]
@@ -368,8 +369,20 @@ class _Job(NamedTuple):
 _COMPARED = "lora_A", "lora_B", "lora_embedding", "lora_diag", "ia3_l"
 
 
-def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
-    """Return {module: {tensor: key}} of LoRA's factors and IA3's vectors, the parameters of experts by their names."""
+class _Contents(NamedTuple):
+    """The tensors of an adapter: {module: {tensor: key}} of LoRA's factors and IA3's vectors, and the other keys."""
+
+    modules: Mapping[str, Mapping[str, str]]
+    others: Sequence[str]
+
+    def without(self, other: _Contents) -> tuple[str, ...]:
+        """Return the modules and tensors that another adapter lacks."""
+        keys = (key.removeprefix(PEFT_PREFIX) for key in self.others if key not in other.others)
+        return (*(module for module in self.modules if module not in other.modules), *keys)
+
+
+def _contents(tensors: PeftTensors) -> _Contents:
+    """Return the tensors of an adapter by module, the parameters of experts by their names."""
     names: dict[str, dict[str, str]] = {}
     adapted = pytorch.adapted_keys(tensors.tensors) if tensors.config.peft_type in ("LORA", "IA3") else {}
     for module, keys in adapted.items():
@@ -377,7 +390,9 @@ def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
         if used:
             names.setdefault(named_parameter(tensors.config, module), {}).update(used)
     shapes = as_source(tensors.tensors).shapes
-    return {module: keys for module, keys in names.items() if _has_change(keys, shapes)}
+    modules = {module: keys for module, keys in names.items() if _has_change(keys, shapes)}
+    used = {key for keys in modules.values() for key in keys.values()}
+    return _Contents(modules, [key for key in tensors.tensors if key not in used])
 
 
 def _has_change(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -420,9 +435,9 @@ def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
 def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> ModuleDifference | str:
     if x.shape != y.shape:
         return f"{name}: {list(x.shape)} and {list(y.shape)}"
-    norms = [math.sqrt(float((v * v).sum())) for v in (x, y)]
-    cosine = float((x * y).sum()) / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
-    return ModuleDifference(name, kind, (norms[0], norms[1]), math.sqrt(float(((x - y) ** 2).sum())), cosine)
+    norms = math.sqrt(float((x * x).sum())), math.sqrt(float((y * y).sum()))
+    distance = math.sqrt(float(((x - y) ** 2).sum()))
+    return ModuleDifference(name, kind, norms, distance, _cosine(float((x * y).sum()), *norms))
 
 
 def _ratio(distance: float, norm: float) -> float:

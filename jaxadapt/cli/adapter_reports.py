@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -350,10 +351,15 @@ def _print_totals(found: Difference) -> None:
         total = found.total(kind)
         if total is not None:
             members = [m for m in found.modules if m.kind == kind]
-            changed = sum(m.distance > 0 for m in members)
+            changed = sum(m.distance != 0 for m in members)
+            unknown = sum(not math.isfinite(m.distance) for m in members)
             output.print_pairs(
                 [
-                    ("compared", f"{len(members)} {_NAMES[kind]}; {changed or 'none'} of them differ"),
+                    (
+                        "compared",
+                        f"{len(members)} {_NAMES[kind]}; {changed or 'none'} of them differ"
+                        + (f", {unknown} with a NaN or an infinity" if unknown else ""),
+                    ),
                     ("norms", f"{total.norms[0]:.4g} and {total.norms[1]:.4g}"),
                     ("distance", f"{total.relative:.4g} × the norm of the first"),
                     ("cosine", f"{total.cosine:.4g}"),

@@ -211,6 +211,24 @@ def test_the_command(tmp_path):
     assert (tmp_path / "p.png").read_bytes() == (tmp_path / "q.png").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, for a NaN
+def test_values_that_are_nan_differ(tmp_path):
+    one = lora(3)
+    two = dataclasses.replace(one, tensors={k: v.copy() for k, v in one.tensors.items()})
+    two.tensors[P + "l.0.q.lora_A.weight"][0, 0] = np.nan
+    found = diff(one, two)
+    assert not found.is_equal
+    assert [math.isnan(m.distance) for m in found.modules] == [True, False, False]
+    grid = difference_grid(found)
+    assert grid is not None
+    assert math.isnan(grid.cosine[0][0])
+    jaxadapt.write(one, tmp_path / "a")
+    jaxadapt.write(two, tmp_path / "b")
+    result = run("diff", tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 1
+    assert "3 modules with LoRA; 1 of them differ, 1 with a NaN or an infinity" in result.output
+
+
 def test_two_steps_of_a_run(tmp_path):
     model = small.trained()
     manager = jaxadapt.CheckpointManager(tmp_path / "run")
