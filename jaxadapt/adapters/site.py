@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,14 +93,18 @@ class Site:
         return {LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
 
     @functools.cached_property
+    def bound(self) -> tuple[BoundTensor, ...]:
+        """The tensors with their entries in the plan."""
+        return tuple(map(BoundTensor, self.tensors, self.entries))
+
+    @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """`{tensor name: shape in the model}`, stacked axes included."""
-        return {tensor.name: entry.shape for tensor, entry in zip(self.tensors, self.entries, strict=True)}
+        return {tensor.name: entry.shape for tensor, entry in self.bound}
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedTensor:
-    """One tensor of the whole adapter."""
+class BoundTensor(NamedTuple):
+    """One tensor of a site, or of the whole adapter, and its entry in the plan."""
 
     tensor: MethodTensor
     entry: plan.PlanEntry
@@ -109,7 +113,7 @@ class SharedTensor:
 class Sites(tuple[Site, ...]):
     """The sites of one adapter, with its shared tensors."""
 
-    shared: tuple[SharedTensor, ...]
+    shared: tuple[BoundTensor, ...]
     method: Method | None
     keymap: KeyMap | None
     untargeted: tuple[str, ...]
@@ -117,7 +121,7 @@ class Sites(tuple[Site, ...]):
     def __new__(
         cls,
         sites: Iterable[Site],
-        shared: Iterable[SharedTensor] = (),
+        shared: Iterable[BoundTensor] = (),
         method: Method | None = None,
         keymap: KeyMap | None = None,
         untargeted: Iterable[str] = (),
@@ -149,15 +153,19 @@ class Sites(tuple[Site, ...]):
         return plan.make_plan([entry for _, entry in file_entries(self)])
 
 
-def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
+def shared_tensors(sites: Sequence[Site]) -> tuple[BoundTensor, ...]:
     """Return the shared tensors of an adapter's sites; a part of them has none."""
     return sites.shared if isinstance(sites, Sites) else ()
 
 
-def tensor_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
+def adapted_modules(sites: Iterable[Site]) -> list[str]:
+    """Return the modules (or parameters) that sites adapt, without those that they copy."""
+    return [module for site in sites if not site.method.copies for module in site.modules]
+
+
+def tensor_entries(sites: Sequence[Site]) -> list[BoundTensor]:
     """Return the tensors of an adapter's sites and the shared ones, with their entries."""
-    pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]
-    return pairs + [(each.tensor, each.entry) for each in shared_tensors(sites)]
+    return [*(each for site in sites for each in site.bound), *shared_tensors(sites)]
 
 
 def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
@@ -165,9 +173,9 @@ def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
     return [tensor for tensor, _ in tensor_entries(sites)]
 
 
-def file_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
+def file_entries(sites: Sequence[Site]) -> list[BoundTensor]:
     """Return the tensors that a file holds, with their entries."""
-    return [(tensor, entry) for tensor, entry in tensor_entries(sites) if tensor.in_file]
+    return [each for each in tensor_entries(sites) if each.tensor.in_file]
 
 
 SHARED_PREFIX = "base_model"
@@ -176,10 +184,10 @@ SHARED_PREFIX = "base_model"
 
 def bind_shared(
     config: Config, method: Method, sites: Sequence[Site], found: Mapping[str, Shape]
-) -> tuple[SharedTensor, ...]:
+) -> tuple[BoundTensor, ...]:
     """Return the tensors of the whole adapter; `found` are the shapes of existing ones, by name."""
     targets = [site.target for site in sites if not site.method.copies]
-    shared: list[SharedTensor] = []
+    shared: list[BoundTensor] = []
     for tensor in method.shared(config, targets, found):
         if tensor.from_base:
             raise AttachError(
@@ -195,9 +203,8 @@ def bind_shared(
         if tensor.numbered:
             keys = tuple(f"{keys[0]}.{i}" for i in range(form.shape[0]))
         if tensor.repeated:
-            modules = (module for site in sites if not site.method.copies for module in site.modules)
-            keys += tuple(f"{PEFT_PREFIX}{module}{tensor.suffix}" for module in modules)
-        shared.append(SharedTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
+            keys += tuple(f"{PEFT_PREFIX}{module}{tensor.suffix}" for module in adapted_modules(sites))
+        shared.append(BoundTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
     return tuple(shared)
 
 
@@ -252,7 +259,7 @@ def torch_layout(site: Site) -> TorchLayout:
     right = weight.right[::-1] if weight.fan_in_fan_out else weight.right
     tensors = tuple(
         (tensor.name, tuple(n for n in entry.form.left if n not in stacked), entry.form.right)
-        for tensor, entry in zip(site.tensors, site.entries, strict=True)
+        for tensor, entry in site.bound
     )
     return TorchLayout(
         tuple(name for name in weight.left if name not in stacked),

@@ -227,7 +227,7 @@ class PromptTuningConfig(PromptLearningConfig):
     Attributes:
         peft_type: always "PROMPT_TUNING".
         prompt_tuning_init: the initial values: "RANDOM" (normal), "SAMPLE_VOCAB" (the embeddings of random tokens) or
-            "TEXT" (those of the tokens of a text, repeated or cut; pass them to `adapt` as `prompt_tokens=`).
+            "TEXT" (those of the tokens of a text, repeated or cut; pass them to `initializers.start`).
         prompt_tuning_init_text: the text of "TEXT". jaxadapt keeps it and has no tokenizer.
         tokenizer_name_or_path: the tokenizer of "TEXT", for PEFT.
         tokenizer_kwargs: arguments of the tokenizer of "TEXT", for PEFT.
@@ -269,7 +269,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         peft_type: always "MULTITASK_PROMPT_TUNING".
         prompt_tuning_init: the initial values: "RANDOM", or "TEXT" as in prompt tuning. The others start from an
             adapter of source tasks, which `prompt_tuning_init_state_dict_path` names in PEFT: "AVERAGE_SOURCE_TASKS",
-            "EXACT_SOURCE_TASK" and "ONLY_SOURCE_SHARED". Pass it to `adapt` as `prompt_source=`.
+            "EXACT_SOURCE_TASK" and "ONLY_SOURCE_SHARED". Pass it to `initializers.start`.
         prompt_tuning_init_state_dict_path: the path of the adapter of source tasks, for PEFT.
         prompt_tuning_init_task: the source task of "EXACT_SOURCE_TASK" (default 0).
         num_ranks: the rank of each task's matrix (default 1).

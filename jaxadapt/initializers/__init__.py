@@ -3,6 +3,6 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "initializers.start_adapter": "for_original_base start",
+    "initializers.start_adapter": "Batches for_original_base start",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

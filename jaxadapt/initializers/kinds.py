@@ -272,8 +272,7 @@ class InitKind:
 
     Attributes:
         name: the name in messages; "" for initializations that need only random numbers.
-        needs: the arguments of `start` that it needs.
-        takes: further arguments that it uses.
+        needs: what it needs of `start`: "key", and as `data` "batches" or "gradients".
         factors: returns A (r, in) and B (out, r) of each module; None if they are random.
         base: returns the base weight of each module, from its values and factors. By default the base becomes
             W − s·B·A if the initialization changes it, and stays W if not.
@@ -289,7 +288,6 @@ class InitKind:
     name: str
     factors: Callable[[SiteValues], list[Factors]] | None = None
     needs: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
     base: Callable[[SiteValues, Sequence[Factors]], list[Array]] | None = None
     kinds: tuple[str, ...] = ("linear",)
     only_matrices: bool = True
@@ -367,7 +365,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind("loftq", _loftq, base=lambda x, pairs: [pair.left for pair in pairs], conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
         InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
-        InitKind("eva", _eva, ("batches",), ("mask",), in_8_bits=True, per_entry=True),
+        InitKind("eva", _eva, ("batches",), in_8_bits=True, per_entry=True),
         InitKind(
             "lora_ga",
             _lora_ga,
@@ -519,7 +517,7 @@ class Initialization:
         base = self._changed_base(plain, computed, paths.unflatten({path: values[path] for path in new}))
         for b, tensor in [(site, t) for site in self.sites for t in site.tensors if computed and t.from_base]:
             # DoRA's magnitudes follow from the changed base
-            pair = {e.path: values[e.path] for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base}
+            pair = {e.path: values[e.path] for t, e in b.bound if not t.from_base}
             path, w = paths.join(b.leaf, tensor.name), jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
             values[path] = initial_values.derive_tensor(config, b, tensor, pair, w).astype(values[path].dtype)
         return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
@@ -544,11 +542,7 @@ class Initialization:
 
 def _pair(b: Site) -> Site:
     """Return a site with A and B only, without derived (DoRA's magnitudes) or random tensors (KaSA's diagonal)."""
-    kept = [
-        (t, e)
-        for t, e in zip(b.tensors, b.entries, strict=True)
-        if not t.from_base and t.name not in (DIAGONAL, "lora_B_bias")
-    ]
+    kept = [each for each in b.bound if not each.tensor.from_base and each.tensor.name not in (DIAGONAL, "lora_B_bias")]
     tensors, entries = zip(*kept, strict=True) if kept else ((), ())
     return dataclasses.replace(b, tensors=tensors, entries=entries)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,23 +17,25 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import statistics
-from jaxadapt.initializers.kinds import Initialization, init_kind, init_settings
+from jaxadapt.initializers.kinds import Factors, Initialization, init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.methods.prompt import PromptMethod, StartData, Tokens
+from jaxadapt.methods.base import Method
+from jaxadapt.methods.prompt import PromptMethod, StartData
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.attention_calls import input_embedding
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier
 from jaxadapt.models.linen import wrapper
 from jaxadapt.models.nnx import attach
+from jaxadapt.models.planning import BaseParams
 
 # ---------------------------------------------------------------- start prompt
 
@@ -70,9 +72,31 @@ class Started(NamedTuple):
     adapter: Adapter
 
 
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Inputs of the model in evaluation mode, for a start that reads activations.
+
+    Args:
+        inputs: the batches. "eva" iterates over them until its components converge (PEFT:
+            `initialize_lora_eva_weights`), "corda" once, one sample each (`preprocess_corda`).
+        forward: `forward(base, batch)` returns the model's outputs. For an NNX model by default `model(batch)`, for a
+            tuple `model(*batch)`, for a mapping `model(**batch)`. Required for parameters.
+        mask: "eva": `mask(batch)` returns True for tokens that count; by default from "attention_mask" and "labels" of
+            a mapping, as PEFT does.
+
+    >>> Batches([{"input_ids": [[3, 1, 4]]}]).mask is None
+    True
+    """
+
+    inputs: Iterable[Any]
+    forward: Callable[[Any, Any], Any] | None = None
+    mask: Callable[[Any], Any] | None = None
+
+
 def start(
     model: Any,
     config: Config,
+    data: Any = None,
     *,
     key: Any = None,
     name: str = DEFAULT,
@@ -81,12 +105,6 @@ def start(
     rngs: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-    batches: Iterable[Any] | None = None,
-    forward: Callable[[Any, Any], Any] | None = None,
-    mask: Callable[[Any], Any] | None = None,
-    gradients: Any = None,
-    tokens: Tokens | None = None,
-    source: Adapter | PeftTensors | None = None,
 ) -> Started:
     """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT 0.21.2.
 
@@ -97,38 +115,33 @@ def start(
 
     | `init_lora_weights` | the returned base | needs |
     |---|---|---|
-    | true, "gaussian", "orthogonal", "eva" | W | `key`; "eva": `batches` |
+    | true, "gaussian", "orthogonal" | W | `key` |
+    | "eva" | W | `data`: `Batches` |
     | "mica" (B is never trained then) | W | |
     | "pissa", "olora" | W − s·B·A | |
     | "pissa_niter_4" (any number) | W − s·B·A | `key` |
     | "loftq" | W in 4 or 8 bits, dense (`quantize` then stores it exactly) | |
-    | "corda" | W − s·B·A | `batches` |
-    | "lora_ga" | W − s·B·A | `gradients`, `key` |
+    | "corda" | W − s·B·A | `data`: `Batches` |
+    | "lora_ga" | W − s·B·A | `data`: gradients, `key` |
     | true or "gaussian", with `kasa_config` | W without its r smallest singular values | `key` |
 
     | `prompt_tuning_init` | the prompt starts from | needs |
     |---|---|---|
     | "RANDOM" | normal values | `key` |
     | "SAMPLE_VOCAB" | the embeddings of random tokens | `key` |
-    | "TEXT" | the embeddings of a text's tokens, repeated or cut | `tokens` |
+    | "TEXT" | the embeddings of a text's tokens, repeated or cut | `data`: token ids |
     | (CPT) | the embeddings of `cpt_token_ids` | |
-    | "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED" | an adapter of several tasks | `source` |
+    | "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED" | an adapter of several tasks | `data`: it |
 
     Args:
         model: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
             adapter is attached under `name` and active).
+        data: what the start reads besides the base, for those that need it: `Batches`; a loss's gradients with respect
+            to the base parameters, averaged over batches, in a tree like theirs (an `nnx.State` for a model); the token
+            ids of the text, or a function from `prompt_tuning_init_text` to them; the adapter of
+            MULTITASK_PROMPT_TUNING to start from, or the tensors that `jaxadapt.read` returns.
         key: a JAX random key, for initialisations that draw random numbers.
         name, keymap, dtype, rngs, stack_axes, example: as in `adapt` and `init`.
-        batches: inputs for the model in evaluation mode. "eva" iterates over them until its components converge
-            (PEFT: `initialize_lora_eva_weights`), "corda" once, one sample each (`preprocess_corda`).
-        forward: `forward(base, batch)` returns the model's outputs. For an NNX model by default `model(batch)`, for a
-            tuple `model(*batch)`, for a mapping `model(**batch)`. Required for parameters.
-        mask: "eva": `mask(batch)` returns True for tokens that count; by default from "attention_mask" and "labels" of
-            a mapping, as PEFT does.
-        gradients: "lora_ga": a loss's gradients with respect to the base parameters, averaged over batches, in a tree
-            like theirs (an `nnx.State` for a model).
-        tokens: "TEXT": the token ids of the text, or a function from `prompt_tuning_init_text` to them.
-        source: the adapter of MULTITASK_PROMPT_TUNING to start from, or the tensors that `jaxadapt.read` returns.
 
     Raises `ConfigError` for a configuration that the weights do not support exactly, `AttachError` for missing
     arguments. The base is then unchanged.
@@ -140,78 +153,92 @@ def start(
     >>> bool(np.allclose(jaxadapt.merge(residual, adapter)["q"]["kernel"], params["q"]["kernel"], atol=1e-6))
     True
     """
-    method = get_method(config)
-    held = carrier(model)
+    method, held = get_method(config), carrier(model)
     if held.in_place:
         check_free(name, held.names())
     if key is None and rngs is not None:
         key = attach.draw_params_key(rngs)
-    arguments = {
-        "key": key, "batches": batches, "gradients": gradients, "mask": mask, "tokens": tokens, "source": source,
-    }  # fmt: skip
-    given = {name for name, value in arguments.items() if value is not None}
-    parameters = base_params(model)
-    if isinstance(method, PromptMethod):
-        setting, needs = method.start_setting(config)
-        _check_arguments(setting, given, needs)
-        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-        key = jax.random.key(0) if key is None else key
-        data = StartData(
-            jax.random.fold_in(key, 1),
-            functools.cache(lambda: token_table(recipe.keymap, parameters.leaves, config.peft_type)),
-            tokens,
-            _source_tensors(source),
-        )
-        shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
-        computed = method.start_values(recipe.config, shapes, data)
-        own = initial_values.new_dtype(dtype)
-        started = {paths.join(SHARED_NODE, tensor): x.astype(own) for tensor, x in computed.items()}
-        where = initial_values.adapter_shardings(adapter_sites, parameters.shardings)
-        started = {path: regions.move_to(x, where[path]) if path in where else x for path, x in started.items()}
-        values = initial_values.init_values(
-            recipe.config, adapter_sites, key, dtype, False, parameters.leaves, parameters.shardings, started
-        )
-        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, model)
-    if not isinstance(config, lora.LoraConfig):
-        _check_arguments(type(config).__name__, given, ("key",))
-        recipe, adapter_sites = planning.plan_adapter(parameters, config, keymap, stack_axes, example)
-        values = initial_values.init_values(
-            recipe.config, adapter_sites, key, dtype, base=parameters.leaves, base_shardings=parameters.shardings
-        )
-        adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-        return _attach(held, adapter, adapter_sites, name, rngs, model)
-    kind = init_kind(config)
-    _check_arguments(lora.init_field(config), given, kind.needs, kind.takes)
+    base = base_params(model)
+    _check_arguments(config, method, key, data)
 
-    def plan(config: lora.LoraConfig) -> tuple[Recipe, tuple[Site, ...]]:
-        return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
+    def plan(config: Config) -> tuple[Recipe, Sites]:
+        return planning.plan_adapter(base, config, keymap, stack_axes, example)
 
     recipe, adapter_sites = plan(config)
-    initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
-    if "batches" in kind.needs:
-        run = _forward_function(model, forward)
-        if kind.name == "eva":
-            recipe, adapter_sites, by_module = _run_eva(plan, initialization, model, batches, run, mask)
-            initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
-        else:
-            by_module = _covariances(initialization, model, batches, run)
-        computed = initialization.factors(by_module)
-    elif gradients is not None:
-        computed = initialization.factors(initialization.gradients(_leaves(gradients)))
-    else:
-        computed = initialization.factors()
-    adapter, new = initialization.assemble(computed, dtype, parameters.shardings)
-    new_base = held.replace(new) if new else model
-    return _attach(held, adapter, initialization.sites, name, rngs, new_base)
+    if isinstance(config, lora.LoraConfig):
+        initialization = Initialization(init_kind(config), recipe, adapter_sites, base.leaves, key)
+        initialization, factors_of = _compute_factors(initialization, plan, model, data)
+        adapter, new = initialization.assemble(factors_of, dtype, base.shardings)
+        return _attach(held, adapter, initialization.sites, name, rngs, held.replace(new) if new else model)
+    given: dict[str, Array] = {}
+    if isinstance(method, PromptMethod):
+        key = jax.random.key(0) if key is None else key
+        given = _prompt_values(recipe, adapter_sites, method, base, key, dtype, data)
+    values = initial_values.init_values(
+        recipe.config, adapter_sites, key, dtype, base=base.leaves, base_shardings=base.shardings, given=given
+    )
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    return _attach(held, adapter, adapter_sites, name, rngs, model)
 
 
-def _check_arguments(setting: str, given: Collection[str], needs: Sequence[str], takes: Sequence[str] = ()) -> None:
-    """Raise `AttachError` unless the arguments are those that an initialisation needs or takes; any takes a key."""
-    problems = [f"{name} has no effect" for name in sorted(set(given).difference(needs, takes, ("key",)))]
-    problems += [f"{name} is needed" for name in needs if name not in given]
+_DATA = {
+    "batches": "jaxadapt.initializers.Batches(inputs, forward)",
+    "gradients": "the gradients of a loss, in a tree like the base parameters",
+    "tokens": "the token ids of the text",
+    "source": "the adapter to start from",
+}
+"""{what an initialisation needs: the value of `data` for it}."""
+
+
+def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> None:
+    """Raise `AttachError` unless `key` and `data` are what an initialisation needs; a key is always allowed."""
+    setting, needs = type(config).__name__, ("key",)
+    if isinstance(config, lora.LoraConfig):
+        setting, needs = lora.init_field(config), init_kind(config).needs
+    elif isinstance(method, PromptMethod):
+        setting, needs = method.start_setting(config)
+    wanted = next((_DATA[name] for name in needs if name in _DATA), None)
+    problems = ["data has no effect"] if wanted is None and data is not None else []
+    problems += [f"data is needed: {wanted}"] if wanted is not None and data is None else []
+    problems += ["key is needed"] if "key" in needs and key is None else []
+    if "batches" in needs and not isinstance(data, Batches | None):
+        problems.append(f"data: expected {wanted}, found {type(data).__name__}")
     if problems:
         raise AttachError(f"{setting}: " + ", ".join(problems))
+
+
+def _prompt_values(
+    recipe: Recipe, adapter_sites: Sites, method: PromptMethod, base: BaseParams, key: Array, dtype: Any, data: Any
+) -> dict[str, Array]:
+    """Return the tensors of a prompt that do not start from random values, `{path: array}`."""
+    config = recipe.config
+    tokens, source = (data if name in method.start_setting(config)[1] else None for name in ("tokens", "source"))
+    table = functools.cache(lambda: token_table(recipe.keymap, base.leaves, config.peft_type))
+    given = StartData(jax.random.fold_in(key, 1), table, tokens, _source_tensors(source))
+    shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
+    own, where = initial_values.new_dtype(dtype), initial_values.adapter_shardings(adapter_sites, base.shardings)
+    started = {paths.join(SHARED_NODE, name): x for name, x in method.start_values(config, shapes, given).items()}
+    cast = {path: x.astype(own) for path, x in started.items()}
+    return {path: regions.move_to(x, where[path]) if path in where else x for path, x in cast.items()}
+
+
+def _compute_factors(
+    first: Initialization, plan: Callable[[Config], tuple[Recipe, Sites]], model: Any, data: Any
+) -> tuple[Initialization, dict[str, Factors]]:
+    """Return the factors of each module, and the initialisation with their ranks, which EVA chooses."""
+    if "gradients" in first.kind.needs:
+        return first, first.factors(first.gradients(_leaves(data)))
+    if "batches" not in first.kind.needs:
+        return first, first.factors()
+    forward = _forward_function(model, data.forward)
+    if first.kind.name != "eva":
+        if data.mask is not None:
+            raise AttachError(f"{lora.init_field(first.recipe.config)}: mask has no effect")
+        return first, first.factors(_covariances(first, model, data.inputs, forward))
+    config, components = _find_components(first, model, data, forward)
+    recipe, adapter_sites = plan(config)
+    chosen = dataclasses.replace(first, recipe=recipe, sites=adapter_sites)
+    return chosen, chosen.factors(components)
 
 
 def _source_tensors(source: Adapter | PeftTensors | None) -> Mapping[str, Array] | None:
@@ -266,7 +293,7 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
         grams = observe({}, batch)
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in grams.items()}
     if not sums:
-        raise AttachError("CorDA needs at least one batch: batches= is empty")
+        raise AttachError("CorDA needs at least one batch: data has none")
     out: dict[str, Array] = {}
     for b in initialization.pairs:
         rows = statistics.split_layers(b, sums[b.leaf])
@@ -274,20 +301,20 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
     return out
 
 
-def _run_eva(
-    plan: Any, initialization: Initialization, base: Any, batches: Any, forward: Any, mask: Any
-) -> tuple[Recipe, tuple[Site, ...], dict[str, Array]]:
-    """Return the recipe with EVA's ranks, its sites, and A for each module."""
-    config: Any = initialization.recipe.config
+def _find_components(
+    first: Initialization, base: Any, data: Batches, forward: Any
+) -> tuple[lora.LoraConfig, dict[str, Array]]:
+    """Return the configuration with EVA's ranks, and A of each module."""
+    config: Any = first.recipe.config
     fields = [f.name for f in dataclasses.fields(statistics.Settings)]
     settings = statistics.Settings(**init_settings(config, "eva_config", fields))
 
     def watch(watched: Sequence[Site], observed: Any) -> statistics.Observer:
-        return statistics.make_observer(base, initialization.recipe, watched, observed, forward)
+        return statistics.make_observer(base, first.recipe, watched, observed, forward)
 
-    components = statistics.find_components(config, initialization.pairs, batches, watch, settings, mask)
-    recipe, adapter_sites = plan(statistics.redistribute_ranks(config, components, settings))
-    return recipe, adapter_sites, {m: jnp.asarray(x) for m, x in components.items()}
+    components = statistics.find_components(config, first.pairs, data.inputs, watch, settings, data.mask)
+    chosen = statistics.redistribute_ranks(config, components, settings)
+    return chosen, {m: jnp.asarray(x) for m, x in components.items()}
 
 
 # ---------------------------------------------------------------- original base

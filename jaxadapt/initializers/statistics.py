@@ -331,32 +331,50 @@ def find_components(
     """
     batches = list(batches)
     if not batches:
-        raise AttachError("EVA needs at least one batch: batches= is empty")
+        raise AttachError("EVA needs at least one batch: data has none")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
     wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
     observe_moments = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
-    places = {m: (site, layer) for site in adapter_sites for m, layer in site.layers.items()}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
     k = _component_counts(group_sites, most)
     observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
     states = {b.leaf: np.zeros((math.prod(b.stack_sizes), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
+    found, ranks = _iterate(
+        observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
+    )
+    return _select_components(groups, found, ranks, settings)
+
+
+def _iterate(
+    observe: Observer,
+    batches: Sequence[Any],
+    tokens: Callable[[Any], Any],
+    group_sites: Sequence[Site],
+    states: dict[str, np.ndarray],
+    groups: Mapping[str, Sequence[str]],
+    most: Mapping[str, int],
+    budget: int,
+    tau: float,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Observe batches until the components converge; return the state of each group and the rank of each module."""
+    places = {m: (site, layer) for site in group_sites for m, layer in site.layers.items()}
     converged = {m: np.zeros(most[m], bool) for m in groups}
     ranks = dict(most)
     for batch in itertools.islice(itertools.cycle(batches), _LIMIT):
         state_of = {m: states[places[m][0].leaf][places[m][1]] for m in groups}
         if all(state[-1, 1] > 0 for state in state_of.values()):
-            ranks = _distribute_ranks(groups, most, sum(wanted.values()), state_of)
+            ranks = _distribute_ranks(groups, most, budget, state_of)
         going_on = [m for m in groups if not converged[m][: ranks[m]].all()]
         if not going_on:
-            return _select_components(groups, state_of, ranks, settings)
+            return state_of, ranks
         after = _next_states(observe, group_sites, states, batch, tokens(batch))
         for module in going_on:
             site, layer = places[module]
             before, state = state_of[module], after[site.leaf][layer]
             if 0 < before[-1, 1] < state[-1, 1]:
-                converged[module] = _cosines(before, state, most[module]) >= settings.tau
+                converged[module] = _cosines(before, state, most[module]) >= tau
             states[site.leaf][layer] = state
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 

@@ -120,7 +120,10 @@ class PromptMethod(Method):
         """Return the initial distribution of a tensor of the trained form, as in PEFT."""
 
     def start_setting(self, config: Any) -> tuple[str, tuple[str, ...]]:
-        """Return the setting that decides where a prompt starts, for messages, and the arguments of `start` for it."""
+        """Return the setting that decides where a prompt starts, for messages, and what `start` needs for it:
+
+        "key", and as `data` "tokens" or "source".
+        """
         return type(config).__name__, ("key",)
 
     def start_values(self, config: Any, shapes: Shapes, data: StartData) -> dict[str, Array]:
@@ -283,7 +286,7 @@ class EmbeddingPrompt(PromptMethod):
     def draw(self, config: Any, name: str) -> Draw:
         kind = config.get("prompt_tuning_init", "RANDOM")
         if kind != "RANDOM":
-            needed = {"SAMPLE_VOCAB": "", "TEXT": ", tokens=ids"}.get(kind, ", source=adapter")
+            needed = {"SAMPLE_VOCAB": "", "TEXT": ", ids"}.get(kind, ", adapter")
             raise ConfigError(
                 f'{self.peft_type}: prompt_tuning_init="{kind}" needs data beyond the configuration; create the adapter'
                 f" with jaxadapt.initializers.start(base, config{needed})"

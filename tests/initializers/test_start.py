@@ -9,7 +9,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, MismatchError
-from jaxadapt.initializers import kinds
+from jaxadapt.initializers import Batches, kinds
 from tests.support import small
 
 
@@ -70,17 +70,19 @@ def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shap
         (config("pissa", r=7), {}, ConfigError, r"q_proj.kernel: rank 7 exceeds 6, the most for 8 x 6"),
         (config("orthogonal", r=3), {"key": 0}, ConfigError, "expected an even rank, found 3"),
         (config("pissa_niter_4"), {}, AttachError, "key is needed"),
-        (config("corda"), {}, AttachError, "batches is needed"),
-        (config("lora_ga"), {"key": 0}, AttachError, "gradients is needed"),
-        (config("pissa"), {"gradients": {}}, AttachError, "gradients has no effect"),
-        (config("eva"), {"batches": [1]}, AttachError, "forward= is required for bare parameters"),
+        (config("corda"), {}, AttachError, "data is needed: jaxadapt.initializers.Batches"),
+        (config("lora_ga"), {"key": 0}, AttachError, "data is needed: the gradients"),
+        (config("pissa"), {"data": {}}, AttachError, "data has no effect"),
+        (config("eva"), {"data": Batches([1])}, AttachError, "forward= is required for bare parameters"),
+        (config("eva"), {"data": [1]}, AttachError, r"data: expected jaxadapt.initializers.Batches.*, found list"),
+        (config("corda"), {"data": Batches([1], len, len)}, AttachError, "mask has no effect"),
         (config("mica", r=7), {}, ConfigError, r"rank 7 exceeds 6"),
         (config(True, kasa_config={}), {}, AttachError, "kasa_config: key is needed"),
         (config("loftq", loftq_config={"loftq_bits": 3}), {}, ConfigError, "expected 4 or 8 bits"),
         (config("loftq", loftq_config={"loftq_bits": 4, "iter": 2}), {}, ConfigError, "unknown iter"),
-        (config("lora_ga"), {"key": 0, "gradients": {"q_proj": {}}}, MismatchError, "q_proj.kernel, found none"),
+        (config("lora_ga"), {"key": 0, "data": {"q_proj": {}}}, MismatchError, "q_proj.kernel, found none"),
         (small.IA3, {}, AttachError, "IA3Config: key is needed"),
-        (small.IA3, {"key": 0, "batches": [1]}, AttachError, "IA3Config: batches has no effect"),
+        (small.IA3, {"key": 0, "data": Batches([1])}, AttachError, "IA3Config: data has no effect"),
         ({"r": 2}, {}, ConfigError, r"expected a configuration such as .*, found dict.*start\(model, config\)"),
     ],
     ids=str,

@@ -177,9 +177,10 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
     config = jaxadapt.LoraConfig(**fields(family, kind, **more, **corda))
     given = {"key": jax.random.key(1)} if kind.startswith("pissa_niter") else {}
     if kind == "corda":
-        given = {"forward": forward, "batches": [{"input_ids": IDS[i : i + 1]} for i in range(12)]}
+        inputs = [{"input_ids": IDS[i : i + 1]} for i in range(12)]
+        given = {"data": jaxadapt.initializers.Batches(inputs, forward)}
     if kind == "lora_ga":
-        given = {"gradients": gradients(base, forward), "key": jax.random.key(0)}
+        given = {"data": gradients(base, forward), "key": jax.random.key(0)}
     if family == "gpt2" and kind == "olora":
         with pytest.raises(jaxadapt.ConfigError, match="Conv1D's transposed weight"):
             jaxadapt.initializers.start(base, config)
@@ -274,7 +275,8 @@ def test_eva_finds_the_components_and_ranks_that_peft_finds(api, scan, settings)
     theirs = peft.LoraConfig(**fields("llama", "eva", r=8, eva_config=peft.EvaConfig(**settings)))
     config = jaxadapt.LoraConfig(**fields("llama", "eva", r=8, eva_config=settings))
     model = peft_side("llama", theirs, "eva")
-    left, adapter = jaxadapt.initializers.start(base, config, batches=batches(jnp.asarray), forward=forward)
+    data = jaxadapt.initializers.Batches(batches(jnp.asarray), forward)
+    left, adapter = jaxadapt.initializers.start(base, config, data)
     saved = model.peft_config["default"]
     assert set(adapter.config.target_modules) == set(saved.target_modules)
     assert dict(adapter.config.rank_pattern) == saved.rank_pattern

@@ -81,9 +81,7 @@ def test_a_text_gives_pefts_values(n: int, monkeypatch: pytest.MonkeyPatch) -> N
     fields |= {"num_virtual_tokens": n, "task_type": "CAUSAL_LM"}
     want = peft_start(peft.PromptTuningConfig(**fields))["prompt_embeddings"]
     for tokens in ([5, 2, 7], lambda text: [5, 2, 7]):
-        model, adapter = start(
-            llama.twin_of(prompts.torch_base()), jaxadapt.PromptTuningConfig(**fields), tokens=tokens
-        )
+        model, adapter = start(llama.twin_of(prompts.torch_base()), jaxadapt.PromptTuningConfig(**fields), tokens)
         np.testing.assert_array_equal(adapter.shared["prompt_embeddings"], want)
         assert model(jnp.asarray(IDS)).shape[1] == IDS.shape[1] + n
 
@@ -110,14 +108,14 @@ def test_source_tasks_give_pefts_values(kind: str, folders: Any) -> None:
     want = peft_start(peft.MultitaskPromptTuningConfig(**fields))
     config = jaxadapt.MultitaskPromptTuningConfig(**fields)
     source = jaxadapt.read(folders(TASKS))
-    found = start(llama.twin_of(prompts.torch_base()), config, source=source).adapter.shared
+    found = start(llama.twin_of(prompts.torch_base()), config, source).adapter.shared
     for name in want if kind != "ONLY_SOURCE_SHARED" else ("prompt_embeddings",):
         np.testing.assert_allclose(found[name], want[name], rtol=1e-6, atol=1e-9, err_msg=name)
     with pytest.raises(MismatchError, match="do not fit the new adapter"):
         start(
             llama.twin_of(prompts.torch_base()),
             config.replace(num_virtual_tokens=9),
-            source=jaxadapt.read(folders(TASKS)),
+            jaxadapt.read(folders(TASKS)),
         )
 
 

@@ -121,9 +121,9 @@ def test_what_a_forward_holds_is_not_kept() -> None:
     held = jnp.full(3, 2.0)
     gone = weakref.ref(held)
     config = small.LORA.replace(init_lora_weights="corda")
-    jaxadapt.initializers.start(
-        small.net(), config, batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0]
-    )
+    inputs = jaxadapt.initializers.Batches([small.X], lambda model, x, held=held: model(x) * held[0])
+    jaxadapt.initializers.start(small.net(), config, inputs)
+    del inputs
     del held
     gc.collect()
     assert gone() is None

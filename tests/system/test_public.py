@@ -52,7 +52,7 @@ PUBLIC = {
 PACKAGES = {
     "analysis": {"diff"},
     "export": {"export_adapter", "export_base", "import_base"},
-    "initializers": {"for_original_base", "start"},
+    "initializers": {"Batches", "for_original_base", "start"},
     "merging": {"convert_variant", "plain_lora", "resize_rank", "to_lora"},
     "methods": {
         "METHODS", "AppliedMethod", "Change", "Drop", "Effects", "MatrixMethod", "Method", "MethodInfo", "Start",
