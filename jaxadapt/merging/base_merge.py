@@ -29,6 +29,7 @@ from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
@@ -111,8 +112,7 @@ class ChangedLeaf:
         w = w.astype("float32") if unrounded and w.dtype.itemsize < 4 else w
         slices = {site.match.weight.left[axis]: position for axis, position in at.items()}
         params = {
-            tensor.name: _slice(self.params[tensor.name], entry.form.left, slices)
-            for tensor, entry in zip(site.tensors, site.entries, strict=True)
+            tensor.name: _slice(self.params[tensor.name], entry.form.left, slices) for tensor, entry in site.bound
         } | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
         params |= {name: x for name, x in self.params.items() if name not in site.shapes}
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
@@ -269,12 +269,13 @@ def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) 
             " expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass variables['params']"
             " and an adapter"
         )
-    others: dict[str, Any] = {}
-    held = variables.keys() - collections.without_adapters(variables).keys()
-    for collection, tree in variables.items():
-        has_selected = collection in held and isinstance(tree, Mapping) and not tree.keys().isdisjoint(selected)
-        remaining = {name: stored for name, stored in tree.items() if name not in selected} if has_selected else tree
-        others |= {} if has_selected and not remaining else {collection: remaining}
+    others = dict(variables)
+    for collection in variables.keys() - collections.without_adapters(variables).keys():
+        remaining = {name: tree for name, tree in variables[collection].items() if name not in selected}
+        if not remaining:
+            del others[collection]
+        elif len(remaining) < len(variables[collection]):
+            others[collection] = remaining
     return adapter or adapters[selected[0]], others
 
 
@@ -493,29 +494,28 @@ def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
             if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
         ],
     )
-    tied = set(tied_heads(adapter.keymap, base).values())
-    lookup_only = [
-        site.leaf for site in sites if site.match.weight.kind == "embedding" and not tied.isdisjoint(site.modules)
-    ]
+    if not adapter.config.get("ensure_weight_tying"):
+        _check_ties(sites, base, adapter.keymap)
+
+
+def _check_ties(sites: Sequence[Site], base: Mapping[str, Any], keymap: KeyMap) -> None:
+    """Raise `AttachError` for token embeddings that are the head too; warn if no keymap tells whether one is."""
+    tied = set(tied_heads(keymap, base).values())
+    embeddings = [site for site in sites if site.match.weight.kind == "embedding"]
     raise_listed(
         AttachError,
         "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
         " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
         " ensure_weight_tying:",
-        [] if adapter.config.get("ensure_weight_tying") else lookup_only,
+        [site.leaf for site in embeddings if not tied.isdisjoint(site.modules)],
     )
-    if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
-        _warn_of_unknown_ties(sites, base)
-
-
-def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> None:
-    """Warn of a token embedding that may be the head too, in a model whose keymap lists no tied weights."""
+    if keymap.name != GENERIC.name:
+        return
     shapes = {path: np.shape(leaf) for path, leaf in base.items()}
     lookup_only = [
         f"{site.leaf} ({site.fan_in} tokens)"
-        for site in sites
-        if site.match.weight.kind == "embedding"
-        and not site.method.copies
+        for site in embeddings
+        if not site.method.copies
         and not any(site.fan_in in shape and len(shape) > 1 for path, shape in shapes.items() if path != site.leaf)
     ]
     if lookup_only:

@@ -8,7 +8,6 @@ on pairs of matrices, module by module, for adapters of a model and for PEFT's t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 import re
@@ -46,7 +45,16 @@ class Combination:
     total: bool
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _combine_noisy(static: tuple[Combination, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
+    """Return `_combine_matrices` of (As, Bs, weights, DARE's masks or keys of the adapters); None for other methods."""
+    (combination, scales, _), (a, b, weights, noise) = static, tree
+    masks = noise and [
+        each if isinstance(each, tuple) else _draw_masks(combination, x, y, each)
+        for x, y, each in zip(a, b, noise, strict=True)
+    ]
+    return _combine_matrices(combination, scales, a, b, weights, masks)
+
+
 def _combine_matrices(
     combination: Combination, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
 ) -> tuple[Array, Array]:
@@ -222,19 +230,22 @@ def combine_pairs(
     parts_of = {name: [name] for name in names} if elementwise else factors.find_parts(adapters)
     whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
     kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
-    combined: dict[str, Pair] = {}
+    items: dict[str, Any] = {}
+    for matrix in parts_of:
+        having = {i: pairs[matrix] for i, pairs in enumerate(whole) if matrix in pairs}
+        noise: Any = None if kept is None else [(kept[i][matrix].a, kept[i][matrix].b) for i in having]
+        if key is not None:
+            matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
+            noise = [jax.random.fold_in(matrix_key, i) for i in having]
+        scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
+        shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
+        # The caller's masks may be as large as the weights, so they are not stacked.
+        items[matrix] = (combination, scales, None if kept is None else matrix), (a, b, shares, noise)
     with jax.default_matmul_precision("highest"):
-        for matrix in parts_of:
-            having = {i: pairs[matrix] for i, pairs in enumerate(whole) if matrix in pairs}
-            noise = None if kept is None else [(kept[i][matrix].a, kept[i][matrix].b) for i in having]
-            if key is not None:
-                matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
-                noise = [_draw_masks(combination, p, jax.random.fold_in(matrix_key, i)) for i, p in having.items()]
-            scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
-            shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
-            a, b = _combine_matrices(combination, scales, a, b, shares, noise)
-            combined[matrix] = dataclasses.replace(next(iter(having.values())), a=a, b=b, scale=1.0)
-    return factors.split_parts(combined, parts_of)
+        combined = factors.map_equal(_combine_noisy, items)
+    first = {name: pair for pairs in reversed(whole) for name, pair in pairs.items()}
+    new = {matrix: dataclasses.replace(first[matrix], a=a, b=b, scale=1.0) for matrix, (a, b) in combined.items()}
+    return factors.split_parts(new, parts_of)
 
 
 def summed_type(configs: Iterable[Config]) -> str | None:
@@ -300,10 +311,9 @@ def _weight_problems(weights: Sequence[Any], count: int) -> list[str]:
 
 def _option_problems(options: Options, count: int) -> list[str]:
     method, svd_rank, density, signs, key, masks = options
-    is_svd, is_dare, prunes = method.endswith("svd"), method.startswith("dare"), method.startswith(_PRUNING)
+    is_svd, prunes = method.endswith("svd"), method.startswith(_PRUNING)
     is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
     is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
-    masks_found = count if masks is None else len(masks)
     rules = (
         (method not in METHODS, f"method: expected one of {', '.join(METHODS)}, found {method!r}"),
         (svd_rank is not None and not is_svd, f"svd_rank={svd_rank!r}: has no effect with method {method!r}"),
@@ -313,26 +323,25 @@ def _option_problems(options: Options, count: int) -> list[str]:
             f"density: method {method!r} needs a number from 0 to 1, found {density!r}",
         ),
         (not prunes and density is not None, f"density={density!r}: has no effect with method {method!r}"),
-        (is_dare and density == 0, "density: DARE divides by it, so it cannot be 0"),
-        (
-            is_dare and (key is None) == (masks is None),
-            f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
-        ),
-        (
-            is_dare and masks_found != count,
-            f"masks: expected one tree for each of the {count} adapters, found {masks_found}",
-        ),
-        (
-            not is_dare and not (key is None and masks is None),
-            f"key and masks are for DARE; they have no effect with method {method!r}",
-        ),
         (signs not in _SIGNS, f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}"),
         (
             signs == "frequency" and "ties" not in method,
             f"majority_sign_method={signs!r}: has no effect with method {method!r}",
         ),
     )
-    return [problem for applies, problem in rules if applies]
+    noise = _dare_problems(options, count) if method.startswith("dare") else []
+    if not method.startswith("dare") and not (key is None and masks is None):
+        noise.append(f"key and masks are for DARE; they have no effect with method {method!r}")
+    return [problem for applies, problem in rules if applies] + noise
+
+
+def _dare_problems(options: Options, count: int) -> list[str]:
+    problems = ["density: DARE divides by it, so it cannot be 0"] if options.density == 0 else []
+    if (options.key is None) == (options.masks is None):
+        problems.append(f"method {options.method!r} needs key= (a JAX random key) or masks=, and not both")
+    if options.masks is not None and len(options.masks) != count:
+        problems.append(f"masks: expected one tree for each of the {count} adapters, found {len(options.masks)}")
+    return problems
 
 
 def _check_sizes(adapters: Sequence[Mapping[str, Pair]], method: str) -> None:
@@ -375,21 +384,20 @@ def _combined_config(configs: Sequence[Any], r: int, names: Iterable[str]) -> lo
         first = first.replace(target_parameters=names)
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
     equal_fields = all(config.get(name) == first.get(name) for config in configs for name in narrowing)
-    targets = [config.target_modules for config in configs]
-    union: Any = None
-    if equal_fields and all(isinstance(target, tuple) for target in targets):
-        union = sorted({name for names in targets for name in names})
-    elif equal_fields and all(isinstance(target, str) for target in targets):
-        union = _join_expressions(list(dict.fromkeys(targets)))
-    if union is not None:
-        config = first.replace(target_modules=union)
-        if all(matching.is_target(config, module) for module in modules):
-            return config
+    union = _union([config.target_modules for config in configs]) if equal_fields else None
+    config = first.replace(target_modules=sorted(modules) if union is None else union)
+    if union is not None and all(matching.is_target(config, module) for module in modules):
+        return config
     return first.replace(target_modules=sorted(modules), **dict.fromkeys(narrowing))
 
 
-def _join_expressions(expressions: Sequence[str]) -> str | None:
-    """Return one regular expression that matches if any of several does; None if joining would change their meaning."""
+def _union(targets: Sequence[Any]) -> Any:
+    """Return targets that select what any of several does; None if one of them would change its meaning."""
+    if all(isinstance(target, tuple) for target in targets):
+        return sorted({name for names in targets for name in names})
+    expressions = list(dict.fromkeys(targets))
+    if not all(isinstance(target, str) for target in targets):
+        return None
     if len(expressions) == 1:
         return expressions[0]
     if any(re.search(r"\\[1-9]|\(\?[aiLmsuxP]", expression) for expression in expressions):
@@ -400,14 +408,16 @@ def _join_expressions(expressions: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------- masks
 
 
-def _draw_masks(combination: Combination, pair: Pair, key: Any) -> tuple[Array, Array]:
+def _draw_masks(combination: Combination, a: Array, b: Array, key: Any) -> tuple[Array, Array]:
     """Return DARE's masks of A and B of one matrix, or twice the mask of its weight change."""
     if combination.method.endswith("svd"):
-        mask = jax.random.bernoulli(key, combination.density, (*pair.b.shape[:-1], pair.a.shape[-1]))
+        mask = jax.random.bernoulli(key, combination.density, (*b.shape[:-1], a.shape[-1]))
         return mask, mask
     key_a, key_b = jax.random.split(key)
-    a, b = (jax.random.bernoulli(k, combination.density, x.shape) for k, x in ((key_a, pair.a), (key_b, pair.b)))
-    return a, b
+    return (
+        jax.random.bernoulli(key_a, combination.density, a.shape),
+        jax.random.bernoulli(key_b, combination.density, b.shape),
+    )
 
 
 def _given_masks(
@@ -418,17 +428,15 @@ def _given_masks(
     Raises `MismatchError` if they are missing or have other shapes.
     """
     assert isinstance(adapter, Adapter)
-    shapes, flat, on_change = (
-        {path: x.shape for path, x in adapter.flat().items()},
-        paths.flatten(masks),
-        sites_of(adapter) if method.endswith("svd") else (),
-    )
+    sites = sites_of(adapter)
+    of_changes = method.endswith("svd")
     raise_listed(
         ConfigError,
         "masks of weight changes are for linear layers and embeddings; leave these out, or pass key=:",
-        [site.leaf for site in on_change if not factors.has_one_pair(site)],
+        [site.leaf for site in sites if of_changes and not factors.has_one_pair(site)],
     )
-    expected = [site.leaf for site in on_change] or list(shapes)
+    shapes = {path: x.shape for path, x in adapter.flat().items()}
+    flat, expected = paths.flatten(masks), [site.leaf for site in sites] if of_changes else list(shapes)
     missing = [path for path in expected if path not in flat]
     if missing:
         raise MismatchError(f"masks[{i}]: expected a mask at {', '.join(missing)}, found {paths.bullets(flat)}")
@@ -436,12 +444,12 @@ def _given_masks(
     wrong = [path for path, x in own.items() if x.shape != shapes.get(path, x.shape)]
     chosen: dict[str, Pair] = {}
     try:
-        for site in on_change:
-            for name, x in factors.site_weights(adapter.keymap, site, own[site.leaf]).items():
-                chosen[name] = Pair(x, x, 1.0)
-                wrong += [] if x.shape == pairs[name].sizes[::-1] else [name]
-        if not wrong and not on_change:
-            chosen = factors.site_pairs(adapter.config, sites_of(adapter), own)
+        if of_changes:
+            changes = (factors.site_weights(adapter.keymap, site, own[site.leaf]) for site in sites)
+            chosen = {name: Pair(x, x, 1.0) for each in changes for name, x in each.items()}
+            wrong += [name for name, pair in chosen.items() if pair.a.shape != pairs[name].sizes[::-1]]
+        elif not wrong:
+            chosen = factors.site_pairs(adapter.config, sites, own)
     except (ValueError, TypeError, KeyMapError, MismatchError) as error:
         raise MismatchError(f"masks[{i}]: its shape differs from that of the masked tensor ({error})") from error
     raise_listed(MismatchError, f"masks[{i}]: its shape differs from that of the masked tensor at:", wrong)

@@ -9,8 +9,9 @@ under jit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -221,9 +222,9 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, side in shared.items():
         groups.setdefault(name.partition("[")[0] if side else name, []).append(name)
-    for matrix, parts in list(groups.items()):
+    for matrix, parts in [(matrix, parts) for matrix, parts in groups.items() if shared[parts[0]]]:
         side = shared[parts[0]]
-        factors = [[getattr(pairs[p], side) for p in parts if p in pairs] for pairs in adapters] if side else []
+        factors = [[getattr(pairs[part], side) for part in parts if part in pairs] for pairs in adapters]
         if any(isinstance(x, Tracer) for arrays in factors for x in arrays):
             raise AttachError(
                 "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"
@@ -320,7 +321,32 @@ def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
     return common
 
 
-# ---------------------------------------------------------------- the SVD of a product
+# ---------------------------------------------------------------- numerics
+
+
+def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Return `{name: function(static, tree)}` from `{name: (static, tree)}`.
+
+    Trees with equal static values and arrays of equal shapes are one compiled loop, so that tracing many layers takes
+    as long as tracing one. `function` is compiled once for each of these kinds.
+    """
+    groups: dict[Any, list[str]] = {}
+    for name, (static, tree) in items.items():
+        leaves, structure = jax.tree.flatten(tree)
+        groups.setdefault((static, structure, *((x.shape, x.dtype) for x in leaves)), []).append(name)
+    mapped: dict[str, Any] = {}
+    for form, names in groups.items():
+        mapped |= zip(names, _map_group(function, form[0], [items[name][1] for name in names]), strict=True)
+    return {name: mapped[name] for name in items}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _map_group(function: Callable[[Any, Any], Any], static: Any, trees: Sequence[Any]) -> list[Any]:
+    if len(trees) == 1:
+        return [function(static, trees[0])]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+    mapped = jax.lax.map(functools.partial(function, static), stacked)
+    return [jax.tree.map(lambda x, i=i: x[i], mapped) for i in range(len(trees))]
 
 
 def svd(w: Array) -> tuple[Array, Array, Array]:

@@ -81,7 +81,7 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     shared = {name: leaves[paths.join(SHARED_NODE, name)] for name in adapter.shared}
     tensors: dict[str, dict[str, Array]] = {}
     for site in sites:
-        for tensor, entry in zip(site.tensors, site.entries, strict=True):
+        for tensor, entry in site.bound:
             for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True):
                 module = key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix)
                 tensors.setdefault(module, {})[tensor.name] = row
@@ -140,25 +140,35 @@ def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[facto
     adapter = factors.normalize(adapter)
     pairs = factors.pairs_of(adapter)
     parts_of = factors.find_parts([pairs])
+    whole = factors.join_parts(pairs, parts_of)
+    items: dict[str, Any] = {}
+    for matrix, pair in whole.items():
+        own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(matrix.encode()))
+        items[matrix] = (r, pair.scale), (pair.a, pair.b, own_key)
     resized: dict[str, Pair] = {}
     errors: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for matrix, pair in factors.join_parts(pairs, parts_of).items():
-            b, error = pair.b * pair.scale, jnp.zeros(pair.a.shape[:-2])
-            if pair.rank > r:
-                u, s, vh = factors.product_svd(b, pair.a)
-                (a, b), error = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
-            else:
-                a, b = factors.pad_rank(pair.a, b, r)
-                if key is not None:
-                    matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
-                    a = a.at[..., pair.rank :, :].set(_draw_rows(matrix_key, a[..., pair.rank :, :].shape))
-            resized[matrix] = dataclasses.replace(pair, a=a, b=b, scale=1.0)
-            names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
-            errors |= _error_by_module(names, error.reshape(-1))
+        computed = factors.map_equal(_resize_pair, items)
+    for matrix, (a, b, error) in computed.items():
+        resized[matrix] = dataclasses.replace(whole[matrix], a=a, b=b, scale=1.0)
+        names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
+        errors |= _error_by_module(names, error.reshape(-1))
     config: Any = adapter.config
     config = config.with_scale_one(r) if lora.changes_base(config) else config.with_scale_one(r).with_default_init()
     return factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors
+
+
+def _resize_pair(static: tuple[int, float], tree: tuple[Array, Array, Any]) -> tuple[Array, Array, Array]:
+    """Return A, B with the scale in it, and the error of a pair at another rank, with new rows of A from a key."""
+    (r, scale), (a, b, key) = static, tree
+    b, rank = b * scale, a.shape[-2]
+    if rank > r:
+        u, s, vh = factors.product_svd(b, a)
+        return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
+    a, b = factors.pad_rank(a, b, r)
+    if key is not None:
+        a = a.at[..., rank:, :].set(_draw_rows(key, a[..., rank:, :].shape))
+    return a, b, jnp.zeros(a.shape[:-2])
 
 
 def to_lora(
@@ -194,38 +204,50 @@ def to_lora(
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
     dtype = None if dtype is None else float_dtype(dtype)
-    if isinstance(source, Adapter) and params is not None and lora.reasons_not_a_product(source.config):
-        source = low_rank_form(source, base_params(params).shapes) or source
-    if isinstance(source, Adapter) and not lora.reasons_not_a_product(source.config):
-        ranks = [pair.rank for pair in factors.pairs_of(source).values()]
-        reduced = resize_rank(source, max(ranks) if r is None else r)
+    plain = _as_product(source, params) if isinstance(source, Adapter) else None
+    if plain is not None:
+        ranks = [pair.rank for pair in factors.pairs_of(plain).values()]
+        reduced = resize_rank(plain, max(ranks) if r is None else r)
         return reduced if dtype is None else _cast(reduced, dtype)
-    if isinstance(source, Adapter) and params is None:
-        raise AttachError(
-            f"to_lora: the weight change of {source.config.peft_type} depends on the base weights here, or at least on"
-            " their shapes; pass params=base"
-        )
     if r is None:
         raise ConfigError("to_lora: pass r (the rank); a change of weights has no rank of its own")
     _check_rank(r)
     if isinstance(source, Adapter):
-        base = _flat_params(params)
-        tuned = _merged_params(base, source)
-        source_keymap = source.keymap
-        sites = sites_of(source)
-        raise_listed(
-            ConfigError,
-            "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
-            " modules_to_save or bias:",
-            [site.leaf for site in sites if site.method.copies],
-        )
-        config, sites = plain_sites(source, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
+        change = _change_by_adapter(source, params, r)
     else:
         base, tuned = _flat_pair(source)
         config = lora.LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
         recipe, sites = planning.plan_adapter(base_params(paths.unflatten(base)), config, keymap)
-        config, source_keymap = recipe.config, recipe.keymap
-    return _cast(_from_change(base, tuned, config, source_keymap, sites, r), dtype or float_dtype("float32"))
+        change = base, tuned, recipe.config, recipe.keymap, sites
+    return _cast(_from_change(*change, r), dtype or float_dtype("float32"))
+
+
+def _as_product(adapter: Adapter, params: Any) -> Adapter | None:
+    """Return an adapter as a plain LoRA that computes exactly the same; None if there is none."""
+    if not lora.reasons_not_a_product(adapter.config):
+        return adapter
+    if params is None:
+        raise AttachError(
+            f"to_lora: the weight change of {adapter.config.peft_type} depends on the base weights here, or at least on"
+            " their shapes; pass params=base"
+        )
+    return low_rank_form(adapter, base_params(params).shapes)
+
+
+def _change_by_adapter(
+    adapter: Adapter, params: Any, r: int
+) -> tuple[dict[str, Any], dict[str, Any], Config, KeyMap, Sites]:
+    """Return the base, the merged parameters, and the configuration, the keymap and the sites of the new LoRA."""
+    base, sites = _flat_params(params), sites_of(adapter)
+    tuned = _merged_params(base, adapter)
+    raise_listed(
+        ConfigError,
+        "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
+        " modules_to_save or bias:",
+        [site.leaf for site in sites if site.method.copies],
+    )
+    config, sites = plain_sites(adapter, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
+    return base, tuned, config, adapter.keymap, sites
 
 
 def _cast(reduced: Reduced, dtype: Any) -> Reduced:
