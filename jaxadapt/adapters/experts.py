@@ -17,6 +17,7 @@ leaves needs neither.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ from jaxadapt.keymaps.plan import cut_parts, file_key, join_parts, parse_part_ke
 from jaxadapt.keymaps.weight import Weight, name_regex
 
 # ---------------------------------------------------------------- expert parameters
+
+
+Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +72,14 @@ class ExpertParameter:
                 return self.name.format(**texts), part, int(texts.get("e", 0))
         return None
 
-    def texts(self, name: str) -> dict[str, str] | None:
-        """Return the texts that fill the placeholders of the parameter's name; None for another parameter's name."""
+    def module(self, name: str, part: int, expert: int) -> str:
+        """Return the module of a single expert, for a part of the parameter with the full name `name`."""
         match = re.fullmatch(name_regex(self.name), name)
-        return None if match is None else match.groupdict()
+        return self.modules[part].format(**({} if match is None else match.groupdict()), e=expert)
+
+    def turn(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Return a single expert's A and B as the parameter's, or the parameter's as a single expert's."""
+        return (b.T, a.T) if self.turned else (a, b)
 
     def in_module(self, module: str) -> str | None:
         """Return the full name of this parameter in a module; None if the module is of another kind."""
@@ -110,10 +118,6 @@ def is_transposed(entry: Weight) -> bool:
 
 
 # ---------------------------------------------------------------- experts
-
-
-Array = Any
-_SIDES = ("A", "B")
 
 
 def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -172,8 +176,10 @@ def may_have_experts(keys: Iterable[str]) -> bool:
 
 # ---------------------------------------------------------------- fuse
 
-PartFactors = dict[int, dict[int, dict[str, Array]]]
-"""`{part: {expert: {"A": …, "B": …}}}` of one parameter."""
+Fused = tuple[ExpertParameter, dict[tuple[int, int], dict[str, Array]]]
+"""A parameter, and `{(part, expert): {"A": …, "B": …}}` of it."""
+
+_SIDES = {"A.weight": "A", "B.weight": "B"}
 
 
 def fuse_experts(
@@ -202,51 +208,51 @@ def fuse_experts(
     if not keymap.expert_modules or not isinstance(config, LoraConfig):
         return tensors
     candidates = list_parameters(keymap, model_keymap)
-    fused: dict[str, tuple[ExpertParameter, PartFactors]] = {}
-    other_keys: list[str] = []
-    for key in tensors.tensors:
-        module, dot, suffix = key.removeprefix(keymap.prefix).rpartition(".lora_")
-        location = (
-            next(
-                ((candidate, place) for candidate in candidates if (place := candidate.find(module)) is not None), None
-            )
-            if dot
-            else None
-        )
-        if location is None or suffix not in ("A.weight", "B.weight") or matching.is_parameter(config, location[1][0]):
-            other_keys.append(key)
-            continue
-        parameter, (name, part, expert) = location
-        factors = fused.setdefault(name, (parameter, {}))[1]
-        side, array = suffix[0], tensors.tensors[key]
-        side, array = ("B" if side == "A" else "A", array.T) if parameter.turned else (side, array)
-        factors.setdefault(part, {}).setdefault(expert, {})[side] = array
+    fused, rest = _find_factors(tensors, config, keymap, candidates)
     if not fused:
         return tensors
     ranks, alphas = _checked_ranks(config, fused, tensors.source)
-    new_tensors = {key: tensors.tensors[key] for key in other_keys}
+    new_tensors = {key: tensors.tensors[key] for key in rest}
     for name, (parameter, factors) in fused.items():
         parameter = dataclasses.replace(parameter, split=parameter.split and parts)
         arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}")
-        outer = (
-            candidate
-            for candidate in candidates
-            if candidate.owner == parameter.owner and candidate.order > parameter.order
-        )
-        depth = sum(candidate.in_module_of(name) in fused for candidate in outer)
-        place = f"{keymap.prefix}{parameter.owner.format(**(parameter.texts(name) or {}))}{'.base_layer' * depth}"
+        outer = (each for each in candidates if each.owner == parameter.owner and each.order > parameter.order)
+        depth = sum(each.in_module_of(name) in fused for each in outer)
+        place = f"{keymap.prefix}{name.rpartition('.')[0]}{'.base_layer' * depth}"
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
         ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
-    modules = dict.fromkeys(
-        key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in other_keys if ".lora_" in key
-    )
-    return PeftTensors(
-        _with_target_parameters(config, list(modules), ranks, alphas, others), new_tensors, tensors.source
-    )
+    modules = _lora_modules(rest, keymap)
+    return PeftTensors(_with_target_parameters(config, modules, ranks, alphas, others), new_tensors, tensors.source)
+
+
+def _lora_modules(keys: Iterable[str], keymap: KeyMap) -> list[str]:
+    """Return the modules of the keys of LoRA, each once."""
+    stems = (key.removeprefix(keymap.prefix).rpartition(".lora_") for key in keys)
+    return list(dict.fromkeys(module for module, dot, _ in stems if dot))
+
+
+def _find_factors(
+    tensors: PeftTensors, config: LoraConfig, keymap: KeyMap, candidates: Sequence[ExpertParameter]
+) -> tuple[dict[str, Fused], list[str]]:
+    """Return the factors of single experts by the name of their parameter, and the other keys of a file."""
+    fused: dict[str, Fused] = {}
+    rest: list[str] = []
+    for key in tensors.tensors:
+        module, _, suffix = key.removeprefix(keymap.prefix).rpartition(".lora_")
+        places = ((each, place) for each in candidates if (place := each.find(module)) is not None)
+        found = next(places, None) if suffix in _SIDES else None
+        if found is None or matching.is_parameter(config, found[1][0]):
+            rest.append(key)
+            continue
+        parameter, (name, part, expert) = found
+        factors = fused.setdefault(name, (parameter, {}))[1].setdefault((part, expert), {})
+        side, array = _SIDES[suffix], tensors.tensors[key]
+        factors[{"A": "B", "B": "A"}[side] if parameter.turned else side] = array.T if parameter.turned else array
+    return fused, rest
 
 
 def _checked_ranks(
-    config: LoraConfig, fused: Mapping[str, tuple[ExpertParameter, PartFactors]], source: str
+    config: LoraConfig, fused: Mapping[str, Fused], source: str
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the rank and the alpha of each parameter.
 
@@ -255,30 +261,26 @@ def _checked_ranks(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     problems: list[str] = []
-    for name, (parameter, parts) in fused.items():
-        numbers = pytorch.expert_numbers([expert for experts in parts.values() for expert in experts])
-        texts = parameter.texts(name) or {}
-        modules = {
-            (part, expert): template.format(**texts, e=expert)
-            for part, template in enumerate(parameter.modules)
-            for expert in numbers
-        }
-        complete = {
-            place: factors
-            for place in modules
-            if len(factors := parts.get(place[0], {}).get(place[1], {})) == len(_SIDES)
-        }
-        problems += [f"{module}: missing" for place, module in modules.items() if place not in complete]
+    for name, (parameter, factors) in fused.items():
+        numbers = pytorch.expert_numbers([expert for _, expert in factors])
+        places = itertools.product(range(len(parameter.modules)), numbers)
+        modules = {place: parameter.module(name, *place) for place in places}
+        missing = [place for place in modules if len(factors.get(place, ())) < len(_SIDES)]
+        problems += [f"{modules[place]}: missing" for place in missing]
         values = {
-            (config.rank_of(module), config.alpha_of(module)) for place, module in modules.items() if place in complete
+            (config.rank_of(module), config.alpha_of(module))
+            for place, module in modules.items()
+            if place not in missing
         }
-        shapes = {tuple(tuple(factors[side].shape) for side in _SIDES) for factors in complete.values()}
+        complete = [factors[place] for place in modules if place not in missing]
+        shapes = {(tuple(each["A"].shape), tuple(each["B"].shape)) for each in complete}
         if len(values) > 1 or len(shapes) > 1:
             problems.append(f"{name}: its experts differ in rank, alpha or shape: {sorted(values)}, {sorted(shapes)}")
-        elif values:
-            ranks[name], alphas[name] = values.pop()
-            if (shape := next(iter(shapes)))[0][0] != ranks[name] or shape[1][1] != ranks[name]:
-                problems.append(f"{name}: expected rank {ranks[name]}, found A {shape[0]} and B {shape[1]}")
+            continue
+        for (rank, alpha), (a, b) in zip(values, shapes, strict=False):
+            ranks[name], alphas[name] = rank, alpha
+            if a[0] != rank or b[1] != rank:
+                problems.append(f"{name}: expected rank {rank}, found A {a} and B {b}")
     raise_listed(
         MismatchError,
         f"{source}: the model stores all experts of a layer in one array, so the file must hold an adapter for"
@@ -289,31 +291,31 @@ def _checked_ranks(
 
 
 def _stack_factors(
-    parameter: ExpertParameter, parts: PartFactors, rank: int, on_shared: str | None, name: str
+    parameter: ExpertParameter,
+    factors: Mapping[tuple[int, int], Mapping[str, Array]],
+    rank: int,
+    on_shared: str | None,
+    name: str,
 ) -> tuple[dict[tuple[str, str], Array], int]:
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
+    xp = joint_tensors.array_namespace(factors[0, 0]["A"])
     a: list[Array] = []
     b: list[Array] = []
     for part in range(count):
-        experts = [parts[part][number] for number in range(len(parts[part]))]
-        xp = joint_tensors.array_namespace(experts[0]["A"])
+        experts = [factors[part, number] for number in range(len(factors) // count)]
         a.append(xp.concatenate([expert["A"] for expert in experts]))
         # (expert, out, rank) -> (out, rank, expert)
         stacked = xp.stack([expert["B"] for expert in experts], axis=-1)
         b.append(stacked.reshape(stacked.shape[0], -1))
-    keys = {side: parameter.keys(side) for side in _SIDES}
     if count == 1:
         return {("A", ""): a[0], ("B", ""): b[0]}, 1
+    keys_a, keys_b = parameter.keys("A"), parameter.keys("B")
     if parameter.split:
-        return {
-            (side, key): array
-            for side, arrays in (("A", a), ("B", b))
-            for key, array in zip(keys[side], arrays, strict=True)
-        }, 1
-    xp = joint_tensors.array_namespace(a[0])
+        sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}
+        return {(side, key): array for side, pairs in sides.items() for key, array in pairs}, 1
     if joint_tensors.bitwise_equal(a):
-        return {("A", ""): a[0], ("B", ""): join_parts(b, [f"B{key}" for key in keys["B"]], xp)}, 1
+        return {("A", ""): a[0], ("B", ""): join_parts(b, [f"B{key}" for key in keys_b], xp)}, 1
     if on_shared != "concat":
         raise MismatchError(
             f"{name}: the model stores gate and up in one array with one A for both, but the file has two As, and they"
@@ -322,7 +324,7 @@ def _stack_factors(
             f" which is exact, and multiplies the rank by {count}"
         )
     joint_a, joint_b = joint_tensors.concatenate_ranks(
-        rank, a, b, [f"A{key}" for key in keys["A"]], [f"B{key}" for key in keys["B"]]
+        rank, a, b, [f"A{key}" for key in keys_a], [f"B{key}" for key in keys_b]
     )
     return {("A", ""): joint_a, ("B", ""): joint_b}, count
 
@@ -387,54 +389,52 @@ def split_experts(
     new_tensors: dict[str, Array] = {}
     factors: dict[tuple[ExpertParameter, str], dict[str, list[Array]]] = {}
     for key in sorted(tensors):  # parts of a tensor in order
-        part = parse_part_key(key)
-        module, dot, suffix = file_key(key).removeprefix(keymap.prefix).rpartition(".lora_")
-        owner, depth = module, 0
-        while owner.endswith(".base_layer"):
-            owner, depth = owner.removesuffix(".base_layer"), depth + 1
-        candidates = [
-            (parameter, name)
-            for parameter in parameters
-            if (name := parameter.in_module(owner)) and matching.is_parameter(config, name)
-        ]
-        if not dot or len(candidates) <= depth or suffix not in ("A.weight", "B.weight"):
+        found = _find_parameter(key, config, keymap, parameters)
+        if found is None:
             new_tensors[key] = tensors[key]
             continue
-        target = candidates[len(candidates) - 1 - depth]
-        sides, side = factors.setdefault(target, {}), suffix[0]
-        if part is None and len(target[0].modules) > 1:
-            names = [f"x{part}" for part in target[0].keys(side)]
-            arrays = cut_parts({"x": tensors[key]}, names)
-            sides[side] = [arrays[name] for name in names]
-        else:
-            sides.setdefault(side, []).append(tensors[key])
+        parameter, name, side = found
+        names = [f"x{part}" for part in parameter.keys(side)]
+        is_whole = parse_part_key(key) is None and len(names) > 1
+        pieces = cut_parts({"x": tensors[key]}, names) if is_whole else {"x": tensors[key]}
+        sides = factors.setdefault((parameter, name), {})
+        sides.setdefault(side, []).extend(pieces[piece] for piece in (names if is_whole else pieces))
     if not factors:
         return config, dict(tensors)
-    other_modules = dict.fromkeys(
-        key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in new_tensors if ".lora_" in key
-    )
-    ranks = {name: config.rank_of(name) for name in other_modules}
-    alphas = {name: config.alpha_of(name) for name in other_modules}
+    modules = _lora_modules(new_tensors, keymap)
+    ranks = {name: config.rank_of(name) for name in modules}
+    alphas = {name: config.alpha_of(name) for name in modules}
     experts: dict[str, str] = {}
-    for (target, name), sides in factors.items():
+    for (parameter, name), sides in factors.items():
         rank, alpha = config.rank_of(name), config.alpha_of(name)
-        for template, a, b in zip(target.modules, sides["A"], sides["B"], strict=True):
+        for part, (template, a, b) in enumerate(zip(parameter.modules, sides["A"], sides["B"], strict=True)):
             count = a.shape[0] // rank
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
             for expert in range(count):
-                module = template.format(**(target.texts(name) or {}), e=expert)
-                pair = (
-                    (columns[:, :, expert].T, rows[expert].T)
-                    if target.turned
-                    else (rows[expert], columns[:, :, expert])
-                )
+                module = parameter.module(name, part, expert)
+                pair = parameter.turn(rows[expert], columns[:, :, expert])
                 new_tensors |= {
-                    f"{keymap.prefix}{module}.lora_{side}.weight": array for side, array in zip("AB", pair, strict=True)
+                    f"{keymap.prefix}{module}.lora_{side}.weight": x for side, x in zip("AB", pair, strict=True)
                 }
-                ranks[module], alphas[module] = rank, alpha
-                experts[module] = template
-    new_config = _with_target_modules(config, keymap, list(other_modules), experts).with_ranks(ranks, alphas)
-    return new_config, new_tensors
+                ranks[module], alphas[module], experts[module] = rank, alpha, template
+    return _with_target_modules(config, keymap, modules, experts).with_ranks(ranks, alphas), new_tensors
+
+
+def _find_parameter(
+    key: str, config: LoraConfig, keymap: KeyMap, parameters: Iterable[ExpertParameter]
+) -> tuple[ExpertParameter, str, str] | None:
+    """Return the expert parameter of a plan's key, its full name and the side; None for another tensor."""
+    module, _, suffix = file_key(key).removeprefix(keymap.prefix).rpartition(".lora_")
+    owner = re.sub(r"(\.base_layer)+$", "", module)
+    depth = module.removeprefix(owner).count(".base_layer")
+    adapted = [
+        (each, name)
+        for each in parameters
+        if (name := each.in_module(owner)) is not None and matching.is_parameter(config, name)
+    ]
+    if suffix not in _SIDES or len(adapted) <= depth:
+        return None
+    return *adapted[len(adapted) - 1 - depth], _SIDES[suffix]
 
 
 def _with_target_modules(
@@ -445,12 +445,10 @@ def _with_target_modules(
         name for parameter in list_parameters(keymap) for name in (parameter.name.rpartition(".")[2], parameter.name)
     }
     remaining = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in parameters]
-    templates = list(dict.fromkeys(experts.values()))
-    ends = list(dict.fromkeys(template.rpartition(".")[2] for template in templates))
-    plain = (entry for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
-    others = {name.rpartition(".")[2] for name in (*(entry.module for entry in plain), *other_modules)}
+    ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
+    others = _ends_of_others(keymap, other_modules)
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining or None)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
@@ -461,6 +459,12 @@ def _with_target_modules(
     return config.replace(
         target_modules=every, target_parameters=remaining or None, layers_to_transform=None, layers_pattern=None
     )
+
+
+def _ends_of_others(keymap: KeyMap, modules: Iterable[str]) -> set[str]:
+    """Return the last parts of the names of modules that are no experts."""
+    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
+    return {name.rpartition(".")[2] for name in (*plain, *modules)}
 
 
 def _layer_pattern(template: str, module: str) -> str:

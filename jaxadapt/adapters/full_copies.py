@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.site import Site, adapted_modules
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, TargetError, raise_listed, warn
@@ -315,21 +315,13 @@ def _check_token_indices(
         return
     problems: list[str] = []
     matched: set[str] = set()
-    for match, sizes in matches:
-        for module, parameter in match.parameters(sizes).values():
-            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
-            if indices is None:
-                continue
-            matched.add(module)
-            role = "in" if match.weight.kind == "embedding" else "out"
-            size = sizes[match.roles[role][0]] if match.roles[role] else 0
-            if matching.is_saved(config, module):
-                problems.append(f"{module}: modules_to_save already trains all its rows")
-            repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
-            problems += [f"{module}: token {i} is given twice" for i in repeated]
-            problems += [
-                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
-            ]
+    for module, indices, size in _modules_with_rows(config, matches, inputs):
+        matched.add(module)
+        if matching.is_saved(config, module):
+            problems.append(f"{module}: modules_to_save already trains all its rows")
+        repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
+        problems += [f"{module}: token {i} is given twice" for i in repeated]
+        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
@@ -341,6 +333,18 @@ def _check_token_indices(
         " file):",
         problems,
     )
+
+
+def _modules_with_rows(
+    config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield the modules of which some rows are trained, with the tokens and the size of the vocabulary."""
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is not None:
+                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -400,9 +404,9 @@ def add_embeddings(
         )
     if base is None or not mode:
         return tensors
-    matches = [match for leaf in base if is_embedding(keymap, match := keymap.match(leaf)) and match is not None]
-    modules = {match.module({}): match for match in matches if len(match.weight.left) == base[match.leaf].ndim}
-    adapted = {module for site in sites if not site.method.copies for module in site.modules}
+    found = [match for match in map(keymap.match, base) if match is not None and is_embedding(keymap, match)]
+    modules = {match.module({}): match for match in found if len(match.weight.left) == base[match.leaf].ndim}
+    adapted = set(adapted_modules(sites))
     targeted = _targets_embedding(config, list(modules))
     if mode == "auto" and (not targeted or config.get("trainable_token_indices") is not None):
         return tensors

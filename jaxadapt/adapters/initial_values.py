@@ -13,6 +13,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.adapters.site import Site, Sites, map_stack, shared_tensors
+from jaxadapt.adapters.site import Site, Sites, adapted_modules, map_stack, shared_tensors
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
@@ -148,9 +149,8 @@ class _Context:
 
     @staticmethod
     def of(sites: Sequence[Site], whole: Sites | None = None) -> _Context:
-        modules = tuple(module for site in sites if not site.method.copies for module in site.modules)
         shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
-        return _Context(modules, shared, whole or (sites if isinstance(sites, Sites) else None))
+        return _Context(tuple(adapted_modules(sites)), shared, whole or (sites if isinstance(sites, Sites) else None))
 
     @functools.cached_property
     def _ordered_modules(self) -> Mapping[str, tuple[int, int]]:
@@ -168,9 +168,9 @@ def init_values(
     key: Any,
     dtype: Any = None,
     abstract: bool = False,
-    base: Mapping[str, Any] | None = None,
-    base_shardings: Mapping[str, Any] | None = None,
-    given: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+    base_shardings: Mapping[str, Any] = MappingProxyType({}),
+    given: Mapping[str, Any] = MappingProxyType({}),
     whole: Sites | None = None,
 ) -> dict[str, Any]:
     """Return initial parameters, `{path: array}`, each drawn from its own fold of `key`; specs if `abstract`.
@@ -184,8 +184,7 @@ def init_values(
         given: `{path: array}` of tensors that exist already and are not created.
         whole: all sites of the adapter, if `sites` are a part of them.
     """
-    given, base = given or {}, base or {}
-    shardings = adapter_shardings(sites, base_shardings or {})
+    shardings = adapter_shardings(sites, base_shardings)
     use_base_dtype, dtype = dtype == BASE, new_dtype(dtype)
     wanted = [each for each in _list_tensors(sites) if each.entry.path not in given]
     without_values = {
@@ -217,32 +216,25 @@ def init_values(
             )
             for each in wanted
         }
-    values: dict[str, Any] = dict(given)
-    drawn = regions.put_on_devices(
+    values = dict(given) | regions.put_on_devices(
         _draw_values(config, [each for each in wanted if not each.tensor.from_base], key, dtype, context), shardings
     )
-    values |= drawn
     for each in wanted:
-        if each.entry.path in values:
-            continue
-        path, target = each.entry.path, shardings.get(each.entry.path)
-        assert each.site is not None, f"{path}: a shared tensor cannot start from one weight"
-        w = jnp.asarray(quantized.to_dense(base[each.site.leaf]))
-        derived = derive_tensor(config, each.site, each.tensor, values, w, key, context)
-        # Always copy, so that donating the adapter never donates the base's array.
-        keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
-        copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
-        values[path] = copy if target is None else regions.move_to(copy, target)
+        path, site = each.entry.path, each.site
+        if path not in values:
+            assert site is not None, f"{path}: a shared tensor cannot start from one weight"
+            w = jnp.asarray(quantized.to_dense(base[site.leaf]))
+            derived = derive_tensor(config, site, each.tensor, values, w, key, context)
+            # Always copy, so that donating the adapter never donates the base's array.
+            keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
+            copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
+            values[path] = regions.move_to(copy, shardings[path]) if path in shardings else copy
     values |= {each.entry.path: _cast(values[each.entry.path], dtype_of(each)) for each in wanted}
     return {each.entry.path: values[each.entry.path] for each in _list_tensors(sites)}
 
 
 def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
-    wanted = [
-        _Wanted(tensor, entry, site, site.method)
-        for site in sites
-        for tensor, entry in zip(site.tensors, site.entries, strict=True)
-    ]
+    wanted = [_Wanted(*each, site, site.method) for site in sites for each in site.bound]
     method = sites.method if isinstance(sites, Sites) else None
     for each in shared_tensors(sites):
         assert method is not None
@@ -368,8 +360,8 @@ def derive_tensor(
         context: the other sites and the shared tensors of the adapter.
     """
     context = context or _Context()
-    ((entry, _),) = [(e, t) for t, e in zip(site.tensors, site.entries, strict=True) if t.name == tensor.name]
-    params = {t.name: values[e.path] for t, e in zip(site.tensors, site.entries, strict=True) if e.path in values}
+    (entry,) = [e for t, e in site.bound if t.name == tensor.name]
+    params = {t.name: values[e.path] for t, e in site.bound if e.path in values}
     shared = {name: paths.join(SHARED_NODE, name) for name in context.shared}
     common = {name: values[path] for name, path in shared.items() if path in values}
     each = _Wanted(tensor, entry, site, site.method)
@@ -382,11 +374,7 @@ def derive_tensor(
 
         return entry.form.clear_gaps(map_stack(site, change, {**params, **common}, w))
     weights = _weight_rows(site, entry.form, w)
-    rows = {
-        t.name: e.form.to_rows(params[t.name])
-        for t, e in zip(site.tensors, site.entries, strict=True)
-        if t.name in params
-    }
+    rows = {t.name: e.form.to_rows(params[t.name]) for t, e in site.bound if t.name in params}
     made: list[Any] = []
     for i in range(entry.form.count):
         own = {name: x[i] for name, x in rows.items()}

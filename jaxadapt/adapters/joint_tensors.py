@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.site import Site, adapted_modules
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
@@ -149,7 +149,7 @@ def concatenate_ranks(
 def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str, int]) -> Config:
     """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
     assert isinstance(config, LoraConfig)
-    modules = {module for site in sites if not site.method.copies for module in site.modules}
+    modules = adapted_modules(sites)
     ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
     alphas = {
         module: config.alpha_of(module) * (config.scale_divisor(growth[module]) if module in growth else 1)

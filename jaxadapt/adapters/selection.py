@@ -251,8 +251,10 @@ def _remaining(warnings: Sequence[str], template: str) -> list[str]:
 # ---------------------------------------------------------------- selection
 
 
-Mapped = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
-"""`{leaf: (match, sizes, names of its modules by index)}`."""
+Covered = tuple[Match, dict[str, int], dict[tuple[int, ...], str]]
+"""A leaf that a keymap covers: its match, its sizes, and the names of its modules (or parameters) by index."""
+
+Mapped = dict[str, Covered]
 
 NONE: frozenset[str] = frozenset()
 
@@ -395,13 +397,10 @@ def _select_sites(
 
     _refuse_selected(selected_names, method, keymap, mapped, unmapped, shapes, config)
     sites: list[Site] = []
-    for match, sizes, module_names in mapped.values():
-        if not selected_names & set(module_names.values()):
-            continue
-        indices = [index for index, name in module_names.items() if name in selected_names]
-        match, modules = targeted_entries(match, sizes, module_names, indices)
-        has_bias = paths.join(match.leaf.rpartition(".")[0], "bias") in shapes
-        sites.append(bind_site(config, method, keymap, match, sizes, modules, found.of(modules), has_bias))
+    for leaf, covered in mapped.items():
+        if selected_names & set(covered[2].values()):
+            has_bias = paths.join(leaf.rpartition(".")[0], "bias") in shapes
+            sites.append(_bind(config, method, keymap, covered, selected_names.__contains__, found, has_bias))
     raise_listed(
         TargetError,
         "target_modules and target_parameters both select these weights; name each in one of them:",
@@ -471,10 +470,9 @@ def _select_for_model(
     found = FileShapes(in_file or (), keymap.prefix).shared
     if isinstance(method, PromptMethod):
         found = method.names_in_file(dict(in_file or ()))
-        for match, sizes, names in _inventory(keymap, shapes, NONE)[0].values():
-            if indices := [index for index, name in names.items() if method.reads(config, name)]:
-                match, modules = targeted_entries(match, sizes, names, indices)
-                read.append(bind_site(config, method, keymap, match, sizes, modules))
+        for covered in _inventory(keymap, shapes, NONE)[0].values():
+            if any(method.reads(config, name) for name in covered[2].values()):
+                read.append(_bind(config, method, keymap, covered, functools.partial(method.reads, config)))
         method.check_targets(config, [site.target for site in read], found)
     return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
@@ -483,12 +481,24 @@ def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Map
     """Return the sites that `target_parameters` names."""
     selected = select_parameters(config, keymap, shapes)
     depths = wrapper_depths(keymap, (match for match, _, _ in selected))
-    sites: list[Site] = []
-    for match, sizes, names in selected:
-        indices = [index for index, name in names.items() if matching.is_parameter(config, name)]
-        match, modules = targeted_entries(match, sizes, names, indices)
-        sites.append(bind_site(config, method.for_parameter(depths[match.leaf]), keymap, match, sizes, modules))
-    return sites
+    named = functools.partial(matching.is_parameter, config)
+    return [_bind(config, method.for_parameter(depths[leaf[0].leaf]), keymap, leaf, named) for leaf in selected]
+
+
+def _bind(
+    config: Config,
+    method: Method,
+    keymap: KeyMap,
+    covered: Covered,
+    is_adapted: Callable[[str], bool],
+    found: FileShapes | None = None,
+    has_bias: bool | None = None,
+) -> Site:
+    """Return the site of a leaf whose modules (or parameters) with these names are adapted."""
+    match, sizes, names = covered
+    match, modules = targeted_entries(match, sizes, names, [index for index, name in names.items() if is_adapted(name)])
+    shapes = None if found is None else found.of(modules)
+    return bind_site(config, method, keymap, match, sizes, modules, shapes, has_bias)
 
 
 def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:

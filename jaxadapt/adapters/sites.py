@@ -21,7 +21,15 @@ from typing import Any
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import Shape, SharedTensor, Site, Sites, bind_shared, bind_site, method_tensors
+from jaxadapt.adapters.site import (
+    BoundTensor,
+    Shape,
+    Site,
+    Sites,
+    bind_shared,
+    bind_site,
+    method_tensors,
+)
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -201,25 +209,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         site_method = method if depth is None else method.for_parameter(depth)
         sites.append(_recover_site(config, site_method, keymap, match, shapes))
     adapted = wrapper_counts(sites)
-    for match, shapes in copied:
-        # A bare list of tokens is for the leaf that holds their rows.
-        inputs = match.module({}) if "copy" not in shapes and not match.braced else None
-        sizes = single_entry_sizes(match)
-        if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
-            leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
-            sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.index_names(axis) is None}
-        copied_entries = full_copies.copied_entries(config, match, sizes, adapted, inputs)
-        if not copied_entries:
-            raise MismatchError(
-                f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
-                " of modules_to_save, bias and trainable_token_indices names it"
-            )
-        copy_method = next(iter(copied_entries.values()))
-        names = parameter_names(match, sizes)
-        match, modules = targeted_entries(match, sizes, names, copied_entries)
-        copy_tensors = copy_method.tensors(config, Target(match, modules))
-        sizes |= plan.axis_sizes_from_tensors(match, copy_tensors, shapes)
-        sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
+    sites += [_recover_copy(config, keymap, match, shapes, adapted) for match, shapes in copied]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} has no entry for these adapted leaves:",
@@ -240,6 +230,28 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     return Sites(sites, shared, method, keymap, untargeted)
 
 
+def _recover_copy(
+    config: Config, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape], adapted: Mapping[str, int]
+) -> Site:
+    """Return the site of one leaf that is copied in full or in part; raise `MismatchError` if nothing asks for it."""
+    # A bare list of tokens is for the leaf that holds their rows.
+    inputs = match.module({}) if "copy" not in shapes and not match.braced else None
+    sizes = single_entry_sizes(match)
+    if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
+        leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
+        sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.index_names(axis) is None}
+    entries = full_copies.copied_entries(config, match, sizes, adapted, inputs)
+    if not entries:
+        raise MismatchError(
+            f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
+            " of modules_to_save, bias and trainable_token_indices names it"
+        )
+    method = next(iter(entries.values()))
+    match, modules = targeted_entries(match, sizes, parameter_names(match, sizes), entries)
+    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, Target(match, modules)), shapes)
+    return bind_site(config, method, keymap, match, sizes, modules)
+
+
 def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     """Raise `AttachError` if an adapter's `{path: array}` lacks tensors, as a state with only the trained ones does."""
     expected = [entry.path for site in sites for entry in site.entries]
@@ -258,7 +270,7 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     )
 
 
-def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
+def check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> list[str]:
     """Return a line for each shared tensor that is missing, unknown or wrongly shaped.
 
     A tree of the trained parameters lacks those that are not trained.
@@ -344,36 +356,27 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
 
     Raises `ConfigError` if other fields use the old names, and `KeyMapError` for a leaf without an entry in the keymap.
     """
-    new_names: list[str] = []
-    renamed: list[str] = []
-    unmapped: list[str] = []
-    for site in sites:
-        match = keymap.match(site.leaf)
-        if match is None:
-            unmapped.append(site.leaf)
-        elif site.method.on_parameters:
-            names = parameter_names(match, _braced_sizes(site, match)).values()
-            renamed += [name for name in names if not matching.is_parameter(config, name)]
-        elif site.method.copies:
-            names = parameter_names(match, _braced_sizes(site, match)).values()
-            renamed += [name for name in site.modules if name not in names]
-        else:
-            names = tuple(match.modules(_braced_sizes(site, match)).values())
-            old_names = site.named.names
-            new_names += (
-                [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
-                if len(names) == len(old_names)
-                else names
-            )
+    matches = [(site, keymap.match(site.leaf)) for site in sites]
     raise_listed(
         KeyMapError,
         f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
         " for them:",
-        unmapped,
+        [site.leaf for site, match in matches if match is None],
     )
-    old_modules = [
-        name for site in sites if not site.method.copies and not site.method.on_parameters for name in site.modules
-    ]
+    old_modules: list[str] = []
+    new_names: list[str] = []
+    renamed: list[str] = []
+    for site, match in matches:
+        assert match is not None
+        if not site.method.on_parameters and not site.method.copies:
+            old_modules += site.modules
+            new_names += _renamed_modules(site, match)
+            continue
+        names = parameter_names(match, _braced_sizes(site, match)).values()
+        if site.method.copies:
+            renamed += [name for name in site.modules if name not in names]
+        else:
+            renamed += [name for name in names if not matching.is_parameter(config, name)]
     raise_listed(
         ConfigError,
         f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
@@ -398,6 +401,14 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     if all(matching.is_target(config, name) for name in new_names):
         return config
     return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
+
+
+def _renamed_modules(site: Site, match: Match) -> list[str]:
+    """Return the modules that a site adapts under the names of another keymap's entry."""
+    names, old_names = [*match.modules(_braced_sizes(site, match)).values()], site.named.names
+    if len(names) != len(old_names):
+        return names
+    return [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
 
 
 def _braced_sizes(site: Site, match: Match) -> dict[str, int]:

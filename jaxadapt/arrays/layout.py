@@ -81,7 +81,7 @@ class FileLayout:
         return tuple(size for i, size in enumerate(self.shape) if i not in self.split)
 
     @functools.cached_property
-    def _inner(self) -> dict[str, int]:
+    def inner(self) -> dict[str, int]:
         """{axis: size} of one tensor in the model's order; a parenthesised axis appears as its parts."""
         kept = [(self.left[i], self.shape[i]) for i in range(len(self.left)) if i not in self.split]
         return split_sizes(kept, dict(self.sizes))
@@ -89,12 +89,12 @@ class FileLayout:
     @functools.cached_property
     def _flat(self) -> dict[str, int]:
         """{axis: size} of one tensor in PyTorch's order."""
-        return {n: self._inner[n] for group in self.right for n in group}
+        return {n: self.inner[n] for group in self.right for n in group}
 
     @functools.cached_property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of each file tensor in PyTorch's layout; the largest one if the ranks differ."""
-        return tuple(math.prod(self._inner[n] for n in group) for group in self.right)
+        return tuple(math.prod(self.inner[n] for n in group) for group in self.right)
 
     def shape_of(self, i: int) -> tuple[int, ...]:
         """Return the shape of tensor `i`."""
@@ -140,9 +140,9 @@ class FileLayout:
         return leaf * self.expand_by_tensor([1] * self.count).astype(leaf.dtype) if self.is_partial else leaf
 
     @functools.cached_property
-    def _orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis permutations from the model to PyTorch, and back."""
-        model_axes, file_axes = list(self._inner), list(self._flat)
+        model_axes, file_axes = list(self.inner), list(self._flat)
         return tuple(model_axes.index(n) for n in file_axes), tuple(file_axes.index(n) for n in model_axes)
 
     def index(self, i: int) -> tuple[Any, ...]:
@@ -175,7 +175,7 @@ class FileLayout:
         if self._merged is not None:  # merging adjacent axes before the transpose keeps a view
             order, shape = self._merged
             return part.reshape(shape).transpose(order)
-        return part.reshape(tuple(self._inner.values())).transpose(self._orders[0]).reshape(self.file_shape)
+        return part.reshape(tuple(self.inner.values())).transpose(self.orders[0]).reshape(self.file_shape)
 
     def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
         """Return the indices in the array of the elements at `positions` of tensor `i`; all ranks must be equal.
@@ -191,12 +191,12 @@ class FileLayout:
             at: dict[str, int] = {}
             for group, number in zip(self.right, position, strict=True):
                 for name in reversed(group):
-                    number, at[name] = divmod(number, self._inner[name])
+                    number, at[name] = divmod(number, self.inner[name])
             index = list(self.index(i))
             for axis, names in parts.items():
                 number = 0
                 for name in names:
-                    number = number * self._inner[name] + at[name]
+                    number = number * self.inner[name] + at[name]
                 index[axis] = number
             found.append(tuple(index))
         return found
@@ -204,7 +204,7 @@ class FileLayout:
     @functools.cached_property
     def _merged(self) -> tuple[list[int], tuple[int, ...]] | None:
         """The permutation and shape that merge axes before the transpose; None if merged axes are not adjacent."""
-        names = tuple(self._inner)
+        names = tuple(self.inner)
         groups = [g for g in self.right if g]
         starts: list[tuple[int, int]] = []
         for position, group in enumerate(groups):
@@ -223,13 +223,19 @@ class FileLayout:
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
-        part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._part_shape)
+        part = tensor.reshape(tuple(self._flat.values())).transpose(self.orders[1]).reshape(self._part_shape)
         return to_model_scale(part, self.factor, self.shift)
 
     @functools.cached_property
     def count(self) -> int:
         """The number of file tensors in the array."""
         return self._entries if self.file_entries is None else len(self.file_entries)
+
+    @functools.cached_property
+    def number_of(self) -> dict[int, int]:
+        """`{entry: number of its tensor}` of the entries that have a tensor in the file."""
+        entries = range(self._entries) if self.file_entries is None else self.file_entries
+        return {entry: number for number, entry in enumerate(entries)}
 
     @functools.cached_property
     def _entries(self) -> int:
@@ -241,19 +247,18 @@ class FileLayout:
 
     def to_rows(self, leaf: Array) -> Array:
         """Return all tensors as one array (count, *file_shape); smaller tensors are padded with zeros."""
-        pieces = leaf.transpose(self._front).reshape((self._entries, *self._inner.values()))
+        pieces = leaf.transpose(self._front).reshape((self._entries, *self.inner.values()))
         pieces = pieces if self.file_entries is None else pieces[np.array(self.file_entries)]
-        out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
+        out = pieces.transpose((0, *(1 + i for i in self.orders[0]))).reshape((self.count, *self.file_shape))
         return to_file_scale(out, self.factor, self.shift)
 
     def from_rows(self, rows: Array) -> Array:
         """Return the array for all tensors `rows`: the inverse of `to_rows`."""
-        pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
+        pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self.orders[1])))
         if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
-            row_of = dict(zip(self.file_entries, range(self.count), strict=True))
             xp = rows.__array_namespace__()
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
-            pieces = pieces[np.array([row_of.get(i, self.count) for i in range(self._entries)])]
+            pieces = pieces[np.array([self.number_of.get(i, self.count) for i in range(self._entries)])]
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
         return self.clear_gaps(to_model_scale(leaf, self.factor, self.shift))
 

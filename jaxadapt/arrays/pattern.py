@@ -43,12 +43,9 @@ def parse_pattern(text: str) -> Pattern:
         none = frozenset[str]()
         problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
         return Pattern((), (), none, none, (problem,))
-    ours, theirs = text.split("->")
-    left = tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in _TOKEN.finditer(ours))
-    right = tuple(
-        tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in _TOKEN.finditer(theirs)
-    )
-    names, flat = [n for axis in left for n in axis_parts(axis)], [n for group in right for n in group]
+    ours, theirs = map(_axes, text.split("->"))
+    left, right = tuple(axis for axis, _ in ours), tuple(names for _, names in theirs)
+    names, flat = ([name for _, group in side for name in group] for side in (ours, theirs))
     rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
     problems = [f"{rest!r} is no axis name"] if rest else []
     problems += [
@@ -63,6 +60,12 @@ def parse_pattern(text: str) -> Pattern:
     problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
     braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
     return Pattern(left, right, plain, braced, tuple(problems))
+
+
+def _axes(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the axes on one side of a pattern, each with its names."""
+    found = ((match[2], tuple((match[1] or match[2] or "").split())) for match in _TOKEN.finditer(text))
+    return [(name or f"({' '.join(names)})", names) for name, names in found]
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:

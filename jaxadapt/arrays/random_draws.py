@@ -1,9 +1,9 @@
 """Random numbers as JAX and as PyTorch draw them, computed with NumPy.
 
-In every new process, XLA takes 0.3 s to compile JAX's generator of random bits. NumPy computes the bits for a model
-of 30 layers in 0.02 s. So NumPy draws small numbers of chunks if the key has JAX's default kind and is not traced.
-The values are the same, bit for bit, also inside jit: all operations on the bits are exact except one
-multiplication. All arrays are drawn in chunks of one size.
+In every new process, XLA compiles JAX's generator of random bits. On one busy machine, the first draw for a model of
+30 layers took 2.9 s with it, 0.9 s with JAX's compilation cache, and 0.25 s with NumPy. So NumPy draws small numbers of
+chunks if the key has JAX's default kind and is not traced. The values are the same, bit for bit, also inside jit: all
+operations on the bits are exact except one multiplication. All arrays are drawn in chunks of one size.
 
 `TorchRandom` draws as PyTorch does on the CPU after `torch.Generator().manual_seed(seed)`.
 """

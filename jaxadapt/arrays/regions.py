@@ -55,7 +55,6 @@ def addressable_regions(sharding: Sharding, shape: Shape) -> dict[Region, Any]:
     return {region: devices[0] for region, devices in holders.items() if devices}
 
 
-@functools.lru_cache(maxsize=1024)
 def addressable_size(sharding: Sharding, shape: Shape) -> int:
     """Return the number of elements that this process holds, counting replicas once."""
     return sum(map(region_size, addressable_regions(sharding, shape)))
@@ -85,7 +84,6 @@ def region_from_slices(index: Sequence[slice], shape: Shape) -> Region:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-@functools.lru_cache(maxsize=1024)
 def full_region(shape: Shape) -> Region:
     """Return the region that covers a whole array."""
     return tuple((0, size) for size in shape)
@@ -96,7 +94,6 @@ def to_slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(*part) for part in region)
 
 
-@functools.lru_cache(maxsize=1024)
 def relative_slices(region: Region, outer: Region) -> tuple[slice, ...]:
     """Return the slices of a region in an array that holds the region `outer`."""
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(region, outer, strict=True))
@@ -237,12 +234,9 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     """
     if form.ranks is not None:
         return tuple(_file_regions_by_rank(form, region))
-    position = None if form.file_entries is None else dict(zip(form.file_entries, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
-    names = [name for part in parts for name in part]
-    sizes = [n for part in parts for n in part.values()]
-    order = tuple(names.index(name) for group in form.right for name in group)
+    sizes, order = [*form.inner.values()], form.orders[0]
     shape = tuple(sizes[axis] for axis in order)
     cuts = [list(_split_range(*region[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
     out: list[FileRegion] = []
@@ -252,16 +246,18 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
         for axis, at in zip(form.split, index, strict=True):
             leaf_region[axis] = (at, at + 1)
             number = number * form.shape[axis] + at
-        if position is not None:
-            if number not in position:
-                continue
-            number = position[number]
+        if number not in form.number_of:
+            continue
         for chosen in itertools.product(*cuts):
             for axis, (start, stop, _) in zip(kept, chosen, strict=True):
                 leaf_region[axis] = (start, stop)
             spans = [span for _, _, inner in chosen for span in inner]
             tensor_region = tuple(spans[axis] for axis in order)
-            out.append(FileRegion(tuple(leaf_region), number, shape, tensor_region, order, form.factor, form.shift))
+            out.append(
+                FileRegion(
+                    tuple(leaf_region), form.number_of[number], shape, tensor_region, order, form.factor, form.shift
+                )
+            )
     return tuple(out)
 
 
