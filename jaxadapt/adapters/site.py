@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.layout import FileLayout, TorchLayout
-from jaxadapt.arrays.per_entry import LAYER
+from jaxadapt.arrays.layout import Axes, FileLayout, TorchLayout
+from jaxadapt.arrays.products import LAYER
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError

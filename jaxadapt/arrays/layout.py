@@ -1,11 +1,12 @@
 """The layouts of one tensor: its axes in a model's leaf, in PyTorch's file, and for one layer inside a computation.
 
-A layout converts file tensors to one array of a model and back. Its functions work on shapes, and on NumPy or JAX
-arrays alike.
+A pattern of a keymap's entry, such as "d {l} n h -> (n h) d", names a leaf's axes, then PyTorch's. A layout converts
+file tensors to one array of a model and back; its functions work on shapes, and on NumPy or JAX arrays alike.
 
 `TorchLayout` converts the weight and the adapter tensors of one layer to PyTorch's layout and back inside a
 computation. The leading axes of a converted array are the weight's batch axes (fused parts, experts): in PyTorch,
-each entry is a weight of its own. The other axes are those of the file.
+each entry is a weight of its own. The other axes are those of the file. `Axes` assigns the roles input, output and
+batch to the axes of a weight, in the shape that its module uses.
 """
 
 from __future__ import annotations
@@ -13,12 +14,121 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+from jaxadapt.core.errors import MismatchError
 
-from jaxadapt.arrays.pattern import axis_parts, scale_factor, split_sizes
+if TYPE_CHECKING:
+    import numpy as np
+
+# ---------------------------------------------------------------- pattern
+
+
+_TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
+
+
+class Pattern(NamedTuple):
+    """A parsed pattern.
+
+    Attributes:
+        left: the leaf's axes. Braced axes keep their braces, and a split axis its parentheses.
+        right: PyTorch's axes, each as the group of names that are flattened into it.
+        plain: the names on the left without braces.
+        braced: the names on the left in braces, without the braces.
+        problems: the errors in the pattern.
+    """
+
+    left: tuple[str, ...]
+    right: tuple[tuple[str, ...], ...]
+    plain: frozenset[str]
+    braced: frozenset[str]
+    problems: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)  # all families together have a few hundred patterns
+def parse_pattern(text: str) -> Pattern:
+    """Parse a pattern; `problems` lists its errors.
+
+    >>> parse_pattern("{p} n d h -> (n h) d")[:2]
+    (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
+    """
+    if text.count("->") != 1:
+        none = frozenset[str]()
+        problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
+        return Pattern((), (), none, none, (problem,))
+    ours, theirs = map(_axes, text.split("->"))
+    left, right = tuple(axis for axis, _ in ours), tuple(names for _, names in theirs)
+    names, flat = ([name for _, group in side for name in group] for side in (ours, theirs))
+    rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
+    problems = [f"{rest!r} is no axis name"] if rest else []
+    problems += [
+        f"axis {n!r} occurs twice on the {side}"
+        for side, side_names in (("left", names), ("right", flat))
+        for n in repeated_names(side_names)
+    ]
+    plain = frozenset(n for n in names if not n.startswith("{"))
+    problems += [
+        f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
+    ]
+    problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
+    braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
+    return Pattern(left, right, plain, braced, tuple(problems))
+
+
+def _axes(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the axes on one side of a pattern, each with its names."""
+    found = ((match[2], tuple((match[1] or match[2] or "").split())) for match in _TOKEN.finditer(text))
+    return [(name or f"({' '.join(names)})", names) for name, names in found]
+
+
+def repeated_names(names: Sequence[str]) -> list[str]:
+    """Return the names that occur more than once, sorted.
+
+    >>> repeated_names(["n", "h", "n"])
+    ['n']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def axis_parts(axis: str) -> tuple[str, ...]:
+    """Return the names in a parenthesised axis of a leaf, or the axis itself."""
+    return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
+
+
+def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of the parts of an axis. Raises `MismatchError` if the fixed sizes do not divide its size.
+
+    >>> part_sizes("(c p)", 8, {"p": 2}), part_sizes("h", 8, {})
+    ({'c': 4, 'p': 2}, {'h': 8})
+    """
+    names = axis_parts(axis)
+    if names == (axis,):
+        return {axis: size}
+    known = math.prod(fixed[n] for n in names if n in fixed)
+    if size % known:
+        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with the sizes {dict(fixed)}")
+    return {n: fixed.get(n, size // known) for n in names}
+
+
+def split_sizes(sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of the parts of several axes, given as `(axis, size)`; see `part_sizes`."""
+    return {name: part for axis, size in sizes for name, part in part_sizes(axis, size, fixed).items()}
+
+
+def scale_factor(scale: tuple[str, float] | None, sizes: Iterable[tuple[str, int]], fixed: Mapping[str, int]) -> float:
+    """Return the product of the sizes of the axes that `scale` names, to its power; 1 without a scale.
+
+    >>> scale_factor(("c p", -0.5), [("d", 3), ("(c p)", 4)], {"p": 2})
+    0.5
+    """
+    if scale is None:
+        return 1.0
+    parts = split_sizes(sizes, fixed)
+    return float(math.prod(parts[name] for name in scale[0].split()) ** scale[1])
+
 
 # ---------------------------------------------------------------- layout
 
@@ -45,6 +155,7 @@ class FileLayout:
             at the others.
         ranks: the size of the axis "~r" in each tensor; None if they are equal. The array is zero beyond it.
 
+    >>> import numpy as np
     >>> some = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), file_entries=(0, 2), ranks=(4, 3))
     >>> [some.shape_of(i) for i in range(some.count)], some.encode(np.zeros((3, 4, 2)), 1).shape
     ([(4, 2), (3, 2)], (3, 2))
@@ -129,6 +240,8 @@ class FileLayout:
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""
+        import numpy as np
+
         full_axes = {*self.split, *([self.rank_axis] if self.ranks else [])}
         out = np.zeros([n if axis in full_axes else 1 for axis, n in enumerate(self.shape)], np.float32)
         for i, value in enumerate(values):
@@ -164,6 +277,7 @@ class FileLayout:
     def encode(self, leaf: Array, i: int) -> Array:
         """Return tensor `i`, as a view of `leaf` if its memory layout allows it.
 
+        >>> import numpy as np
         >>> form = FileLayout((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
         >>> form.encode(np.zeros((4, 2, 3)), 0).shape
         (6, 4)
@@ -180,6 +294,7 @@ class FileLayout:
     def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
         """Return the indices in the array of the elements at `positions` of tensor `i`; all ranks must be equal.
 
+        >>> import numpy as np
         >>> form = FileLayout((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
         >>> form.locate(0, [(5, 3)]), bool(np.arange(24).reshape(4, 2, 3)[3, 1, 2] == form.encode(
         ...     np.arange(24).reshape(4, 2, 3), 0)[5, 3])
@@ -248,7 +363,8 @@ class FileLayout:
     def to_rows(self, leaf: Array) -> Array:
         """Return all tensors as one array (count, *file_shape); smaller tensors are padded with zeros."""
         pieces = leaf.transpose(self._front).reshape((self._entries, *self.inner.values()))
-        pieces = pieces if self.file_entries is None else pieces[np.array(self.file_entries)]
+        if self.file_entries is not None:
+            pieces = pieces[_indices(self.file_entries)]
         out = pieces.transpose((0, *(1 + i for i in self.orders[0]))).reshape((self.count, *self.file_shape))
         return to_file_scale(out, self.factor, self.shift)
 
@@ -258,16 +374,29 @@ class FileLayout:
         if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
             xp = rows.__array_namespace__()
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
-            pieces = pieces[np.array([self.number_of.get(i, self.count) for i in range(self._entries)])]
-        leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
+            pieces = pieces[_indices(self.number_of.get(i, self.count) for i in range(self._entries))]
+        back = [self._front.index(axis) for axis in range(len(self.shape))]
+        leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(back)
         return self.clear_gaps(to_model_scale(leaf, self.factor, self.shift))
+
+
+def _indices(numbers: Iterable[int]) -> np.ndarray:
+    import numpy as np  # which strings and shapes do not need
+
+    return np.array([*numbers])
+
+
+def _widen(x: Array) -> Array:
+    import numpy as np
+
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def to_model_scale(x: Array, factor: float, shift: float) -> Array:
     """Return x · factor + shift in the dtype of x, computed in at least float32 and rounded once."""
     if factor == 1 and not shift:
         return x
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = _widen(x)
     product = wide if factor == 1 else wide * wide.dtype.type(factor)
     return (product + wide.dtype.type(shift) if shift else product).astype(x.dtype)
 
@@ -276,7 +405,7 @@ def to_file_scale(x: Array, factor: float, shift: float) -> Array:
     """Return (x - shift) / factor in the dtype of x: the inverse of `to_model_scale`."""
     if factor == 1 and not shift:
         return x
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = _widen(x)
     wide = wide - wide.dtype.type(shift) if shift else wide
     return (wide if factor == 1 else wide * wide.dtype.type(1 / factor)).astype(x.dtype)
 
@@ -405,3 +534,41 @@ class TorchLayout:
         front = [*batch, *rest, *ends]
         x = x.reshape([like.shape[i] for i in front])
         return x.transpose([front.index(i) for i in range(len(front))])
+
+
+# ---------------------------------------------------------------- axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The roles of the axes of one weight, in the shape that its module uses.
+
+    Attributes:
+        in_axes: the input axes, in PyTorch's flattening order.
+        out_axes: the output axes, in PyTorch's flattening order.
+        batch_axes: the axes that index independent matrices (fused parts, experts). Each entry has its own A and B.
+        parts: the adapted entries of the first batch axis, such as `(1,)` if k and v are fused and only v is a
+            target; None if all entries are adapted.
+        torch: PyTorch's layout of the weight and of the adapter's tensors, for methods that compute in it.
+
+    >>> Axes(in_axes=(0,), out_axes=(1, 2)).sizes("in", (16, 4, 8))
+    (16,)
+    """
+
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
+    parts: tuple[int, ...] | None = None
+    torch: TorchLayout | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.in_axes) + len(self.out_axes) + len(self.batch_axes)
+
+    def sizes(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sizes of the axes of `role` ("in", "out" or "batch") in a weight of `shape`."""
+        sizes = tuple(shape[i] for i in getattr(self, f"{role}_axes"))
+        if role == "batch" and self.parts is not None:
+            return (len(self.parts), *sizes[1:])
+        return sizes

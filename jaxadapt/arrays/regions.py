@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt.arrays import pattern, quantized
+from jaxadapt.arrays import layout, quantized
 from jaxadapt.arrays.layout import FileLayout, to_file_scale, to_model_scale
 from jaxadapt.core.errors import AttachError
 
@@ -235,7 +235,7 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     if form.ranks is not None:
         return tuple(_file_regions_by_rank(form, region))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
-    parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
+    parts = [layout.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     sizes, order = [*form.inner.values()], form.orders[0]
     shape = tuple(sizes[axis] for axis in order)
     cuts = [list(_split_range(*region[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]

@@ -27,7 +27,7 @@ from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import rank_reduction
-from jaxadapt.merging.plain_form import plain_lora
+from jaxadapt.merging.pairs import plain_lora
 from jaxadapt.models.carriers import DEFAULT
 from jaxadapt.persistence import consumers, folder, formats, peft, save_adapter
 from jaxadapt.persistence.consumers import PROGRAMS, Program

@@ -24,7 +24,7 @@ from jaxadapt.export import conversion
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
-from jaxadapt.merging.plain_form import as_start
+from jaxadapt.merging.pairs import as_start
 from jaxadapt.persistence import folder, formats, peft, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored

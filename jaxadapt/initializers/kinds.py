@@ -30,7 +30,7 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized, regions
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.products import PerEntry
 from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.site import Site
-from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.configs.base import Config
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Kind, Weight

@@ -14,8 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts
+from jaxadapt.arrays.layout import Axes, axis_parts
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, raise_listed, warn
 from jaxadapt.keymaps.weight import EXPERTS, Weight

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.arrays.layout import RANK, FileLayout
-from jaxadapt.arrays.pattern import part_sizes
+from jaxadapt.arrays.layout import RANK, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed

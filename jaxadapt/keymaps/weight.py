@@ -15,8 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
-from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts, parse_pattern, scale_factor
+from jaxadapt.arrays.layout import Axes, axis_parts, parse_pattern, scale_factor
 from jaxadapt.core.errors import KeyMapError, raise_listed
 
 # ---------------------------------------------------------------- templates

@@ -21,8 +21,8 @@ from jaxadapt.adapters.full_copies import tied_heads
 from jaxadapt.adapters.site import Site, Sites, map_layers
 from jaxadapt.adapters.sites import require_complete, sites_of
 from jaxadapt.arrays import finite, quantized, regions
-from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.per_entry import LAYER
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LAYER
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.paths import Spec, compare

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.base import CALL_KEY, Array, Drop, Effects, Method, Params, as_computable
 

@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.pattern import split_sizes
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.layout import Axes, split_sizes
+from jaxadapt.arrays.products import Operation, PerEntry, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Change as Change
 from jaxadapt.configs.table import FACTS

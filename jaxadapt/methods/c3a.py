@@ -16,7 +16,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.fourier import transform
+from jaxadapt.arrays.products import transform
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import C3AConfig
 from jaxadapt.configs.frozen import find_pattern_value

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LETTERS, Operation, PerEntry, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -109,7 +109,7 @@ class FullCopy(_Copy):
         assert not self.replaces, "a replaced leaf has no output hook"
         if isinstance(use, Use) and use.transposed:
             return y
-        return low_rank.run_use(use, x, params["copy"].astype(w.dtype))
+        return products.run_use(use, x, params["copy"].astype(w.dtype))
 
     def weight(self, hparams: CopyHparams, params: Params, axes: Axes, w: Array) -> Array:
         if not self.replaces:
@@ -122,7 +122,7 @@ class FullCopy(_Copy):
         if hparams.used is None:
             return copy
         batch = "".join(LETTERS[i] for i in axes.batch_axes)
-        used = low_rank.expand_to_letters(hparams.used.layer_values(params), batch, LETTERS[: axes.rank])
+        used = products.expand_to_letters(hparams.used.layer_values(params), batch, LETTERS[: axes.rank])
         return jnp.where(used > 0, copy, w)
 
 

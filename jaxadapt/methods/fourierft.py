@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays.fourier import transform
+from jaxadapt.arrays.products import transform
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.fixed_bases import FourierFTConfig
 from jaxadapt.keymaps.weight import MethodTensor

@@ -16,8 +16,8 @@ import math
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays import products
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import HiraConfig
 from jaxadapt.core.errors import ConfigError
@@ -97,10 +97,10 @@ class Hira(MatrixMethod):
                 return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
             factors = params["hira_embedding_A"], params["hira_embedding_B"]
             rows = use.run(x, w)
-            return (y + rows * low_rank.low_rank_delta(use, 1.0, 1, *factors, x, rows)).astype(y.dtype)
+            return (y + rows * products.low_rank_delta(use, 1.0, 1, *factors, x, rows)).astype(y.dtype)
         change = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w) - w
         x = x if drop is None else drop(x)
-        return (y + low_rank.run_use(use, x, change.astype(x.dtype))).astype(y.dtype)
+        return (y + products.run_use(use, x, change.astype(x.dtype))).astype(y.dtype)
 
 
 METHOD = Hira()

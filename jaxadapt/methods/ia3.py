@@ -13,9 +13,18 @@ from types import MappingProxyType
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import (
+    LETTERS,
+    USED,
+    Operation,
+    PerEntry,
+    Use,
+    entry_values,
+    expand_leading,
+    mask_unadapted,
+)
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.matching import is_feedforward
@@ -96,17 +105,17 @@ class IA3(Method):
                 "cannot scale the input: the parts of a fused weight share one input, but their feedforward IA3 vectors"
                 " differ. Remove the module from feedforward_modules"
             )
-        return (x.astype(scale.dtype) * low_rank.expand_to_letters(scale, letters, use.x)).astype(x.dtype)
+        return (x.astype(scale.dtype) * products.expand_to_letters(scale, letters, use.x)).astype(x.dtype)
 
     def output(
         self, hparams: IA3Hparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if isinstance(use, Operation):
-            return (y * low_rank.expand_over_outputs(use, _vector(hparams, params), y.ndim)).astype(y.dtype)
+            return (y * products.expand_over_outputs(use, _vector(hparams, params), y.ndim)).astype(y.dtype)
         if self._scales_input(hparams, use):
             return y
         scale = _vector(hparams, params)
-        return (y * low_rank.expand_to_letters(scale, self._scale_letters(hparams, use), use.y)).astype(y.dtype)
+        return (y * products.expand_to_letters(scale, self._scale_letters(hparams, use), use.y)).astype(y.dtype)
 
     def weight(self, hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
         return (w * self._scale_over_weight(hparams, params, axes, w)).astype(w.dtype)
@@ -158,7 +167,7 @@ class IA3(Method):
                 (out,) = axes.out_axes
                 scale, role = jnp.repeat(scale, w.shape[out] // hparams.groups, axis=0), (out, *role)
         letters = "".join(LETTERS[i] for i in axes.batch_axes + role)
-        return low_rank.expand_to_letters(scale, letters, LETTERS[: axes.rank])
+        return products.expand_to_letters(scale, letters, LETTERS[: axes.rank])
 
 
 METHOD = IA3()

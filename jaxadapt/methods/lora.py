@@ -45,9 +45,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import USED, PerEntry, entry_values, expand_leading, mask_unadapted
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import USED, Operation, PerEntry, Use, entry_values, expand_leading, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.configs.lora import LoraConfig, fields_set
@@ -97,7 +97,7 @@ def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
         magnitude: the result of `magnitude_factor`.
         changed: W + s·B·A.
     """
-    return low_rank.expand_over_weight(axes, magnitude) * changed
+    return products.expand_over_weight(axes, magnitude) * changed
 
 
 def output(
@@ -115,9 +115,9 @@ def output(
         dropped: True if dropout changed x.
     """
     if isinstance(use, Use) and use.transposed:
-        return low_rank.run_use(use, x, effective_weight(use.axes, magnitude, changed))
-    scale = low_rank.expand_over_outputs(use, magnitude, y.ndim)
-    base = low_rank.run_use(use, x.astype(w.dtype), w) if dropped else y
+        return products.run_use(use, x, effective_weight(use.axes, magnitude, changed))
+    scale = products.expand_over_outputs(use, magnitude, y.ndim)
+    base = products.run_use(use, x.astype(w.dtype), w) if dropped else y
     return y + (scale - 1) * base + scale * delta
 
 
@@ -439,7 +439,7 @@ class Lora(Method):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
         x = x if drop is None else drop(x)
         scale = _scale(hparams, params)
-        delta = low_rank.low_rank_delta(use, scale, hparams.groups, *_factors(hparams, params), x, y)
+        delta = products.low_rank_delta(use, scale, hparams.groups, *_factors(hparams, params), x, y)
         if hparams.dora:
             w = as_computable(w)
             if hparams.scale is None:  # `prepare_rows` computed the factor; only a transposed use needs the weight
@@ -451,7 +451,7 @@ class Lora(Method):
                 magnitude = magnitude_factor(use.axes, params, hparams.used, changed)
             return output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if hparams.bias:
-            delta = delta + low_rank.expand_over_outputs(use, _bias(hparams, params), y.ndim)
+            delta = delta + products.expand_over_outputs(use, _bias(hparams, params), y.ndim)
         if hparams.invoked:
             delta = mask_delta(params, delta, y)
         return (y + delta).astype(y.dtype)
@@ -483,7 +483,7 @@ class Lora(Method):
                 "cannot unmerge DoRA: it scaled W + s·B·A to the norm m, and the original norm, which W needs, is lost."
                 " Keep the parameters from before the merge"
             )
-        return low_rank.add_product(axes, w, -_scale(hparams, params), *_factors(hparams, params)).astype(w.dtype)
+        return products.add_product(axes, w, -_scale(hparams, params), *_factors(hparams, params)).astype(w.dtype)
 
     def bias(self, hparams: LoraHparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
         if not hparams.bias:
@@ -555,7 +555,7 @@ def _scale(hparams: LoraHparams, params: Params) -> Any:
 
 def _bias(hparams: LoraHparams, params: Params) -> Array:
     """Return s times the adapter's bias."""
-    return low_rank.scale_factor(
+    return products.scale_factor(
         _scale(hparams, params), mask_unadapted(hparams.used, params, params["lora_B_bias"], 0.0)
     )
 
@@ -564,13 +564,13 @@ def _changed_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) 
     """Return W + s·B·A, in the dtype of the sum."""
     a, b = _factors(hparams, params)
     if not isinstance(hparams.scale, float):
-        return w + low_rank.multiply_factors(axes, low_rank.scale_factor(_scale(hparams, params), a), b)
-    return w + hparams.scale * low_rank.multiply_factors(axes, a, b)
+        return w + products.multiply_factors(axes, products.scale_factor(_scale(hparams, params), a), b)
+    return w + hparams.scale * products.multiply_factors(axes, a, b)
 
 
 def _merged_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
     """Return W + s·B·A, computed in one pass without intermediate arrays."""
-    return low_rank.add_product(axes, w, _scale(hparams, params), *_factors(hparams, params))
+    return products.add_product(axes, w, _scale(hparams, params), *_factors(hparams, params))
 
 
 def _check_single_weight(hparams: LoraHparams) -> None:

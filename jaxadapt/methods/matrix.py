@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.layout import TorchLayout
-from jaxadapt.arrays.per_entry import LAYER, USED, PerEntry, entry_values
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes, TorchLayout
+from jaxadapt.arrays.products import LAYER, LETTERS, USED, Operation, PerEntry, Use, entry_values
 from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import MethodTensor
@@ -198,7 +197,7 @@ class MatrixMethod(Method):
     ) -> Array:
         if self.effect(hparams.own).form == "weight":  # beside an adapter that changes each use
             new = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w)
-            return (y + low_rank.run_use(use, x, (new - w).astype(x.dtype))).astype(y.dtype)
+            return (y + products.run_use(use, x, (new - w).astype(x.dtype))).astype(y.dtype)
         if type(self).after is MatrixMethod.after:
             return y
         assert isinstance(use, Use)

@@ -28,8 +28,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays import products
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core import paths
@@ -153,7 +153,7 @@ class Oft(MatrixMethod):
         if hparams.own.kind != "embedding":
             return super().output(hparams, params, use, x, y, drop, w)
         if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
-            return y if use.transposed else low_rank.run_use(use, x, self.weight(hparams, params, use.axes, w))
+            return y if use.transposed else products.run_use(use, x, self.weight(hparams, params, use.axes, w))
         rows = jnp.moveaxis(y, use.out, -1)
         return jnp.moveaxis(common.turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out).astype(
             y.dtype

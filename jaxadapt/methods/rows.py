@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays.axes import LETTERS, RANK, Operation, Use
-from jaxadapt.arrays.low_rank import einsum, expand_to_letters
+from jaxadapt.arrays.products import LETTERS, RANK, Operation, Use, einsum, expand_to_letters
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import Applicable, AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Array, Params

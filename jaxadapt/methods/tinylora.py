@@ -15,8 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays import products
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.fixed_bases import TinyLoraConfig
 from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
@@ -108,7 +108,7 @@ class TinyLora(FactoredMethod):
         if isinstance(use, Use):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
         rows, columns = params["tinylora_B"].T, (_middle(params) @ params["tinylora_A"]).T
-        return (y + low_rank.low_rank_delta(use, 1.0, 1, rows, columns, x, y)).astype(y.dtype)
+        return (y + products.low_rank_delta(use, 1.0, 1, rows, columns, x, y)).astype(y.dtype)
 
     def describe_change(self, config: TinyLoraConfig) -> None:
         return None

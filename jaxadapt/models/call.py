@@ -23,7 +23,8 @@ from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import LETTERS, Axes, Use, contradiction_message
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LETTERS, Use, contradiction_message
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases

@@ -15,7 +15,7 @@ from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import contradiction_message, transposed_axes
+from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

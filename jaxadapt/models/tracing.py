@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LETTERS, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 
 # ---------------------------------------------------------------- operations
@@ -338,7 +339,7 @@ def rewrite(
         AttachError: a hook's roles do not match its weight or its use in `f`, a hook changes a shape or dtype, or
             `Hook.weight` raised it.
 
-    >>> from jaxadapt.arrays.axes import Axes
+    >>> from jaxadapt.arrays.layout import Axes
     >>> class Double:
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
     ...     def input(self, use, x): return x

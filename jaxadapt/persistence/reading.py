@@ -16,8 +16,7 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from jaxadapt.adapters import key_names
-from jaxadapt.adapters.key_names import NormalKeys
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn

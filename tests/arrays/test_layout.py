@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt.arrays import pattern
+from jaxadapt.arrays import layout
 from jaxadapt.arrays.layout import RANK, FileLayout, to_file_scale, to_model_scale
 
 
@@ -55,6 +55,6 @@ def test_the_axes_of_a_pattern():
 
         __hash__ = str.__hash__
 
-    assert pattern.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
+    assert layout.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
-    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
+    assert layout.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)

@@ -47,8 +47,8 @@ SECONDS = 45  # of tests for one mutant, by their recorded times
 TARGET = 0.85
 CORE = [
     "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/merging/pairs.py",
-    "jaxadapt/arrays/axes.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/low_rank.py",
-    "jaxadapt/arrays/pattern.py", "jaxadapt/arrays/per_entry.py", "jaxadapt/arrays/regions.py",
+    "jaxadapt/arrays/layout.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/products.py",
+    "jaxadapt/arrays/layout.py", "jaxadapt/arrays/products.py", "jaxadapt/arrays/regions.py",
     "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/strided.py",
     "jaxadapt/storage/torch_bin.py",
 ]  # fmt: skip
@@ -60,13 +60,13 @@ POOL = [
 ]  # fmt: skip
 # (file, the beginning of the changed line): why the change cannot be seen.
 EQUIVALENT = {
-    ("jaxadapt/arrays/low_rank.py", "if a.shape[rank_axis] > _MAX_TERMS:"): "both ways compute the same sum",
+    ("jaxadapt/arrays/products.py", "if a.shape[rank_axis] > _MAX_TERMS:"): "both ways compute the same sum",
     (
         "jaxadapt/methods/tinylora.py",
         "return start.w.astype(a.dtype) @ a.T",
     ): "the product is zero where the divisor is",
     ("jaxadapt/keymaps/check.py", "layers[_stack_prefix(w)] = max("): "no layer is none, however far below zero",
-    ("jaxadapt/arrays/low_rank.py", "_MAX_TERMS ="): "a matter of speed, which benchmarks/ measures",
+    ("jaxadapt/arrays/products.py", "_MAX_TERMS ="): "a matter of speed, which benchmarks/ measures",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxadapt import IA3Config, KeyMap, LoraConfig, Weight
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.keymaps import generic
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxadapt import KeyMapError, MismatchError, Weight
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.keymaps import families, keymap, plan
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxadapt import IA3Config, KeyMap, KeyMapError, LoraConfig, MismatchError
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.keymaps import keymap, plan
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.storage.source import cast

@@ -21,7 +21,7 @@ import jaxadapt
 from jaxadapt import AttachError, ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.adapters.site import all_tensors, make_file_plan, map_stack, torch_layout
-from jaxadapt.arrays.axes import LETTERS, Use
+from jaxadapt.arrays.products import LETTERS, Use
 from jaxadapt.core import paths
 from jaxadapt.methods import METHODS, AppliedMethod
 from tests.support.configs import class_of, value_of

@@ -11,8 +11,8 @@ import pytest
 
 from jaxadapt import AttachError, ConfigError, IA3Config, LoraConfig, Weight
 from jaxadapt.adapters import selection
-from jaxadapt.arrays.axes import Axes, Use
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import PerEntry, Use
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods import METHODS, AppliedMethod, Start, Target
 from jaxadapt.methods.applied import AppliedMethods, check_biases, refuse_rivals

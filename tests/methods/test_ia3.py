@@ -9,7 +9,7 @@ import pytest
 
 from jaxadapt import AttachError, ConfigError, IA3Config, KeyMap, Weight
 from jaxadapt.adapters import selection
-from jaxadapt.arrays.axes import Operation
+from jaxadapt.arrays.products import Operation
 from jaxadapt.methods import AppliedMethod
 
 

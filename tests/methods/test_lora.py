@@ -13,9 +13,9 @@ import pytest
 from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import LAYER
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LAYER, Operation, Use
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods import METHODS, AppliedMethod, lora
 from jaxadapt.methods.base import needs_layer_number
@@ -61,7 +61,7 @@ def test_inputs_are_cast_to_the_dtype_of_a():
     axes = Axes(in_axes=(0,), out_axes=(1,))
     one = jnp.ones((1, 1), "bfloat16")
     x = jnp.full((1, 1), 1 + 2**-10, "float32")
-    delta = low_rank.low_rank_delta(Use("bd", "di", "bi", axes), 1.0, 1, one, one, x, x)
+    delta = products.low_rank_delta(Use("bd", "di", "bi", axes), 1.0, 1, one, one, x, x)
     assert float(delta[0, 0]) == 1
 
 

@@ -13,8 +13,9 @@ import jaxadapt
 from jaxadapt import ConfigError, GenericConfig, KeyMap, KeyMapError, Weight, methods
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Use
+from jaxadapt.arrays import products
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LETTERS, Use
 from jaxadapt.core import paths
 from jaxadapt.methods import METHODS, AppliedMethod, Method
 from jaxadapt.methods.lora import REFUSED_FIELDS
@@ -216,11 +217,11 @@ def test_dora_is_the_direction_times_the_magnitude(line, transposed):
     hook = AppliedMethod(bound.method, bound.hparams, params, bound.axes)
     axes = dataclasses.replace(bound.axes, parts=None)
     part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch_axes[0])
-    changed = part + 1.5 * low_rank.multiply_factors(axes, params["lora_A"], params["lora_B"])
+    changed = part + 1.5 * products.multiply_factors(axes, params["lora_A"], params["lora_B"])
     direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.in_axes, range(len(axes.in_axes))).reshape(
         -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.in_axes)), axis=0).reshape(
         [1 if i in axes.in_axes else n for i, n in enumerate(part.shape)])  # fmt: skip
-    expected = direction * low_rank.expand_over_weight(axes, params["lora_magnitude_vector"])
+    expected = direction * products.expand_over_weight(axes, params["lora_magnitude_vector"])
     found = hook.merged(w)
     if hook.axes.parts is not None:
         found = jnp.take(found, np.array(hook.axes.parts), axes.batch_axes[0])
@@ -453,7 +454,7 @@ def test_a_merge_of_large_weights_in_either_layout(shape, outs_first):
     out, inputs = shape if outs_first else shape[::-1]
     a, b = rng.standard_normal((8, inputs), "f4"), rng.standard_normal((out, 8), "f4")
     axes = Axes(in_axes=(1,), out_axes=(0,)) if outs_first else Axes(in_axes=(0,), out_axes=(1,))
-    made = jax.jit(lambda w: low_rank.add_product(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
+    made = jax.jit(lambda w: products.add_product(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
     want = 2 * b @ a
     np.testing.assert_allclose(made, want if outs_first else want.T, rtol=1e-5, atol=1e-5)
 
@@ -464,7 +465,7 @@ def test_a_merge_where_inputs_lie_between_outputs(inputs, out):
     for shape in ((12, 256, 256), (4, 256, 256)):
         a = rng.standard_normal((8, *(shape[i] for i in inputs)), "f4")
         b = rng.standard_normal((*(shape[i] for i in out), 8), "f4")
-        made = jax.jit(lambda w, a=a, b=b: low_rank.add_product(Axes(in_axes=inputs, out_axes=out), w, 2.0, a, b))(
+        made = jax.jit(lambda w, a=a, b=b: products.add_product(Axes(in_axes=inputs, out_axes=out), w, 2.0, a, b))(
             np.zeros(shape, "f4")
         )
         letters = ["".join("xyz"[i] for i in axes) for axes in (inputs, out)]

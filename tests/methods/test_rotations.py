@@ -14,7 +14,7 @@ import jaxadapt
 from jaxadapt import AttachError, ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.site import make_file_plan
-from jaxadapt.arrays.axes import Operation, Use
+from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.applied import AppliedMethods
 from jaxadapt.models.tracing import rewrite

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, IA3Config, KeyMap, LoraConfig, MismatchError, Weight
-from jaxadapt.arrays.per_entry import PerEntry
+from jaxadapt.arrays.products import PerEntry
 
 LAYERS, WIDTH = 3, 6
 FIELDS = {"r": 4, "lora_alpha": 6}

@@ -13,7 +13,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jaxadapt
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
 from jaxadapt.keymaps.generic import entry_from_axes
 from tests.support.twins import layers

@@ -20,7 +20,8 @@ from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import AttachError
-from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import LETTERS, RANK, Use
 from jaxadapt.models.call import infer_axes
 from jaxadapt.models.tracing import Contraction, OtherUse, rewrite, uses
 

@@ -13,8 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.pattern import axis_parts
+from jaxadapt.arrays.layout import FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value

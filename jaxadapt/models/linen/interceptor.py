@@ -19,7 +19,7 @@ from flax.core.scope import Scope, subtract_filters
 
 from jaxadapt.adapters import sites
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import contradiction_message, transposed_axes
+from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

@@ -29,7 +29,7 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.adapters.site import Site, shared_tensors
 from jaxadapt.arrays import random_draws, regions
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan

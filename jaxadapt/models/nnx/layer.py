@@ -17,7 +17,7 @@ from typing import Any
 from flax import nnx
 
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, together
 from jaxadapt.methods.base import Drop, Method

@@ -17,7 +17,8 @@ from flax import errors, nnx
 
 from jaxadapt.adapters.site import Site
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
+from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.generic import entry_from_axes

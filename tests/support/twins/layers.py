@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 
 EXACT, EFFECTIVE, EITHER, REFUSED = "exact", "effective", "either", "refused"
 # Leaf names that are not part of a module's name in `target_modules`.

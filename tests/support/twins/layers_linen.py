@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from tests.support.twins import layers
 from tests.support.twins.layers import CONV, EFFECTIVE, EITHER, IO, JOIN, MHA, REFUSED, SPLIT, Case, one
 

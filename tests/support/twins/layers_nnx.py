@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import Axes
 from tests.support.twins import layers
 from tests.support.twins.layers import CONV, EFFECTIVE, EITHER, IO, JOIN, MHA, REFUSED, SPLIT, Case, one
 
