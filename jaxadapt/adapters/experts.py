@@ -1,7 +1,13 @@
-"""LoRA for each expert, as PEFT wrote it for transformers 4 (`experts.3.up_proj.lora_A.weight`): fuse and split.
+"""Leaves that are parts of one tensor in PyTorch, and LoRA for each expert: joined and split for files.
+
+PEFT's adapter of queries, keys and values in one tensor, or of gate and up, has one A for all parts, or one B where
+A reads the parts (`keymaps.plan` names and cuts the parts). Here each leaf has its own, and a file's shared factor
+is read into all of them. They are equal only until they are trained. To save trained ones, their ranks are
+concatenated, which computes the same: A' = [Aq; Ak; Av], B' = diag(Bq, Bk, Bv).
 
 transformers 5 holds all experts of a layer in one parameter, with gate and up in its halves. PEFT names these
-parameters in `target_parameters`. A keymap lists the modules of the single experts (`KeyMap.expert_modules`).
+parameters in `target_parameters`. For transformers 4 it wrote one LoRA for each expert. A keymap lists the modules
+of the single experts (`KeyMap.expert_modules`).
 
     {"…experts.3.up_proj.lora_A.weight": …} ──fuse_experts───► {"…experts.base_layer.lora_A.weight": …}
                                             ◄──split_experts──
@@ -11,7 +17,7 @@ theirs are equal, they stay unchanged. Otherwise their ranks are concatenated, a
 same (on loading, PEFT always does so: `utils/transformers_weight_conversion.py`). A model with gate and up in two
 leaves needs neither.
 
-`expert_parameters` finds the parameters of experts in a keymap. Pure: it works on anything with reshape and transpose.
+Pure: it works on anything with reshape and transpose.
 """
 
 from __future__ import annotations
@@ -22,21 +28,167 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.adapters import joint_tensors, sites
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxadapt.adapters import sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.site import Site, adapted_modules
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import cut_parts, file_key, join_parts, parse_part_key, part_key
+from jaxadapt.keymaps.plan import Part, cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
 from jaxadapt.keymaps.weight import Weight, name_regex
 
-# ---------------------------------------------------------------- expert parameters
+# ---------------------------------------------------------------- parts of one tensor
 
 
 Array = Any
+
+
+def join_tensors(
+    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None
+) -> tuple[Config, dict[str, Array]]:
+    """Return a plan's tensors as the file holds them, and the configuration for them.
+
+    Args:
+        sites: the sites of the tensors.
+        on_shared: "concat" concatenates As (or Bs) that differ, which multiplies the rank by the number of parts.
+
+    Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
+    """
+    parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
+    raise_listed(
+        MismatchError,
+        "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
+        [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n],
+    )
+    shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
+    different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
+    if different and on_shared is None:
+        counts = ", ".join(str(n) for n in sorted({_parse_part(parts_of[name][0]).n for name in different}))
+        raise MismatchError(
+            "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
+            " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
+            f" compared inside jit):\n{paths.bullets(different)}\nPass"
+            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the'
+            " tree: it concatenates the ranks,"
+            f" which is exact, and multiplies the rank by {counts}. For experts, keymap='FAMILY/per-expert' writes one"
+            " LoRA for each expert instead"
+        )
+    joined: dict[str, Array] = {
+        name: tensors[name] for name in tensors if name not in parts_of and parse_part_key(name) is None
+    }
+    for name, parts in parts_of.items():
+        joined[name] = join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
+    growth: dict[str, int] = {}
+    site_of = _sites_by_key(sites)
+    for name in different:
+        site, module = site_of[parts_of[name][0]]
+        growth[module] = _parse_part(parts_of[name][0]).n
+        _concatenate_module(site, name, parts_of, tensors, joined)
+    return (_with_grown_ranks(config, sites, growth) if growth else config), joined
+
+
+def _parse_part(key: str) -> Part:
+    """Return the part that a plan's key names."""
+    part = parse_part_key(key)
+    assert part is not None
+    return part
+
+
+def array_namespace(x: Array) -> Any:
+    """Return `jax.numpy` for a JAX array, else `numpy`."""
+    return jnp if isinstance(x, jax.Array) else np
+
+
+def bitwise_equal(arrays: Sequence[Array]) -> bool:
+    """Return True if the arrays are equal; False for traced arrays, whose values are unknown."""
+    if any(isinstance(x, Tracer) for x in arrays):
+        return False
+    return all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
+
+
+def _sites_by_key(sites: Sequence[Site]) -> dict[str, tuple[Site, str]]:
+    """Return `{key of the plan: (site, module or parameter)}`."""
+    return {
+        key: (site, module)
+        for site in sites
+        for entry in site.entries
+        for key, module in zip(entry.keys, site.modules if len(entry.keys) == len(site.modules) else [], strict=False)
+    }
+
+
+def _concatenate_module(
+    site: Site, name: str, parts_of: Mapping[str, list[str]], tensors: Mapping[str, Array], out: dict[str, Array]
+) -> None:
+    """Concatenate the ranks of one module's parts, in A and in B."""
+    entry = next(candidate for candidate in site.entries if parts_of[name][0] in candidate.keys)
+    ranks = entry.form.ranks
+    rank = dict(site.tensors[0].own)["r"] if ranks is None else ranks[entry.keys.index(parts_of[name][0])]
+    module, dot, last = name.rpartition(".lora_")
+    a, b = (f"{module}{dot}{side}{last[1:]}" for side in "AB")
+    parts_a, parts_b = ([tensors[key] for key in parts_of[factor]] for factor in (a, b))
+    out[a], out[b] = concatenate_ranks(rank, parts_a, parts_b, parts_of[a], parts_of[b])
+    if site.match.weight.kind == "attention":  # the output projection has the same rank
+        padding = (len(parts_of[name]) - 1) * rank
+        a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
+        out[a], out[b] = (
+            array_namespace(out[a]).pad(out[a], ((0, padding), (0, 0))),
+            array_namespace(out[b]).pad(out[b], ((0, 0), (0, padding))),
+        )
+
+
+def concatenate_ranks(
+    rank: int, a: Sequence[Array], b: Sequence[Array], keys_a: Sequence[str], keys_b: Sequence[str]
+) -> tuple[Array, Array]:
+    """Return one A (experts · r, in) and one B (out, r · experts) from the parts that `keys_a` and `keys_b` name.
+
+    A factor that all parts share is concatenated along the rank. A factor of one part moves to its own range of ranks.
+
+    >>> a, b = [np.ones((1, 3))] * 2, [np.full((2, 1), 1.0), np.full((2, 1), 2.0)]
+    >>> concatenate_ranks(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
+    [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
+    """
+    n, xp = len(a), array_namespace(a[0])
+    # A's rows are (expert, rank) and B's columns (rank, expert): in both reshaped forms the rank is axis 1.
+    wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
+    wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
+    out: list[Array] = []
+    for tensors, keys, flat_shape in ((wide_a, keys_a, (-1, a[0].shape[1])), (wide_b, keys_b, (b[0].shape[0], -1))):
+        if _parse_part(keys[0]).axis is None:
+            out.append(xp.concatenate(tensors, axis=1).reshape(flat_shape))
+            continue
+        padded = [
+            xp.pad(x, ((0, 0), (i * rank, (n - 1 - i) * rank), (0, 0))).reshape(flat_shape)
+            for i, x in enumerate(tensors)
+        ]
+        out.append(join_parts(padded, keys, xp))
+    return out[0], out[1]
+
+
+def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str, int]) -> Config:
+    """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
+    assert isinstance(config, LoraConfig)
+    modules = adapted_modules(sites)
+    ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
+    alphas = {
+        module: config.alpha_of(module) * (config.scale_divisor(growth[module]) if module in growth else 1)
+        for module in modules
+    }
+    return config.with_ranks(ranks, alphas)
+
+
+# ---------------------------------------------------------------- experts
+
+
+# ---------------------------------------------------------------- expert parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +451,7 @@ def _stack_factors(
 ) -> tuple[dict[tuple[str, str], Array], int]:
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
-    xp = joint_tensors.array_namespace(factors[0, 0]["A"])
+    xp = array_namespace(factors[0, 0]["A"])
     a: list[Array] = []
     b: list[Array] = []
     for part in range(count):
@@ -314,7 +466,7 @@ def _stack_factors(
     if parameter.split:
         sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}
         return {(side, key): array for side, pairs in sides.items() for key, array in pairs}, 1
-    if joint_tensors.bitwise_equal(a):
+    if bitwise_equal(a):
         return {("A", ""): a[0], ("B", ""): join_parts(b, [f"B{key}" for key in keys_b], xp)}, 1
     if on_shared != "concat":
         raise MismatchError(
@@ -323,9 +475,7 @@ def _stack_factors(
             " instead of the model (jaxadapt convert: --on-shared concat): it concatenates the ranks of the two,"
             f" which is exact, and multiplies the rank by {count}"
         )
-    joint_a, joint_b = joint_tensors.concatenate_ranks(
-        rank, a, b, [f"A{key}" for key in keys_a], [f"B{key}" for key in keys_b]
-    )
+    joint_a, joint_b = concatenate_ranks(rank, a, b, [f"A{key}" for key in keys_a], [f"B{key}" for key in keys_b])
     return {("A", ""): joint_a, ("B", ""): joint_b}, count
 
 

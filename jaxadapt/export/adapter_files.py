@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora, matching
@@ -152,7 +152,7 @@ def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, Non
     """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
     modules, copied = dict[str, None](), dict[str, None]()
     for key in tensors.tensors:
-        split = key_names.split_key(key, tensors.config.peft_type)
+        split = peft_tensors.split_key(key, tensors.config.peft_type)
         name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0] if split is None else split[0]
         if key.startswith(PEFT_PREFIX) and name:  # others belong to the whole adapter
             (copied if split is None else modules)[name.replace(".base_layer", "")] = None
@@ -318,7 +318,7 @@ def extract_files(
 
 def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> PeftTensors:
     assert stored.tensors is not None
-    names = key_names.normalize_keys(stored.specs, config.peft_type)
+    names = peft_tensors.normalize_keys(stored.specs, config.peft_type)
     if names.models:
         raise MismatchError(
             f"{stored.source}: expected the state dict of one PEFT model, found those of {', '.join(names.models)};"
@@ -342,8 +342,8 @@ def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> PeftTe
 
 def _has_tensors(keys: Collection[str], config: Config) -> bool:
     """Return True if keys are those of the configuration's method, as far as it is known."""
-    is_known = key_names.is_known_method(config.peft_type)
-    return any(not is_known or key_names.split_key(key, config.peft_type) is not None for key in keys)
+    is_known = peft_tensors.is_known_method(config.peft_type)
+    return any(not is_known or peft_tensors.split_key(key, config.peft_type) is not None for key in keys)
 
 
 def _from_orbax(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import joint_tensors, key_names
+from jaxadapt.adapters import experts, peft_tensors
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
@@ -99,7 +99,7 @@ def normalize(source: Plain) -> Plain:
         return source
     if copies := [key for key in source.tensors if key.endswith(".base_layer.weight")]:
         warn(f"{source.source}: the result leaves out these copies of base weights:\n" + paths.bullets(copies))
-    return key_names.without_names(source)
+    return peft_tensors.without_names(source)
 
 
 def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[str, Pair]:
@@ -230,7 +230,7 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
                 "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"
                 " PEFT. Call the function outside jit:\n" + paths.bullets(parts)
             )
-        if any(own and (len(own) < len(parts) or not joint_tensors.bitwise_equal(own)) for own in factors):
+        if any(own and (len(own) < len(parts) or not experts.bitwise_equal(own)) for own in factors):
             groups |= {part: [part] for part in groups.pop(matrix)}
     return groups
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
@@ -285,7 +285,7 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
     if config.peft_type == "IA3":
         found["ia3"] = "IA3"
     elif config.peft_type != "LORA":
-        found["method" if key_names.is_known_method(config.peft_type) else "type"] = config.peft_type
+        found["method" if peft_tensors.is_known_method(config.peft_type) else "type"] = config.peft_type
     found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
     found |= _variant_properties(config) | _copy_properties(config)
     if config.get("bias", "none") != "none":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.persistence import run_folder
@@ -236,7 +236,7 @@ def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
 
 def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
     """Return a finding if no tensor belongs to an adapter."""
-    if not keys or key_names.has_adapter_tensors(keys):
+    if not keys or peft_tensors.has_adapter_tensors(keys):
         return None
     text = f"none of the {len(keys)} tensors belongs to an adapter of PEFT, such as {next(iter(keys))}"
     if not any(key.endswith(".weight") for key in keys):

@@ -13,7 +13,7 @@ import os
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.core.errors import FileError, MismatchError
@@ -210,7 +210,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
         config, source = opened.tensors.config, as_source(opened.tensors.tensors)
         tensors, nbytes = dtypes_and_shapes(source), sum(map(source.nbytes, source))
-    found = findings.not_an_adapter(tensors, str(path)) if key_names.is_known_method(config.peft_type) else None
+    found = findings.not_an_adapter(tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
     return Info(os.fspath(path), config, tensors, nbytes, location.total_size(opened.weights), opened.form)

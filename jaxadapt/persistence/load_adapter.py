@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import key_names, sites
+from jaxadapt.adapters import peft_tensors, sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.adapters.site import Site, tensor_entries
 from jaxadapt.arrays import finite
@@ -145,7 +145,7 @@ def _open(
 ) -> Generator[PeftTensors | Place]:
     """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
     if isinstance(source, PeftTensors):
-        yield key_names.without_names(source)
+        yield peft_tensors.without_names(source)
         return
     place = folder.find_adapter(source, name, report)
     found = formats.find(place)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import full_copies, initial_values, key_names
+from jaxadapt.adapters import full_copies, initial_values, peft_tensors
 from jaxadapt.adapters.adapter import PeftTensors, Recipe
 from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
 from jaxadapt.core import paths
@@ -191,7 +191,7 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     dropped, uncompared = set[str](), list[str]()
     problems: dict[str, dict[str, str]] = {kind: {} for kind in ("head", "embeddings", "base weights")}
     for key in surplus:
-        name = key_names.unwrapped_key(key.removeprefix(keymap.prefix))
+        name = peft_tensors.unwrapped_key(key.removeprefix(keymap.prefix))
         if check.is_buffer(keymap, name) or _repeats_tied_module(source, key, ties):
             dropped.add(key)
         elif place := known.get(name) or known.get(ties.get(name, "")):

@@ -24,7 +24,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import experts, full_copies, joint_tensors, sites
+from jaxadapt.adapters import experts, full_copies, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import rename_targets
@@ -456,7 +456,7 @@ def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
         return tensors
     _require_local(tensors)
     on_shared = source.held.given.on_shared
-    config, joined = joint_tensors.join_tensors(tensors.config, source.sites, _encoded(tensors), on_shared)
+    config, joined = experts.join_tensors(tensors.config, source.sites, _encoded(tensors), on_shared)
     return dataclasses.replace(tensors, config=config, tensors=joined)
 
 

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.analysis.norms import named_parameter
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -42,7 +42,7 @@ _VARIANTS = (("lora_magnitude_vector", "use_dora", (_LINEAR, _EMBEDDING)), ("lor
 def split_modules(shapes: Shapes, config: Config) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
     """Return {module: {tensor: shape}} of the method's tensors, and the other keys."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    splits = {key: key_names.split_key(key, config.peft_type) for key in shapes}
+    splits = {key: peft_tensors.split_key(key, config.peft_type) for key in shapes}
     for key, split in splits.items():
         if split is not None:
             modules.setdefault(split[0], {})[split[1]] = shapes[key]
@@ -73,7 +73,7 @@ def check_tensors(shapes: Shapes, config: Config, family: str = "") -> Iterator[
         family: the type of the base model, for PEFT's default targets; "" if it is not known.
     """
     yield from check_empty(shapes)
-    if not key_names.is_known_method(config.peft_type):
+    if not peft_tensors.is_known_method(config.peft_type):
         return
     modules, others = split_modules(shapes, config)
     if modules or any(0 in shape for shape in shapes.values()):
@@ -117,7 +117,7 @@ def check_dtypes(dtypes: Mapping[str, str], config: Config) -> Iterator[Finding]
         *(name for pair in FACTS[config.peft_type].tensor_pairs for name in pair),
     }
     integers = [key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
-    wrong = [key for key in integers if (key_names.split_key(key, config.peft_type) or ("", ""))[1] in trained]
+    wrong = [key for key in integers if (peft_tensors.split_key(key, config.peft_type) or ("", ""))[1] in trained]
     if wrong:
         yield error(
             "dtype", wrong, f"{dtypes[wrong[0]]} in {count(wrong, 'tensor')}, such as {wrong[0]}",
@@ -211,7 +211,7 @@ def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Fi
     """Find modules that the targets do not select, and targets without tensors."""
     if (
         matching.is_all_linear(config)
-        or key_names.has_no_modules(config.peft_type)
+        or peft_tensors.has_no_modules(config.peft_type)
         or not FACTS[config.peft_type].target_is_expression
     ):
         return
@@ -339,7 +339,7 @@ def _is_expected(key: str, module: str, config: Config) -> bool:
         matching.is_saved(matching.with_task_heads(config), module)  # PEFT adds the heads of the task on loading
         or (key.endswith(".bias") and config.get("bias", "none") != "none")
         or stem.rpartition(".")[2] in _EMBEDDINGS
-        or (key_names.has_no_modules(config.peft_type) and key.startswith("base_model."))
+        or (peft_tensors.has_no_modules(config.peft_type) and key.startswith("base_model."))
     )
 
 
@@ -400,7 +400,7 @@ def check_values(
                 "unreadable", (name,), str(problem), "a tensor that can be read", "fetch or save the file again"
             )
             return
-        split = None if config is None else key_names.split_key(name, config.peft_type)
+        split = None if config is None else peft_tensors.split_key(name, config.peft_type)
         if values is None:
             not_finite.append(name)
         elif config is not None and split is not None and values.size:
@@ -449,7 +449,7 @@ def _gram(tensor: str, values: np.ndarray) -> np.ndarray | None:
 def _untrained(value: float, names: Sequence[str], modules: Iterable[str], config: Config) -> Finding:
     total = len({module for module in modules if module})
     is_all = len(names) >= total
-    tensor = (key_names.split_key(names[0], config.peft_type) or ("", names[0]))[1]
+    tensor = (peft_tensors.split_key(names[0], config.peft_type) or ("", names[0]))[1]
     number = f"all {len(names)}" if is_all else f"{len(names)} of {total}"
     return warning(
         "untrained",

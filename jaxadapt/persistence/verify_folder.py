@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import errors, paths
@@ -137,7 +137,7 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
         base: the shapes of the base's parameters, or the keymap of its family.
         source: the base, for messages.
     """
-    if key_names.has_no_modules(config.peft_type):
+    if peft_tensors.has_no_modules(config.peft_type):
         return
     modules = _modules(shapes, config)
     if isinstance(base, KeyMap):
@@ -155,7 +155,7 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
 
 def _modules(shapes: Shapes, config: Config) -> list[str]:
     """Return the adapted modules, as the base names them."""
-    splits = (key_names.split_key(key, config.peft_type) for key in shapes)
+    splits = (peft_tensors.split_key(key, config.peft_type) for key in shapes)
     found = dict.fromkeys(split[0] for split in splits if split is not None)
     return list(dict.fromkeys(m.replace(".base_layer", "") for m in found if m and m != "base_model"))
 
@@ -466,7 +466,7 @@ def _describe_method(config: Config, shapes: tensor_checks.Shapes | None) -> Fin
 
 def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
     """Describe the tensors of a file without a configuration."""
-    splits = [split for key in shapes if (split := key_names.split_key(key, kind)) is not None]
+    splits = [split for key in shapes if (split := peft_tensors.split_key(key, kind)) is not None]
     ranks = sorted({shape[0] for key, shape in shapes.items() if shape and "lora_A" in key.split(".")})
     text = f", {len({module for module, _ in splits})} modules" if kind == "LORA" else ""
     text += f", rank {', '.join(map(str, ranks))}" if ranks else ""

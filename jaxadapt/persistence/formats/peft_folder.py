@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from jaxadapt.adapters import key_names
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.configs.lora import LoraConfig
@@ -181,7 +181,7 @@ def open_folder(place: Place) -> Generator[Opened]:
         assert stored.tensors is not None
         config = reconcile.resolve_config(place.at / CONFIG, stored.header, stored.weights)
         tensors = PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
-        yield Opened(key_names.without_names(tensors), stored.weights)
+        yield Opened(peft_tensors.without_names(tensors), stored.weights)
 
 
 # ---------------------------------------------------------------- writing
