@@ -65,7 +65,7 @@ def _combine_matrices(
     """
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(
-            lambda each: _combine_matrices(combination, scales, *each[:2], weights, each[2]), (a, b, masks)
+            lambda each: _combine_matrices(combination, scales, each[0], each[1], weights, each[2]), (a, b, masks)
         )
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
     if combination.method == "cat":
