@@ -238,10 +238,6 @@ class ExpertParameter:
         match = re.fullmatch(name_regex(self.owner), module)
         return None if match is None else self.name.format(**match.groupdict())
 
-    def in_module_of(self, name: str) -> str:
-        """Return the full name of this parameter in the module of the parameter `name`."""
-        return f"{name.rpartition('.')[0]}.{self.name.rpartition('.')[2]}"
-
 
 def list_parameters(keymap: KeyMap, layout: KeyMap | None = None) -> list[ExpertParameter]:
     """Return the expert parameters of a keymap.
@@ -369,8 +365,9 @@ def fuse_experts(
         parameter = dataclasses.replace(parameter, split=parameter.split and parts)
         arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}")
         outer = (each for each in candidates if each.owner == parameter.owner and each.order > parameter.order)
-        depth = sum(each.in_module_of(name) in fused for each in outer)
-        place = f"{keymap.prefix}{name.rpartition('.')[0]}{'.base_layer' * depth}"
+        owner = name.rpartition(".")[0]
+        depth = sum(each.in_module(owner) in fused for each in outer)
+        place = f"{keymap.prefix}{owner}{'.base_layer' * depth}"
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
         ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
     modules = _lora_modules(rest, keymap)

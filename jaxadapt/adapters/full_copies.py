@@ -338,7 +338,7 @@ def _check_token_indices(
 def _modules_with_rows(
     config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
 ) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield the modules of which some rows are trained, with the tokens and the size of the vocabulary."""
+    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
     for match, sizes in matches:
         axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
         for module, parameter in match.parameters(sizes).values():

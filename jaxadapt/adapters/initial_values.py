@@ -153,13 +153,10 @@ class _Context:
         return _Context(tuple(adapted_modules(sites)), shared, whole or (sites if isinstance(sites, Sites) else None))
 
     @functools.cached_property
-    def _ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+    def ordered_modules(self) -> Mapping[str, tuple[int, int]]:
+        """The value of `Sites.ordered_modules`."""
         assert self.whole is not None, "only the sites of a whole adapter have an order"
         return self.whole.ordered_modules()
-
-    def order_modules(self) -> Mapping[str, tuple[int, int]]:
-        """Return the value of `Sites.ordered_modules`."""
-        return self._ordered_modules
 
 
 def init_values(
@@ -307,7 +304,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
 
     common: dict[str, Any] = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
-    common["order_modules"] = context.order_modules
+    common["order_modules"] = lambda: context.ordered_modules
     if site is None:
         return Start(form.file_shape, **common)
     in_torch = site.method.torch_layout

@@ -8,7 +8,6 @@ This module imports neither JAX nor numpy: to inspect files takes neither.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -244,18 +243,7 @@ def _each(change: Callable[[str], str], names: Names) -> dict[str, str]:
     return {key: change(name) for key, name in names.items()}
 
 
-def _add_prefix(name: str) -> str:
-    return name if name.startswith(_SHARED_PREFIX) else PEFT_PREFIX + name
-
-
-def _keep_one_prefix(name: str) -> str:
-    return re.sub(f"^(?:{re.escape(PEFT_PREFIX)})+", PEFT_PREFIX, name)
-
-
-def _add_weight(name: str) -> str:
-    return f"{name}.weight" if name.rpartition(".")[2] in ("lora_A", "lora_B") else name
-
-
+_REPEATED, _BARE = f"^(?:{re.escape(PEFT_PREFIX)})+", (".lora_A", ".lora_B")
 _WITHOUT_EFFECT = "PEFT loads an adapter without effect"
 WRAPPERS = Rule(
     "wrapper-names",
@@ -274,14 +262,14 @@ ADAPTER_NAME = Rule(
 _PREFIXES = (
     Rule(
         "prefix",
-        functools.partial(_each, _add_prefix),
+        lambda names: _each(lambda name: name if name.startswith(_SHARED_PREFIX) else PEFT_PREFIX + name, names),
         "lack the prefix base_model.model., which some exporters leave out",
         f"base_model.model.<module>.<tensor>. Without the prefix, {_WITHOUT_EFFECT}",
         "the prefix base_model.model. added",
     ),
     Rule(
         "prefix",
-        functools.partial(_each, _keep_one_prefix),
+        lambda names: _each(lambda name: re.sub(_REPEATED, PEFT_PREFIX, name), names),
         "have the prefix base_model.model. more than once: a PEFT model was wrapped in a PEFT model",
         f"the prefix once. With two, {_WITHOUT_EFFECT}",
         "the repeated prefix base_model.model. removed",
@@ -289,7 +277,7 @@ _PREFIXES = (
 )
 _WEIGHT = Rule(
     "tensor-names",
-    functools.partial(_each, _add_weight),
+    lambda names: _each(lambda name: f"{name}.weight" if name.endswith(_BARE) else name, names),
     "end in lora_A or lora_B without .weight, as loralib names them",
     f"lora_A.weight and lora_B.weight. With other names, {_WITHOUT_EFFECT}",
     ".weight added",

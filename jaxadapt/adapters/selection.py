@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import FileShapes, Shape, Site, Sites, bind_shared, bind_site
+from jaxadapt.adapters.site import FileShapes, Shape, Site, Sites, adapted_modules, bind_shared, bind_site
 from jaxadapt.adapters.sites import (
     parameter_names,
     select_parameters,
@@ -383,11 +383,11 @@ def _select_sites(
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
     parameter_sites = _bind_parameters(config, method, keymap, shapes)
-    warnings = doubtful_selection(
-        config, names, (*selected, *(name for site in parameter_sites for name in site.modules))
-    )
+    warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
     if config.get("target_parameters"):
-        unmatched = _unmatched_parameters(config, keymap, shapes, parameter_sites)
+        matches = (match for match in map(keymap.match, shapes) if match is not None)
+        known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
+        unmatched = unmatched_parameters(config, dict.fromkeys((*known, *adapted_modules(parameter_sites))))
         if unmatched and not parameter_sites and not selected:
             raise TargetError("\n".join(unmatched))
         warnings += unmatched
@@ -411,15 +411,6 @@ def _select_sites(
     shared = bind_shared(config, method, sites, found.shared)
     copies = _bind_copies(config, keymap, shapes, sites)
     return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
-
-
-def _unmatched_parameters(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], found: Iterable[Site]
-) -> list[str]:
-    """Return a warning for each entry of `target_parameters` that names no parameter of a model."""
-    matches = (match for leaf in shapes if (match := keymap.match(leaf)) is not None)
-    known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
-    return unmatched_parameters(config, dict.fromkeys((*known, *(name for site in found for name in site.modules))))
 
 
 def _refuse_selected(

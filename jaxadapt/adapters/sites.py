@@ -137,7 +137,9 @@ def targeted_entries(
     targeted = set(targeted) or set(names)
     fused = match.roles["fused"]
     if fused:
-        match = dataclasses.replace(match, parts=_adapted_parts(match, {index[-1] for index in targeted}))
+        parts = {index[-1] for index in targeted}
+        count = math.prod(len(match.weight.index_names(axis) or ()) for axis in fused)
+        match = dataclasses.replace(match, parts=tuple(sorted(parts)) if 0 < len(parts) < count else None)
     kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
     inner = match.braced[len(match.stack) :]
     counts = tuple(len(match.parts) if axis in fused and match.parts else sizes[axis] for axis in inner)
@@ -169,7 +171,7 @@ def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mappi
     Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
     configuration.
     """
-    return _recover_sites(config, keymap, _as_key(leaves))
+    return _recover_sites(config, keymap, tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items()))
 
 
 def sites_of(adapter: Adapter) -> Sites:
@@ -178,10 +180,6 @@ def sites_of(adapter: Adapter) -> Sites:
 
 
 Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
-
-
-def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
-    return tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items())
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
@@ -310,12 +308,6 @@ def _is_adapted_by_name(config: Config, method: Method, match: Match, shapes: Ma
         return False
     names = parameter_names(match, _stacked_sizes(config, method, match, shapes))
     return any(matching.is_parameter(config, name) for name in names.values())
-
-
-def _adapted_parts(match: Match, parts: Collection[int]) -> tuple[int, ...] | None:
-    """Return these parts of a fused axis, sorted; None if there is no such axis or they are all of it."""
-    count = math.prod(len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"])
-    return tuple(sorted(parts)) if match.roles["fused"] and 0 < len(parts) < count else None
 
 
 def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]) -> Site:

@@ -304,11 +304,6 @@ def _pissa_fast(x: SiteValues) -> list[Factors]:
     return [pissa_fast(w, x.s, steps, omega) for w, omega in zip(x.weights, omegas, strict=True)]
 
 
-def _mica(x: SiteValues) -> list[Factors]:
-    pairs = (mica(w, x.r) for w in x.weights)
-    return [Factors(pair.a, pair.b.astype(x.dtype)) for pair in pairs]
-
-
 def _loftq(x: SiteValues) -> list[Factors]:
     options = {"loftq_bits": 4, "loftq_iter": 1} | init_settings(x.config, "loftq_config", ("loftq_bits", "loftq_iter"))
     bits, steps = options.values()
@@ -350,10 +345,6 @@ def _lora_ga(x: SiteValues) -> list[Factors]:
     ]
 
 
-def _eva(x: SiteValues) -> list[Factors]:
-    return [Factors(a, jnp.zeros((x.out, len(a)))) for a in x.data]
-
-
 KINDS: Mapping[str, InitKind] = {
     kind.name: kind
     for kind in (
@@ -361,11 +352,22 @@ KINDS: Mapping[str, InitKind] = {
         InitKind("pissa", lambda x: [pissa(w, x.r, x.s) for w in x.weights]),
         InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomised SVD, which differs in each run"),
         InitKind("olora", lambda x: [olora(w, x.r) for w in x.weights], conv1d=False),
-        InitKind("mica", _mica, kinds=("linear", "embedding"), in_8_bits=True),
+        InitKind(
+            "mica",
+            lambda x: [Factors(a, b.astype(x.dtype)) for a, b, _ in (mica(w, x.r) for w in x.weights)],
+            kinds=("linear", "embedding"),
+            in_8_bits=True,
+        ),
         InitKind("loftq", _loftq, base=lambda x, pairs: [pair.left for pair in pairs], conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
         InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
-        InitKind("eva", _eva, ("batches",), in_8_bits=True, per_entry=True),
+        InitKind(
+            "eva",
+            lambda x: [Factors(a, jnp.zeros((x.out, len(a)))) for a in x.data],
+            ("batches",),
+            in_8_bits=True,
+            per_entry=True,
+        ),
         InitKind(
             "lora_ga",
             _lora_ga,

@@ -227,7 +227,8 @@ def _compute_factors(
 ) -> tuple[Initialization, dict[str, Factors]]:
     """Return the factors of each module, and the initialisation with their ranks, which EVA chooses."""
     if "gradients" in first.kind.needs:
-        return first, first.factors(first.gradients(_leaves(data)))
+        leaves = {path: x for path, x in carrier(data).leaves().items() if x is not None}
+        return first, first.factors(first.gradients(leaves))
     if "batches" not in first.kind.needs:
         return first, first.factors()
     forward = _forward_function(model, data.forward)
@@ -256,11 +257,6 @@ def _attach(held: Carrier, adapter: Adapter, on: Sequence[Site], name: str, rngs
         attach.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
         return Started(held.tree, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
     return Started(base, wrapper.box_like_base(adapter, base_params(base).held))
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Return {path: array} of gradients in a model, a state or a tree."""
-    return {path: x for path, x in carrier(tree).leaves().items() if x is not None}
 
 
 # ---------------------------------------------------------------- from data

@@ -474,8 +474,10 @@ def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
         [
             f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
             for site in sites
+            for sizes in (plan.axis_sizes(site.match, base[site.leaf].shape),)
             for finding in compare(
-                _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
+                {tensor.name: Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors},
+                {name: Spec(shape) for name, shape in site.shapes.items()},
             )
         ],
     )
@@ -525,9 +527,3 @@ def _check_ties(sites: Sequence[Site], base: Mapping[str, Any], keymap: KeyMap) 
             " embedding also changes those logits. Give the model a separate head, or do not merge the adapter:\n"
             + paths.bullets(lookup_only)
         )
-
-
-def _expected_specs(site: Site, shape: Sequence[int]) -> dict[str, Spec]:
-    """Return the shapes of a site's tensors on a weight of this shape."""
-    sizes = plan.axis_sizes(site.match, tuple(shape))
-    return {tensor.name: Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors}

@@ -413,10 +413,12 @@ def _plain_tensor(
     import numpy as np
 
     shape, dtype = arrays.specs[key]
-    dtype = dtype if start is None else _common_dtype(dtype, start.specs[key].dtype)
-    new = TensorSpec(
-        tuple(size if size and i == axis else n for i, n in enumerate(shape)), _product_dtype(dtype, scale)
-    )
+    if start is not None and dtype != (other := start.specs[key].dtype):
+        dtype = np.dtype(f"f{max(4, dtype.itemsize, other.itemsize)}")
+    # bfloat16 has the exponents of float32, so a power of two is exact in it.
+    is_exact = scale == 1 or (dtype.name == "bfloat16" and math.frexp(scale)[0] == 0.5)
+    wide = dtype if dtype.itemsize >= 4 or is_exact else np.dtype("float32")
+    new = TensorSpec(tuple(size if size and i == axis else n for i, n in enumerate(shape)), wide)
 
     def read() -> Any:
         values = np.asarray(arrays[key])
@@ -432,20 +434,6 @@ def _plain_tensor(
         return np.pad(values, padding) if missing else values
 
     return new, read
-
-
-def _common_dtype(one: Any, other: Any) -> Any:
-    import numpy as np
-
-    return one if one == other else np.dtype(f"f{max(4, one.itemsize, other.itemsize)}")
-
-
-def _product_dtype(dtype: Any, scale: float) -> Any:
-    """Return the dtype that holds x·scale: bfloat16 has the exponents of float32, so a power of two is exact in it."""
-    import numpy as np
-
-    is_exact = scale == 1 or (dtype.name == "bfloat16" and math.frexp(scale)[0] == 0.5)
-    return dtype if dtype.itemsize >= 4 or is_exact else np.dtype("float32")
 
 
 class PlainTensors(TensorSource):
