@@ -63,37 +63,39 @@ def join_tensors(
 
     Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
     """
-    parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
+    groups = group_by_file_key(tensors)
+    parts_of = {name: parts for name, parts in groups.items() if name not in tensors}
+    first = {name: _parse_part(parts[0]) for name, parts in parts_of.items()}
     raise_listed(
         MismatchError,
         "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
-        [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n],
+        [name for name, part in first.items() if len(parts_of[name]) != part.n],
     )
-    shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
+    shared = [name for name, part in first.items() if part.axis is None]
     different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
     if different and on_shared is None:
-        counts = ", ".join(str(n) for n in sorted({_parse_part(parts_of[name][0]).n for name in different}))
-        raise MismatchError(
-            "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
-            " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
-            f" compared inside jit):\n{paths.bullets(different)}\nPass"
-            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the'
-            " tree: it concatenates the ranks,"
-            f" which is exact, and multiplies the rank by {counts}. For experts, keymap='FAMILY/per-expert' writes one"
-            " LoRA for each expert instead"
-        )
-    joined: dict[str, Array] = {
-        name: tensors[name] for name in tensors if name not in parts_of and parse_part_key(name) is None
-    }
+        raise _not_shared(different, {first[name].n for name in different})
+    joined: dict[str, Array] = {name: tensors[name] for name in groups if name not in parts_of}
     for name, parts in parts_of.items():
         joined[name] = join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
     growth: dict[str, int] = {}
     site_of = _sites_by_key(sites)
     for name in different:
         site, module = site_of[parts_of[name][0]]
-        growth[module] = _parse_part(parts_of[name][0]).n
+        growth[module] = first[name].n
         _concatenate_module(site, name, parts_of, tensors, joined)
-    return (_with_grown_ranks(config, sites, growth) if growth else config), joined
+    return _with_grown_ranks(config, sites, growth), joined
+
+
+def _not_shared(different: Sequence[str], counts: Collection[int]) -> MismatchError:
+    return MismatchError(
+        "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
+        " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
+        f" compared inside jit):\n{paths.bullets(different)}\nPass"
+        ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks,'
+        f" which is exact, and multiplies the rank by {', '.join(map(str, sorted(counts)))}. For experts,"
+        " keymap='FAMILY/per-expert' writes one LoRA for each expert instead"
+    )
 
 
 def _parse_part(key: str) -> Part:
@@ -175,6 +177,8 @@ def concatenate_ranks(
 
 def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str, int]) -> Config:
     """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
+    if not growth:
+        return config
     assert isinstance(config, LoraConfig)
     modules = adapted_modules(sites)
     ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
@@ -414,15 +418,10 @@ def _checked_ranks(
         numbers = pytorch.expert_numbers([expert for _, expert in factors])
         places = itertools.product(range(len(parameter.modules)), numbers)
         modules = {place: parameter.module(name, *place) for place in places}
-        missing = [place for place in modules if len(factors.get(place, ())) < len(_SIDES)]
-        problems += [f"{modules[place]}: missing" for place in missing]
-        values = {
-            (config.rank_of(module), config.alpha_of(module))
-            for place, module in modules.items()
-            if place not in missing
-        }
-        complete = [factors[place] for place in modules if place not in missing]
-        shapes = {(tuple(each["A"].shape), tuple(each["B"].shape)) for each in complete}
+        complete = {place: each for place in modules if len(each := factors.get(place, {})) == len(_SIDES)}
+        problems += [f"{modules[place]}: missing" for place in modules if place not in complete]
+        values = {(config.rank_of(modules[place]), config.alpha_of(modules[place])) for place in complete}
+        shapes = {(tuple(each["A"].shape), tuple(each["B"].shape)) for each in complete.values()}
         if len(values) > 1 or len(shapes) > 1:
             problems.append(f"{name}: its experts differ in rank, alpha or shape: {sorted(values)}, {sorted(shapes)}")
             continue
@@ -545,7 +544,7 @@ def split_experts(
         is_whole = parse_part_key(key) is None and len(names) > 1
         pieces = cut_parts({"x": tensors[key]}, names) if is_whole else {"x": tensors[key]}
         sides = factors.setdefault((parameter, name), {})
-        sides.setdefault(side, []).extend(pieces[piece] for piece in (names if is_whole else pieces))
+        sides.setdefault(side, []).extend(pieces.values())
     if not factors:
         return config, dict(tensors)
     modules = _lora_modules(new_tensors, keymap)
@@ -588,23 +587,22 @@ def _with_target_modules(
     config: LoraConfig, keymap: KeyMap, other_modules: Sequence[str], experts: Mapping[str, str]
 ) -> LoraConfig:
     """Return the configuration that names the modules of single experts instead of parameters."""
-    parameters = {
-        name for parameter in list_parameters(keymap) for name in (parameter.name.rpartition(".")[2], parameter.name)
-    }
-    remaining = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in parameters]
+    parameters = {name.rpartition(".")[2] for name, _ in keymap.expert_modules}
+    entries = config.target_parameters or ()
+    remaining = [entry for entry in entries if entry.rpartition(".")[2] not in parameters] or None
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
     others = _ends_of_others(keymap, other_modules)
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
-        return config.replace(target_modules=[*targets, *ends], target_parameters=remaining or None)
+        return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
     layers = sorted(
         {re.sub(r"\{e\}", r"\\d+", _layer_pattern(template, module)) for module, template in experts.items()}
     )
     every = "|".join(dict.fromkeys([*map(re.escape, other_modules), *layers]))
     return config.replace(
-        target_modules=every, target_parameters=remaining or None, layers_to_transform=None, layers_pattern=None
+        target_modules=every, target_parameters=remaining, layers_to_transform=None, layers_pattern=None
     )
 
 

@@ -299,29 +299,24 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
     """Return the circumstances of the values of one entry, or of the whole leaf if the method sees the model's."""
     site, form = each.site, each.entry.form
     word = zlib.crc32(each.entry.path.encode())
-
-    def make_key() -> Any:
-        return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
-
-    common: dict[str, Any] = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
-    common["order_modules"] = lambda: context.ordered_modules
+    common: dict[str, Any] = {
+        "modules": context.modules,
+        "shared": context.shared,
+        "make_key": lambda: None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i),
+        "order_modules": lambda: context.ordered_modules,
+        **more,
+    }
     if site is None:
         return Start(form.file_shape, **common)
-    in_torch = site.method.torch_layout
+    in_torch, module = site.method.torch_layout, each.entry.keys[i] if i < len(each.entry.keys) else ""
     return Start(
         form.shape_of(i) if in_torch else form.shape,
         site.fan_in,
         hparams=site.hparams.own if in_torch else site.hparams,
-        module=_module(each, i),
+        module=module.removeprefix(PEFT_PREFIX).removesuffix(each.tensor.suffix),
         has_bias=site.target.has_bias,
         **common,
     )
-
-
-def _module(each: _Wanted, i: int) -> str:
-    """Return the PyTorch module of one tensor of an entry."""
-    key = each.entry.keys[i] if i < len(each.entry.keys) else ""
-    return key.removeprefix(PEFT_PREFIX).removesuffix(each.tensor.suffix)
 
 
 def _all_entries(config: Config, each: _Wanted, first: Any, start: Callable[[int], Start]) -> Any:

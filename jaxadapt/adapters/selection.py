@@ -160,13 +160,11 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
         f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
     ]
     warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
-    if isinstance(config.get("target_modules"), str):
-        parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
-        if containers := [name for name in sorted(parents) if matching.is_target(config, name)]:
-            warnings.append(
-                "target_modules also selects modules that contain modules, which PEFT refuses:"
-                f" {errors.quote_list(containers)}"
-            )
+    if containers := _selected_containers(config, names):
+        warnings.append(
+            "target_modules also selects modules that contain modules, which PEFT refuses:"
+            f" {errors.quote_list(containers)}"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
         if field == "rank_pattern" and any(isinstance(value, tuple) for value in patterns.values()):
@@ -175,6 +173,14 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
             continue
         warnings += _patterns(field, patterns, chosen)
     return warnings
+
+
+def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
+    """Return the modules that contain `names` and that an expression selects."""
+    if not isinstance(config.get("target_modules"), str):
+        return []
+    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
+    return [name for name in sorted(parents) if matching.is_target(config, name)]
 
 
 def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
@@ -384,13 +390,10 @@ def _select_sites(
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
     parameter_sites = _bind_parameters(config, method, keymap, shapes)
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
-    if config.get("target_parameters"):
-        matches = (match for match in map(keymap.match, shapes) if match is not None)
-        known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
-        unmatched = unmatched_parameters(config, dict.fromkeys((*known, *adapted_modules(parameter_sites))))
-        if unmatched and not parameter_sites and not selected:
-            raise TargetError("\n".join(unmatched))
-        warnings += unmatched
+    unmatched = _unmatched_parameters(config, keymap, shapes, parameter_sites)
+    if unmatched and not parameter_sites and not selected:
+        raise TargetError("\n".join(unmatched))
+    warnings += unmatched
     selected_names = set(selected)
     if method.scope == "copies":
         return Sites(_bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
@@ -411,6 +414,17 @@ def _select_sites(
     shared = bind_shared(config, method, sites, found.shared)
     copies = _bind_copies(config, keymap, shapes, sites)
     return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
+
+
+def _unmatched_parameters(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], found: Sequence[Site]
+) -> list[str]:
+    """Return a warning for each entry of `target_parameters` that names no parameter of a model."""
+    if not config.get("target_parameters"):
+        return []
+    matches = (match for match in map(keymap.match, shapes) if match is not None)
+    known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
+    return unmatched_parameters(config, dict.fromkeys((*known, *adapted_modules(found))))
 
 
 def _refuse_selected(

@@ -189,11 +189,11 @@ def bind_shared(
                 f"{method.peft_type}: {tensor.name} is a tensor of the whole adapter and cannot be from_base, because"
                 " it belongs to no one weight; return it from `tensors`, or draw it in `init` without start.w"
             )
-        own = dict(tensor.own)
-        names = [name for name in tensor.axes if name != "batch"]
+        own = {f"~{name}": size for name, size in tensor.own}
+        left = tuple(f"~{name}" for name in tensor.axes if name != "batch")
         right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
-        split = (0,) if tensor.numbered else ()
-        form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right[len(split) :], split)
+        split = (0,) * tensor.numbered
+        form = FileLayout(tuple(map(own.__getitem__, left)), left, right[len(split) :], split)
         keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
         if tensor.numbered:
             keys = tuple(f"{keys[0]}.{i}" for i in range(form.shape[0]))

@@ -137,13 +137,14 @@ def targeted_entries(
     targeted = set(targeted) or set(names)
     fused = match.roles["fused"]
     if fused:
-        parts = {index[-1] for index in targeted}
-        count = math.prod(len(match.weight.index_names(axis) or ()) for axis in fused)
-        match = dataclasses.replace(match, parts=tuple(sorted(parts)) if 0 < len(parts) < count else None)
+        parts = tuple(sorted({index[-1] for index in targeted}))
+        count = math.prod(single_entry_sizes(match)[axis] for axis in fused)
+        match = dataclasses.replace(match, parts=parts if len(parts) < count else None)
     kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
     inner = match.braced[len(match.stack) :]
-    counts = tuple(len(match.parts) if axis in fused and match.parts else sizes[axis] for axis in inner)
+    adapted = {**sizes, **(dict.fromkeys(fused, len(match.parts)) if match.parts else {})}
     order = tuple(inner.index(axis) if axis in inner else -1 for axis in match.roles["batch"])
+    counts = tuple(adapted[axis] for axis in inner)
     return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
 
 

@@ -16,7 +16,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.analysis.norms import Norm, as_float64, named_parameter, norms_grid
@@ -29,10 +31,6 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs
 from jaxadapt.storage import local_files
 from jaxadapt.storage.source import TensorSource, as_source
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 # ---------------------------------------------------------------- low rank difference
 
@@ -70,8 +68,6 @@ def _grams(
         s, t: (experts, rows, 1), or a number.
         differ: True to take the difference for s·x. It is formed before it is multiplied, so it keeps its digits.
     """
-    import numpy as np
-
     # In one memory layout, so that equal values have equal sums.
     x, y = (np.array(factor, np.float64, order="C") * scale for factor, scale in ((x, s), (y, t)))
     x = x - y if differ else x
@@ -104,8 +100,6 @@ _WELL_CONDITIONED = 1e-3
 
 def _angles(*sides: _Grams) -> list[tuple[float, float] | None]:
     """Return the smallest and largest principal angle of each side over all experts, in degrees."""
-    import numpy as np
-
     x, xy, y = (np.concatenate(parts) for parts in zip(*sides, strict=True))
     cosines = _cosines_by_cholesky(x, xy, y)
     if cosines is None:
@@ -116,8 +110,6 @@ def _angles(*sides: _Grams) -> list[tuple[float, float] | None]:
 
 def _cosines_by_cholesky(x: np.ndarray, xy: np.ndarray, y: np.ndarray) -> np.ndarray | None:
     """Return the singular values of L⁻¹·XᵀY·M⁻ᵀ for XᵀX = L·Lᵀ, YᵀY = M·Mᵀ; None if one is nearly singular."""
-    import numpy as np
-
     try:
         factors = [np.linalg.cholesky(gram) for gram in (x, y)]
     except np.linalg.LinAlgError:
@@ -132,8 +124,6 @@ def _cosines_by_cholesky(x: np.ndarray, xy: np.ndarray, y: np.ndarray) -> np.nda
 
 def _angles_by_eigenvectors(x: np.ndarray, xy: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
     """Return the smallest and largest angle of factors that may lack ranks."""
-    import numpy as np
-
     found: list[float] = []
     for one, mixed, other in zip(x, xy, y, strict=True):
         bases: list[Any] = []
@@ -254,18 +244,17 @@ class DifferenceGrid:
 
 def difference_grid(difference: Difference) -> DifferenceGrid | None:
     """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
-    kind = next((k for k in ("LoRA", "IA3", "tensor") if any(m.kind == k for m in difference.modules)), None)
-    if kind is None:
+    kinds = {module.kind for module in difference.modules}
+    if not kinds:
         return None
+    kind = min(kinds, key=("LoRA", "IA3", "tensor").index)
     members = [module for module in difference.modules if module.kind == kind]
-    first, second, distance = (
-        norms_grid([Norm(m.module, value) for m, value in zip(members, values, strict=True)])
-        for values in ([m.norms[0] for m in members], [m.norms[1] for m in members], [m.distance for m in members])
-    )
-    sizes = (first.values("norm"), second.values("norm"), distance.values("norm"))
+    columns = zip(*((*m.norms, m.distance) for m in members), strict=True)
+    grids = [norms_grid([Norm(m.module, x) for m, x in zip(members, column, strict=True)]) for column in columns]
+    sizes = [grid.values("norm") for grid in grids]
     cells = [[_cell(*each) for each in zip(*rows, strict=True)] for rows in zip(*sizes, strict=True)]
     relative, cosine = ([[each[i] for each in row] for row in cells] for i in (0, 1))
-    return DifferenceGrid(kind, first.rows, first.columns, relative, cosine)
+    return DifferenceGrid(kind, grids[0].rows, grids[0].columns, relative, cosine)
 
 
 def _cell(norm: float | None, other: float | None, distance: float | None) -> tuple[float | None, float | None]:
@@ -357,8 +346,6 @@ class _Job(NamedTuple):
 
     def run(self, sources: tuple[TensorSource, TensorSource]) -> tuple[ModuleDifference | str, int]:
         """Return the difference, or text on two shapes that differ, and the number of bytes read."""
-        import numpy as np
-
         one, other = (
             {name: np.asarray(source[key]) for name, key in keys.items()}
             for source, keys in zip(sources, self.keys, strict=True)
@@ -420,8 +407,6 @@ def _compare_stored(name: str, x: _Arrays, y: _Arrays) -> ModuleDifference | str
 
 
 def _factors(config: Config, module: str, arrays: _Arrays) -> Factors:
-    import numpy as np
-
     assert isinstance(config, LoraConfig)
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     pair = read_pairs(arrays, {module: PairKeys(f"{kind}_A", f"{kind}_B")}, config)[module]

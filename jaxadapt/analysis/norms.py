@@ -73,6 +73,8 @@ class Norms:
 
 def measure_norms(tensors: PeftTensors) -> Norms:
     """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
+    import numpy as np
+
     config = tensors.config
     what, measure = _measure_of(config)
     if what is None:
@@ -94,7 +96,11 @@ def measure_norms(tensors: PeftTensors) -> Norms:
             norms.append(Norm(module, **dataclasses.asdict(change)))
     left_out += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
     owner = {key: named_parameter(config, module) for module, keys in module_keys.items() for key in keys.values()}
-    bad = [owner.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
+    bad = [
+        owner.get(key, key.removeprefix(PEFT_PREFIX))
+        for key, x in tensors.tensors.items()
+        if not np.isfinite(as_float64(x)).all()
+    ]
     return Norms(what, tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
 
 
@@ -109,12 +115,6 @@ def _measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str,
     if method is None:
         return None, config.measure_change
     return method.describe_change(config), functools.partial(method.measure_change, config)
-
-
-def _is_finite(x: Any) -> bool:
-    import numpy as np
-
-    return bool(np.isfinite(as_float64(x)).all())
 
 
 def named_parameter(config: Config, module: str) -> str:

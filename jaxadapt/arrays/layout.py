@@ -63,7 +63,7 @@ def parse_pattern(text: str) -> Pattern:
     left, right = tuple(axis for axis, _ in ours), tuple(names for _, names in theirs)
     names, flat = ([name for _, group in side for name in group] for side in (ours, theirs))
     rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
-    problems = [f"{rest!r} is no axis name"] if rest else []
+    problems = [f"{rest!r} is no axis name"] * bool(rest)
     problems += [
         f"axis {n!r} occurs twice on the {side}"
         for side, side_names in (("left", names), ("right", flat))
@@ -198,7 +198,7 @@ class FileLayout:
         return split_sizes(kept, dict(self.sizes))
 
     @functools.cached_property
-    def _flat(self) -> dict[str, int]:
+    def flat(self) -> dict[str, int]:
         """{axis: size} of one tensor in PyTorch's order."""
         return {n: self.inner[n] for group in self.right for n in group}
 
@@ -255,7 +255,7 @@ class FileLayout:
     @functools.cached_property
     def orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The axis permutations from the model to PyTorch, and back."""
-        model_axes, file_axes = list(self.inner), list(self._flat)
+        model_axes, file_axes = list(self.inner), list(self.flat)
         return tuple(model_axes.index(n) for n in file_axes), tuple(file_axes.index(n) for n in model_axes)
 
     def index(self, i: int) -> tuple[Any, ...]:
@@ -338,7 +338,7 @@ class FileLayout:
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
-        part = tensor.reshape(tuple(self._flat.values())).transpose(self.orders[1]).reshape(self._part_shape)
+        part = tensor.reshape(tuple(self.flat.values())).transpose(self.orders[1]).reshape(self._part_shape)
         return to_model_scale(part, self.factor, self.shift)
 
     @functools.cached_property
@@ -370,7 +370,7 @@ class FileLayout:
 
     def from_rows(self, rows: Array) -> Array:
         """Return the array for all tensors `rows`: the inverse of `to_rows`."""
-        pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self.orders[1])))
+        pieces = rows.reshape((self.count, *self.flat.values())).transpose((0, *(1 + i for i in self.orders[1])))
         if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
             xp = rows.__array_namespace__()
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])

@@ -236,8 +236,7 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
         return tuple(_file_regions_by_rank(form, region))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [layout.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
-    sizes, order = [*form.inner.values()], form.orders[0]
-    shape = tuple(sizes[axis] for axis in order)
+    order, shape = form.orders[0], tuple(form.flat.values())
     cuts = [list(_split_range(*region[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
     out: list[FileRegion] = []
     for index in itertools.product(*(range(*region[axis]) for axis in form.split)):

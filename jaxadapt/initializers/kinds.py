@@ -454,16 +454,18 @@ class Initialization:
         leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
         assert isinstance(config, LoraConfig)
         if self.key is not None:  # independent of the other sites
-            site_key = jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
-            keys = jax.random.split(site_key, len(b.modules))
-
-        def read() -> Array:
-            weights = factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf)))
-            return jnp.stack(list(weights.values()))
-
-        out, turned = factors.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
-        own = [data[module] for module in b.modules if module in data]
-        return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, own, turned)
+            keys = jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), len(b.modules))
+        return SiteValues(
+            config,
+            lambda: jnp.stack(list(factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf))).values())),
+            factors.matrix_sizes(b)[0],
+            leaf.dtype,
+            _rank(b),
+            b.hparams.scale,
+            keys,
+            [data[module] for module in b.modules if module in data],
+            b.match.weight.fan_in_fan_out,
+        )
 
     def factors(self, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, Factors]:
         """Compute the factors of each module; empty if they are random.

@@ -29,7 +29,6 @@ from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
@@ -136,7 +135,7 @@ def refuse_dependent(adapters: Mapping[str, Adapter]) -> None:
     """
     by_leaf: dict[str, dict[str, Site]] = {}
     for name, adapter in adapters.items():
-        for site in sites_of(adapter) if len(adapters) > 1 else ():
+        for site in sites_of(adapter):
             if not site.method.copies:
                 by_leaf.setdefault(site.leaf, {})[name] = site
     dependent: list[str] = []
@@ -260,8 +259,8 @@ def merge(
 def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) -> tuple[Adapter, dict[str, Any]]:
     """Return the adapter to merge, and the Linen variables without it."""
     names = collections.adapter_names(variables)
-    trees = {name: tree for name in names if (tree := collections.adapter_tree(variables, name)) is not None}
-    adapters = {name: collections.read_adapter(tree, name) for name, tree in trees.items()}
+    trees = ((name, collections.adapter_tree(variables, name)) for name in names)
+    adapters = {name: collections.read_adapter(tree, name) for name, tree in trees if tree is not None}
     selected = [name for name, stored in adapters.items() if adapter is None or _are_same(stored, adapter)]
     if len(selected) != 1 and (adapters or adapter is None):
         raise AttachError(
@@ -353,9 +352,8 @@ def _apply_changes(
     base: dict[str, Any] = {}
     for adapter in adapters:
         base = mergeable_leaves(params, adapter)
-    values: dict[str, Any] = {}
-    if dequantize:
-        values = {path: quantized.to_dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
+    packed = {path: leaf for path, leaf in base.items() if dequantize and quantized.is_quantized(leaf)}
+    values = {path: quantized.to_dense(leaf) for path, leaf in packed.items()}
     by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}
     for adapter in adapters:
         for path, leaf in plan_changes({**base, **values}, adapter, *change).items():
@@ -367,7 +365,7 @@ def _apply_changes(
     if not allow_nan:
         for adapter in adapters:
             refuse_nan({**base, **values}, adapter, changes)
-    del base
+    del base, packed
     if safe and donate:
         _check_finite({path: leaf.value for path, leaf in changes.items()})
     with reporter(progress) as report:
@@ -496,13 +494,14 @@ def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
             if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
         ],
     )
-    if not adapter.config.get("ensure_weight_tying"):
-        _check_ties(sites, base, adapter.keymap)
+    _check_ties(sites, base, adapter)
 
 
-def _check_ties(sites: Sequence[Site], base: Mapping[str, Any], keymap: KeyMap) -> None:
+def _check_ties(sites: Sequence[Site], base: Mapping[str, Any], adapter: Adapter) -> None:
     """Raise `AttachError` for token embeddings that are the head too; warn if no keymap tells whether one is."""
-    tied = set(tied_heads(keymap, base).values())
+    if adapter.config.get("ensure_weight_tying"):
+        return
+    tied = set(tied_heads(adapter.keymap, base).values())
     embeddings = [site for site in sites if site.match.weight.kind == "embedding"]
     raise_listed(
         AttachError,
@@ -511,7 +510,7 @@ def _check_ties(sites: Sequence[Site], base: Mapping[str, Any], keymap: KeyMap) 
         " ensure_weight_tying:",
         [site.leaf for site in embeddings if not tied.isdisjoint(site.modules)],
     )
-    if keymap.name != GENERIC.name:
+    if adapter.keymap.name != GENERIC.name:
         return
     shapes = {path: np.shape(leaf) for path, leaf in base.items()}
     lookup_only = [

@@ -67,6 +67,7 @@ def _combine_matrices(
         return jax.lax.map(
             lambda each: _combine_matrices(combination, scales, each[0], each[1], weights, each[2]), (a, b, masks)
         )
+    mask_a, mask_b = (masks and [pair[i] for pair in masks] for i in (0, 1))
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
     if combination.method == "cat":
         # PEFT puts the weight and the scale on A.
@@ -77,13 +78,13 @@ def _combine_matrices(
         return factors.truncate_svd(*factors.product_svd(jnp.concatenate(scaled, 1), jnp.concatenate(a)), combination.r)
     if combination.method.endswith("_svd"):
         changes = [s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)]
-        mixed = _combine_tensors(combination, changes, weights, masks and [mask for mask, _ in masks])
+        mixed = _combine_tensors(combination, changes, weights, mask_a)
         return factors.truncate_svd(*factors.svd(mixed), combination.r)
     roots = [jnp.sqrt(jnp.abs(s)) for s in scaled_weights]
     # The sign is on A only.
     signed_roots = jnp.stack([r * jnp.where(s >= 0, 1, -1) for r, s in zip(roots, scaled_weights, strict=True)])
-    mixed_a = _combine_tensors(combination, a, signed_roots, masks and [mask for mask, _ in masks])
-    mixed_b = _combine_tensors(combination, b, jnp.stack(roots), masks and [mask for _, mask in masks])
+    mixed_a = _combine_tensors(combination, a, signed_roots, mask_a)
+    mixed_b = _combine_tensors(combination, b, jnp.stack(roots), mask_b)
     return factors.pad_rank(mixed_a, mixed_b, combination.r)
 
 
@@ -231,6 +232,7 @@ def combine_pairs(
     whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
     kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
     items: dict[str, Any] = {}
+    first: dict[str, Pair] = {}
     for matrix in parts_of:
         having = {i: pairs[matrix] for i, pairs in enumerate(whole) if matrix in pairs}
         noise: Any = None if kept is None else [(kept[i][matrix].a, kept[i][matrix].b) for i in having]
@@ -241,9 +243,9 @@ def combine_pairs(
         shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
         # The caller's masks may be as large as the weights, so they are not stacked.
         items[matrix] = (combination, scales, None if kept is None else matrix), (a, b, shares, noise)
+        first[matrix] = next(iter(having.values()))
     with jax.default_matmul_precision("highest"):
         combined = factors.map_equal(_combine_noisy, items)
-    first = {name: pair for pairs in reversed(whole) for name, pair in pairs.items()}
     new = {matrix: dataclasses.replace(first[matrix], a=a, b=b, scale=1.0) for matrix, (a, b) in combined.items()}
     return factors.split_parts(new, parts_of)
 

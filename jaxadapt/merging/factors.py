@@ -222,15 +222,17 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, side in shared.items():
         groups.setdefault(name.partition("[")[0] if side else name, []).append(name)
-    for matrix, parts in [(matrix, parts) for matrix, parts in groups.items() if shared[parts[0]]]:
+    for matrix, parts in [*groups.items()]:
         side = shared[parts[0]]
+        if not side:
+            continue
         factors = [[getattr(pairs[part], side) for part in parts if part in pairs] for pairs in adapters]
-        if any(isinstance(x, Tracer) for arrays in factors for x in arrays):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(factors)):
             raise AttachError(
                 "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"
                 " PEFT. Call the function outside jit:\n" + paths.bullets(parts)
             )
-        if any(own and (len(own) < len(parts) or not experts.bitwise_equal(own)) for own in factors):
+        if not all(len(own) in (0, len(parts)) and experts.bitwise_equal(own) for own in factors):
             groups |= {part: [part] for part in groups.pop(matrix)}
     return groups
 

@@ -212,6 +212,8 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
     >>> convert_variant(PeftTensors(config, {a: np.ones((2, 2)), b: np.ones((3, 2))})).tensors[a].tolist()
     [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
     """
+    import numpy as np
+
     config = tensors.config
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{tensors.source}: convert_variant converts LORA only, found {config.peft_type}")
@@ -223,8 +225,13 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
     if config.use_bdlora:
         arrays = {key: _blocks_to_matrix(config.use_bdlora, key, x, tensors.source) for key, x in arrays.items()}
     if config.use_qalora:
+        # PEFT averages each group of inputs and multiplies by the number of groups: A on the inputs themselves.
         size = config.qalora_group_size
-        arrays = {key: _repeat_inputs(x, size) if key.endswith(".lora_A.weight") else x for key, x in arrays.items()}
+        arrays |= {
+            key: np.repeat(np.asarray(a) * np.asarray(a.shape[1] / size, a.dtype), size, axis=1)
+            for key, a in arrays.items()
+            if key.endswith(".lora_A.weight")
+        }
     unset = dict.fromkeys(("use_bdlora", *_ONLY_IN_TRAINING))
     return dataclasses.replace(tensors, config=config.replace(**unset, use_qalora=False), tensors=arrays)
 
@@ -246,13 +253,6 @@ def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str
         block = slice(i * rows, (i + 1) * rows)
         matrix[block, i * columns : (i + 1) * columns] = x[block]
     return matrix
-
-
-def _repeat_inputs(a: Array, size: int) -> Array:
-    """Return A on the inputs themselves: PEFT averages each group of inputs and multiplies by the number of groups."""
-    import numpy as np
-
-    return np.repeat(np.asarray(a) * np.asarray(a.shape[1] / size, a.dtype), size, axis=1)
 
 
 # ---------------------------------------------------------------- plain form

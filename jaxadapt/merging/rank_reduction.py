@@ -88,11 +88,12 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     by_leaf = {site.leaf: site for site in sites}
     pairs: dict[str, Pair] = {}
     with jax.default_matmul_precision("highest"):
-        for plain, module in [(each, name) for each in made for name in each.modules]:
+        for plain in made:
             site: Any = by_leaf[plain.leaf]
-            own = site.method.own(adapter.config, dataclasses.replace(site.target, modules=Modules((module,))))
-            a, b = site.method.factors(own, shared | tensors.get(module, {}), factors.matrix_sizes(plain))
-            pairs[module] = Pair(*factors.pad_rank(a, b, rank), 1.0)
+            for module in plain.modules:
+                own = site.method.own(adapter.config, dataclasses.replace(site.target, modules=Modules((module,))))
+                a, b = site.method.factors(own, shared | tensors.get(module, {}), factors.matrix_sizes(plain))
+                pairs[module] = Pair(*factors.pad_rank(a, b, rank), 1.0)
     return Adapter(config, paths.unflatten(factors.pair_leaves(made, pairs)), adapter.keymap)
 
 
