@@ -84,6 +84,7 @@ def region_from_slices(index: Sequence[slice], shape: Shape) -> Region:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
+@functools.lru_cache(maxsize=1024)
 def full_region(shape: Shape) -> Region:
     """Return the region that covers a whole array."""
     return tuple((0, size) for size in shape)
@@ -94,6 +95,7 @@ def to_slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(*part) for part in region)
 
 
+@functools.lru_cache(maxsize=1024)
 def relative_slices(region: Region, outer: Region) -> tuple[slice, ...]:
     """Return the slices of a region in an array that holds the region `outer`."""
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(region, outer, strict=True))
