@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.analysis.norms import Norm, as_float64, named_parameter, norms_grid
+from jaxadapt.analysis.norms import Norm, as_float64, draw_map, make_figure, named_parameter, norms_grid, to_png
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, MismatchError
 from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -427,3 +428,32 @@ def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> Modul
 
 def _ratio(distance: float, norm: float) -> float:
     return distance / norm if norm else (math.inf if distance else 0.0)
+
+
+# ---------------------------------------------------------------- plot
+
+
+def difference_png(difference: Difference, names: tuple[str, str]) -> bytes:
+    """Return two heat maps as a PNG: relative distances and cosines. The same adapters give the same bytes.
+
+    Args:
+        difference: the difference.
+        names: the adapters, for the title.
+
+    Raises `AdapterError` if matplotlib is missing, or if the adapters share no module.
+    """
+    grid = difference_grid(difference)
+    if grid is None:
+        raise AdapterError(
+            "nothing to draw: the adapters share no module; they have:\n"
+            + paths.bullets([*difference.only[0], *difference.only[1]])
+        )
+    total = difference.total(grid.kind)
+    width, height = max(0.62 * len(grid.columns) + 1.9, 3.6), min(max(0.24 * len(grid.rows), 1.2), 14) + 1.6
+    figure, panels = make_figure(2 * width, height, 1, 2)
+    largest = max((v for row in grid.relative for v in row if v is not None and v < float("inf")), default=1)
+    titles, limits = ("distance ÷ norm of the first", "cosine"), ((0, largest or 1), (-1, 1))
+    for axis, cells, title, limit in zip(panels, (grid.relative, grid.cosine), titles, limits, strict=True):
+        draw_map(figure, axis, grid.rows, grid.columns, cells, title, limit)
+    overall = "" if total is None else f"\nin all: distance ÷ norm {total.relative:.3g}, cosine {total.cosine:.3g}"
+    return to_png(figure, f"{names[0]} and {names[1]}{overall}")

@@ -80,10 +80,10 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
 
         changes = measure_norms(read(folder, progress=True))
     if plot is not None and changes is not None:
-        from jaxadapt.analysis import heat_map
+        from jaxadapt.analysis.norms import norms_png
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, heat_map.norms_png(changes, info.config))
+        atomic.write_bytes(plot, norms_png(changes, info.config))
     if as_json:
         from jaxadapt.persistence import consumers
 
@@ -280,15 +280,14 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
       jaxadapt diff run/step-000000100.safetensors run/step-000000200.safetensors --plot diff.png
       jaxadapt diff a/ b/ --json | jq .totals
     """
-    from jaxadapt.analysis.differences import diff
+    from jaxadapt.analysis.differences import diff, difference_png
 
     with _open(first) as one, _open(second) as two:
         found = diff(one, two, progress=True)
     if plot is not None:
-        from jaxadapt.analysis import heat_map
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, heat_map.difference_png(found, (first, second)))
+        atomic.write_bytes(plot, difference_png(found, (first, second)))
     if as_json:
         output.print_json({"first": first, "second": second, **found.to_dict()})
     else:

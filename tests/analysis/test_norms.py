@@ -12,8 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt.analysis import heat_map
-from jaxadapt.analysis.norms import Norm, measure_norms, norms_grid
+from jaxadapt.analysis.norms import Norm, measure_norms, norms_grid, norms_png
 from jaxadapt.cli import main
 from tests.support import small
 
@@ -212,9 +211,9 @@ def test_without_matplotlib(saved, tmp_path, monkeypatch):
 def test_a_picture_of_one_cell():
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
     held = tensors(config, **{"q.lora_A.weight": array(1, 3), "q.lora_B.weight": array(2, 1)})
-    assert heat_map.norms_png(measure_norms(held), config).startswith(b"\x89PNG")
+    assert norms_png(measure_norms(held), config).startswith(b"\x89PNG")
     with pytest.raises(jaxadapt.AdapterError, match="nothing to draw"):
-        heat_map.norms_png(measure_norms(tensors(config, **{"head.weight": array(2, 2)})), config)
+        norms_png(measure_norms(tensors(config, **{"head.weight": array(2, 2)})), config)
 
 
 SHAPES = {
@@ -233,7 +232,7 @@ def test_a_picture_of_any_shape_is_whole(shape, of):
     names = [f"model.layers.{i}.block.module_{k}" for i in range(layers) for k in range(modules)]
     b = np.zeros((5, 2), "f4") if of == "fresh" else array(5, 2)
     held = {f"{m}.lora_{s}.weight": x for m in names for s, x in (("A", array(2, 4)), ("B", b))}
-    drawn = image.imread(io.BytesIO(heat_map.norms_png(measure_norms(tensors(config, **held)), config)))[:, :, :3]
+    drawn = image.imread(io.BytesIO(norms_png(measure_norms(tensors(config, **held)), config)))[:, :, :3]
     edge = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
     assert (edge == 1).all()
     assert drawn.shape[1] <= 15 * 130
