@@ -288,14 +288,9 @@ def _are_same(first: Adapter, other: Any) -> bool:
 
 def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any) -> Any:
     """Merge a model's active adapters and remove them; on failure the model stays unchanged."""
-<<<<<<< HEAD
-    refuse_dependent(adapters)
-    walked = graph.walk_model(model)
-=======
     if len(adapters) > 1:
         refuse_dependent(adapters)
-    walked = graph.walk_if_model(model)
->>>>>>> db2d86a5 (combine and resize_rank: the loop over equal matrices is for jit alone; a merge of one adapter asks nothing twice)
+    walked = graph.walk_model(model)
     attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
     attach.activate(walked, ())
     try:
