@@ -244,7 +244,8 @@ def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
 
 def new_dtype(dtype: Any) -> Any:
     """Return the dtype of new tensors: float32 for None and `BASE`. Raises `ConfigError` if it has no fractions."""
-    return float_dtype("float32" if dtype is None or (isinstance(dtype, str) and dtype == BASE) else dtype)
+    is_default = dtype is None or (isinstance(dtype, str) and dtype == BASE)
+    return jnp.dtype("float32") if is_default else float_dtype(dtype)
 
 
 def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, context: _Context) -> dict[str, Any]:
