@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import experts, initial_values, key_names
+from jaxadapt.adapters import experts, initial_values, peft_tensors
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
@@ -310,7 +310,7 @@ def from_peft(
     given = LoraTree.of(model)
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
-    tensors = key_names.without_names(tensors)
+    tensors = peft_tensors.without_names(tensors)
     return wrapper.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 

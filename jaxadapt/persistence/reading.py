@@ -15,8 +15,8 @@ import re
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from jaxadapt.adapters import key_names
-from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors
+from jaxadapt.adapters import peft_tensors
+from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors, normalize_keys
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
@@ -194,7 +194,7 @@ def _meant_type(values: Mapping[str, Any], keys: Collection[str]) -> Any:
     if kind is None and {"r", "lora_alpha"} <= values.keys() and any(".lora_A." in key for key in keys):
         return "LORA"
     name = re.sub("[^A-Z0-9]+", "_", str(kind).removeprefix("PeftType.").upper()).strip("_")
-    return name if isinstance(kind, str) and key_names.is_known_method(name) else kind
+    return name if isinstance(kind, str) and peft_tensors.is_known_method(name) else kind
 
 
 _PATTERNS = {"rank_pattern": "ranks became integers", "alpha_pattern": "texts became numbers"}
@@ -261,7 +261,7 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> Iterator[
             unknown,
             f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
         )
-    if not key_names.is_known_method(config.peft_type):
+    if not peft_tensors.is_known_method(config.peft_type):
         text = f"PEFT {PEFT_VERSION} has no method {config.peft_type}"
         yield warning(
             "unknown-method", ("peft_type",), text, "a method of PEFT", "load it with the program that wrote it"
@@ -307,7 +307,7 @@ def read_stored(stored: StoredAdapter) -> Reading:
         others = [f for f in found if f.code not in ("configuration-missing", foreign.code)]
         return Reading((*others, foreign), config)
     kind = guess_method(stored.specs) if config is None else config.peft_type
-    names = NormalKeys({key: key for key in stored.specs}) if passes else key_names.normalize_keys(stored.specs, kind)
+    names = NormalKeys({key: key for key in stored.specs}) if passes else normalize_keys(stored.specs, kind)
     left_out = left_out_by_peft(names, config)
     found += tuple(_check_names(names, stored, left_out, has_config=config is not None))
     keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
@@ -317,7 +317,7 @@ def read_stored(stored: StoredAdapter) -> Reading:
 def _foreign_tensors(stored: StoredAdapter, config: Config | None) -> Finding | None:
     """Return a finding if the tensors are not those of an adapter of PEFT."""
     foreign = findings.foreign_library(stored.specs, config is not None)
-    is_known = config is None or key_names.is_known_method(config.peft_type)
+    is_known = config is None or peft_tensors.is_known_method(config.peft_type)
     return findings.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
 
 
@@ -325,7 +325,7 @@ def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
     """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
     if config is None or not names.owners:
         return set()
-    return {key for key, name in names.names.items() if name is None or not key_names.is_saved_by_peft(name, config)}
+    return {key for key, name in names.names.items() if name is None or not peft_tensors.is_saved_by_peft(name, config)}
 
 
 def _check_names(
@@ -344,7 +344,7 @@ def _check_names(
         return
     mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
     for rule, changed in names.steps:
-        is_name = rule is key_names.ADAPTER_NAME
+        is_name = rule is peft_tensors.ADAPTER_NAME
         if is_name and names.has_several:
             yield error(
                 "several-adapters",
@@ -360,7 +360,7 @@ def _check_names(
             done.append(f"{len(left_out)} tensors of the base left out, which PEFT does not save")
         changed = {**changed, **dict.fromkeys(left_out)}
         fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
-        found = rule.found.format(wrappers=", ".join(key_names.wrappers_in(keys)), adapter="".join(names.adapters))
+        found = rule.found.format(wrappers=", ".join(peft_tensors.wrappers_in(keys)), adapter="".join(names.adapters))
         yield (warning if is_name else error)(
             rule.code,
             keys,
@@ -369,7 +369,7 @@ def _check_names(
             mend,
             fix,
         )
-    duplicates = key_names.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
+    duplicates = peft_tensors.find_duplicates({k: name for k, name in names.names.items() if k not in left_out})
     if duplicates and not names.has_several:
         yield _duplicate(duplicates, stored, has_config=has_config)
 
@@ -418,7 +418,7 @@ def apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, .
     for fix in fixes:
         names |= fix.names
     keys = {name: key for key, name in names.items() if name is not None}
-    if fixes and key_names.normalize_keys(keys, reading.config.peft_type).steps:
+    if fixes and normalize_keys(keys, reading.config.peft_type).steps:
         return None, ()  # keys with two readings, such as a module that is called lora_A
     tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.fingerprint)
     return tensors, tuple(sentence for fix in fixes for sentence in fix.done)
