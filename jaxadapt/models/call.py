@@ -27,9 +27,16 @@ from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, Use, contradiction_message
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.weight import Kind
-from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases
+from jaxadapt.methods.applied import (
+    AppliedMethod,
+    AppliedMethods,
+    AppliedRows,
+    Implementation,
+    apply_rows,
+    check_biases,
+    split_rows,
+)
 from jaxadapt.methods.base import Method
-from jaxadapt.methods.rows import AppliedRows, Implementation, apply_rows, split_rows
 from jaxadapt.models import tracing
 from jaxadapt.models.tracing import Hook
 
@@ -491,7 +498,7 @@ class RowSite:
         method: the method.
         hparams: the hyperparameters that all rows share.
         axes: the roles of the weight's axes.
-        how: how the rows take their adapters; see `methods.rows.apply_rows`.
+        how: how the rows take their adapters; see `methods.applied.apply_rows`.
         shared: the number of the tensors in `Rows.shared` that the method uses beside those of the rows; None if it
             uses none.
     """
@@ -525,7 +532,7 @@ class Rows:
         arrays: `{tensor: array}` of each site. A layer's slice of an array has the rows first, or the slots where the
             layers choose among them; stacked axes have their places in the base leaf.
         layout: the sites.
-        how: how the rows take their adapters; see `methods.rows.apply_rows`.
+        how: how the rows take their adapters; see `methods.applied.apply_rows`.
         shared: `{tensor: array}` of the tensors that all rows and all layers have in common; see `RowSite.shared`.
     """
 

@@ -24,8 +24,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.methods.applied import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.methods.registry import get_method
-from jaxadapt.methods.rows import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.models import planning
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier

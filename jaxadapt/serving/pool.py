@@ -21,7 +21,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, close_matches, warn
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.rows import Implementation
+from jaxadapt.methods.applied import Implementation
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
 from jaxadapt.persistence.folder import read
