@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -28,7 +27,7 @@ from jaxadapt.configs.validation import (
     TEXT,
     Problems,
     checked,
-    expects,
+    flag_or_text,
     one_of,
 )
 from jaxadapt.core.errors import ConfigError, raise_listed
@@ -155,12 +154,9 @@ _V = TypeVar("_V")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 _CASELESS = ("gaussian", "olora", "mica")
 
-_INIT = expects(
+_INIT = flag_or_text(
     f'true, false, {json.dumps(INITS)[1:-1]} or "pissa_niter_<number>"',
-    lambda x: (
-        isinstance(x, bool)
-        or (isinstance(x, str) and (x in INITS or x.lower() in _CASELESS or bool(re.fullmatch(r"pissa_niter_\d+", x))))
-    ),
+    rf"{'|'.join(INITS)}|pissa_niter_\d+|(?i:{'|'.join(_CASELESS)})",
 )
 
 _SPELLINGS = {

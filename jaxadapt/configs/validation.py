@@ -344,6 +344,13 @@ def one_of(*known: str | bool | None, optional: bool = False) -> Check:
     return expects(expected, lambda x: any(x is value or (isinstance(x, str) and x == value) for value in values))
 
 
+def flag_or_text(expected: str, pattern: str) -> Check:
+    """Return the check for values that must be booleans, or strings that match a regular expression in full."""
+    return expects(
+        expected, lambda x: isinstance(x, bool) or (isinstance(x, str) and re.fullmatch(pattern, x) is not None)
+    )
+
+
 def all_of(*checks: Check) -> Check:
     """Return the check that makes these checks in turn, up to the first problem of the field."""
 
