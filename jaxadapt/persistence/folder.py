@@ -64,13 +64,13 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """
     if hub.is_address(path):
         file = hub.fetch_config(str(path))
-        path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(reconcile.read_text(file)) else file
+        path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(formats.read_text(file)) else file
     place = formats.look(path)
     file_format = formats.find(place)
     if file_format is None:
         config = place.at if place.names is None else place.at / peft_folder.CONFIG
         if place.names is None or peft_folder.CONFIG in place.names:
-            return loads(reconcile.read_text(config), str(config))
+            return loads(formats.read_text(config), str(config))
         findings.refuse(peft_folder.missing(place))
     if file_format.read_config is not None:
         return file_format.read_config(place)

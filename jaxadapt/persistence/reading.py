@@ -46,7 +46,7 @@ def open_stored(path: str | os.PathLike[str] | Place, report: Report = no_report
 def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     source, at = os.fspath(place.path), place.at
     if place.names is None and at.suffix == ".json":
-        return StoredAdapter(source, lambda: reconcile.read_text(at))
+        return StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
         return StoredAdapter(source, findings=(findings.training_step(at.parent, at.name),))
     is_named = place.names is None and at.name in hub.WEIGHTS  # a file with PEFT's name, whatever its keys are

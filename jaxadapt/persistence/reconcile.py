@@ -12,20 +12,12 @@ from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import fingerprint
+from jaxadapt.persistence import fingerprint, formats
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Location
 
 META = "jaxadapt"
 """The header's metadata key for its copy of the configuration."""
-
-
-def read_text(path: Location) -> str:
-    """Read a UTF-8 file. Raises `ConfigError` if it is not UTF-8."""
-    try:
-        return location.read_text_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
@@ -50,7 +42,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
             " folder: write the file again with jaxadapt.repair or `jaxadapt repair`"
         )
         return parse_copy(raw, weights)[0]
-    text = read_text(path)
+    text = formats.read_text(path)
     if header is None or raw is None or _has_text(raw, text):
         return loads(text, str(path))
     stored, replaces = parse_copy(raw, weights)
@@ -62,7 +54,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
             break  # no save leaves such a pair of files, so there is none to wait for
         time.sleep(wait)
         current = safetensors.read_header(weights).metadata.get(META)
-        if current is None or parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
+        if current is None or parse_copy(current, weights)[0].changed_keys(stored) or formats.read_text(path) != text:
             return stored  # a save has finished meanwhile
     if config is None:
         warn(

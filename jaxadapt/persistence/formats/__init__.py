@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import AdapterError, FileError
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.local_files import file_error
@@ -135,6 +135,14 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         raise FileError(f"{at}: {why}; {expected}{on_hub}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error
+
+
+def read_text(path: Location) -> str:
+    """Read a UTF-8 file. Raises `ConfigError` if it is not UTF-8."""
+    try:
+        return location.read_text_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def load_format(name: str) -> Format:

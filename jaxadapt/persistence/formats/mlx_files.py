@@ -27,9 +27,8 @@ from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchE
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
-from jaxadapt.persistence import reconcile
 from jaxadapt.persistence.findings import EXPECTED, Finding, error
-from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
+from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, read_text
 from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import TensorSource, View, as_source, combine, rename, transpose
@@ -200,7 +199,7 @@ def open_files(place: Place) -> Generator[Opened]:
     """
     folder, weights = (place.at.parent, place.at) if place.names is None else (place.at, place.at / WEIGHTS)
     config = folder / CONFIG
-    settings = parse_settings(reconcile.read_text(config), str(config))
+    settings = parse_settings(read_text(config), str(config))
     with safetensors.open_tensors(weights) as file:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 

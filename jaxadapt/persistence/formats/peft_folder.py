@@ -27,7 +27,7 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, repor
 from jaxadapt.persistence import card, findings, reconcile
 from jaxadapt.persistence.findings import Finding, error, warning
 from jaxadapt.persistence.fingerprint import FIELD, Fingerprint
-from jaxadapt.persistence.formats import Format, Opened, Place
+from jaxadapt.persistence.formats import Format, Opened, Place, read_text
 from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import Kinds, TensorSource, dtypes_and_shapes
@@ -125,7 +125,7 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     else:
         config, weights = place.at / CONFIG, place.at / (WEIGHTS if WEIGHTS in place.names else WEIGHTS_BIN)
         has_config = CONFIG in place.names
-    text = functools.partial(reconcile.read_text, config) if has_config else None
+    text = functools.partial(read_text, config) if has_config else None
     stored, found = StoredAdapter(os.fspath(place.path), text, weights=weights), list[Finding]()
     if place.names is not None and place.names.isdisjoint(hub.WEIGHTS):
         return dataclasses.replace(stored, findings=(missing(place),))
@@ -242,7 +242,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         raise FileError(f"{config}: expected a file, found a folder; save to another path")
     text = adapter_config.to_json()
     exists = location.exists(config)
-    old_text = reconcile.read_text(config) if exists else text
+    old_text = read_text(config) if exists else text
     if is_mlx_config(old_text):
         raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
@@ -304,7 +304,7 @@ def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
         new = card.card_text(config, facts)
         if isinstance(path, Path) and path.is_symlink():
             return  # a person made it
-        old = reconcile.read_text(path) if location.exists(path) else None
+        old = read_text(path) if location.exists(path) else None
         text = new if old is None else card.refresh_card(old, new)
         if text != old:
             atomic.write_bytes(path, text.encode())
