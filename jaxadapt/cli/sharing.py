@@ -127,8 +127,7 @@ def push_command(
     """
     from jaxadapt.cli.adapter_reports import reader_rows
     from jaxadapt.persistence import consumers
-    from jaxadapt.persistence.folder import inspect
-    from jaxadapt.persistence.upload import Card, push
+    from jaxadapt.persistence.folder import Card, inspect, push
 
     result = push(
         folder, repo, private=private or None, commit_message=message,

@@ -293,14 +293,22 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
     alpha: Any = config.get("lora_alpha")
     if isinstance(alpha, float) and not alpha.is_integer():
         found["fraction"] = f"lora_alpha={alpha:g}"
-    target: Any = config.get("target_modules")
-    if isinstance(target, str) and target not in ("all", "all-linear"):
-        found["expression"] = "target_modules is an expression"
-    named = [] if isinstance(target, str) else [name for name in target or () if name in _EMBEDDINGS]
-    if config.peft_type == "LORA" and (named or any(key.endswith("lora_embedding_A") for key in keys)):
-        setting = f"target_modules={named}" if named else "an adapted embedding"
-        found |= {} if tied is False else {"tied embedding" if tied else "embedding": setting}
+    found |= _target_properties(config, keys, tied)
     return found | _key_properties(config, keys, found)
+
+
+def _target_properties(config: Config, keys: Iterable[str], tied: bool | None) -> dict[str, str]:
+    target: Any = config.get("target_modules")
+    if isinstance(target, str):
+        found = {} if target in ("all", "all-linear") else {"expression": "target_modules is an expression"}
+        named = []
+    else:
+        found, named = dict[str, str](), [name for name in target or () if name in _EMBEDDINGS]
+    adapts = named or any(key.endswith("lora_embedding_A") for key in keys)
+    if config.peft_type == "LORA" and adapts and tied is not False:
+        setting = f"target_modules={named}" if named else "an adapted embedding"
+        found["tied embedding" if tied else "embedding"] = setting
+    return found
 
 
 def _variant_properties(config: Config) -> dict[str, str]:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
@@ -86,16 +86,17 @@ def load_arrays(
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
         return _decode_in_memory(plan, tensors, dtype, shardings, name)
     source = as_source(tensors)
-    leaves: list[_Leaf] = []
-    for entry in plan.entries:
+
+    def leaf_of(entry: PlanEntry) -> _Leaf:
         wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
         new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
         place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         checked = check or any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
-        leaves.append(_Leaf(entry, new, place, size * new.itemsize, checked))
+        return _Leaf(entry, new, place, size * new.itemsize, checked)
+
     position = {key: number for number, key in enumerate(source)}
-    order = sorted(leaves, key=lambda leaf: position[leaf.entry.keys[0]])  # file order
+    order = sorted(map(leaf_of, plan.entries), key=lambda leaf: position[leaf.entry.keys[0]])  # file order
     count = byte_counter(report, stage, sum(leaf.nbytes for leaf in order))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
     jobs = local_files.split_by_size(order, operator.attrgetter("nbytes"), _JOB)
@@ -324,6 +325,30 @@ def adapter_from_tensors(
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
     the base.
     """
+    tensors, recipe, adapter_sites = _bind(tensors, base, options)
+    expected = rules.Expected(tensors, recipe, adapter_sites, base, options)
+    source = rules.fit(expected)
+    own = {key: spec.dtype for key, spec in source.specs.items()}
+    if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
+        warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
+    dtype = None if options.dtype == AUTOCAST else options.dtype
+    dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
+    placement = adapter_placement(options.shardings, base, adapter_sites)
+    plan, on_device = expected.plan, expected.on_device
+    arrays = dict(source) if on_device else source
+    leaves = load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
+    if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
+        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
+    if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
+        leaves = initial_values.init_values(
+            recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
+            given=leaves,
+        )  # fmt: skip
+    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+
+
+def _bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> tuple[PeftTensors, Recipe, Sites]:
+    """Bind a file's configuration to a base; return the tensors, fused as the base is, the recipe and the sites."""
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         keymap = planning.target_keymap(base, options.keymap, keys)
@@ -344,25 +369,7 @@ def adapter_from_tensors(
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    expected = rules.Expected(tensors, recipe, adapter_sites, base, options)
-    source = rules.fit(expected)
-    own = {key: spec.dtype for key, spec in source.specs.items()}
-    if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
-        warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
-    dtype = None if options.dtype == AUTOCAST else options.dtype
-    dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
-    placement = adapter_placement(options.shardings, base, adapter_sites)
-    plan, on_device = expected.plan, expected.on_device
-    arrays = dict(source) if on_device else source
-    leaves = load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
-    if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
-        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
-    if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
-        leaves = initial_values.init_values(
-            recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
-            given=leaves,
-        )  # fmt: skip
-    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+    return tensors, recipe, adapter_sites
 
 
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:

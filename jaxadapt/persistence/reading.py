@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import findings, formats, reconcile, run_folder
+from jaxadapt.persistence import findings, formats, run_folder
 from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.persistence.formats.image_names import LYCORIS
@@ -112,7 +112,7 @@ def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     if stored.weights is None or stored.header is None or not peft_folder.has_copy(stored.header):
         return None, []
     try:
-        return reconcile.parse_copy(stored.header.metadata[reconcile.META], stored.weights)[0], []
+        return peft_folder.parse_copy(stored.header.metadata[peft_folder.META], stored.weights)[0], []
     except AdapterError as problem:
         return None, [
             warning("header", (stored.weights.name,), str(problem), "a copy of the configuration", "save it again")

@@ -4,6 +4,8 @@ adapter_config.json          the configuration
 adapter_model.safetensors    the tensors; jaxadapt repeats the configuration in the header, because two files
                              cannot be replaced at the same instant
 README.md                    the model card, rewritten at each save until a person edits it
+
+If the JSON and the header's copy differ, `resolve_config` decides which belongs to the tensors.
 """
 
 from __future__ import annotations
@@ -11,27 +13,166 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
-from jaxadapt.configs.base import Config, mlx_keys
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config, loads, mlx_keys
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed, warn
+from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.persistence import card, findings, reconcile
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import card, findings, fingerprint
 from jaxadapt.persistence.findings import Finding, error, warning
-from jaxadapt.persistence.fingerprint import FIELD, Fingerprint
+from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Format, Opened, Place, read_text
 from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.source import Kinds, TensorSource, dtypes_and_shapes
 from jaxadapt.storage.strided import dtype_name
+
+# ---------------------------------------------------------------- the configuration and its copy
+
+
+META = "jaxadapt"
+"""The header's metadata key for its copy of the configuration."""
+
+
+_WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
+"""Seconds before each retry if the two files differ: a concurrent save renames one right after the other."""
+
+
+def resolve_config(path: Location, header: safetensors.Header | None, weights: Location) -> Config:
+    """Return the configuration that belongs to the tensors.
+
+    If the JSON at `path` equals jaxadapt's copy in the header, that is it. If the JSON is the one that the save was
+    replacing, the save was interrupted between its two files, and the header wins. Otherwise a person edited the JSON,
+    and it wins unless the tensors contradict it. A warning reports each difference. Before that both files are read
+    again: if another process is saving, the header wins without a warning. If there is no JSON at all, the header wins.
+
+    Args:
+        header: as read from `weights`, which may have been replaced since.
+    """
+    raw = None if header is None else header.metadata.get(META)
+    if raw is not None and not location.exists(path):
+        warn(
+            f"{path} is missing; using the copy of the configuration in the weights' header. PEFT refuses such a"
+            " folder: write the file again with jaxadapt.repair or `jaxadapt repair`"
+        )
+        return parse_copy(raw, weights)[0]
+    text = read_text(path)
+    if header is None or raw is None or _has_text(raw, text):
+        return loads(text, str(path))
+    stored, replaces = parse_copy(raw, weights)
+    config = None if replaces == text_digest(text) else loads(text, str(path))
+    if config is not None and not config.changed_keys(stored):
+        return config
+    for wait in _WAITS:
+        if config is not None and wait:
+            break  # no save leaves such a pair of files, so there is none to wait for
+        time.sleep(wait)
+        current = safetensors.read_header(weights).metadata.get(META)
+        if current is None or parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
+            return stored  # a save has finished meanwhile
+    if config is None:
+        warn(
+            f"{path}: a save was interrupted after the weights and before this file; using the configuration"
+            " in the weights' header. To repair the file, save again, or write(read(…)).",
+        )
+        return stored
+    changed = config.changed_keys(stored)
+    contradiction = _contradiction(config, stored, {k: t.shape for k, t in header.tensors.items()})
+    if contradiction:
+        warn(
+            f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
+            f" contradict it ({contradiction}); using the configuration in the weights' header",
+        )
+        return stored
+    warn(
+        f"{path} was edited after the weights were written ({', '.join(changed)}); using the edited file",
+    )
+    return config
+
+
+def _has_text(raw: str, text: str) -> bool:
+    """Return True if a header's copy has the text of the JSON; False for a damaged copy, which `parse_copy` reports.
+
+    Texts tell 1, 1.0 and true apart, and the order of patterns.
+
+    >>> _has_text('{"config": {"r": 1}}', '{\\n  "r": 1\\n}'), _has_text('{"config": {"r": 1}}', '{\\n  "r": true\\n}')
+    (True, False)
+    """
+    try:
+        return json.dumps(json.loads(raw)["config"], indent=2) == text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
+    """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
+    try:
+        document = json.loads(raw)
+        return Config.from_dict(document["config"], "its configuration"), document.get("replaces")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
+        raise FormatError(
+            f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
+        ) from error
+
+
+def stored_fingerprint(header: safetensors.Header) -> Fingerprint | None:
+    """Return the fingerprint of the base in a header; None if it has none, or a damaged one."""
+    raw = header.metadata.get(META)
+    if raw is None or fingerprint.FIELD not in raw:
+        return None
+    try:
+        return fingerprint.parse(json.loads(raw).get(fingerprint.FIELD))
+    except (ValueError, AttributeError, RecursionError):
+        return None
+
+
+def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return why the tensors contradict an edited configuration; None if they do not."""
+    if edited.peft_type != stored.peft_type:
+        return f"their type is {stored.peft_type}"
+    for key, shape in shapes.items():
+        module = tensor_module(stored, key)
+        if module is None:
+            continue
+        if not matching.is_target(edited, module):
+            return f"it does not target {key}"
+        if isinstance(edited, LoraConfig) and key.endswith(".lora_A.weight"):
+            rank = edited.rank_of(module)
+            if shape[:1] != (rank,):
+                return f"{key} has rank {shape[0]}, not {rank}"
+    return None
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, as 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_module(config: Config, key: str) -> str | None:
+    """Return the module of a tensor: the longest prefix of its key that the configuration targets; else None.
+
+    >>> tensor_module(LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
+    'h.0.q'
+    """
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if matching.is_target(config, name):
+            return name
+    return None
+
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -111,7 +252,7 @@ class StoredAdapter:
     @property
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the base in the header; None without one."""
-        return None if self.header is None else reconcile.stored_fingerprint(self.header)
+        return None if self.header is None else stored_fingerprint(self.header)
 
 
 def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
@@ -153,7 +294,7 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
 
 def has_copy(header: safetensors.Header | None) -> bool:
     """Return True if a header has jaxadapt's copy of the configuration."""
-    return header is not None and reconcile.META in header.metadata
+    return header is not None and META in header.metadata
 
 
 def read_config(place: Place) -> Config:
@@ -163,7 +304,7 @@ def read_config(place: Place) -> Config:
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
     if CONFIG not in names and not has_copy(header):
         findings.refuse(findings.missing_config(weights, {}))
-    return reconcile.resolve_config(place.at / CONFIG, header, weights)
+    return resolve_config(place.at / CONFIG, header, weights)
 
 
 @contextlib.contextmanager
@@ -179,7 +320,7 @@ def open_folder(place: Place) -> Generator[Opened]:
                 findings.refuse(found)
         assert stored.weights is not None
         assert stored.tensors is not None
-        config = reconcile.resolve_config(place.at / CONFIG, stored.header, stored.weights)
+        config = resolve_config(place.at / CONFIG, stored.header, stored.weights)
         tensors = PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
         yield Opened(peft_tensors.without_names(tensors), stored.weights)
 
@@ -232,23 +373,12 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     import numpy as np
 
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
-    if as_bin and location.exists(folder / WEIGHTS):
-        raise FileError(
-            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
-            " folder, or delete that file"
-        )
     adapter_config = with_integral_alpha(tensors.config)
-    if location.is_dir(config):
-        raise FileError(f"{config}: expected a file, found a folder; save to another path")
-    text = adapter_config.to_json()
-    exists = location.exists(config)
-    old_text = read_text(config) if exists else text
-    if is_mlx_config(old_text):
-        raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
-    replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
-    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
+    text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
+    replaces = _NOTHING if old_text is None or old_text == text else text_digest(old_text)
+    document: dict[str, Any] = {"config": json.loads(text), "replaces": replaces, "schema": 1}
     if tensors.fingerprint is not None:
-        document[FIELD] = dict(tensors.fingerprint)
+        document[fingerprint.FIELD] = dict(tensors.fingerprint)
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     raise_listed(
@@ -258,22 +388,23 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         parts,
     )
     require_floats(tensors.config, array_specs(tensors.tensors), folder)
-    metadata = {"format": "pt", reconcile.META: json.dumps(document)}
+    metadata = {"format": "pt", META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
-    replaced = [weights] if exists and old_text == text else [weights, config]
+    replaced = [weights] if old_text == text else [weights, config]
     with atomic.replacing_all(replaced) as (writer, *others):
         for other in others:
             other.write(memoryview(text.encode()))
-        if put is None:
+        if put is not None:
+            size = put(writer, specs, metadata).size
+        else:
             count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
-            if as_bin:
-                size = torch_bin_write.write_to(writer, specs, get, count)
-            else:
-                size = safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
-        else:
-            size = put(writer, specs, metadata).size
+            size = (
+                torch_bin_write.write_to(writer, specs, get, count)
+                if as_bin
+                else safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
+            )
     if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
     stale = folder / WEIGHTS_BIN
@@ -284,6 +415,25 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     shapes = {key: shape for key, (_, shape) in specs.items()}
     _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+
+
+def _replaced_text(folder: Location, as_bin: bool) -> str | None:
+    """Return the text of the configuration that a write replaces; None if there is none.
+
+    Raises `FileError` for files that a write must not replace.
+    """
+    config = folder / CONFIG
+    if as_bin and location.exists(folder / WEIGHTS):
+        raise FileError(
+            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
+            " folder, or delete that file"
+        )
+    if location.is_dir(config):
+        raise FileError(f"{config}: expected a file, found a folder; save to another path")
+    text = read_text(config) if location.exists(config) else None
+    if text is not None and is_mlx_config(text):
+        raise FileError(f"{config}: cannot replace mlx-lm's file of this name; choose another folder")
+    return text
 
 
 def with_integral_alpha(config: Config) -> Config:
