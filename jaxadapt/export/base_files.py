@@ -165,13 +165,8 @@ def export_base(
         " ignore weights of this model; set it to false, or export to another folder:",
         different if like is None else [],
     )
-    specs: Specs = {}
     part_keys = plan.group_by_file_key(base_plan.keys)
-    for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
-        entry, _ = base_plan.keys[group[0]]
-        own = leaves[entry.path].dtype
-        name = dtype_name(own if file_dtype is None or not is_float(own) else file_dtype)
-        specs[key] = name, plan.joined_shape(group, entry.form.file_shape)
+    specs = _file_specs(base_plan, part_keys, leaves, file_dtype)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
     other_files = {} if like is None else _read_like(source, specs, bool(different))
@@ -214,6 +209,19 @@ def export_base(
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 """`{key: (dtype, shape)}`."""
+
+
+def _file_specs(
+    base_plan: plan.Plan, part_keys: Mapping[str, list[str]], leaves: Mapping[str, Any], dtype: Any
+) -> Specs:
+    """Return the specs of the file's tensors, from the keys of each one's parts."""
+    specs: Specs = {}
+    for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
+        entry, _ = base_plan.keys[group[0]]
+        own = leaves[entry.path].dtype
+        name = dtype_name(own if dtype is None or not is_float(own) else dtype)
+        specs[key] = name, plan.joined_shape(group, entry.form.file_shape)
+    return specs
 
 
 def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
@@ -485,15 +493,12 @@ def _find_sources(
         if key in base_plan.shapes and key not in shapes and same in shapes:
             sources[key] = same
     ties = dict(keymap.tied)
-    redundant = {
-        key
-        for key in shapes
-        if key not in base_plan.shapes
-        and (
-            check.is_buffer(keymap, key)
-            or (key in ties and ties[key] in shapes and untying.bitwise_same(tensors, key, ties[key]))
-        )
-    }
+
+    def is_redundant(key: str) -> bool:
+        repeats = key in ties and ties[key] in shapes and untying.bitwise_same(tensors, key, ties[key])
+        return check.is_buffer(keymap, key) or repeats
+
+    redundant = {key for key in shapes if key not in base_plan.shapes and is_redundant(key)}
     given = {key: shapes[name] for key, name in sources.items()}
     given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
     _check_sources(tensors, keymap, base_plan, given, strict, describe_nearest)

@@ -451,13 +451,7 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     known_shapes = _base_shapes(options.like, dialect)
     leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
-    layer_keymap, layer_tensors = keymap, tensors
-    if tensors.config.get("target_parameters") or experts.may_have_experts(tensors.tensors):
-        layer_keymap = experts.per_expert_keymap(keymap)
-        fused = experts.fuse_experts(tensors, keymap, on_shared)
-        layer_tensors = PeftTensors(
-            *experts.split_experts(fused.config, fused.tensors, layer_keymap, keymap), tensors.source
-        )
+    layer_keymap, layer_tensors = _per_expert(keymap, tensors, on_shared)
     pairs = _lora_pairs(layer_tensors)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
     adapted = blank.find_adapted_leaves(layer_keymap, shapes, known_shapes)
@@ -483,6 +477,14 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}
     safetensors.write(path, specs, arrays.__getitem__, {} if alpha is None else note)
     return len(arrays), dialect.name, rank, float(rank if alpha is None else alpha)
+
+
+def _per_expert(keymap: KeyMap, tensors: PeftTensors, on_shared: str | None) -> tuple[KeyMap, PeftTensors]:
+    """Return a keymap and an adapter with one entry and one pair for each expert, if the adapter has experts."""
+    if not tensors.config.get("target_parameters") and not experts.may_have_experts(tensors.tensors):
+        return keymap, tensors
+    single, fused = experts.per_expert_keymap(keymap), experts.fuse_experts(tensors, keymap, on_shared)
+    return single, PeftTensors(*experts.split_experts(fused.config, fused.tensors, single, keymap), tensors.source)
 
 
 def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -290,14 +290,17 @@ def _from_orbax(
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and options.shardings is None:
         like |= {p: x for p, x in attached.flat().items() if p in wanted}
-    own = orbax_folder.read(path, stored, like).flat()
-    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
-        dtypes = {
-            p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, options.dtype) for p, x in own.items()
-        }
-        flat = {p: x.astype(dtypes[p]) for p, x in own.items()}
-    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
-    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, os.fspath(path)), os.fspath(path))
+    flat = _cast_values(orbax_folder.read(path, stored, like).flat(), options.dtype, path)
     adapter = Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap)
     orbax_folder.report_total(report, "load", adapter)
     return adapter, target_sites
+
+
+def _cast_values(own: Mapping[str, Any], dtype: Any, source: str) -> dict[str, Any]:
+    """Return the values of a checkpoint in the requested dtype; warn of NaN and infinity."""
+    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
+        dtypes = {p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, dtype) for p, x in own.items()}
+        flat = {p: x.astype(dtypes[p]) for p, x in own.items()}
+    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
+    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, source), source)
+    return flat

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import full_copies, initial_values, peft_tensors
 from jaxadapt.adapters.adapter import PeftTensors, Recipe
 from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, MismatchError, warn
 from jaxadapt.keymaps import check, generic
@@ -182,31 +183,24 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     PEFT writes the token embedding and the head to the file of an adapter on them. With strict=False, other weights
     that differ stay, and count as unexpected.
     """
-    keymap, shapes = expected.recipe.keymap, expected.base.shapes
+    keymap = expected.recipe.keymap
     surplus = [key for key in source if key not in expected.plan.keys]
     if not surplus:
         return source
     known, ties = _base_tensors(expected), dict(keymap.tied)
-    saved = {str(name).rpartition(".")[2] for name in expected.file.config.get("modules_to_save") or ()}
     dropped, uncompared = set[str](), list[str]()
     problems: dict[str, dict[str, str]] = {kind: {} for kind in ("head", "embeddings", "base weights")}
     for key in surplus:
         name = peft_tensors.unwrapped_key(key.removeprefix(keymap.prefix))
         if check.is_buffer(keymap, name) or _repeats_tied_module(source, key, ties):
             dropped.add(key)
-        elif place := known.get(name) or known.get(ties.get(name, "")):
+        elif place := known.get(name):
             dropped.add(key)
-            path, form = place[0].path, place[0].form
-            embeds = full_copies.is_embedding(keymap, keymap.match(path))
-            # A guessed layout may be a Conv1D's, which stores (in, out).
-            turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, shapes[path])
-            exact = embeds or form.is_exact  # an embedding may have been trained a little
-            problem = _compare(source, key, expected.base.leaves[path], place, turns, exact)
+            kind, problem = _judge_base_weight(source, key, place, expected)
             if problem is None:
                 uncompared.append(key)
             elif problem:
-                other = "embeddings" if embeds else "base weights"
-                problems["head" if name.removesuffix(".weight").rpartition(".")[2] in saved else other][key] = problem
+                problems["head" if _is_saved(name, expected.file.config) else kind][key] = problem
     ignored = {} if expected.options.strict else problems.pop("base weights")
     expected.refuse(
         " holds a trained copy of a head that this model ties to its token embedding, so that the model has no leaf for"
@@ -229,14 +223,33 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     return _without(source, dropped - ignored.keys())
 
 
+def _is_saved(name: str, config: Config) -> bool:
+    saved = {str(each).rpartition(".")[2] for each in config.get("modules_to_save") or ()}
+    return name.removesuffix(".weight").rpartition(".")[2] in saved
+
+
+def _judge_base_weight(
+    source: TensorSource, key: str, place: tuple[plans.PlanEntry, int], expected: Expected
+) -> tuple[str, str | None]:
+    """Return the kind of a weight of the base in a file, and how it differs from the base's, as `_compare` does."""
+    path, form, keymap = place[0].path, place[0].form, expected.recipe.keymap
+    embeds = full_copies.is_embedding(keymap, keymap.match(path))
+    # A guessed layout may be a Conv1D's, which stores (in, out).
+    turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, expected.base.shapes[path])
+    exact = embeds or form.is_exact  # an embedding may have been trained a little
+    problem = _compare(source, key, expected.base.leaves[path], place, turns, exact)
+    return "embeddings" if embeds else "base weights", problem
+
+
 def _base_tensors(expected: Expected) -> dict[str, tuple[plans.PlanEntry, int]]:
-    """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights."""
+    """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights, also under names tied to them."""
     keymap, shapes = expected.recipe.keymap, expected.base.shapes
     matches = {leaf: keymap.match(leaf) for leaf in shapes}
     unmapped = [leaf for leaf, each in matches.items() if each is None or len(each.weight.left) != len(shapes[leaf])]
     full = keymap.with_entries(generic.entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
     entries = (plans.base_plan_entry(full, leaf, shape) for leaf, shape in shapes.items())
-    return {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
+    known = {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
+    return {alias: known[name] for alias, name in keymap.tied if name in known} | known
 
 
 def _compare(

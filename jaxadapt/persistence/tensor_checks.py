@@ -138,14 +138,7 @@ def _check_parts(modules: Modules, config: Config) -> Iterator[Finding]:
             "all tensors of each adapted module",
             _SAVE_AGAIN,
         )
-    for start, field, _ in _VARIANTS:
-        names = [each.name for each in differences if each.kind == "unexpected" and f".{start}" in each.name]
-        if names:
-            yield error(
-                "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such as"
-                f" {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
-                f"set {field} to true, or take adapter_config.json from where the adapter was trained",
-            )  # fmt: skip
+    yield from _check_variants([each.name for each in differences if each.kind == "unexpected"])
     wrong = {each.name: each for each in differences if each.kind == "shape"}
     ranks = [name for name in wrong if name.endswith((_LINEAR, _EMBEDDING))]
     if unequal := [name for name in wrong if name not in ranks]:
@@ -166,6 +159,17 @@ def _check_parts(modules: Modules, config: Config) -> Iterator[Finding]:
             "r and rank_pattern of the training, on which the scale depends",
             "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
         )
+
+
+def _check_variants(unexpected: Sequence[str]) -> Iterator[Finding]:
+    """Find tensors of a variant of LoRA that the configuration does not switch on."""
+    for start, field, _ in _VARIANTS:
+        if names := [name for name in unexpected if f".{start}" in name]:
+            yield error(
+                "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such as"
+                f" {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
+                f"set {field} to true, or take adapter_config.json from where the adapter was trained",
+            )  # fmt: skip
 
 
 def _first_size(spec: Spec | None) -> int | None:

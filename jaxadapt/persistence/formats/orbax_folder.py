@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -122,17 +122,10 @@ def _find_leaves(
     wanted = set(like.flat())
     # The same paths occur several times: an optimizer's moments are trees of the same structure.
     candidates: dict[tuple[str, tuple[str, ...]], dict[str, tuple[str, ...]]] = {}
-    for item, leaves in items.items():
-        for key in leaves:
-            parts = key[:-1] if key[-1] == "value" else key  # as NNX variables are saved
-            for i in range(len(parts) - 1):
-                if parts[i + 1] != name or parts[i] not in own:
-                    continue
-                plain = (*parts[:i], *parts[i + 2 :])
-                for start in range(i + 1):
-                    dotted = ".".join(plain[start:])
-                    if dotted in wanted:
-                        candidates.setdefault((item, plain[:start]), {})[dotted] = key
+    for item, key in ((item, key) for item, leaves in items.items() for key in leaves):
+        for prefix, dotted in _places(key, own, name):
+            if dotted in wanted:
+                candidates.setdefault((item, prefix), {})[dotted] = key
     parameters = [p for p in candidates if "opt_state" not in (p[0], *p[1])]
     complete = [p for p in parameters if len(candidates[p]) == len(wanted)]
     if not complete:
@@ -151,6 +144,15 @@ def _find_leaves(
             " pass it to jaxadapt.extract(jaxadapt.models.LoraTree(tree, config=…)):\n" + paths.bullets(shown)
         )
     return nearest[0][0], candidates[nearest[0]]
+
+
+def _places(key: tuple[str, ...], own: Collection[str], name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the ways to read a key path as `(prefix, dotted path of a parameter)` of the adapter called `name`."""
+    parts = key[:-1] if key[-1] == "value" else key  # as NNX variables are saved
+    for i in range(len(parts) - 1):
+        if parts[i + 1] == name and parts[i] in own:
+            plain = (*parts[:i], *parts[i + 2 :])
+            yield from ((plain[:start], ".".join(plain[start:])) for start in range(i + 1))
 
 
 def read(path: Path, stored: StoredAdapter, like: Mapping[str, Any] | None = None) -> Adapter:

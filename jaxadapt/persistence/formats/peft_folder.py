@@ -370,8 +370,6 @@ def write_with(
 
 
 def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
-    import numpy as np
-
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
@@ -379,15 +377,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     document: dict[str, Any] = {"config": json.loads(text), "replaces": replaces, "schema": 1}
     if tensors.fingerprint is not None:
         document[fingerprint.FIELD] = dict(tensors.fingerprint)
-    specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
-    parts = [key for key in specs if key.endswith("]")]
-    raise_listed(
-        MismatchError,
-        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
-        " a model and save that:",
-        parts,
-    )
-    require_floats(tensors.config, array_specs(tensors.tensors), folder)
+    specs = _file_specs(tensors, folder)
     metadata = {"format": "pt", META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
@@ -415,6 +405,21 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     shapes = {key: shape for key, (_, shape) in specs.items()}
     _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+
+
+def _file_specs(tensors: PeftTensors, folder: Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Return `{key: (dtype, shape)}`. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
+    import numpy as np
+
+    specs = array_specs(tensors.tensors)
+    raise_listed(
+        MismatchError,
+        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+        " a model and save that:",
+        [key for key in specs if key.endswith("]")],
+    )
+    require_floats(tensors.config, specs, folder)
+    return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
 
 
 def _replaced_text(folder: Location, as_bin: bool) -> str | None:
