@@ -127,7 +127,8 @@ def push_command(
     """
     from jaxadapt.cli.adapter_reports import reader_rows
     from jaxadapt.persistence import consumers
-    from jaxadapt.persistence.folder import Card, inspect, push
+    from jaxadapt.persistence.folder import inspect
+    from jaxadapt.persistence.upload import Card, push
 
     result = push(
         folder, repo, private=private or None, commit_message=message,
