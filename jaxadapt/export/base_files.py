@@ -243,12 +243,11 @@ def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple
 
 def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
-    omitted = [path for path in carrier(params).statistics() if path not in leaves]
     raise_listed(
         KeyMapError,
         "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
         " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:",
-        omitted,
+        [path for path in carrier(params).statistics() if path not in leaves],
     )
 
 

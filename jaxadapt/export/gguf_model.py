@@ -15,6 +15,7 @@ llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -354,13 +355,10 @@ def merge_gguf(
 def _matrix_kind(file: gguf_files.File, dtype: str | None) -> str:
     if dtype is not None:
         return gguf_files.TYPES[dtype]
-    found: dict[str, int] = {}
-    for name in file.names:
-        if len(file.shape(name)) > 1:
-            found[file.kind(name)] = found.get(file.kind(name), 0) + 1
+    found = collections.Counter(file.kind(name) for name in file.names if len(file.shape(name)) > 1)
     if not found:
         raise FormatError(f"{file.path}: expected the matrices of a model, found none")
-    most = max(found, key=lambda kind: found[kind])
+    ((most, _),) = found.most_common(1)
     if most not in gguf_files.TYPES.values():
         raise ConfigError(
             f"{file.path}: its matrices are {most}, which cannot be written; pass dtype= (`--dtype`):"

@@ -162,12 +162,8 @@ def _compare_heads(
     base_tensors: TensorSource, pairs: Sequence[tuple[str, str]], keys: Mapping[str, str]
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return the heads in the folder that equal their embeddings, and those that differ; `keys` are the folder's."""
-    equal: list[tuple[str, str]] = []
-    different: list[tuple[str, str]] = []
-    for head, table in pairs:
-        if head in keys:
-            (equal if bitwise_same(base_tensors, keys[head], keys[table]) else different).append((head, table))
-    return equal, different
+    stored = {pair: bitwise_same(base_tensors, keys[pair[0]], keys[pair[1]]) for pair in pairs if pair[0] in keys}
+    return [pair for pair, same in stored.items() if same], [pair for pair, same in stored.items() if not same]
 
 
 def _tie(

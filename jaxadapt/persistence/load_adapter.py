@@ -33,8 +33,6 @@ from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter
 from jaxadapt.persistence.formats import Place
 
-_TIMEOUT = 300.0  # seconds for each answer of another process
-
 
 def load(
     source: str | os.PathLike[str] | PeftTensors,
@@ -218,7 +216,9 @@ def _check_base(
         else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
     )
     if strict and stored is not None and save_adapter.is_distributed(parameters.leaves.values()):
-        found = save_adapter.combine_values("the comparison of the bases", found, fingerprint.merge, _TIMEOUT)
+        found = save_adapter.combine_values(
+            "the comparison of the bases", found, fingerprint.merge, save_adapter.MultihostFolder.timeout
+        )
     fingerprint.check(stored, found, source, strict=strict)
 
 

@@ -224,8 +224,8 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
 
 
 def _is_saved(name: str, config: Config) -> bool:
-    saved = {str(each).rpartition(".")[2] for each in config.get("modules_to_save") or ()}
-    return name.removesuffix(".weight").rpartition(".")[2] in saved
+    saved = config.get("modules_to_save") or ()
+    return name.removesuffix(".weight").rpartition(".")[2] in {str(each).rpartition(".")[2] for each in saved}
 
 
 def _judge_base_weight(

@@ -55,6 +55,7 @@ _LEFT_OUT = frozenset(
     ("model transformer backbone bert roberta distilbert electra albert deberta mpnet esm gpt_neox vit deit beit dinov2"
      " swin clip siglip wav2vec2 hubert wavlm").split()
 )  # fmt: skip
+_EMBEDDINGS = ("embed", "wte", "lm_head", "shared", "word_embeddings")  # parts of their names
 _IS_THE_BASE = "check that the adapter belongs to this base model"
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
@@ -270,7 +271,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
             compared.append((name, name.rpartition(".")[0], shape, have, "in the file"))
     texts: dict[bool, list[str]] = {True: [], False: []}
     for label, module, shape, have, where in compared:
-        is_vocabulary = _is_embedding(module) and have[1:] == shape[1:]
+        is_vocabulary = any(word in module.rpartition(".")[2] for word in _EMBEDDINGS) and have[1:] == shape[1:]
         texts[is_vocabulary].append(f"{label}: {list(shape)} {where}, {list(have)} in the base")
     if vocabulary := texts[True]:
         yield error(
@@ -289,10 +290,6 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
             "sizes of the base's weights",
             _IS_THE_BASE,
         )
-
-
-def _is_embedding(module: str) -> bool:
-    return any(word in module.rpartition(".")[2] for word in ("embed", "wte", "lm_head", "shared", "word_embeddings"))
 
 
 def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> Iterator[Finding]:

@@ -385,7 +385,7 @@ def _file_keys(
             return known[key]
         if style == DIFFUSERS:
             return key.removeprefix(PEFT_PREFIX) if method == "LORA" and name else None
-        ending = image_names.kohya_ending(method, name)
+        ending = image_names.KOHYA_ENDINGS.get((method, name))
         return None if ending is None else f"{kohya[module]}.{ending}"
 
     names = {key: found for key in modules if (found := file_key(key)) is not None}

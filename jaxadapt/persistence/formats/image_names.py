@@ -38,7 +38,7 @@ _LYCORIS_TYPES: Mapping[str, str] = {
     "lora_mid": "LoCon with a middle tensor", "hada_": "LoHa", "lokr_": "LoKr in sizes that PEFT lacks",
     "w_norm": "Norms", "lora_": "LoRA",
 }  # fmt: skip
-_KOHYA_ENDINGS = {(method, name): key for key, (method, name) in _TENSORS.items()}
+KOHYA_ENDINGS = {(method, name): key for key, (method, name) in _TENSORS.items()}
 
 # {prefix of kohya-ss: model of the pipeline}
 _PREFIXES: Mapping[str, str] = {
@@ -179,11 +179,6 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
         flat = module if module.startswith("lycoris_") else f"lora_{module.replace('.', '_')}"
         names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
     return names
-
-
-def kohya_ending(method: str, name: str) -> str | None:
-    """Return kohya-ss' or LyCORIS' name of a tensor of PEFT; None if it has none."""
-    return _KOHYA_ENDINGS.get((method, name))
 
 
 def split_key(key: str) -> tuple[str, str]:

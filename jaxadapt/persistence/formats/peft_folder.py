@@ -72,7 +72,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
     if header is None or raw is None or _has_text(raw, text):
         return loads(text, str(path))
     stored, replaces = parse_copy(raw, weights)
-    config = None if replaces == text_digest(text) else loads(text, str(path))
+    config = None if replaces == hashlib.sha256(text.encode()).hexdigest() else loads(text, str(path))
     if config is not None and not config.changed_keys(stored):
         return config
     for wait in _WAITS:
@@ -153,11 +153,6 @@ def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[in
             if shape[:1] != (rank,):
                 return f"{key} has rank {shape[0]}, not {rank}"
     return None
-
-
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of a text in UTF-8, as 64 hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tensor_module(config: Config, key: str) -> str | None:
@@ -373,7 +368,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
-    replaces = _NOTHING if old_text is None or old_text == text else text_digest(old_text)
+    replaces = _NOTHING if old_text is None or old_text == text else hashlib.sha256(old_text.encode()).hexdigest()
     document: dict[str, Any] = {"config": json.loads(text), "replaces": replaces, "schema": 1}
     if tensors.fingerprint is not None:
         document[fingerprint.FIELD] = dict(tensors.fingerprint)
