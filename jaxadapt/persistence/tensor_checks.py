@@ -219,9 +219,7 @@ def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Fi
         or not FACTS[config.peft_type].target_is_expression
     ):
         return
-    # No target selects the rows of an embedding, nor the tensors of the whole adapter.
-    own = {name: tensors for name, tensors in modules.items() if name not in ("", "base_model")}
-    adapted = [name for name, tensors in own.items() if not all(each.startswith("token_adapter") for each in tensors)]
+    adapted = [name for name, tensors in modules.items() if not _is_of_rows(name, tensors)]
     targets: str | Sequence[str] | None = config.get("target_modules")
     by_parameters = config.get("target_parameters")
     if targets is None:
@@ -264,6 +262,11 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
         yield error(
             "untargeted", ignored, f"{text} {count(ignored, 'module')}, such as {ignored[0]}", _ALL_SELECTED, remedy
         )
+
+
+def _is_of_rows(module: str, tensors: Iterable[str]) -> bool:
+    """Return True for the rows of an embedding, and for tensors of the whole adapter, which no target selects."""
+    return module in ("", "base_model") or all(name.startswith("token_adapter") for name in tensors)
 
 
 def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
