@@ -177,10 +177,7 @@ def _open(source: Any, report: Report) -> Generator[PeftTensors]:
 
 def _read_tied(base: Path | None) -> bool | None:
     """Return True if the base ties its head to the embedding; None without a configuration that states it."""
-    if base is None:
-        return None
-    place = location.to_location(base)
-    if place.suffix == ".gguf":
+    if base is None or (place := location.to_location(base)).suffix == ".gguf":
         return None
     return untying.read_tied(place if place.name == "config.json" else place / "config.json")
 
