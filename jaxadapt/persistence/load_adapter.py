@@ -216,8 +216,9 @@ def _check_base(
         else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
     )
     if strict and stored is not None and save_adapter.is_distributed(parameters.leaves.values()):
-        timeout = save_adapter.MultihostFolder.timeout
-        found = save_adapter.combine_values("the comparison of the bases", found, fingerprint.merge, timeout)
+        found = save_adapter.combine_values(
+            "the comparison of the bases", found, fingerprint.merge, save_adapter.MultihostFolder.timeout
+        )
     fingerprint.check(stored, found, source, strict=strict)
 
 

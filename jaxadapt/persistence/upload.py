@@ -189,10 +189,10 @@ def _read_card(path: Location) -> str:
 def _picture(source: Location, info: folder.Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
-    from jaxadapt.analysis import heat_map, norms
+    from jaxadapt.analysis import norms
 
     try:
-        return heat_map.norms_png(norms.measure_norms(folder.read(source)), info.config)
+        return norms.norms_png(norms.measure_norms(folder.read(source)), info.config)
     except AdapterError:
         if wanted:
             raise
