@@ -189,9 +189,6 @@ def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str
     return config.with_ranks(ranks, alphas)
 
 
-# ---------------------------------------------------------------- experts
-
-
 # ---------------------------------------------------------------- expert parameters
 
 

@@ -34,9 +34,6 @@ from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Method, Start
 from jaxadapt.storage.strided import float_dtype
 
-# ---------------------------------------------------------------- sharding
-
-
 # ---------------------------------------------------------------- from the base weight to the adapter
 
 

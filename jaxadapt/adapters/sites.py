@@ -40,9 +40,6 @@ from jaxadapt.keymaps.weight import Modules
 from jaxadapt.methods.base import Method, Target
 from jaxadapt.methods.registry import get_method
 
-# ---------------------------------------------------------------- sites
-
-
 # ---------------------------------------------------------------- target parameters
 
 

@@ -87,7 +87,6 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     module_keys = pytorch.adapted_keys(tensors.tensors)
     norms: list[Norm] = []
     left_out: list[str] = []
-    known = {key for keys in module_keys.values() for key in keys.values()}
     for module, keys in module_keys.items():
         arrays = {name: as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
@@ -96,8 +95,8 @@ def measure_norms(tensors: PeftTensors) -> Norms:
             left_out.append(module)
         else:
             norms.append(Norm(module, **dataclasses.asdict(change)))
-    left_out += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
     owner = {key: named_parameter(config, module) for module, keys in module_keys.items() for key in keys.values()}
+    left_out += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in owner]
     bad = [
         owner.get(key, key.removeprefix(PEFT_PREFIX))
         for key, x in tensors.tensors.items()
@@ -352,13 +351,21 @@ def norms_png(norms: Norms, config: Config) -> bytes:
     title = _title_text(config, grid)
     size = max(width * columns, _LETTER_WIDTH * max(map(len, title.splitlines()))) + 0.3, (height + 1.4) * rows + 0.5
     figure, panels = make_figure(*size, rows, columns)
+    titles = _NAMES | {"norm": norms.what}
     for axis, name in zip(panels, names, strict=True):
         cells = grid.values(name)
         largest = max((v for row in cells for v in row if v is not None and math.isfinite(v)), default=0.0)
         rank = grid.constant("rank") if name == "effective_rank" else None  # the upper bound of the effective rank
         limits = 0.0, float(rank or largest) or 1.0
         draw_map(
-            figure, axis, grid.rows, grid.columns, cells, _NAMES[name] or norms.what, limits, size[0] / columns - 1
+            figure,
+            axis,
+            grid.rows,
+            grid.columns,
+            cells,
+            titles[name],
+            limits,
+            size[0] / columns - 1,
         )
     return to_png(figure, title)
 

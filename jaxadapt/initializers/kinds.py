@@ -1,14 +1,11 @@
 """The initializations of LoRA, and the decompositions that give the initial factors.
 
-The initializations of LoRA that read the base, data or gradients: what each needs, computes and leaves of the base.
+`KINDS` lists the initializations that read the base, data or gradients: what each needs, computes and leaves of the
+base. A new one is a function from `SiteValues` to factors, and its entry. `Initialization` computes A and B at each
+site, and the changed base weights.
 
-A new initialization is a function from `SiteValues` to factors, and its entry in `KINDS`. `Initialization` computes A
-and B at each site, and the changed base weights.
-
-LoRA's initial factors: from one float32 weight W (out, in) to A (r, in) and B (out, r).
-
-Follows PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers. `s` is the scale. These are
-pure functions of arrays in PyTorch's layout.
+The decompositions are pure functions from one float32 weight W (out, in) to A (r, in) and B (out, r), in PyTorch's
+layout; `s` is the scale. They follow PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers.
 """
 
 from __future__ import annotations
@@ -218,9 +215,6 @@ def svd_lowrank(w: Array, steps: int, omega: Array) -> tuple[Array, Array, Array
 def _balanced(u: Array, sigma: Array, vh: Array) -> Factors:
     root = jnp.sqrt(sigma)
     return Factors(root[:, None] * vh, u * root[None])
-
-
-# ---------------------------------------------------------------- kinds
 
 
 # ---------------------------------------------------------------- kinds

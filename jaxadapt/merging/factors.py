@@ -226,7 +226,7 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
         side = shared[parts[0]]
         if not side:
             continue
-        factors = [[getattr(pairs[part], side) for part in parts if part in pairs] for pairs in adapters]
+        factors = [[getattr(pairs[part], side) for part in filter(pairs.__contains__, parts)] for pairs in adapters]
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(factors)):
             raise AttachError(
                 "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"

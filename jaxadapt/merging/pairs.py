@@ -184,9 +184,6 @@ def write_pairs(pairs: Mapping[str, Pair], keys: Mapping[str, PairKeys]) -> dict
     return {key: x for name, own in keys.items() for key, x in zip(own, pairs[name].in_file(), strict=True)}
 
 
-# ---------------------------------------------------------------- plain form
-
-
 # ---------------------------------------------------------------- plain
 
 
