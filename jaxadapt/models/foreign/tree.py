@@ -1,7 +1,7 @@
 """Foreign trees: `read_tree` converts their LoRA leaves to PEFT's tensors, and `fill_tree` writes such tensors.
 
-The paths and layouts are in `dialects/`, the sites in `survey.py`, arrays of heads and of slots in
-`forms.py`, access to the trees in `models/trees.py`.
+The paths and layouts are in `dialects/`, the sites in `survey.py`, arrays of heads and of slots in `forms.py`,
+access to the trees in `models/trees.py`.
 """
 
 from __future__ import annotations
@@ -85,15 +85,13 @@ def place_tensors(
         max(need.values(), default=0),
     )
     for site in sites.sites:
-        for half, is_b in ((site.a, False), (site.b, True)):
-            out[half.path] = (
-                half,
-                {
-                    i: (tensors[key], rows[m], ratios[m] if is_b else 1.0)
-                    for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
-                    if m in rows
-                },
-            )
+        for half in (site.a, site.b):
+            contents = {
+                i: (tensors[key], rows[m], ratios[m] if half is site.b else 1.0)
+                for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
+                if m in rows
+            }
+            out[half.path] = half, contents
     return out
 
 
@@ -336,12 +334,11 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
         return None
     leaves, put = trees.open_tree(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
-    if not any(d.owned(leaves) for d in dialects.DIALECTS.values()):
+    claimed = any(d.owned(leaves) for d in dialects.DIALECTS.values())
+    dialect = dialects.recognize_dialect(leaves) if claimed else None
+    if dialect is None:
         return None
-    dialect = dialects.recognize_dialect(leaves)
-    lora = set[str]() if dialect is None else dialect.owned(leaves)
-    if dialect is None or not lora:
-        return None
+    lora = dialect.owned(leaves)
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
     return ForeignTree(
         given, dialect, {p: leaf for p, leaf in leaves.items() if p in lora}, put, base, trees.lorax_alphas(given.tree)
