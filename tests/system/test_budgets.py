@@ -24,8 +24,8 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 47, 0, 2
 CHAIN, CIRCLES = 22, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (43, 507),
-    "save": (34, 409),
+    "load": (43, 506),
+    "save": (34, 408),
     "to_peft": (18, 66),
     "adapt": (26, 231),
     "inject": (8, 27),
