@@ -171,7 +171,7 @@ WAYS_OUT: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in WAYS_OUT for value in WAYS_OUT[field]])
-def test_what_such_a_training_made_computes_what_plain_lora_does(field, value, tmp_path):
+def test_what_such_a_training_made_computes_what_its_conversion_does(field, value, tmp_path):
     """And what comes of it is a plain LoRA to PEFT too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,7 +181,7 @@ def test_what_such_a_training_made_computes_what_plain_lora_does(field, value, t
     with torch.no_grad():
         want = model.eval()(torch.from_numpy(ids)).numpy()
     read = jaxadapt.read(tmp_path)
-    with pytest.raises(jaxadapt.ConfigError, match=f"{field}=.*plain_lora"):
+    with pytest.raises(jaxadapt.ConfigError, match=f"{field}=.*convert_variant"):
         jaxadapt.from_peft(read, params(), keymap=TABLE)
     plain = jaxadapt.merging.convert_variant(read)
     assert plain.config == read.config.replace(**{field: None})
