@@ -220,7 +220,7 @@ def test_results_keep_the_fingerprint_of_the_base(tmp_path: Path):
     key = next(iter(base))
     other = {**base, key: {**base[key], "bf16": "3f80" * 8}}
     held = jaxadapt.read(tmp_path / "b")
-    jaxadapt.write(dataclasses.replace(held, base=other), tmp_path / "b")
+    jaxadapt.write(dataclasses.replace(held, fingerprint=other), tmp_path / "b")
     with pytest.warns(UserWarning, match="were trained on different base models: 1 of 2 compared weights differ"):
         merge_files.combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "mixed")
     assert jaxadapt.read(tmp_path / "mixed").fingerprint is None
