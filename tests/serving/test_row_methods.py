@@ -133,7 +133,9 @@ def test_each_row_is_as_in_a_model_that_its_adapter_is_merged_into(
             np.testing.assert_allclose(y[row], want[slot][row], rtol=1e-4, atol=1e-4 * np.abs(want[slot]).max())
 
 
-@pytest.mark.parametrize(("peft_type", "field"), [("LORA", "lora_dropout"), ("HIRA", "hira_dropout")])
+@pytest.mark.parametrize(
+    ("peft_type", "field"), [("LORA", "lora_dropout"), ("MISS", "miss_dropout"), ("LOKR", "rank_dropout")]
+)
 def test_adapters_of_another_dropout_share_a_bank(peft_type: str, field: str):
     """Dropout belongs to training: a slot computes what the adapter computes in evaluation."""
     config = config_of(peft_type, 0, ["q", "up"])
