@@ -32,6 +32,7 @@ from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter
 from jaxadapt.persistence.formats import Place
+from jaxadapt.storage.location import to_location
 
 
 def load(
@@ -105,17 +106,18 @@ def load(
     held = lora_carrier(model, fills=True)
     options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
+        if not isinstance(source, PeftTensors):
+            to_location(source)  # raises if the two arguments are exchanged
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
-        unused = {
-            "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
-            "example": held.given.example, "strict": None if strict is True else strict,
-            "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
-        }  # fmt: skip
         refuse(
-            unused,
+            {
+                "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
+                "example": held.given.example, "strict": None if strict is True else strict,
+                "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
+            },
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
-        )
+        )  # fmt: skip
     with reporter(progress) as report, _open(source, name, held, report) as opened:
         if held.foreign is not None and not isinstance(opened, Place):
             tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
@@ -146,8 +148,7 @@ def _open(
         yield peft_tensors.without_names(source)
         return
     place = folder.find_adapter(source, name, report)
-    found = formats.find(place)
-    if found is not None and found.write_adapter is not None and held.foreign is None:
+    if held.foreign is None and (found := formats.find(place)) is not None and found.write_adapter is not None:
         yield place
         return
     with folder.open_adapter(place) as tensors:
@@ -225,12 +226,11 @@ def _check_base(
 def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
     old, new = attached.flat(), adapter.flat()
-    pairs = {(x.dtype, old[path].dtype) for path, x in new.items()}
-    wider = {pair: jnp.promote_types(*pair) for pair in pairs}
-    if all(wider[pair] == pair[0] for pair in pairs):
+    wider = {pair: jnp.promote_types(*pair) for pair in {(x.dtype, old[path].dtype) for path, x in new.items()}}
+    if all(kept == pair[0] for pair, kept in wider.items()):
         return adapter
-    flat = {path: x.astype(wider[x.dtype, old[path].dtype]) for path, x in new.items()}
-    return Adapter(adapter.config, paths.unflatten(flat), adapter.keymap)
+    promoted = {path: x.astype(wider[x.dtype, old[path].dtype]) for path, x in new.items()}
+    return Adapter(adapter.config, paths.unflatten(promoted), adapter.keymap)
 
 
 def _changed_base(

@@ -30,7 +30,7 @@ BASE = {n: {"kernel": np.random.default_rng(s[1]).standard_normal(s).astype("flo
 )  # fmt: skip
 def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis: int):
     """PEFT fails in a matrix product, or for too few bases computes with fewer."""
-    made = getattr(jaxadapt.configs, config)(r=2, target_modules=["q", "up"])
+    made = getattr(jaxadapt, config)(r=2, target_modules=["q", "up"])
     file = jaxadapt.to_peft(jaxadapt.init(BASE, made, key=jax.random.key(0)))
     cut = {k: np.take(v, range(v.shape[axis] // 2), axis) if k.endswith(tensor) else v for k, v in file.tensors.items()}
     with pytest.raises(MismatchError, match=rf"(?s)too small.*(q|up) has \d+ .*{tensor} has"):
