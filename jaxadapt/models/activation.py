@@ -132,13 +132,14 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
         if name is not None or not held.has_adapters():
             held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
         names = None if name is None else (name,)
-        yield held.map_adapters(lambda name, adapter: _multiply(name, adapter, factor), names)
+        yield held.map_adapters(lambda name, adapter: _multiply(name, adapter.config, adapter.params, factor), names)
         return
     present = walk.adapters
     chosen = _chosen(held.active(), present, name)
     variables = {f"{each}: {path}": var for each in chosen for path, var in present[each].items()}
-    before = {path: var.get_value() for path, var in variables.items()}
-    products = {each: _multiply(each, held.extract(each), factor) for each in chosen}
+    before = graph.values_of(variables)
+    recipes = {each: next(iter(present[each].values())).get_metadata("adapter").recipe for each in chosen}
+    products = {n: _multiply(n, recipe.config, graph.values_of(present[n]), factor) for n, recipe in recipes.items()}
     scaled = {f"{each}: {path}": x for each, by_path in products.items() for path, x in by_path.items()}
     try:
         graph.set_values(variables, scaled)
@@ -156,8 +157,7 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
 
 def _chosen(active: list[str], present: Mapping[str, Any], name: str | None) -> list[str]:
     """Return the names of the adapters to rescale; raise `AttachError` if there are none."""
-    chosen = active if name is None else [name]
-    if not chosen or not present.keys() >= set(chosen):
+    if not (chosen := active if name is None else [name]) or not present.keys() >= set(chosen):
         raise AttachError(
             f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
             f" {sorted(present) or 'none'}"
@@ -165,12 +165,15 @@ def _chosen(active: list[str], present: Mapping[str, Any], name: str | None) -> 
     return chosen
 
 
-def _multiply(name: str, adapter: Adapter, factor: Any) -> dict[str, Any]:
-    """Return an adapter's `{path: array}` with its update multiplied; refuse a method without a scale."""
-    leaves = paths.flatten(adapter.params)
-    scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(adapter.config).scaled]
+def _multiply(name: str, config: Config, params: Mapping[str, Any], factor: Any) -> dict[str, Any]:
+    """Return the `{path: array}` of an adapter, or of its part in a module, with its update multiplied.
+
+    Refuses a method without a scale.
+    """
+    leaves = paths.flatten(params)
+    scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(config).scaled]
     if not scaled:
-        raise AttachError(f"cannot rescale the adapter {name!r}: its type {adapter.config.peft_type} has no scale")
+        raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
 
     def multiply(x: Any) -> Any:
         return (x * jnp.asarray(factor, jnp.float32)).astype(x.dtype)

@@ -140,6 +140,15 @@ def test_one_of_several_by_name():
         pass
 
 
+def test_a_part_of_a_model():
+    """A part has only some of the adapted layers."""
+    model = small.trained()
+    whole, layer = model.q_proj(X), small.net().q_proj(X)
+    with jaxadapt.models.rescale(model.q_proj, 0.5) as part:
+        np.testing.assert_allclose(part(X), (whole + layer) / 2, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(model.q_proj(X), whole)
+
+
 def test_sixteen_bits_and_what_cannot_be_rescaled():
     base = {"q": {"kernel": np.ones((4, 6), "f4")}}
     adapter = jaxadapt.init(
