@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors  # its module imports no JAX
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
@@ -99,10 +98,9 @@ class Recipe:
 
 def not_an_adapter(found: Any) -> AttachError:
     """Return the error for an argument that should be an `Adapter`."""
-    tensors = "; jaxadapt.from_peft(tensors, model) makes one of them" if isinstance(found, PeftTensors) else ""
     return AttachError(
-        f"expected an Adapter (from extract, init or from_peft), found {type(found).__name__}{tensors}. The model comes"
-        " first, as in inject(model, adapter) and merge(model, adapter)"
+        f"expected an Adapter, found {type(found).__name__}. jaxadapt.from_peft(tensors, model) makes an Adapter of"
+        " PeftTensors, and the model comes first, as in inject(model, adapter) and merge(model, adapter)"
     )
 
 

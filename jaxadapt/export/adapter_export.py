@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
-from jaxadapt.export import conversion, gguf_model, untying
+from jaxadapt.export import conversion, untying
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
@@ -126,22 +126,21 @@ def export_adapter(
             "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder, its"
             " config.json or a .gguf file"
         )
+    from jaxadapt.export import gguf_model  # for llama.cpp alone
+
     facts = gguf_model.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:
-        error: dict[str, float] = {}
-        if rank is not None:
-            tensors, error = nearest_lora(tensors, rank, base)
+        tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
         plain = _plain(tensors, chosen, base, first, dtype)
         _check_reader(plain, chosen, tied)
-        config: Any = plain.config.replace(inference_mode=True)
-        plain = dataclasses.replace(plain, config=config)
+        plain = dataclasses.replace(plain, config=plain.config.replace(inference_mode=True))
         if facts is not None:
             count = gguf_model.write_adapter(plain, path, facts, dtype, report)
         else:
             wanted = Wanted(chosen.style, tied=tied, ahead=True)
             count = formats.writer(chosen.style).write(plain, location.to_location(path), wanted, report)
-    return Exported(os.fspath(path), chosen.name, chosen.version, config.r, count, error)
+    return Exported(os.fspath(path), chosen.name, chosen.version, plain.config.get("r"), count, error)
 
 
 def _find_program(name: str, path: Path) -> Program:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
@@ -34,7 +33,7 @@ from jaxadapt.storage.source import as_source, rename
 Path = str | os.PathLike[str]
 
 
-def _kept(result: PeftTensors, source: PeftTensors) -> PeftTensors:
+def _kept(result: peft_tensors.PeftTensors, source: peft_tensors.PeftTensors) -> peft_tensors.PeftTensors:
     """Return a result with the fingerprint of the source's base, and the fields that name the base and the task."""
     names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
     fields = {name: source.config.get(name) for name in names}
@@ -82,12 +81,12 @@ def resize_files(
         return error
 
 
-def _refuse_not_finite(tensors: PeftTensors, way_out: str) -> None:
+def _refuse_not_finite(tensors: peft_tensors.PeftTensors, way_out: str) -> None:
     if names := finite.names_not_finite(tensors.tensors):
         raise MismatchError(f"{tensors.source}: {finite.not_finite_message(names, way_out)}")
 
 
-def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> PeftTensors:
+def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> peft_tensors.PeftTensors:
     """Write a trained adapter that changed its base when it started (PiSSA, OLoRA, …) as a plain LoRA for the original.
 
     Args:
@@ -148,7 +147,7 @@ def rename_files(
         return changed
 
 
-def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
+def _named_modules(tensors: peft_tensors.PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
     """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
     modules, copied = dict[str, None](), dict[str, None]()
     for key in tensors.tensors:
@@ -159,7 +158,9 @@ def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, Non
     return modules, {name: None for name in copied if name not in modules}
 
 
-def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
+def _names_in_base(
+    tensors: peft_tensors.PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any
+) -> dict[str, str]:
     """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
     shapes, wanted = verify_folder.base_shapes(base), [*modules, *copied]
     names = verify_folder.names_in_base(wanted, shapes)
@@ -172,8 +173,11 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
 
 
 def _renamed(
-    tensors: PeftTensors, changed: Mapping[str, str], modules: Mapping[str, str], beginning: tuple[str, str]
-) -> PeftTensors:
+    tensors: peft_tensors.PeftTensors,
+    changed: Mapping[str, str],
+    modules: Mapping[str, str],
+    beginning: tuple[str, str],
+) -> peft_tensors.PeftTensors:
     keys: dict[str, str] = {}
     for key in tensors.tensors:
         name = key.removeprefix(PEFT_PREFIX)
@@ -182,7 +186,7 @@ def _renamed(
             raise MismatchError(f"{tensors.source}: {key} and {keys[renamed]} would both be called {renamed}")
         keys[renamed] = key
     source = rename(as_source(tensors.tensors), keys)
-    return PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
+    return peft_tensors.PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
 
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:
@@ -194,7 +198,10 @@ def _rename(name: str, changed: Mapping[str, str]) -> str:
 
 
 def _renamed_config(
-    tensors: PeftTensors, changed: Mapping[str, str], modules: Mapping[str, str], beginning: tuple[str, str]
+    tensors: peft_tensors.PeftTensors,
+    changed: Mapping[str, str],
+    modules: Mapping[str, str],
+    beginning: tuple[str, str],
 ) -> Config:
     """Rename the modules that a configuration names in full. Where it then selects others, name all of them.
 
@@ -269,7 +276,7 @@ def extract_files(
     keymap: str | None = None,
     lora_alpha: float | None = None,
     progress: Progress = None,
-) -> PeftTensors:
+) -> peft_tensors.PeftTensors:
     """Write one adapter out of a checkpoint as PEFT's folder.
 
     Args:
@@ -316,7 +323,7 @@ def extract_files(
             return tensors
 
 
-def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> PeftTensors:
+def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> peft_tensors.PeftTensors:
     assert stored.tensors is not None
     names = peft_tensors.normalize_keys(stored.specs, config.peft_type)
     if names.models:
@@ -337,7 +344,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> PeftTe
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
-    return PeftTensors(config, tensors, stored.source)
+    return peft_tensors.PeftTensors(config, tensors, stored.source)
 
 
 def _has_tensors(keys: Collection[str], config: Config) -> bool:
@@ -348,7 +355,7 @@ def _has_tensors(keys: Collection[str], config: Config) -> bool:
 
 def _from_orbax(
     path: Path, name: str, config: Config | None, keymap: str | None, lora_alpha: float | None
-) -> PeftTensors:
+) -> peft_tensors.PeftTensors:
     import jax
     import numpy as np
 

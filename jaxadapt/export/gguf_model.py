@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.adapters.adapter import PeftTensors
-from jaxadapt.adapters.peft_tensors import require_floats
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed

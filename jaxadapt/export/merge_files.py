@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora
 from jaxadapt.core import paths

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from jaxadapt.adapters import full_copies
-from jaxadapt.adapters.adapter import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

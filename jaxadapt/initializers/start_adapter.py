@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, Recipe
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import lora

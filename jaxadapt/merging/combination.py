@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import experts, peft_tensors
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
-from jaxadapt.adapters.site import Site, make_file_plan
+from jaxadapt.adapters import experts, peft_tensors, selection
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.site import Site, Sites, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import RANK
@@ -32,11 +33,14 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, module_name, pair_keys, read_pairs, write_pairs
 from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.registry import get_method
 from jaxadapt.storage.source import as_source
 
 Array = Any
+Shapes = Mapping[str, tuple[int, ...]]
 Plain = TypeVar("Plain", Adapter, PeftTensors)
 
 _WRAPPERS = re.compile(r"(\.base_layer)+$")
@@ -394,3 +398,63 @@ def truncation_error(s: Array, r: int) -> Array:
     """Return ‖the part dropped by truncation to rank r‖ / ‖the matrix‖ in the Frobenius norm; 0 for a zero matrix."""
     total, dropped = jnp.sqrt(jnp.sum(s**2, -1)), jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
     return dropped / jnp.where(total == 0, 1, total)
+
+
+# ---------------------------------------------------------------- the plain LoRA of another method
+
+
+def plain_config(config: Config, r: int) -> LoraConfig:
+    """Return a plain LoRA configuration for the same modules of the same base."""
+    names = (
+        "task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "auto_mapping",
+        "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+    )  # fmt: skip
+    fields = {name: value for name in names if (value := config.get(name)) is not None}
+    return LoraConfig(r=r, lora_alpha=r, **fields)
+
+
+def plain_sites(adapter: Adapter, sites: Sites, r: int, shapes: Shapes) -> tuple[LoraConfig, Sites]:
+    """Return the configuration and the sites of a plain LoRA on the weights that an adapter changes.
+
+    Args:
+        sites: the adapter's sites.
+        shapes: `{leaf: shape}` of the base.
+    """
+    config = plain_config(adapter.config, r)
+    modules = sorted({module for site in sites for module in site.modules})
+    if not all(matching.is_target(config, module) for module in modules):
+        config = config.replace(target_modules=modules, exclude_modules=None)
+    return config, selection.select_sites(config, adapter.keymap, {leaf: shapes[leaf] for leaf in adapter.sites})
+
+
+def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
+    """Return a plain LoRA, float32 at least, with the factors that an adapter's method computes.
+
+    Its rank is the method's `plain_rank`. It computes the same, up to rounding. None if the method does not compute
+    factors, or not for all weights of the adapter: for embeddings, convolutions, experts and full copies.
+    """
+    method, sites = get_method(adapter.config), sites_of(adapter)
+    rank = method.plain_rank(adapter.config)
+    if rank is None or any(site.method.copies or site.match.weight.kind != "linear" for site in sites):
+        return None
+    config, made = plain_sites(adapter, sites, rank, shapes)
+    if not all(has_one_pair(site) for site in made):
+        return None
+    leaves = {path: at_least_float32(jnp.asarray(x)) for path, x in adapter.flat().items()}
+    shared = {name: leaves[paths.join(SHARED_NODE, name)] for name in adapter.shared}
+    tensors: dict[str, dict[str, Array]] = {}
+    for site in sites:
+        for tensor, entry in site.bound:
+            for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True):
+                module = key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix)
+                tensors.setdefault(module, {})[tensor.name] = row
+    by_leaf = {site.leaf: site for site in sites}
+    pairs: dict[str, Pair] = {}
+    with jax.default_matmul_precision("highest"):
+        for plain in made:
+            site: Any = by_leaf[plain.leaf]
+            for module in plain.modules:
+                own = site.method.own(adapter.config, dataclasses.replace(site.target, modules=Modules((module,))))
+                a, b = site.method.factors(own, shared | tensors.get(module, {}), matrix_sizes(plain))
+                pairs[module] = Pair(*pad_rank(a, b, rank), 1.0)
+    return Adapter(config, paths.unflatten(pair_leaves(made, pairs)), adapter.keymap)

@@ -16,85 +16,24 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt.adapters import selection
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
-from jaxadapt.configs import lora, matching
+from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.base import at_least_float32
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 from jaxadapt.storage.strided import float_dtype
 
-# ---------------------------------------------------------------- low rank form
-
-
 Array = Any
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def plain_config(config: Config, r: int) -> lora.LoraConfig:
-    """Return a plain LoRA configuration for the same modules of the same base."""
-    names = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "auto_mapping")
-    further_names = ("layers_to_transform", "layers_pattern", "fan_in_fan_out")
-    fields = {name: value for name in names + further_names if (value := config.get(name)) is not None}
-    return lora.LoraConfig(r=r, lora_alpha=r, **fields)
-
-
-def plain_sites(adapter: Adapter, sites: Sites, r: int, shapes: Shapes) -> tuple[lora.LoraConfig, Sites]:
-    """Return the configuration and the sites of a plain LoRA on the weights that an adapter changes.
-
-    Args:
-        sites: the adapter's sites.
-        shapes: `{leaf: shape}` of the base.
-    """
-    config = plain_config(adapter.config, r)
-    modules = sorted({module for site in sites for module in site.modules})
-    if not all(matching.is_target(config, module) for module in modules):
-        config = config.replace(target_modules=modules, exclude_modules=None)
-    return config, selection.select_sites(config, adapter.keymap, {leaf: shapes[leaf] for leaf in adapter.sites})
-
-
-def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
-    """Return a plain LoRA, float32 at least, with the factors that an adapter's method computes.
-
-    Its rank is the method's `plain_rank`. It computes the same, up to rounding. None if the method does not compute
-    factors, or not for all weights of the adapter: for embeddings, convolutions, experts and full copies.
-    """
-    method, sites = get_method(adapter.config), sites_of(adapter)
-    rank = method.plain_rank(adapter.config)
-    if rank is None or any(site.method.copies or site.match.weight.kind != "linear" for site in sites):
-        return None
-    config, made = plain_sites(adapter, sites, rank, shapes)
-    if not all(factors.has_one_pair(site) for site in made):
-        return None
-    leaves = {path: at_least_float32(jnp.asarray(x)) for path, x in adapter.flat().items()}
-    shared = {name: leaves[paths.join(SHARED_NODE, name)] for name in adapter.shared}
-    tensors: dict[str, dict[str, Array]] = {}
-    for site in sites:
-        for tensor, entry in site.bound:
-            for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True):
-                module = key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix)
-                tensors.setdefault(module, {})[tensor.name] = row
-    by_leaf = {site.leaf: site for site in sites}
-    pairs: dict[str, Pair] = {}
-    with jax.default_matmul_precision("highest"):
-        for plain in made:
-            site: Any = by_leaf[plain.leaf]
-            for module in plain.modules:
-                own = site.method.own(adapter.config, dataclasses.replace(site.target, modules=Modules((module,))))
-                a, b = site.method.factors(own, shared | tensors.get(module, {}), factors.matrix_sizes(plain))
-                pairs[module] = Pair(*factors.pad_rank(a, b, rank), 1.0)
-    return Adapter(config, paths.unflatten(factors.pair_leaves(made, pairs)), adapter.keymap)
 
 
 # ---------------------------------------------------------------- rank reduction
@@ -232,7 +171,7 @@ def _as_product(adapter: Adapter, params: Any) -> Adapter | None:
             f"to_lora: the weight change of {adapter.config.peft_type} depends on the base weights here, or at least on"
             " their shapes; pass params=base"
         )
-    return low_rank_form(adapter, base_params(params).shapes)
+    return factors.low_rank_form(adapter, base_params(params).shapes)
 
 
 def _change_by_adapter(
@@ -247,7 +186,7 @@ def _change_by_adapter(
         " modules_to_save or bias:",
         [site.leaf for site in sites if site.method.copies],
     )
-    config, sites = plain_sites(adapter, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
+    config, sites = factors.plain_sites(adapter, sites, r, {leaf: tuple(x.shape) for leaf, x in base.items()})
     return base, tuned, config, adapter.keymap, sites
 
 

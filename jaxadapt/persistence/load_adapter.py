@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Site, tensor_entries
 from jaxadapt.arrays import finite
 from jaxadapt.configs import lora
@@ -36,7 +36,7 @@ from jaxadapt.storage.location import to_location
 
 
 def load(
-    source: str | os.PathLike[str] | PeftTensors,
+    source: str | os.PathLike[str] | peft_tensors.PeftTensors,
     model: Any,
     *,
     name: str = DEFAULT,
@@ -106,7 +106,7 @@ def load(
     held = lora_carrier(model, fills=True)
     options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
-        if not isinstance(source, PeftTensors):
+        if not isinstance(source, peft_tensors.PeftTensors):
             to_location(source)  # raises if the two arguments are exchanged
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
@@ -141,10 +141,10 @@ def load(
 
 @contextlib.contextmanager
 def _open(
-    source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
-) -> Generator[PeftTensors | Place]:
+    source: str | os.PathLike[str] | peft_tensors.PeftTensors, name: str, held: Carrier, report: Report
+) -> Generator[peft_tensors.PeftTensors | Place]:
     """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
-    if isinstance(source, PeftTensors):
+    if isinstance(source, peft_tensors.PeftTensors):
         yield peft_tensors.without_names(source)
         return
     place = folder.find_adapter(source, name, report)

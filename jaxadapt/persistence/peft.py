@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors
-from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe
+from jaxadapt.adapters.adapter import Adapter, Recipe
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region

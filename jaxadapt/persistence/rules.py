@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters import full_copies, initial_values, peft_tensors
-from jaxadapt.adapters.adapter import PeftTensors, Recipe
+from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -59,7 +59,7 @@ class Expected:
         refusals: what the rules refuse, one text a rule.
     """
 
-    file: PeftTensors
+    file: peft_tensors.PeftTensors
     recipe: Recipe
     sites: Sites
     base: BaseParams

@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, full_copies, sites
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors, name_donated_arrays
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, name_donated_arrays
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import rename_targets
 from jaxadapt.arrays import finite

@@ -21,7 +21,7 @@ from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
-from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
 from jaxadapt.serving.layout import becomes_lora, compare_shared

@@ -23,7 +23,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.merging.rank_reduction import plain_config
+from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.applied import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning

@@ -25,7 +25,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.merging.rank_reduction import low_rank_form
+from jaxadapt.merging.factors import low_rank_form
 from jaxadapt.methods.base import Start
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.call import RowLayout, RowSite

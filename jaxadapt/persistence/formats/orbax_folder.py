@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, integers_name, name_donated_arrays
+from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, name_donated_arrays
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
