@@ -74,7 +74,17 @@ class Norms:
 
 
 def measure_norms(tensors: PeftTensors) -> Norms:
-    """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
+    """Compute the Frobenius norm of the change of each module's weight, in float64, and its effective rank.
+
+    Raises `ConfigError` for methods whose change depends on the base.
+
+    >>> import numpy as np, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=1, lora_alpha=2, target_modules=["q"])
+    >>> a, b = np.ones((1, 4)), np.ones((9, 1))
+    >>> tensors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    >>> [norm.norm for norm in measure_norms(jaxadapt.PeftTensors(config, tensors)).modules]
+    [12.0]
+    """
     import numpy as np
 
     config = tensors.config
@@ -336,6 +346,13 @@ def norms_png(norms: Norms, config: Config) -> bytes:
     """Return a heat map as a PNG. The same adapter gives the same bytes.
 
     Raises `AdapterError` if matplotlib is missing, or if no norm is known.
+
+    >>> import numpy as np, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=1, target_modules=["q"])
+    >>> a, b = np.ones((1, 4)), np.ones((9, 1))
+    >>> tensors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    >>> norms_png(measure_norms(jaxadapt.PeftTensors(config, tensors)), config)[:4]
+    b'\\x89PNG'
     """
     grid = norms_grid(norms.modules)
     if not grid.cells:
