@@ -299,7 +299,7 @@ class VBLoRAConfig(ExcludesConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        if self.topk > self.num_vectors:
+        if "topk" not in problems and "num_vectors" not in problems and self.topk > self.num_vectors:
             problems.add("topk", f"at most num_vectors, {self.num_vectors}", self.topk)
 
 

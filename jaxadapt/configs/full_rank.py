@@ -429,7 +429,7 @@ class TrainableTokensConfig(MethodConfig):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        indices = tuple(self.token_indices)
+        indices = self.get("token_indices")
         if "token_indices" not in problems and len(set(indices)) < len(indices):
-            repeated = sorted({i for i in indices if indices.count(i) > 1})
+            repeated = sorted({i for i in indices if tuple(indices).count(i) > 1})
             problems.add("token_indices", "each token once", repeated, "remove the repeated tokens")

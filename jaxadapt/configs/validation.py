@@ -31,11 +31,11 @@ _MAX_WAYS = 1e8
 _NAME_LENGTH = 256  # letters of a long name
 # A letter, an escape, a class, or the beginning of a group, and its repeat.
 _PART = re.compile(
-    r"(?P<text>\((?:\?(?:P<\w+>|P=\w+\)|#[^)]*\)|<?[=!]|>|[a-zA-Z-]*[:)]))?|\[\^?\]?(?:\\.|[^\\\]])*\]"
+    r"(?P<text>\((?:\?(?:P<\w+>|P=\w+\)|<?[=!]|>|[a-zA-Z-]*[:)]))?|\[\^?\]?(?:\\.|[^\\\]])*\]"
     r"|\\(?:x..|u.{4}|U.{8}|N\{[^}]*\}|\d{1,3}|.)|.)(?P<times>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})?)[?+]?",
     re.DOTALL,
 )
-_NO_WIDTH = re.compile(r"[\^$]|\\[bBAZ]|\(\?(?:<?[=!]|#|[a-zA-Z-]+\))")
+_NO_WIDTH = re.compile(r"[\^$]|\\[bBAZ]|\(\?(?:<?[=!]|[a-zA-Z-]+\))")
 _LETTER = re.compile(r"\[?(?:\\(\W)|([^\\]))\]?", re.DOTALL)
 _TIMES = {"": (1, 1), "*": (0, sys.maxsize), "+": (1, sys.maxsize), "?": (0, 1)}
 
@@ -45,7 +45,7 @@ def is_slow(expression: str) -> bool:
 
     This is an estimate. A repeat counts as many ways as it can give back letters to the part that follows it. It counts
     one way if the part that follows begins with a letter that the repeat does not match. An expression with repeats and
-    a condition, "(?(1)…)", or the flag x counts as slow.
+    a condition, "(?(1)…)", a comment, "(?#…)", or the flag x counts as slow.
 
     >>> is_slow(r"(a+)+$"), is_slow(r"(.*a){9}b"), is_slow(r".*\\.layers\\.\\d+\\.(self_attn|mlp)\\..*_proj$")
     (True, True, False)
@@ -53,7 +53,7 @@ def is_slow(expression: str) -> bool:
     if not REPEAT.search(expression):
         return False
     flags = "".join(re.findall(r"\(\?([a-zA-Z]+)", expression))
-    if "x" in flags or "(?(" in expression:
+    if "x" in flags or re.search(r"\(\?[(#]", expression):
         return True
     try:
         branches, _ = _read_group(_PART.finditer(expression))
@@ -133,8 +133,9 @@ def _gives_back(part: _Part, begins: str | None, after: str | None, caseless: bo
     """Return True if a shorter match of a repeat may succeed after its longest match has failed."""
     if after == "":
         return part.text != "."  # ".*" at the end takes all remaining letters
-    letter = _letter(after)
-    return caseless or begins is None or letter is None or re.fullmatch(begins, letter) is not None
+    # A part without width is at any letter.
+    letter = _letter(after) if begins and not _NO_WIDTH.match(part.text) else None
+    return caseless or letter is None or re.fullmatch(begins or "", letter) is not None
 
 
 def _first(parts: Sequence[_Part]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import enum
@@ -22,6 +23,7 @@ from jaxadapt import ConfigError, IA3Config, LoraConfig
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config, GenericConfig, loads
 from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
+from tests.support.configs import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = Path(os.environ.get("JAXADAPT_REAL_ADAPTERS") or ROOT.parent / "shared" / "real-adapters") / "configs"
@@ -417,6 +419,15 @@ def test_lora_refuses(fields: dict[str, Any], says: str):
         LoraConfig(**fields)
     assert says in str(caught.value)
     assert str(caught.value).startswith("LoraConfig: ")
+
+
+@pytest.mark.parametrize("peft_type", sorted(CLASSES))
+def test_every_field_takes_or_refuses_every_value(peft_type: str):
+    """No other error than `ConfigError` reaches the reader of a file."""
+    for name in {field.name for field in dataclasses.fields(CLASSES[peft_type])} - {"extra"}:
+        for value in (None, True, -1, 0.5, "x", [None], {"a": None}, object):
+            with contextlib.suppress(ConfigError):
+                CLASSES[peft_type](**{name: value})
 
 
 def test_ia3_and_generic_refuse():

@@ -164,6 +164,11 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
         ("(.*" + "(?:aa|b)" * 64 + "){5}!", False),
         ("a?" * 20, False),
         ("a?" * 40, True),
+        (r"(a+)(?#the repeat of the group follows)+$", True),
+        (r"((?!b)+?a)+?c", True),  # each repeat may try the look-ahead once more
+        (r"((?<!b)??a)+c", True),
+        (r"((?:)*a)+c", True),
+        (r"(()*?a)+c", True),
     ],
 )
 def test_estimates(expression: str, slow: bool):
