@@ -46,10 +46,8 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     """The adapter as PEFT would have written it, from the names our table gives its tensors."""
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
-
-    def file(key: jax.Array) -> dict[str, jax.Array]:
-        return dict(jaxadapt.to_peft(jaxadapt.init(tree, config, key=key, keymap=specimen.table)).tensors)
-
-    made = jax.eval_shape(file, jax.random.key(0))
+    fresh = jaxadapt.init(tree, config, key=jax.random.key(0), keymap=specimen.table)
+    # Zeros, since gate and up of experts are one A in PEFT's file, so their values must be equal.
+    made = jaxadapt.to_peft(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), fresh)).tensors
     tensors = {key: adapter_values(key, x.shape) for key, x in made.items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
