@@ -282,6 +282,10 @@ class Config:
         """Return the entries of a list field as a set; cached."""
         return self._cached("names", key, frozenset)
 
+    def sizes(self, key: str) -> frozenset[int]:
+        """Return the lengths of the names in a list field; cached."""
+        return self._cached("sizes", key, lambda names: frozenset(map(len, names)))
+
     def index(self, key: str) -> PatternIndex:
         """Return an index of the patterns in a list field; cached. Raises `ConfigError` for an invalid expression."""
         return self._cached("index", key, lambda patterns: PatternIndex(key, patterns))

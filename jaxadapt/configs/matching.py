@@ -136,14 +136,14 @@ def is_feedforward(config: Config, name: str) -> bool:
     return name.endswith(inputs)
 
 
-def saving_entries(config: Config, module: str) -> set[str]:
+def saving_entries(config: Config, module: str) -> frozenset[str]:
     """Return the entries of `modules_to_save` that end the path of a module or a parent (not only after a dot)."""
-    entries = config.names("modules_to_save")
-    if not entries:
-        return set()
-    ends = [*(i for i, letter in enumerate(module) if letter == "."), len(module)]
-    tails = {module[end - size : end] for size in {len(entry) for entry in entries} for end in ends if size <= end}
-    return tails & entries
+    return config.names("modules_to_save") & {
+        module[end - size : end]
+        for size in config.sizes("modules_to_save")
+        for end in range(size, len(module) + 1)
+        if module[end : end + 1] in (".", "")
+    }
 
 
 def resolve_targets(
