@@ -124,8 +124,8 @@ def load(
             return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
         parameters, present = held.base(), held.attached(name)
         if isinstance(opened, Place):
-            text, stored, policy = os.fspath(opened.path), None, None
-            adapter, adapter_sites = _from_orbax(text, parameters, present, name, options, report)
+            text, stored = os.fspath(opened.path), None
+            adapter, adapter_sites, policy = _from_orbax(text, parameters, present, name, options, report)
         else:
             text, stored, policy = opened.source, opened.fingerprint, opened.change_base
             adapter, adapter_sites = peft.adapter_from_tensors(opened, parameters, options, report, check=True)
@@ -144,15 +144,18 @@ def _open(
     source: str | os.PathLike[str] | peft_tensors.PeftTensors, name: str, held: Carrier, report: Report
 ) -> Generator[peft_tensors.PeftTensors | Place]:
     """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
-    if isinstance(source, peft_tensors.PeftTensors):
-        yield peft_tensors.without_names(source)
-        return
-    place = folder.find_adapter(source, name, report)
-    if held.foreign is None and (found := formats.find(place)) is not None and found.write_adapter is not None:
+    place = source if isinstance(source, peft_tensors.PeftTensors) else folder.find_adapter(source, name, report)
+    if isinstance(place, peft_tensors.PeftTensors):
+        if place.fit_vocabulary and held.foreign is not None:
+            raise AttachError(
+                f"{place.source}: fit_vocabulary=True: no effect on leaves of {held.foreign.dialect.name}"
+            )
+        yield peft_tensors.without_names(place)
+    elif held.foreign is None and (found := formats.find(place)) is not None and found.write_adapter is not None:
         yield place
-        return
-    with folder.open_adapter(place) as tensors:
-        yield tensors
+    else:
+        with folder.open_adapter(place) as tensors:
+            yield tensors
 
 
 def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
@@ -266,8 +269,8 @@ def _from_orbax(
     name: str,
     options: rules.Options,
     report: Report,
-) -> tuple[Adapter, tuple[Site, ...]]:
-    """Read an Orbax checkpoint into the layout of a base; return the adapter and its sites."""
+) -> tuple[Adapter, Sequence[Site], bool | None]:
+    """Read an Orbax checkpoint into the layout of a base; return the adapter, its sites and its `change_base`."""
     from jaxadapt.persistence.formats import orbax_folder
 
     stored = orbax_folder.find_adapter(path, attached, name)
@@ -285,7 +288,7 @@ def _from_orbax(
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
         tensors = orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path)
-        return peft.adapter_from_tensors(tensors, base, options, report, check=True)
+        return *peft.adapter_from_tensors(tensors, base, options, report, check=True), stored.change_base
     placement = peft.adapter_placement(options.shardings, base, target_sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and options.shardings is None:
@@ -293,7 +296,7 @@ def _from_orbax(
     flat = _cast_values(orbax_folder.read(path, stored, like).flat(), options.dtype, path)
     adapter = Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap)
     orbax_folder.report_total(report, "load", adapter)
-    return adapter, target_sites
+    return adapter, target_sites, stored.change_base
 
 
 def _cast_values(own: Mapping[str, Any], dtype: Any, source: str) -> dict[str, Any]:

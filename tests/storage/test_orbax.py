@@ -188,6 +188,16 @@ def test_the_adapter_out_of_a_whole_checkpoint(kind: str, save: Any, tmp_path: P
         jaxadapt.inspect(tmp_path / "out")
 
 
+def test_a_checkpoint_of_an_adapter_that_changed_its_base_continues_it(tmp_path: Path):
+    config = small.LORA.replace(init_lora_weights="pissa")
+    started = jaxadapt.initializers.start(small.base()["params"], config)
+    params, trained = {"params": started.base}, small.noisy(started.adapter)
+    v1.save(tmp_path / "out", pure({**params, **trained.collection}))
+    got = jaxadapt.load(tmp_path / "out", {**params, **started.adapter.collection})
+    assert same(got["params"], started.base)
+    assert same(jaxadapt.extract(got).params, trained.params)
+
+
 def test_what_is_missing_is_named(tmp_path: Path):
     variables = pure(small.variables(seed=3))
     del variables["lora"]["default"]["up_proj"]["kernel"]["lora_B"]

@@ -45,11 +45,13 @@ class StoredAdapter:
         adapter: its parameters as `ShapeDtypeStruct`s.
         item: the item of the checkpoint that contains them.
         keys: `{dotted path of a parameter: key path in the item}`.
+        change_base: as in `PeftTensors`. False for the leaves of the attached adapter, which has changed the base.
     """
 
     adapter: Adapter
     item: str
     keys: Mapping[str, tuple[str, ...]]
+    change_base: bool | None = None
 
 
 def write(adapter: Adapter, path: Location, report: Report) -> None:
@@ -95,7 +97,7 @@ def find_adapter(path: Path, like: Adapter | None = None, name: str = "default")
     items = orbax.leaf_specs(path)
     if recipe is not None:
         keys = {".".join(key): key for key in items.get(_ADAPTER, {})}
-        flat = {dotted: _spec(items[_ADAPTER][key]) for dotted, key in keys.items()}
+        flat = {dotted: jax.ShapeDtypeStruct(*items[_ADAPTER][key]) for dotted, key in keys.items()}
         if not flat:
             raise FormatError(f"{os.fspath(path)}: expected an adapter's parameters, found none")
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
@@ -107,12 +109,8 @@ def find_adapter(path: Path, like: Adapter | None = None, name: str = "default")
             " configuration first; load then reads the adapter's leaves"
         )
     item, keys = _find_leaves(path, items, like, name)
-    flat = {dotted: _spec(items[item][key]) for dotted, key in keys.items()}
-    return StoredAdapter(dataclasses.replace(like, params=paths.unflatten(flat)), item, keys)
-
-
-def _spec(spec: orbax.Spec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(spec[0], spec[1])
+    params = paths.unflatten({dotted: jax.ShapeDtypeStruct(*items[item][key]) for dotted, key in keys.items()})
+    return StoredAdapter(dataclasses.replace(like, params=params), item, keys, change_base=False)
 
 
 def _find_leaves(
