@@ -143,8 +143,7 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    held = lora_carrier(model)
-    return held.extract(name, held.given.config, keymap)
+    return lora_carrier(model).extract(name, keymap)
 
 
 def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
@@ -176,7 +175,7 @@ def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
         " jax.tree.map(jnp.copy, adapter):",
         gone,
     )
-    return lora_carrier(model, fills=True).inject(adapter, name)
+    return lora_carrier(model, takes=()).inject(adapter, name)
 
 
 def delete(model: Any, *, name: str) -> Any:

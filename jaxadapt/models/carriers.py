@@ -140,8 +140,8 @@ class Carrier:
         """Attach a new adapter; `options` are the arguments of `jaxadapt.adapt` that only some kinds have."""
         raise self.unsupported("an NNX model, a Linen module or an adapted Linen module")
 
-    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        """Return the adapter called `name`, as `jaxadapt.extract` does."""
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
+        """Return the adapter called `name`, as `jaxadapt.extract` does; `given` may have its configuration."""
         raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
 
     def inject(self, adapter: Adapter, name: str) -> Any:
@@ -264,7 +264,7 @@ class _Variables(Carrier):
     def names(self) -> list[str]:
         return list(graph.adapter_variables(self._contents))
 
-    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
         if not self.has_adapters() and (unknown := foreign_tree.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
@@ -515,8 +515,8 @@ class Params(Carrier):
     def names(self) -> list[str]:
         return collections.adapter_names(self.tree)
 
-    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
-        present = collections.adapter_tree(self.tree, name)
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
+        present, config = collections.adapter_tree(self.tree, name), self.given.config
         if present is not None and (config is None or (keymap is None and collections.has_config(present))):
             adapter = collections.read_adapter(present, name)
             return adapter if config is None else dataclasses.replace(adapter, config=config)
@@ -606,7 +606,7 @@ class Value(Carrier):
     def names(self) -> list[str]:
         return [DEFAULT]
 
-    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
         return self.tree
 
     def inject(self, adapter: Adapter, name: str) -> Any:
@@ -626,7 +626,7 @@ class Foreign(Carrier):
         self.given = found.given
         self.whole = whole
 
-    def extract(self, name: str, config: Config | None = None, keymap: Any = None) -> Adapter:
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
         return foreign_tree.extract_adapter(self.found, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
@@ -664,20 +664,20 @@ def carrier(tree: Any) -> Carrier:
     return Variables(tree) if kind is Params and isinstance(tree.get("params"), Mapping) else kind(tree)
 
 
-def lora_carrier(tree: Any, *, fills: bool = False) -> Carrier:
+_APPLIES = {"config": "applies to a tree that is read, not to one that is filled"} | dict.fromkeys(
+    ("stack_axes", "example"), "applies to a model that load or from_peft fills"
+)
+
+
+def lora_carrier(tree: Any, *, takes: Collection[str] = ("config",)) -> Carrier:
     """Return the carrier of a tree, for its adapters: those of jaxadapt, else the LoRA leaves of another library.
 
-    `fills`: True for an operation that fills the tree, and False for one that reads it.
-
-    Raises `KeyMapError` if a known layout matches only some of the LoRA leaves, and `AttachError` for options of a
-    `LoraTree` that the operation or the tree does not need.
+    `takes`: the options of a `LoraTree` in `_APPLIES` that the operation uses. Raises `KeyMapError` if a known layout
+    matches only some of the LoRA leaves, and `AttachError` for options that the operation or the tree does not need.
     """
     given = tree if isinstance(tree, foreign_tree.LoraTree) else None
-    if given is not None and fills:
-        refuse({"config": given.config}, "applies to a tree that is read, not to one that is filled")
-    elif given is not None:
-        layout = {"stack_axes": given.stack_axes, "example": given.example}
-        refuse(layout, "applies to a model that load or from_peft fills")
+    for option, why in () if given is None else _APPLIES.items():
+        refuse({option: None if option in takes else vars(given)[option]}, why)
     own = carrier(tree if given is None else given.tree)
     found = None if own.has_adapters() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
     if found is not None:

@@ -103,7 +103,7 @@ def load(
     """
     if strict not in (True, False, "base"):
         raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
-    held = lora_carrier(model, fills=True)
+    held = lora_carrier(model, takes=("stack_axes", "example"))
     options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
         if not isinstance(source, peft_tensors.PeftTensors):

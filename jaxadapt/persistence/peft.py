@@ -39,7 +39,7 @@ from jaxadapt.methods.base import file_sizes
 from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, carrier
+from jaxadapt.models.carriers import DEFAULT, carrier, refuse
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.linen import wrapper
 from jaxadapt.models.planning import BaseParams
@@ -310,6 +310,7 @@ def from_peft(
     if strict not in (True, False):
         raise AttachError(f"strict={strict!r}: expected True or False; only load compares the base")
     given = LoraTree.of(model)
+    refuse({"config": given.config}, "applies to a tree that is read, not to one that is filled")
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
     tensors = peft_tensors.without_names(tensors)

@@ -294,8 +294,7 @@ def take_adapter(held: Carrier, name: str, keymap: KeyMap | str | None, *, in_me
 
     Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
     """
-    config = held.given.config
-    adapter = held.extract(name, config, keymap)
+    adapter, config = held.extract(name, keymap), held.given.config
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
     if keymap in (None, "auto"):

@@ -81,3 +81,7 @@ def test_options_without_effect_are_refused(tmp_path: Path):
         jaxadapt.load(tmp_path, LoraTree(small.net(), config=small.LORA))
     with pytest.raises(jaxadapt.AttachError, match="example: applies to a model that load or from_peft fills"):
         jaxadapt.save(LoraTree(small.trained(), example=[small.X]), tmp_path)
+    with pytest.raises(jaxadapt.AttachError, match="example: applies to a model that load or from_peft fills"):
+        jaxadapt.inject(LoraTree(small.trained(), example=[small.X]), small.adapter())
+    with pytest.raises(jaxadapt.AttachError, match="config: applies to a tree that is read"):
+        jaxadapt.from_peft(jaxadapt.read(tmp_path), LoraTree(small.base()["params"], config=small.LORA))

@@ -68,6 +68,16 @@ def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
     assert resumed.step() == expected[4]
 
 
+def test_a_tree_that_lost_its_configuration_is_saved_with_it(tmp_path: Path):
+    held = small.variables()
+    lost = {**held, "lora": {"default": {k: x for k, x in held["lora"]["default"].items() if k != "~config"}}}
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(1, jaxadapt.models.LoraTree(lost, config=small.LORA))
+    manager.wait()
+    restored = manager.restore(small.variables(seed=2)).model
+    jax.tree.map(np.testing.assert_array_equal, restored, held)
+
+
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path):
     """The next steps run, and donate the arrays, before the writer has begun to write."""
