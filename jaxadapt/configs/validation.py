@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -36,6 +37,7 @@ _PART = re.compile(
     re.DOTALL,
 )
 _NO_WIDTH = re.compile(r"[\^$]|\\[bBAZ]|\(\?(?:<?[=!]|[a-zA-Z-]+\))")
+_REFERENCE = re.compile(r"\\[1-9]|\(\?P=")
 _LETTER = re.compile(r"\[?(?:\\(\W)|([^\\]))\]?", re.DOTALL)
 _TIMES = {"": (1, 1), "*": (0, sys.maxsize), "+": (1, sys.maxsize), "?": (0, 1)}
 
@@ -56,8 +58,7 @@ def is_slow(expression: str) -> bool:
     if "x" in flags or re.search(r"\(\?[(#]", expression):
         return True
     try:
-        branches, _ = _read_group(_PART.finditer(expression))
-        return _log_choice(branches, "", 0, "i" in flags) > math.log(_MAX_WAYS)
+        return _log_choice(_read_group(_PART.finditer(expression))[0], "", 0, "i" in flags) > math.log(_MAX_WAYS)
     except RecursionError:
         return True
 
@@ -95,10 +96,10 @@ def _read_group(found: Iterator[re.Match[str]]) -> tuple[list[list[_Part]], str]
 
 def _log_choice(branches: Sequence[Sequence[_Part]], after: str | None, width: int, caseless: bool) -> float:
     """Return the logarithm of the number of ways to match one of `branches`; see `_log_ways`."""
-    starts = {_letter(_first(branch)) for branch in branches}
-    ambiguous = caseless or None in starts or len(starts) < len(branches)
-    most = max(_log_ways(branch, after, width, caseless) for branch in branches)
-    return most + (math.log(len(branches)) if ambiguous else 0.0)
+    ambiguous = caseless or any(b.startswith(a) for a, b in itertools.pairwise(sorted(map(_read_letters, branches))))
+    return math.log(len(branches) if ambiguous else 1) + max(
+        _log_ways(each, after, width, caseless) for each in branches
+    )
 
 
 def _log_ways(parts: Sequence[_Part], after: str | None, width: int, caseless: bool) -> float:
@@ -112,15 +113,12 @@ def _log_ways(parts: Sequence[_Part], after: str | None, width: int, caseless: b
     """
     total = 0.0
     for part in reversed(parts):
-        begins = _first(part.branches[0]) if len(part.branches) == 1 else _first([part._replace(least=1)])
-        ways = 0.0
-        if part.branches and (_NO_WIDTH.match(part.text) or part.most > 1):
-            inside = "" if _NO_WIDTH.match(part.text) else begins
-            ways = _log_choice(part.branches, inside, _min_width(part.branches[0]), caseless)
-            if part.most > 1 and ways > 0:  # each round has as many ways as the first
-                ways = ways * part.most if part.most <= _NAME_LENGTH else math.inf
-        elif part.branches:
-            ways = _log_choice(part.branches, after, width, caseless)
+        begins = _first([part._replace(least=1)])
+        inside = (begins, min(map(_min_width, part.branches), default=0)) if part.most > 1 else (after, width)
+        inside = ("", 0) if _NO_WIDTH.match(part.text) else inside
+        ways = _log_choice(part.branches, *inside, caseless) if part.branches else 0.0
+        if part.most > 1 and ways > 0:  # each round has as many ways as the first
+            ways = ways * part.most if part.most <= _NAME_LENGTH else math.inf
         if part.least < part.most and _gives_back(part, begins, after, caseless):
             ways += math.log(min(part.most - part.least + 1, _NAME_LENGTH / max(1, width)))
         total += ways
@@ -133,19 +131,29 @@ def _gives_back(part: _Part, begins: str | None, after: str | None, caseless: bo
     """Return True if a shorter match of a repeat may succeed after its longest match has failed."""
     if after == "":
         return part.text != "."  # ".*" at the end takes all remaining letters
-    # A part without width is at any letter.
-    letter = _letter(after) if begins and not _NO_WIDTH.match(part.text) else None
-    return caseless or letter is None or re.fullmatch(begins or "", letter) is not None
+    letter = _letter(after)
+    return caseless or not begins or letter is None or re.fullmatch(begins, letter) is not None
 
 
 def _first(parts: Sequence[_Part]) -> str | None:
     """Return the text of the part that comes first; "" without parts, None if it is not known or may be left out."""
-    for part in parts:
-        if not _NO_WIDTH.match(part.text):
-            # The text of other escapes, such as a reference to a group, is no expression.
-            known = part.least and not part.branches and not re.match(r"\\(?![dDwWsS])\w|\(", part.text)
-            return part.text if known else None
+    for part in (each for each in parts if not _NO_WIDTH.match(each.text)):
+        # The text of other escapes, such as a reference to a group, is no expression.
+        texts = [_first(branch) for branch in part.branches] or [
+            None if re.match(r"\\(?![dDwWsS])\w|\(", part.text) else part.text
+        ]
+        return "|".join(text or "" for text in texts) if part.least and all(texts) else None
     return ""
+
+
+def _read_letters(parts: Sequence[_Part]) -> str:
+    """Return the letters with which every match begins, as far as they are known."""
+    letters = ""
+    for part in (each for each in parts if not _NO_WIDTH.match(each.text)):
+        letters += _letter(_first([part])) or ""
+        if part.branches or (part.least, part.most) != (1, 1) or _letter(part.text) is None:
+            break
+    return letters
 
 
 def _letter(text: str | None) -> str | None:
@@ -157,9 +165,9 @@ def _letter(text: str | None) -> str | None:
 def _min_width(parts: Sequence[_Part]) -> int:
     """Return the number of letters that parts match at least, up to and including the minimum of the first repeat."""
     total = 0
-    for part in parts:
-        if not _NO_WIDTH.match(part.text):
-            total += part.least * (min(map(_min_width, part.branches)) if part.branches else 1)
+    for part in (each for each in parts if not _NO_WIDTH.match(each.text)):
+        # The group of a reference may be empty.
+        total += part.least * min(map(_min_width, part.branches), default=not _REFERENCE.match(part.text))
         if (part.least, part.most) != (1, 1):
             break
     return total
