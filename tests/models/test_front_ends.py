@@ -279,6 +279,8 @@ def test_delete_leaves_the_other(front):
         extract(net, "fr")
     net.delete("default")
     np.testing.assert_array_equal(net(X), front.base())
+    if isinstance(net, Nnx):
+        assert nnx.graphdef(net.model) == nnx.graphdef(small.net())
 
 
 def test_two_methods_on_one_layer(front):
