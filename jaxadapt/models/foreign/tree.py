@@ -253,7 +253,8 @@ class LoraTree:
 
     Args:
         tree: a tree with the LoRA leaves of another library, or any model or tree that `load` or `save` takes.
-        config: the configuration, for `save`, `to_peft` and `extract`, if the tree has lost it or is another library's.
+        config: the configuration, if the tree has lost it or is another library's; for `save`, `to_peft`, `extract` and
+            checkpoints that are saved.
         lora_alpha: the alpha by which another library's tree scales, if the tree does not store one (Qwix, keras, …).
         on_shared: "concat" concatenates different As along the rank: where PyTorch has one A for several weights of the
             tree (the heads of keras and openpi; queries, keys and values of an `nn.MultiheadAttention`), and where the
