@@ -428,9 +428,8 @@ def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
     config, mode = tensors.config, source.save_embedding_layers
     if not full_copies.may_need_embeddings(config, mode):
         return tensors
-    keymap, encoded = source.adapter.keymap, _encoded(tensors)
-    more = full_copies.add_embeddings(encoded, config, keymap, source.sites, source.base, mode)
-    return dataclasses.replace(tensors, tensors=more)
+    given = _encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode
+    return dataclasses.replace(tensors, tensors=full_copies.add_embeddings(*given))
 
 
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
