@@ -202,7 +202,7 @@ def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> Non
     problems = ["data has no effect"] if wanted is None and data is not None else []
     problems += [f"data is needed: {wanted}"] if wanted is not None and data is None else []
     problems += ["key is needed"] if "key" in needs and key is None else []
-    if "batches" in needs and not isinstance(data, Batches | None):
+    if wanted is not None and data is not None and isinstance(data, Batches) != ("batches" in needs):
         problems.append(f"data: expected {wanted}, found {type(data).__name__}")
     if problems:
         raise AttachError(f"{setting}: " + ", ".join(problems))

@@ -75,6 +75,7 @@ def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shap
         (config("pissa"), {"data": {}}, AttachError, "data has no effect"),
         (config("eva"), {"data": Batches([1])}, AttachError, "forward= is required for bare parameters"),
         (config("eva"), {"data": [1]}, AttachError, r"data: expected jaxadapt.initializers.Batches.*, found list"),
+        (config("lora_ga"), {"key": 0, "data": Batches([1])}, AttachError, "data: expected the gradients"),
         (config("corda"), {"data": Batches([1], len, len)}, AttachError, "mask has no effect"),
         (config("mica", r=7), {}, ConfigError, r"rank 7 exceeds 6"),
         (config(True, kasa_config={}), {}, AttachError, "kasa_config: key is needed"),
