@@ -19,7 +19,7 @@ from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors import MAX_HEADER, problems_text
-from jaxadapt.storage.source import TensorSource, combine
+from jaxadapt.storage.source import TensorSource, as_source, combine
 from jaxadapt.storage.strided import numpy_dtype
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def open_model(path: Location) -> Generator[TensorSource]:
 
         def open_part(file: Location) -> TensorSource:
             if file.suffix == ".bin":
-                return torch_bin.open_tensors(file)
+                # From a store, the whole file is fetched by each of the two passes.
+                return torch_bin.open_tensors(file) if isinstance(file, Path) else as_source(torch_bin.read(file))
             return stack.enter_context(safetensors.open_tensors(file))
 
         if isinstance(path, Path) and not location.exists(path):
@@ -88,10 +89,10 @@ def open_model(path: Location) -> Generator[TensorSource]:
 
 def _main_file(folder: Location) -> Location:
     """Return the file of a model's weights, or their index."""
-    found = [folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX) if location.exists(folder / name)]
-    if not found:
+    found = next(filter(location.exists, (folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX))), None)
+    if found is None:
         raise FileError(f"{folder}: expected {SINGLE_FILE}, {INDEX} or {BIN}, found none of them; check the path")
-    return found[0]
+    return found
 
 
 def _disagreements(index: Mapping[str, str], parts: Mapping[str, TensorSource]) -> list[str]:

@@ -216,8 +216,8 @@ def _root_cause(error: Any) -> Any:
     cause: Any = error.__cause__
     if isinstance(error, errors.LocalEntryNotFoundError):  # also if the server was reached and answered
         return cause if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500 else error
-    plain = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError | errors.HFValidationError)
-    return cause if plain and cause is not None else error
+    final = isinstance(error, OSError | errors.HFValidationError) or not isinstance(error, RuntimeError | ValueError)
+    return error if final or cause is None else _root_cause(cause)
 
 
 def _file_error(error: Any, place: Address, token: Token, action: str) -> FileError:

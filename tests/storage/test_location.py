@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt import cli
-from jaxadapt.storage import location, safetensors
+from jaxadapt.storage import hf_model, location, safetensors
 from tests.persistence.test_sharded_files import numbers, original
 from tests.support import leave, meshes, processes, small, stores, train_small
 from tests.support.small import CARD, CONFIG, WEIGHTS, same
@@ -502,3 +502,18 @@ def test_several_processes_in_a_store(kind: str, started: Callable[[str], str], 
     exported = jaxadapt.from_peft(jaxadapt.read(f"{place}/exported"), meshes.base(False), keymap=meshes.TABLE)
     assert same(exported.flat(), numbers(False, 1))
     assert set(stores.files(f"{place}/run")) == {"step-000000001.safetensors"}
+
+
+@pytest.mark.peft
+def test_a_models_bin_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch = pytest.importorskip("torch")
+    torch.save({"x": torch.arange(6.0)}, tmp_path / "pytorch_model.bin")
+    place = location.to_location("memory://bin/pytorch_model.bin")
+    assert isinstance(place, location.Address)
+    place.put(str(tmp_path / "pytorch_model.bin"))
+    fs = place.store()[0]
+    get, fetched = fs.get_file, []
+    monkeypatch.setattr(fs, "get_file", lambda remote, local: fetched.append(remote) or get(remote, local))
+    with hf_model.open_model(location.to_location("memory://bin")) as tensors:
+        np.testing.assert_array_equal(tensors.read("x"), np.arange(6, dtype="f4"))
+    assert len(fetched) == 1

@@ -538,3 +538,13 @@ def test_the_clients_bars_come_back():
         assert are_progress_bars_disabled()
         raise KeyError
     assert not are_progress_bars_disabled()
+
+
+def test_the_first_cause_of_the_clients_errors_is_named():
+    middle, outer = ValueError("while uploading"), RuntimeError("while committing")
+    middle.__cause__, outer.__cause__ = OSError("the reason"), middle
+    with (
+        pytest.raises(jaxadapt.FileError, match="cannot read it: the reason; try again"),
+        door.translate_errors(door.parse(f"hf://{REPO}"), None),
+    ):
+        raise outer
