@@ -1,6 +1,10 @@
 """Load an adapter folder into a model.
 
-files ──folder.open_adapter──► PeftTensors ──peft.adapter_from_tensors──► Adapter ──attach──► model / variables
+    file ──folder.open_adapter──► PeftTensors, read on demand
+    model ──carriers.lora_carrier──► Carrier, whose `base` walks it ──planning.plan_adapter──► Sites and their plan
+    both ──rules.fit──► the plan's tensors ──peft.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
+
+A format that keeps the model's layout (Orbax) is read by `_from_orbax` instead of by rules.
 """
 
 from __future__ import annotations

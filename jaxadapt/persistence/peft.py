@@ -1,6 +1,6 @@
-"""Convert between a model's layout and PEFT's in memory: `to_peft`, `from_peft` and the decoding that `load` uses.
+"""Convert between a model's layout and PEFT's: `to_peft`, `from_peft`, and `adapter_from_tensors`, which `load` uses.
 
-`load_arrays` loads tensors of a file, or of memory, as device arrays in the model's layout.
+`load_arrays` reads tensors from a file, or from memory, into device arrays in the model's layout.
 Threads read the regions that devices need, and transpose them where the layouts differ, into memory that XLA's CPU
 client accepts without a copy. The caller's thread transfers arrays as they become ready. So the data is in memory once,
 and the device does not wait for the whole file.
@@ -150,7 +150,7 @@ class _Leaf:
 def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
     """Return a task that reads the regions of each leaf."""
     for leaf in job:
-        # Allocated here, in the caller's thread; see `threads.run_in_order`.
+        # Allocated here, in the caller's thread; see `local_files.run_in_order`.
         place, shape = leaf.sharding, leaf.entry.shape
         boxes = [regions.full_region(shape)] if place is None else regions.addressable_regions(place, shape)
         leaf.regions = {box: _allocate(leaf, shape if place is None else regions.region_shape(box)) for box in boxes}

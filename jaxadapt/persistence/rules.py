@@ -3,8 +3,8 @@
     file ──RULES──► the tensors of the plan ──create_missing──► all of them, for `peft.load_arrays`
 
 A rule takes a source of tensors and what the model expects, and returns a source. It reads only the tensors that it
-compares. What a rule refuses is collected, and `fit` raises it in one error. Loading never changes the base, so weights
-of the base in a file must equal the model's.
+compares. What a rule refuses is collected, and `fit` raises it in one error. No rule changes the base, so weights of
+the base in a file must equal the model's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an adapter's tensors are bound to a base, as in `load`; `given` is the model or tree."""
+    """How an adapter's tensors are bound to a base, as in `load`; `given` has the options of a `LoraTree`."""
 
     keymap: KeyMap | str | None = None
     dtype: Any = None

@@ -506,7 +506,7 @@ class TensorFile(TensorSource):
         """Return several tensors; see `TensorSource`. Several threads read them."""
         order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
         jobs = local_files.split_by_size(order, self.nbytes, _JOB_BYTES)
-        # Allocated here, in the caller's thread; see `threads.run_in_order`.
+        # Allocated here, in the caller's thread; see `local_files.run_in_order`.
         tasks = (
             functools.partial(list, map(self.read_into, job, [local_files.aligned_empty(self.nbytes(k)) for k in job]))
             for job in jobs

@@ -1,7 +1,7 @@
 """Attach adapters to NNX models in place.
 
 Each adapted layer gets a run-time subclass of its class, and the adapter's variables become attributes of the layer.
-The paths, the values and the sharing of base parameters do not change. `detach` undoes it.
+The paths, the values and the sharing of base parameters do not change. `delete` undoes it.
 
     layer.kernel                       as before
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
