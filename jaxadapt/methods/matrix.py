@@ -129,8 +129,8 @@ class MatrixMethod(Method):
         return y
 
     def shift(self, own: Any, params: Params, bias: Array, undo: bool) -> Array:
-        """Return the module's bias (out) as the adapter changes it, or its inverse."""
-        return bias
+        """Return the module's bias (out) as the adapter changes it, or its inverse. Needed if `effect` says `bias`."""
+        raise AttachError(f"{self.peft_type}: its effect changes the layer's bias, so the method must define `shift`")
 
     def describe_change(self, config: Any) -> str | None:
         return None if type(self).delta is MatrixMethod.delta else "‖ΔW‖"

@@ -82,6 +82,14 @@ def test_a_method_is_told_whether_each_layer_has_a_bias():
 # ---- a method with a shared tensor -------------------------------------------------------------------------------
 
 
+def test_a_method_that_says_it_changes_the_bias_must_define_how(monkeypatch: pytest.MonkeyPatch):
+    """Merged without, the bias would stay as it was, while the layer's output changes."""
+    model = jaxadapt.adapt(Net(), jaxadapt.RoadConfig(target_modules=["q"], group_size=8), rngs=nnx.Rngs(2))
+    monkeypatch.delattr(type(METHODS["ROAD"]), "shift")
+    with pytest.raises(jaxadapt.AttachError, match="ROAD: .* must define `shift`"):
+        jaxadapt.merge(model)
+
+
 def make_shared() -> Method:
     @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
     class CodeConfig(MethodConfig):
