@@ -1,6 +1,6 @@
-"""Whole models ↔ Hugging Face folders, with the keymaps that also name their adapters' weights.
+"""Write a whole model as a Hugging Face folder, and read one, with the keymap that also names its adapters' weights.
 
-parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
+parameters ──Plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
 model.safetensors ──hf_model.open_model──► {PyTorch key: tensor} ──peft.load_arrays──► parameters
 """
 

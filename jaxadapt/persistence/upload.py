@@ -37,7 +37,7 @@ class Pushed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model card says beside the facts of an adapter's files.
+    """Texts and results for a model card, which states the facts of the adapter's files by itself.
 
     Args:
         license: the license, such as "apache-2.0".
