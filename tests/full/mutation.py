@@ -47,7 +47,6 @@ SECONDS = 45  # of tests for one mutant, by their recorded times
 TARGET = 0.85
 CORE = [
     "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/merging/pairs.py",
-    "jaxadapt/arrays/layout.py", "jaxadapt/arrays/layout.py", "jaxadapt/arrays/products.py",
     "jaxadapt/arrays/layout.py", "jaxadapt/arrays/products.py", "jaxadapt/arrays/regions.py",
     "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/strided.py",
     "jaxadapt/storage/torch_bin.py",
