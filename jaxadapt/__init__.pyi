@@ -44,9 +44,9 @@ from jaxadapt.persistence.folder import inspect as inspect
 from jaxadapt.persistence.folder import read as read
 from jaxadapt.persistence.folder import read_config as read_config
 from jaxadapt.persistence.folder import write as write
+from jaxadapt.persistence.load_adapter import from_peft as from_peft
 from jaxadapt.persistence.load_adapter import load as load
-from jaxadapt.persistence.peft import from_peft as from_peft
-from jaxadapt.persistence.peft import to_peft as to_peft
+from jaxadapt.persistence.load_adapter import to_peft as to_peft
 from jaxadapt.persistence.save_adapter import MultihostFolder as MultihostFolder
 from jaxadapt.persistence.save_adapter import save as save
 from jaxadapt.persistence.upload import Card as Card

@@ -25,6 +25,7 @@ from jaxadapt.adapters.site import Site, Sites, adapted_modules, map_stack, shar
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
@@ -32,7 +33,6 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Method, Start
-from jaxadapt.storage.strided import float_dtype
 
 # ---------------------------------------------------------------- from the base weight to the adapter
 

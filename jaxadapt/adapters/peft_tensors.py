@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxadapt.arrays.tensor_source import TensorSource
+from jaxadapt.arrays.tensor_source import TensorSource, is_float, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.storage.strided import is_float
 
 # ---------------------------------------------------------------- tensors
 
@@ -402,7 +401,6 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
         find_duplicates(names),
     )
     keys, arrays = {name: key for key, name in names.items() if name is not None}, tensors.tensors
-    from jaxadapt.storage.source import rename  # imports the files, which a value does not need
 
     # Arrays in memory may be traced, so that only a dict may hold them.
     is_file = isinstance(arrays, TensorSource)

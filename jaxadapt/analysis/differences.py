@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.analysis.norms import Norm, as_float64, draw_map, make_figure, named_parameter, norms_grid, to_png
+from jaxadapt.arrays.tensor_source import TensorSource, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
@@ -31,7 +32,6 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs
 from jaxadapt.storage import local_files
-from jaxadapt.storage.source import TensorSource, as_source
 
 # ---------------------------------------------------------------- low rank difference
 

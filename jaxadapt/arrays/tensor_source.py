@@ -1,4 +1,9 @@
-"""Named tensors that are read on demand: the interface of files, of views over files, and of encoded leaves."""
+"""Named tensors that are read on demand, their dtypes, and views over them.
+
+A `TensorSource` is the interface of files, of views over files, and of encoded leaves. Views give the tensors of other
+sources new names, or transpose, cut, stack and cast them. Dtypes have safetensors' names and numpy's. numpy is imported
+only when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,126 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, problems_text
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
+
+# ---------------------------------------------------------------- dtypes
+
+
+_NUMPY = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
+    "I64": "int64", "U64": "uint64",
+}  # fmt: skip
+_ML_DTYPES = {
+    "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+NAMES = {name: code for names in (_NUMPY, _ML_DTYPES) for code, name in names.items()}
+_FLOATS = tuple(name for name in NAMES if name.startswith(("float", "bfloat")) and name != "float8_e8m0fnu")
+_SPELLINGS = {NAMES[name].lower(): name for name in _FLOATS} | {f"fp{bits}": f"float{bits}" for bits in (16, 32, 64)}
+"""{spelling: name}: safetensors' names in lower case, and PyTorch's and transformers' short ones."""
+
+
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype:
+    """Return the numpy dtype of a safetensors dtype name.
+
+    Raises:
+        FormatError: numpy has no such dtype (the 4- and 6-bit types, whose elements share bytes).
+
+    >>> numpy_dtype("BF16"), numpy_dtype("F32")
+    (dtype(bfloat16), dtype('float32'))
+    """
+    import numpy as np
+
+    if name in _NUMPY:
+        return np.dtype(_NUMPY[name])
+    if name in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+    raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}")
+
+
+def dtype_name(dtype: npt.DTypeLike) -> str:
+    """Return the safetensors name of a numpy dtype of either byte order.
+
+    Raises:
+        FileError: the format has no such dtype.
+
+    >>> dtype_name("float16")
+    'F16'
+    """
+    import numpy as np
+
+    name = np.dtype(dtype).name
+    if name not in NAMES:
+        raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(NAMES)}")
+    return NAMES[name]
+
+
+def float_dtype(dtype: Any, option: str = "dtype") -> np.dtype:
+    """Return the floating-point dtype that a caller names; "bf16", "fp16" and safetensors' names are accepted too.
+
+    Raises:
+        ConfigError: it is no dtype, or one of integers or booleans; `option` names the argument in the message.
+
+    >>> float_dtype("bf16"), float_dtype("float16")
+    (dtype(bfloat16), dtype('float16'))
+    """
+    import numpy as np
+
+    name = dtype.lower() if isinstance(dtype, str) else None
+    name = _SPELLINGS.get(name or "", name)
+    if name not in _FLOATS:
+        try:
+            name = np.dtype(dtype).name
+        except (TypeError, ValueError):
+            name = None
+    if name not in _FLOATS:
+        raise ConfigError(f"{option}={dtype!r}: expected a floating-point dtype: {', '.join(_FLOATS)}")
+    return numpy_dtype(NAMES[name])
+
+
+def is_float(dtype: npt.DTypeLike) -> bool:
+    """Return True for a dtype of floating-point numbers, also of the 8- and 16-bit ones that numpy lacks."""
+    import numpy as np
+
+    return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
+
+
+def can_hold(dtype: npt.DTypeLike) -> bool:
+    """Return True if safetensors files can hold this dtype."""
+    import numpy as np
+
+    return np.dtype(dtype).name in NAMES
+
+
+ALIGNED = 64
+"""XLA's CPU client uses memory without a copy if its address is a multiple of this number of bytes."""
+
+
+def aligned_empty(nbytes: int) -> np.ndarray:
+    """Return an uninitialised, aligned uint8 array of `nbytes`."""
+    import numpy as np
+
+    raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
+    skip = -raw.__array_interface__["data"][0] % ALIGNED  # ten times cheaper than raw.ctypes.data
+    return raw[skip : skip + nbytes]
+
+
+# ---------------------------------------------------------------- the interface
+
+
+Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
+"""{key: (dtype, shape)}, with safetensors' names of dtypes."""
+P = TypeVar("P")
 
 
 class TensorSpec(NamedTuple):
@@ -88,3 +209,247 @@ class TensorSource(Mapping[str, Any]):
 
     def __contains__(self, key: object) -> bool:
         return key in self.specs  # Mapping.__contains__ would read the tensor
+
+
+class Arrays(TensorSource):
+    """Arrays in memory."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = arrays
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        import numpy as np
+
+        return {key: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for key, x in self._arrays.items()}
+
+    def read(self, key: str) -> Any:
+        return self._arrays[key]
+
+
+def as_source(tensors: Mapping[str, Any]) -> TensorSource:
+    """Return a source, or wrap the arrays in memory of another mapping."""
+    return tensors if isinstance(tensors, TensorSource) else Arrays(tensors)
+
+
+class Whole(TensorSource):
+    """Tensors that can only be read together: all of them are, at the first access."""
+
+    def __init__(self, source: str, kinds: Kinds, read: Callable[[], Mapping[str, Any]]) -> None:
+        """Create a source of the tensors that `read` returns."""
+        self.source, self._kinds, self._read = source, kinds, read
+
+    @property
+    def kinds(self) -> Kinds:
+        return self._kinds
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: TensorSpec(shape, numpy_dtype(dtype)) for key, (dtype, shape) in self._kinds.items()}
+
+    @functools.cached_property
+    def _tensors(self) -> Mapping[str, Any]:
+        return self._read()
+
+    def read(self, key: str) -> Any:
+        return self._tensors[key]
+
+
+# ---------------------------------------------------------------- views
+
+
+class View(TensorSource):
+    """Tensors of one or several sources under new names."""
+
+    def __init__(self, source: str, origins: Mapping[str, tuple[TensorSource, str]]) -> None:
+        """Create a view; `origins` maps each key to the source of the tensor and to its key there."""
+        self.source = source
+        self._origins = origins
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: part.specs[name] for key, (part, name) in self._origins.items()}
+
+    def read(self, key: str) -> Any:
+        part, name = self._origins[key]
+        return part.read(name)
+
+    def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
+        part, name = self._origins[key]
+        return part.read_into(name, memory)
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        part, name = self._origins[key]
+        return part.read_slice(name, slices, shape)
+
+
+def combine(source: str, parts: Sequence[TensorSource]) -> View:
+    """Return the tensors of several sources; `source` names them in messages."""
+    return View(source, {key: (part, key) for part in parts for key in part})
+
+
+def rename(tensors: TensorSource, names: Mapping[str, str]) -> View:
+    """Return tensors under new names, from `{new name: name}`. One tensor may have several new names."""
+    return View(tensors.source, {key: (tensors, name) for key, name in names.items()})
+
+
+def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
+    """Return the transposes of matrices, from `{new name: name}`; each is transposed when it is read."""
+    return _Transposed(tensors, names)
+
+
+def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
+    """Replace some tensors by their parts, from `{new name: (name, slices)}`. Parts are cut when they are read."""
+    return _replace(tensors, {name for name, _ in parts.values()}, _Parts(tensors, parts), {})
+
+
+def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> View:
+    """Replace tensors by stacks of them, and rename others. Stacks are assembled when they are read.
+
+    Args:
+        tensors: the tensors.
+        rows: by new name, the rows of a stack: one index of the new first axis each, its tensors concatenated.
+        names: `{new name: name}` of the tensors to rename.
+    """
+    stacked = {key for rows_of_one in rows.values() for row in rows_of_one for key in row}
+    return _replace(tensors, stacked | set(names.values()), _Stacks(tensors, rows), names)
+
+
+def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
+    """Return tensors with those of floats in another dtype; each is cast when it is read.
+
+    Reading raises `MismatchError` if finite values are NaN or infinite in that dtype.
+    """
+    return _Cast(as_source(tensors), dtype)
+
+
+def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
+    origins = {key: (tensors, key) for key in tensors if key not in replaced}
+    origins |= {key: (tensors, name) for key, name in names.items()}
+    return View(tensors.source, origins | {key: (new, key) for key in new})
+
+
+class _Derived(TensorSource, Generic[P]):
+    """Tensors that are made of parts of others when they are read; `{key: P}` says of which."""
+
+    def __init__(self, tensors: TensorSource, parts: Mapping[str, P]) -> None:
+        self._tensors, self._parts, self.source = tensors, parts, tensors.source
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: self._spec(key, part) for key, part in self._parts.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._read(key, self._parts[key], ())
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        if shape is not None and tuple(shape) != self.specs[key].shape:
+            return super().read_slice(key, slices, shape)
+        return self._read(key, self._parts[key], slices)
+
+    @abstractmethod
+    def _spec(self, key: str, part: P) -> TensorSpec: ...
+
+    @abstractmethod
+    def _read(self, key: str, part: P, slices: Sequence[slice]) -> np.ndarray: ...
+
+
+class _Transposed(_Derived[str]):
+    """Matrices that are transposed when they are read."""
+
+    def _spec(self, key: str, part: str) -> TensorSpec:
+        shape, dtype = self._tensors.specs[part]
+        return TensorSpec(shape[::-1], dtype)
+
+    def _read(self, key: str, part: str, slices: Sequence[slice]) -> np.ndarray:
+        import numpy as np
+
+        padded = (*slices, *(slice(None) for _ in range(2 - len(slices))))
+        values = self._tensors.read_slice(part, padded[::-1])
+        # As integers: numpy copies the 16-bit floats of other packages element by element.
+        return np.ascontiguousarray(values.view(f"u{values.itemsize}").T).view(values.dtype)
+
+
+class _Parts(_Derived["tuple[str, tuple[slice, ...]]"]):
+    """Parts of tensors, cut when they are read."""
+
+    def _spec(self, key: str, part: tuple[str, tuple[slice, ...]]) -> TensorSpec:
+        (shape, dtype), slices = self._tensors.specs[part[0]], part[1]
+        sizes = [len(range(size)[one]) for size, one in zip(shape, slices, strict=False)]
+        return TensorSpec((*sizes, *shape[len(slices) :]), dtype)
+
+    def _read(self, key: str, part: tuple[str, tuple[slice, ...]], slices: Sequence[slice]) -> np.ndarray:
+        return self._tensors.read_slice(*part)[tuple(slices)]
+
+
+class _Stacks(_Derived["Sequence[Sequence[str]]"]):
+    """Tensors that are stacked when they are read: each row concatenates tensors along their first axis."""
+
+    def _spec(self, key: str, part: Sequence[Sequence[str]]) -> TensorSpec:
+        """Return the shape and dtype. Raises `MismatchError` if the rows differ."""
+        kinds = {tuple(self._tensors.specs[name] for name in row) for row in part}
+        kind = next(iter(kinds))
+        if len(kinds) > 1 or len({(spec.shape[1:], spec.dtype) for spec in kind}) > 1:
+            found = sorted({f"{spec.dtype.name} {list(spec.shape)}" for row in kinds for spec in row})
+            raise MismatchError(
+                f"{self.source}: cannot stack the tensors of {key}: expected equal shapes and dtypes, found"
+                f" {problems_text(found)}"
+            )
+        return TensorSpec((len(part), sum(spec.shape[0] for spec in kind), *kind[0].shape[1:]), kind[0].dtype)
+
+    def _read(self, key: str, part: Sequence[Sequence[str]], slices: Sequence[slice]) -> np.ndarray:
+        """Return a part of a stack. Only slices of the first two axes save reading."""
+        whole, dtype = self.specs[key]
+        padded = [*slices, *(slice(None) for _ in whole[len(slices) :])]
+        rows = part[padded[0]]
+        first, last, _ = padded[1].indices(whole[1])
+        size = math.prod(whole[2:]) * len(rows) * (last - first)
+        out = aligned_empty(size * dtype.itemsize).view(dtype).reshape(len(rows), last - first, *whole[2:])
+        for values, names in zip(out, rows, strict=True):
+            offset = 0
+            for name in names:
+                length = self._tensors.specs[name].shape[0]
+                overlap = slice(max(first - offset, 0), min(last - offset, length))
+                if overlap.start < overlap.stop:
+                    start, stop = offset + overlap.start - first, offset + overlap.stop - first
+                    values[start:stop] = self._tensors.read_slice(name, (overlap,))
+                offset += length
+        return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
+
+
+class _Cast(TensorSource):
+    """Tensors that are cast when they are read; integers keep their dtype."""
+
+    def __init__(self, tensors: TensorSource, dtype: Any) -> None:
+        self._tensors, self._dtype, self.source = tensors, dtype, tensors.source
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {
+            key: TensorSpec(spec.shape, self._dtype if is_float(spec.dtype) else spec.dtype)
+            for key, spec in self._tensors.specs.items()
+        }
+
+    def read(self, key: str) -> np.ndarray:
+        return self._cast(key, self._tensors.read(key))
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        return self._cast(key, self._tensors.read_slice(key, slices, shape))
+
+    def _cast(self, key: str, values: Any) -> np.ndarray:
+        import numpy as np
+
+        from jaxadapt.arrays import finite  # imports JAX, which only a cast needs
+
+        values = np.asarray(values)
+        if values.dtype == self.specs[key].dtype:
+            return values
+        with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
+            new = values.astype(self._dtype)
+            if finite.is_finite(new) or not finite.count_lost(values, new):
+                return new
+            lost = dict[str, int]()
+            for name in (key for key, spec in self._tensors.specs.items() if is_float(spec.dtype)):
+                values = np.asarray(self._tensors.read(name))
+                lost[name] = finite.count_lost(values, values.astype(self._dtype))
+        raise finite.overflow_error(lost, self._dtype, self.source)

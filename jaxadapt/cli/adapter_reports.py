@@ -310,7 +310,7 @@ def _open(path: str) -> Generator[PeftTensors]:
         return
     import dataclasses
 
-    from jaxadapt.persistence.peft import to_peft
+    from jaxadapt.persistence.load_adapter import to_peft
     from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which folders do not need
 
     adapter = CheckpointManager(place.parent).adapter(int(step[1]))

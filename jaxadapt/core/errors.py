@@ -74,6 +74,12 @@ def bullets(items: Iterable[str], limit: int = 8) -> str:
     return "\n".join(text)
 
 
+def problems_text(problems: Sequence[str], shown: int = 10) -> str:
+    """Join the problems of one kind into one text, with a count of those not shown."""
+    text = "; ".join(problems[:shown])
+    return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
+
+
 def raise_listed(
     error: type[AdapterError], message: str, items: Iterable[str], advice: str = "", limit: int = 8
 ) -> None:

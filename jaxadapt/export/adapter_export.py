@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import as_source, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
@@ -29,12 +30,10 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.pairs import plain_lora
 from jaxadapt.models.carriers import DEFAULT
-from jaxadapt.persistence import consumers, folder, formats, peft, save_adapter
+from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter
 from jaxadapt.persistence.consumers import PROGRAMS, Program
 from jaxadapt.persistence.formats import Wanted
 from jaxadapt.storage import atomic, hf_model, location
-from jaxadapt.storage.source import as_source
-from jaxadapt.storage.strided import float_dtype
 
 Path = str | os.PathLike[str]
 
@@ -247,8 +246,10 @@ def nearest_lora(
             " (base=, `--base FOLDER`)"
         )
     keymap, params = _read_adapted_weights(tensors, base)
-    reduced = rank_reduction.to_lora(peft.from_peft(tensors, params, keymap=keymap), rank, params=params)
-    encoded = dataclasses.replace(peft.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint)
+    reduced = rank_reduction.to_lora(load_adapter.from_peft(tensors, params, keymap=keymap), rank, params=params)
+    encoded = dataclasses.replace(
+        load_adapter.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint
+    )
     return encoded, {name: float(e) for name, e in reduced.error.items()}
 
 
@@ -275,7 +276,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
     keymap, params = _read_adapted_weights(tensors, base)
     with jax.default_matmul_precision("highest"):
         first = start(params, config, keymap=keymap, dtype="float32").adapter
-    return dataclasses.replace(peft.to_peft(first), config=config, source=f"the start of {tensors.source}")
+    return dataclasses.replace(load_adapter.to_peft(first), config=config, source=f"the start of {tensors.source}")
 
 
 def _read_adapted_weights(tensors: PeftTensors, base: str | os.PathLike[str]) -> tuple[KeyMap, dict[str, Any]]:
@@ -285,7 +286,7 @@ def _read_adapted_weights(tensors: PeftTensors, base: str | os.PathLike[str]) ->
     modules = {*pytorch.adapted_shapes(shapes), *(name.replace(".base_layer", "").rpartition(".")[0] for name in own)}
     with hf_model.open_model(location.to_location(base)) as source:
         hf_model.refuse_packed(source)
-        keymap = peft.base_keymap(tensors, source.shapes)
+        keymap = load_adapter.base_keymap(tensors, source.shapes)
         names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
         # A file of tensors of the whole adapter only (UNILORA) names no module.
         read = [key for key, name in names.items() if not modules or name.rpartition(".")[0] in modules]

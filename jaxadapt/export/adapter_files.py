@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays import finite
+from jaxadapt.arrays.tensor_source import as_source, rename
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
@@ -24,11 +25,10 @@ from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import rank_reduction
 from jaxadapt.merging.pairs import as_start
-from jaxadapt.persistence import folder, formats, peft, tensor_checks, verify_folder
+from jaxadapt.persistence import folder, formats, load_adapter, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import hub, location
-from jaxadapt.storage.source import as_source, rename
 
 Path = str | os.PathLike[str]
 
@@ -385,4 +385,4 @@ def _from_orbax(
     base = {p: jax.ShapeDtypeStruct(*s) for p, s in own.items() if f".{name}." not in f".{p}."}
     like = init(paths.unflatten(base), config, keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
-    return peft.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
+    return load_adapter.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))

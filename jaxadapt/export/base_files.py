@@ -1,7 +1,7 @@
 """Write a whole model as a Hugging Face folder, and read one, with the keymap that also names its adapters' weights.
 
 parameters ──Plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors, or several
-model.safetensors ──hf_model.open_model──► {PyTorch key: tensor} ──peft.load_arrays──► parameters
+model.safetensors ──hf_model.open_model──► {PyTorch key: tensor} ──rules.load_arrays──► parameters
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, is_array, name_donated_arrays
 from jaxadapt.arrays import finite, regions
+from jaxadapt.arrays.tensor_source import (
+    TensorSource,
+    cast,
+    cut,
+    dtype_name,
+    float_dtype,
+    is_float,
+    numpy_dtype,
+    rename,
+    stack,
+)
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, KeyMapError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
@@ -30,13 +41,11 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph, survey
-from jaxadapt.persistence import peft
+from jaxadapt.persistence import rules
 from jaxadapt.persistence.save_adapter import require_values
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, cast, cut, rename, stack
-from jaxadapt.storage.strided import dtype_name, float_dtype, is_float, numpy_dtype
 
 # ---------------------------------------------------------------- base leaves
 
@@ -553,7 +562,7 @@ def _load_leaves(
     }
     file_dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
     dtypes = {e.path: leaves[e.path].dtype for e in entries}
-    arrays = peft.load_arrays(plan.Plan(tuple(entries)), tensors, file_dtypes, dtypes, shardings, report, "import")
+    arrays = rules.load_arrays(plan.Plan(tuple(entries)), tensors, file_dtypes, dtypes, shardings, report, "import")
     return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in arrays.items()}
 
 

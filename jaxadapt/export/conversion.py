@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
@@ -36,8 +37,6 @@ from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import cast
-from jaxadapt.storage.strided import float_dtype
 
 FOLDERS, FILES = ("safetensors", "bin", "orbax"), ("kohya-ss", "diffusers")
 """The styles of a target: folders, and single files."""
@@ -115,9 +114,9 @@ def convert_format(
 
 def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Raise `FileError` for a target that would replace the source, or that is an address of the Hub."""
-    if hub.is_address(target):
+    if location.is_hub_address(target):
         raise FileError(f"{target}: expected a local folder or file; upload it with jaxadapt push")
-    if not hub.is_address(source) and location.is_same(*map(location.to_location, (source, target))):
+    if not location.is_hub_address(source) and location.is_same(*map(location.to_location, (source, target))):
         raise FileError(f"{os.fspath(target)}: the target is the source; choose another name")
 
 

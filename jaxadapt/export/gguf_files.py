@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxadapt.arrays.tensor_source import numpy_dtype
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, local_files, location
-from jaxadapt.storage.strided import numpy_dtype
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
@@ -33,7 +34,6 @@ from jaxadapt.export import gguf_files, merge_files, untying
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.persistence import folder
 from jaxadapt.storage import atomic, location
-from jaxadapt.storage.source import TensorSource, TensorSpec, as_source
 
 # ---------------------------------------------------------------- gguf conventions
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
+from jaxadapt.arrays.tensor_source import TensorSource, as_source, dtype_name, float_dtype, is_float, numpy_dtype
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, warn
@@ -21,11 +22,9 @@ from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_files, conversion, untying
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
-from jaxadapt.persistence import fingerprint, folder, formats, peft, verify_folder
+from jaxadapt.persistence import fingerprint, folder, formats, load_adapter, verify_folder
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, as_source
-from jaxadapt.storage.strided import dtype_name, float_dtype, is_float, numpy_dtype
 
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
 
@@ -170,9 +169,9 @@ def plan_merge(
     untied = untying.untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
-    keymap = peft.base_keymap(tensors, untied.tensors.shapes, untied.tied)
+    keymap = load_adapter.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
-    loaded = peft.from_peft(tensors, params, keymap=keymap)
+    loaded = load_adapter.from_peft(tensors, params, keymap=keymap)
     changed = base_merge.plan_merge(specs, loaded)
     return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import TensorSource, as_source, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -22,7 +23,6 @@ from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import local_files
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, as_source, rename
 
 FIELD = "tie_word_embeddings"
 """The field of config.json that ties the head to the embedding."""

@@ -26,6 +26,7 @@ from jaxadapt.adapters.site import Site, Sites, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import RANK
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, reasons_not_a_product
@@ -37,7 +38,6 @@ from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, module_name, pair_keys, read_pairs, write_pairs
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.registry import get_method
-from jaxadapt.storage.source import as_source
 
 Array = Any
 Shapes = Mapping[str, tuple[int, ...]]

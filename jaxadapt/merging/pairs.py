@@ -19,13 +19,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     import numpy as np

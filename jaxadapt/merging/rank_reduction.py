@@ -20,6 +20,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.site import Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
+from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -30,7 +31,6 @@ from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
-from jaxadapt.storage.strided import float_dtype
 
 Array = Any
 Shapes = Mapping[str, tuple[int, ...]]

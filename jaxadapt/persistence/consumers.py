@@ -237,8 +237,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     facts = FACTS[peft_type]
     if {"alora", "kasa", "init"} & properties.keys() or peft_type not in FACTS or not facts.merges:
         return ""
-    variant = properties.get("variant", "")
-    if "parameters" in properties or "layer_replication" in variant or not facts.merges_files:
+    if "parameters" in properties or "layer_replication" in properties.get("variant", "") or not facts.merges_files:
         return _MERGE_IN_MEMORY
     return f"{_MERGE}: if the adapted modules of the base have biases" if "lora_bias" in properties else _MERGE
 
@@ -326,8 +325,7 @@ def _copy_properties(config: Config) -> dict[str, str]:
     saved: list[str] = list(config.get("modules_to_save") or ())
     norms = [name for name in saved if "norm" in name.lower() or name.startswith("ln_")]
     heads = [name for name in saved if name in _HEADS]
-    others = [name for name in saved if name not in (*norms, *heads)]
-    kinds = {"norm copies": norms, "heads": heads, "copies": others}
+    kinds = {"norm copies": norms, "heads": heads, "copies": [name for name in saved if name not in (*norms, *heads)]}
     return {kind: f"modules_to_save={names}" for kind, names in kinds.items() if names}
 
 

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from jaxadapt.adapters import peft_tensors
+from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config, mlx_keys
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.persistence import run_folder
 from jaxadapt.storage import hf_model, hub
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import Kinds
 
 SEVERITIES = ("error", "warning", "note")
 """From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""

@@ -21,8 +21,8 @@ from jaxadapt.core.errors import MismatchError, warn
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.site import Site
+    from jaxadapt.arrays.tensor_source import TensorSource
     from jaxadapt.keymaps.keymap import KeyMap
-    from jaxadapt.storage.source import TensorSource
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
@@ -22,12 +23,11 @@ from jaxadapt.persistence import findings, formats, reading
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.storage import hub, location
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import as_source, dtypes_and_shapes
 
 
 def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
     """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
-    if hub.is_address(path):
+    if location.is_hub_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
     if name == "default":
         return location.to_location(path)
@@ -38,7 +38,7 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
 
 def find_adapter(path: str | os.PathLike[str], name: str, report: Report) -> Place:
     """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
-    if hub.is_address(path):
+    if location.is_hub_address(path):
         path = hub.fetch_folder(str(path), None if name == "default" else name, report)
     subfolder = adapter_folder(path, name)
     if name != "default" and location.is_dir(subfolder):
@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     ...     read_config(folder)
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
-    if hub.is_address(path):
+    if location.is_hub_address(path):
         file = hub.fetch_config(str(path))
         path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(formats.read_text(file)) else file
     place = formats.look(path)
@@ -209,7 +209,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
         config, source = opened.tensors.config, as_source(opened.tensors.tensors)
-        tensors, nbytes = dtypes_and_shapes(source), sum(map(source.nbytes, source))
+        tensors, nbytes = source.kinds, sum(map(source.nbytes, source))
     found = findings.not_an_adapter(tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")

@@ -1,16 +1,17 @@
-"""Load an adapter folder into a model.
+"""Load an adapter into a model, and convert between a model's layout and PEFT's.
 
     file ──folder.open_adapter──► PeftTensors, read on demand
     model ──carriers.lora_carrier──► Carrier, whose `base` walks it ──planning.plan_adapter──► Sites and their plan
-    both ──rules.fit──► the plan's tensors ──peft.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
+    both ──rules.fit──► the plan's tensors ──rules.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
 
-A format that keeps the model's layout (Orbax) is read by `_from_orbax` instead of by rules.
+A format that keeps the model's layout (Orbax) reads its adapters itself: `formats.read_adapter`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -19,28 +20,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.site import Site, tensor_entries
-from jaxadapt.arrays import finite
+from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
+from jaxadapt.adapters.adapter import Adapter, Recipe
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
+from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import Config
+from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
-from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
+from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, MismatchError, TargetError, warn
+from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
 from jaxadapt.initializers import start_adapter
+from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.methods.base import file_sizes
+from jaxadapt.methods.lora import is_newer_attention_file
+from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier, refuse
+from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.linen import wrapper
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import fingerprint, folder, formats, peft, rules, save_adapter
+from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
 from jaxadapt.persistence.formats import Place
 from jaxadapt.storage.location import to_location
 
+# ---------------------------------------------------------------- load
+
 
 def load(
-    source: str | os.PathLike[str] | peft_tensors.PeftTensors,
+    source: str | os.PathLike[str] | PeftTensors,
     model: Any,
     *,
     name: str = DEFAULT,
@@ -108,9 +117,9 @@ def load(
     if strict not in (True, False, "base"):
         raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
     held = lora_carrier(model, takes=("stack_axes", "example"))
-    options = rules.Options(keymap, peft.requested_dtype(dtype), shardings, bool(strict), held.given)
+    options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
-        if not isinstance(source, peft_tensors.PeftTensors):
+        if not isinstance(source, PeftTensors):
             to_location(source)  # raises if the two arguments are exchanged
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
@@ -118,7 +127,7 @@ def load(
             {
                 "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
                 "example": held.given.example, "strict": None if strict is True else strict,
-                "dtype": options.dtype if options.dtype == peft.AUTOCAST else None,
+                "dtype": options.dtype if options.dtype == AUTOCAST else None,
             },
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )  # fmt: skip
@@ -129,10 +138,10 @@ def load(
         parameters, present = held.base(), held.attached(name)
         if isinstance(opened, Place):
             text, stored = os.fspath(opened.path), None
-            adapter, adapter_sites, policy = _from_orbax(text, parameters, present, name, options, report)
+            adapter, adapter_sites, policy = formats.read_adapter(opened, parameters, present, name, options, report)
         else:
             text, stored, policy = opened.source, opened.fingerprint, opened.change_base
-            adapter, adapter_sites = peft.adapter_from_tensors(opened, parameters, options, report, check=True)
+            adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, check=True)
         _check_base(stored, parameters, adapter, adapter_sites, text, strict == "base")
     LOGGER.info("%s: %d weights adapted, by the keymap %s", text, len(adapter_sites), adapter.keymap.name)
     if present is not None and not replace:
@@ -145,17 +154,17 @@ def load(
 
 @contextlib.contextmanager
 def _open(
-    source: str | os.PathLike[str] | peft_tensors.PeftTensors, name: str, held: Carrier, report: Report
-) -> Generator[peft_tensors.PeftTensors | Place]:
+    source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
+) -> Generator[PeftTensors | Place]:
     """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
-    place = source if isinstance(source, peft_tensors.PeftTensors) else folder.find_adapter(source, name, report)
-    if isinstance(place, peft_tensors.PeftTensors):
+    place = source if isinstance(source, PeftTensors) else folder.find_adapter(source, name, report)
+    if isinstance(place, PeftTensors):
         if place.fit_vocabulary and held.foreign is not None:
             raise AttachError(
                 f"{place.source}: fit_vocabulary=True: no effect on leaves of {held.foreign.dialect.name}"
             )
         yield peft_tensors.without_names(place)
-    elif held.foreign is None and (found := formats.find(place)) is not None and found.write_adapter is not None:
+    elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
         yield place
     else:
         with folder.open_adapter(place) as tensors:
@@ -266,48 +275,200 @@ def _changed_base(
     return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
 
-def _from_orbax(
-    path: str,
-    base: BaseParams,
-    attached: Adapter | None,
-    name: str,
-    options: rules.Options,
-    report: Report,
-) -> tuple[Adapter, Sequence[Site], bool | None]:
-    """Read an Orbax checkpoint into the layout of a base; return the adapter, its sites and its `change_base`."""
-    from jaxadapt.persistence.formats import orbax_folder
-
-    stored = orbax_folder.find_adapter(path, attached, name)
-    stored_sites = sites.sites_of(stored.adapter)
-    keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
-    keymap = planning.target_keymap(base, options.keymap, keys)
-    shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
-    recipe, target_sites = planning.plan_adapter(
-        base, stored.adapter.config, keymap, options.given.stack_axes, options.given.example, shared
-    )
-    planning.check_kernels(recipe.config, base, target_sites)
-    wanted, found = (
-        {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
-        for each in (target_sites, stored_sites)
-    )
-    if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
-        tensors = orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path)
-        return *peft.adapter_from_tensors(tensors, base, options, report, check=True), stored.change_base
-    placement = peft.adapter_placement(options.shardings, base, target_sites)
-    like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
-    if attached is not None and options.shardings is None:
-        like |= {p: x for p, x in attached.flat().items() if p in wanted}
-    flat = _cast_values(orbax_folder.read(path, stored, like).flat(), options.dtype, path)
-    adapter = Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap)
-    orbax_folder.report_total(report, "load", adapter)
-    return adapter, target_sites, stored.change_base
+# ---------------------------------------------------------------- to and from PEFT
 
 
-def _cast_values(own: Mapping[str, Any], dtype: Any, source: str) -> dict[str, Any]:
-    """Return the values of a checkpoint in the requested dtype; warn of NaN and infinity."""
-    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
-        dtypes = {p: x.dtype if p.endswith(".copy") else peft.memory_dtype(x.dtype, dtype) for p, x in own.items()}
-        flat = {p: x.astype(dtypes[p]) for p, x in own.items()}
-    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
-    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, source), source)
-    return flat
+def to_peft(
+    model: Any,
+    *,
+    name: str = DEFAULT,
+    keymap: KeyMap | str | None = None,
+) -> PeftTensors:
+    """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
+
+    Args:
+        model: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
+            or a `LoraTree` of one, which has the configuration if the tree has lost it.
+        keymap: needed only if the tree does not store it, or to rename by another keymap.
+
+    Each tensor is encoded on access, as a numpy view where the layouts allow (inside jit: as a traced array).
+    Raises `AttachError` or `KeyMapError`.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+    >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
+    {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
+    """
+    if isinstance(model, PeftTensors):
+        raise AttachError(
+            "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
+        )
+    return save_adapter.encode_tree(model, name, keymap, in_memory=True)
+
+
+def from_peft(
+    tensors: PeftTensors,
+    model: Any,
+    *,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+    strict: bool = True,
+) -> Adapter:
+    """Convert PEFT's tensors to an adapter in the layout of `model`.
+
+    Args:
+        tensors: from `read` or `to_peft`. With `change_base=True` they are refused: only `load` changes a base.
+        model: an NNX model, Linen variables, base parameters, or the shapes of any of them; or a `LoraTree` of one.
+        keymap, dtype, shardings: as in `load`.
+        strict: as in `load`, True or False.
+
+    Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
+    >>> again = from_peft(jaxadapt.to_peft(adapter), base)
+    >>> again.config == config, again.params["q"]["kernel"]["lora_A"].shape
+    (True, (2, 4))
+    """
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " add an Adapter to a model with jaxadapt.inject"
+        )
+    if tensors.change_base is None:
+        lora.require_original_base(tensors.config, tensors.source)
+    if tensors.change_base:
+        raise AttachError(
+            f"{tensors.source}: change_base=True: from_peft changes no base; pass the tensors to load, or read them"
+            " with change_base=False if the base of the model is changed"
+        )
+    if strict not in (True, False):
+        raise AttachError(f"strict={strict!r}: expected True or False; only load compares the base")
+    given = foreign.LoraTree.of(model)
+    refuse({"config": given.config}, "applies to a tree that is read, not to one that is filled")
+    parameters = carrier(given.tree).base()
+    options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
+    tensors = peft_tensors.without_names(tensors)
+    return wrapper.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
+
+
+def adapter_from_tensors(
+    tensors: PeftTensors, base: BaseParams, options: rules.Options, report: Report = no_report, check: bool = False
+) -> tuple[Adapter, Sites]:
+    """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
+
+    With `check`, NaN and infinity in the tensors are a warning.
+
+    Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
+    the base.
+    """
+    tensors, recipe, adapter_sites = bind(tensors, base, options)
+    expected = rules.Expected(tensors, recipe, adapter_sites, base, options)
+    source = rules.fit(expected)
+    own = {key: spec.dtype for key, spec in source.specs.items()}
+    if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
+        warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
+    dtype = None if options.dtype == AUTOCAST else options.dtype
+    dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
+    placement = adapter_placement(options.shardings, base, adapter_sites)
+    plan, on_device = expected.plan, expected.on_device
+    arrays = dict(source) if on_device else source
+    leaves = rules.load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
+    if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
+        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
+    if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
+        leaves = initial_values.init_values(
+            recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
+            given=leaves,
+        )  # fmt: skip
+    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+
+
+def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> tuple[PeftTensors, Recipe, Sites]:
+    """Bind a file's configuration to a base; return the tensors, fused as the base is, the recipe and the sites."""
+    try:
+        keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
+        keymap = planning.target_keymap(base, options.keymap, keys)
+        if experts.may_have_experts(keys):
+            fused = experts.fuse_experts(tensors, keymap, options.given.on_shared)
+            tensors = dataclasses.replace(tensors, config=fused.config, tensors=fused.tensors)
+        found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}
+        recipe, adapter_sites = planning.plan_adapter(
+            base, tensors.config, keymap, options.given.stack_axes, options.given.example, found
+        )
+        planning.check_kernels(recipe.config, base, adapter_sites)
+    except AdapterError as error:
+        hint = rules.attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
+        raise type(error)(f"{tensors.source}: {error}{hint}") from error
+    if is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
+        warn(
+            f"{tensors.source}: written by PEFT {tensors.config.peft_version}. PEFT up to {PEFT_VERSION} adds the"
+            " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
+            " untested. If that version adds it once, halve the projection's lora_B"
+        )
+    return tensors, recipe, adapter_sites
+
+
+def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
+    """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
+    new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
+    integers = {key: np.dtype(t.dtype) for t, e in file_entries(adapter_sites) if t.dtype for key in e.keys}
+    copied = rules.copied_keys(adapter_sites)
+    return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | integers
+
+
+AUTOCAST = "autocast"
+"""In place of a dtype: float32 for tensors of fewer bits, as PEFT's `autocast_adapter_dtype`."""
+
+
+def requested_dtype(dtype: Any) -> Any:
+    """Return a caller's dtype in memory: None, `AUTOCAST` or a NumPy dtype. Raises `ConfigError` for any other."""
+    return dtype if dtype is None or (isinstance(dtype, str) and dtype == AUTOCAST) else float_dtype(dtype)
+
+
+def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
+    """Return the dtype in memory of a tensor stored as `stored`: float32 for 8-bit floats, which have no arithmetic."""
+    if not is_float(stored):
+        return np.dtype(stored)
+    if requested not in (None, AUTOCAST):
+        return np.dtype(requested)
+    return np.dtype("float32" if np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2) else stored)
+
+
+def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
+    """Return {path: sharding}: the requested shardings, else those that follow from the base; none on one device."""
+    if shardings is not None:
+        shardings = shardings.flat() if isinstance(shardings, Adapter) else shardings
+        return initial_values.requested_shardings(shardings, adapter_sites)
+    if all(sharding is None for sharding in base.shardings.values()):
+        return {}
+    return initial_values.adapter_shardings(adapter_sites, base.shardings)
+
+
+# ---------------------------------------------------------------- models in files
+
+
+def _module_sizes(config: Config, *given: Any) -> tuple[int | None, int | None]:
+    return file_sizes(get_method(config), config, *given)
+
+
+def with_pytorch_names(tensors: PeftTensors) -> Adapter:
+    """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
+    shapes = as_source(tensors.tensors).shapes
+    weights = pytorch.weight_shapes(shapes)
+    base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
+    sizes = functools.partial(_module_sizes, tensors.config)
+    return from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+
+
+def base_keymap(
+    tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
+) -> KeyMap:
+    """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
+    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(_module_sizes, tensors.config)
+    turned = bool(tensors.config.get("fan_in_fan_out"))
+    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors, normalize_keys
+from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
@@ -28,7 +29,6 @@ from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.persistence.formats.image_names import LYCORIS
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import hub
-from jaxadapt.storage.source import Kinds, as_source, rename
 
 # ---------------------------------------------------------------- files
 
@@ -310,8 +310,7 @@ def read_stored(stored: StoredAdapter) -> Reading:
     passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
     foreign = None if passes else _foreign_tensors(stored, config)
     if foreign is not None:
-        others = [f for f in found if f.code not in ("configuration-missing", foreign.code)]
-        return Reading((*others, foreign), config)
+        return Reading((*[f for f in found if f.code not in ("configuration-missing", foreign.code)], foreign), config)
     kind = guess_method(stored.specs) if config is None else config.peft_type
     names = NormalKeys({key: key for key in stored.specs}) if passes else normalize_keys(stored.specs, kind)
     left_out = left_out_by_peft(names, config)

@@ -33,6 +33,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region
+from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -49,8 +50,6 @@ from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import hub, location, sharded_write
 from jaxadapt.storage.sharded_write import Group, TensorPart
-from jaxadapt.storage.source import cast
-from jaxadapt.storage.strided import float_dtype
 
 # ---------------------------------------------------------------- multihost
 
@@ -195,7 +194,7 @@ def join_regions(
 
 
 _LARGE = 16 << 10
-"""Regions of at least this many bytes are written without joining them, as in `storage.strided`."""
+"""Regions of at least this many bytes are written without joining them, as in `storage.local_files`."""
 
 
 @functools.lru_cache(maxsize=1024)

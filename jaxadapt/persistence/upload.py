@@ -101,7 +101,7 @@ def push(
         if saving or name != "default":
             given = ", ".join([*saving, *(["name"] if name != "default" else [])])
             raise AttachError(f"{given}: applies to models only; the folder {os.fspath(source)} is uploaded unchanged")
-        if hub.is_address(source):
+        if location.is_hub_address(source):
             raise FileError(f"{source}: already on the Hub; pull it and push the folder")
         return _push(location.to_location(source), place, page, commit, progress)
     if name != "default" and not place.subfolder:

@@ -544,7 +544,7 @@ def repair(
     (('2 keys: the prefix base_model.model. added',), 'base_model.model.q.lora_A.weight')
     """
     target = _default_target(path) if out is None else out
-    if hub.is_address(target):
+    if location.is_hub_address(target):
         raise FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
     with reporter(progress) as report:
         with open_stored(path, report) as stored:
@@ -570,7 +570,7 @@ def repair(
 
 
 def _default_target(path: str | os.PathLike[str]) -> str:
-    if hub.is_address(path):
+    if location.is_hub_address(path):
         raise FileError(f"{os.fspath(path)}: pass out=, the folder to write the repaired adapter to")
     place = location.to_location(path)
     folder_path = place.parent if location.is_file(place) else place

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import quantized
+from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -48,7 +49,6 @@ from jaxadapt.serving.layout import (
     read_slot,
     shared_of,
 )
-from jaxadapt.storage.strided import float_dtype
 
 # ---------------------------------------------------------------- selection
 

@@ -25,7 +25,7 @@ from jaxadapt.methods.applied import Implementation
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
 from jaxadapt.persistence.folder import read
-from jaxadapt.persistence.peft import from_peft
+from jaxadapt.persistence.load_adapter import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank, RowsByName
 from jaxadapt.serving.layout import Tensors

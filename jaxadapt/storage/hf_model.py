@@ -14,13 +14,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
 from jaxadapt.core import paths
-from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.core.errors import FileError, FormatError, problems_text
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.safetensors import MAX_HEADER, problems_text
-from jaxadapt.storage.source import TensorSource, as_source, combine
-from jaxadapt.storage.strided import numpy_dtype
+from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +62,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
             if file.suffix == ".bin":
                 # From a store, the whole file is fetched by each of the two passes.
                 return torch_bin.open_tensors(file) if isinstance(file, Path) else as_source(torch_bin.read(file))
-            return stack.enter_context(safetensors.open_tensors(file))
+            return stack.enter_context(safetensors.TensorFile(file))
 
         if isinstance(path, Path) and not location.exists(path):
             raise FileError(

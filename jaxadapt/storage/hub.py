@@ -28,11 +28,11 @@ from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import local_files
 from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.location import HUB
 
 # ---------------------------------------------------------------- hub address
 
 
-SCHEME = "hf://"
 EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
 _NAME = r"[A-Za-z0-9_.-]+"
 _ADDRESS = re.compile(
@@ -59,16 +59,11 @@ class Address(NamedTuple):
             revision = revision.replace("/", "%2F")
         version = f"@{revision}" if revision else ""
         folder = f"/{self.subfolder}" if self.subfolder else ""
-        return f"{SCHEME}{self.repo}{version}{folder}"
+        return f"{HUB}{self.repo}{version}{folder}"
 
     def file(self, name: str) -> str:
         """Return a file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
-
-
-def is_address(path: object) -> bool:
-    """Return True if a path is an explicit Hub address: it begins with `hf://`."""
-    return isinstance(path, str | os.PathLike) and str(path).startswith(SCHEME)
 
 
 def could_be_repository(path: str) -> bool:
@@ -81,7 +76,7 @@ def parse(text: str) -> Address:
 
     A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
     """
-    match = _ADDRESS.fullmatch(text.removeprefix(SCHEME))
+    match = _ADDRESS.fullmatch(text.removeprefix(HUB))
     if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
         raise FileError(f"{text!r} is not the address of a model repository on the Hub: {EXAMPLE}")
     folder = (match["subfolder"] or "").strip("/")
@@ -291,8 +286,7 @@ def _explain_status(error: Any, place: Address, token: Token, action: str) -> tu
 
 def _requested_file(error: Any, place: Address) -> str:
     """Return the file that a failed request asked for, from its URL."""
-    url = "" if error.response is None else str(error.response.url)
-    match = re.search(r"/resolve/[^/]+/([^?#]+)", url)
+    match = re.search(r"/resolve/[^/]+/([^?#]+)", "" if error.response is None else str(error.response.url))
     if match:
         return f"file {unquote(match[1])!r}"
     return f"folder {place.subfolder!r}" if place.subfolder else "such page"
@@ -390,8 +384,7 @@ def client_bars(show: bool) -> Generator[None]:
     """Show or hide the client's own bars while it uploads (it has no callback for uploads)."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    off = are_progress_bars_disabled()
-    if show or off:
+    if show or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

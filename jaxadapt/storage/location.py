@@ -24,27 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import local_files
-from jaxadapt.storage.local_files import close_after, file_error
+from jaxadapt.storage.local_files import ByteSource, LocalFile, file_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
 # ---------------------------------------------------------------- store errors
-
-
-@contextlib.contextmanager
-def translate_errors(text: str, action: str) -> Generator[None]:
-    """Turn errors of a store's package into `FileError`; a missing object remains a `FileNotFoundError`."""
-    try:
-        yield
-    except (FileError, NotADirectoryError):
-        raise
-    except FileNotFoundError as error:
-        why = "the bucket does not exist" if "bucket does not exist" in str(error) else "no such file or folder"
-        raise FileNotFoundError(errno.ENOENT, why) from error
-    except Exception as error:  # each store's package raises errors of its own classes
-        raise store_error(text, action, error) from error
 
 
 # By the names of an error's class and its bases, so that the stores' packages are not imported.
@@ -68,7 +54,7 @@ _REASONS: Sequence[tuple[frozenset[str], str, str]] = (
 )  # fmt: skip
 
 
-def store_error(text: str, action: str, error: Exception) -> FileError:
+def _store_error(text: str, action: str, error: Exception) -> FileError:
     """Return the `FileError` for an error of a store's package: the reason, and advice where the cause is known."""
     names = {kind.__name__ for kind in type(error).__mro__}
     code = getattr(error, "code", None)  # an attribute of gcsfs' HttpError
@@ -86,6 +72,7 @@ def store_error(text: str, action: str, error: Exception) -> FileError:
 
 
 _T = TypeVar("_T")
+HUB = "hf://"
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 # Stores that show an object only when all of it has arrived. Elsewhere a temporary name is written and renamed.
@@ -102,6 +89,11 @@ def is_address(path: object) -> bool:
         return True
     match = _ADDRESS.match(path) if isinstance(path, str) else None
     return match is not None and match["scheme"].lower() not in ("file", "local")
+
+
+def is_hub_address(path: object) -> bool:
+    """Return True if a path is an address of the Hub: it begins with `hf://`."""
+    return isinstance(path, str | os.PathLike) and str(path).startswith(HUB)
 
 
 def to_location(path: str | os.PathLike[str]) -> Location:
@@ -169,9 +161,6 @@ class Address(os.PathLike[str]):
     def parent(self) -> Address:
         return Address(self._text.rpartition("/")[0])
 
-    def with_suffix(self, suffix: str) -> Address:
-        return self.parent / Path(self.name).with_suffix(suffix).name
-
     def absolute(self) -> Address:
         return self
 
@@ -186,8 +175,15 @@ class Address(os.PathLike[str]):
     def run(self, action: str, call: Callable[[Any, str], _T]) -> _T:
         """Return `call(file system, path)`; `action` names it in errors. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with translate_errors(self._text, action):
+        try:
             return call(fs, inner)
+        except (FileError, NotADirectoryError):
+            raise
+        except FileNotFoundError as error:
+            why = "the bucket does not exist" if "bucket does not exist" in str(error) else "no such file or folder"
+            raise FileNotFoundError(errno.ENOENT, why) from error
+        except Exception as error:  # each store's package raises errors of its own classes
+            raise _store_error(self._text, action, error) from error
 
     def info(self) -> dict[str, Any]:
         """Return the store's metadata. Raises `FileNotFoundError`, `FileError`."""
@@ -202,19 +198,6 @@ class Address(os.PathLike[str]):
 
     def exists(self) -> bool:
         return self.kind() is not None
-
-    def is_dir(self) -> bool:
-        return self.kind() == "directory"
-
-    def is_file(self) -> bool:
-        return self.kind() == "file"
-
-    def is_symlink(self) -> bool:
-        return False
-
-    def size(self) -> int:
-        """Return the bytes of a file, or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
-        return self.run("read", lambda fs, inner: int(fs.du(inner)))
 
     def iterdir(self) -> Iterator[Address]:
         """Return the entries of a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
@@ -266,7 +249,7 @@ Location = Path | Address
 
 def _open_store(text: str) -> tuple[Any, str]:
     scheme = text.partition("://")[0]
-    if scheme == "hf":
+    if is_hub_address(text):
         raise FileError(
             f"{text}: this call takes no Hub address; read adapters with load, read or pull, upload them with push, and"
             " download a base model with `hf download ORG/NAME --local-dir FOLDER`"
@@ -284,7 +267,7 @@ def _open_store(text: str) -> tuple[Any, str]:
             f"{text}: {error}; expected a path, or an address that fsspec supports, such as s3://"
         ) from error
     except Exception as error:  # a store's package raises errors of its own classes
-        raise store_error(text, "open", error) from error
+        raise _store_error(text, "open", error) from error
 
 
 # ---------------------------------------------------------------- versions and sizes
@@ -310,7 +293,7 @@ def total_size(place: Location) -> int:
     """Return the bytes of a file, or of all files in a folder. Raises `FileError`."""
     try:
         if isinstance(place, Address):
-            return place.size()
+            return place.run("read", lambda fs, inner: int(fs.du(inner)))
         return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
     except (OSError, ValueError) as error:
         raise file_error("read", str(place), error) from error
@@ -347,27 +330,30 @@ def is_same(one: Location, other: Location) -> bool:
 
 def exists(place: Location, shown: Location | None = None) -> bool:
     """Return True if a location exists, following links. Raises `FileError`, naming `shown`, if that is unknown."""
-    return place.exists() if isinstance(place, Address) else _mode(place, shown) is not None
+    return _kind(place, shown) is not None
 
 
 def is_dir(place: Location) -> bool:
     """Return True if a location is a folder. Raises `FileError` if that is unknown."""
-    return place.is_dir() if isinstance(place, Address) else stat.S_ISDIR(_mode(place) or 0)
+    return _kind(place) == "directory"
 
 
 def is_file(place: Location) -> bool:
     """Return True if a location is a regular file. Raises `FileError` if that is unknown."""
-    return place.is_file() if isinstance(place, Address) else stat.S_ISREG(_mode(place) or 0)
+    return _kind(place) == "file"
 
 
-def _mode(place: Path, shown: Location | None = None) -> int | None:
-    """Return the mode of a file, or None if there is none. (`Path.exists` differs between versions of Python.)"""
+def _kind(place: Location, shown: Location | None = None) -> str | None:
+    """Return "file", "directory" or "other"; None if there is none. (`Path.exists` differs by version.)"""
+    if isinstance(place, Address):
+        return place.kind()
     try:
-        return place.stat().st_mode
+        mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise file_error("read", str(place if shown is None else shown), error) from error
+    return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
 def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> bytes:
@@ -387,9 +373,8 @@ def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> b
         except FileNotFoundError as error:
             raise file_error("read", str(place), error) from error
     else:
-        file, size = local_files.open_binary(os.fspath(place))
-        with close_after(file):
-            reader = io.BufferedReader(file)
+        with contextlib.closing(LocalFile(os.fspath(place))) as local:
+            size, reader = local.size, io.BufferedReader(local.file)
             try:
                 data = reader.read(max_bytes + 1) if size <= max_bytes else b""
             except OSError as error:
@@ -418,8 +403,10 @@ def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
     except OSError as error:
         raise file_error("write", f"{address} (through {tempfile.gettempdir()})", error) from error
     # It has no name in any folder, so a killed process leaves no file.
-    with close_after(file):
+    try:
         yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
+    finally:
+        local_files.close(file)
 
 
 def put(address: Address, fd: int) -> None:
@@ -436,8 +423,8 @@ _BLOCK = 4 << 20  # bytes; fetching them takes about as long as a store's latenc
 _MAX_BLOCKS = 16  # blocks; tensors are read in the order of the file
 
 
-class RemoteObject:
-    """An object open for reading in ranges. Several threads may read at once.
+class RemoteObject(ByteSource):
+    """An object of a store, open for reading in ranges. Several threads may read at once.
 
     Small reads share blocks, and each block is fetched once. A large read is one request.
     """
@@ -445,7 +432,6 @@ class RemoteObject:
     def __init__(self, address: Address) -> None:
         """Query the object and read its head. Raises `FileError`."""
         self.path = str(address)
-        self.closed = False
         self._address = address
         try:
             info = address.info()
@@ -461,7 +447,6 @@ class RemoteObject:
         self._head = self._fetch(0, min(self.size, _HEAD)) if self.size else b""
 
     def read_into(self, label: str, view: memoryview, offset: int) -> None:
-        """Fill a view, as `local_files.read_into` does."""
         stop = offset + len(view)
         if stop > self.size:
             raise FormatError(f"{self.path}: {label}: expected {stop} bytes, found {self.size}")
@@ -502,7 +487,6 @@ class RemoteObject:
         return data
 
     def check(self) -> None:
-        """Raise `FormatError` if the object was replaced during reading, since its parts may be of two versions."""
         if self._fetched and object_stamp(self._address.info()) != self._stamp:
             raise FormatError(f"{self.path}: the object was replaced while it was read; read it again")
 
@@ -511,14 +495,14 @@ class RemoteObject:
         self._blocks.clear()
 
 
-def fetch_object(address: Address) -> tuple[io.FileIO, int]:
-    """Download an object into a temporary file. Return the open file and its size in bytes. Raises `FileError`."""
+def fetch_object(address: Address) -> LocalFile:
+    """Download an object into a temporary file, and open that. Raises `FileError`."""
     import tempfile
 
-    remote = RemoteObject(address)
+    RemoteObject(address).close()  # raises if it is no file
     try:
         with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
             address.run("read", lambda fs, inner: fs.get_file(inner, copy.name))
-            return io.FileIO(copy.name, "rb"), remote.size
+            return LocalFile(copy.name, str(address))
     except OSError as error:
         raise file_error("read", f"{address} (through {tempfile.gettempdir()})", error) from error

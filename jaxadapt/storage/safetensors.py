@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
-from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, local_files, location, strided
-from jaxadapt.storage.strided import NAMES, dtype_name, numpy_dtype
+from jaxadapt.arrays.tensor_source import NAMES, TensorSource, TensorSpec, aligned_empty, dtype_name, numpy_dtype
+from jaxadapt.core.errors import FileError, FormatError, MismatchError, problems_text
+from jaxadapt.storage import atomic, local_files, location
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,12 +72,6 @@ class Header(NamedTuple):
     size: int
 
 
-def problems_text(problems: Sequence[str], shown: int = 10) -> str:
-    """Join the problems of one kind into one text, with a count of those not shown."""
-    text = "; ".join(problems[:shown])
-    return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
-
-
 def _show(value: object, limit: int = 80) -> str:
     try:
         text = repr(value)
@@ -103,13 +96,7 @@ def _parse_naturals(value: object) -> tuple[int, ...] | None:
     return tuple(cast("list[int]", value))
 
 
-class _Invalid(NamedTuple):
-    """The problem of an invalid tensor description."""
-
-    why: str
-
-
-def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Invalid:
+def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | ValueError:
     """Convert an object of the header; a tensor's description immediately, to spare the gc 10^5 small objects."""
     result = dict(pairs)
     if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
@@ -148,8 +135,8 @@ def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-def _parse_info(entry: dict[str, object]) -> TensorInfo | _Invalid:
-    """Validate one tensor's description."""
+def _parse_info(entry: dict[str, object]) -> TensorInfo | ValueError:
+    """Return one tensor's description, or the problem of an invalid one."""
     dtype, shape, offsets = entry["dtype"], _parse_naturals(entry["shape"]), _parse_naturals(entry["data_offsets"])
     if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
         start, stop = offsets
@@ -158,7 +145,7 @@ def _parse_info(entry: dict[str, object]) -> TensorInfo | _Invalid:
     problem = _problem(entry, dtype, shape, offsets)
     if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
         return TensorInfo(dtype, shape, *offsets)
-    return _Invalid(problem or "")
+    return ValueError(problem)
 
 
 def _problem(
@@ -184,7 +171,7 @@ def _problem(
     return None
 
 
-def length_problem(first: bytes, size: int) -> str | None:
+def _length_problem(first: bytes, size: int) -> str | None:
     """Return the problem of a file of `size` bytes that begins with `first` (up to 8 bytes), or None."""
     length = int.from_bytes(first, "little")
     # Guess the file type only if the length is impossible: a header of 640 bytes begins like a pickle.
@@ -270,8 +257,8 @@ def _read_tensors(items: Mapping[str, object]) -> dict[str, TensorInfo]:
             value = _parse_info(cast("dict[str, object]", value))
         if type(value) is TensorInfo:
             tensors[key] = value
-        elif isinstance(value, _Invalid):
-            problems.append(f"tensor {_show(key)}: {value.why}")
+        elif isinstance(value, ValueError):
+            problems.append(f"tensor {_show(key)}: {value}")
         elif isinstance(value, dict):
             fields = _show(list(cast("dict[str, object]", value)))
             problems.append(f"tensor {_show(key)}: expected the fields dtype, shape, data_offsets, found {fields}")
@@ -377,26 +364,6 @@ def encode(
 _JOB_BYTES = 16 << 20
 
 
-def _open(path: str | os.PathLike[str]) -> local_files.ByteSource:
-    place = location.to_location(path)
-    return (
-        location.RemoteObject(place) if isinstance(place, location.Address) else local_files.LocalFile(os.fspath(path))
-    )
-
-
-def _read_header(source: local_files.ByteSource) -> Header:
-    first = _read_exactly(source, min(source.size, 8), 0, "header length")
-    if problem := length_problem(first, source.size):
-        raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
-    return parse(source.path, _read_exactly(source, int.from_bytes(first, "little"), 8, "header"), source.size)
-
-
-def _read_exactly(source: local_files.ByteSource, size: int, offset: int, label: str) -> bytes:
-    buffer = bytearray(size)
-    source.read_into(label, memoryview(buffer), offset)
-    return bytes(buffer)
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and validate the header of a file. Reads no tensor and imports neither numpy nor jax.
 
@@ -404,13 +371,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         FormatError: not a valid safetensors file; names each invalid tensor.
         FileError: missing, a directory, or not permitted.
     """
-    source = _open(path)
-    try:
-        header = _read_header(source)
-        source.check()
-        return header
-    finally:
-        source.close()
+    with TensorFile(path) as file:
+        return file.header
 
 
 class TensorFile(TensorSource):
@@ -422,14 +384,23 @@ class TensorFile(TensorSource):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a file; see `open_tensors`. Raises the errors of `read_header`."""
-        self._file = _open(path)
+        """Open a file at a path or an address. Raises the errors of `read_header`."""
+        place = location.to_location(path)
+        is_remote = isinstance(place, location.Address)
+        self._file = location.RemoteObject(place) if is_remote else local_files.LocalFile(os.fspath(path))
         self.path = self.source = self._file.path
         try:
-            self.header = _read_header(self._file)
+            self.header = self._read_header()
         except BaseException:
             self.close()
             raise
+
+    def _read_header(self) -> Header:
+        size = self._file.size
+        first = self._file.read_exactly("header length", min(size, 8), 0)
+        if problem := _length_problem(first, size):
+            raise FormatError(f"{self.path}: not a valid safetensors file: {problem}")
+        return parse(self.path, self._file.read_exactly("header", int.from_bytes(first, "little"), 8), size)
 
     def _dtype(self, key: str) -> np.dtype:
         try:
@@ -450,7 +421,7 @@ class TensorFile(TensorSource):
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         """Return one tensor, read into the first bytes of `memory` (uint8, aligned for the dtype) or new memory."""
         info, dtype = self._find(key)
-        data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
+        data = aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
         self._file.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
@@ -500,7 +471,7 @@ class TensorFile(TensorSource):
         def read_at(view: memoryview, offset: int) -> None:
             self._file.read_into(f"tensor {key!r}", view, begin + offset)
 
-        return strided.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
+        return local_files.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
 
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] = lambda _: None) -> dict[str, np.ndarray]:
         """Return several tensors; see `TensorSource`. Several threads read them."""
@@ -508,7 +479,7 @@ class TensorFile(TensorSource):
         jobs = local_files.split_by_size(order, self.nbytes, _JOB_BYTES)
         # Allocated here, in the caller's thread; see `local_files.run_in_order`.
         tasks = (
-            functools.partial(list, map(self.read_into, job, [local_files.aligned_empty(self.nbytes(k)) for k in job]))
+            functools.partial(list, map(self.read_into, job, [aligned_empty(self.nbytes(k)) for k in job]))
             for job in jobs
         )
         out: dict[str, np.ndarray] = {}
@@ -535,18 +506,6 @@ class TensorFile(TensorSource):
             self.close()
 
 
-def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """Open a file for lazy reading; see `TensorFile`.
-
-    Args:
-        path: a path or an address.
-
-    Raises:
-        FormatError, FileError: see `read_header`.
-    """
-    return TensorFile(path)
-
-
 def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """Read all tensors of a file, or some, into memory that XLA's CPU client uses without a copy.
 
@@ -554,7 +513,7 @@ def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dic
         FormatError, FileError: see `read_header`.
         MismatchError: the file lacks some of `keys`; names all of them.
     """
-    with open_tensors(path) as file:
+    with TensorFile(path) as file:
         wanted = list(file) if keys is None else list(keys)
         if missing := [key for key in wanted if key not in file]:
             raise MismatchError(
@@ -565,16 +524,15 @@ def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dic
         return {key: tensors[key] for key in wanted}
 
 
-def _to_file_bits(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.ndarray:
+def checked_bits(path: str, key: str, value: np.ndarray, dtype: str, shape: Sequence[int]) -> np.ndarray:
     """Check an array against its spec and return its bits as integers, which numpy copies fastest."""
     import numpy as np
 
     array = np.asarray(value)
     name = NAMES.get(array.dtype.name, array.dtype.name)
-    if name != info.dtype or array.shape != info.shape:
+    if name != dtype or array.shape != tuple(shape):
         raise MismatchError(
-            f"{path}: cannot write: tensor {key!r}: expected {info.dtype} {list(info.shape)}, "
-            f"found {name} {list(array.shape)}"
+            f"{path}: cannot write: tensor {key!r}: expected {dtype} {list(shape)}, found {name} {list(array.shape)}"
         )
     return little_bits(array)
 
@@ -637,7 +595,7 @@ def write_to(
     keys = header.tensors
     with contextlib.closing(local_files.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
         for key, info in keys.items():
-            _write_array(writer, _to_file_bits(writer.path, key, next(values), info))
+            _write_array(writer, checked_bits(writer.path, key, next(values), info.dtype, info.shape))
             if progress is not None:
                 progress(info.nbytes)
     return header
@@ -645,14 +603,13 @@ def write_to(
 
 def _write_array(writer: atomic.Writer, bits: np.ndarray) -> None:
     """Append an array. On return no name holds its memory, which `get` may need for the next tensor."""
-    for part in strided.contiguous_parts(bits):
+    for part in local_files.contiguous_parts(bits):
         writer.write(part)
 
 
-def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:
+def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the specs with safetensors' dtype names."""
-
-    def to_name(dtype: npt.DTypeLike) -> str:
-        return dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype)
-
-    return {key: (to_name(dtype), shape) for key, (dtype, shape) in specs.items()}
+    return {
+        key: (dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype), tuple(shape))
+        for key, (dtype, shape) in specs.items()
+    }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
-from jaxadapt.storage import atomic, safetensors, strided
+from jaxadapt.storage import atomic, local_files, safetensors
 from jaxadapt.storage.atomic import close_fd, flush_file, write_at, write_error
 from jaxadapt.storage.safetensors import Header, TensorInfo, encode
 
@@ -371,4 +371,4 @@ class _SharedFile:
         def put(data: memoryview, offset: int) -> None:
             write_at(self._fd, data, begin + offset, self._path)
 
-        strided.write_region(put, part.shape, bits, part.region)
+        local_files.write_region(put, part.shape, bits, part.region)

@@ -1,16 +1,21 @@
-"""PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
+"""PyTorch `.bin`/`.pt` state dicts, read and written without torch.
 
-This module only reads; `torch_bin_write` writes. The bounds of storages are checked, and a file cannot cause
-allocations much larger than itself.
+Both the zip format and the one before PyTorch 1.6 are read; the zip format, as `torch.load(weights_only=True)` reads
+it, is written. The bounds of storages are checked, and a file cannot cause allocations much larger than itself.
 
 No code in a file is executed. Python's unpickler calls the functions that a file names. This reader builds only
 strings, numbers, tuples, lists and dicts. It accepts only a list of names, those that PyTorch's state dicts use, and
-passes the arguments of a call to its own `rebuild`. Any other name or opcode is an error. `pickletools` only splits the
-bytes into opcodes; it executes nothing.
+passes the arguments of a call to its own `_rebuild`. Any other name or opcode is an error. `pickletools` only splits
+the bytes into opcodes; it executes nothing.
+
+A file that is written consists of uncompressed records: `data.pkl`, a pickle that rebuilds the tensors from storages,
+`byteorder`, one record for each storage, and `version`. Each storage holds one tensor in C order and begins at a
+multiple of 64 bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import io
@@ -19,29 +24,23 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from jaxadapt.core.errors import FormatError
-from jaxadapt.storage import local_files, location
-from jaxadapt.storage.safetensors import BITS, problems_text
-from jaxadapt.storage.source import Whole
-from jaxadapt.storage.strided import NAMES, numpy_dtype
+from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dtype
+from jaxadapt.core.errors import FormatError, problems_text
+from jaxadapt.storage import atomic, location, safetensors
+from jaxadapt.storage.local_files import LocalFile, file_error, flat_bytes
+from jaxadapt.storage.safetensors import BITS
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
 
 
 # ---------------------------------------------------------------- pickle ops
-
-
-class Stream(Protocol):
-    """A source of opcodes. `read` must not allocate more bytes than the file has, whatever size is requested."""
-
-    def read(self, size: int, /) -> bytes: ...
-
-    def readline(self) -> bytes: ...
 
 
 class UnsupportedPickle(Exception):
@@ -56,27 +55,19 @@ class Global:
 
 
 _MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
 _EMPTY: dict[str, type[dict[str, object]] | type[list[object]]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 _VALUES = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
 }  # fmt: skip
-_TUPLES = {"TUPLE": 0, "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CHANGES = {"BINPUT", "LONG_BINPUT", "MEMOIZE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
     """The stack and memo of one pickle."""
 
-    def __init__(
-        self,
-        allowed: Collection[str],
-        rebuild: Callable[[str, tuple[object, ...]], object],
-        persistent: Callable[[object], object],
-    ) -> None:
-        self._allowed = allowed
-        self._rebuild = rebuild
+    def __init__(self, persistent: Callable[[object], object]) -> None:
         self._persistent = persistent
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
@@ -115,30 +106,25 @@ class _Machine:
 
     def _global(self, module: object, name: object) -> Global:
         full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
-        if full not in self._allowed:
+        if full not in _ALLOWED:
             raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
         return Global(full)
 
     def step(self, code: str, argument: object) -> None:
-        if code in _CHANGES:
-            self._change(code, argument)
-        elif code not in ("PROTO", "FRAME"):
-            self._stack.append(self._value(code, argument))
-
-    def _change(self, code: str, argument: object) -> None:
-        """Store a value in the memo, or add items to the value on top of the stack."""
+        """Store a value in the memo, add items to the value on top of the stack, or put a value on the stack."""
         stack = self._stack
         if code in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             number = len(self._memo) if code == "MEMOIZE" else cast("int", argument)
             self._memo[number] = stack[-1] if stack else None
         elif code in ("APPEND", "APPENDS"):
-            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]
-            cast("list[object]", self._top(list)).extend(items)
+            cast("list[object]", self._top(list)).extend(self._pop_to_mark() if code == "APPENDS" else [self.pop()])
         elif code in ("SETITEM", "SETITEMS"):
             self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
-        else:
+        elif code == "BUILD":
             self.pop()  # attributes of an OrderedDict, such as `_metadata`: no tensors
             self._top(dict)
+        elif code not in ("PROTO", "FRAME"):
+            stack.append(self._value(code, argument))
 
     def _value(self, code: str, argument: object) -> object:
         """Return the value that an opcode puts on the stack."""
@@ -152,7 +138,7 @@ class _Machine:
             if argument not in self._memo:
                 raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
             return self._memo[cast("int", argument)]
-        if code in _TUPLES:
+        if code in _TUPLES or code == "TUPLE":
             return tuple(self._pop_to_mark() if code == "TUPLE" else self._pop_many(_TUPLES[code]))
         if code in ("GLOBAL", "STACK_GLOBAL"):
             return self._global(*(str(argument).split(" ", 1) if code == "GLOBAL" else self._pop_many(2)))
@@ -163,34 +149,27 @@ class _Machine:
         function, arguments = self._pop_many(2)
         if type(function) is not Global or type(arguments) is not tuple:
             raise UnsupportedPickle("the pickle calls a value that is not a function")
-        return self._rebuild(function.name, cast("tuple[object, ...]", arguments))
+        return _rebuild(function.name, cast("tuple[object, ...]", arguments))
 
 
-def load(
-    stream: Stream,
-    allowed: Collection[str],
-    rebuild: Callable[[str, tuple[object, ...]], object],
-    persistent: Callable[[object], object],
-) -> object:
+def load(stream: io.BytesIO | _Stream, persistent: Callable[[object], object]) -> object:
     """Read one pickle, leaving the stream at its end.
 
     Args:
-        stream: buffered bytes.
-        allowed: the dotted names that a pickle may refer to.
-        rebuild: called with an allowed name and the arguments of its call; returns the result of the call.
+        stream: buffered bytes, whose `read` allocates no more bytes than the file has, whatever size is requested.
         persistent: called with a persistent id (a storage of PyTorch); returns its value.
 
     Raises:
         UnsupportedPickle: the pickle uses another name or opcode (which the error names), or is damaged.
 
     >>> import io, pickle
-    >>> load(io.BytesIO(pickle.dumps({"a": (1, [2.5])}, 2)), (), lambda name, args: None, lambda id: None)
+    >>> load(io.BytesIO(pickle.dumps({"a": (1, [2.5])}, 2)), lambda id: None)
     {'a': (1, [2.5])}
-    >>> load(io.BytesIO(pickle.dumps(print)), (), lambda name, args: None, lambda id: None)
+    >>> load(io.BytesIO(pickle.dumps(print)), lambda id: None)
     Traceback (most recent call last):
     jaxadapt.storage.torch_bin.UnsupportedPickle: it refers to 'builtins.print', which no state dict needs; ...
     """
-    machine = _Machine(allowed, rebuild, persistent)
+    machine = _Machine(persistent)
     try:
         for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):  # accepts streams too
             if opcode.name == "STOP":
@@ -371,19 +350,19 @@ def _describe(value: object) -> str:
 class _Zip:
     """The format since PyTorch 1.6: a zip file of uncompressed records in one folder."""
 
-    def __init__(self, file: io.FileIO, path: str, size: int) -> None:
-        self._zip = zipfile.ZipFile(file)
-        self._size = size
+    def __init__(self, source: LocalFile) -> None:
+        self._zip = zipfile.ZipFile(source.file)
+        self._size = source.size
         names = self._zip.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
         if len(roots) != 1 or len(set(names)) < len(names):
-            raise FormatError(f"{path}: expected a PyTorch file with one record data.pkl, found {len(roots)}")
+            raise FormatError(f"{source.path}: expected a PyTorch file with one record data.pkl, found {len(roots)}")
         self._root = roots[0]
         order = self._record("byteorder") if self._root + "byteorder" in names else b"little"
         if order not in (b"little", b"big"):
-            raise FormatError(f"{path}: record byteorder: expected little or big, found {order[:20]!r}")
+            raise FormatError(f"{source.path}: record byteorder: expected little or big, found {order[:20]!r}")
         self.big_endian = order == b"big"
-        self.state = load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _parse_storage)
+        self.state = load(io.BytesIO(self._record("data.pkl")), _parse_storage)
 
     def _record(self, name: str) -> bytes:
         try:
@@ -402,9 +381,9 @@ class _Zip:
 class _Stream:
     """A file's bytes. Unlike `BufferedReader.read`, `read` allocates no more bytes than the file has."""
 
-    def __init__(self, file: io.FileIO, size: int) -> None:
-        self.buffered = io.BufferedReader(file)
-        self._size = size
+    def __init__(self, source: LocalFile) -> None:
+        self.buffered = io.BufferedReader(source.file)
+        self._size = source.size
         self.readline = self.buffered.readline
 
     def read(self, size: int, /) -> bytes:
@@ -416,27 +395,20 @@ class _Legacy:
 
     big_endian = False  # on any machine
 
-    def __init__(self, file: io.FileIO, path: str, size: int) -> None:
-        self._file, self._path, self._size = file, path, size
+    def __init__(self, source: LocalFile) -> None:
+        self._source = source
         self._storages: dict[str, _Storage] = {}
-        stream = _Stream(file, size)
+        stream = _Stream(source)
         try:
-            values = [self._unpickle(stream)]
-            if values != [_MAGIC]:
-                raise FormatError(f"{path}: expected a PyTorch file, found another kind of pickle")
+            if load(stream, self._parse_storage) != _MAGIC:
+                raise FormatError(f"{source.path}: expected a PyTorch file, found another kind of pickle")
             # The version, the writer's type sizes (unused), the content, and the keys of the storages.
-            values += [self._unpickle(stream) for _ in range(4)]
+            version, _, self.state, self._keys = [load(stream, self._parse_storage) for _ in range(4)]
             self._start = stream.buffered.tell()
         finally:
             stream.buffered.detach()  # so that its destructor does not close the file
-        if values[1] != _PROTOCOL:
-            raise FormatError(f"{path}: expected version {_PROTOCOL} of the format, found another version")
-        self.state = values[3]
-        self._keys = values[4]
-        self._offsets: dict[str, int] | None = None
-
-    def _unpickle(self, stream: _Stream) -> object:
-        return load(stream, _ALLOWED, _rebuild, self._parse_storage)
+        if version != _PROTOCOL:
+            raise FormatError(f"{source.path}: expected version {_PROTOCOL} of the format, found another version")
 
     def _parse_storage(self, identity: object) -> _Storage:
         storage = _parse_storage(identity)
@@ -445,31 +417,34 @@ class _Legacy:
             raise UnsupportedPickle(f"storage {storage.key!r} has two different descriptions")
         return storage
 
-    def _find_offsets(self) -> dict[str, int]:
+    @functools.cached_property
+    def _offsets(self) -> dict[str, int]:
+        """The offset of each storage in the file, by key."""
         offsets: dict[str, int] = {}
         offset = self._start
         for key in cast("list[object]", self._keys) if type(self._keys) is list else [None]:
             storage = self._storages.get(key) if type(key) is str else None
             if storage is None:
-                raise FormatError(f"{self._path}: expected the keys of its storages, found other values")
-            raw = local_files.pread_exact(self._file.fileno(), 8, offset, self._path, f"storage {key!r}")
+                raise FormatError(f"{self._source.path}: expected the keys of its storages, found other values")
+            raw = self._source.read_exactly(f"storage {key!r}", 8, offset)
             count = int.from_bytes(raw, "little", signed=True)
             if count != storage.total:
-                raise FormatError(f"{self._path}: storage {key!r}: expected {storage.total} elements, found {count}")
+                raise FormatError(
+                    f"{self._source.path}: storage {key!r}: expected {storage.total} elements, found {count}"
+                )
             offsets[storage.key] = offset + 8
             offset += 8 + _nbytes(storage)
         return offsets
 
     def storage(self, storage: _Storage) -> bytes:
-        if self._offsets is None:
-            self._offsets = self._find_offsets()
-        offset, size = self._offsets.get(storage.key, self._size), _nbytes(storage)
-        if offset + size > self._size:
+        source, size = self._source, _nbytes(storage)
+        offset = self._offsets.get(storage.key, source.size)
+        if offset + size > source.size:
             raise FormatError(
-                f"{self._path}: storage {storage.key!r}: expected {size} bytes at offset {offset}, "
-                f"found a file of {self._size} bytes; the file is truncated"
+                f"{source.path}: storage {storage.key!r}: expected {size} bytes at offset {offset}, "
+                f"found a file of {source.size} bytes; the file is truncated"
             )
-        return local_files.pread_exact(self._file.fileno(), size, offset, self._path, f"storage {storage.key!r}")
+        return source.read_exactly(f"storage {storage.key!r}", size, offset)
 
 
 def _nbytes(storage: _Storage) -> int:
@@ -480,19 +455,19 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
     """Open a file of either format and call `use` with its reader and tensors."""
     name = os.fspath(path)
     place = location.to_location(path)
-    file, size = location.fetch_object(place) if isinstance(place, location.Address) else local_files.open_binary(name)
-    with local_files.close_after(file):
-        first = local_files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
+    opened = location.fetch_object(place) if isinstance(place, location.Address) else LocalFile(name)
+    with contextlib.closing(opened) as source:
+        first = source.read_exactly("file", min(source.size, 16), 0)
         if first.startswith(b"version "):
             raise FormatError(f"{name}: found a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
         if not first.startswith((b"PK\x03\x04", b"\x80")):
             raise FormatError(
                 f"{name}: expected a PyTorch file (a zip file or a pickle), "
-                f"found {size} bytes that begin with {first!r}"
+                f"found {source.size} bytes that begin with {first!r}"
             )
         try:
-            reader = (_Zip if first.startswith(b"PK") else _Legacy)(file, name, size)
-            return use(reader, _check_state_dict(reader.state, name, size))
+            reader = (_Zip if first.startswith(b"PK") else _Legacy)(source)
+            return use(reader, _check_state_dict(reader.state, name, source.size))
         except UnsupportedPickle as error:
             raise FormatError(f"{name}: not a state dict: {error}") from error
         # raised by zipfile for damaged, encrypted and unusual files
@@ -503,7 +478,7 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
                 raise FormatError(
                     f"{name}: not a valid PyTorch file: a record is beyond the end of the file"
                 ) from error
-            raise local_files.file_error("read", name, error) from error
+            raise file_error("read", name, error) from error
 
 
 def keys_and_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -554,7 +529,7 @@ def _to_array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     import numpy as np
 
     dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
-    out = local_files.aligned_empty(tensor.nbytes).view(dtype).reshape(tensor.shape)
+    out = aligned_empty(tensor.nbytes).view(dtype).reshape(tensor.shape)
     if not out.size:
         return out
     storage = tensor.storage
@@ -568,3 +543,134 @@ def _to_array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
         part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
         out.reshape(-1).view(f"u{part}").byteswap(inplace=True)
     return out
+
+
+# ---------------------------------------------------------------- writing
+
+
+_STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+# Dtypes that came after PyTorch's typed storages: their storage is untyped, and the tensor states the dtype.
+_LATER = {dtype: name for name, dtype in NAMES.items() if dtype not in _STORAGE_OF}
+_ROOT = "adapter_model"
+_ALIGNMENT = 64
+_LARGE = 0xFFFFFFFF  # from this size or offset on, a record needs the fields of ZIP64 …
+_IN_ZIP64 = 0xFFFFFFFF  # … and its short fields hold this number
+
+
+def write_to(
+    writer: atomic.Writer,
+    specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]],
+    get: Callable[[str], np.ndarray],
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write a state dict, holding one tensor at a time; return the size of the file in bytes.
+
+    Args:
+        writer: the open file.
+        specs: (dtype, shape) by key, in the order of the state dict.
+        get: returns the array of a key, with the dtype and shape of `specs`. Called once a key, in order.
+        progress: called with the number of bytes of each tensor written.
+
+    Raises:
+        FileError: the disk is full, or PyTorch has no such dtype (the error names all such tensors).
+        MismatchError: `get` returned an array that does not match its spec.
+    """
+    named = safetensors.named_specs(specs)
+    archive = _Archive(writer)
+    archive.add("data.pkl", _pickle(named))
+    archive.add("byteorder", b"little")
+    for number, (key, spec) in enumerate(named.items()):
+        data = flat_bytes(safetensors.checked_bits(writer.path, key, get(key), *spec))
+        archive.add(f"data/{number}", data)
+        if progress is not None:
+            progress(len(data))
+    archive.add("version", b"3\n")
+    return archive.finish()
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def _integer(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K" + struct.pack("<B", value)
+    if 0 <= value < 1 << 16:
+        return b"M" + struct.pack("<H", value)
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + struct.pack("<B", len(raw)) + raw
+
+
+def _global(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def _tuple(items: Sequence[bytes]) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return the pickle, in protocol 2, of a dict of tensors whose storages are records."""
+    parts = [b"\x80\x02}("]
+    for number, (key, (dtype, shape)) in enumerate(specs.items()):
+        count = math.prod(shape)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        typed = dtype in _STORAGE_OF
+        size = count if typed else count * SIZES[dtype]
+        kind = f"torch.{_STORAGE_OF[dtype]}" if typed else UNTYPED
+        storage = _tuple([_text("storage"), _global(kind), _text(str(number)), _text("cpu"), _integer(size)]) + b"Q"
+        fields = [storage, _integer(0), _tuple([*map(_integer, shape)]), _tuple([*map(_integer, strides)]), b"\x89"]
+        fields.append(_global("collections.OrderedDict") + b")R")
+        fields += [] if typed else [_global(f"torch.{_LATER[dtype]}")]
+        parts.append(_text(key) + _global(f"torch._utils._rebuild_tensor_v{2 if typed else 3}") + _tuple(fields) + b"R")
+    return b"".join([*parts, b"u."])
+
+
+class _Archive:
+    """A zip file of uncompressed records, written in order."""
+
+    def __init__(self, writer: atomic.Writer) -> None:
+        self._writer = writer
+        self._offset = 0
+        self._directory: list[bytes] = []
+
+    def _put(self, *parts: bytes | memoryview) -> None:
+        for part in parts:
+            self._writer.write(memoryview(part))
+        self._offset += sum(map(len, parts))
+
+    def add(self, name: str, data: bytes | memoryview) -> None:
+        """Append a record whose data begins at a multiple of 64 bytes."""
+        raw = f"{_ROOT}/{name}".encode()
+        size, start = len(data), self._offset
+        large = size >= _LARGE
+        sizes = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+        begin = start + 30 + len(raw) + len(sizes) + 4  # 4: the header of the padding
+        padding = -begin % _ALIGNMENT
+        extra = sizes + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        short = _IN_ZIP64 if large else size
+        common = struct.pack("<HHHHHIII", 45 if large else 20, 0x800, 0, 0, 33, zlib.crc32(data), short, short)
+        self._put(b"PK\x03\x04" + common + struct.pack("<HH", len(raw), len(extra)) + raw + extra, data)
+        far = start >= _LARGE
+        fields = [size, size] * large + [start] * far
+        extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+        place = struct.pack("<HHHII", 0, 0, 0, 0, _IN_ZIP64 if far else start)
+        entry = struct.pack("<HH", len(raw), len(extra)) + place + raw + extra
+        self._directory.append(b"PK\x01\x02" + struct.pack("<H", 45) + common + entry)
+
+    def finish(self) -> int:
+        """Write the directory; return the size of the file."""
+        start, count = self._offset, len(self._directory)
+        self._put(*self._directory)
+        size = self._offset - start
+        short = [count, count, size, start]
+        if count >= 0xFFFF or start >= _LARGE or size >= _LARGE:
+            end, short = self._offset, [0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64]
+            self._put(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start))
+            self._put(b"PK\x06\x07" + struct.pack("<IQI", 0, end, 1))
+        self._put(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, *short, 0))
+        return self._offset

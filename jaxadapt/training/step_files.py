@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays import regions
+from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
 from jaxadapt.core.errors import FormatError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord, head_crc
-from jaxadapt.storage import atomic, local_files, safetensors, sharded_write, strided
+from jaxadapt.storage import atomic, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
 from jaxadapt.storage.sharded_write import TensorPart
-from jaxadapt.storage.strided import can_hold, numpy_dtype
 from jaxadapt.training.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 # ---------------------------------------------------------------- step files
@@ -112,7 +112,7 @@ def write_step(
         return _as_bytes(value) if name in byte_dtypes else value
 
     def compute_crcs() -> dict[str, int]:
-        return {name: strided.checksum(safetensors.little_bits(get(name))) for name in specs}
+        return {name: local_files.checksum(safetensors.little_bits(get(name))) for name in specs}
 
     crcs = local_files.start(compute_crcs)
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
@@ -195,7 +195,7 @@ def prepare_shared_write(
         def compute_shares() -> dict[str, int]:
             computed: dict[str, int] = {}
             for key, shape, region, values in pieces():
-                share = strided.share(shape, safetensors.little_bits(values), region)
+                share = local_files.checksum_share(shape, safetensors.little_bits(values), region)
                 computed[key] = computed.get(key, 0) ^ share
             return computed
 
@@ -209,7 +209,9 @@ def prepare_shared_write(
             with atomic.open_replacement(path) as writer:
                 put(writer, _make_metadata(document, specs))
                 nbytes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in specs.items()}
-                _write_crcs(writer, {name: strided.join([shares.get(name, 0)], n) for name, n in nbytes.items()})
+                _write_crcs(
+                    writer, {name: local_files.join_shares([shares.get(name, 0)], n) for name, n in nbytes.items()}
+                )
 
         total = sum(x.nbytes for arrays in owned.values() for x in arrays.values())
         sharded_write.write(
@@ -322,7 +324,7 @@ def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report
             checked if this process reads all of it.
     """
     try:
-        with safetensors.open_tensors(step.path) as file:
+        with safetensors.TensorFile(step.path) as file:
             count = byte_counter(report, "load", sum(map(file.nbytes, wanted)))
             if run_folder.array_crcs(file.header) != step.crcs:
                 raise KeyError(run_folder.CRC)
@@ -373,7 +375,7 @@ def _find_damaged(arrays: Mapping[str, np.ndarray], crcs: Mapping[str, int]) -> 
     """Return the names of arrays with another CRC than the stored one. Several threads compute them."""
 
     def find(names: list[str]) -> list[str]:
-        return [n for n in names if n in crcs and strided.checksum(safetensors.little_bits(arrays[n])) != crcs[n]]
+        return [n for n in names if n in crcs and local_files.checksum(safetensors.little_bits(arrays[n])) != crcs[n]]
 
     jobs = local_files.split_by_size(arrays, lambda name: arrays[name].nbytes, _JOB_BYTES)
     found = local_files.run_in_order((functools.partial(find, job) for job in jobs), len(jobs))
@@ -394,5 +396,5 @@ def _read_shards(like: Any, get: Callable[[Any], np.ndarray]) -> tuple[jax.Array
     array = jax.make_array_from_callback(shape, like.sharding, read_shard)
     if sum(x.size for x in shards.values()) != math.prod(shape):
         return array, None
-    shares = [strided.share(shape, safetensors.little_bits(x), region) for region, x in shards.items()]
-    return array, strided.join(shares, sum(x.nbytes for x in shards.values()))
+    shares = [local_files.checksum_share(shape, safetensors.little_bits(x), region) for region, x in shards.items()]
+    return array, local_files.join_shares(shares, sum(x.nbytes for x in shards.values()))

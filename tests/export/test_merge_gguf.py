@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.cli import main
 from jaxadapt.export import gguf_model, merge_files
 from jaxadapt.persistence import fingerprint
-from jaxadapt.storage.source import as_source
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

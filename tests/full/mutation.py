@@ -48,7 +48,7 @@ TARGET = 0.85
 CORE = [
     "jaxadapt/configs/*.py", "jaxadapt/keymaps/*.py", "jaxadapt/methods/*.py", "jaxadapt/merging/pairs.py",
     "jaxadapt/arrays/layout.py", "jaxadapt/arrays/products.py", "jaxadapt/arrays/regions.py",
-    "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/strided.py",
+    "jaxadapt/core/paths.py", "jaxadapt/storage/safetensors.py", "jaxadapt/storage/local_files.py",
     "jaxadapt/storage/torch_bin.py",
 ]  # fmt: skip
 POOL = [

@@ -15,9 +15,9 @@ from jaxadapt import IA3Config, KeyMap, KeyMapError, LoraConfig, MismatchError
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays.layout import Axes
+from jaxadapt.arrays.tensor_source import cast
 from jaxadapt.keymaps import keymap, plan
 from jaxadapt.keymaps.weight import MethodTensor, Weight
-from jaxadapt.storage.source import cast
 
 FAST = settings(max_examples=150, deadline=None)
 NAMES = ["i", "o", "h", "r", "in", "out", "batch", "d2", "n_heads", "l", "lora_A"]

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
+from jaxadapt.arrays.tensor_source import as_source, transpose
 from jaxadapt.cli import main
 from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
 from jaxadapt.persistence.formats import mlx_files
-from jaxadapt.storage.source import as_source, transpose
 from tests.support import fuzz_mlx_files
 
 # A LoRA and a DoRA that mlx-lm 0.32.2 trained and saved, their base, and mlx-lm's logits:

@@ -11,10 +11,10 @@ import pytest
 
 import jaxadapt
 from jaxadapt import MismatchError
+from jaxadapt.arrays.tensor_source import TensorSource, as_source
 from jaxadapt.models import planning
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.rules import Expected, Options
-from jaxadapt.storage.source import TensorSource, as_source
 
 PREFIX = "base_model.model."
 BASE = {"q": {"kernel": np.arange(24, dtype=np.float32).reshape(4, 6), "bias": np.ones(6, np.float32)}}

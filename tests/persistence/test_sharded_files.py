@@ -211,7 +211,7 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "preadv", counted)
     jaxadapt.load(tmp_path, {"params": base}, shardings=where)
     assert sum(size for size in read if size > 4096) == 2 * d * r * 4  # the header is smaller
-    with safetensors.open_tensors(tmp_path / "adapter_model.safetensors") as file:
+    with safetensors.TensorFile(tmp_path / "adapter_model.safetensors") as file:
         read.clear()
         part = file.read_slice("base_model.model.q.lora_A.weight", (slice(0, r), slice(d // 2, d)))
         np.testing.assert_array_equal(part, np.asarray(adapter.flat()["q.kernel.lora_A"])[:, d // 2 :])

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from jaxadapt.storage import strided
+from jaxadapt.storage import local_files
 
 
 def written_out(data: bytes) -> int:
@@ -33,11 +33,13 @@ def written_out(data: bytes) -> int:
 def test_the_shares_of_the_parts_of_an_array_are_its_checksum(shape: tuple[int, ...], dtype: str) -> None:
     rng = np.random.default_rng(0)
     bits = rng.integers(0, np.iinfo(dtype).max, size=shape, dtype=dtype, endpoint=True)
-    assert strided.checksum(bits) == written_out(bits.tobytes())
-    assert strided.checksum(bits.T) == written_out(bits.T.tobytes())
+    assert local_files.checksum(bits) == written_out(bits.tobytes())
+    assert local_files.checksum(bits.T) == written_out(bits.T.tobytes())
     for axis, size in enumerate(shape):
         cuts = sorted({0, size, *rng.integers(0, size + 1, size=3).tolist()})
         rows = itertools.pairwise(cuts)
         regions = [tuple(row if i == axis else (0, n) for i, n in enumerate(shape)) for row in rows]
-        parts = [strided.share(shape, bits[tuple(slice(*r) for r in region)], region) for region in regions]
-        assert strided.join(parts[::-1], bits.nbytes) == strided.checksum(bits)
+        parts = [
+            local_files.checksum_share(shape, bits[tuple(slice(*r) for r in region)], region) for region in regions
+        ]
+        assert local_files.join_shares(parts[::-1], bits.nbytes) == local_files.checksum(bits)

@@ -151,7 +151,7 @@ def test_large_files_go_and_come_in_parts(place: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize: 5 << 20)
     value = np.arange(3 << 20, dtype="u4").reshape(-1, 1024)
     safetensors.write(f"{place}/big", {"x": ("U32", value.shape)}, lambda _: value)
-    with safetensors.open_tensors(f"{place}/big") as held:
+    with safetensors.TensorFile(f"{place}/big") as held:
         assert np.array_equal(held["x"], value)
         for rows in (slice(0, 1), slice(1500, 1600), slice(2500, None)):
             assert np.array_equal(held.read_slice("x", [rows]), value[rows])
@@ -219,7 +219,7 @@ def test_a_header_is_one_request(requests: list[tuple[int, int]]):
 def test_only_the_bytes_of_a_slice_are_read(requests: list[tuple[int, int]]):
     value = np.arange(40_000, dtype="f4").reshape(100, 400)
     safetensors.write(f"memory://slice/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
-    with safetensors.open_tensors(f"memory://slice/{WEIGHTS}") as held:
+    with safetensors.TensorFile(f"memory://slice/{WEIGHTS}") as held:
         requests.clear()
         start = held.header.data_start
         assert np.array_equal(held.read_slice("x", [slice(50, 60)]), value[50:60])  # 16 KB: a request of its own
@@ -251,7 +251,7 @@ def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch
     use_blocks(monkeypatch, 100_000, head=4000)
     value = np.arange(24_000, dtype="f4").reshape(-1, 10)
     safetensors.write(f"memory://threads/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
-    with safetensors.open_tensors(f"memory://threads/{WEIGHTS}") as held:
+    with safetensors.TensorFile(f"memory://threads/{WEIGHTS}") as held:
         requests.clear()
         wrong: list[int] = []
 
@@ -274,7 +274,7 @@ def test_an_object_that_is_replaced_while_it_is_read():
     address = "memory://replaced"
     jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800)), address)
     with pytest.raises(jaxadapt.FormatError, match=f"{WEIGHTS}: the object was replaced while"):  # noqa: PT012, SIM117
-        with safetensors.open_tensors(f"{address}/{WEIGHTS}") as held:
+        with safetensors.TensorFile(f"{address}/{WEIGHTS}") as held:
             _ = held[next(iter(held))]
             jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800, fill=2)), address)
     assert not jaxadapt.read(address).tensors.keys() ^ held.keys()

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt import FileError, FormatError, MismatchError
+from jaxadapt.arrays.tensor_source import NAMES, numpy_dtype
 from jaxadapt.storage import safetensors as codec
-from jaxadapt.storage.strided import NAMES, numpy_dtype
 
 DTYPES = [numpy_dtype(code) for code in NAMES.values()]
 
@@ -252,7 +252,7 @@ def test_keys_and_lazy_file(tmp_path: Path) -> None:
     assert list(codec.read(tmp_path / "f", ["c", "a"])) == ["c", "a"]
     with pytest.raises(MismatchError, match=r"f: expected tensors 'x'; 'y'.*it holds 'a'"):
         codec.read(tmp_path / "f", ["a", "x", "y"])
-    with codec.open_tensors(tmp_path / "f") as file:
+    with codec.TensorFile(tmp_path / "f") as file:
         assert list(file) == list(tensors)
         assert len(file) == 4
         assert "a" in file
@@ -269,7 +269,7 @@ def test_keys_and_lazy_file(tmp_path: Path) -> None:
 
 def test_truncated_while_open(tmp_path: Path) -> None:
     save(tmp_path / "f", {"a": np.zeros(10, "f4"), "b": np.zeros(10, "f4")})
-    with codec.open_tensors(tmp_path / "f") as file:
+    with codec.TensorFile(tmp_path / "f") as file:
         os.truncate(tmp_path / "f", file.header.size - 1)
         file["a"]
         for read in (
@@ -297,7 +297,7 @@ def test_slices(tmp_path_factory: pytest.TempPathFactory, array: np.ndarray, sli
     path = tmp_path_factory.getbasetemp() / f"slices{array.shape}"
     if not path.exists():
         save(path, {"x": array})
-    with codec.open_tensors(path) as file:
+    with codec.TensorFile(path) as file:
         if len(slices) > array.ndim:
             with pytest.raises(IndexError):
                 file.read_slice("x", slices)
@@ -310,7 +310,7 @@ def test_slices_read_only_their_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     save(tmp_path / "f", {"x": array})
     read: list[int] = []
     real = os.preadv
-    with codec.open_tensors(tmp_path / "f") as file:
+    with codec.TensorFile(tmp_path / "f") as file:
         monkeypatch.setattr(os, "preadv", lambda *a: read.append(real(*a)) or read[-1])
         for slices, most in [((slice(8, 16),), 8 * 131_072), ((slice(None), slice(0, 4096)), 64 * 4096 * 4)]:
             read.clear()
@@ -347,7 +347,7 @@ def test_no_descriptor_is_leaked(tmp_path: Path) -> None:
         codec.read(tmp_path / "f")
         save(tmp_path / "g", {"x": np.ones(3, "f4")})
         with pytest.raises(FormatError):
-            codec.open_tensors(tmp_path / "bad")
+            codec.TensorFile(tmp_path / "bad")
         with pytest.raises(MismatchError):
             codec.write(tmp_path / "g", {"x": ("F32", ())}, lambda key: np.ones(3, "f4"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before

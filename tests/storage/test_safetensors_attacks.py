@@ -172,7 +172,7 @@ def test_damaged_files_fail_cleanly_or_agree_with_the_library(
     assert theirs.keys() == ours.keys()
 
 
-@pytest.mark.parametrize("read", [codec.read_header, codec.read, codec.open_tensors])
+@pytest.mark.parametrize("read", [codec.read_header, codec.read, codec.TensorFile])
 def test_paths_that_are_no_files(tmp_path: Path, read: Callable[[object], object]) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "file").write_bytes(b"")

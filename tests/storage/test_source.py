@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxadapt import MismatchError
+from jaxadapt.arrays import tensor_source as source
 from jaxadapt.keymaps import plan
-from jaxadapt.storage import safetensors, source
+from jaxadapt.storage import safetensors
 
 TENSORS = {key: np.arange(12, dtype="f4").reshape(4, 3) + 100 * n for n, key in enumerate("abcd")}
 
@@ -25,7 +26,7 @@ def tensors(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[source.T
         yield source.as_source(TENSORS)
         return
     safetensors.write(tmp_path / "f", {k: (x.dtype, x.shape) for k, x in TENSORS.items()}, TENSORS.__getitem__)
-    with safetensors.open_tensors(tmp_path / "f") as file:
+    with safetensors.TensorFile(tmp_path / "f") as file:
         yield file if request.param == "file" else source.combine("two files", [file])
 
 
@@ -98,7 +99,7 @@ def test_encoded_leaves_are_a_source() -> None:
 def test_a_view_of_a_file_reads_only_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = np.arange(1 << 20, dtype="u1").reshape(1024, 1024)
     safetensors.write(tmp_path / "f", {"x": (value.dtype, value.shape)}, lambda _: value)
-    with safetensors.open_tensors(tmp_path / "f") as file:
+    with safetensors.TensorFile(tmp_path / "f") as file:
         asked: list[int] = []
         read = os.preadv
         monkeypatch.setattr(os, "preadv", lambda *at: asked.append(read(*at)) or asked[-1])

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.storage import strided
+from jaxadapt.storage import local_files
 
 
 @st.composite
@@ -37,7 +37,7 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
         flat[offset : offset + len(data)] = data
         calls.append((offset, offset + len(data)))
 
-    strided.write_region(write_at, shape, array, box)
+    local_files.write_region(write_at, shape, array, box)
     want = np.zeros(shape, kind)
     want[where] = array
     np.testing.assert_array_equal(whole, want)
@@ -49,7 +49,7 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
 def test_contiguous_parts(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int]], size: int) -> None:
     shape, _, order = case
     array = np.arange(np.prod(shape, dtype=int), dtype="u2").reshape(shape).transpose(order)
-    parts = list(strided.contiguous_parts(array, size))
+    parts = list(local_files.contiguous_parts(array, size))
     assert b"".join(parts) == array.tobytes()
     copies = [part for part in parts if not np.shares_memory(np.frombuffer(part, "u1"), array)]
     assert all(len(part) <= max(size, array.itemsize) for part in copies)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.storage import atomic, torch_bin, torch_bin_write
+from jaxadapt.storage import atomic, torch_bin
 from tests.support import small
 
 RNG = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def native(value: np.ndarray) -> bytes:
 def write(path: Path, tensors: dict[str, np.ndarray]) -> int:
     specs = {key: (value.dtype, value.shape) for key, value in tensors.items()}
     with atomic.open_replacement(path) as writer:
-        return torch_bin_write.write_to(writer, specs, tensors.__getitem__)
+        return torch_bin.write_to(writer, specs, tensors.__getitem__)
 
 
 @pytest.mark.peft  # torch
@@ -76,7 +76,7 @@ def test_files_beyond_4_gib_by_a_lower_limit(tmp_path: Path, limit: int, monkeyp
     """The fields of ZIP64, used from `limit` on in place of 4 GiB."""
     import torch
 
-    monkeypatch.setattr(torch_bin_write, "_LARGE", limit)
+    monkeypatch.setattr(torch_bin, "_LARGE", limit)
     tensors = {"a": np.arange(200, dtype="f4"), "b": np.ones((2, 3), "f8")}
     write(tmp_path / "f", tensors)
     assert zipfile.ZipFile(tmp_path / "f").testzip() is None
@@ -87,9 +87,9 @@ def test_files_beyond_4_gib_by_a_lower_limit(tmp_path: Path, limit: int, monkeyp
 def test_what_cannot_be_written(tmp_path: Path):
     with pytest.raises(jaxadapt.FileError, match="dtype int4: safetensors files cannot hold it"):
         write(tmp_path / "f", {"a": np.zeros(2, ml_dtypes.int4)})
-    expected = pytest.raises(jaxadapt.MismatchError, match=r"tensor 'a': expected F32 \[3\], found float64 \[3\]")
+    expected = pytest.raises(jaxadapt.MismatchError, match=r"tensor 'a': expected F32 \[3\], found F64 \[3\]")
     with expected, atomic.open_replacement(tmp_path / "f") as writer:
-        torch_bin_write.write_to(writer, {"a": ("f4", (3,))}, lambda _: np.zeros(3))
+        torch_bin.write_to(writer, {"a": ("f4", (3,))}, lambda _: np.zeros(3))
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +97,7 @@ def test_one_tensor_in_memory(tmp_path: Path):
     specs = {str(i): (np.dtype("f4"), (1 << 20,)) for i in range(8)}
     tracemalloc.start()
     with atomic.open_replacement(tmp_path / "f") as writer:
-        torch_bin_write.write_to(writer, specs, lambda _: np.ones(1 << 20, "f4"))
+        torch_bin.write_to(writer, specs, lambda _: np.ones(1 << 20, "f4"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * (4 << 20)  # one tensor of 4 MB, and the next while it is made

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxadapt import AdapterError
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.persistence.formats import image_files, image_names
-from jaxadapt.storage.source import as_source
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NAMES = (

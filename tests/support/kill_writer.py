@@ -36,7 +36,7 @@ def save(path: Path, version: int) -> None:
 
 
 def check(path: Path) -> int:
-    with safetensors.open_tensors(path) as file:
+    with safetensors.TensorFile(path) as file:
         version = int(file.header.metadata["version"])
         for key in file:
             if not (file[key] == version % 65536).all():

@@ -24,6 +24,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import finite
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, require_original_base
@@ -41,7 +42,6 @@ from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
-from jaxadapt.storage.source import as_source
 
 # ---------------------------------------------------------------- fill
 

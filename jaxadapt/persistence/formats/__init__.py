@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,10 @@ from jaxadapt.storage.location import Location
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter
+    from jaxadapt.adapters.site import Site
+    from jaxadapt.models.planning import BaseParams
     from jaxadapt.persistence.findings import Finding
+    from jaxadapt.persistence.rules import Options
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "peft_folder": hub.WEIGHTS,
@@ -102,6 +105,7 @@ class Format:
         read_config: reads only the configuration; None to open the place for it.
         join: makes one adapter of one for each model, for a file that may change several.
         write_adapter: writes an adapter in its model's layout, for a format that keeps it.
+        read_adapter: reads an adapter into the layout of a base, for a format that keeps a model's layout.
         describe: returns the finding of `verify` about an open file, or about one that `open` refused.
         styles: the names by which a user chooses the format.
         suffix: the end of the name of a single file; "" for a folder.
@@ -112,6 +116,10 @@ class Format:
     write: Callable[[PeftTensors, Location, Wanted, Report], int]
     read_config: Callable[[Place], Config] | None = None
     write_adapter: Callable[[Adapter, Location, Report], None] | None = None
+    read_adapter: (
+        Callable[[Place, BaseParams, Adapter | None, str, Options, Report], tuple[Adapter, Sequence[Site], bool | None]]
+        | None
+    ) = None
     describe: Callable[[str, Opened | AdapterError], Finding] | None = None
     join: Callable[[Mapping[str, PeftTensors], str], PeftTensors] | None = None
     styles: tuple[str, ...] = ()
@@ -122,7 +130,7 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
     """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
     if isinstance(path, Place):
         return path
-    is_remote = hub.is_address(path)
+    is_remote = location.is_hub_address(path)
     at: Location = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
     try:
         return Place(path, at, frozenset(entry.name for entry in at.iterdir()))
@@ -130,7 +138,7 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         return Place(path, at, None)
     except FileNotFoundError as error:
         why = error.strerror if isinstance(at, location.Address) else "no such folder"
-        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.could_be_repository(str(path)) else ""
+        on_hub = f"; for the Hub's repository give {location.HUB}{path}" if hub.could_be_repository(str(path)) else ""
         expected = f"expected a folder that contains {hub.CONFIG} and {hub.WEIGHTS[0]}"
         raise FileError(f"{at}: {why}; {expected}{on_hub}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -174,3 +182,18 @@ def write_adapter(style: str, adapter: Adapter, target: Location, report: Report
     write = writer(style).write_adapter
     assert write is not None
     write(adapter, target, report)
+
+
+def read_adapter(
+    place: Place, base: BaseParams, attached: Adapter | None, name: str, options: Options, report: Report
+) -> tuple[Adapter, Sequence[Site], bool | None]:
+    """Read an adapter into the layout of a base; return it, its sites and its `change_base`, as in `PeftTensors`.
+
+    Args:
+        place: of a format that keeps a model's layout.
+        attached: the adapter on the target called `name`, if there is one; it may identify the leaves to read.
+    """
+    file_format = find(place)
+    assert file_format is not None
+    assert file_format.read_adapter is not None
+    return file_format.read_adapter(place, base, attached, name, options, report)

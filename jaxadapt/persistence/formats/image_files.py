@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise_listed
@@ -29,7 +30,6 @@ from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, image_na
 from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
 from jaxadapt.storage import safetensors
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, View, as_source, rename
 
 # ---------------------------------------------------------------- image configs
 
@@ -249,7 +249,7 @@ def open_file(place: Location) -> Generator[Opened]:
 
     Raises `FormatError` if the file is not one, or `FileError` if it cannot be read.
     """
-    with safetensors.open_tensors(place) as file:
+    with safetensors.TensorFile(place) as file:
         layout = image_names.find_layout(file.header.tensors)
         if layout is None:
             raise FormatError(

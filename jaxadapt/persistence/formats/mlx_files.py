@@ -19,6 +19,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, cast
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import mlx_keys
 from jaxadapt.configs.lora import LoraConfig
@@ -31,7 +32,6 @@ from jaxadapt.persistence.findings import EXPECTED, Finding, error
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, read_text
 from jaxadapt.storage import atomic, hub, location, safetensors
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import TensorSource, View, as_source, combine, rename, transpose
 
 CONFIG, WEIGHTS = hub.CONFIG, hub.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
@@ -200,7 +200,7 @@ def open_files(place: Place) -> Generator[Opened]:
     folder, weights = (place.at.parent, place.at) if place.names is None else (place.at, place.at / WEIGHTS)
     config = folder / CONFIG
     settings = parse_settings(read_text(config), str(config))
-    with safetensors.open_tensors(weights) as file:
+    with safetensors.TensorFile(weights) as file:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
 

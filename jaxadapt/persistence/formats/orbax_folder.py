@@ -12,16 +12,19 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Collection, Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, name_donated_arrays
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import make_file_plan
+from jaxadapt.adapters.site import Site, make_file_plan, tensor_entries
+from jaxadapt.arrays import finite
+from jaxadapt.arrays.tensor_source import Whole, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
@@ -29,7 +32,10 @@ from jaxadapt.core.progress import Report
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import orbax
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import Whole, as_source, dtypes_and_shapes
+
+if TYPE_CHECKING:
+    from jaxadapt.models.planning import BaseParams
+    from jaxadapt.persistence.rules import Options
 
 _ADAPTER, _RECIPE = "adapter", "recipe"
 _SCHEMA = 1
@@ -194,8 +200,41 @@ def open_checkpoint(place: Place) -> Generator[Opened]:
     def read_all() -> Mapping[str, Any]:
         return adapter_tensors(read(place.at, stored), place.path).tensors
 
-    kinds = dtypes_and_shapes(as_source(abstract.tensors))
+    kinds = as_source(abstract.tensors).kinds
     yield Opened(dataclasses.replace(abstract, tensors=Whole(abstract.source, kinds, read_all)), place.at)
+
+
+def read_adapter(
+    place: Place, base: BaseParams, attached: Adapter | None, name: str, options: Options, report: Report
+) -> tuple[Adapter, Sequence[Site], bool | None]:
+    """Read a checkpoint into the layout of a base; return the adapter, its sites and its `change_base`."""
+    from jaxadapt.persistence import load_adapter  # imports Flax, which a reader does not need
+
+    path, stored = os.fspath(place.path), find_adapter(place.path, attached, name)
+    _, recipe, target_sites = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options)
+    wanted, found = (
+        {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
+        for each in (target_sites, sites.sites_of(stored.adapter))
+    )
+    if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
+        tensors = adapter_tensors(read(path, stored), place.path)
+        return *load_adapter.adapter_from_tensors(tensors, base, options, report, check=True), stored.change_base
+    placement = load_adapter.adapter_placement(options.shardings, base, target_sites)
+    like = {p: jax.ShapeDtypeStruct(wanted[p][0], np.float32, sharding=s) for p, s in placement.items()}
+    if attached is not None and options.shardings is None:
+        like |= {p: x for p, x in attached.flat().items() if p in wanted}
+    own = read(path, stored, like).flat()
+    with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
+        dtypes = {
+            p: x.dtype if p.endswith(".copy") else load_adapter.memory_dtype(x.dtype, options.dtype)
+            for p, x in own.items()
+        }
+        flat = {p: jnp.asarray(x.astype(dtypes[p])) for p, x in own.items()}
+    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
+    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, path), path)
+    adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
+    report_total(report, "load", adapter)
+    return adapter, target_sites, stored.change_base
 
 
 def write_tensors(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
@@ -203,11 +242,11 @@ def write_tensors(tensors: PeftTensors, target: Location, wanted: Wanted, report
 
     Raises `MismatchError` for tensors that only the model itself has places for.
     """
-    from jaxadapt.persistence import peft  # imports Flax, which a reader does not need
+    from jaxadapt.persistence import load_adapter  # imports Flax, which a reader does not need
 
     arrays = dataclasses.replace(tensors, tensors={key: np.asarray(tensors.tensors[key]) for key in tensors.tensors})
     try:
-        adapter = peft.with_pytorch_names(arrays)
+        adapter = load_adapter.with_pytorch_names(arrays)
     except AdapterError as error:
         raise MismatchError(
             f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
@@ -229,5 +268,6 @@ FORMAT = Format(
     write_tensors,
     read_config=lambda place: read_config(place.at),
     write_adapter=write,
+    read_adapter=read_adapter,
     styles=("orbax",),
 )

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads, mlx_keys
 from jaxadapt.configs.lora import LoraConfig
@@ -34,10 +35,8 @@ from jaxadapt.persistence import card, findings, fingerprint
 from jaxadapt.persistence.findings import Finding, error, warning
 from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Format, Opened, Place, read_text
-from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin, torch_bin_write
+from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
-from jaxadapt.storage.source import Kinds, TensorSource, dtypes_and_shapes
-from jaxadapt.storage.strided import dtype_name
 
 # ---------------------------------------------------------------- the configuration and its copy
 
@@ -242,7 +241,7 @@ class StoredAdapter:
     @property
     def specs(self) -> Kinds:
         """{key: (dtype, shape)}; empty if the tensors cannot be read."""
-        return {} if self.tensors is None else dtypes_and_shapes(self.tensors)
+        return {} if self.tensors is None else self.tensors.kinds
 
     @property
     def fingerprint(self) -> Fingerprint | None:
@@ -267,7 +266,7 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
         return dataclasses.replace(stored, findings=(missing(place),))
     try:
         if weights.suffix == ".safetensors":
-            file = stack.enter_context(safetensors.open_tensors(weights))
+            file = stack.enter_context(safetensors.TensorFile(weights))
             stored = dataclasses.replace(stored, tensors=file, header=file.header)
         else:
             stored = dataclasses.replace(stored, tensors=torch_bin.open_tensors(weights))
@@ -347,7 +346,7 @@ def write_with(
             f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " write models, variables and Adapters with jaxadapt.save"
         )
-    if hub.is_address(path):
+    if location.is_hub_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
     folder, count = location.to_location(path), len(tensors.tensors)
     if not count:
@@ -386,7 +385,7 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
             count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
             size = (
-                torch_bin_write.write_to(writer, specs, get, count)
+                torch_bin.write_to(writer, specs, get, count)
                 if as_bin
                 else safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
             )
