@@ -161,6 +161,11 @@ class TensorSource(Mapping[str, Any]):
         """The shapes by key. No tensor is read."""
         return {key: tuple(spec.shape) for key, spec in self.specs.items()}
 
+    @property
+    def kinds(self) -> Kinds:
+        """The dtypes, under safetensors' names, and the shapes by key. Of files, also dtypes that NumPy lacks."""
+        return {key: (dtype_name(spec.dtype), tuple(spec.shape)) for key, spec in self.specs.items()}
+
     @abstractmethod
     def read(self, key: str) -> Any:
         """Return one tensor. Raises `KeyError` if there is none of this name."""

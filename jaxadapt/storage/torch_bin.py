@@ -24,10 +24,9 @@ import os
 import pickletools
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dtype
 from jaxadapt.core.errors import FormatError, problems_text
@@ -553,8 +552,7 @@ _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 _LATER = {dtype: name for name, dtype in NAMES.items() if dtype not in _STORAGE_OF}
 _ROOT = "adapter_model"
 _ALIGNMENT = 64
-_LARGE = 0xFFFFFFFF  # from this size or offset on, a record needs the fields of ZIP64 …
-_IN_ZIP64 = 0xFFFFFFFF  # … and its short fields hold this number
+_LOCAL_HEADER = 30 + 20 + 4  # bytes beside the name: the fields, those of ZIP64, and the header of the padding
 
 
 def write_to(
@@ -576,16 +574,41 @@ def write_to(
         MismatchError: `get` returned an array that does not match its spec.
     """
     named = safetensors.named_specs(specs)
-    archive = _Archive(writer)
-    archive.add("data.pkl", _pickle(named))
-    archive.add("byteorder", b"little")
-    for number, (key, spec) in enumerate(named.items()):
-        data = flat_bytes(safetensors.checked_bits(writer.path, key, get(key), *spec))
-        archive.add(f"data/{number}", data)
-        if progress is not None:
-            progress(len(data))
-    archive.add("version", b"3\n")
-    return archive.finish()
+    sink = _Sink(writer)
+    with zipfile.ZipFile(cast("IO[bytes]", sink), "w") as archive:
+        _add(archive, sink.size, "data.pkl", _pickle(named))
+        _add(archive, sink.size, "byteorder", b"little")
+        for number, (key, spec) in enumerate(named.items()):
+            data = flat_bytes(safetensors.checked_bits(writer.path, key, get(key), *spec))
+            _add(archive, sink.size, f"data/{number}", data)
+            if progress is not None:
+                progress(len(data))
+        _add(archive, sink.size, "version", b"3\n")
+    return sink.size
+
+
+class _Sink:
+    """A file to write as `zipfile` takes it: it cannot seek."""
+
+    def __init__(self, writer: atomic.Writer) -> None:
+        self._writer, self.size = writer, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._writer.write(memoryview(data))
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: the writer flushes."""
+
+
+def _add(archive: zipfile.ZipFile, offset: int, name: str, data: bytes | memoryview) -> None:
+    """Append an uncompressed record at an offset; its data begins at a multiple of 64 bytes."""
+    info = zipfile.ZipInfo(f"{_ROOT}/{name}")
+    padding = -(offset + _LOCAL_HEADER + len(info.filename)) % _ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as record:
+        record.write(data)
 
 
 def _text(value: str) -> bytes:
@@ -628,49 +651,3 @@ def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         fields += [] if typed else [_global(f"torch.{_LATER[dtype]}")]
         parts.append(_text(key) + _global(f"torch._utils._rebuild_tensor_v{2 if typed else 3}") + _tuple(fields) + b"R")
     return b"".join([*parts, b"u."])
-
-
-class _Archive:
-    """A zip file of uncompressed records, written in order."""
-
-    def __init__(self, writer: atomic.Writer) -> None:
-        self._writer = writer
-        self._offset = 0
-        self._directory: list[bytes] = []
-
-    def _put(self, *parts: bytes | memoryview) -> None:
-        for part in parts:
-            self._writer.write(memoryview(part))
-        self._offset += sum(map(len, parts))
-
-    def add(self, name: str, data: bytes | memoryview) -> None:
-        """Append a record whose data begins at a multiple of 64 bytes."""
-        raw = f"{_ROOT}/{name}".encode()
-        size, start = len(data), self._offset
-        large = size >= _LARGE
-        sizes = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
-        begin = start + 30 + len(raw) + len(sizes) + 4  # 4: the header of the padding
-        padding = -begin % _ALIGNMENT
-        extra = sizes + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        short = _IN_ZIP64 if large else size
-        common = struct.pack("<HHHHHIII", 45 if large else 20, 0x800, 0, 0, 33, zlib.crc32(data), short, short)
-        self._put(b"PK\x03\x04" + common + struct.pack("<HH", len(raw), len(extra)) + raw + extra, data)
-        far = start >= _LARGE
-        fields = [size, size] * large + [start] * far
-        extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
-        place = struct.pack("<HHHII", 0, 0, 0, 0, _IN_ZIP64 if far else start)
-        entry = struct.pack("<HH", len(raw), len(extra)) + place + raw + extra
-        self._directory.append(b"PK\x01\x02" + struct.pack("<H", 45) + common + entry)
-
-    def finish(self) -> int:
-        """Write the directory; return the size of the file."""
-        start, count = self._offset, len(self._directory)
-        self._put(*self._directory)
-        size = self._offset - start
-        short = [count, count, size, start]
-        if count >= 0xFFFF or start >= _LARGE or size >= _LARGE:
-            end, short = self._offset, [0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64]
-            self._put(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start))
-            self._put(b"PK\x06\x07" + struct.pack("<IQI", 0, end, 1))
-        self._put(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, *short, 0))
-        return self._offset

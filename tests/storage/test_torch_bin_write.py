@@ -76,7 +76,7 @@ def test_files_beyond_4_gib_by_a_lower_limit(tmp_path: Path, limit: int, monkeyp
     """The fields of ZIP64, used from `limit` on in place of 4 GiB."""
     import torch
 
-    monkeypatch.setattr(torch_bin, "_LARGE", limit)
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     tensors = {"a": np.arange(200, dtype="f4"), "b": np.ones((2, 3), "f8")}
     write(tmp_path / "f", tensors)
     assert zipfile.ZipFile(tmp_path / "f").testzip() is None
