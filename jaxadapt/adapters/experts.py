@@ -315,14 +315,6 @@ def per_expert_keymap(keymap: KeyMap) -> KeyMap:
     return dataclasses.replace(keymap, weights=tuple(entries), expert_modules=expert_modules, per_expert=False)
 
 
-_LOOKS_LIKE_EXPERTS = re.compile(r"\.experts\.|\.gate\.lora_")
-
-
-def may_have_experts(keys: Iterable[str]) -> bool:
-    """Return True if some keys look like those of adapters of experts."""
-    return any(_LOOKS_LIKE_EXPERTS.search(key) for key in keys)
-
-
 # ---------------------------------------------------------------- fuse
 
 Fused = tuple[ExpertParameter, dict[tuple[int, int], dict[str, Array]]]

@@ -141,6 +141,14 @@ def has_adapter_tensors(keys: Iterable[str]) -> bool:
     return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
+_LOOKS_LIKE_EXPERTS = re.compile(r"\.experts\.|\.gate\.lora_")
+
+
+def may_have_experts(keys: Iterable[str]) -> bool:
+    """Return True if some keys look like those of adapters of experts."""
+    return any(_LOOKS_LIKE_EXPERTS.search(key) for key in keys)
+
+
 def split_adapter_name(key: str) -> tuple[str, str] | None:
     """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.adapters import experts
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -480,7 +480,7 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
 
 def _per_expert(keymap: KeyMap, tensors: PeftTensors, on_shared: str | None) -> tuple[KeyMap, PeftTensors]:
     """Return a keymap and an adapter with one entry and one pair for each expert, if the adapter has experts."""
-    if not tensors.config.get("target_parameters") and not experts.may_have_experts(tensors.tensors):
+    if not tensors.config.get("target_parameters") and not may_have_experts(tensors.tensors):
         return keymap, tensors
     single, fused = experts.per_expert_keymap(keymap), experts.fuse_experts(tensors, keymap, on_shared)
     return single, PeftTensors(*experts.split_experts(fused.config, fused.tensors, single, keymap), tensors.source)

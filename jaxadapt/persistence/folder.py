@@ -36,18 +36,6 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
     return location.to_location(path) / name
 
 
-def find_adapter(path: str | os.PathLike[str], name: str, report: Report) -> Place:
-    """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
-    if location.is_hub_address(path):
-        path = hub.fetch_folder(str(path), None if name == "default" else name, report)
-    subfolder = adapter_folder(path, name)
-    if name != "default" and location.is_dir(subfolder):
-        place = formats.look(subfolder)
-        if formats.find(place) is not None or hub.CONFIG in (place.names or ()):
-            return place
-    return formats.look(location.to_location(path))
-
-
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read the configuration of an adapter folder (or of an `adapter_config.json`), without the tensors.
 

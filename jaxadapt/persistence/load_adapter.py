@@ -1,6 +1,6 @@
 """Load an adapter into a model, and convert between a model's layout and PEFT's.
 
-    file ──folder.open_adapter──► PeftTensors, read on demand
+    file ──formats.open_place──► PeftTensors, read on demand
     model ──carriers.lora_carrier──► Carrier, whose `base` walks it ──planning.plan_adapter──► Sites and their plan
     both ──rules.fit──► the plan's tensors ──rules.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
 
@@ -43,7 +43,7 @@ from jaxadapt.models.linen import wrapper
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
 from jaxadapt.persistence.formats import Place
-from jaxadapt.storage.location import to_location
+from jaxadapt.storage import hub, location
 
 # ---------------------------------------------------------------- load
 
@@ -120,7 +120,7 @@ def load(
     options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), held.given)
     if held.foreign is None and not held.has_base:
         if not isinstance(source, PeftTensors):
-            to_location(source)  # raises if the two arguments are exchanged
+            location.to_location(source)  # raises if the two arguments are exchanged
         raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if held.foreign is not None:
         refuse(
@@ -157,7 +157,7 @@ def _open(
     source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
 ) -> Generator[PeftTensors | Place]:
     """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
-    place = source if isinstance(source, PeftTensors) else folder.find_adapter(source, name, report)
+    place = source if isinstance(source, PeftTensors) else _find(source, name, report)
     if isinstance(place, PeftTensors):
         if place.fit_vocabulary and held.foreign is not None:
             raise AttachError(
@@ -167,8 +167,19 @@ def _open(
     elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
         yield place
     else:
-        with folder.open_adapter(place) as tensors:
-            yield tensors
+        with formats.open_place(place) as opened:
+            yield opened.tensors
+
+
+def _find(path: str | os.PathLike[str], name: str, report: Report) -> Place:
+    """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
+    if location.is_hub_address(path):
+        path = hub.fetch_folder(str(path), None if name == DEFAULT else name, report)
+    if name != DEFAULT and location.is_dir(subfolder := folder.adapter_folder(path, name)):
+        place = formats.look(subfolder)
+        if formats.find(place) is not None or hub.CONFIG in (place.names or ()):
+            return place
+    return formats.look(location.to_location(path))
 
 
 def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
@@ -393,7 +404,7 @@ def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> tupl
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         keymap = planning.target_keymap(base, options.keymap, keys)
-        if experts.may_have_experts(keys):
+        if peft_tensors.may_have_experts(keys):
             fused = experts.fuse_experts(tensors, keymap, options.given.on_shared)
             tensors = dataclasses.replace(tensors, config=fused.config, tensors=fused.tensors)
         found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}

@@ -26,7 +26,7 @@ from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, full_copies, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, name_donated_arrays
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
 from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import rename_targets
 from jaxadapt.arrays import finite
@@ -441,7 +441,7 @@ def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
 def split_experts(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Split the tensors of experts where PyTorch has one for each expert."""
     keys, keymap = _encoded(tensors).plan.keys, source.adapter.keymap
-    if not keymap.per_expert or not (plans.has_parts(keys) or experts.may_have_experts(keys)):
+    if not keymap.per_expert or not (plans.has_parts(keys) or may_have_experts(keys)):
         return tensors
     _require_local(tensors)
     config, split = experts.split_experts(tensors.config, _encoded(tensors), keymap)
