@@ -335,7 +335,7 @@ def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names
 
 
 class _Derived(TensorSource, Generic[P]):
-    """Tensors that are made of parts of others when they are read; `{key: P}` says of which."""
+    """Tensors that are made from others when they are read; `parts` has the origin of each."""
 
     def __init__(self, tensors: TensorSource, parts: Mapping[str, P]) -> None:
         self._tensors, self._parts, self.source = tensors, parts, tensors.source
