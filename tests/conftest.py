@@ -97,17 +97,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not os.environ.get("JAXADAPT_BUDGETS"):
         return
     spent: dict[str, float] = {}
+    files: dict[str, float] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 parts = report.nodeid.split("/")
                 folder = parts[1] if parts[0] == "tests" and len(parts) > 2 else parts[0]
                 spent[folder] = spent.get(folder, 0.0) + report.duration
+                file = report.nodeid.partition("::")[0]
+                files[file] = files.get(file, 0.0) + report.duration
     terminalreporter.section("seconds by folder, beside the budget")
     for folder, seconds in sorted(spent.items()):
         budget = BUDGETS.get(folder)
         over = "" if budget is None or seconds <= budget else "  OVER"
         terminalreporter.write_line(f"{folder:14} {seconds:7.0f} {'' if budget is None else budget:>7}{over}")
+    terminalreporter.section("seconds of the 40 slowest files")
+    for file, seconds in sorted(files.items(), key=lambda item: -item[1])[:40]:
+        terminalreporter.write_line(f"{seconds:7.0f}  {file}")
 
 
 def _real_adapters() -> Path | None:
