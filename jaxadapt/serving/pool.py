@@ -11,9 +11,9 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import Implementation
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
-from jaxadapt.persistence.folder import read
+from jaxadapt.persistence.folder import read, read_config
 from jaxadapt.persistence.load_adapter import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank, RowsByName
@@ -80,62 +80,7 @@ class Version:
     @functools.cached_property
     def config(self) -> Any:
         """The configuration, which has the rank (`r`) and the base's name. It is read when it is first asked for."""
-        from jaxadapt.persistence.folder import read_config
-
         return read_config(self.path)
-
-
-class Folders:
-    """The newest version of each name. It is not thread-safe.
-
-    Args:
-        root: the folder of the adapters' folders; None to know only those that are added.
-    """
-
-    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        self.newest: dict[str, Version] = {}
-        self._root = root
-        self._removed: set[str] = set()
-        self._numbers = itertools.count(1)
-
-    def add(self, name: str, path: str | os.PathLike[str]) -> Version:
-        """Record a folder under a name; return its version, a new one if the folder or a file in it changed.
-
-        Raises `FileError` if the folder cannot be read, and `AttachError` for the name of the base.
-        """
-        return self.record(name, path, list_files(path))
-
-    def record(self, name: str, path: str | os.PathLike[str], files: Files) -> Version:
-        """Record a folder under a name by the files that `list_files` found; return its version as `add` does."""
-        if name == BASE:
-            raise AttachError(f"{os.fspath(path)}: {BASE!r} is the name of the base; choose another name")
-        self._removed.discard(name)
-        known = self.newest.get(name)
-        if known is None or (known.path, known.files) != (Path(path), files):
-            known = self.newest[name] = Version(next(self._numbers), name, Path(path), files)
-        return known
-
-    def remove(self, name: str) -> None:
-        """Forget a name until it is added again; raise `AttachError` for an unknown one."""
-        del self.newest[self.get(name).name]
-        self._removed.add(name)
-
-    def path(self, name: str) -> Path:
-        """Return the folder of a name, which may be new in the root; raise `AttachError` for an unknown name."""
-        if name not in self.newest and name not in self._removed and self._root is not None:
-            found = Path(self._root, name)
-            if name == found.name and name not in ("", "..") and _is_adapter(found):  # the others lead elsewhere
-                return found
-        return self.get(name).path
-
-    def get(self, name: str) -> Version:
-        """Return the newest version of a name; raise `AttachError` for an unknown name."""
-        version = self.newest.get(name)
-        if version is None:
-            similar = close_matches([name], list(self.newest))
-            hint = f"; similar names are {', '.join(map(repr, similar))}" if similar else ""
-            raise AttachError(f"the pool has no adapter {name!r} among {len(self.newest)}{hint}")
-        return version
 
 
 def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
@@ -144,10 +89,9 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read.
     """
     try:
-        folders = {path.name: path for path in sorted(Path(root).iterdir())}
+        found = {path.name: path for path in sorted(Path(root).iterdir()) if _is_adapter(path)}
     except OSError as error:
         raise FileError(f"cannot list the adapters in {os.fspath(root)}: {error}") from error
-    found = {name: path for name, path in folders.items() if _is_adapter(path)}
     if BASE in found:
         warn(f"{found.pop(BASE)}: {BASE!r} is the name of the base, so the adapter cannot be leased; rename the folder")
     return found
@@ -174,73 +118,6 @@ def list_files(path: str | os.PathLike[str]) -> Files:
             at = entry.stat()
             found.append(File(entry.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino))
     return tuple(sorted(found))
-
-
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
-
-
-class Recent(Generic[Key, Value]):
-    """Values by key within a budget; the least recently used ones that are not pinned make room. Not thread-safe.
-
-    Attributes:
-        budget: the largest cost of all values together.
-        used: the cost of all values.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._held: collections.OrderedDict[Key, tuple[Value, int]] = collections.OrderedDict()
-        self._pins: collections.Counter[Key] = collections.Counter()
-        self.used = 0
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._held
-
-    def __getitem__(self, key: Key) -> Value:
-        """Return a value that is held, and count it as used now."""
-        self._held.move_to_end(key)
-        return self._held[key][0]
-
-    def get(self, key: Key) -> Value | None:
-        """Return a value and count it as used now; None if there is none."""
-        return self[key] if key in self._held else None
-
-    def make_room(self, cost: int) -> list[Value] | None:
-        """Remove values until one of this cost fits, and return them; return None, removing nothing, if it cannot."""
-        free = self.budget - self.used
-        victims: list[Key] = []
-        for key, (_, size) in self._held.items():
-            if free >= cost:
-                break
-            if not self._pins[key]:
-                victims.append(key)
-                free += size
-        if free < cost:
-            return None
-        self.used = self.budget - free
-        return [self._held.pop(key)[0] for key in victims]
-
-    def add(self, key: Key, value: Value, cost: int) -> None:
-        """Hold a value that `make_room` made room for."""
-        self._held[key] = value, cost
-        self.used += cost
-
-    def pin(self, keys: Iterable[Key]) -> None:
-        """Keep these values until `unpin` is called as often."""
-        self._pins.update(keys)
-
-    def unpin(self, keys: Iterable[Key]) -> None:
-        """Undo one `pin`."""
-        self._pins.subtract(keys)
-        self._pins += collections.Counter()
-
-    def pinned(self) -> Mapping[Key, int]:
-        """Return the number of pins of each pinned key."""
-        return dict(self._pins)
 
 
 # ---------------------------------------------------------------- pool
@@ -312,46 +189,79 @@ class AdapterPool(RowsByName):
         self._bank = bank
         self._weights = banks.weights_read(bank, base)
         self._shapes, self._keymap = carrier(base).abstract(), keymap
-        self._folders = Folders(None if isinstance(folders, Mapping) else folders)
-        self._host: Recent[int, _Prepared] = Recent(host_bytes)
-        self._slots: Recent[int, int] = Recent(bank.slots - 1)
+        self._root = None if isinstance(folders, Mapping) else folders
+        self._newest: dict[str, Version] = {}  # by name
+        self._removed: set[str] = set()
+        self._numbers = itertools.count(1)
+        # By the id of a version; the one that was used last is at the end.
+        self._host: collections.OrderedDict[int, _Prepared] = collections.OrderedDict()
+        self._host_room = host_bytes // max(1, bank.layout.slot_bytes)
+        self._slots: collections.OrderedDict[int, int] = collections.OrderedDict()
+        self._pins: collections.Counter[int] = collections.Counter()  # leases of each version in a slot
         self._free = list(range(bank.slots - 1, 0, -1))
         self._loading: dict[int, concurrent.futures.Future[_Prepared]] = {}
         self._changed = threading.Condition(threading.RLock())
         self._queue: dict[object, float] = {}  # {ticket: when it ends to wait}, of the leases without slots
         self._threads = concurrent.futures.ThreadPoolExecutor(2, "adapter-pool")
         for name, path in (folders if isinstance(folders, Mapping) else find_folders(folders)).items():
-            self._folders.add(name, path)
+            self.add(name, path)
 
     # ------------------------------------------------------------ names
 
     def add(self, name: str, path: str | os.PathLike[str]) -> Version:
         """Give a name to a folder, or a new version to a name whose folder changed; return the version.
 
-        Leases that exist keep the old version, new ones get the new one.
+        Leases that exist keep the old version, new ones get the new one. Raises `FileError` if the folder cannot be
+        read, and `AttachError` for the name of the base.
         """
         with self._changed:
-            return self._folders.add(name, path)
+            return self._record(name, path, list_files(path))
 
     def remove(self, name: str) -> None:
         """Forget a name until `add`; raise `AttachError` for an unknown one. Leases keep its version until they end."""
         with self._changed:
-            self._folders.remove(name)
+            del self._newest[self.version(name).name]
+            self._removed.add(name)
 
     def names(self) -> list[str]:
         """Return the names that the pool knows, which include those of a folder that leases have found."""
         with self._changed:
-            return list(self._folders.newest)
+            return list(self._newest)
 
     def version(self, name: str) -> Version:
-        """Return the newest version of a name: its id, folder, size and configuration."""
+        """Return the newest version of a name: its id, folder, size and configuration.
+
+        Raises `AttachError` for an unknown name.
+        """
         with self._changed:
-            return self._folders.get(name)
+            if (version := self._newest.get(name)) is not None:
+                return version
+            similar = close_matches([name], list(self._newest))
+            hint = f"; similar names are {', '.join(map(repr, similar))}" if similar else ""
+            raise AttachError(f"the pool has no adapter {name!r} among {len(self._newest)}{hint}")
 
     def resident(self) -> list[str]:
         """Return the names whose newest version is in a slot."""
         with self._changed:
-            return [name for name, version in self._folders.newest.items() if version.id in self._slots]
+            return [name for name, version in self._newest.items() if version.id in self._slots]
+
+    def _record(self, name: str, path: str | os.PathLike[str], files: Files) -> Version:
+        """Give a name to a folder with the files that `list_files` found; return its version."""
+        if name == BASE:
+            raise AttachError(f"{os.fspath(path)}: {BASE!r} is the name of the base; choose another name")
+        self._removed.discard(name)
+        known = self._newest.get(name)
+        if known is None or (known.path, known.files) != (Path(path), files):
+            known = self._newest[name] = Version(next(self._numbers), name, Path(path), files)
+        return known
+
+    def _find(self, name: str) -> Path:
+        """Return the folder of a name, which may be new in the root; raise `AttachError` for an unknown name."""
+        if name not in self._newest and name not in self._removed and self._root is not None:
+            found = Path(self._root, name)
+            if name == found.name and name not in ("", "..") and _is_adapter(found):  # the others lead elsewhere
+                return found
+        return self.version(name).path
 
     # ------------------------------------------------------------ leases
 
@@ -403,7 +313,7 @@ class AdapterPool(RowsByName):
         finally:
             with self._changed:
                 self._queue.pop(ticket, None)
-                self._slots.unpin(pinned)
+                self._pins -= collections.Counter(pinned)
                 self._changed.notify_all()
 
     def prefetch(self, names: Iterable[str]) -> dict[str, concurrent.futures.Future[Version]]:
@@ -439,19 +349,18 @@ class AdapterPool(RowsByName):
         Returns None if a version has left its slot meanwhile and is not prepared. The ticket then keeps its turn.
         """
         own = {version.id for version in wanted.values()}
-        if len(own) > self._slots.budget:
+        room = self._bank.slots - 1
+        if len(own) > room:
             raise AttachError(
-                f"cannot lease {len(own)} adapters at once: the bank has {self._slots.budget} slots beside the base's."
+                f"cannot lease {len(own)} adapters at once: the bank has {room} slots beside the base's."
                 " Create the bank with more slots, or split the batch"
             )
         with self._changed:
             deadline = self._queue.setdefault(ticket, time.monotonic() + wait)
-            while (first := next(iter(self._queue))) is not ticket or len(own | self._slots.pinned().keys()) > (
-                self._slots.budget
-            ):
+            while (first := next(iter(self._queue))) is not ticket or len(own | self._pins.keys()) > room:
                 if (left := deadline - time.monotonic()) <= 0:
                     reason = (
-                        f"other leases hold {len(self._slots.pinned().keys() - own)} of the {self._slots.budget} slots"
+                        f"other leases hold {len(self._pins.keys() - own)} of the {room} slots"
                         if first is ticket
                         else "an earlier lease waits for slots"
                     )
@@ -464,24 +373,24 @@ class AdapterPool(RowsByName):
             if any(version.id not in prepared for version in missing):
                 return None
             del self._queue[ticket]
-            self._slots.pin(own)  # so none of them makes room for another
+            self._pins.update(own)  # so none of them makes room for another
             pinned.extend(own)
             for version in missing:
                 self._write(version, prepared[version.id])
+            for version in wanted.values():
+                self._slots.move_to_end(version.id)
             self._changed.notify_all()
             return {name: self._slots[version.id] for name, version in wanted.items()}
 
     def _write(self, version: Version, prepared: _Prepared) -> None:
         """Write a pinned version into a free slot or that of the least recently used version without a pin."""
-        if not self._free:
-            self._free += self._slots.make_room(1) or []
-        slot = self._free.pop()
+        slot = self._free.pop() if self._free else self._slots.pop(next(n for n in self._slots if n not in self._pins))
         try:
             self._bank = banks.write_slot(self._bank, prepared, slot, self._weights)
         except BaseException:
             self._free.append(slot)
             raise
-        self._slots.add(version.id, slot, 1)
+        self._slots[version.id] = slot
 
     # ------------------------------------------------------------ the bank
 
@@ -539,11 +448,11 @@ class AdapterPool(RowsByName):
         """Return the newest version of a name, a new one if files of its folder changed; list them without the lock."""
         while True:
             with self._changed:
-                known, path = self._folders.newest.get(name), self._folders.path(name)
+                known, path = self._newest.get(name), self._find(name)
             files = list_files(path)
             with self._changed:
-                if self._folders.newest.get(name) is known:  # so no one saw later files meanwhile
-                    return self._folders.record(name, path, files)
+                if self._newest.get(name) is known:  # so no one saw later files meanwhile
+                    return self._record(name, path, files)
 
     def _settle(self, version: Version, load: Callable[[Version], _Loaded]) -> tuple[Version, _Loaded]:
         """Load a version of an adapter; if its files change meanwhile, load the newest one, once.
@@ -562,15 +471,15 @@ class AdapterPool(RowsByName):
     def _load(self, version: Version) -> _Prepared:
         """Return an adapter's padded tensors, from host memory or from its folder, which one thread reads."""
         with self._changed:
-            held = self._host.get(version.id)
-            if held is not None:
-                return held
+            if version.id in self._host:
+                self._host.move_to_end(version.id)
+                return self._host[version.id]
             waiting = self._loading.get(version.id)
             mine = self._loading.setdefault(version.id, concurrent.futures.Future())
         if waiting is not None:
             return waiting.result()
         try:
-            prepared = self._read(version)
+            prepared = banks.prepare(self._bank, self._read_adapter(version))
         except BaseException as error:
             with self._changed:
                 del self._loading[version.id]
@@ -578,13 +487,11 @@ class AdapterPool(RowsByName):
             raise
         with self._changed:
             del self._loading[version.id]
-            if self._host.make_room(self._bank.layout.slot_bytes) is not None:
-                self._host.add(version.id, prepared, self._bank.layout.slot_bytes)
+            self._host[version.id] = prepared
+            if len(self._host) > self._host_room:
+                self._host.popitem(last=False)
         mine.set_result(prepared)
         return prepared
-
-    def _read(self, version: Version) -> _Prepared:
-        return banks.prepare(self._bank, self._read_adapter(version))
 
     def _read_adapter(self, version: Version) -> Adapter:
         adapter = from_peft(read(version.path), self._shapes, keymap=self._keymap)

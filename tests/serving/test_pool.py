@@ -17,7 +17,6 @@ import jaxadapt
 from jaxadapt import AttachError, FileError, serving
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving import pool as pools
-from jaxadapt.serving.pool import Recent
 from tests.support import small
 
 LORA = small.LORA.replace(r=2)
@@ -161,7 +160,7 @@ def test_leases_get_their_turns_in_order_and_load_again_what_lost_its_slot(folde
         threads = [queue(pool, names, found) for names in (["a3", "a4"], ["a5"], ["a0", "a1"])]
         with pytest.raises(AttachError, match="'a0' into slots: an earlier lease waits for slots"), pool.lease(["a0"]):
             pass
-        assert len(pool._slots.pinned()) == 1
+        assert len(pool._pins) == 1
     for thread in threads:
         thread.join()
     assert found == [
@@ -193,7 +192,7 @@ def test_an_error_belongs_to_its_own_adapter(folders):
         pass
     with pytest.raises(AttachError, match=r"(?s)broken:.*nobody:"), pool.lease(["broken", "nobody"]):
         pass
-    assert not pool._slots.pinned()
+    assert not pool._pins
 
 
 @pytest.mark.parametrize(("module", "function"), [(pools, "read"), (banks, "write_slot")])
@@ -248,10 +247,13 @@ def test_host_memory_keeps_to_its_budget_and_saves_reading(folders, monkeypatch)
         future.result(30)
     for name in ("a0", "a1", "a0", "a2", "a1"):
         with pool.lease([name]):
-            assert pool._host.used <= pool._host.budget
+            assert len(pool._host) <= 2
     assert sorted(read[:2]) == ["a0", "a1"]
     assert read[2:] == ["a2", "a1"]
     pool.close()
+    small_pool = serving.AdapterPool(serving.create(small.base(), LORA, slots=2), small.base(), folders, host_bytes=1)
+    with small_pool.lease(["a0"]):
+        assert not small_pool._host
 
 
 def test_rows_take_adapters_by_name_as_in_peft(folders):
@@ -261,8 +263,8 @@ def test_rows_take_adapters_by_name_as_in_peft(folders):
     names = ["a3", "__base__", {"a1": 0.5, "a2": -1.5}, None]
     with serving.route(module, pool, adapter_names=names) as routed:
         y = np.asarray(routed.apply(small.base(), x))
-        assert len(pool._slots.pinned()) == 3
-    assert not pool._slots.pinned()
+        assert len(pool._pins) == 3
+    assert not pool._pins
     base = small.net()(x)
     np.testing.assert_array_equal(y[1], base[1])
     np.testing.assert_array_equal(y[3], base[3])
@@ -340,7 +342,7 @@ def exercise(folders: Path, seconds: float, threads: int = 4) -> int:
     for worker in workers:
         worker.join()
     assert not errors, errors
-    assert not pool._slots.pinned()
+    assert not pool._pins
     assert not pool._loading
     assert min(counts) > 0
     assert programs() == compiled
@@ -369,22 +371,3 @@ def test_a_name_that_is_no_text_is_refused(folders):
         pass
     with pytest.raises(AttachError, match="found 3"), pool.rows(["a1", 3]):
         pass
-
-
-def test_recent_makes_room_only_if_it_can():
-    held = Recent(10)
-    for key in "abc":
-        assert held.make_room(3) == []
-        held.add(key, key.upper(), 3)
-    held.pin(["a"])
-    assert held.get("b") == "B"
-    assert held.make_room(8) is None
-    assert len(held) == 3
-    assert held.make_room(4) == ["C"]
-    assert held.used == 6
-    assert held.make_room(7) == ["B"]
-    held.unpin(["a"])
-    assert held.make_room(10) == ["A"]
-    assert held.used == 0
-    assert "a" not in held
-    assert held.get("a") is None
