@@ -45,7 +45,7 @@ from jaxadapt.serving.layout import (
     find_refusals,
     fit_adapter,
     make_place,
-    raise_listed,
+    raise_refused,
     read_slot,
     shared_of,
 )
@@ -54,38 +54,6 @@ from jaxadapt.serving.layout import (
 
 
 _NAMES = ("gather", "layer", "mask", "sorted")
-
-
-def select(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Rows:
-    """Return the result of `Bank.select`."""
-    ids = _as_int32(ids, bank.slots)
-    if implementation is not None and implementation not in _NAMES and not callable(implementation):
-        raise AttachError(
-            f"implementation: expected one of {', '.join(_NAMES)} or a function, found {implementation!r}"
-        )
-    layout = bank.layout
-    if weights is not None:
-        mixed = _mix(bank, ids, _check_mixture(bank, ids, weights, implementation))
-        return Rows(mixed, layout.rows, "mixture", bank.shared)
-    if implementation is None:
-        implementation = "gather" if ids.ndim == 1 else "mask"
-    if implementation == "gather" and ids.ndim == 1:
-        return Rows(_gather_rows(bank, ids), layout.rows, shared=bank.shared)
-    if implementation in ("gather", "layer") and ids.ndim == 2:
-        raise AttachError(
-            f"implementation={implementation!r} takes one adapter for each row, but the ids have the shape"
-            f" {list(ids.shape)}. Use 'mask' for ids of tokens, or pass weights for several adapters in each row"
-        )
-    data: Tensors = {IDS: ids}
-    if implementation not in ("layer", "mask"):
-        data |= _sort(ids, bank.slots)
-        implementation = _require_grouped(bank, implementation)
-    arrays = [
-        {name: _to_leaf(place, x) for name, x in tensors.items()}
-        | {name: _repeat(place, x) for name, x in data.items()}
-        for place, tensors in zip(layout.places, bank.arrays, strict=True)
-    ]
-    return Rows(tuple(arrays), layout.rows, implementation, bank.shared)
 
 
 def _as_int32(ids: Any, slots: int) -> Any:
@@ -185,7 +153,7 @@ _sort = jax.jit(sort_ids, static_argnums=1)
 # ---------------------------------------------------------------- bank
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bank:
     """Many adapters of one base: a pytree of arrays whose structure and shapes never change.
@@ -202,17 +170,8 @@ class Bank:
     """
 
     arrays: Sequence[Mapping[str, Any]]
-    layout: Layout
+    layout: Layout = dataclasses.field(metadata={"static": True})
     shared: Sequence[Mapping[str, Any]] = ()
-
-    def tree_flatten(self) -> tuple[tuple[Any, Any], Layout]:
-        """Flatten the bank for JAX."""
-        return (tuple(self.arrays), tuple(self.shared)), self.layout
-
-    @classmethod
-    def tree_unflatten(cls, layout: Layout, children: tuple[Any, Any]) -> Bank:
-        """Rebuild the bank that `tree_flatten` flattened."""
-        return cls(children[0], layout, children[1])
 
     @property
     def slots(self) -> int:
@@ -251,7 +210,34 @@ class Bank:
         >>> bank.select([[1, 2], [0, 1]], weights=[[0.5, 0.5], [1, 2]]).arrays[0]["lora_A"].shape
         (2, 2, 2, 4)
         """
-        return select(self, ids, weights, implementation)
+        ids = _as_int32(ids, self.slots)
+        if implementation is not None and implementation not in _NAMES and not callable(implementation):
+            raise AttachError(
+                f"implementation: expected one of {', '.join(_NAMES)} or a function, found {implementation!r}"
+            )
+        rows = self.layout.rows
+        if weights is not None:
+            mixed = _mix(self, ids, _check_mixture(self, ids, weights, implementation))
+            return Rows(mixed, rows, "mixture", self.shared)
+        if implementation is None:
+            implementation = "gather" if ids.ndim == 1 else "mask"
+        if implementation == "gather" and ids.ndim == 1:
+            return Rows(_gather_rows(self, ids), rows, shared=self.shared)
+        if implementation in ("gather", "layer") and ids.ndim == 2:
+            raise AttachError(
+                f"implementation={implementation!r} takes one adapter for each row, but the ids have the shape"
+                f" {list(ids.shape)}. Use 'mask' for ids of tokens, or pass weights for several adapters in each row"
+            )
+        data: Tensors = {IDS: ids}
+        if implementation not in ("layer", "mask"):
+            data |= _sort(ids, self.slots)
+            implementation = _require_grouped(self, implementation)
+        arrays = [
+            {name: _to_leaf(place, x) for name, x in tensors.items()}
+            | {name: _repeat(place, x) for name, x in data.items()}
+            for place, tensors in zip(self.layout.places, self.arrays, strict=True)
+        ]
+        return Rows(tuple(arrays), rows, implementation, self.shared)
 
 
 def create(
@@ -304,9 +290,8 @@ def create(
         if not refused:
             own = shared_of(given, sites) if isinstance(given, Adapter) else draw_shared(config, sites)
             number = _number_shared(shared, config.peft_type, own) if own else None
-            shardings, leaves = held.shardings, held.leaves
-            places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), dtype, number) for s in sites]
-    raise_listed([*problems, *_find_twice(places)], "cannot create the bank")
+            places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
+    raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
     layout = Layout(tuple(places), slots, tuple(shared))
     on_devices = [_put_everywhere(of, dtype, held.shardings) for _, of in shared]
     return Bank(tuple(_empty(place, slots) for place in places), layout, tuple(on_devices))

@@ -209,7 +209,7 @@ class KVCache:
     def create(cls, config: Sizes, rows: int, length: int) -> KVCache:
         """Return an empty cache for `length` tokens a row."""
         shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-        keys, values = jnp.zeros(shape, config.param_dtype), jnp.zeros(shape, config.param_dtype)
+        keys, values = (jnp.zeros(shape, config.param_dtype) for _ in range(2))
         return cls(keys, values, jnp.zeros((rows,), jnp.int32), jnp.zeros((), jnp.int32))
 
     def mask(self, count: int) -> jax.Array:
@@ -371,9 +371,10 @@ class Decoder:
         for name, values in self._settings.items():
             values[row] = getattr(sampling, name)
         route = None if self.select is None else self.select(np.asarray([slot], np.int32))
-        count, settings = np.int32(len(prompt)), {name: x[row : row + 1] for name, x in self._settings.items()}
-        given = tokens, count, np.int32(row), settings
-        self.cache, token, finite, scores = self._read(self.state, self.cache, route, *given)
+        settings = {name: x[row : row + 1] for name, x in self._settings.items()}
+        self.cache, token, finite, scores = self._read(
+            self.state, self.cache, route, tokens, np.int32(len(prompt)), np.int32(row), settings
+        )
         self._tokens[row], self._counts[row] = int(token), len(prompt)
         self._stale |= self._slots[row] != slot
         self._slots[row] = slot
@@ -397,8 +398,9 @@ class Decoder:
             self._route = self.select(self._slots.copy())
         self._stale = False
         settings = {name: x.copy() for name, x in self._settings.items()}
-        given = self._tokens.copy(), self._counts.copy(), settings
-        self.cache, tokens, finite, scores = self._step(self.state, self.cache, self._route, *given)
+        self.cache, tokens, finite, scores = self._step(
+            self.state, self.cache, self._route, self._tokens.copy(), self._counts.copy(), settings
+        )
         self._tokens = np.array(tokens)
         self._counts += 1
         found = Scores(*map(np.asarray, scores)) if settings["scores"].any() else None

@@ -24,7 +24,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.merging.factors import low_rank_form
 from jaxadapt.methods.base import Start
 from jaxadapt.methods.registry import get_method
@@ -86,11 +86,10 @@ def _refuse(site: Site) -> Refusal | None:
     return None
 
 
-def raise_listed(refusals: Sequence[Refusal], what: str) -> None:
+def raise_refused(refusals: Sequence[Refusal], what: str) -> None:
     """Raise `AttachError` with all refusals and their ways out, if there are any."""
-    if refusals:
-        ways_out = list(dict.fromkeys(each.way_out for each in refusals))
-        raise AttachError(f"{what}:\n{paths.bullets([each.problem for each in refusals])}\n" + ". ".join(ways_out))
+    ways_out = dict.fromkeys(each.way_out for each in refusals)
+    raise_listed(AttachError, f"{what}:", [each.problem for each in refusals], "\n" + ". ".join(ways_out))
 
 
 # ---------------------------------------------------------------- shared
@@ -363,7 +362,7 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
             other_kind = number is None and site.leaf in layout.by_leaf
             way_out = add_kind(adapter.config, layout.slots) if other_kind else FIT
             problems.append(Refusal(str(error), way_out))
-    raise_listed(problems, _CANNOT_PUT)
+    raise_refused(problems, _CANNOT_PUT)
     return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
 
 
@@ -377,15 +376,14 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
         raise AttachError(
             f"{_CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one. {LOAD}"
         )
-    raise_listed(find_refusals(sites), _CANNOT_PUT)
+    raise_refused(find_refusals(sites), _CANNOT_PUT)
     if not becomes_lora(adapter.config):
         return adapter, sites, find_shared(layout.shared, adapter)
     missing = [Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf]
-    raise_listed(missing, _CANNOT_PUT)
+    raise_refused(missing, _CANNOT_PUT)
     plain = low_rank_form(adapter, layout.shapes)
     if plain is None:
-        raise_listed([Refusal("it adapts experts that one array holds", MERGE)], _CANNOT_PUT)
-    assert plain is not None
+        raise AttachError(f"{_CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
     return plain, sites_of(plain), None
 
 
@@ -519,8 +517,7 @@ def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, li
                     values[paths.join(site.leaf, name)] = x.transpose([order.index(axis) for axis in range(x.ndim)])
         except AttachError as error:
             problems.append(str(error))
-    if problems:
-        raise AttachError(f"cannot read the adapter from the bank:\n{paths.bullets(problems)}")
+    raise_listed(AttachError, "cannot read the adapter from the bank:", problems)
     return values
 
 
