@@ -37,6 +37,9 @@ from jaxadapt.storage.location import Address, Location
 # ---------------------------------------------------------------- flush
 
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+
+
 def make_folder(folder: Location) -> list[Path]:
     """Create a folder and its missing parents durably. Return the new folders, innermost first.
 
@@ -79,11 +82,8 @@ def flush_tree(folder: Path, display_path: Path) -> None:
     try:
         for directory, _, names in os.walk(folder, onerror=fail):
             for name in names:
-                fd = os.open(Path(directory, name), os.O_RDONLY)
-                try:
+                with opened(Path(directory, name), os.O_RDONLY) as fd:
                     flush_fd(fd)
-                finally:
-                    close_fd(fd)
             flush_directory(Path(directory))
     except OSError as error:
         raise write_error(str(display_path), error) from error
@@ -91,11 +91,8 @@ def flush_tree(folder: Path, display_path: Path) -> None:
 
 def flush_directory(directory: Path) -> None:
     """Flush the entries of a directory to the disk. Raises `OSError`."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with opened(directory, _FOLDER) as fd:
         flush_folder_fd(fd)
-    finally:
-        close_fd(fd)
 
 
 def flush_folder_fd(fd: int) -> None:
@@ -147,6 +144,16 @@ def flush_fd(fd: int) -> None:
     os.fsync(fd)
 
 
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], flags: int) -> Generator[int]:
+    """Open a file or folder within a context, to which nothing is written after its last flush. Raises `OSError`."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        close_fd(fd)
+
+
 def close_fd(fd: int) -> None:
     """Close a descriptor to which nothing was written since its last flush, ignoring errors: the data is safe."""
     with contextlib.suppress(OSError):
@@ -188,13 +195,11 @@ def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: 
                 if folder and not folders:
                     continue
                 # A folder opens only for reading, which is enough to lock it.
-                fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
+                flags = (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK
+                with opened(stale, flags) as fd:
                     if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and lock(fd, wait=False):
                         shutil.rmtree(stale) if folder else stale.unlink()
                         removed = True
-                finally:
-                    os.close(fd)
     return removed
 
 
@@ -266,6 +271,11 @@ class Writer:
         self._started = 0
         self._kept = 0  # bytes of the header, which are overwritten later: to start writing them would delay that
 
+    @property
+    def backup(self) -> Path:
+        """The second name of the target's old file while the new one replaces it."""
+        return self.temporary.with_suffix(".old")
+
     def write(self, data: memoryview) -> None:
         """Append contiguous bytes. Raises `FileError` for an `OSError`."""
         if not self._written:
@@ -292,51 +302,64 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
 
     Does nothing where directories cannot be locked (object stores, some network file systems).
     """
-    fd = None
-    if not isinstance(directory, location.Address):
-        with contextlib.suppress(OSError, ValueError):  # the write itself reports the error
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if fd is not None:
-            lock(fd, wait=True)
+    with contextlib.ExitStack() as stack:
+        if not isinstance(directory, location.Address):
+            with contextlib.suppress(OSError, ValueError):  # the write itself reports the error
+                fd = stack.enter_context(opened(directory, _FOLDER))
+                stack.callback(_unlock, fd)
+                lock(fd, wait=True)
         yield
-    finally:
-        if fd is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(
-                    fd, fcntl.LOCK_UN
-                )  # closing is not enough: a process forked meanwhile shares the descriptor
-            close_fd(fd)
 
 
-def _create_temporary(directory: str, name: str) -> tuple[Path, int]:
+def _unlock(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile shares the descriptor
+
+
+def _create_temporary(directory: str | os.PathLike[str], name: str, *, folder: bool = False) -> tuple[Path, int]:
+    """Create a temporary file or folder; return its path and its descriptor, which holds a lock."""
     while True:
         temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+        if folder:
+            temporary.mkdir()
         # Mode 0666: the kernel applies the umask, which Python can only read by changing it for all threads.
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            # Before we lock it, another writer may lock the file and remove it as a leftover.
-            lock(fd, wait=True)
-            if os.fstat(fd).st_nlink:
-                return temporary, fd
-        except OSError:
-            close_fd(fd)
+        fd = os.open(temporary, _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        lock(fd, wait=True)
+        # Before we locked it, another writer may have locked it and removed it as a leftover.
+        if os.path.lexists(temporary):
+            return temporary, fd
+        close_fd(fd)
+
+
+@contextlib.contextmanager
+def _open_temporary(directory: str, target: str) -> Generator[Writer]:
+    """Open the temporary file of a target; at the end of the block remove it, unless it was renamed."""
+    name = os.path.split(target)[1]
+    remove_leftovers(directory, re.escape(name))
+    try:
+        temporary, fd = _create_temporary(directory, name)
+    except (OSError, ValueError) as error:
+        raise write_error(target, error) from error
+    try:
+        yield Writer(fd, target, temporary)
+    finally:
+        with contextlib.suppress(OSError):  # it was renamed
             temporary.unlink()
-            raise
         close_fd(fd)
 
 
 def _rename_all(writers: Sequence[Writer]) -> None:
     """Rename all temporary files to their targets, or none."""
     existed = [os.path.lexists(writer.path) for writer in writers]
-    # The last target needs no backup: once it is renamed, all are.
-    links = [*map(_link_original, writers[:-1]), None]
+    for writer in writers[:-1]:  # the last target needs no backup: once it is renamed, all are
+        with contextlib.suppress(OSError):  # no such file, or a file system without hard links
+            os.link(writer.path, writer.backup, follow_symlinks=False)
     writer = writers[0]
     try:
         for writer in writers:
             writer.temporary.replace(writer.path)
     except BaseException as error:
-        new = _restore(writers, existed, links)
+        new = _restore(writers, existed)
         if not isinstance(error, OSError):
             raise
         if not new:
@@ -345,13 +368,12 @@ def _rename_all(writers: Sequence[Writer]) -> None:
         state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
         raise file_error("write", writer.path, error, state) from error
     finally:
-        for link in links:
-            if link is not None:
-                with contextlib.suppress(OSError):  # it was put back
-                    link.unlink()
+        for each in writers:
+            with contextlib.suppress(OSError):  # there was none, or it was put back
+                each.backup.unlink()
 
 
-def _restore(writers: Sequence[Writer], existed: Sequence[bool], links: Sequence[Path | None]) -> list[str]:
+def _restore(writers: Sequence[Writer], existed: Sequence[bool]) -> list[str]:
     """Restore the files that were already renamed, unless all of them were.
 
     Return the paths that could not be restored.
@@ -360,12 +382,12 @@ def _restore(writers: Sequence[Writer], existed: Sequence[bool], links: Sequence
     if all(renamed):
         return []
     new: list[str] = []
-    for writer, done, was_present, link in zip(writers, renamed, existed, links, strict=True):
+    for writer, done, was_present in zip(writers, renamed, existed, strict=True):
         if not done:
             continue
         try:
-            if link is not None:
-                link.replace(writer.path)
+            if os.path.lexists(writer.backup):
+                writer.backup.replace(writer.path)
             elif was_present:  # the file system has no hard links
                 new.append(writer.path)
             else:
@@ -373,19 +395,6 @@ def _restore(writers: Sequence[Writer], existed: Sequence[bool], links: Sequence
         except OSError:
             new.append(writer.path)
     return new
-
-
-def _link_original(writer: Writer) -> Path | None:
-    """Give the file to be replaced a second name, from which it can be restored.
-
-    Return None if there is no such file, or if the file system has no hard links.
-    """
-    link = writer.temporary.with_suffix(".old")
-    try:
-        os.link(writer.path, link, follow_symlinks=False)
-    except OSError:
-        return None
-    return link
 
 
 @contextlib.contextmanager
@@ -416,44 +425,25 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         return
     targets = [_check_target(path) for path in paths]
     directory = os.path.split(targets[0])[0] or "."
-    try:
-        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError as error:
-        raise FileError(
-            f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise write_error(targets[0], error) from error
-    try:
-        writers: list[Writer] = []
+    with contextlib.ExitStack() as stack:
         try:
-            for target in targets:
-                name = os.path.split(target)[1]
-                remove_leftovers(directory, re.escape(name))
-                try:
-                    temporary, fd = _create_temporary(directory, name)
-                except (OSError, ValueError) as error:
-                    raise write_error(target, error) from error
-                writers.append(Writer(fd, target, temporary))
-            yield writers
-            for writer in writers:
-                flush_file(writer.fd, writer.path)
-            _rename_all(writers)
-        except BaseException:
-            for writer in writers:
-                with contextlib.suppress(OSError):
-                    writer.temporary.unlink()
-            raise
-        finally:
-            for writer in writers:
-                close_fd(writer.fd)
+            directory_fd = stack.enter_context(opened(directory, _FOLDER))
+        except FileNotFoundError as error:
+            raise FileError(
+                f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise write_error(targets[0], error) from error
+        writers = [stack.enter_context(_open_temporary(directory, target)) for target in targets]
+        yield writers
+        for writer in writers:
+            flush_file(writer.fd, writer.path)
+        _rename_all(writers)
         try:
             flush_folder_fd(directory_fd)
         except OSError as error:
             state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
             raise file_error("flush its directory", targets[0], error, state) from error
-    finally:
-        close_fd(directory_fd)
 
 
 def _check_target(path: str | os.PathLike[str]) -> str:
@@ -522,14 +512,7 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     try:
         # For any target: a process killed between renaming and cleaning up has no next writer of the same path.
         remove_leftovers(target.parent, ".+", folders=True)
-        while True:
-            holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
-            holder.mkdir()
-            fd = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
-            lock(fd, wait=True)
-            if os.path.lexists(holder):  # not removed as a leftover between our mkdir and our lock
-                break
-            close_fd(fd)
+        holder, fd = _create_temporary(target.parent, target.name, folder=True)
     except (OSError, ValueError) as error:
         raise write_error(str(target), error) from error
     try:
