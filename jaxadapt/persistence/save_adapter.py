@@ -86,7 +86,7 @@ def write_shared(
     """
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = location.to_location(path)
-    group = sharded_write.start(target, timeout)
+    group = Group(target, timeout)
     stored = encoded if dtype is None else cast(encoded, dtype)
     tensors = dataclasses.replace(tensors, tensors=stored)
     specs = {key: (spec.dtype, spec.shape) for key, spec in stored.specs.items()}

@@ -43,13 +43,15 @@ class Group:
     It may be used from another thread than the one that created it, and several may be in use at once.
     """
 
-    def __init__(self, action: str, timeout: float, stages: Sequence[str]) -> None:
-        """Start the exchange.
+    def __init__(
+        self, action: str | os.PathLike[str], timeout: float, stages: Sequence[str] = ("plan", "mode", "result")
+    ) -> None:
+        """Start the exchange. Every process does so in the same order as for its other exchanges.
 
         Args:
-            action: the action, for messages.
+            action: the file or folder that is written, or another action, for messages.
             timeout: the longest wait for one answer, in seconds.
-            stages: the names of the messages of process 0, in order.
+            stages: the names of the messages of process 0, in order; by default those of one `write`.
 
         Raises:
             FileError: JAX's distributed service is not initialised.
@@ -63,11 +65,11 @@ class Group:
         client: Any = global_state.client
         if client is None:
             raise FileError(
-                f"{action}: cannot use arrays of several processes without JAX's distributed service; call"
+                f"{os.fspath(action)}: cannot use arrays of several processes without JAX's distributed service; call"
                 " jax.distributed.initialize() in each process"
             )
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._client, self._action, self._timeout = client, action, timeout
+        self._client, self._action, self._timeout = client, os.fspath(action), timeout
         self._pending = list(stages) if self.index == 0 else []
         self._final = stages[-1]
         number = client.key_value_increment(f"jaxadapt/conversations/{self.index}", 1)
@@ -170,16 +172,6 @@ Put = Callable[[atomic.Writer, Mapping[str, str]], Header]
 """Writes the file of all processes with this metadata into an open replacement, and returns its header."""
 
 
-def start(action: str | os.PathLike[str], timeout: float) -> Group:
-    """Start the messages of one `write`. Every process calls this in the same order as for its other writes.
-
-    Args:
-        action: the file or folder, for messages.
-        timeout: in seconds, for each answer of another process.
-    """
-    return Group(os.fspath(action), timeout, ("plan", "mode", "result"))
-
-
 def write(
     path: str | os.PathLike[str],
     specs: Specs,
@@ -198,7 +190,7 @@ def write(
         path: the file.
         specs: (dtype, shape) by key, equal in all processes.
         parts: see `Parts`.
-        group: the messages, from `start`.
+        group: the messages.
         commit: called in process 0 with a `Put`. It opens the replacement of the file, calls the `Put` once, and
             replaces the file. When the `Put` returns, the bytes of the other processes are on the disk.
         shared: True if all processes see the same file; None to find out.
@@ -240,7 +232,6 @@ def _lead(
         os.ftruncate(writer.fd, header.size)
     except OSError as error:
         raise write_error(path, error) from error
-    file = _SharedFile(writer.fd, path, header.data_start, header.tensors)
     write_at(writer.fd, memoryview(first), 0, path)
     plan = {"file": writer.temporary.name, "size": header.size, "start": header.data_start}
     group.send("plan", plan | {"specs": _layout_digest(layout), "alike": dict(alike)})
@@ -255,7 +246,7 @@ def _lead(
     group.send("mode", common)
     if not common:
         own_parts = None  # release them before all parts are gathered
-    file.write(own_parts or parts(False), report)
+    _write_parts(writer.fd, path, header.data_start, header.tensors, own_parts or parts(False), report)
     for others in group.receive_all("written").values():
         if shares is not None:
             shares.update({key: shares.get(key, 0) ^ value for key, value in others.items()})
@@ -288,8 +279,9 @@ def _follow(
         with group.announce_failure("written"):
             if not common:
                 own_parts = None  # release them before all parts are gathered
-            file = _SharedFile(-1 if fd is None else fd, path, plan["start"], header.tensors)
-            file.write(own_parts or parts(False), report)
+            _write_parts(
+                -1 if fd is None else fd, path, plan["start"], header.tensors, own_parts or parts(False), report
+            )
             if common and fd is not None:
                 flush_file(fd, path)
         group.send("written", shares)
@@ -342,33 +334,37 @@ def _layout_digest(layout: Mapping[str, tuple[str, Sequence[int]]]) -> str:
     return digest(json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in layout.items()}, sort_keys=True))
 
 
-class _SharedFile:
-    """An open file of known layout."""
+def _write_parts(
+    fd: int,
+    path: str,
+    start: int,
+    tensors: Mapping[str, TensorInfo],
+    parts: tuple[int, Iterator[TensorPart]],
+    report: Report,
+) -> None:
+    """Write all parts into an open file whose tensors begin at `start`.
 
-    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
-        self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
+    After an error, still exhaust them, since other processes may wait in it.
+    """
+    total, each = parts
+    count = byte_counter(report, "save", total)
+    failed: BaseException | None = None
 
-    def write(self, parts: tuple[int, Iterator[TensorPart]], report: Report) -> None:
-        """Write all parts. After an error, still exhaust the iterator, since other processes may wait in it."""
-        total, each = parts
-        count = byte_counter(report, "save", total)
-        failed: BaseException | None = None
-        for part in each:
-            if failed is not None:
-                continue
-            try:
-                self._write(part)
-                count(part.array.nbytes)
-            except FileError as error:
-                failed = error
-        if failed is not None:
-            raise failed
-
-    def _write(self, part: TensorPart) -> None:
-        begin = self._start + self._tensors[part.key].start
-        bits = safetensors.little_bits(part.array)
+    def write_part(part: TensorPart) -> None:
+        begin = start + tensors[part.key].start
 
         def put(data: memoryview, offset: int) -> None:
-            write_at(self._fd, data, begin + offset, self._path)
+            write_at(fd, data, begin + offset, path)
 
-        local_files.write_region(put, part.shape, bits, part.region)
+        local_files.write_region(put, part.shape, safetensors.little_bits(part.array), part.region)
+
+    for part in each:
+        if failed is not None:
+            continue
+        try:
+            write_part(part)
+            count(part.array.nbytes)
+        except FileError as error:
+            failed = error
+    if failed is not None:
+        raise failed

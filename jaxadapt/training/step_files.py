@@ -26,7 +26,7 @@ from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord,
 from jaxadapt.storage import atomic, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
-from jaxadapt.storage.sharded_write import TensorPart
+from jaxadapt.storage.sharded_write import Group, TensorPart
 from jaxadapt.training.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 # ---------------------------------------------------------------- step files
@@ -173,7 +173,7 @@ def prepare_shared_write(
     distributed = {name: leaf for name, leaf in taken.arrays.items() if name not in local}
     shared = not isinstance(path, Address)
     owned = save_adapter.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
-    group = sharded_write.start(path, timeout)
+    group = Group(path, timeout)
 
     def finish(report: Report) -> None:
         specs, byte_dtypes = _file_specs(taken)
