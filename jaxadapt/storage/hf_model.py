@@ -156,11 +156,10 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
     groups = local_files.split_by_size(specs, sizes.__getitem__, limit)
     names = _choose_file_names(folder, len(groups))
     replaced = _current_files(folder)
-    metadata = {"format": "pt"}
     index = [folder / INDEX] if len(groups) > 1 else []
     with atomic.replacing_all([*(folder / name for name in names), *index]) as writers:  # the index last
         for writer, keys in zip(writers, groups, strict=False):
-            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, {"format": "pt"})
         if index:
             weight_map = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
             text = json.dumps(

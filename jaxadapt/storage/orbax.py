@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import json
+import operator
 import os
 import re
 import shutil
@@ -139,53 +141,15 @@ def _check_names(place: Location, trees: Mapping[str, Tree]) -> None:
     )
 
 
-class Pending:
-    """A save in progress. `result` waits for it and raises its error."""
-
-    def __init__(self, place: Location, response: Any) -> None:
-        self.place = place
-        self._response = response
-
-    def result(self) -> None:
-        """Wait until the save is complete. Raises `FileError`."""
-        with _translate_errors(self.place, write=True):
-            self._response.result()
-
-
-def start_save(
-    path: str | os.PathLike[str],
-    trees: Mapping[str, Tree],
-    documents: Mapping[str, Any],
-    display_path: Location | None = None,
-) -> Pending:
-    """Start a save, and return when the values have left the device. Every process must call it, with the same path.
-
-    Args:
-        path: must not exist; its parent folder must exist.
-        trees: nested dicts of arrays, by name. Keys must not contain dots.
-        documents: JSON values, by name.
-        display_path: the path to name in errors.
-
-    Raises:
-        FileError: the save failed.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    place = _resolve_location(path)
-    shown = place if display_path is None else display_path
-    _check_names(shown, trees)
-    with _translate_errors(shown, write=True), _context(list(documents)):
-        response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
-    return Pending(shown, response)
-
-
 def save(
     path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], single_process: bool
 ) -> None:
     """Write a checkpoint durably and atomically. Return when it is complete.
 
     Args:
-        path, trees, documents: as in `start_save`.
+        path: must not exist.
+        trees: nested dicts of arrays, by name. Keys must not contain dots.
+        documents: JSON values, by name.
         single_process: True if this is the only process; else every process must call it, with the same path.
 
     Raises:
@@ -207,15 +171,25 @@ def save(
             " complete; choose another path, or delete it"
         )
     if not single_process or isinstance(place, Address):
-        start_save(place, trees, documents).result()
+        _save_at(place, place, trees, documents)
         return
     with atomic.staging_folder(place) as staged:
-        start_save(staged, trees, documents, display_path=place).result()
+        _save_at(staged, place, trees, documents)
         atomic.flush_tree(staged, place)
         try:
             staged.rename(place)
         except OSError as error:
             raise file_error("write", str(place), error, "another writer may have been faster") from error
+
+
+def _save_at(place: Location, shown: Location, trees: Mapping[str, Tree], documents: Mapping[str, Any]) -> None:
+    """Write a checkpoint at a path, whose name in errors is `shown`."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _translate_errors(shown, write=True):
+        with _context(list(documents)):
+            response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
+        response.result()
 
 
 # ---------------------------------------------------------------- reading
@@ -231,18 +205,15 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
     place = _resolve_location(path)
     if not is_checkpoint(place):
         raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(MARKERS)}")
-    items = [item for item in _items(place) if not location.exists(place / item / _JSON)]
+    try:
+        names = sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
+    except OSError as error:
+        raise file_error("read", str(place), error) from error
+    items = [item for item in names if not location.exists(place / item / _JSON)]
     with _translate_errors(place), _context():
         if location.exists(place / "_METADATA"):
             return {_ROOT_ITEM: _array_specs(ocp.metadata(str(place), checkpointable_name=None).metadata)}
         return {item: _array_specs(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in items}
-
-
-def _items(place: Location) -> list[str]:
-    try:
-        return sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
-    except OSError as error:
-        raise file_error("read", str(place), error) from error
 
 
 def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
@@ -297,25 +268,16 @@ def load(
         node = tree
         for part in key[:-1]:
             node = node.setdefault(part, {})
-        node[key[-1]] = _numpy_example(*stored[key]) if spec is None else spec
+        # An example, which uses no memory, makes Orbax restore an array of numpy.
+        shape, dtype = stored[key]
+        node[key[-1]] = np.broadcast_to(np.zeros((), jax.numpy.dtype(dtype)), shape) if spec is None else spec
     with _translate_errors(place), _context(partial=True):
         loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
-    out: dict[tuple[str, ...], Any] = {}
-    problems: list[str] = []
-    for key in wanted:
-        leaf: Any = loaded
-        for part in key:
-            leaf = leaf[part]
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            problems.append(f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}")
-        out[key] = leaf
+    out: dict[tuple[str, ...], Any] = {key: functools.reduce(operator.getitem, key, loaded) for key in wanted}
+    problems = [
+        f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}"
+        for key, leaf in out.items()
+        if not isinstance(leaf, jax.Array | np.ndarray)
+    ]
     raise_listed(FormatError, f"{place}: Orbax could not load these leaves:", problems, limit=16)
     return out
-
-
-def _numpy_example(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Return an example that makes Orbax restore a numpy array. It uses no memory."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape)
