@@ -84,13 +84,13 @@ def reporter(progress: Progress) -> Generator[Report]:
     ...     report("save", 3, 12)
     save 3 12
     """
-    if progress is None or progress is False:
-        yield no_report
-    elif progress is True:
+    if progress is not None and not isinstance(progress, bool):
+        yield progress
+    elif progress and is_watched():
         with _bars() as report:
             yield report
     else:
-        yield progress
+        yield no_report
 
 
 def is_watched() -> bool:
@@ -104,9 +104,6 @@ def is_watched() -> bool:
 
 @contextlib.contextmanager
 def _bars() -> Generator[Report]:
-    if not is_watched():
-        yield no_report
-        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
