@@ -26,7 +26,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxadapt import serving
@@ -91,23 +91,17 @@ class Session:
         self._pieces.put_nowait(None)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events; the session is closed when they end, for whatever reason."""
 
-    media_type = "text/event-stream"
-
     def __init__(self, events: AsyncIterator[str], session: Session) -> None:
-        super().__init__(headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._events, self._session = events, session
+        super().__init__(events, headers={"cache-control": "no-store"}, media_type="text/event-stream")
+        self._session = session
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            await self.stream_response(send)
         except (RequestError, OSError, asyncio.CancelledError):  # the client left, or did not read until the end
             return
         finally:
@@ -152,7 +146,8 @@ class Server:
         request = protocol.parse_request(body, chat=chat, seed=int.from_bytes(os.urandom(4), "big"))
         adapter = self.adapter_of(request.model)
         session = Session(self.engine, http)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(session.close)
             # Tokenizing a long prompt takes seconds, in which the server must answer others.
             prompts = await asyncio.to_thread(self._encode, request, chat)
             session.submit(self._jobs(request, adapter, prompts, session))
@@ -168,13 +163,9 @@ class Server:
                 self.base.spell if request.sampling.scores else None,
             )
             if request.stream:
+                stack.pop_all()  # the stream closes it
                 return EventStream(self._events(session, first, answer, request), session)
-            whole = await self._whole(session, first, answer, request)
-        except BaseException:
-            session.close()
-            raise
-        session.close()
-        return JSONResponse(whole)
+            return JSONResponse(await self._whole(session, first, answer, request))
 
     def adapter_of(self, model: str) -> str | None:
         """Return the adapter of a model's name, None for the base; raise `RequestError` 404 if there is none.
@@ -264,7 +255,9 @@ class Server:
         yield "data: [DONE]\n\n"
 
     def _usage(self, session: Session, request: Request, counts: Sequence[int]) -> dict[str, int]:
-        return protocol.usage_of(sum(len(job.prompt) for job in session.jobs[:: request.choices]), sum(counts))
+        """Return OpenAI's numbers of tokens."""
+        prompts = sum(len(job.prompt) for job in session.jobs[:: request.choices])
+        return {"prompt_tokens": prompts, "completion_tokens": sum(counts), "total_tokens": prompts + sum(counts)}
 
     async def read_json(self, http: HttpRequest) -> Any:
         """Return the JSON of a request; raise `RequestError` if it is none, too large, or does not arrive in time."""
@@ -343,11 +336,6 @@ class Server:
             raise protocol.lora_error(404, f"The lora adapter '{name[:80]}' cannot be found.") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
-    def text(self) -> str:
-        """Return the metrics."""
-        known = {"adapters": len(self.pool.names()), "adapters_resident": len(self.pool.resident())}
-        return self.metrics.text(self.engine.gauges() | known)
-
 
 def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable[[], None] = lambda: None) -> Starlette:
     """Build the ASGI application.
@@ -383,7 +371,9 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         return JSONResponse(next(entry for entry in server.models() if entry["id"] == name))
 
     async def metrics(_: HttpRequest) -> Response:
-        return PlainTextResponse(server.text(), media_type="text/plain; version=0.0.4")
+        adapters = {"adapters": len(server.pool.names()), "adapters_resident": len(server.pool.resident())}
+        text = server.metrics.text(server.engine.gauges() | adapters)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def health(_: HttpRequest) -> Response:
         healthy = server.engine.healthy
@@ -524,11 +514,8 @@ def run(server: Server, *, host: str = "127.0.0.1", port: int = 8000, started: C
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # as Linux, which takes both on "::"
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual)
     except OSError as error:
         raise FileError(f"cannot listen on {host}, port {port}: {error}. Choose another one with --port") from error
-    return listener

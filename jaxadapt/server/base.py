@@ -18,14 +18,14 @@ from jaxadapt import serving
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.llama_nnx import to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
 from jaxadapt.serving.layout import becomes_lora, compare_shared
-from jaxadapt.serving.pool import BASE
+from jaxadapt.serving.pool import BASE, find_folders
 from jaxadapt.storage import hf_model, hub
 
 # ---------------------------------------------------------------- base
@@ -53,7 +53,7 @@ class Base:
 
     name: str
     config: LlamaConfig
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Any]
     tokenizer: Any
     text_tokenizer: Any
     stop: tuple[int, ...]
@@ -244,16 +244,14 @@ def _is_inside(root: Path, path: Path) -> bool:
 def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
     """Return `{name: folder}` of the adapters in a folder, sorted, and the reasons for which others are left out.
 
+    A folder with the name of the base is left out with a warning.
+
     Raises:
         FileError: the folder cannot be listed.
     """
     found: dict[str, Path] = {}
     problems: list[str] = []
-    try:
-        entries = sorted(path.name for path in root.iterdir() if os.path.isfile(path / CONFIG))  # noqa: PTH113
-    except OSError as error:
-        raise FileError(f"cannot list the adapters in {root}: {error}") from error
-    for name in entries:
+    for name in find_folders(root):
         try:
             found[name] = find(root, name)
         except FileError as error:

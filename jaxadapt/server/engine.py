@@ -5,7 +5,6 @@ The engine counts requests and tokens, in Prometheus' text format.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -13,7 +12,6 @@ import dataclasses
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -56,44 +54,33 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._buckets: dict[str, list[int]] = {}
-        self._sums: Counter[str] = Counter()
+        # By metric, {the rest of a sample's name, with its labels: number}.
+        self._samples: dict[str, dict[str, float]] = {}
 
     def count(self, name: str, amount: int = 1, labels: str = "") -> None:
         """Add to a counter; `labels` in Prometheus' form, 'status="200"'."""
-        with self._lock:
-            self._counts[name, labels] += amount
+        self._add(name, {f"{{{labels}}}" if labels else "": amount})
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a time to a histogram."""
+        buckets = {f'_bucket{{le="{end}"}}': int(seconds <= end) for end in SECONDS}
+        self._add(name, {**buckets, '_bucket{le="+Inf"}': 1, "_sum": seconds, "_count": 1})
+
+    def _add(self, name: str, numbers: Mapping[str, float]) -> None:
         with self._lock:
-            buckets = self._buckets.setdefault(name, [0] * (len(SECONDS) + 1))
-            buckets[bisect.bisect_left(SECONDS, seconds)] += 1
-            self._sums[name] += seconds  # pyright: ignore[reportArgumentType]
+            samples = self._samples.setdefault(name, {})
+            for sample, number in numbers.items():
+                samples[sample] = samples.get(sample, 0) + number
 
     def text(self, gauges: Mapping[str, int]) -> str:
         """Return all numbers, with gauges `{name: value}` of the present."""
-        lines: list[str] = []
-
-        def begin(name: str, kind: str) -> None:
-            lines.extend([f"# HELP jaxadapt_{name} {_HELP[name]}", f"# TYPE jaxadapt_{name} {kind}"])
-
         with self._lock:
-            for name in sorted({name for name, _ in self._counts}):
-                begin(name, "counter")
-                of = sorted((labels, n) for (other, labels), n in self._counts.items() if other == name)
-                lines += [f"jaxadapt_{name}{{{labels}}} {n}" if labels else f"jaxadapt_{name} {n}" for labels, n in of]
-            for name, buckets in sorted(self._buckets.items()):
-                begin(name, "histogram")
-                total = 0
-                for end, n in zip((*map(str, SECONDS), "+Inf"), buckets, strict=True):
-                    total += n
-                    lines.append(f'jaxadapt_{name}_bucket{{le="{end}"}} {total}')
-                lines += [f"jaxadapt_{name}_sum {self._sums[name]}", f"jaxadapt_{name}_count {total}"]
-        for name, value in gauges.items():
-            begin(name, "gauge")
-            lines.append(f"jaxadapt_{name} {value}")
+            metrics = {name: dict(samples) for name, samples in sorted(self._samples.items())}
+        lines: list[str] = []
+        for name, samples in (metrics | {name: {"": value} for name, value in gauges.items()}).items():
+            kind = "gauge" if name in gauges else "histogram" if "_sum" in samples else "counter"
+            lines += [f"# HELP jaxadapt_{name} {_HELP[name]}", f"# TYPE jaxadapt_{name} {kind}"]
+            lines += [f"jaxadapt_{name}{sample} {number}" for sample, number in samples.items()]
         return "\n".join([*lines, ""])
 
 

@@ -287,15 +287,12 @@ def _wrong(name: str | None, expected: str, found: Any) -> RequestError:
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
 
 
-def _has_kind(value: Any, kind: type) -> bool:
-    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-
-
 def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any, *, required: bool = True) -> Any:
     value = fields.get(name, default)
     if value is None and not required:
         return None
-    if not _has_kind(value, kind):
+    # A bool is an int in Python, but not in JSON.
+    if not isinstance(value, int | float if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong(name, _KINDS[kind], value)
     try:
         return float(cast("float", value)) if kind is float else value
@@ -380,11 +377,6 @@ class Answer:
             "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices,
             "system_fingerprint": self.fingerprint,
         }  # fmt: skip
-
-
-def usage_of(prompt: int, completion: int) -> dict[str, int]:
-    """Return OpenAI's numbers of tokens."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 # ---------------------------------------------------------------- text
