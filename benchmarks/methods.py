@@ -111,12 +111,13 @@ def measured(
     `base` is the base of the trainer before, which is used again.
     """
     trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
-    trainer.base = trainer.base if base is None else base
-    rest = (trainer.fixed, trainer.base, jnp.asarray(tokens))
+    base, fixed = trainer.rest if base is None else (base, trainer.rest[1])
+    trainer.rest = (base, fixed)
+    rest = (trainer.rest, jnp.asarray(tokens))
     traced = trainer.compute_step.trace(trainer.adapter, trainer.state, *rest)
     compiled: Any = traced.lower().compile()
     memory = compiled.memory_analysis()
-    held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, trainer.fixed)))
+    held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, fixed)))
     flops = dot_flops(traced.jaxpr) - formulas.base_flops(config)
     adapter = training.adapter_config(method)
 
@@ -126,7 +127,7 @@ def measured(
 
     formula = formulas.adapter_flops(method, config, adapter)
     found = Measured(trainer.adapter_size(), flops, formula, held + memory.temp_size_in_bytes)
-    return found, step, trainer.base
+    return found, step, base
 
 
 # ---------------------------------------------------------------- PEFT's

@@ -84,7 +84,7 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
                 f" {sorted(parameters.keys() ^ weights.keys())}"
             )
         for name, weight in weights.items():
-            parameters[name].copy_(torch.from_numpy(np.asarray(weight)))
+            parameters[name].copy_(torch.from_numpy(np.array(weight)))  # torch warns of arrays that it may not write
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     tasks = task_data(jaxadapt.read_config(adapter), len(tokens))
     more = {name: torch.from_numpy(np.array(x)).long() for name, x in tasks.items()}
@@ -176,8 +176,13 @@ def run(
     console = Console() if console is None else console
     out = Path(out)
     _check_arguments(steps, api, method)
-    model, tokenizer = _open_model(console)
-    _make_folder(out)
+    model = SmolLM2.open()
+    tokenizer = model.tokenizer()
+    console.print(f"base model: {MODEL_NAME}, from {model.path.name}", soft_wrap=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before training, so that an error costs no time
+    except OSError as error:
+        raise FileError(f"{out}: expected a folder or a path to create one at, found: {error}") from error
     # CPUs multiply in float32 by default; accelerators would round to fewer bits, and the comparison
     # with PEFT would measure the rounding.
     with jax.default_matmul_precision("highest"):
@@ -242,8 +247,7 @@ def held_out_losses(
     _check_arguments(steps, api, method)
     model = SmolLM2.open()
     training, held_out = _texts(model.tokenizer())
-    config = dataclasses.replace(model.config, scan=True)
-    tuner = make_trainer(api, config, model.weights(), method, steps, seed)
+    tuner = make_trainer(api, dataclasses.replace(model.config, scan=True), model.weights(), method, steps, seed)
     before = _mean_loss(tuner, held_out)
     source = batches(training, batch, seed)
     for _ in range(steps):
@@ -278,21 +282,6 @@ def _check_arguments(steps: int, api: str, method: str) -> None:
         problems.append(f"method: expected one of {', '.join(method_names())}, found {method!r}")
     if problems:
         raise ConfigError("demo: " + "; ".join(problems))
-
-
-def _open_model(console: Console) -> tuple[SmolLM2, Any]:
-    model = SmolLM2.open()
-    tokenizer = model.tokenizer()
-    console.print(f"base model: {MODEL_NAME}, from {model.path.name}", soft_wrap=True)
-    return model, tokenizer
-
-
-def _make_folder(out: Path) -> None:
-    """Create the folder before training, so that an error costs no time."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{out}: expected a folder or a path to create one at, found: {error}") from error
 
 
 def _tune(

@@ -7,9 +7,9 @@ of Hugging Face's Llama checkpoints: ``model.layers.0.self_attn.q_proj.weight``,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
-from jaxadapt.core.paths import Spec, compare, shapes_of
+from jaxadapt.core.paths import Spec, compare
+from jaxadapt.models.attention_calls import attention
+from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache
 
+Rope = tuple[jax.Array, jax.Array]
+Carry = tuple[jax.Array, "KVCache | None"]
+"""What a layer takes and returns: x (B, T, D), and the cache."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -135,7 +140,7 @@ class LlamaConfig:
         }
 
 
-def rope_at(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_at(config: LlamaConfig, positions: jax.Array) -> Rope:
     """Return cosines and sines of the rotations at positions (B, T), each (B, T, head_dim / 2) float32."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -143,7 +148,7 @@ def rope_at(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second.
 
     `rope` is what `rope_at` returns.
@@ -156,7 +161,7 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def start_call(
     config: LlamaConfig, x: jax.Array | None, mask: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None, KVCache | None]:
+) -> tuple[jax.Array, Rope, jax.Array | None, KVCache | None]:
     """Return x (B, T, D) and what all layers need for it: the rotations, the mask of the keys, and the cache.
 
     `mask` is of the tokens (B, T), 0 or False for padding; the mask of the keys is (B, 1, 1, T).
@@ -175,6 +180,21 @@ def start_call(
     if cache is not None:
         return x, rope, cache.mask(x.shape[1]), cache
     return x, rope, None if mask is None else (mask != 0)[:, None, None, :], None
+
+
+def attend(
+    config: LlamaConfig, layers: Sequence[Callable[[jax.Array], jax.Array]], carry: Carry, rope: Rope, mask: Any
+) -> Carry:
+    """Return causal grouped-query attention with rotary positions; `layers` are the projections q, k, v and o."""
+    x, cache = carry
+    query, key, value, output = layers
+    heads = (*x.shape[:2], -1, config.head_dim)
+    q, k = (rotate(layer(x).reshape(heads), rope) for layer in (query, key))
+    v = value(x).reshape(heads)
+    if cache is not None:
+        cache, k, v = cache.append(k, v)
+    mixed = attention(q, k, v, mask=mask, is_causal=cache is None)
+    return output(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -208,22 +228,13 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Tensor(Protocol):
-    """A weight for `make_leaves`: a numpy array, or an object that is converted to one when needed."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __array__(self) -> np.ndarray: ...
-
-
-def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+def make_leaves(config: LlamaConfig, weights: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Convert a Hugging Face checkpoint to this model's leaves, one at a time.
 
     Args:
         config: the model; its ``scan`` and ``scan_axis`` decide the storage of layers.
-        weights: name -> array, (out, in), as in ``hf_shapes``. A tied model's checkpoint may also
-            contain ``lm_head.weight`` if it equals the embedding.
+        weights: name -> array, (out, in), as in ``hf_shapes``, also a source that reads each on demand. A tied
+            model's checkpoint may also contain ``lm_head.weight`` if it equals the embedding.
 
     Returns:
         Pairs (dotted leaf path, array), for both APIs: kernels (in, out), stacked if scanned. Arrays
@@ -232,31 +243,26 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[
     Raises:
         MismatchError: tensors are missing, unexpected or of another shape; the message lists all of them.
     """
-    expected, given = hf_shapes(config), dict(weights)
-    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= given.keys():
-        head, table = given["lm_head.weight"], given["model.embed_tokens.weight"]
-        if np.array_equal(np.asarray(head), np.asarray(table)):
-            del given["lm_head.weight"]
-    findings = compare({name: Spec(shape) for name, shape in expected.items()}, shapes_of(given))
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    given, expected = as_source(weights), hf_shapes(config)
+    found = given.shapes
+    if config.tie_word_embeddings and {head, table} <= found.keys() and np.array_equal(given[head], given[table]):
+        del found[head]
+    findings = compare(*({name: Spec(shape) for name, shape in shapes.items()} for shapes in (expected, found)))
     raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, findings), limit=64)
 
     sources: dict[str, list[str]] = {}
     for name in expected:  # in this order, so that layers are stacked by number
-        path = _leaf_path(name)
+        module = name.removesuffix(".weight")
+        kind = "embedding" if module.endswith("embed_tokens") else "weight" if module.endswith("norm") else "kernel"
+        path = f"{module}.{kind}"
         if config.scan and path.startswith("model.layers."):
             path = f"model.layers.{path.split('.', 3)[3]}"
         sources.setdefault(path, []).append(name)
-    return (_leaf(config, path, [given[name] for name in names]) for path, names in sources.items())
+    return (_leaf(config, path, [np.asarray(given[name]) for name in names]) for path, names in sources.items())
 
 
-def _leaf_path(name: str) -> str:
-    module = name.removesuffix(".weight")
-    kind = "embedding" if module.endswith("embed_tokens") else "weight" if module.endswith("norm") else "kernel"
-    return f"{module}.{kind}"
-
-
-def _leaf(config: LlamaConfig, path: str, weights: list[Tensor]) -> tuple[str, np.ndarray]:
-    arrays = [np.asarray(weight) for weight in weights]
+def _leaf(config: LlamaConfig, path: str, arrays: list[np.ndarray]) -> tuple[str, np.ndarray]:
     if path.endswith(".kernel"):
         arrays = [array.T for array in arrays]
     stacked = config.scan and path.startswith("model.layers.")

@@ -10,14 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
-from jaxadapt.models.attention_calls import attention
+from jaxadapt.demo.llama import Carry, LlamaConfig, Rope, attend, make_leaves, rms_norm, start_call
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache
-
-Rope = tuple[jax.Array, jax.Array]
-Carry = tuple[jax.Array, "KVCache | None"]
 
 
 def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
@@ -42,16 +38,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
-        config, (x, cache) = self.config, carry
-        heads = (*x.shape[:2], -1, config.head_dim)
-        q = _dense(config, config.num_heads * config.head_dim, "q_proj")(x).reshape(heads)
-        k = _dense(config, config.num_kv_heads * config.head_dim, "k_proj")(x).reshape(heads)
-        v = _dense(config, config.num_kv_heads * config.head_dim, "v_proj")(x).reshape(heads)
-        k = rotate(k, rope)
-        if cache is not None:
-            cache, k, v = cache.append(k, v)
-        mixed = attention(rotate(q, rope), k, v, mask=mask, is_causal=cache is None)
-        return _dense(config, config.hidden_size, "o_proj")(mixed.reshape(*x.shape[:2], -1)), cache
+        config = self.config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": config.hidden_size}
+        return attend(config, [_dense(config, size, name) for name, size in sizes.items()], carry, rope, mask)
 
 
 class MLP(nn.Module):
@@ -173,7 +163,7 @@ class Llama(nn.Module):
         return logits if cache is None else (logits, cache)
 
 
-def to_linen(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def to_linen(config: LlamaConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a Hugging Face checkpoint to ``{"params": …}`` of this module.
 
     Args:

@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, rms_norm, rotate, start_call
-from jaxadapt.models.attention_calls import attention
+from jaxadapt.demo.llama import Carry, LlamaConfig, Rope, attend, make_leaves, rms_norm, start_call
 from jaxadapt.models.nnx.graph import SharedParam
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache
-
-Rope = tuple[jax.Array, jax.Array]
-Carry = tuple[jax.Array, "KVCache | None"]
 
 
 def _linear(config: LlamaConfig, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -46,17 +42,8 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.hidden_size, keys, rngs)
         self.o_proj = _linear(config, queries, config.hidden_size, rngs)
 
-    def __call__(
-        self, x: jax.Array, rope: Rope, mask: jax.Array | None, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = rotate(self.q_proj(x).reshape(heads), rope)
-        k = rotate(self.k_proj(x).reshape(heads), rope)
-        v = self.v_proj(x).reshape(heads)
-        if cache is not None:
-            cache, k, v = cache.append(k, v)
-        mixed = attention(q, k, v, mask=mask, is_causal=cache is None)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache
+    def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
+        return attend(self.config, (self.q_proj, self.k_proj, self.v_proj, self.o_proj), carry, rope, mask)
 
 
 class MLP(nnx.Module):
@@ -72,7 +59,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: x (B, T, D) -> ((B, T, D), cache)."""
+    """One layer: (x (B, T, D), cache) -> the same."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config)
@@ -80,10 +67,9 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, rope: Rope, mask: jax.Array | None = None, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> Carry:
+        x, cache = carry
+        mixed, cache = self.self_attn((self.input_layernorm(x), cache), rope, mask)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -121,8 +107,7 @@ class LlamaModel(nnx.Module):
         x, rope, attended, cache = start_call(self.config, given, mask, positions, cache)
 
         def layer(block: Block, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
-            x, cache = carry
-            return block(x, rope, mask, cache)
+            return block(carry, rope, mask)
 
         run: Any = nnx.remat(layer) if self.config.remat else layer
         if self.config.scan:
@@ -172,7 +157,7 @@ class Llama(nnx.Module):
         return logits if cache is None else (logits, cache)
 
 
-def to_nnx(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
+def to_nnx(config: LlamaConfig, weights: Mapping[str, Any]) -> Llama:
     """Build the model from a Hugging Face checkpoint, without initializing it first.
 
     Args:

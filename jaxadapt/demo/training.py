@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import functools
@@ -22,13 +21,13 @@ from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.methods.prompt import PromptMethod
 from jaxadapt.methods.registry import COLLECTIONS, get_method
 from jaxadapt.models import invoke
 from jaxadapt.training import optim
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Any]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 APIS = ("nnx", "linen")
 TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models with
@@ -71,11 +70,15 @@ def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
     return get_method(config).call_data(config, tasks) and tasks
 
 
-def _logits(model: Any, config: Any, tokens: jax.Array, call: Callable[[Any], jax.Array]) -> jax.Array:
-    """Return the logits (B, T, V) of `call(model)` at the tokens' places, without those of virtual tokens."""
+def _logits(model: Any, config: Any, tokens: jax.Array, variables: Any = None) -> jax.Array:
+    """Return the logits (B, T, V) at the tokens' places, without those of virtual tokens.
+
+    `variables` are the arrays of a Linen module; an NNX model has its own.
+    """
     tasks = task_data(config, tokens.shape[0])
     with invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
-        return call(ready)[:, -tokens.shape[1] :]
+        found = ready(tokens) if variables is None else ready.apply(variables, tokens)
+        return found[:, -tokens.shape[1] :]
 
 
 def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformation:
@@ -96,144 +99,67 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.mean(losses)
 
 
-class Trainer(abc.ABC):
-    """A base model with an adapter, and an optimizer for the adapter only."""
+class Trainer:
+    """A base model with an adapter, and an optimizer for the adapter only.
 
-    def __init__(self, call: Callable[[Any, jax.Array], jax.Array]) -> None:
-        """Compile the functions that change nothing, from one that returns the logits (B, T, V) of `variables()`."""
-        self._logits = jax.jit(call)
-        self._loss = jax.jit(lambda variables, tokens: next_token_loss(call(variables, tokens), tokens))
+    Attributes:
+        adapter: the trained parameters.
+        rest: all other arrays: those of the base, and those of the adapter that training leaves as they are.
+        state: the optimizer's state.
+        compute_step: the compiled function (adapter, state, rest, tokens) -> (adapter, state, loss before the step).
+    """
 
-    @abc.abstractmethod
-    def step(self, tokens: np.ndarray) -> float:
-        """Train one step on tokens (B, T) and return the loss before it."""
+    def __init__(
+        self,
+        adapter: Any,
+        rest: Any,
+        tx: optax.GradientTransformation,
+        join: Callable[[Any, Any], Any],
+        call: Callable[[Any, jax.Array], jax.Array],
+    ) -> None:
+        """Compile the functions of an adapted model.
 
-    @abc.abstractmethod
-    def variables(self) -> Any:
-        """Return the arrays of the base and of the adapter."""
+        `join(adapter, rest)` returns what `jaxadapt.save` takes, and `call` its logits (B, T, V) for tokens (B, T).
+        """
+        self.adapter, self.rest, self._join = adapter, rest, join
+        self.state: Any = tx.init(adapter)
 
-    @abc.abstractmethod
-    def trained(self) -> Any:
-        """Return the trained parameters."""
+        # `rest` is an argument: a compiled program would hold a copy of arrays from outside.
+        def logits(adapter: Any, rest: Any, tokens: jax.Array) -> jax.Array:
+            return call(join(adapter, rest), tokens)
 
-    @abc.abstractmethod
-    def save(self, out: Path, base_model: str) -> None:
-        """Write the adapter."""
+        def loss(adapter: Any, rest: Any, tokens: jax.Array) -> jax.Array:
+            return next_token_loss(logits(adapter, rest, tokens), tokens)
 
-    def loss(self, tokens: np.ndarray) -> float:
-        """Return the loss on tokens (B, T)."""
-        return float(self._loss(self.variables(), jnp.asarray(tokens)))
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the logits (B, T, V) in float32."""
-        return np.asarray(self._logits(self.variables(), jnp.asarray(tokens)))
-
-    def adapter_size(self) -> int:
-        """Return the number of trained parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.trained()))
-
-
-class NnxTrainer(Trainer):
-    """A trainer of the NNX model, adapted in place."""
-
-    def __init__(self, config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, seed: int) -> None:
-        self.model = llama_nnx.to_nnx(config, weights)
-        if _is_started(adapter):
-            initializers.start(self.model, adapter, key=jax.random.key(seed), example=[TOKENS])
-        else:
-            jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed), example=[TOKENS])
-        self.optimizer = nnx.Optimizer(self.model, make(optim.decay_mask(self.model)), wrt=jaxadapt.AdapterParam)
-
-        def call(model: Any, tokens: jax.Array) -> jax.Array:
-            return _logits(model, adapter, tokens, lambda ready: ready(tokens))
-
-        # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam here and above.
-        trained = nnx.DiffState(0, jaxadapt.AdapterParam)
-
-        def step(model: Any, optimizer: Any, tokens: jax.Array) -> jax.Array:
-            def loss(model: Any) -> jax.Array:
-                return next_token_loss(call(model, tokens), tokens)
-
-            value, grads = nnx.value_and_grad(loss, argnums=trained)(model)
-            optimizer.update(model, grads)
-            return value
-
-        # nnx.jit returns every Variable that it was given. Donate them, or each step would hold the base
-        # twice. Loss and logits change nothing, so plain jit is enough for them.
-        self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
-        graphdef = nnx.graphdef(self.model)
-        super().__init__(lambda state, tokens: call(nnx.merge(graphdef, state), tokens))
-
-    def step(self, tokens: np.ndarray) -> float:
-        return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
-
-    def variables(self) -> Any:
-        return nnx.state(self.model)
-
-    def trained(self) -> Any:
-        return nnx.state(self.model, jaxadapt.AdapterParam)
-
-    def save(self, out: Path, base_model: str) -> None:
-        jaxadapt.save(self.model, out, base_model=base_model)
-
-
-def _keep(wanted: Callable[[str], bool], tree: Any, roles: Any) -> Any:
-    """Return the tree with None in place of the leaves of other roles."""
-    return jax.tree.map(lambda x, role: x if wanted(role) else None, tree, roles)
-
-
-def _fill(trained: Any, fixed: Any) -> Any:
-    """Return the adapter's collection of the two trees that `_keep` made."""
-    return jax.tree.map(lambda x, y: y if x is None else x, trained, fixed, is_leaf=lambda x: x is None)
-
-
-class LinenTrainer(Trainer):
-    """A trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
-
-    def __init__(self, config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, seed: int) -> None:
-        base = llama_linen.to_linen(config, weights)["params"]
-        module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
-        if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
-            adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
-        key = jax.random.key(seed)
-        started = _is_started(adapter)
-        lora = initializers.start(base, adapter, key=key).adapter if started else jaxadapt.init(base, adapter, key=key)
-        self.base: Any = {"params": base}
-        roles = optim.roles(lora.collection)
-        # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
-        self.adapter: Any = _keep(lambda role: role != "frozen", lora.collection, roles)
-        self.fixed: Any = _keep(lambda role: role == "frozen", lora.collection, roles)
-        tx = make(_keep(lambda role: role != "frozen", optim.decay_mask(lora.collection), roles))
-        self.state: Any = tx.init(self.adapter)
-
-        def call(variables: Any, tokens: jax.Array) -> jax.Array:
-            return _logits(module, adapter, tokens, lambda ready: ready.apply(variables, tokens))
-
-        # `fixed` is an argument: a compiled program would hold a copy of arrays from outside.
-        def loss(adapter: Any, fixed: Any, base: Any, tokens: jax.Array) -> jax.Array:
-            return next_token_loss(call({**base, **_fill(adapter, fixed)}, tokens), tokens)
-
-        def step(adapter: Any, state: Any, fixed: Any, base: Any, tokens: jax.Array) -> Any:
-            value, grads = jax.value_and_grad(loss)(adapter, fixed, base, tokens)
+        def step(adapter: Any, state: Any, rest: Any, tokens: jax.Array) -> Any:
+            value, grads = jax.value_and_grad(loss)(adapter, rest, tokens)
             updates, state = tx.update(grads, state, adapter)
             return optax.apply_updates(adapter, updates), state, value
 
         self.compute_step = jax.jit(step)
-        super().__init__(call)
+        self._loss, self._logits = jax.jit(loss), jax.jit(logits)
 
     def step(self, tokens: np.ndarray) -> float:
-        stepped = self.compute_step(self.adapter, self.state, self.fixed, self.base, jnp.asarray(tokens))
+        """Train one step on tokens (B, T) and return the loss before it."""
+        stepped = self.compute_step(self.adapter, self.state, self.rest, jnp.asarray(tokens))
         self.adapter, self.state, value = stepped
         return float(value)
 
-    def variables(self) -> Any:
-        return {**self.base, **_fill(self.adapter, self.fixed)}
+    def loss(self, tokens: np.ndarray) -> float:
+        """Return the loss on tokens (B, T)."""
+        return float(self._loss(self.adapter, self.rest, jnp.asarray(tokens)))
 
-    def trained(self) -> Any:
-        return self.adapter
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits (B, T, V) in float32."""
+        return np.asarray(self._logits(self.adapter, self.rest, jnp.asarray(tokens)))
+
+    def adapter_size(self) -> int:
+        """Return the number of trained parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
 
     def save(self, out: Path, base_model: str) -> None:
-        jaxadapt.save(self.variables(), out, base_model=base_model)
+        """Write the adapter."""
+        jaxadapt.save(self._join(self.adapter, self.rest), out, base_model=base_model)
 
 
 def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
@@ -242,11 +168,51 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
     Raises:
         ConfigError: `api` or `method` is unknown.
     """
-    kind = {"nnx": NnxTrainer, "linen": LinenTrainer}.get(api)
-    if kind is None:
+    if api not in APIS:
         raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
-    adapter = adapter_config(method, steps)
-    return kind(config, weights, adapter, functools.partial(optimizer, method, steps), seed)
+    adapter, key = adapter_config(method, steps), jax.random.key(seed)
+    make = _make_nnx if api == "nnx" else _make_linen
+    return make(config, weights, adapter, functools.partial(optimizer, method, steps), key)
+
+
+def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
+    """Return a trainer of the NNX model."""
+    model = llama_nnx.to_nnx(config, weights)
+    if _is_started(adapter):
+        initializers.start(model, adapter, key=key, example=[TOKENS])
+    else:
+        jaxadapt.adapt(model, adapter, rngs=nnx.Rngs(key), example=[TOKENS])
+    # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam.
+    graphdef, trained, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
+    join: Any = functools.partial(nnx.merge, graphdef)
+    return Trainer(
+        trained, rest, make(optim.decay_mask(model)), join, lambda model, tokens: _logits(model, adapter, tokens)
+    )
+
+
+def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
+    """Return a trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
+    base = llama_linen.to_linen(config, weights)["params"]
+    module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
+    if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
+        adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
+    started = _is_started(adapter)
+    lora = initializers.start(base, adapter, key=key).adapter if started else jaxadapt.init(base, adapter, key=key)
+    roles = optim.roles(lora.collection)
+
+    def keep(tree: Any, *, frozen: bool) -> Any:
+        """Return the tree with None in place of the leaves that are not frozen, or of those that are."""
+        return jax.tree.map(lambda x, role: x if (role == "frozen") == frozen else None, tree, roles)
+
+    def join(trained: Any, rest: Any) -> Any:
+        base, fixed = rest
+        filled = jax.tree.map(lambda x, y: y if x is None else x, trained, fixed, is_leaf=lambda x: x is None)
+        return {"params": base, **filled}
+
+    # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
+    trained, fixed = (keep(lora.collection, frozen=frozen) for frozen in (False, True))
+    tx = make(keep(optim.decay_mask(lora.collection), frozen=False))
+    return Trainer(trained, (base, fixed), tx, join, lambda held, tokens: _logits(module, adapter, tokens, held))
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -254,15 +220,9 @@ def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, t
     found = jaxadapt.read_config(folder)
     if api == "nnx":
         graphdef, held = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
-
-        def call(held: Any, tokens: jax.Array) -> jax.Array:
-            return _logits(nnx.merge(graphdef, held), found, tokens, lambda ready: ready(tokens))
-
+        compute = jax.jit(lambda held, tokens: _logits(nnx.merge(graphdef, held), found, tokens))
     else:
         module: Any = jaxadapt.adapt(llama_linen.Llama(config), found)
         held = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
-
-        def call(held: Any, tokens: jax.Array) -> jax.Array:
-            return _logits(module, found, tokens, lambda ready: ready.apply(held, tokens))
-
-    return np.asarray(jax.jit(call)(held, jnp.asarray(tokens)))
+        compute = jax.jit(lambda held, tokens: _logits(module, found, tokens, held))
+    return np.asarray(compute(held, jnp.asarray(tokens)))

@@ -81,9 +81,9 @@ def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, we
     assert steps[0] == pytest.approx(before, rel=1e-6)
     assert tuner.loss(TOKENS) < before - 0.02
     if api == "nnx":
-        state = nnx.to_pure_dict(nnx.state(tuner.model, jaxadapt.models.BaseParam))
+        state = nnx.to_pure_dict(nnx.filter_state(tuner.rest, jaxadapt.models.BaseParam))
     else:
-        state = tuner.base["params"]
+        state, _ = tuner.rest
     base = {".".join(str(k.key) for k in p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
     expected = dict(llama.make_leaves(TINY, weights))
     assert base.keys() == expected.keys()
