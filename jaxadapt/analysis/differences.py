@@ -26,8 +26,7 @@ from jaxadapt.arrays.tensor_source import TensorSource, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, MismatchError
-from jaxadapt.core.progress import Progress, byte_counter, reporter
+from jaxadapt.core.errors import AdapterError, MismatchError, Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs

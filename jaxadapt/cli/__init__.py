@@ -19,8 +19,7 @@ from typing import Any
 import click
 
 from jaxadapt import __version__
-from jaxadapt.core.errors import AdapterError
-from jaxadapt.core.progress import escape_text
+from jaxadapt.core.errors import AdapterError, escape_text
 
 GROUPS = {
     "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from jaxadapt.core.progress import escape_text
+from jaxadapt.core.errors import escape_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from jaxadapt.cli import output
-from jaxadapt.core.errors import FileError
-from jaxadapt.core.progress import escape_text
+from jaxadapt.core.errors import FileError, escape_text
 from jaxadapt.persistence.consumers import PROGRAMS
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Location

@@ -11,8 +11,7 @@ from typing import Any
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
-from jaxadapt.core.errors import AttachError
-from jaxadapt.core.progress import escape_text
+from jaxadapt.core.errors import AttachError, escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod

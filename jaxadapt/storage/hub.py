@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from jaxadapt.core.errors import FileError
-from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
+from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import local_files
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import HUB
