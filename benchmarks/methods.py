@@ -38,7 +38,7 @@ from benchmarks.measure import Way, environment, installed, interleave, judge, p
 from benchmarks.train import BATCH, LENGTH, random_weights, smollm2
 from jaxadapt.analysis.method_sizes import count_trained
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.demo import finetune, llama_linen, training
+from jaxadapt.demo import finetune, llama_linen
 from jaxadapt.demo.llama import LlamaConfig
 
 COMPARED = "lora"
@@ -110,7 +110,7 @@ def measured(
 
     `base` is the base of the trainer before, which is used again.
     """
-    trainer: Any = training.make_trainer("linen", config, weights, method, 1000)
+    trainer: Any = finetune.make_trainer("linen", config, weights, method, 1000)
     base, fixed = trainer.rest if base is None else (base, trainer.rest[1])
     trainer.rest = (base, fixed)
     rest = (trainer.rest, jnp.asarray(tokens))
@@ -119,7 +119,7 @@ def measured(
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((trainer.adapter, trainer.state, fixed)))
     flops = dot_flops(traced.jaxpr) - formulas.base_flops(config)
-    adapter = training.adapter_config(method)
+    adapter = finetune.adapter_config(method)
 
     def step() -> None:
         trainer.adapter, trainer.state, loss = compiled(trainer.adapter, trainer.state, *rest)
@@ -144,7 +144,7 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    ours = training.adapter_config(method)
+    ours = finetune.adapter_config(method)
     kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(method.upper())
     if kind is None:
         return math.nan
@@ -160,7 +160,7 @@ def torch_seconds(method: str, config: LlamaConfig, tokens: np.ndarray, rounds: 
         return math.nan
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     batch = torch.from_numpy(tokens).long()
-    more = {name: torch.from_numpy(np.array(x)).long() for name, x in training.task_data(ours, len(tokens)).items()}
+    more = {name: torch.from_numpy(np.array(x)).long() for name, x in finetune.task_data(ours, len(tokens)).items()}
     seconds: list[float] = []
     for _ in range(rounds + 1):
         start = time.process_time()
@@ -196,8 +196,8 @@ def read(file: Path | None) -> dict[str, Any]:
 def trained_size(method: str) -> int:
     """The number of trained parameters of the demo's adapter on SmolLM2."""
     config = replace(smollm2(30, 49152), scan=True)
-    module: Any = jaxadapt.adapt(llama_linen.Llama(config), training.adapter_config(method))
-    return count_trained(jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)))
+    module: Any = jaxadapt.adapt(llama_linen.Llama(config), finetune.adapter_config(method))
+    return count_trained(jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)))
 
 
 def draw(path: Path, points: Mapping[str, tuple[int, float]]) -> None:
@@ -306,7 +306,7 @@ def main() -> None:
     small = {"layers": 1, "vocab": 64, "rounds": 1, "results": None, "losses": None, "plot": None}
     given = parsed(options, **small, with_torch=installed("peft"), only=["ia3"])
     config = replace(smollm2(given.layers, given.vocab), scan=True)
-    chosen = [n for n in training.method_names() if given.only is None or n in given.only or n == COMPARED]
+    chosen = [n for n in finetune.method_names() if given.only is None or n in given.only or n == COMPARED]
     print(environment("jax", "flax", "optax", "peft", "torch"))
     found = {name: Measured(**values) for name, values in read(given.results).items()}
     missing = [name for name in chosen if name not in found]

@@ -29,8 +29,8 @@ import jaxadapt
 from benchmarks import byhand
 from benchmarks.measure import environment, installed, judge, parsed, ratio, table
 from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo.finetune import next_token_loss
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, hf_shapes
-from jaxadapt.demo.training import next_token_loss
 
 BATCH, LENGTH, R, ALPHA = 4, 64, byhand.R, byhand.ALPHA
 Weights = Mapping[str, np.ndarray]

@@ -20,7 +20,7 @@ from rich.console import Console
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError
 from jaxadapt.cli import main
-from jaxadapt.demo import finetune, llama, smollm2, training
+from jaxadapt.demo import finetune, llama, smollm2
 from tests.support import compiling
 from tests.support.little_model import little_package as little_package
 from tests.support.little_model import little_smollm2 as little_smollm2
@@ -36,7 +36,7 @@ TINY = llama.LlamaConfig(
     rope_theta=50000.0,
 )
 METHODS = ("lora", "ia3")
-CASES = [(api, method) for api in training.APIS for method in METHODS]
+CASES = [(api, method) for api in finetune.APIS for method in METHODS]
 OTHERS = [("nnx", "multitask_prompt_tuning"), ("linen", "prompt_tuning"), ("linen", "vera")]  # prompts, fixed tensors
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
 
@@ -75,7 +75,7 @@ def test_batches_visit_every_row_and_are_the_same_for_the_same_seed() -> None:
 
 @pytest.mark.parametrize(("api", "method"), CASES)
 def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, weights: dict[str, np.ndarray]) -> None:
-    tuner: Any = training.make_trainer(api, TINY, weights, method, steps=12)
+    tuner: Any = finetune.make_trainer(api, TINY, weights, method, steps=12)
     before = tuner.loss(TOKENS)
     steps = [tuner.step(TOKENS) for _ in range(12)]
     assert steps[0] == pytest.approx(before, rel=1e-6)
@@ -93,7 +93,7 @@ def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, we
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str, np.ndarray]) -> None:
-    nnx_tuner, linen_tuner = (training.make_trainer(api, TINY, weights, method, 1) for api in training.APIS)
+    nnx_tuner, linen_tuner = (finetune.make_trainer(api, TINY, weights, method, 1) for api in finetune.APIS)
     np.testing.assert_array_equal(nnx_tuner.logits(TOKENS), linen_tuner.logits(TOKENS))
     d, f, kv, layers = 32, 48, 16, 2
     lora = 8 * ((d + d) * 2 + (d + kv) * 2 + (d + f) * 3)
@@ -105,18 +105,18 @@ def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str
 def test_what_a_trainer_saves_either_api_loads(
     api: str, method: str, weights: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    tuner = training.make_trainer(api, TINY, weights, method, steps=3)
+    tuner = finetune.make_trainer(api, TINY, weights, method, steps=3)
     for _ in range(3):
         tuner.step(TOKENS)
     tuner.save(tmp_path, "some/base")
     assert jaxadapt.read_config(tmp_path).base_model_name_or_path == "some/base"
-    for reader in training.APIS:
-        found = training.load_logits(reader, TINY, weights, tmp_path, TOKENS)
+    for reader in finetune.APIS:
+        found = finetune.load_logits(reader, TINY, weights, tmp_path, TOKENS)
         np.testing.assert_allclose(found, tuner.logits(TOKENS), atol=1e-6, rtol=0)
 
 
 def test_sampling_is_repeatable_and_keeps_the_prompt(weights: dict[str, np.ndarray]) -> None:
-    tuner = training.make_trainer("linen", TINY, weights, "ia3", steps=1)
+    tuner = finetune.make_trainer("linen", TINY, weights, "ia3", steps=1)
     one, same, other = (finetune.sample(tuner, [5, 6, 7], 9, seed) for seed in (0, 0, 1))
     assert one == same != other
     assert one[:3] == [5, 6, 7]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxadapt.demo import finetune, llama, training
+from jaxadapt.demo import finetune, llama
 from jaxadapt.methods import describe_methods
 
 LAYER = llama.LlamaConfig(
@@ -36,14 +36,14 @@ def weights(config: llama.LlamaConfig) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("api", training.APIS)
-@pytest.mark.parametrize("method", training.method_names())
+@pytest.mark.parametrize("api", finetune.APIS)
+@pytest.mark.parametrize("method", finetune.method_names())
 def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method: str, api: str, tmp_path: Path):
-    config = dataclasses.replace(LAYER, num_layers=getattr(training.adapter_config(method), "adapter_layers", 1))
+    config = dataclasses.replace(LAYER, num_layers=getattr(finetune.adapter_config(method), "adapter_layers", 1))
     base = weights(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not divide, and PEFT's advice
-        tuner: Any = training.make_trainer(api, config, base, method, steps=3)
+        tuner: Any = finetune.make_trainer(api, config, base, method, steps=3)
         before = tuner.logits(TOKENS)
         for _ in range(3):
             tuner.step(TOKENS)
@@ -51,7 +51,7 @@ def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method
         assert tuner.adapter_size() > 0
         assert not np.array_equal(want, before)
         tuner.save(tmp_path, "some/base")
-        found = {reader: training.load_logits(reader, config, base, tmp_path, TOKENS) for reader in training.APIS}
+        found = {reader: finetune.load_logits(reader, config, base, tmp_path, TOKENS) for reader in finetune.APIS}
         if importlib.util.find_spec("peft") is not None:
             model: Any = types.SimpleNamespace(config=config, weights=lambda: base)
             found["peft"] = finetune.peft_logits(tmp_path, TOKENS, model)

@@ -27,7 +27,7 @@ from jaxadapt.cli import main
 from jaxadapt.configs import listing
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
-from jaxadapt.demo import llama_linen, training
+from jaxadapt.demo import finetune, llama_linen
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import merge_files
 from jaxadapt.keymaps import pytorch
@@ -177,10 +177,10 @@ def test_the_list_has_all_types_of_peft():
         assert not info.source or (package.parent / info.source).is_dir(), info.source
 
 
-@pytest.mark.parametrize("method", training.method_names())
+@pytest.mark.parametrize("method", finetune.method_names())
 def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
     """One layer, without values; tests/full/test_demo_methods.py trains."""
-    config = training.adapter_config(method)
+    config = finetune.adapter_config(method)
     layers = getattr(config, "adapter_layers", 1)
     layer = LlamaConfig(
         vocab_size=64, hidden_size=576, intermediate_size=1536, num_layers=layers, num_heads=9, num_kv_heads=3,
@@ -190,7 +190,7 @@ def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
     module: Any = jaxadapt.adapt(llama_linen.Llama(layer), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not divide
-        variables = jax.eval_shape(module.init, jax.random.key(0), training.TOKENS)
+        variables = jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)
     adapter = jaxadapt.extract(variables)
     assert adapter.flat()
     trains = FACTS[config.peft_type].trains
