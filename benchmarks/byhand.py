@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, rope_at, rotate
-from jaxadapt.demo.llama_linen import RMSNorm
-from jaxadapt.demo.llama_nnx import Llama as NnxLlama
+from jaxadapt.demo.llama import PROJECTIONS, LinenRMSNorm, LlamaConfig, rope_at, rotate
+from jaxadapt.demo.llama import Llama as NnxLlama
 
 R, ALPHA = 8, 16
 
@@ -110,9 +109,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
-        normed = RMSNorm(self.config, name="input_layernorm")(x)
+        normed = LinenRMSNorm(self.config, name="input_layernorm")(x)
         x = x + Attention(self.config, name="self_attn")(normed, rope)
-        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
+        normed = LinenRMSNorm(self.config, name="post_attention_layernorm")(x)
         return x + MLP(self.config, name="mlp")(normed)
 
 
@@ -132,7 +131,7 @@ class LlamaModel(nn.Module):
     def setup(self) -> None:
         self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size)
         self.layers = Layers(self.config)
-        self.norm = RMSNorm(self.config)
+        self.norm = LinenRMSNorm(self.config)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.layers(self.embed_tokens(tokens), rope_at(self.config, jnp.arange(tokens.shape[1])[None]))

@@ -35,7 +35,7 @@ from flax import nnx
 import jaxadapt
 from benchmarks.measure import Times, Way, environment, interleave, judge, parsed, ratio, table
 from benchmarks.train import ALPHA, BATCH, LENGTH, R, analyse, measure_steps, nnx_way, random_weights, smollm2
-from jaxadapt.demo import llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
@@ -54,7 +54,7 @@ def our_steps(config: LlamaConfig, ids: np.ndarray, rounds: int) -> dict[str, An
     def way(fields: Mapping[str, Any]) -> Any:
         made = jaxadapt.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS), **fields)
         return nnx_way(
-            lambda: llama_nnx.to_nnx(config, weights),
+            lambda: llama.to_nnx(config, weights),
             lambda m: jaxadapt.adapt(m, made, rngs=nnx.Rngs(0)),
             jaxadapt.AdapterParam,
             tokens,

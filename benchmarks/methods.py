@@ -38,7 +38,7 @@ from benchmarks.measure import Way, environment, installed, interleave, judge, p
 from benchmarks.train import BATCH, LENGTH, random_weights, smollm2
 from jaxadapt.analysis.method_sizes import count_trained
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.demo import finetune, llama_linen
+from jaxadapt.demo import finetune, llama
 from jaxadapt.demo.llama import LlamaConfig
 
 COMPARED = "lora"
@@ -196,7 +196,7 @@ def read(file: Path | None) -> dict[str, Any]:
 def trained_size(method: str) -> int:
     """The number of trained parameters of the demo's adapter on SmolLM2."""
     config = replace(smollm2(30, 49152), scan=True)
-    module: Any = jaxadapt.adapt(llama_linen.Llama(config), finetune.adapter_config(method))
+    module: Any = jaxadapt.adapt(llama.LinenLlama(config), finetune.adapter_config(method))
     return count_trained(jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)))
 
 

@@ -40,8 +40,7 @@ import jaxadapt
 from benchmarks.measure import environment, judge, parsed, ratio, table
 from benchmarks.serving import RANK, lora, sizes
 from jaxadapt.demo import llama
-from jaxadapt.demo.llama import LlamaConfig
-from jaxadapt.demo.llama_nnx import to_nnx
+from jaxadapt.demo.llama import LlamaConfig, to_nnx
 
 
 @dataclass

@@ -32,8 +32,7 @@ from flax import nnx
 import jaxadapt
 from benchmarks.measure import Times, Way, environment, installed, interleave, judge, parsed, ratio, table
 from jaxadapt import serving
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
-from jaxadapt.demo.llama_nnx import Llama
+from jaxadapt.demo.llama import PROJECTIONS, Llama, LlamaConfig
 
 RANK = 8
 BASE, SHARED = "bare base", "one shared adapter"

@@ -28,7 +28,7 @@ from flax import nnx
 import jaxadapt
 from benchmarks import byhand
 from benchmarks.measure import environment, installed, judge, parsed, ratio, table
-from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.finetune import next_token_loss
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, hf_shapes
 
@@ -166,9 +166,9 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
     weights = random_weights(config)
 
     def build() -> Any:
-        return llama_nnx.to_nnx(config, weights)
+        return llama.to_nnx(config, weights)
 
-    variables = llama_linen.to_linen(config, weights)
+    variables = llama.to_linen(config, weights)
     hand = byhand.Llama(config)
 
     def fresh(_: Any) -> Any:
@@ -182,7 +182,7 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
         ),
         "NNX, by hand": nnx_way(build, lambda m: byhand.adapt_nnx(m, nnx.Rngs(0)), nnx.LoRAParam, tokens),
         "Linen, jaxadapt": linen_way(
-            jaxadapt.adapt(llama_linen.Llama(config), lora()),
+            jaxadapt.adapt(llama.LinenLlama(config), lora()),
             variables,
             lambda _: jaxadapt.init(variables["params"], lora(), key=jax.random.key(0)).collection,
             tokens,

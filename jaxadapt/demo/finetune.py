@@ -42,7 +42,7 @@ from jaxadapt import initializers
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
-from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.methods.prompt import PromptMethod
@@ -203,7 +203,7 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
 
 def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the NNX model."""
-    model = llama_nnx.to_nnx(config, weights)
+    model = llama.to_nnx(config, weights)
     if _is_started(adapter):
         initializers.start(model, adapter, key=key, example=[TOKENS])
     else:
@@ -218,8 +218,8 @@ def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOpt
 
 def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
-    base = llama_linen.to_linen(config, weights)["params"]
-    module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
+    base = llama.to_linen(config, weights)["params"]
+    module: Any = jaxadapt.adapt(llama.LinenLlama(config), adapter)
     if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
         adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
     started = _is_started(adapter)
@@ -245,11 +245,11 @@ def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, t
     """Return the logits (B, T, V) of the base with a saved adapter loaded."""
     found = jaxadapt.read_config(folder)
     if api == "nnx":
-        graphdef, held = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
+        graphdef, held = nnx.split(jaxadapt.load(folder, llama.to_nnx(config, weights)))
         compute = jax.jit(lambda held, tokens: _logits(nnx.merge(graphdef, held), found, tokens))
     else:
-        module: Any = jaxadapt.adapt(llama_linen.Llama(config), found)
-        held = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
+        module: Any = jaxadapt.adapt(llama.LinenLlama(config), found)
+        held = jaxadapt.load(folder, llama.to_linen(config, weights))
         compute = jax.jit(lambda held, tokens: _logits(module, found, tokens, held))
     return np.asarray(compute(held, jnp.asarray(tokens)))
 

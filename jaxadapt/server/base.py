@@ -18,8 +18,7 @@ from jaxadapt import serving
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
-from jaxadapt.demo.llama_nnx import to_nnx
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.registry import get_method

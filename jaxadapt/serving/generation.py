@@ -302,7 +302,7 @@ class Decoder:
         ConfigError: the sizes are not positive, or `length` exceeds the model's positions.
 
     >>> from flax import nnx
-    >>> from jaxadapt.demo.llama_nnx import Llama
+    >>> from jaxadapt.demo.llama import Llama
     >>> from jaxadapt.demo.llama import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)

@@ -273,12 +273,12 @@ def test_stacked_nnx_layers():
 
 
 def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
-    from jaxadapt.demo import llama, llama_nnx
+    from jaxadapt.demo import llama
 
     config = llama.LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
     )
-    model = jaxadapt.models.quantize(llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
+    model = jaxadapt.models.quantize(llama.Llama(config, rngs=nnx.Rngs(0)))
     held = {p for p, x in _values(model).items() if quantized.is_quantized(x)}
     assert {p.rpartition(".")[0].rpartition(".")[2] for p in held} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

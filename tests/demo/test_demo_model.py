@@ -15,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from jaxadapt import ConfigError, FileError, FormatError, MismatchError
-from jaxadapt.demo import llama, llama_linen, llama_nnx, smollm2
+from jaxadapt.demo import llama, smollm2
 from jaxadapt.demo.llama import LlamaConfig
 
 TINY = LlamaConfig(
@@ -54,8 +54,8 @@ Weights = Mapping[str, Any]
 
 def logits_of(config: LlamaConfig, api: str, weights: Weights, tokens: np.ndarray) -> np.ndarray:
     if api == "nnx":
-        return np.asarray(nnx.jit(lambda m, x: m(x))(llama_nnx.to_nnx(config, weights), jnp.asarray(tokens)))
-    module, variables = llama_linen.Llama(config), llama_linen.to_linen(config, weights)
+        return np.asarray(nnx.jit(lambda m, x: m(x))(llama.to_nnx(config, weights), jnp.asarray(tokens)))
+    module, variables = llama.LinenLlama(config), llama.to_linen(config, weights)
     return np.asarray(jax.jit(module.apply)(variables, jnp.asarray(tokens)))
 
 
@@ -95,11 +95,11 @@ def test_logits_equal_transformers(tied: bool) -> None:
 def test_both_apis_make_the_same_leaves(form: dict[str, Any], tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_word_embeddings=tied, **form)
     placed = {path: a.shape for path, a in llama.make_leaves(config, random_weights(config))}
-    abstract = nnx.eval_shape(lambda: llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0)))
     assert shapes(nnx.to_pure_dict(nnx.state(abstract))) == placed
-    made = llama_nnx.Llama(config, rngs=nnx.Rngs(0))
+    made = llama.Llama(config, rngs=nnx.Rngs(0))
     assert shapes(nnx.to_pure_dict(nnx.state(made))) == placed
-    variables = jax.eval_shape(llama_linen.Llama(config).init, jax.random.key(0), jnp.asarray(TOKENS))
+    variables = jax.eval_shape(llama.LinenLlama(config).init, jax.random.key(0), jnp.asarray(TOKENS))
     assert list(variables) == ["params"]
     assert shapes(variables["params"]) == placed
 
@@ -123,9 +123,9 @@ def test_gradients_agree_between_apis(form: dict[str, Any]) -> None:
     def loss(logits: jax.Array) -> jax.Array:
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
-    module, variables = llama_linen.Llama(config), llama_linen.to_linen(config, weights)
+    module, variables = llama.LinenLlama(config), llama.to_linen(config, weights)
     linen = jax.jit(jax.grad(lambda v: loss(module.apply(v, tokens))))(variables)["params"]
-    made = nnx.jit(nnx.grad(lambda m: loss(m(tokens))))(llama_nnx.to_nnx(config, weights))
+    made = nnx.jit(nnx.grad(lambda m: loss(m(tokens))))(llama.to_nnx(config, weights))
     ours = {".".join(map(str, p)): v for p, v in flatten_dict(nnx.to_pure_dict(made)).items()}
     theirs = {".".join(p): v for p, v in flatten_dict(linen).items()}
     assert ours.keys() == theirs.keys()
@@ -156,7 +156,7 @@ def test_all_that_does_not_fit_is_one_error() -> None:
     weights["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 4), np.float32)
     weights["model.layers.9.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
     with pytest.raises(MismatchError) as caught:
-        llama_linen.to_linen(TINY, weights)
+        llama.to_linen(TINY, weights)
     message = str(caught.value)
     assert "model.norm.weight: missing" in message
     assert "model.layers.0.mlp.up_proj.weight: expected [48, 32], found [3, 4]" in message

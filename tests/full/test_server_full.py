@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.demo import llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.server import app
 from jaxadapt.server.base import SMOLLM2, open_base
 from tests.server.conftest import LENGTH, alone, base, write_adapter
@@ -26,7 +26,7 @@ def test_the_bank_has_room_for_every_kind_in_the_folder(base, tmp_path):
     """LoRAs of ranks 2 and 5, DoRA, IA3 and RoAd, each answered as alone; prefixes have no form for rows."""
     write_adapter(tmp_path / "lora", 1, base)
     write_adapter(tmp_path / "dora", 2, base, use_dora=True)
-    model = llama_nnx.to_nnx(base.config, base.weights)
+    model = llama.to_nnx(base.config, base.weights)
     rng = np.random.default_rng(0)
     targets = ["q_proj", "down_proj"]
     for name, config in {

@@ -63,12 +63,12 @@ def dare_masks(model, drawn, svd, scan):
     if not svd:
         held = [jaxadapt.PeftTensors(peft_pairs.tensors_of(model, n).config, files[n]) for n in names]
         return [jaxadapt.from_peft(tensors, base).params for tensors in held]
-    from jaxadapt.demo import llama_linen
+    from jaxadapt.demo.llama import to_linen
     from tests.support.twins import llama
 
     weights = llama.weights_of(peft_pairs.torch_base())
     config = llama.config_of(peft_pairs.torch_base(), scan=scan)
-    return [llama_linen.to_linen(config, {**weights, **files[n]})["params"] for n in names]
+    return [to_linen(config, {**weights, **files[n]})["params"] for n in names]
 
 
 @pytest.mark.peft

@@ -24,7 +24,7 @@ import jaxadapt
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.site import all_tensors
 from jaxadapt.core import paths
-from jaxadapt.demo import llama, llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.initializers import start
 from jaxadapt.methods import METHODS
 from tests.support.configs import class_of
@@ -63,8 +63,8 @@ def base(api: str, spread: bool) -> tuple[Any, Any]:
     leaves = {path: jnp.asarray(x) for path, x in llama.make_leaves(SIZES, WEIGHTS)}
     leaves = {path: jax.device_put(x, cut(path, x)) for path, x in leaves.items()} if spread else leaves
     if api == "linen":
-        return llama_linen.Llama(SIZES), {"params": paths.unflatten(leaves)}
-    model = nnx.eval_shape(lambda: llama_nnx.Llama(SIZES, rngs=nnx.Rngs(0)))
+        return llama.LinenLlama(SIZES), {"params": paths.unflatten(leaves)}
+    model = nnx.eval_shape(lambda: llama.Llama(SIZES, rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         variable.set_value(leaves[".".join(map(str, path))])
     return model, None

@@ -21,7 +21,7 @@ from jaxadapt import AttachError, methods
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.site import all_tensors
 from jaxadapt.core import paths
-from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo.llama import LinenLlama, to_linen, to_nnx
 from tests.support.configs import class_of
 
 pytest.importorskip("torch")
@@ -118,16 +118,16 @@ def folder(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
 
 
 def nnx_model(**options: Any) -> Any:
-    return llama_nnx.to_nnx(llama.config_of(torch_base(), **options), llama.weights_of(torch_base()))
+    return to_nnx(llama.config_of(torch_base(), **options), llama.weights_of(torch_base()))
 
 
 @pytest.mark.parametrize(("peft_type", "i"), cases())
 def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, folder: Any):
     """In Linen; the next test is in NNX."""
     want, want_grads = peft_results(peft_type, i)
-    base = llama_linen.to_linen(llama.config_of(torch_base()), llama.weights_of(torch_base()))
+    base = to_linen(llama.config_of(torch_base()), llama.weights_of(torch_base()))
     adapter = jaxadapt.extract(jaxadapt.load(folder, base))
-    module = jaxadapt.adapt(llama_linen.Llama(llama.config_of(torch_base())), adapter.config)
+    module = jaxadapt.adapt(LinenLlama(llama.config_of(torch_base())), adapter.config)
 
     def loss(params: Any) -> Any:
         tree = jaxadapt.Adapter(adapter.config, params, adapter.keymap)
@@ -181,10 +181,10 @@ def test_scanned_layers_give_pefts_logits(peft_type: str, i: int, scan_axis: int
     config = llama.config_of(torch_base(), scan=True, scan_axis=scan_axis)
     model = jaxadapt.load(folder, nnx_model(scan=True, scan_axis=scan_axis))
     assert_close(model(jnp.asarray(IDS)), want)
-    base = llama_linen.to_linen(config, llama.weights_of(torch_base()))
+    base = to_linen(config, llama.weights_of(torch_base()))
     variables = jaxadapt.load(folder, base)
     adapter = jaxadapt.extract(variables)
-    module = jaxadapt.adapt(llama_linen.Llama(config), adapter.config)
+    module = jaxadapt.adapt(LinenLlama(config), adapter.config)
     assert_close(module.apply(variables, jnp.asarray(IDS)), want)
     again = jaxadapt.to_peft(variables)
     file = jaxadapt.read(folder)

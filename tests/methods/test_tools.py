@@ -27,7 +27,7 @@ from jaxadapt.cli import main
 from jaxadapt.configs import listing
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
-from jaxadapt.demo import finetune, llama_linen
+from jaxadapt.demo import finetune, llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import merge_files
 from jaxadapt.keymaps import pytorch
@@ -187,7 +187,7 @@ def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
         head_dim=64, rope_theta=1e5,
     )  # fmt: skip
     assert (config.peft_type, config.task_type) == (method.upper(), "CAUSAL_LM")
-    module: Any = jaxadapt.adapt(llama_linen.Llama(layer), config)
+    module: Any = jaxadapt.adapt(llama.LinenLlama(layer), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of block sizes that do not divide
         variables = jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)

@@ -15,7 +15,7 @@ from flax.core import freeze
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.demo import llama_linen
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 from tests.support.twins import layers
 
@@ -322,7 +322,7 @@ def test_no_gradient_of_a_frozen_weight(name: str):
 @pytest.mark.parametrize("scan", [None, 0, 1])
 def test_init_on_parameters_gives_the_specs_of_the_wrapper(scan: int | None):
     changes = {} if scan is None else {"scan": True, "scan_axis": scan}
-    module = llama_linen.Llama(LlamaConfig(**{**vars_of(LLAMA), **changes}))
+    module = llama.LinenLlama(LlamaConfig(**{**vars_of(LLAMA), **changes}))
     tokens = jnp.zeros((1, 3), jnp.int32)
     model = jaxadapt.adapt(module, lora("q_proj", "down_proj"))
     mine = jax.eval_shape(model.init, KEY, tokens)
@@ -345,7 +345,7 @@ def vars_of(config: Any) -> dict[str, Any]:
 
 
 def test_a_table_that_contradicts_the_model():
-    module = llama_linen.Llama(LlamaConfig(**{**vars_of(LLAMA), "scan": True, "scan_axis": 1}))
+    module = llama.LinenLlama(LlamaConfig(**{**vars_of(LLAMA), "scan": True, "scan_axis": 1}))
     model = jaxadapt.adapt(module, lora("q_proj"), keymap="llama/scan0")
     with pytest.raises(jaxadapt.AttachError, match=r"stacks its layers on axes \(0,\), the model on \(1,\)"):
         jax.eval_shape(model.init, KEY, jnp.zeros((1, 3), jnp.int32))
@@ -472,7 +472,7 @@ def test_bookkeeping_fields_are_no_other_configuration(net):
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_all_linear_and_what_init_resolved_it_to(method: str):
-    module, tokens = llama_linen.Llama(LLAMA), jnp.zeros((1, 3), jnp.int32)
+    module, tokens = llama.LinenLlama(LLAMA), jnp.zeros((1, 3), jnp.int32)
     config = lora(target_modules="all-linear")
     if method == "ia3":
         config = jaxadapt.IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"])

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxadapt
-from jaxadapt.demo import llama, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.models.nnx import graph
 from tests.keymaps.families import jax_side, specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME
@@ -124,8 +124,8 @@ def real_models() -> dict[str, Any]:
         rope_theta=1e4, max_position_embeddings=8,
     )  # fmt: skip
     return {
-        "demo": lambda: llama_nnx.Llama(config, rngs=nnx.Rngs(0)),
-        "demo, scanned": lambda: llama_nnx.Llama(dataclasses.replace(config, scan=True), rngs=nnx.Rngs(0)),
+        "demo": lambda: llama.Llama(config, rngs=nnx.Rngs(0)),
+        "demo, scanned": lambda: llama.Llama(dataclasses.replace(config, scan=True), rngs=nnx.Rngs(0)),
         "dropout and batch norm": lambda: nnx.Sequential(
             nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)), jnp.tanh,
             nnx.MultiHeadAttention(2, 4, rngs=nnx.Rngs(2)),

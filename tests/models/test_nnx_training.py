@@ -16,8 +16,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
-from jaxadapt.demo.llama_nnx import Llama
+from jaxadapt.demo.llama import PROJECTIONS, Llama, LlamaConfig
 from tests.support import small
 from tests.support.twins import layers_nnx
 

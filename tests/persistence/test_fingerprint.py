@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.demo import llama, llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.export import export_base
 from jaxadapt.export.merge_files import merge_folder
 from jaxadapt.persistence import fingerprint
@@ -47,8 +47,8 @@ def weights(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def nnx_model(seed: int = 0, **fields: Any) -> llama_nnx.Llama:
-    return llama_nnx.to_nnx(dataclasses.replace(CONFIG, **fields), weights(seed))
+def nnx_model(seed: int = 0, **fields: Any) -> llama.Llama:
+    return llama.to_nnx(dataclasses.replace(CONFIG, **fields), weights(seed))
 
 
 def saved(tree: Any, folder: Path) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def adapted(model: Any, config: Any = LORA) -> Any:
 
 def linen_variables(**fields: Any) -> dict[str, Any]:
     config = dataclasses.replace(CONFIG, **fields)
-    params = llama_linen.to_linen(config, weights())
+    params = llama.to_linen(config, weights())
     adapter = jaxadapt.init(params["params"], LORA, key=jax.random.key(0))
     return {**params, **adapter.collection}
 

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt.demo import llama, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.server import app
 from jaxadapt.server.base import Base, open_base
@@ -55,7 +55,7 @@ def write_adapter(folder: Path, seed: int, base: Base, **fields: Any) -> Path:
     config = jaxadapt.LoraConfig(
         r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **fields
     )
-    model = llama_nnx.to_nnx(base.config, base.weights)
+    model = llama.to_nnx(base.config, base.weights)
     jaxadapt.save(jaxadapt.init(model, config, key=jax.random.key(seed)), folder)
     return folder
 
@@ -88,7 +88,7 @@ call = nnx.jit(lambda model, tokens: model(tokens))
 
 def alone(base: Base, folder: Path | None, prompt: str, count: int) -> list[int]:
     """The greedy answer of the uncached model, with one adapter loaded by `jaxadapt.load`."""
-    model = llama_nnx.to_nnx(base.config, base.weights)
+    model = llama.to_nnx(base.config, base.weights)
     model = model if folder is None else jaxadapt.load(folder, model)
     tokens = base.encode(prompt)
     for _ in range(count):

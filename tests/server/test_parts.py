@@ -15,8 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxadapt import ConfigError, FileError, FormatError
-from jaxadapt.demo.llama import LlamaConfig
-from jaxadapt.demo.llama_nnx import to_nnx
+from jaxadapt.demo.llama import LlamaConfig, to_nnx
 from jaxadapt.server import app
 from jaxadapt.server.base import open_base, scan
 from jaxadapt.server.engine import Engine, Job, Metrics, Piece

@@ -9,7 +9,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import serving
-from jaxadapt.demo import llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import PROJECTIONS
 from jaxadapt.server.base import make_room
 from tests.support.configs import class_of
@@ -27,7 +27,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_adapter_of_the_folder_fits(base, tmp_path):
-    model = llama_nnx.to_nnx(base.config, base.weights)
+    model = llama.to_nnx(base.config, base.weights)
     made = {
         name: jaxadapt.init(model, class_of(peft_type)(**fields), key=jax.random.key(0))
         for name, (peft_type, fields) in ADAPTERS.items()
@@ -44,7 +44,7 @@ def test_every_adapter_of_the_folder_fits(base, tmp_path):
 
 
 def test_a_rank_of_a_pattern_has_room(base, tmp_path):
-    model = llama_nnx.to_nnx(base.config, base.weights)
+    model = llama.to_nnx(base.config, base.weights)
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 8})
     jaxadapt.save(adapter := jaxadapt.init(model, config, key=jax.random.key(0)), tmp_path / "a")
     (room,) = make_room(model, [tmp_path / "a"], 2, PROJECTIONS)

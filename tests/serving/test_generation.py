@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import ConfigError, MismatchError, serving
-from jaxadapt.demo import llama, llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.serving import Decoder, KVCache, Sampling, linen_forward, nnx_forward
 from jaxadapt.serving.generation import choose, restrict, score
@@ -34,8 +34,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def make(api: str, scan: bool = False, **options: Any) -> Decoder:
     config = dataclasses.replace(TINY, scan=scan)
     if api == "nnx":
-        return Decoder(config, *nnx_forward(llama_nnx.to_nnx(config, WEIGHTS)), **options)
-    return Decoder(config, linen_forward(llama_linen.Llama(config)), llama_linen.to_linen(config, WEIGHTS), **options)
+        return Decoder(config, *nnx_forward(llama.to_nnx(config, WEIGHTS)), **options)
+    return Decoder(config, linen_forward(llama.LinenLlama(config)), llama.to_linen(config, WEIGHTS), **options)
 
 
 call = nnx.jit(lambda model, tokens: model(tokens))
@@ -59,9 +59,9 @@ def test_logits_with_a_cache_are_those_without(api: str, scan: bool) -> None:
     decoder, config = make(api, scan, rows=2, length=32), dataclasses.replace(TINY, scan=scan)
     tokens = RNG.integers(0, 96, (2, 12)).astype(np.int32)
     if api == "nnx":
-        want = nnx.jit(lambda model, tokens: model(tokens))(llama_nnx.to_nnx(config, WEIGHTS), tokens)
+        want = nnx.jit(lambda model, tokens: model(tokens))(llama.to_nnx(config, WEIGHTS), tokens)
     else:
-        want = jax.jit(llama_linen.Llama(config).apply)(decoder.state, tokens)
+        want = jax.jit(llama.LinenLlama(config).apply)(decoder.state, tokens)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
 
     @jax.jit
@@ -151,7 +151,7 @@ def test_scores_are_those_of_the_logits_and_change_no_token() -> None:
     assert same == token
     assert scores is not None
     assert next_scores is not None
-    logits = np.asarray(call(llama_nnx.to_nnx(TINY, WEIGHTS), jnp.asarray([PROMPTS[1]])))[0].astype("f8")
+    logits = np.asarray(call(llama.to_nnx(TINY, WEIGHTS), jnp.asarray([PROMPTS[1]])))[0].astype("f8")
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     following = [*PROMPTS[1][1:], token]
     np.testing.assert_allclose(scores.logprobs, want[np.arange(17), following], atol=1e-5, rtol=0)  # float32
@@ -195,23 +195,23 @@ def test_a_row_draws_the_same_alone_and_in_company() -> None:
 def test_each_row_has_its_own_adapter(api: str) -> None:
     room = jaxadapt.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
     config = dataclasses.replace(TINY, scan=api == "linen")
-    model = llama_nnx.to_nnx(TINY, WEIGHTS)
+    model = llama.to_nnx(TINY, WEIGHTS)
     adapters = [jaxadapt.init(model, room.replace(r=r, lora_alpha=16 * r), key=jax.random.key(r)) for r in (2, 4)]
     want = [greedy(model, PROMPTS[0], 6)]
     for adapter in adapters:
-        alone = llama_nnx.to_nnx(TINY, WEIGHTS)
+        alone = llama.to_nnx(TINY, WEIGHTS)
         jaxadapt.adapt(alone, adapter.config, rngs=nnx.Rngs(0))
         jaxadapt.inject(alone, adapter)
         want.append(greedy(alone, PROMPTS[0], 6))
     assert len({tuple(answer) for answer in want}) == 3
-    base: Any = model if api == "nnx" else llama_linen.to_linen(config, WEIGHTS)
+    base: Any = model if api == "nnx" else llama.to_linen(config, WEIGHTS)
     bank = serving.create(base, room, slots=4)
     for slot, adapter in enumerate(adapters, 1):
         bank = serving.put(bank, slot, jaxadapt.from_peft(jaxadapt.to_peft(adapter), base))
     if api == "nnx":
         made = nnx_forward(serving.attach(model, bank))
     else:
-        made = linen_forward(serving.attach(llama_linen.Llama(config), bank)), base
+        made = linen_forward(serving.attach(llama.LinenLlama(config), bank)), base
     decoder = Decoder(config, *made, rows=2, length=32, select=bank.select)
     slots = [2, 0, 1, 1, 2]
     assert decoder.generate([PROMPTS[0]] * 5, max_tokens=6, slots=slots) == [want[slot] for slot in slots]
@@ -226,7 +226,7 @@ EMBEDDED = jaxadapt.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_L
 
 @pytest.mark.parametrize("config", [PREFIX, EMBEDDED], ids=lambda config: config.peft_type)
 def test_prompts_of_virtual_tokens(config: Any) -> None:
-    model = llama_nnx.to_nnx(dataclasses.replace(TINY, scan=True), WEIGHTS)
+    model = llama.to_nnx(dataclasses.replace(TINY, scan=True), WEIGHTS)
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), example=[jnp.zeros((1, 3), jnp.int32)])
     adapter = jaxadapt.extract(model)
     jaxadapt.inject(model, jax.tree.map(lambda x: 3 * RNG.standard_normal(x.shape).astype(x.dtype), adapter))
@@ -251,4 +251,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="temperature must be at least 0.*found nan; top_p must be above 0"):
         Sampling(temperature=float("nan"), top_p=0)
     with pytest.raises(MismatchError, match="takes no mask"):
-        llama_nnx.to_nnx(TINY, WEIGHTS)(jnp.ones((1, 1), int), mask=jnp.ones((1, 1)), cache=decoder.cache)
+        llama.to_nnx(TINY, WEIGHTS)(jnp.ones((1, 1), int), mask=jnp.ones((1, 1)), cache=decoder.cache)

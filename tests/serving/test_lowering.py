@@ -10,8 +10,7 @@ from flax import nnx
 import jaxadapt
 from benchmarks.methods import dot_flops
 from jaxadapt import serving
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
-from jaxadapt.demo.llama_nnx import Llama
+from jaxadapt.demo.llama import PROJECTIONS, Llama, LlamaConfig
 
 RANK, ROWS, TOKENS, LAYERS = 4, 6, 5, 2
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2}

@@ -14,8 +14,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AttachError, serving
 from jaxadapt.core import paths
-from jaxadapt.demo.llama import LlamaConfig
-from jaxadapt.demo.llama_nnx import Llama
+from jaxadapt.demo.llama import Llama, LlamaConfig
 from jaxadapt.methods import METHODS
 from tests.support.configs import class_of
 

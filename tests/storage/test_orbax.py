@@ -20,7 +20,7 @@ from orbax.checkpoint import v1
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.demo import llama, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.storage import orbax
 from tests.support import small
 from tests.support.small import same
@@ -89,7 +89,7 @@ def test_scanned_and_unrolled_numbered_layers(saved: str, tmp_path: Path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
 
     def model(layout: str) -> Any:
-        return llama_nnx.to_nnx(dataclasses.replace(sizes, scan=layout == "scanned"), weights)
+        return llama.to_nnx(dataclasses.replace(sizes, scan=layout == "scanned"), weights)
 
     source = jaxadapt.adapt(model(saved), config, rngs=nnx.Rngs(1))
     jaxadapt.inject(source, small.noisy(jaxadapt.extract(source)))

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
-from jaxadapt.demo import llama_linen
+from jaxadapt.demo.llama import to_linen
 from tests.support.configs import class_of
 from tests.support.twins import llama
 
@@ -36,7 +36,7 @@ def torch_base() -> Any:
 def params(scan: bool = False) -> dict[str, Any]:
     """The base parameters in our layout."""
     base = torch_base()
-    return llama_linen.to_linen(llama.config_of(base, scan=scan), llama.weights_of(base))["params"]
+    return to_linen(llama.config_of(base, scan=scan), llama.weights_of(base))["params"]
 
 
 def model_with(configs: Mapping[str, Mapping[str, Any]], seed: int = 0, made: Any = LoraConfig) -> Any:

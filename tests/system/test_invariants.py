@@ -118,7 +118,8 @@ def test_invariant_3_peft_loads_what_we_save_and_we_load_what_it_saves(name, tmp
 
 def test_invariant_5_one_file_fits_linen_and_nnx_scanned_and_unrolled(tmp_path):
     """Made without torch: the weights of one NNX Llama, laid out in every other way by the family's table."""
-    from jaxadapt.demo import llama, llama_linen, llama_nnx
+    from jaxadapt.demo import llama
+    from jaxadapt.demo.llama import LinenLlama, to_linen, to_nnx
 
     shape = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2,
@@ -129,7 +130,7 @@ def test_invariant_5_one_file_fits_linen_and_nnx_scanned_and_unrolled(tmp_path):
     rng = np.random.default_rng(0)
     weights = {k: rng.standard_normal(s).astype("f4") * 0.2 for k, s in llama.hf_shapes(first).items()}
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = llama_nnx.to_nnx(first, weights)
+    model = to_nnx(first, weights)
     adapter = small.noisy(jaxadapt.init(model, config, key=jax.random.key(0)))
     jaxadapt.save(adapter, tmp_path)
     run = nnx.jit(lambda model, ids: model(ids))
@@ -138,10 +139,10 @@ def test_invariant_5_one_file_fits_linen_and_nnx_scanned_and_unrolled(tmp_path):
     for axis in (None, 0, 1):
         c = llama.LlamaConfig(**shape, scan=axis is not None, scan_axis=axis or 0)
         if axis != 0:
-            outputs.append(run(jaxadapt.load(tmp_path, llama_nnx.to_nnx(c, weights)), ids))
+            outputs.append(run(jaxadapt.load(tmp_path, to_nnx(c, weights)), ids))
         if axis != 1:
-            module = jaxadapt.adapt(llama_linen.Llama(c), config)
-            variables = jaxadapt.load(tmp_path, llama_linen.to_linen(c, weights))
+            module = jaxadapt.adapt(LinenLlama(c), config)
+            variables = jaxadapt.load(tmp_path, to_linen(c, weights))
             outputs.append(jax.jit(module.apply)(variables, ids))
     assert abs(np.asarray(outputs[0] - run(model, ids))).max() > 1e-2
     for output in outputs:

@@ -14,7 +14,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import ConfigError, MismatchError
-from jaxadapt.demo import llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 
 SIZES = LlamaConfig(
@@ -26,7 +26,7 @@ PREFIX = jaxadapt.PrefixTuningConfig(num_virtual_tokens=3, token_dim=4, num_laye
 
 
 def model() -> Any:
-    return nnx.eval_shape(lambda: llama_nnx.Llama(SIZES, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: llama.Llama(SIZES, rngs=nnx.Rngs(0)))
 
 
 def call(folder: Path) -> Any:

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 
 SIZES = LlamaConfig(
@@ -24,7 +24,7 @@ PREFIX = jaxadapt.PrefixTuningConfig(num_virtual_tokens=3)
 PROMPT = jaxadapt.PromptTuningConfig(num_virtual_tokens=3)
 
 
-class Hooked(llama_nnx.Llama):
+class Hooked(llama.Llama):
     """The demo's model without its own way in: the arguments have names that jaxadapt does not know."""
 
     def __call__(self, tokens: Any = None, *, where: Any = None, vectors: Any = None) -> Any:
@@ -41,7 +41,7 @@ class Hooked(llama_nnx.Llama):
 class HookedLinen(nn.Module):
     @nn.compact
     def __call__(self, tokens: Any = None, vectors: Any = None) -> Any:
-        return llama_linen.Llama(SIZES, name="inner")(tokens, embeddings=vectors)
+        return llama.LinenLlama(SIZES, name="inner")(tokens, embeddings=vectors)
 
     def call_with_embeddings(self, virtual: Any, tokens: Any) -> Any:
         table = self.variables["params"]["inner"]["model"]["embed_tokens"]["embedding"]
@@ -50,7 +50,7 @@ class HookedLinen(nn.Module):
 
 
 def test_embeddings() -> None:
-    plain, hooked = llama_nnx.Llama(SIZES, rngs=nnx.Rngs(0)), Hooked(SIZES, rngs=nnx.Rngs(0))
+    plain, hooked = llama.Llama(SIZES, rngs=nnx.Rngs(0)), Hooked(SIZES, rngs=nnx.Rngs(0))
     want, found = (jaxadapt.adapt(m, PROMPT, rngs=nnx.Rngs(1))(TOKENS) for m in (plain, hooked))
     np.testing.assert_array_equal(found, want)
 
@@ -58,7 +58,7 @@ def test_embeddings() -> None:
 def test_embeddings_in_linen() -> None:
     module = jaxadapt.adapt(HookedLinen(), PROMPT.replace(token_dim=8))
     variables = module.init(jax.random.key(0), TOKENS)
-    inner = jaxadapt.adapt(llama_linen.Llama(SIZES), PROMPT.replace(token_dim=8))
+    inner = jaxadapt.adapt(llama.LinenLlama(SIZES), PROMPT.replace(token_dim=8))
     same = {"params": variables["params"]["inner"], **jaxadapt.extract(variables).collection}
     np.testing.assert_array_equal(module.apply(variables, TOKENS), inner.apply(same, TOKENS))
 
@@ -82,7 +82,7 @@ def test_a_cache_is_the_models_own_matter() -> None:
 def test_without_hooks_unknown_names_are_refused() -> None:
     class Unknown(nnx.Module):
         def __init__(self) -> None:
-            self.llama = llama_nnx.Llama(SIZES, rngs=nnx.Rngs(0))
+            self.llama = llama.Llama(SIZES, rngs=nnx.Rngs(0))
 
         def __call__(self, tokens: Any = None, where: Any = None, vectors: Any = None) -> Any:
             return self.llama(tokens, positions=where, embeddings=vectors)

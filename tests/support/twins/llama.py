@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 from flax import nnx
 
-from jaxadapt.demo import llama, llama_linen, llama_nnx
+from jaxadapt.demo import llama
 
 
 def torch_llama(
@@ -82,9 +82,9 @@ def twin_of(torch_model: Any, api: str = "nnx", *, scan: bool = False, scan_axis
     """The Flax model with the torch model's weights: an NNX model, or (module, {"params": …}) for "linen"."""
     config, weights = config_of(torch_model, scan=scan, scan_axis=scan_axis), weights_of(torch_model)
     if api == "linen":
-        module: nn.Module = llama_linen.Llama(config)
-        return module, llama_linen.to_linen(config, weights)
-    model: nnx.Module = llama_nnx.to_nnx(config, weights)
+        module: nn.Module = llama.LinenLlama(config)
+        return module, llama.to_linen(config, weights)
+    model: nnx.Module = llama.to_nnx(config, weights)
     return model
 
 
