@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import gc
 import importlib
 import importlib.util
@@ -38,7 +37,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import jaxadapt
-from jaxadapt import initializers
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
@@ -47,8 +45,6 @@ from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.methods.prompt import PromptMethod
 from jaxadapt.methods.registry import COLLECTIONS, get_method
-from jaxadapt.models import invoke
-from jaxadapt.training import optim
 
 # ---------------------------------------------------------------- training
 
@@ -76,8 +72,9 @@ def adapter_config(method: str, steps: int = 40) -> Any:
     if cls is None:
         raise ConfigError(f"method: expected one of {', '.join(method_names())}, found {method!r}")
     known = {item.name for item in dataclasses.fields(cls)}
-    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16}
-    fields["total_step"] = steps
+    fields: dict[str, Any] = {
+        "task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16, "total_step": steps
+    }  # fmt: skip
     return cls(**{name: value for name, value in fields.items() if name in known} | dict(FACTS[cls.peft_type].demo))
 
 
@@ -102,7 +99,7 @@ def _logits(model: Any, config: Any, tokens: jax.Array, variables: Any = None) -
     `variables` are the arrays of a Linen module; an NNX model has its own.
     """
     tasks = task_data(config, tokens.shape[0])
-    with invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
+    with jaxadapt.models.invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
         found = ready(tokens) if variables is None else ready.apply(variables, tokens)
         return found[:, -tokens.shape[1] :]
 
@@ -121,8 +118,7 @@ def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformat
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Return the mean cross-entropy, in nats, of each token (B, T) given the previous ones; logits (B, T, V)."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    return jnp.mean(losses)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]))
 
 
 class Trainer:
@@ -167,8 +163,7 @@ class Trainer:
 
     def step(self, tokens: np.ndarray) -> float:
         """Train one step on tokens (B, T) and return the loss before it."""
-        stepped = self.compute_step(self.adapter, self.state, self.rest, jnp.asarray(tokens))
-        self.adapter, self.state, value = stepped
+        self.adapter, self.state, value = self.compute_step(self.adapter, self.state, self.rest, jnp.asarray(tokens))
         return float(value)
 
     def loss(self, tokens: np.ndarray) -> float:
@@ -198,21 +193,24 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
         raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
     adapter, key = adapter_config(method, steps), jax.random.key(seed)
     make = _make_nnx if api == "nnx" else _make_linen
-    return make(config, weights, adapter, functools.partial(optimizer, method, steps), key)
+    return make(config, weights, adapter, lambda decays: optimizer(method, steps, decays), key)
 
 
 def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the NNX model."""
     model = llama.to_nnx(config, weights)
     if _is_started(adapter):
-        initializers.start(model, adapter, key=key, example=[TOKENS])
+        jaxadapt.initializers.start(model, adapter, key=key, example=[TOKENS])
     else:
         jaxadapt.adapt(model, adapter, rngs=nnx.Rngs(key), example=[TOKENS])
     # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam.
     graphdef, trained, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
-    join: Any = functools.partial(nnx.merge, graphdef)
     return Trainer(
-        trained, rest, make(optim.decay_mask(model)), join, lambda model, tokens: _logits(model, adapter, tokens)
+        trained,
+        rest,
+        make(jaxadapt.optim.decay_mask(model)),
+        lambda trained, rest: nnx.merge(graphdef, trained, rest),
+        lambda model, tokens: _logits(model, adapter, tokens),
     )
 
 
@@ -223,8 +221,12 @@ def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeO
     if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
         adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
     started = _is_started(adapter)
-    lora = initializers.start(base, adapter, key=key).adapter if started else jaxadapt.init(base, adapter, key=key)
-    roles = optim.roles(lora.collection)
+    lora = (
+        jaxadapt.initializers.start(base, adapter, key=key).adapter
+        if started
+        else jaxadapt.init(base, adapter, key=key)
+    )
+    roles = jaxadapt.optim.roles(lora.collection)
 
     def keep(tree: Any, *, frozen: bool) -> Any:
         """Return the tree with None in place of the leaves that are not frozen, or of those that are."""
@@ -237,7 +239,7 @@ def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeO
 
     # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
     trained, fixed = (keep(lora.collection, frozen=frozen) for frozen in (False, True))
-    tx = make(keep(optim.decay_mask(lora.collection), frozen=False))
+    tx = make(keep(jaxadapt.optim.decay_mask(lora.collection), frozen=False))
     return Trainer(trained, (base, fixed), tx, join, lambda held, tokens: _logits(module, adapter, tokens, held))
 
 
@@ -430,8 +432,11 @@ def run(
     else:
         console.print("PEFT is not installed; after `pip install peft` it can load these files too", soft_wrap=True)
     seconds = time.monotonic() - started
-    last = f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)"
-    console.print(last, markup=False, soft_wrap=True)
+    console.print(
+        f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)",
+        markup=False,
+        soft_wrap=True,
+    )
     return Report(
         out=out,
         losses=tuple(losses),
@@ -539,9 +544,8 @@ def sample(tuner: Trainer, prompt: Sequence[int], count: int, seed: int, tempera
     window[0, : len(prompt)] = prompt
     for position in range(len(prompt), window.shape[1]):
         logits = tuner.logits(window)[0, position - 1].astype(np.float64) / temperature
-        weights = np.exp(logits - logits.max())
         # Inverse transform of one uniform number: a small change of the logits seldom changes the token.
-        total = np.cumsum(weights)
+        total = np.cumsum(np.exp(logits - logits.max()))
         window[0, position] = int(np.searchsorted(total, rng.random() * total[-1]))
     return window[0].tolist()
 
@@ -561,8 +565,7 @@ def _plot(path: Path, losses: Sequence[float], held_out: tuple[float, float], co
     if importlib.util.find_spec("matplotlib") is None:
         console.print(f"no loss plot: matplotlib is not installed; run: {INSTALL}", markup=False, soft_wrap=True)
         return None
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-    figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     axes.plot(range(1, len(losses) + 1), losses, label="training")
     axes.plot([0, len(losses)], held_out, "o--", label="held out")

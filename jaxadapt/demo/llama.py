@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from flax.traverse_util import unflatten_dict
-from jax.typing import DTypeLike
 
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
-from jaxadapt.core.paths import Spec, compare
+from jaxadapt.core.paths import Spec, compare, unflatten
 from jaxadapt.models.attention_calls import attention
 from jaxadapt.models.nnx.graph import SharedParam
 from jaxadapt.storage.source import as_source
@@ -74,7 +72,7 @@ class LlamaConfig:
     scan: bool = False
     scan_axis: int = 0
     remat: bool = False
-    param_dtype: DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -163,8 +161,7 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """
     cos, sin = (table[:, :, None, :] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def start_call(
@@ -182,8 +179,7 @@ def start_call(
     if cache is not None and mask is not None:
         raise MismatchError("Llama: a call with a cache takes no mask; lower the cache's lengths to leave out tokens")
     if positions is None:
-        first = 0 if cache is None else cache.lengths[:, None]
-        positions = first + jnp.arange(x.shape[1])[None]
+        positions = jnp.arange(x.shape[1])[None] + (0 if cache is None else cache.lengths[:, None])
     rope = rope_at(config, positions)
     if cache is not None:
         return x, rope, cache.mask(x.shape[1]), cache
@@ -416,8 +412,8 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
     ) -> Any:
         x, cache = self.model(tokens, mask=mask, positions=positions, embeddings=embeddings, cache=cache)
-        tied = self.config.tie_word_embeddings
-        logits = (self.model.embed_tokens.attend(x) if tied else self.lm_head(x)).astype(jnp.float32)
+        head = self.model.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        logits = head(x).astype(jnp.float32)
         return logits if cache is None else (logits, cache)
 
 
@@ -597,4 +593,4 @@ def to_linen(config: LlamaConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
         MismatchError: the weights do not fit the configuration.
     """
     leaves = {path: jnp.asarray(array, config.param_dtype) for path, array in make_leaves(config, weights)}
-    return {"params": unflatten_dict(leaves, sep=".")}
+    return {"params": unflatten(leaves)}

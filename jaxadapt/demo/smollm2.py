@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,7 +117,7 @@ class SmolLM2:
 
     def parameters(self) -> int:
         """Return the number of the model's parameters."""
-        return sum(math.prod(self.file.shape(name)) for name in self.file.names)
+        return sum(int(np.prod(self.file.shape(name))) for name in self.file.names)
 
     def weights(self) -> TensorSource:
         """Return the tensors with Hugging Face's names and layouts (out, in), each unpacked to float32 when it is read.
@@ -132,22 +131,17 @@ class SmolLM2:
         tk = require("tokenizers")
         tokens: list[str] = self._field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
-        model = tk.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-        tokenizer: Tokenizer = tk.Tokenizer(model)
+        tokenizer: Tokenizer = tk.Tokenizer(tk.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
         # GGUF contains only the name of the splitting rule, "smollm": single digits, otherwise as GPT-2.
         split, gpt2 = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), gpt2])
         tokenizer.decoder = tk.decoders.ByteLevel()
         kinds = self._field("tokenizer.ggml.token_type")
-        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-        tokenizer.add_special_tokens(special)
+        tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL])
         return tokenizer
 
 
 # ---------------------------------------------------------------- text
-
-
-Encode = Callable[[str], Sequence[int]]
 
 
 RUN = 25  # number of consecutive paragraphs that are kept together
@@ -171,7 +165,7 @@ def python_topics() -> tuple[str, str]:
     return "\n\n".join(kept), "\n\n".join(runs[5::10])
 
 
-def chunks(encode: Encode, text: str, length: int) -> np.ndarray:
+def chunks(encode: Callable[[str], Sequence[int]], text: str, length: int) -> np.ndarray:
     """Split a text's tokens into rows, (n, length) int32, without a shorter remainder.
 
     >>> chunks(lambda text: [ord(c) for c in text], "abcdefg", 3)

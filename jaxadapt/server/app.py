@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import ipaddress
 import json
 import os
@@ -35,7 +34,6 @@ from jaxadapt.server import protocol
 from jaxadapt.server.base import END, START, Base, find, is_plain, is_there, make_room, scan
 from jaxadapt.server.engine import Engine, Job, Metrics, Piece
 from jaxadapt.server.protocol import LEFT, Answer, Request, RequestError
-from jaxadapt.serving import AdapterPool
 
 # ---------------------------------------------------------------- session
 
@@ -130,7 +128,7 @@ class Server:
 
     base: Base
     root: Path
-    pool: AdapterPool
+    pool: serving.AdapterPool
     engine: Engine
     length: int
     metrics: Metrics
@@ -141,8 +139,8 @@ class Server:
 
     async def complete(self, http: HttpRequest, *, chat: bool) -> Response:
         """Answer a completion or a chat, whole or as a stream."""
-        body = await self.read_json(http)
-        request = protocol.parse_request(body, chat=chat, seed=int.from_bytes(os.urandom(4), "big"))
+        seed = int.from_bytes(os.urandom(4), "big")
+        request = protocol.parse_request(await self.read_json(http), chat=chat, seed=seed)
         adapter = self.adapter_of(request.model)
         session = Session(self.engine, http)
         with contextlib.ExitStack() as stack:
@@ -180,8 +178,9 @@ class Server:
             if not is_there(self.root, self.pool.version(name).path):
                 raise FileError("its files are gone, or are links to files outside the adapters' folder")
         except AdapterError as error:
-            message = f"no model {model[:80]!r}: {error}"
-            raise RequestError(404, message, code="model_not_found", param="model") from error
+            raise RequestError(
+                404, f"no model {model[:80]!r}: {error}", code="model_not_found", param="model"
+            ) from error
         return name
 
     def _jobs(
@@ -216,8 +215,12 @@ class Server:
         room = self.length - len(prompt)
         wanted = room if request.max_tokens is None else request.max_tokens
         if room < 1 or wanted > room:
-            message = f"{len(prompt)} tokens of the prompt and {wanted} of the answer exceed {self.length}"
-            raise RequestError(400, message, code="context_length_exceeded", param="prompt")
+            raise RequestError(
+                400,
+                f"{len(prompt)} tokens of the prompt and {wanted} of the answer exceed {self.length}",
+                code="context_length_exceeded",
+                param="prompt",
+            )
         return wanted
 
     async def _whole(
@@ -311,8 +314,9 @@ class Server:
         try:
             folder = await asyncio.to_thread(find, self.root, name, path)
         except AdapterError as error:
-            message = f"Loading lora {name} failed: No adapter found for {(path or name)[:80]}: {error}"
-            raise protocol.lora_error(404, message) from error
+            raise protocol.lora_error(
+                404, f"Loading lora {name} failed: No adapter found for {(path or name)[:80]}: {error}"
+            ) from error
         try:
             self.pool.add(name, folder)
             await asyncio.wrap_future(self.pool.prefetch([name])[name])
@@ -386,8 +390,8 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         server.pool.close()
 
     routes = [
-        Route("/v1/completions", counted(functools.partial(server.complete, chat=False)), methods=["POST"]),
-        Route("/v1/chat/completions", counted(functools.partial(server.complete, chat=True)), methods=["POST"]),
+        Route("/v1/completions", counted(lambda http: server.complete(http, chat=False)), methods=["POST"]),
+        Route("/v1/chat/completions", counted(lambda http: server.complete(http, chat=True)), methods=["POST"]),
         Route("/v1/load_lora_adapter", counted(server.load), methods=["POST"]),
         Route("/v1/unload_lora_adapter", counted(server.unload), methods=["POST"]),
         Route("/v1/models", counted(models)),

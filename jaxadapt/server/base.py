@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jaxadapt
-from jaxadapt import serving
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
@@ -71,16 +70,14 @@ class Base:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of token ids, without special tokens, or with them."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-        return text
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
     def spell(self, token: int) -> tuple[str, bool]:
         """Return the text of one token, also of a special one, and True.
 
         A token whose bytes are no whole text has the name that the vocabulary gives it, and False.
         """
-        text = self.decode([token], special=True)
-        name: str | None = self.tokenizer.id_to_token(token)
+        text, name = self.decode([token], special=True), self.tokenizer.id_to_token(token)
         return (text, True) if name is None or INCOMPLETE not in text else (name, False)
 
     @property
@@ -106,8 +103,7 @@ class Base:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     # Other threads run meanwhile; while `encode` runs, they do not.
     (encoded,) = tokenizer.encode_batch([text], add_special_tokens=False)
-    ids: list[int] = encoded.ids
-    return ids
+    return encoded.ids
 
 
 def open_base(base: str | os.PathLike[str]) -> Base:
@@ -180,7 +176,6 @@ def _as_text(tokenizer: Any) -> Any:
 
 
 MAX_BYTES = 255
-CONFIG = hub.CONFIG
 FILES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS)
 
 
@@ -210,10 +205,12 @@ def find(root: Path, name: str, given: str | None = None) -> Path:
         )
     places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
     inside = [path for path in places if given is None or _is_inside(root, path)]
-    path = next((path for path in inside if os.path.isfile(path / CONFIG)), None)  # noqa: PTH113 (`is_file` may raise)
+    # `Path.is_file` raises errors.
+    path = next((path for path in inside if os.path.isfile(path / hub.CONFIG)), None)  # noqa: PTH113
     if path is None:
         raise FileError(
-            f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with {CONFIG}"
+            f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with"
+            f" {hub.CONFIG}"
         )
     if not all(_is_inside(root, each) for each in (path, *path.rglob("*"))):
         raise FileError(
@@ -224,8 +221,13 @@ def find(root: Path, name: str, given: str | None = None) -> Path:
 
 def is_plain(name: str) -> bool:
     """Return True for a name that an adapter may have."""
-    plain = name not in ("", BASE) and name.isprintable() and not {"/", "\\", os.sep} & {*name}
-    return plain and not name.startswith(".") and len(os.fsencode(name)) <= MAX_BYTES
+    return (
+        name not in ("", BASE)
+        and name.isprintable()
+        and not {"/", "\\", os.sep} & {*name}
+        and not name.startswith(".")
+        and len(os.fsencode(name)) <= MAX_BYTES
+    )
 
 
 def is_there(root: Path, path: Path) -> bool:
@@ -233,7 +235,7 @@ def is_there(root: Path, path: Path) -> bool:
 
     It looks at these files only: it is called at each request.
     """
-    return os.path.isfile(path / CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
+    return os.path.isfile(path / hub.CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
 
 
 def _is_inside(root: Path, path: Path) -> bool:
@@ -292,12 +294,11 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
     room: list[Room] = []
     for made in wanted:
         try:
-            serving.create(model, made, slots=2)
+            jaxadapt.serving.create(model, made, slots=2)
+            room.append(made)
         except AdapterError as error:
             peft_type = (made.config if isinstance(made, jaxadapt.Adapter) else made).peft_type
             warn(f"requests for adapters of the kind {peft_type} will fail: {error}")
-        else:
-            room.append(made)
     return room
 
 
@@ -330,8 +331,7 @@ def _cover(kind: tuple[str, bool, bool], configs: Sequence[Any], plain: jaxadapt
 
 def _ranks(config: jaxadapt.Config) -> list[int]:
     """Return the ranks that a configuration states, as far as it states them by `r` and `rank_pattern`."""
-    patterns: Any = config.get("rank_pattern") or {}
-    return [r for r in (config.get("r"), *patterns.values()) if isinstance(r, int)]
+    return [r for r in (config.get("r"), *(config.get("rank_pattern") or {}).values()) if isinstance(r, int)]
 
 
 def _different(adapters: Sequence[jaxadapt.Adapter]) -> list[jaxadapt.Adapter]:

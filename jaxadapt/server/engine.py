@@ -200,8 +200,9 @@ class Engine:
         """
         most = self._queue + self._decoder.rows
         if len(jobs) > most:
-            message = f"prompt and n: expected at most {most} answers in all, found {len(jobs)}"
-            raise RequestError(400, message, param="prompt")
+            raise RequestError(
+                400, f"prompt and n: expected at most {most} answers in all, found {len(jobs)}", param="prompt"
+            )
         with self._changed:
             if self._closed is not None:
                 raise self._closed
@@ -270,13 +271,12 @@ class Engine:
                     self._advance()
         except Exception:
             LOGGER.exception("the engine stops: a step of the batch failed")
-            failed = RequestError(500, "a step of the batch failed; the server's log says why", code="engine_failed")
-            self._shut(failed, 0)
-        closed = self._closed
-        assert closed is not None
+            self._shut(
+                RequestError(500, "a step of the batch failed; the server's log says why", code="engine_failed"), 0
+            )
         self._admit()
         for row in list(self._active):
-            self._leave(row, Piece(error=closed))
+            self._leave(row, Piece(error=self._closed))
 
     @contextlib.contextmanager
     def _alone(self, row: int) -> Generator[None]:

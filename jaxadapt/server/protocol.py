@@ -42,13 +42,8 @@ def token_scores(tokens: Sequence[int], scores: Scores, top: int, first: int = 0
     """Yield the scores of tokens that stand at the places from `first` on, each with `top` others."""
     for place, token in enumerate(tokens, first):
         others = zip(scores.ids[place, :top].tolist(), scores.top[place, :top].tolist(), strict=True)
-        yield TokenScore(
-            token, _finite_number(scores.logprobs[place]), tuple((i, _finite_number(x)) for i, x in others)
-        )
-
-
-def _finite_number(logprob: Any) -> float:
-    return max(float(logprob), _LEAST)
+        likely = tuple((i, max(x, _LEAST)) for i, x in others)
+        yield TokenScore(token, max(float(scores.logprobs[place]), _LEAST), likely)
 
 
 def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int) -> dict[str, Any]:
@@ -84,10 +79,13 @@ def chat_logprobs(scores: Sequence[TokenScore], spell: Spell) -> dict[str, Any]:
         text, whole = spell(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
-    content = [
-        entry(score.token, score.logprob) | {"top_logprobs": [entry(*each) for each in score.top]} for score in scores
-    ]
-    return {"content": content, "refusal": None}
+    return {
+        "content": [
+            entry(score.token, score.logprob) | {"top_logprobs": [entry(*each) for each in score.top]}
+            for score in scores
+        ],
+        "refusal": None,
+    }
 
 
 # ---------------------------------------------------------------- protocol
@@ -207,8 +205,7 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
         raise RequestError(400, str(error)) from error
     messages = _messages(fields.get("messages")) if chat else ()
     prompts = () if chat else _prompts(fields.get("prompt"))
-    stop, (stream, usage) = _stop(fields), _stream(fields)
-    return Request(model, prompts, messages, count, sampling, top or 0, choices, echo, stop, stream, usage)
+    return Request(model, prompts, messages, count, sampling, top or 0, choices, echo, _stop(fields), *_stream(fields))
 
 
 def _fields(body: Any, chat: bool) -> dict[str, Any]:

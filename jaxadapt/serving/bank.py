@@ -22,7 +22,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.applied import IDS, WEIGHTS, Implementation, sort_ids, take_slots
@@ -101,12 +101,12 @@ def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implement
         )
     if implementation not in (None, "gather"):
         raise AttachError(f"implementation={implementation!r} takes no weights; leave the implementation out")
-    places = [place.row for place in bank.layout.places]
-    if others := [row for row in places if row.method.effects(row.hparams).weight != "adds"]:
-        raise AttachError(
-            "a row can mix only adapters whose changes add up; the bank has room for others:\n"
-            + paths.bullets([f"{row.leaf}: {row.method.peft_type}" for row in others])
-        )
+    rows = bank.layout.rows.sites
+    raise_listed(
+        AttachError,
+        "a row can mix only adapters whose changes add up; the bank has room for others:",
+        [f"{row.leaf}: {row.method.peft_type}" for row in rows if row.method.effects(row.hparams).weight != "adds"],
+    )
     return weights
 
 
@@ -118,8 +118,7 @@ def _to_leaf(place: Place, x: Any) -> Any:
 
 def _repeat(place: Place, x: Any) -> Any:
     """Repeat an array for each of the stacked layers."""
-    sizes = [place.weight.shape[axis] for axis in place.row.stack]
-    return _to_leaf(place, jnp.broadcast_to(x, (*sizes, *x.shape)))
+    return _to_leaf(place, jnp.broadcast_to(x, (*(place.weight.shape[axis] for axis in place.row.stack), *x.shape)))
 
 
 @jax.jit
@@ -293,8 +292,8 @@ def create(
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
     layout = Layout(tuple(places), slots, tuple(shared))
-    on_devices = [_put_everywhere(of, dtype, held.shardings) for _, of in shared]
-    return Bank(tuple(_empty(place, slots) for place in places), layout, tuple(on_devices))
+    on_devices = tuple(_put_everywhere(of, dtype, held.shardings) for _, of in shared)
+    return Bank(tuple(_empty(place, slots) for place in places), layout, on_devices)
 
 
 def _put_everywhere(tensors: Shared, dtype: Any, shardings: Mapping[str, Any]) -> Tensors:
@@ -374,8 +373,7 @@ def get(bank: Bank, slot: int, like: Adapter) -> Adapter:
     {'q.kernel.lora_A': True, 'q.kernel.lora_B': True}
     """
     _check_slot(bank, slot)
-    values = read_slot(bank.layout, bank.arrays, slot, like)
-    return Adapter(like.config, paths.unflatten(values), like.keymap)
+    return Adapter(like.config, paths.unflatten(read_slot(bank.layout, bank.arrays, slot, like)), like.keymap)
 
 
 def _check_slot(bank: Bank, slot: int) -> None:
@@ -526,8 +524,10 @@ def route(
             yield routed
         return
     if not isinstance(rows, Rows) or adapter_names is not None:  # pyright: ignore[reportUnnecessaryIsInstance]
-        found = type(rows).__name__ + ("" if adapter_names is None else " with adapter_names")
-        raise AttachError(f"rows: expected the result of Bank.select, or a pool with adapter_names, found {found}")
+        raise AttachError(
+            "rows: expected the result of Bank.select, or a pool with adapter_names, found"
+            f" {type(rows).__name__}{'' if adapter_names is None else ' with adapter_names'}"
+        )
     held = carrier(model)
     if isinstance(held, Wrapper):
         if model.layout is None:

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.nn import log_softmax, softmax
-from jax.typing import DTypeLike
 
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.models.activation import invoke
@@ -88,7 +86,7 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     size = logits.shape[-1]
     count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
     ordered = jnp.where(jnp.arange(size)[None] < count[:, None], ordered, -jnp.inf)
-    probabilities = softmax(ordered, axis=-1)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     first = jnp.arange(size)[None] == 0  # also if top_p is 0 in float32
     kept = ((before < top_p[:, None]) | first) & (ordered > -jnp.inf)
@@ -140,11 +138,10 @@ class Scores(NamedTuple):
 
 def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
     """Return the scores of tokens (N) by their logits (N, V); zeros, which cost nothing, if `wanted` () is False."""
-    places, size = logits.shape
-    count = min(TOP, size)
+    places, count = len(logits), min(TOP, logits.shape[1])
 
     def compute_one(given: tuple[jax.Array, jax.Array]) -> Scores:
-        logs = log_softmax(given[0].astype(jnp.float32))
+        logs = jax.nn.log_softmax(given[0].astype(jnp.float32))
         top, ids = jax.lax.top_k(logs, count)
         return Scores(logs[given[1]], top, ids.astype(jnp.int32))
 
@@ -178,7 +175,7 @@ class Sizes(Protocol):
     @property
     def max_position_embeddings(self) -> int: ...
     @property
-    def param_dtype(self) -> DTypeLike: ...
+    def param_dtype(self) -> jax.typing.DTypeLike: ...
 
 
 @jax.tree_util.register_dataclass
@@ -214,8 +211,7 @@ class KVCache:
 
     def mask(self, count: int) -> jax.Array:
         """Return the mask (B, 1, T, S) of `count` new tokens: each sees its row's earlier tokens, and itself."""
-        places = jnp.arange(self.keys.shape[2])[None, None, None]
-        return places <= self._new_places(count)[:, None, :, None]
+        return jnp.arange(self.keys.shape[2])[None, None, None] <= self._new_places(count)[:, None, :, None]
 
     def append(self, keys: jax.Array, values: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
         """Write one layer's new keys and values (B, T, K, h); return the cache and all of the layer's, (B, S, K, h).
@@ -385,8 +381,7 @@ class Decoder:
         """Raise `MismatchError` for a prompt that `start` would refuse."""
         if not 0 < len(prompt) < self.length:
             raise MismatchError(f"expected a prompt of 1 to {self.length - 1} tokens, found {len(prompt)}")
-        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
-        if wrong:
+        if wrong := [token for token in prompt if not 0 <= token < self.config.vocab_size]:
             raise MismatchError(f"expected token ids below {self.config.vocab_size}, found {wrong[:5]}")
 
     def step(self) -> tuple[np.ndarray, np.ndarray, Scores | None]:
@@ -449,8 +444,7 @@ class Decoder:
             if not finite:
                 raise MismatchError(f"prompt {number}: the logits are not finite; check the adapter's values")
             answers[number].append(token)
-            full = len(prompts[number]) + len(answers[number]) >= self.length
-            if token in stop or full or len(answers[number]) >= max_tokens:
+            if token in stop or len(answers[number]) >= min(max_tokens, self.length - len(prompts[number])):
                 del held[row]
                 self.free(row)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -187,8 +186,7 @@ def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[
             continue
         distance = np.abs(ours[common].astype(np.float64) - theirs[common].astype(np.float64))
         count, largest = int((distance != 0).sum()), float(distance.max())  # NaN differs from every value
-        total = math.prod(distance.shape)
-        problems.append(f"{name}: {count} of {total} values differ, by up to {largest:.3g} ({shapes})")
+        problems.append(f"{name}: {count} of {distance.size} values differ, by up to {largest:.3g} ({shapes})")
     return problems
 
 
@@ -283,7 +281,7 @@ class Layout:
     def slot_bytes(self) -> int:
         """The bytes of one adapter on the devices."""
         kept = [each for place in self.places for each in place.kept.values()]
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in kept)
+        return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in kept)
 
 
 def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: int | None = None) -> Place:
@@ -314,9 +312,8 @@ def _shardings(place: Place, base: Any) -> dict[str, NamedSharding]:
     shardings = dict.fromkeys(place.kept, NamedSharding(base.mesh, PartitionSpec()))
     for name in place.kept.keys() & entries.keys():
         form = entries[name].form
-        spec = initial_values.propagate_axes(site.match, form, tuple(base.spec))
-        order = _stack_first_order(site, len(form.shape))
-        spec = [spec[axis] for axis in order]
+        axes = initial_values.propagate_axes(site.match, form, tuple(base.spec))
+        spec = [axes[axis] for axis in _stack_first_order(site, len(form.shape))]
         spec.insert(place.layers, None)
         shardings[name] = NamedSharding(base.mesh, PartitionSpec(*spec))
     return shardings
@@ -360,8 +357,7 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
             chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
         except AttachError as error:
             other_kind = number is None and site.leaf in layout.by_leaf
-            way_out = add_kind(adapter.config, layout.slots) if other_kind else FIT
-            problems.append(Refusal(str(error), way_out))
+            problems.append(Refusal(str(error), add_kind(adapter.config, layout.slots) if other_kind else FIT))
     raise_refused(problems, _CANNOT_PUT)
     return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
 
@@ -379,8 +375,7 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
     raise_refused(find_refusals(sites), _CANNOT_PUT)
     if not becomes_lora(adapter.config):
         return adapter, sites, find_shared(layout.shared, adapter)
-    missing = [Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf]
-    raise_refused(missing, _CANNOT_PUT)
+    raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], _CANNOT_PUT)
     plain = low_rank_form(adapter, layout.shapes)
     if plain is None:
         raise AttachError(f"{_CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
@@ -420,8 +415,9 @@ def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
         others = {name: x for name, x in others if x != own[name]}
         differ |= {name: own[name] for name in others}
         found.append(_kind(place.row.method.peft_type, others))
-    adapter = _kind(site.method.peft_type, differ)
-    raise AttachError(f"{site.leaf}: the adapter is {adapter}; the bank has {', '.join(found)}")
+    raise AttachError(
+        f"{site.leaf}: the adapter is {_kind(site.method.peft_type, differ)}; the bank has {', '.join(found)}"
+    )
 
 
 def _fields(hparams: Any, shared: int | None) -> dict[str, Any]:
@@ -453,8 +449,7 @@ def _row_params(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     own, bank = site.axes, place.row.axes
     if dataclasses.replace(own, parts=None, torch=None) != dataclasses.replace(bank, parts=None, torch=None):
         raise AttachError(f"{site.leaf}: the adapter's axes {own} are not the bank's {bank}")
-    entries = _entries(site, place.weight.shape)
-    rows = site.method.row_params(site.hparams, _stack_first(site, params), entries)
+    rows = site.method.row_params(site.hparams, _stack_first(site, params), _entries(site, place.weight.shape))
     if unknown := rows.keys() - place.stored.keys():
         raise AttachError(f"{site.leaf}: the bank has no tensor {', '.join(sorted(unknown))}")
     return rows

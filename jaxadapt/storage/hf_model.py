@@ -40,8 +40,7 @@ def read_index(path: Location) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{path}: expected an object weight_map of file names, found {str(weight_map)[:80]}")
     names = cast("dict[str, str]", weight_map)
-    outside = sorted({name for name in names.values() if Path(name).name != name or name in ("", ".", "..")})
-    if outside:
+    if outside := sorted({name for name in names.values() if Path(name).name != name or name in ("", ".", "..")}):
         raise FormatError(f"{path}: expected names of files beside it, found {problems_text(outside)}")
     return names
 
@@ -75,8 +74,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
             return
         index = read_index(main)
         names = dict.fromkeys(index.values())
-        missing = [name for name in names if not location.exists(path / name)]
-        if missing:
+        if missing := [name for name in names if not location.exists(path / name)]:
             raise FileError(
                 f"{path}: {main.name} names files that do not exist: {problems_text(missing)}; fetch them again"
             )
@@ -162,10 +160,8 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
             safetensors.write_to(writer, {key: specs[key] for key in keys}, get, {"format": "pt"})
         if index:
             weight_map = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
-            text = json.dumps(
-                {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2, sort_keys=True
-            )
-            writers[-1].write(memoryview(f"{text}\n".encode()))
+            data = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            writers[-1].write(memoryview(f"{json.dumps(data, indent=2, sort_keys=True)}\n".encode()))
     # Delete old files: transformers prefers a single file to an index, and other readers take every file.
     new = {*names, INDEX} if len(names) > 1 else set(names)
     remaining: list[str] = []

@@ -87,8 +87,8 @@ class Group:
             yield
         except BaseException as error:
             if name is not None or self._pending:
-                message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
                 with contextlib.suppress(FileError):  # the error itself is raised
+                    message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
                     self._publish(self._pending.pop(0) if name is None else name, message)
             raise
 
@@ -136,10 +136,9 @@ class Group:
                 self._client.blocking_key_value_get(self._key(name, process), max(1, int(1000 * wait)))
             )
         except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service does not answer
-            waited = time.monotonic() - started
             raise FileError(
-                f"{self._action}: process {process} sent nothing for {waited:.0f} s; check that it is alive, and that"
-                f" every process makes this call ({str(error).splitlines()[0][:200]})"
+                f"{self._action}: process {process} sent nothing for {time.monotonic() - started:.0f} s; check"
+                f" that it is alive, and that every process makes this call ({str(error).splitlines()[0][:200]})"
             ) from error
         if "error" in message:
             raise FileError(f"process {process}: {message['error']}")
@@ -291,12 +290,11 @@ def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
     if theirs["specs"] != ours["specs"]:
         raise MismatchError(f"{path}: names, shapes or dtypes of the arrays differ from those of process 0")
     names = ours["alike"].keys() | theirs["alike"].keys()
-    differ = sorted(name for name in names if ours["alike"].get(name) != theirs["alike"].get(name))
     raise_listed(
         MismatchError,
         f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
         " processes, or gather them (jax.experimental.multihost_utils.process_allgather):",
-        differ,
+        sorted(name for name in names if ours["alike"].get(name) != theirs["alike"].get(name)),
     )
 
 
