@@ -452,38 +452,14 @@ def run(
     )
 
 
-def held_out_losses(
-    method: str, steps: int, *, seed: int = 0, api: str = "linen", batch: int = BATCH
-) -> tuple[float, float]:
-    """Return the losses of SmolLM2 on held-out text before and after `steps` steps of a method, and write no files.
-
-    A scan runs the layers, which compiles faster than the unrolled layers of `run`.
-
-    Args:
-        batch: the number of chunks of 64 tokens in a step.
-
-    Raises:
-        ConfigError: the method or the API is unknown.
-        FileError: a dependency of the demo is not installed.
-    """
-    _check_arguments(steps, api, method)
-    model = SmolLM2.open()
-    training, held_out = _texts(model.tokenizer())
-    tuner = make_trainer(api, dataclasses.replace(model.config, scan=True), model.weights(), method, steps, seed)
-    before = _mean_loss(tuner, held_out)
-    source = batches(training, batch, seed)
-    for _ in range(steps):
-        tuner.step(next(source))
-    return before, _mean_loss(tuner, held_out)
-
-
-def _texts(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def texts(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the chunks (n, 64) of the training text, and 24 of the held-out text."""
     training, held_out = (chunks(lambda text: tokenizer.encode(text).ids, text, LENGTH) for text in python_topics())
     return training, spread(held_out, HELD_OUT)
 
 
-def _mean_loss(tuner: Trainer, held_out: np.ndarray) -> float:
+def mean_loss(tuner: Trainer, held_out: np.ndarray) -> float:
+    """Return the mean loss on the held-out chunks (24, 64)."""
     return float(np.mean([tuner.loss(rows) for rows in np.split(held_out, HELD_OUT // BATCH)]))
 
 
@@ -509,7 +485,7 @@ def _check_arguments(steps: int, api: str, method: str) -> None:
 def _tune(
     model: SmolLM2, tokenizer: Any, *, steps: int, seed: int, api: str, method: str, console: Console
 ) -> tuple[Trainer, list[float], tuple[float, float], tuple[str, str], np.ndarray]:
-    training, held_out = _texts(tokenizer)
+    training, held_out = texts(tokenizer)
     prompt = tokenizer.encode(PROMPT).ids
     tuner = make_trainer(api, model.config, model.weights(), method, steps, seed)
 
@@ -519,7 +495,7 @@ def _tune(
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring the base", total=steps)
-        before = _mean_loss(tuner, held_out), passage()
+        before = mean_loss(tuner, held_out), passage()
         progress.update(task, description="compiling the step")
         losses: list[float] = []
         source = batches(training, BATCH, seed)
@@ -529,7 +505,7 @@ def _tune(
             progress.update(task, advance=1, description=f"{method}, {api}: loss {losses[-1]:.3f}")
             if progress.disable and step % every == 0:
                 console.print(f"step {step} of {steps}: loss {losses[-1]:.3f}")
-        after = _mean_loss(tuner, held_out), passage()
+        after = mean_loss(tuner, held_out), passage()
     return tuner, losses, (before[0], after[0]), (before[1], after[1]), held_out[:1]
 
 

