@@ -471,13 +471,12 @@ def _return_memory() -> None:
 
 
 def _check_arguments(steps: int, api: str, method: str) -> None:
-    problems: list[str] = []
-    if steps < 1:
-        problems.append(f"steps: expected at least 1, found {steps}")
-    if api not in APIS:
-        problems.append(f"api: expected one of {', '.join(APIS)}, found {api!r}")
-    if method not in method_names():
-        problems.append(f"method: expected one of {', '.join(method_names())}, found {method!r}")
+    checks = (
+        ("steps", "at least 1", steps, steps >= 1),
+        ("api", f"one of {', '.join(APIS)}", api, api in APIS),
+        ("method", f"one of {', '.join(method_names())}", method, method in method_names()),
+    )
+    problems = [f"{name}: expected {expected}, found {found!r}" for name, expected, found, right in checks if not right]
     if problems:
         raise ConfigError("demo: " + "; ".join(problems))
 

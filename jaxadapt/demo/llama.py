@@ -75,15 +75,14 @@ class LlamaConfig:
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        if self.num_heads % self.num_kv_heads:
-            problems.append(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads")
-        if self.head_dim % 2:
-            problems.append(f"head_dim must be even for rotary positions, found {self.head_dim}")
-        if self.scan_axis not in (0, 1):
-            problems.append(f"scan_axis must be 0 or 1, found {self.scan_axis}")
-        if problems:
-            raise ConfigError("LlamaConfig: " + "; ".join(problems))
+        wrong = {
+            f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads": self.num_heads
+            % self.num_kv_heads,
+            f"head_dim must be even for rotary positions, found {self.head_dim}": self.head_dim % 2,
+            f"scan_axis must be 0 or 1, found {self.scan_axis}": self.scan_axis not in (0, 1),
+        }
+        if any(wrong.values()):
+            raise ConfigError("LlamaConfig: " + "; ".join(problem for problem, holds in wrong.items() if holds))
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:

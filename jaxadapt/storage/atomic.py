@@ -447,19 +447,11 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
 
 
 def _check_target(path: str | os.PathLike[str]) -> str:
-    """Return the target as text. Raises `FileError` if it is a directory or cannot be checked."""
+    """Return the target as text. Raises `FileError` if it is a directory."""
     target = os.fspath(path)  # a Path would lose the slash at its end
     if "://" in target:
         target = str(location.to_location(path))
-    name = os.path.split(target)[1]
-    folder = not name or name in (".", "..")
-    try:
-        folder = folder or stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 (a Path would lose the slash)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        # A dangling or circular symbolic link is replaced.
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise write_error(target, error) from error
-    if folder:
+    if os.path.split(target)[1] in ("", ".", "..") or os.path.isdir(target):  # noqa: PTH112 (no error)
         raise FileError(f"{target}: cannot write: expected the path of a file, found a directory; add a file name")
     return target
 

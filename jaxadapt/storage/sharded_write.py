@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import FileError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.storage import atomic, local_files, safetensors
-from jaxadapt.storage.atomic import close_fd, flush_file, write_at, write_error
+from jaxadapt.storage.atomic import flush_file, opened, write_at, write_error
 from jaxadapt.storage.safetensors import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
@@ -269,18 +269,21 @@ def _follow(
     with contextlib.ExitStack() as stack:
         with group.announce_failure("sees"):
             _compare(path, ours, plan)
-            fd = _open_shared(Path(path).parent / plan["file"], plan["size"])
-            if fd is not None:
-                stack.callback(close_fd, fd)  # all writes are flushed before
-        group.send("sees", fd is not None)
+            # Write-only: a client of a network file system that has read a page may later write back the whole page,
+            # and overwrite new bytes of another machine with old ones.
+            flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                fd = stack.enter_context(opened(Path(path).parent / plan["file"], flags))
+                sees = os.fstat(fd).st_size == plan["size"]
+            except OSError:  # missing or not writable here; process 0 writes instead
+                fd, sees = -1, False  # no descriptor: there are then no parts to write
+        group.send("sees", sees)
         common = group.receive("mode")
         with group.announce_failure("written"):
             if not common:
                 own_parts = None  # release them before all parts are gathered
-            _write_parts(
-                -1 if fd is None else fd, path, plan["start"], header.tensors, own_parts or parts(False), report
-            )
-            if common and fd is not None:
+            _write_parts(fd, path, plan["start"], header.tensors, own_parts or parts(False), report)
+            if common and sees:
                 flush_file(fd, path)
         group.send("written", shares)
 
@@ -296,21 +299,6 @@ def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
         " processes, or gather them (jax.experimental.multihost_utils.process_allgather):",
         sorted(name for name in names if ours["alike"].get(name) != theirs["alike"].get(name)),
     )
-
-
-def _open_shared(temporary: Path, size: int) -> int | None:
-    """Open the file of process 0 for writing, or return None if this process does not see it."""
-    # Write-only: a client of a network file system that has read a page may later write back the whole page, and
-    # overwrite new bytes of another machine with old ones.
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # missing or not writable here; process 0 writes instead
-        return None
-    with contextlib.suppress(OSError):
-        if os.fstat(fd).st_size == size:
-            return fd
-    close_fd(fd)
-    return None
 
 
 def digest(*values: str | np.ndarray) -> str:
