@@ -16,7 +16,6 @@ import dataclasses
 import gc
 import importlib
 import importlib.util
-import json
 import platform
 import subprocess
 import sys
@@ -290,10 +289,7 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     peft: Any = importlib.import_module("peft")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
-        config = transformers.AutoConfig.from_pretrained(folder)
-    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_hf()))
     with torch.no_grad():
         parameters = dict(base.named_parameters())  # without the tied head, which is the embedding
         weights = model.weights()
@@ -305,10 +301,9 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         for name, weight in weights.items():
             parameters[name].copy_(torch.from_numpy(np.array(weight)))  # torch warns of arrays that it may not write
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
-    tasks = task_data(jaxadapt.read_config(adapter), len(tokens))
-    more = {name: torch.from_numpy(np.array(x)).long() for name, x in tasks.items()}
+    data = {"input_ids": tokens, **task_data(jaxadapt.read_config(adapter), len(tokens))}
     with torch.no_grad():
-        logits = adapted(torch.from_numpy(tokens).long(), **more).logits.numpy()
+        logits = adapted(**{name: torch.from_numpy(np.array(x)).long() for name, x in data.items()}).logits.numpy()
     return logits[:, -tokens.shape[1] :]  # those of virtual tokens come first
 
 

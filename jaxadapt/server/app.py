@@ -32,8 +32,8 @@ from jaxadapt import serving
 from jaxadapt.core.errors import LOGGER, AdapterError, ConfigError, FileError, warn
 from jaxadapt.server import protocol
 from jaxadapt.server.base import END, START, Base, find, is_plain, is_there, make_room, scan
-from jaxadapt.server.engine import Engine, Job, Metrics, Piece
-from jaxadapt.server.protocol import LEFT, Answer, Request, RequestError
+from jaxadapt.server.engine import Engine, Job, Metrics
+from jaxadapt.server.protocol import LEFT, Answer, Piece, Request, RequestError
 
 # ---------------------------------------------------------------- session
 
@@ -232,10 +232,14 @@ class Server:
                 raise piece.error
             found[index].append(piece)
         made = [
-            ("".join(p.text for p in pieces), pieces[-1].reason, [score for p in pieces for score in p.scores])
+            dataclasses.replace(
+                pieces[-1],
+                text="".join(piece.text for piece in pieces),
+                scores=[score for piece in pieces for score in piece.scores],
+            )
             for pieces in found
         ]
-        return answer.whole(made, self._usage(session, request, [pieces[-1].tokens for pieces in found]))
+        return answer.whole(made, self._usage(session, request, [each.tokens for each in made]))
 
     async def _events(
         self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request
@@ -247,8 +251,7 @@ class Server:
                 yield f"data: {json.dumps(self.body_of(piece.error))}\n\n"
                 break
             counts[index] = piece.tokens
-            new = piece.text, piece.reason, piece.scores
-            event = answer.piece(index, new, first=index not in sent, offset=sent.get(index, 0))
+            event = answer.piece(index, piece, first=index not in sent, offset=sent.get(index, 0))
             yield f"data: {json.dumps(event)}\n\n"
             sent[index] = sent.get(index, 0) + len(piece.text)
         else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import LOGGER, AdapterError
-from jaxadapt.server.protocol import RequestError, TextStream, TokenScore, token_scores
+from jaxadapt.server.protocol import Piece, RequestError, TextStream, TokenScore, token_scores
 from jaxadapt.serving.generation import Decoder, Sampling, Scores
 from jaxadapt.serving.pool import AdapterPool
 
@@ -84,32 +84,6 @@ class Metrics:
 
 
 # ---------------------------------------------------------------- engine
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of an answer.
-
-    Attributes:
-        text: the text that is new.
-        tokens: the tokens so far.
-        version: the id of the adapter's version; 0 for the base.
-        reason: None while the answer goes on; "stop" or "length" at its end.
-        error: why the request failed, at its end.
-        scores: of the tokens that are new, and of the prompt's if the job asks for them.
-    """
-
-    text: str = ""
-    tokens: int = 0
-    version: int = 0
-    reason: str | None = None
-    error: RequestError | None = None
-    scores: Sequence[TokenScore] = ()
-
-    @property
-    def final(self) -> bool:
-        """True for the last piece."""
-        return self.reason is not None or self.error is not None
 
 
 @dataclasses.dataclass(eq=False)

@@ -324,8 +324,30 @@ def _messages(messages: Any) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-Made = tuple[str, str | None, Sequence[TokenScore]]
-"""Text, reason of the end and scores, of an answer or of a piece of one."""
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: the text that is new.
+        tokens: the tokens so far.
+        version: the id of the adapter's version; 0 for the base.
+        reason: None while the answer goes on; "stop" or "length" at its end.
+        error: why the request failed, at its end.
+        scores: of the tokens that are new, and of the prompt's if the job asks for them.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    version: int = 0
+    reason: str | None = None
+    error: RequestError | None = None
+    scores: Sequence[TokenScore] = ()
+
+    @property
+    def final(self) -> bool:
+        """True for the last piece."""
+        return self.reason is not None or self.error is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,21 +365,20 @@ class Answer:
     fingerprint: str
     spell: Spell | None = None
 
-    def whole(self, choices: Sequence[Made], usage: Mapping[str, int]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the JSON of all choices."""
         made = [
-            {"index": i, "finish_reason": reason, "logprobs": self._logprobs(scores, 0)}
-            | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})
-            for i, (text, reason, scores) in enumerate(choices)
+            {"index": index, "finish_reason": choice.reason, "logprobs": self._logprobs(choice.scores, 0)}
+            | ({"message": {"role": "assistant", "content": choice.text}} if self.chat else {"text": choice.text})
+            for index, choice in enumerate(choices)
         ]
         return self._frame("chat.completion" if self.chat else "text_completion", made) | {"usage": dict(usage)}
 
-    def piece(self, index: int, made: Made, *, first: bool, offset: int) -> dict[str, Any]:
+    def piece(self, index: int, piece: Piece, *, first: bool, offset: int) -> dict[str, Any]:
         """Return the JSON of a piece of a stream, whose text begins at `offset` in the choice's text."""
-        text, reason, scores = made
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": self._logprobs(scores, offset)}
-        role = {"role": "assistant"} if first else {}
-        choice |= {"delta": role | ({"content": text} if text or first else {})} if self.chat else {"text": text}
+        delta = ({"role": "assistant"} if first else {}) | ({"content": piece.text} if piece.text or first else {})
+        choice = {"index": index, "finish_reason": piece.reason, "logprobs": self._logprobs(piece.scores, offset)}
+        choice |= {"delta": delta} if self.chat else {"text": piece.text}
         return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
 
     def last(self, usage: Mapping[str, int]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from jaxadapt import ConfigError, FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig, to_nnx
 from jaxadapt.server import app
 from jaxadapt.server.base import open_base, scan
-from jaxadapt.server.engine import Engine, Job, Metrics, Piece
-from jaxadapt.server.protocol import RequestError, TextStream
+from jaxadapt.server.engine import Engine, Job, Metrics
+from jaxadapt.server.protocol import Piece, RequestError, TextStream
 from jaxadapt.serving import Sampling
 from tests.server.conftest import CONFIG, write_base
 
