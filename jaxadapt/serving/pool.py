@@ -194,12 +194,11 @@ class AdapterPool(RowsByName):
         self._removed: set[str] = set()
         self._numbers = itertools.count(1)
         # By the id of a version; the one that was used last is at the end.
-        self._host: collections.OrderedDict[int, _Prepared] = collections.OrderedDict()
+        self._host: collections.OrderedDict[int, concurrent.futures.Future[_Prepared]] = collections.OrderedDict()
         self._host_room = host_bytes // max(1, bank.layout.slot_bytes)
         self._slots: collections.OrderedDict[int, int] = collections.OrderedDict()
         self._pins: collections.Counter[int] = collections.Counter()  # leases of each version in a slot
         self._free = list(range(bank.slots - 1, 0, -1))
-        self._loading: dict[int, concurrent.futures.Future[_Prepared]] = {}
         self._changed = threading.Condition(threading.RLock())
         self._queue: dict[object, float] = {}  # {ticket: when it ends to wait}, of the leases without slots
         self._threads = concurrent.futures.ThreadPoolExecutor(2, "adapter-pool")
@@ -471,27 +470,22 @@ class AdapterPool(RowsByName):
     def _load(self, version: Version) -> _Prepared:
         """Return an adapter's padded tensors, from host memory or from its folder, which one thread reads."""
         with self._changed:
-            if version.id in self._host:
-                self._host.move_to_end(version.id)
-                return self._host[version.id]
-            waiting = self._loading.get(version.id)
-            mine = self._loading.setdefault(version.id, concurrent.futures.Future())
-        if waiting is not None:
-            return waiting.result()
+            known = self._host.get(version.id)
+            mine = self._host.setdefault(version.id, concurrent.futures.Future())
+            self._host.move_to_end(version.id)
+        if known is not None:
+            return known.result()
         try:
-            prepared = banks.prepare(self._bank, self._read_adapter(version))
+            mine.set_result(banks.prepare(self._bank, self._read_adapter(version)))
         except BaseException as error:
             with self._changed:
-                del self._loading[version.id]
+                self._host.pop(version.id, None)
             mine.set_exception(error)
             raise
         with self._changed:
-            del self._loading[version.id]
-            self._host[version.id] = prepared
-            if len(self._host) > self._host_room:
+            while len(self._host) > self._host_room:
                 self._host.popitem(last=False)
-        mine.set_result(prepared)
-        return prepared
+        return mine.result()
 
     def _read_adapter(self, version: Version) -> Adapter:
         adapter = from_peft(read(version.path), self._shapes, keymap=self._keymap)
