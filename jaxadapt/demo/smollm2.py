@@ -20,7 +20,6 @@ import numpy as np
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import gguf_files
-from jaxadapt.export.gguf_model import GgufTensors, gguf_base
 from jaxadapt.storage.source import TensorSource
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ class SmolLM2:
 
         A process thus holds the model only once, in the form that it computes with.
         """
+        from jaxadapt.export.gguf_model import GgufTensors, gguf_base
+
         return GgufTensors(self.file, gguf_base(self.file))
 
     def tokenizer(self) -> Tokenizer:
