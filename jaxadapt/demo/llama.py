@@ -17,11 +17,11 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
+from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.core.paths import Spec, compare, unflatten
 from jaxadapt.models.attention_calls import attention
 from jaxadapt.models.nnx.graph import SharedParam
-from jaxadapt.storage.source import as_source
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache

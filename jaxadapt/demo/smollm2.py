@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxadapt.arrays.tensor_source import TensorSource
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.export import gguf_files
-from jaxadapt.storage.source import TensorSource
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
