@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- dtypes
 
 
-_NUMPY = {
+_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
     "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
     "I64": "int64", "U64": "uint64",
-}  # fmt: skip
-_ML_DTYPES = {
     "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-NAMES = {name: code for names in (_NUMPY, _ML_DTYPES) for code, name in names.items()}
+"""{safetensors' name: numpy's}; numpy knows those of the last two lines by ml_dtypes."""
+NAMES = {name: code for code, name in _DTYPES.items()}
 _FLOATS = tuple(name for name in NAMES if name.startswith(("float", "bfloat")) and name != "float8_e8m0fnu")
 _SPELLINGS = {NAMES[name].lower(): name for name in _FLOATS} | {f"fp{bits}": f"float{bits}" for bits in (16, 32, 64)}
 """{spelling: name}: safetensors' names in lower case, and PyTorch's and transformers' short ones."""
@@ -47,15 +46,12 @@ def numpy_dtype(name: str) -> np.dtype:
     >>> numpy_dtype("BF16"), numpy_dtype("F32")
     (dtype(bfloat16), dtype('float32'))
     """
+    import ml_dtypes  # noqa: F401 (tells numpy its dtypes)
     import numpy as np
 
-    if name in _NUMPY:
-        return np.dtype(_NUMPY[name])
-    if name in _ML_DTYPES:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
-    raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}")
+    if name not in _DTYPES:
+        raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join(_DTYPES)}")
+    return np.dtype(_DTYPES[name])
 
 
 def dtype_name(dtype: npt.DTypeLike) -> str:
@@ -325,7 +321,8 @@ def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
 
     Reading raises `MismatchError` if finite values are NaN or infinite in that dtype.
     """
-    return _Cast(as_source(tensors), dtype)
+    source = as_source(tensors)
+    return _Cast(source, dict.fromkeys(source, dtype))
 
 
 def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
@@ -422,39 +419,27 @@ class _Stacks(_Derived["Sequence[Sequence[str]]"]):
         return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
 
 
-class _Cast(TensorSource):
+class _Cast(_Derived[Any]):
     """Tensors that are cast when they are read; integers keep their dtype."""
 
-    def __init__(self, tensors: TensorSource, dtype: Any) -> None:
-        self._tensors, self._dtype, self.source = tensors, dtype, tensors.source
+    def _spec(self, key: str, part: Any) -> TensorSpec:
+        shape, dtype = self._tensors.specs[key]
+        return TensorSpec(shape, part if is_float(dtype) else dtype)
 
-    @functools.cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {
-            key: TensorSpec(spec.shape, self._dtype if is_float(spec.dtype) else spec.dtype)
-            for key, spec in self._tensors.specs.items()
-        }
-
-    def read(self, key: str) -> np.ndarray:
-        return self._cast(key, self._tensors.read(key))
-
-    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
-        return self._cast(key, self._tensors.read_slice(key, slices, shape))
-
-    def _cast(self, key: str, values: Any) -> np.ndarray:
+    def _read(self, key: str, part: Any, slices: Sequence[slice]) -> np.ndarray:
         import numpy as np
 
         from jaxadapt.arrays import finite  # imports JAX, which only a cast needs
 
-        values = np.asarray(values)
+        values = np.asarray(self._tensors.read_slice(key, slices))
         if values.dtype == self.specs[key].dtype:
             return values
         with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
-            new = values.astype(self._dtype)
+            new = values.astype(part)
             if finite.is_finite(new) or not finite.count_lost(values, new):
                 return new
             lost = dict[str, int]()
             for name in (key for key, spec in self._tensors.specs.items() if is_float(spec.dtype)):
                 values = np.asarray(self._tensors.read(name))
-                lost[name] = finite.count_lost(values, values.astype(self._dtype))
-        raise finite.overflow_error(lost, self._dtype, self.source)
+                lost[name] = finite.count_lost(values, values.astype(part))
+        raise finite.overflow_error(lost, part, self.source)

@@ -286,7 +286,12 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
     elif config.peft_type != "LORA":
         found["method" if peft_tensors.is_known_method(config.peft_type) else "type"] = config.peft_type
     found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
-    found |= _variant_properties(config) | _copy_properties(config)
+    if variants := [name for name in _VARIANTS if config.get(name)]:
+        found["variant"] = ", ".join(variants)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config"):
+        found["init"] = f"init_lora_weights={init!r}"
+    found |= _copy_properties(config)
     if config.get("bias", "none") != "none":
         found["bias"] = f"bias={config.get('bias')!r}"
     alpha: Any = config.get("lora_alpha")
@@ -307,17 +312,6 @@ def _target_properties(config: Config, keys: Iterable[str], tied: bool | None) -
     if config.peft_type == "LORA" and adapts and tied is not False:
         setting = f"target_modules={named}" if named else "an adapted embedding"
         found["tied embedding" if tied else "embedding"] = setting
-    return found
-
-
-def _variant_properties(config: Config) -> dict[str, str]:
-    found: dict[str, str] = {}
-    variants = [name for name in _VARIANTS if config.get(name)]
-    if variants:
-        found["variant"] = ", ".join(variants)
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config"):
-        found["init"] = f"init_lora_weights={init!r}"
     return found
 
 

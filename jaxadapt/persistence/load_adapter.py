@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter, Recipe
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
@@ -388,9 +388,8 @@ def adapter_from_tensors(
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
     the base.
     """
-    tensors, recipe, adapter_sites = bind(tensors, base, options)
-    expected = rules.Expected(tensors, recipe, adapter_sites, base, options)
-    source = rules.fit(expected)
+    expected = bind(tensors, base, options)
+    source, recipe, adapter_sites = rules.fit(expected), expected.recipe, expected.sites
     own = {key: spec.dtype for key, spec in source.specs.items()}
     if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
@@ -410,8 +409,8 @@ def adapter_from_tensors(
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> tuple[PeftTensors, Recipe, Sites]:
-    """Bind a file's configuration to a base; return the tensors, fused as the base is, the recipe and the sites."""
+def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> rules.Expected:
+    """Bind a file's configuration to a base, whose experts may be fused."""
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         keymap = planning.target_keymap(base, options.keymap, keys)
@@ -432,7 +431,7 @@ def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> tupl
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    return tensors, recipe, adapter_sites
+    return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:

@@ -379,7 +379,9 @@ def _check_names(
 
 
 def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
-    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
+    tensors, specs = stored.tensors or {}, stored.specs
+    contents = ({(specs[key], tensors[key].tobytes()) for key in keys} for keys in duplicates.values())
+    equal = has_config and all(len(different) == 1 for different in contents)
     name, keys = next(iter(duplicates.items()))
     again = {key: None for keys in duplicates.values() for key in keys[1:]}
     done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
@@ -392,13 +394,6 @@ def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *
         "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
         Fix((done,), names=again) if equal else None,
     )
-
-
-def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
-    """Return True if tensors have equal shapes, dtypes and bytes."""
-    tensors, specs = stored.tensors or {}, stored.specs
-    first = tensors[keys[0]].tobytes()
-    return len({specs[key] for key in keys}) == 1 and all(tensors[key].tobytes() == first for key in keys[1:])
 
 
 def guess_method(specs: Kinds) -> str:

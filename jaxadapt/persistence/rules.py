@@ -242,14 +242,27 @@ def _is_saved(name: str, config: Config) -> bool:
 def _judge_base_weight(
     source: TensorSource, key: str, place: tuple[PlanEntry, int], expected: Expected
 ) -> tuple[str, str | None]:
-    """Return the kind of a weight of the base in a file, and how it differs from the base's, as `_compare` does."""
-    path, form, keymap = place[0].path, place[0].form, expected.recipe.keymap
+    """Return the kind of a weight of the base in a file, and how it differs from the base's.
+
+    The difference is "" if it equals the base's, and None if the base has only shapes. `place` has the base's entry,
+    and the number of the tensor in it.
+    """
+    (entry, number), keymap = place, expected.recipe.keymap
+    path, form, leaf = entry.path, entry.form, expected.base.leaves[entry.path]
     embeds = full_copies.is_embedding(keymap, keymap.match(path))
+    kind, shape = "embeddings" if embeds else "base weights", tuple(source.specs[key].shape)
     # A guessed layout may be a Conv1D's, which stores (in, out).
     turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, expected.base.shapes[path])
+    if shape != form.file_shape and not (turns and shape[::-1] == form.file_shape):
+        return kind, f"{key}: expected {list(form.file_shape)} as in the base, found {list(shape)}"
+    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
+        return kind, None
+    own, value = np.asarray(form.encode(np.asarray(leaf), number)), np.asarray(source[key])
     exact = embeds or form.is_exact  # an embedding may have been trained a little
-    problem = _compare(source, key, expected.base.leaves[path], place, turns, exact)
-    return "embeddings" if embeds else "base weights", problem
+    for each in (value, value.T) if turns else (value,):
+        if each.shape == own.shape and _is_near(each.astype(own.dtype), own, exact):
+            return kind, ""
+    return kind, f"{key}: its values differ from the base's"
 
 
 def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
@@ -261,29 +274,6 @@ def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
     entries = (plans.base_plan_entry(full, leaf, shape) for leaf, shape in shapes.items())
     known = {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
     return {alias: known[name] for alias, name in keymap.tied if name in known} | known
-
-
-def _compare(
-    source: TensorSource, key: str, leaf: Any, place: tuple[PlanEntry, int], turns: bool, exact: bool
-) -> str | None:
-    """Return how a tensor differs from the base's, "" if it equals that; None if the base has only shapes.
-
-    Args:
-        place: the base's entry, and the number of the tensor in it.
-        turns: True if the tensor may be the transpose.
-        exact: False if the values may differ by a rounding.
-    """
-    entry, number = place
-    expected_shape, shape = entry.form.file_shape, tuple(source.specs[key].shape)
-    if shape != expected_shape and not (turns and shape[::-1] == expected_shape):
-        return f"{key}: expected {list(expected_shape)} as in the base, found {list(shape)}"
-    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
-        return None
-    own, value = np.asarray(entry.form.encode(np.asarray(leaf), number)), np.asarray(source[key])
-    for each in (value, value.T) if turns else (value,):
-        if each.shape == own.shape and _is_near(each.astype(own.dtype), own, exact):
-            return ""
-    return f"{key}: its values differ from the base's"
 
 
 def _is_near(found: np.ndarray, own: np.ndarray, exact: bool) -> bool:

@@ -478,18 +478,15 @@ def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
     return note("method", (kind,), f"{len(shapes)} tensors of {kind or 'an unknown method'}{text}")
 
 
-def _describe_scales(shapes: tensor_checks.Shapes, config: Config) -> list[Finding]:
-    """Return one note for each pair of rank and scale."""
+def _describe_scales(shapes: tensor_checks.Shapes, config: Config) -> Iterator[Finding]:
+    """Yield one note for each pair of rank and scale."""
     modules, _ = tensor_checks.split_modules(shapes, config)
     groups: dict[tuple[int, float], list[str]] = {}
     for module, setting in tensor_checks.module_settings(modules, config).items():
         groups.setdefault(setting, []).append(module)
-    notes: list[Finding] = []
     for (rank, scale), members in sorted(groups.items()):
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in members}))
-        text = f"rank {rank} and scale {scale:.6g} in {count(members, 'module')} ({ends})"
-        notes.append(note("scale", members, text))
-    return notes
+        yield note("scale", members, f"rank {rank} and scale {scale:.6g} in {count(members, 'module')} ({ends})")
 
 
 # ---------------------------------------------------------------- repair
@@ -554,26 +551,22 @@ def repair(
     target = _default_target(path) if out is None else out
     if location.is_hub_address(target):
         raise FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
-    with reporter(progress) as report:
-        with open_stored(path, report) as stored:
-            tensors, done = apply_fixes(stored)
-            if tensors is None:
-                lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
-                raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
-            if not done:
-                return Repaired(None, (), _problems(path))
-            is_same = _is_same(target, path)
-            if not is_same and any(location.exists(location.to_location(target) / name) for name in _NAMES):
-                raise FileError(
-                    f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter;"
-                    " choose another folder with out="
-                )
-            if is_same:  # the file is replaced
-                tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
-            else:
-                folder.write(tensors, target, progress=report)
-        if is_same:
-            folder.write(tensors, target, progress=report)
+    with reporter(progress) as report, contextlib.ExitStack() as stack:
+        tensors, done = apply_fixes(stack.enter_context(open_stored(path, report)))
+        if tensors is None:
+            lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
+            raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
+        if not done:
+            return Repaired(None, (), _problems(path))
+        if _is_same(target, path):  # the file is replaced
+            tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
+            stack.close()
+        elif any(location.exists(location.to_location(target) / name) for name in _NAMES):
+            raise FileError(
+                f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter;"
+                " choose another folder with out="
+            )
+        folder.write(tensors, target, progress=report)
     return Repaired(os.fspath(target), done, _problems(target))
 
 

@@ -160,7 +160,7 @@ def cached_commit(path: str | os.PathLike[str], file: str) -> str:
     return Path(path).parents[len(file.split("/")) - 1].name
 
 
-def check_in_cache(path: str, place: Address, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+def check_in_cache(path: str, place: Address, cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return the path of a cached file. Raises `FileError` if it is outside the cache, for example through a link."""
     from huggingface_hub import constants
 
@@ -520,7 +520,7 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
     if isinstance(cached, str):
         commit = cached_commit(cached, file)
         if commit == place.revision or commit == fetch_commit(place, name, token, _MAX_BYTES.get(name)):
-            return check_in_cache(cached, place, name, cache_dir)
+            return check_in_cache(cached, place, cache_dir)
     else:
         fetch_commit(place, name, token, _MAX_BYTES.get(name))
     downloaded = hf_hub_download(
@@ -532,7 +532,7 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
         library_name="jaxadapt",
         tqdm_class=progress_bar_class(name, report),
     )
-    return check_in_cache(downloaded, place, name, cache_dir)
+    return check_in_cache(downloaded, place, cache_dir)
 
 
 def _absence_errors() -> tuple[type[Exception], ...]:

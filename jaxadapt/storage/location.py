@@ -127,8 +127,7 @@ class Address(os.PathLike[str]):
     def __fspath__(self) -> str:
         return self._text
 
-    def __str__(self) -> str:
-        return self._text
+    __str__ = __fspath__
 
     def __repr__(self) -> str:
         return f"Address({self._text!r})"

@@ -210,7 +210,8 @@ def read_adapter(
     from jaxadapt.persistence import load_adapter  # imports Flax, which a reader does not need
 
     path, stored = os.fspath(place.path), find_adapter(place.path, attached, name)
-    _, recipe, target_sites = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options)
+    expected = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options)
+    recipe, target_sites = expected.recipe, expected.sites
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
         for each in (target_sites, sites.sites_of(stored.adapter))
