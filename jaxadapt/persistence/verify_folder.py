@@ -38,7 +38,7 @@ from jaxadapt.core.errors import (
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
-from jaxadapt.persistence.findings import MODEL_FILES, SEVERITIES, Finding, count, error, note, warning
+from jaxadapt.persistence.findings import SEVERITIES, Finding, count, error, note, warning
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
 from jaxadapt.persistence.tensor_checks import Shapes
@@ -115,12 +115,8 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
 def _stored_shapes(place: Location) -> Shapes:
     """Return the shapes in a folder of weights, or in one file."""
     if location.is_dir(place):
-        name = next((name for name in MODEL_FILES if location.exists(place / name)), None)
-        if name is None:
-            expected = f"{hf_model.SINGLE_FILE}, {hf_model.INDEX} or {hf_model.BIN}"
-            raise FileError(f"{place}: expected {expected}, found none of them")
-        is_index = name in (hf_model.INDEX, hf_model.BIN_INDEX)
-        files = dict.fromkeys(hf_model.read_index(place / name).values()) if is_index else (name,)
+        main = hf_model.main_file(place)
+        files = dict.fromkeys(hf_model.read_index(main).values()) if main.suffix == ".json" else (main.name,)
         return {key: shape for file in files for key, shape in _stored_shapes(place / file).items()}
     if place.suffix == ".safetensors":
         return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}

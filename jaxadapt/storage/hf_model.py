@@ -68,7 +68,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
                 f"{path}: no such folder or file; download a model of the Hub with `hf download ORG/NAME --local-dir"
                 " FOLDER`"
             )
-        main = path if not location.is_dir(path) else _main_file(path)
+        main = path if not location.is_dir(path) else main_file(path)
         if main == path or main.suffix != ".json":
             yield combine(str(main), [open_part(main)])
             return
@@ -84,7 +84,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
         yield combine(str(path), list(parts.values()))
 
 
-def _main_file(folder: Location) -> Location:
+def main_file(folder: Location) -> Location:
     """Return the file of a model's weights, or their index."""
     found = next(filter(location.exists, (folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX))), None)
     if found is None:
