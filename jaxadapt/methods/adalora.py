@@ -20,12 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
-from jaxadapt.methods.matrix import MatrixMethod, ScaleHparams
+from jaxadapt.methods.matrix import (Array, axes_tensor, Draw, MatrixMethod, MethodTensor, Params, OwnHparams, Start, Target, tensor_roles)
 
 __all__ = ["Allocation", "allocate_ranks", "orthogonality_loss", "prune"]
 
@@ -70,12 +67,12 @@ class Adalora(MatrixMethod):
     def starts_unchanged(self, config: AdaLoraConfig) -> bool:
         return bool(config.init_lora_weights)
 
-    def own(self, config: AdaLoraConfig, target: Target) -> ScaleHparams:
+    def own(self, config: AdaLoraConfig, target: Target) -> OwnHparams:
         def scale(module: str) -> float:
             alpha = config.lora_alpha if config.lora_alpha > 0 else sum(config.mask_of(module))
             return alpha / (config.init_r + 1e-5)
 
-        return ScaleHparams(target.value(scale), config.lora_dropout)
+        return OwnHparams(target.value(scale), dropout=config.lora_dropout)
 
     def init(self, config: AdaLoraConfig, tensor: MethodTensor, start: Start) -> Draw:
         defaults = AdaLoraConfig()
@@ -89,10 +86,10 @@ class Adalora(MatrixMethod):
             return Draw("normal", 1.0)
         return Draw("constant", 0.0) if tensor.name == "lora_E" else Draw("normal", 0.02)
 
-    def delta(self, own: ScaleHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         return own.scale * (params["lora_B"] @ (params["lora_A"] * params["lora_E"])).reshape(w.shape)
 
-    def after(self, own: ScaleHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         a = params["lora_A"] * params["lora_E"]
         h = jnp.einsum("...i,ri->...r", x.astype(a.dtype), a)
         return y + own.scale * jnp.einsum("...r,or->...o", h, params["lora_B"])
@@ -247,6 +244,3 @@ def _scores(elements: Mapping[str, Array]) -> dict[str, Array]:
         score = x[:, 0] if _kind(key) == "lora_E" else x.mean(0 if _kind(key) == "lora_B" else 1)
         scores[name] = scores[name] + score if name in scores else score
     return scores
-
-
-METHOD = Adalora()

@@ -158,6 +158,3 @@ def layer_number(name: str) -> int:
     if found is None:
         raise TargetError(f"{name}: expected the name of a module in a numbered layer, found no number")
     return int(found[1])
-
-
-METHOD = AdaptionPrompt()

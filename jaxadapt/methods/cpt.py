@@ -150,6 +150,3 @@ def _later_outputs(types: Array) -> Array:
     first = jnp.concatenate([ordered[:, :1] > 0, ordered[:, 1:] > ordered[:, :-1]], axis=1)
     larger = (ordered[:, None] > types[:, :, None]) & first[:, None]
     return larger.sum(-1).astype(jnp.float32)
-
-
-METHOD = Cpt()

@@ -12,12 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import DeloraConfig
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, at_least_float32, tensor_roles
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.matrix import (Array, at_least_float32, axes_tensor, Draw, MatrixMethod, MethodTensor, own_tensor, Params, Start, Target, tensor_roles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +86,3 @@ def _strengths(own: DeloraHparams, params: Params) -> Array:
     a, b = params["delora_A"], params["delora_B"]
     norms = [jnp.sqrt(jnp.maximum((x * x).sum(axis), 1e-8)) for x, axis in ((a, 1), (b, 0))]
     return params["delora_lambda"] / own.rank / (norms[0] * norms[1])
-
-
-METHOD = Delora()

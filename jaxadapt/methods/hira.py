@@ -18,20 +18,9 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import products
 from jaxadapt.arrays.products import Operation, Use
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import HiraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
-from jaxadapt.methods.base import Array, Drop, Effects, Params, Start, Target, at_least_float32, tensor_roles
-from jaxadapt.methods.matrix import MatrixHparams, MatrixMethod
-
-
-@dataclasses.dataclass(frozen=True)
-class HiraHparams:
-    """The hyperparameters of a site: the kind of its weight and the dropout rate."""
-
-    kind: str
-    dropout: float
+from jaxadapt.methods.matrix import (Array, at_least_float32, axes_tensor, Draw, Drop, Effects, MatrixHparams, MatrixMethod, MethodTensor, OwnHparams, Params, Start, Target, tensor_roles)
 
 
 class Hira(MatrixMethod):
@@ -55,10 +44,10 @@ class Hira(MatrixMethod):
             axes_tensor(b, f"out r{ones}", r),
         )
 
-    def own(self, config: HiraConfig, target: Target) -> HiraHparams:
-        return HiraHparams(target.kind, 0.0 if target.kind == "embedding" else config.hira_dropout)
+    def own(self, config: HiraConfig, target: Target) -> OwnHparams:
+        return OwnHparams(kind=target.kind, dropout=0.0 if target.kind == "embedding" else config.hira_dropout)
 
-    def effect(self, own: HiraHparams) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("adds", form="use" if own.dropout or own.kind == "embedding" else "weight", reads=True)
 
     def init(self, config: HiraConfig, tensor: MethodTensor, start: Start) -> Draw:
@@ -75,7 +64,7 @@ class Hira(MatrixMethod):
             return Draw("normal", 1 / start.shape[0])
         return Draw.kaiming(math.prod(start.shape[1:]))
 
-    def delta(self, own: HiraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         if own.kind == "embedding":  # PyTorch's table is (vocabulary, dimension)
             return w * (params["hira_embedding_B"] @ params["hira_embedding_A"]).T
         b = params["hira_B"]
@@ -101,6 +90,3 @@ class Hira(MatrixMethod):
         change = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w) - w
         x = x if drop is None else drop(x)
         return (y + products.run_use(use, x, change.astype(x.dtype))).astype(y.dtype)
-
-
-METHOD = Hira()

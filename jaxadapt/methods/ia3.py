@@ -170,7 +170,6 @@ class IA3(Method):
         return products.expand_to_letters(scale, letters, LETTERS[: axes.rank])
 
 
-METHOD = IA3()
 
 
 def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:

@@ -579,6 +579,3 @@ def _check_single_weight(hparams: LoraHparams) -> None:
             "aLoRA adapts only the tokens after its invocation sequence, so it has no single effective weight: it can"
             " be neither merged nor applied outside a matrix product"
         )
-
-
-METHOD = Lora()

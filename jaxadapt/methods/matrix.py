@@ -21,9 +21,10 @@ import numpy as np
 from jaxadapt.arrays import products
 from jaxadapt.arrays.layout import Axes, TorchLayout
 from jaxadapt.arrays.products import LAYER, LETTERS, USED, Operation, PerEntry, Use, entry_values
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
 from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.weight import MethodTensor
+from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import (
     CALL_KEY,
     PRIMITIVES,
@@ -33,11 +34,44 @@ from jaxadapt.methods.base import (
     Effects,
     Method,
     Params,
+    Shapes,
+    Start,
     Target,
+    Targets,
     adapted_entries,
     at_least_float32,
     file_sizes,
+    shared_value,
+    tensor_roles,
 )
+
+# The file of a method imports these names from here, wherever they are defined.
+__all__ = [
+    "CALL_KEY",
+    "Array",
+    "Draw",
+    "Drop",
+    "Effects",
+    "FactoredMethod",
+    "MatrixHparams",
+    "MatrixMethod",
+    "MethodTensor",
+    "Operation",
+    "OwnHparams",
+    "Params",
+    "Shapes",
+    "Start",
+    "Target",
+    "Targets",
+    "TorchRandom",
+    "Use",
+    "at_least_float32",
+    "axes_tensor",
+    "layout_of",
+    "own_tensor",
+    "shared_value",
+    "tensor_roles",
+]
 
 # ---------------------------------------------------------------- matrix
 
@@ -64,17 +98,11 @@ class MatrixHparams:
 
 
 @dataclasses.dataclass(frozen=True)
-class DropoutHparams:
-    """Own hyperparameters of a method: the dropout rate of the input."""
+class OwnHparams:
+    """Own hyperparameters of a method: the scale s, a number or a `PerEntry`; the weight's kind; the dropout rate."""
 
-    dropout: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleHparams:
-    """Own hyperparameters of a method: the scale s, a number or a `PerEntry`; the dropout rate of the input."""
-
-    scale: Any
+    scale: Any = None
+    kind: str = ""
     dropout: float = 0.0
 
 

@@ -15,12 +15,9 @@ from types import MappingProxyType
 import jax.nn as functions
 import jax.numpy as jnp
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.low_rank import PeanutConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, tensor_roles
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.matrix import (Array, axes_tensor, Draw, Effects, MatrixMethod, MethodTensor, own_tensor, Params, Start, Target, tensor_roles)
 
 
 def _gelu(x: Array) -> Array:
@@ -103,6 +100,3 @@ class Peanut(MatrixMethod):
         for i in range(own.depth):
             h = f(h @ params[f"peanut_decoders_{i}"].T) + inputs.pop()
         return own.scaling * (h @ params["peanut_B"].T).T
-
-
-METHOD = Peanut()

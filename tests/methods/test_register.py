@@ -249,7 +249,7 @@ def test_the_method_of_contributing_works_as_written(tmp_path: Path):
     names: dict[str, Any] = {"__name__": __name__}  # the page has every import that its reader needs
     for block in blocks:
         exec(compile(block, "CONTRIBUTING.md", "exec"), names)
-    with registered(names["METHOD"]) as method:
+    with registered(names["Sketch"]()) as method:
         for fields in method.examples:
             config = names["SketchConfig"](target_modules=["q"], **fields)
             model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2))

@@ -18,7 +18,7 @@ import torch
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import start
-from jaxadapt.methods import cpt
+from jaxadapt.methods import METHODS, cpt
 
 pytestmark = pytest.mark.peft
 
@@ -57,9 +57,9 @@ def test_projection_gradient_and_steps_are_pefts() -> None:
         (out * torch.tensor(cotangent)).sum().backward()
 
         def loss(params: Any, cotangent: Any = cotangent) -> Any:
-            return (cpt.METHOD.tokens(OURS, params, {}) * cotangent).sum()
+            return (METHODS["CPT"].tokens(OURS, params, {}) * cotangent).sum()
 
-        np.testing.assert_allclose(cpt.METHOD.tokens(OURS, ours, {}), out.detach(), atol=1e-6)
+        np.testing.assert_allclose(METHODS["CPT"].tokens(OURS, ours, {}), out.detach(), atol=1e-6)
         gradients = jax.grad(loss)(ours)
         assert not np.asarray(gradients[cpt.FIXED]).any()
         weight = encoder.delta_embedding.weight

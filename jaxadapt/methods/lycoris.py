@@ -1,27 +1,164 @@
-"""LoKr (Yeh et al. 2023, arXiv:2309.14859) with PEFT's conventions: W + s·(w1 ⊗ w2), s = α/r.
+"""The elementwise and the Kronecker product of low-rank matrices: LoHa and LoKr.
+
+LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098) with PEFT's conventions: W + s·(W1a·W1b)∘(W2a·W2b), s = α/r.
+
+A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d` its window has tensors of its
+own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`, but the
+gradients of W1a and W2a with T1 and T2 are those of the function: PEFT computes each with the other's tensors.
+In training, `rank_dropout` drops rows of the change and `module_dropout` the whole change of a module, for all rows of
+a batch. The rows that are kept are divided by their share. If no row is kept, PEFT's outputs are NaN; here the module
+is not changed.
+
+LoKr (Yeh et al. 2023, arXiv:2309.14859) with PEFT's conventions: W + s·(w1 ⊗ w2), s = α/r.
 
 w1 is (l, m) and w2 (k, n), with l·k outputs and m·n inputs. Each of them may be a product of two matrices of rank r. A
 convolution's window belongs to w2; with `use_effective_conv2d` it has a tensor of its own, T2 (r, r, window), and w2_a
 is (r, k). The arithmetic follows PEFT's `tuners/lokr/layer.py`, with its fault: for a 1-D convolution with a full w2,
 PEFT multiplies w1 with the last two axes of w2, so the change of the kernel is not that of its channels.
-Dropout is as in `methods/loha.py`, but only `rank_dropout_scale` divides the rows that are kept by their share.
+Dropout is that of LoHa, but only `rank_dropout_scale` divides the rows that are kept by their share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.frozen import find_pattern_value
-from jaxadapt.configs.low_rank import LoKrConfig
+from jaxadapt.configs.low_rank import LoHaConfig, LoKrConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
-from jaxadapt.methods.base import Array, Params, Start, Target, tensor_roles
-from jaxadapt.methods.common import DroppedHparams, kept_rows, split_size
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.matrix import (
+    CALL_KEY, Array, Draw, Effects, FactoredMethod, MatrixMethod, MethodTensor, Params, Start, Target, axes_tensor, shared_value, tensor_roles,
+)
+
+
+# ---------------------------------------------------------------- dropped rows
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        scale: the scale s, a number or a `PerEntry`.
+        rank_dropout: the probability of a row of the change to be 0.
+        module_dropout: the probability of the whole change to be 0.
+        unscaled_dropout: True if the rows that are kept are not divided by their share.
+    """
+
+    scale: Any
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    unscaled_dropout: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """The larger rate, 0 if nothing is dropped."""
+        return max(self.rank_dropout, self.module_dropout)
+
+
+def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
+    """Return the factor of each row of the change in this call (rows); 1 without dropout."""
+    if CALL_KEY not in params:
+        return 1.0
+    row_key, module_key = jax.random.split(params[CALL_KEY])
+    kept = jax.random.bernoulli(row_key, 1 - own.rank_dropout, (rows,)).astype("float32")
+    kept = kept if own.unscaled_dropout else kept / jnp.maximum(kept.mean(), 1 / rows)
+    return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
+
+
+# ---------------------------------------------------------------- loha
+
+
+class Loha(FactoredMethod):
+    """The elementwise product of two low-rank matrices."""
+
+    peft_type = "LOHA"
+    drops = "change"
+    kinds = frozenset({"linear", "conv"})
+    scaled = frozenset({"hada_w1_a"})
+    roles = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
+    examples = (
+        {"r": 2, "alpha": 3},
+        {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
+    )
+
+    def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
+        r, is_conv = (("r", target.rank(config.rank_of)),), target.kind == "conv"
+        if target.found:  # the base may be unknown
+            effective, window = "hada_t1" in target.found, target.found.get("hada_t1", ())[2:]
+        else:
+            window = (*target.window, 1)[:2] if is_conv else ()
+            effective = config.use_effective_conv2d and math.prod(window) > 1
+        if effective:
+            shared_value("rank_pattern", {module: config.rank_of(module) for module in target.modules})
+        made: list[MethodTensor] = []
+        for i in "12":
+            a = axes_tensor(f"hada_w{i}_a", "out r", r)
+            b = axes_tensor(f"hada_w{i}_b", "r in", r)
+            if effective:
+                sizes = (*r, ("r2", r[0][1]), *zip(("x", "y"), window, strict=True))
+                made.append(axes_tensor(f"hada_t{i}", "r r2 x y", sizes))
+                a = axes_tensor(f"hada_w{i}_a", "r out", r)
+                b = axes_tensor(f"hada_w{i}_b", "r channels", r)
+            elif is_conv:
+                inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
+                b = axes_tensor(f"hada_w{i}_b", "r i", (*r, ("i", inputs)))
+            made += [a, b]
+        return target.with_ranks(made, config.rank_of)
+
+    def own(self, config: LoHaConfig, target: Target) -> DroppedHparams:
+        def scale(module: str) -> float:
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
+
+        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout)
+
+    def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if tensor.name == "hada_w2_b" and config.init_weights:
+            return Draw("constant", 0.0)
+        return Draw.kaiming(math.prod(start.shape[1:]))
+
+    def effect(self, own: DroppedHparams) -> Effects:
+        return Effects("adds", form="weight")
+
+    def plain_rank(self, config: LoHaConfig) -> int:
+        return max([config.r, *(config.rank_pattern or {}).values()]) ** 2
+
+    def factors(self, own: DroppedHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        # The rows of A are the products of each row of W1b with each row of W2b, and so are the columns of B.
+        a = params["hada_w1_b"][:, None] * params["hada_w2_b"][None]
+        b = params["hada_w1_a"][:, :, None] * params["hada_w2_a"][:, None]
+        return a.reshape(-1, shape[1]), own.scale * b.reshape(shape[0], -1)
+
+    def delta(self, own: DroppedHparams, params: Params, w: Array) -> Array:
+        if "hada_t1" in params:
+            sides = [
+                jnp.einsum("rj...,jp,ri->ip...", params[f"hada_t{i}"], params[f"hada_w{i}_b"], params[f"hada_w{i}_a"])
+                for i in "12"
+            ]
+        else:
+            sides = [params[f"hada_w{i}_a"] @ params[f"hada_w{i}_b"] for i in "12"]
+        delta = own.scale * (sides[0] * sides[1]).reshape(len(w), -1)
+        return (delta.T * kept_rows(own, params, len(w))).T.reshape(w.shape)
+
+
+# ---------------------------------------------------------------- lokr
+
+
+def split_size(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return PEFT's two factors of a size, the smaller one first unless `factor` divides the size.
+
+    >>> split_size(4096), split_size(4096, 16), split_size(576, 7), split_size(6, 3)
+    ((64, 64), (16, 256), (6, 96), (3, 2))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = min(math.isqrt(size), size if factor == -1 else factor)
+    first = max([m for m in range(2, limit + 1) if size % m == 0], default=1)
+    return first, size // first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +286,3 @@ def _axes(config: LoKrConfig, target: Target, form: _Form, r: int) -> dict[str, 
                 f" {wanted}; load the adapter into the model that it was trained on"
             )
     return axes
-
-
-METHOD = Lokr()

@@ -1,4 +1,14 @@
-"""OSF (Nayak et al. 2025, arXiv:2504.07097) with PEFT's conventions: the low part of the decomposition of W is trained.
+"""A subspace of the weight is replaced or kept: DEFT and OSF.
+
+DEFT with PEFT's conventions: W + L·(s·R − Gᵀ·W), which replaces a subspace of the outputs.
+
+L and G (out, r) follow from P (out, r): L = P and G = relu(P), or L = G = Q of the decomposition P = Q·U. The signs of
+Q's columns are those of Householder's method, as in PyTorch. s = α / r with the rank that the module has (at most its
+number of outputs), or 1 without α. With `para`, there is no R. The arithmetic follows PEFT's `tuners/deft/layer.py`.
+Two low-rank products change each use of the weight, one of the output without its bias and without dropout, and one of
+the input. Several active adapters each project the output of the base weight.
+
+OSF (Nayak et al. 2025, arXiv:2504.07097) with PEFT's conventions: the low part of the decomposition of W is trained.
 
 W = U_high·diag(S_high)·V_high + U_low·diag(S_low)·V_low, with the `effective_rank` largest singular values in the first
 term. It stays; the file has the second term, `osf_svd_params.U_low` (out, k), `S_low` (k) and `V_low` (k, in). The
@@ -12,17 +22,101 @@ projected off U_high and V_high. The arithmetic follows PEFT's `tuners/osf/layer
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import relu
 
 from jaxadapt.configs.full_rank import OSFConfig
+from jaxadapt.configs.low_rank import DeftConfig
 from jaxadapt.configs.validation import compile_pattern
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32, shared_value, tensor_roles
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.matrix import (
+    Array, Draw, Effects, MatrixMethod, MethodTensor, Params, Start, Target, at_least_float32, axes_tensor, shared_value, tensor_roles,
+)
+
+
+# ---------------------------------------------------------------- deft
+
+
+@dataclasses.dataclass(frozen=True)
+class DeftHparams:
+    """The hyperparameters of a site: the factor s, the decomposition "relu" or "qr", the dropout rate."""
+
+    scale: float
+    decomposition: str
+    dropout: float
+
+
+class Deft(MatrixMethod):
+    """The removal of a subspace, and a trained matrix in its place."""
+
+    peft_type = "DEFT"
+    row_numbers = frozenset({"scale"})
+    roles = tensor_roles(B="deft_P", A="deft_R")
+    examples = (
+        {"r": 2},
+        {"r": 3, "decomposition_method": "qr", "alpha": 5},
+        {"r": 2, "para": True},
+        {"r": 2, "para": True, "decomposition_method": "qr"},
+        {"r": 2, "init_weights": False},
+    )
+
+    def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
+        r = (("r", _rank(config, target)),)
+        p = axes_tensor("deft_P", "out r", r)
+        if config.para:
+            return (p,)
+        return (p, axes_tensor("deft_R", "r in", r, from_base=config.init_weights))
+
+    def starts_unchanged(self, config: DeftConfig) -> bool:
+        return config.init_weights and not config.para
+
+    def own(self, config: DeftConfig, target: Target) -> DeftHparams:
+        scale = config.alpha / _rank(config, target) if config.alpha else 1.0
+        return DeftHparams(scale, config.decomposition_method, config.deft_dropout)
+
+    def effect(self, own: DeftHparams) -> Effects:
+        return Effects("adds", form="use", reads=True, sees="product")
+
+    def init(self, config: DeftConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == "deft_P":
+            return Draw("normal", 0.02)
+        if not config.init_weights:
+            return Draw("normal", 0.02 * config.init_scale)
+        _, right = _sides(start.hparams, start.params)
+        return right.T @ at_least_float32(start.w) / start.hparams.scale
+
+    def delta(self, own: DeftHparams, params: Params, w: Array) -> Array:
+        left, right = _sides(own, params)
+        removed = right.T @ w
+        return left @ (own.scale * params["deft_R"] - removed if "deft_R" in params else -removed)
+
+    def after(self, own: DeftHparams, params: Params, x: Array, y: Array) -> Array:
+        left, right = _sides(own, params)
+        h = -jnp.einsum("...o,or->...r", y.astype(right.dtype), right)
+        if "deft_R" in params:
+            h = h + own.scale * jnp.einsum("...i,ri->...r", x.astype(right.dtype), params["deft_R"])
+        return y + jnp.einsum("...r,or->...o", h, left)
+
+
+def _rank(config: DeftConfig, target: Target) -> int:
+    return target.own_size("deft_P", -1, lambda: target.cap_rank("DEFT", config.r, target.out_size))
+
+
+def _sides(own: DeftHparams, params: Params) -> tuple[Array, Array]:
+    """Return L and G (out, r) in float32."""
+    p = at_least_float32(params["deft_P"])
+    if own.decomposition == "relu":
+        return p, relu(p)
+    q = jnp.linalg.qr(p)[0]
+    return q, q
+
+
+# ---------------------------------------------------------------- osf
+
 
 _P = "osf_svd_params_"
 
@@ -120,6 +214,3 @@ def _sizes(target: Target) -> tuple[int, int]:
     if u is None or v is None:
         return target.out_size, target.in_size
     return math.prod(u[:-1]), math.prod(v[1:])
-
-
-METHOD = Osf()

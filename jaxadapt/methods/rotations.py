@@ -1,0 +1,437 @@
+"""Rotations of a weight's inputs: OFT, BOFT and HRA.
+
+OFT (Qiu et al. 2023, arXiv:2306.07280) with PEFT's conventions: y = W·(Rᵀ·x) + b, R block-diagonal and orthogonal.
+
+`oft_R` (blocks, b·(b−1)/2) holds the upper triangles of the skew-symmetric K, row by row. R is a series in K, or
+exactly (I − K)·(I + K)⁻¹. A convolution's kernel is one matrix (out, channels·window). An embedding's rows are rotated
+after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `tuners/oft/layer.py`, with its faults:
+
+- The series approximates (I + K)·(I − K)⁻¹, so the two settings of `use_cayley_neumann` turn in opposite directions.
+- The last term of the series has the factor 1, not 2. A series of three terms has the power K³, as that of four terms.
+- A block size that does not divide the inputs becomes the nearest one that does; here with a warning.
+- PEFT's layer rotates the patches of a convolution's input and adds them up to a new input, in the wrong places: it
+  reads (channels, positions, pixels) as (channels, pixels, positions). With a window over several pixels this changes
+  the input even with R = I, and no kernel computes it. PEFT's merge turns the kernel instead, whose outputs differ.
+  Here the layer is PEFT's, and a merge is refused. The patches are those of the input before the convolution pads it; a
+  layer that pads it in a mode of its own (circular, reflect) does so before, and PEFT after.
+- PEFT's layer rotates the input by the first of several active adapters first, its merge by the last. Here it is the
+  first in both.
+- PEFT never applies `module_dropout`. Here it has no effect either, and a new adapter warns.
+- PEFT gives `oft_R` of a convolution the square of the window's first size, so only square windows are accepted.
+
+BOFT (Liu et al. 2024, arXiv:2311.06243) with PEFT's conventions: y = s∘(W·(Qᵀ·x)) + b, with one orthogonal factor.
+
+Q is block-diagonal with the blocks (I − K)·(I + K)⁻¹, where K = ½·(R − Rᵀ) for the blocks R of `boft_R`
+(1, blocks, b, b). `boft_s` is (out, 1), or (1, out) for a convolution, whose kernel is one matrix (out,
+channels·window). A use of a linear weight rotates its input. The arithmetic follows PEFT's `tuners/boft/layer.py`, with
+its faults:
+
+- Without a compiled CUDA extension PEFT uses one factor whatever `boft_n_butterfly_factor` is, so a configuration does
+  not tell the number of factors. Here the shape of `boft_R` does, and a new adapter has one, with a warning. Files with
+  several factors can be read and written; they are not computed, because PEFT can only compute them with the extension.
+- In training, `boft_dropout` replaces this share of the blocks of Q by the identity, rounded down: other blocks in each
+  call, the same for all rows of a batch.
+- PEFT gives `boft_R` of a convolution the square of the window's first size, so only square windows are accepted.
+
+HRA (Yuan et al. 2024, arXiv:2405.17484) with PEFT's conventions: W·H₁·…·Hᵣ with the reflections Hₖ = I − 2·uₖ·uₖᵀ.
+
+The columns of `hra_u` (in, r) are the vectors uₖ before they get the length 1. With `apply_GS` the uₖ also become
+orthogonal. A convolution's kernel is one matrix (out, channels·window). The product of reflections is I − U·T·Uᵀ, where
+the inverse of T is the strict upper triangle of UᵀU plus I/2 (Joffrain et al. 2006), so a use of the weight costs two
+products with U. The arithmetic follows PEFT's `tuners/hra/layer.py`, with its faults:
+
+- An odd r starts with random reflections, so a new adapter changes the output.
+- With `apply_GS` and an even r, a new adapter has pairs of equal vectors, whose orthogonal parts are rounding errors. A
+  new adapter with these values is refused here; files load.
+- PEFT gives `hra_u` of a convolution the square of the window's first size, so only square windows are accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt.arrays import products
+from jaxadapt.configs.full_rank import BOFTConfig, HRAConfig, OFTConfig
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, ConfigError, warn
+from jaxadapt.methods.matrix import (
+    CALL_KEY, Array, Draw, Drop, Effects, MatrixHparams, MatrixMethod, MethodTensor, Operation, OwnHparams, Params, Start, Target, Use, at_least_float32, axes_tensor, own_tensor, layout_of, tensor_roles,
+)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def check_window(target: Target, method: str) -> None:
+    """Raise `ConfigError` for the convolutions whose inputs PEFT does not rotate."""
+    window, groups = target.window, target.match.weight.groups
+    if window and (len(window) != 2 or window[0] != window[1] or groups > 1):
+        raise target.refuse(
+            f"{method} adapts 2-D convolutions with a square window and one group; found window {window} and"
+            f" {groups} groups. Remove the module from target_modules"
+        )
+
+
+def skew(vectors: Array) -> Array:
+    """Return the skew-symmetric blocks (blocks, b, b) with these upper triangles (blocks, b·(b−1)/2), row by row.
+
+    The result is float32 or wider, because there is no inverse in 16 bits.
+
+    >>> skew(jnp.array([[5.0]])).tolist()
+    [[[0.0, 5.0], [-5.0, 0.0]]]
+    """
+    size = round((1 + math.sqrt(1 + 8 * vectors.shape[-1])) / 2)
+    rows, columns = np.triu_indices(size, 1)
+    vectors = at_least_float32(vectors)
+    upper = jnp.zeros((len(vectors), size, size), vectors.dtype).at[:, rows, columns].set(vectors)
+    return upper - jnp.swapaxes(upper, 1, 2)
+
+
+def cayley(k: Array) -> Array:
+    """Return the orthogonal blocks (I − K)·(I + K)⁻¹ of skew-symmetric blocks (blocks, b, b)."""
+    eye = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
+    return jnp.linalg.solve(eye + k, eye - k)
+
+
+def cayley_series(k: Array, terms: int) -> Array:
+    """Return PEFT's series for (I + K)·(I − K)⁻¹: I + 2·K + 2·K² + … + Kⁿ, with the factor 1 for the last power.
+
+    It has the power K³ with three terms, as with four.
+    """
+    r = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
+    if terms > 1:
+        r = r + 2 * k
+    if terms > 2:
+        power = k
+        for _ in range(2, max(3, terms - 1)):
+            power = power @ k
+            r = r + 2 * power
+        r = r + power @ k
+    return r
+
+
+def turn(rows: Array, blocks: Array) -> Array:
+    """Return the rows (…, n) times the block-diagonal matrix of blocks (n/b, b, b)."""
+    split = rows.reshape(*rows.shape[:-1], len(blocks), -1).astype(blocks.dtype)
+    return jnp.einsum("...rk,rkc->...rc", split, blocks).reshape(rows.shape)
+
+
+# ---------------------------------------------------------------- oft
+
+
+@dataclasses.dataclass(frozen=True)
+class OftHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        terms: the terms of the series, 0 for the exact rotation.
+        eps: the radius, 0 for none.
+        kind: the kind of the weight: rows of an embedding are rotated, and patches of the image of a convolution.
+        window: the pixels of a patch, 0 if the base is not known.
+    """
+
+    terms: int
+    eps: float
+    kind: str = "linear"
+    window: int = dataclasses.field(default=0, compare=False)
+
+
+class Oft(MatrixMethod):
+    """A rotation of blocks of the inputs."""
+
+    peft_type = "OFT"
+    kinds = frozenset({"linear", "conv", "embedding"})
+    roles = tensor_roles(vector="oft_R oft_embedding_R")
+    examples = (
+        {"oft_block_size": 2},
+        {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False},
+        {"oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.3, "num_cayley_neumann_terms": 3},
+    )
+
+    def check(self, config: OFTConfig) -> None:
+        version = [int(n) for n in re.findall(r"\d+", config.peft_version or "0")[:2]]
+        if config.use_cayley_neumann and version < [0, 18]:
+            raise ConfigError(
+                "cannot apply OFT with use_cayley_neumann from a PEFT before 0.18, which used another series."
+                " Train the adapter again, or set use_cayley_neumann=False if it was trained with False"
+            )
+
+    def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
+        window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
+        check_window(target, "OFT")
+        found = target.found.get(name)
+        if found is None:
+            size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
+            given = _nearest_divisor(target, size, config.oft_block_size or config.r)
+            blocks, block = (size // given, given) if config.oft_block_size else (given, size // given)
+            found = (1 if config.block_share else blocks, block * (block - 1) // 2)
+        return (own_tensor(name, found, f".{name}.weight"),)
+
+    def own(self, config: OFTConfig, target: Target) -> OftHparams:
+        terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
+        eps = config.eps if config.coft else 0.0
+        return OftHparams(terms, eps, target.kind, math.prod(target.window))
+
+    def warnings(self, sites: Mapping[str, MatrixHparams]) -> list[str]:
+        leaves = [leaf for leaf, hparams in sites.items() if hparams.own.kind == "conv" and hparams.own.window > 1]
+        warning = (
+            "OFT on convolutions with a window of several pixels computes what PEFT's layer does, which adds up the"
+            " patches of the input in other places: even a new adapter changes the output. No kernel does this, so a"
+            f" merge is refused, and PEFT's own merge gives other outputs:\n{paths.bullets(leaves)}"
+        )
+        return [warning] if leaves else []
+
+    def effect(self, own: OftHparams) -> Effects:
+        return Effects("changes", form="use", reads=True, order="weight" if own.kind == "embedding" else "input")
+
+    def init(self, config: OFTConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.module_dropout:
+            warn(
+                "OFT: module_dropout has no effect, because PEFT does not apply it; set it to 0.0 to avoid this warning"
+            )
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
+
+    def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
+        return x if hparams.own.kind == "embedding" else super().input(hparams, params, use, x)
+
+    def operand(self, hparams: MatrixHparams, params: Params, use: Operation, x: Array, w: Array) -> Array:
+        """Return the sum of an image's rotated patches as PEFT places them; the ids of a lookup as they are."""
+        if hparams.own.kind != "conv":
+            return x
+        slide, layout = use.slide, layout_of(use.axes)
+        window = [layout.left.index(name) for group in layout.right[2:] for name in group]
+        if slide is None or window != sorted(window):
+            raise AttachError(
+                "OFT adapts no convolution with a dilation, as in PEFT, or with a transposed window. Remove the module"
+                " from target_modules"
+            )
+        inputs = layout.weight_to_torch(w).shape[1:]
+        size = math.prod(inputs)
+        one_hot = dataclasses.replace(layout, scale=None, shift=0.0).weight_from_torch(
+            tuple(size if axis in use.axes.out_axes else n for axis, n in enumerate(w.shape)),
+            jnp.eye(size, dtype=jnp.promote_types(x.dtype, jnp.float32)).reshape(size, *inputs),
+        )
+
+        def change(own: OftHparams, p: Params, x: Array) -> Array:
+            wide = x.astype(one_hot.dtype)
+            patches = slide(wide, one_hot)
+            turned = turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
+            turned = jnp.moveaxis(turned.reshape(*turned.shape[:-1], inputs[0], -1), -2, 1)  # positions before pixels
+            placed = turned.reshape(patches.shape).astype(wide.dtype)  # read as pixels before positions
+            (summed,) = jax.linear_transpose(lambda x: slide(x, one_hot), wide)(placed)
+            return summed
+
+        return self._map(hparams, params, layout, change, (x, False)).astype(x.dtype)
+
+    def output(
+        self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None,
+        w: Array,
+    ) -> Array:  # fmt: skip
+        if hparams.own.kind == "conv":
+            return y
+        if hparams.own.kind != "embedding":
+            return super().output(hparams, params, use, x, y, drop, w)
+        if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
+            return y if use.transposed else products.run_use(use, x, self.weight(hparams, params, use.axes, w))
+        rows = jnp.moveaxis(y, use.out, -1)
+        return jnp.moveaxis(turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out).astype(
+            y.dtype
+        )
+
+    def before(self, own: OftHparams, params: Params, x: Array) -> Array:
+        return turn(x, self._blocks(own, params, x.shape[-1]))
+
+    def matrix(self, own: OftHparams, params: Params, w: Array) -> Array:
+        if math.prod(w.shape[2:]) > 1:
+            raise AttachError(
+                "OFT on a convolution with a window has no effective kernel: its layer changes the whole input, as"
+                " PEFT's does, whose own merge gives other outputs. Keep the adapter beside the model"
+            )
+        flat = w.reshape(len(w), -1)
+        blocks = self._blocks(own, params, flat.shape[1])
+        return turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
+
+    def unmatrix(self, own: OftHparams, params: Params, w: Array) -> Array:
+        flat = w.reshape(len(w), -1)
+        blocks = jnp.linalg.inv(self._blocks(own, params, flat.shape[1]))
+        return turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
+
+    @staticmethod
+    def _blocks(own: OftHparams, params: Params, size: int) -> Array:
+        return _rotation(own, params["oft_embedding_R" if own.kind == "embedding" else "oft_R"], size)
+
+
+def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:
+    """Return the blocks of R, (size/b, b, b)."""
+    k = skew(vectors)
+    if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it
+        norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(vectors))
+        k = k + jax.lax.stop_gradient(jnp.where(norm <= limit, k, k * (limit / norm)) - k)
+    r = cayley_series(k, own.terms) if own.terms else cayley(k)
+    return jnp.broadcast_to(r, (size // r.shape[-1], *r.shape[1:]))
+
+
+def _nearest_divisor(target: Target, size: int, wanted: int) -> int:
+    """Return the divisor of `size` that PEFT uses for `wanted`, the smaller one of two equally near."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    best = min(divisors, key=lambda n: (abs(n - wanted), n))
+    if best != wanted:
+        warn(f"{target.leaf}: OFT with blocks of {best}, because {wanted} does not divide the size {size}")
+    return best
+
+
+# ---------------------------------------------------------------- boft
+
+
+class Boft(MatrixMethod):
+    """A rotation of blocks of the inputs, and a scale of the outputs."""
+
+    peft_type = "BOFT"
+    drops = "change"
+    kinds = frozenset({"linear", "conv"})
+    roles = tensor_roles(other="boft_R", vector="boft_s")
+    examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
+
+    def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
+        window, found = target.window, target.found.get("boft_R")
+        check_window(target, "BOFT")
+        if found is not None and found[0] != 1:
+            raise target.refuse(
+                "BOFT with several butterfly factors is not computed, because PEFT computes it only with a compiled"
+                " CUDA extension; its files can be read and written"
+            )
+        if found is None:
+            if config.boft_n_butterfly_factor != 1:
+                warn(
+                    f"BOFT: a new adapter has one butterfly factor and not {config.boft_n_butterfly_factor}, as in PEFT"
+                    " without its CUDA extension; set boft_n_butterfly_factor=1"
+                )
+            size = target.in_size * math.prod(window)
+            given = config.boft_block_size or config.boft_block_num
+            if size % given:
+                raise target.refuse(f"BOFT needs blocks that divide the size {size} of its inputs; found {given}")
+            number, block = (size // given, given) if config.boft_block_size else (given, size // given)
+            found = (1, number, block, block)
+        scale = axes_tensor("boft_s", "1 out" if window else "out 1")
+        return own_tensor("boft_R", found), scale
+
+    def own(self, config: BOFTConfig, target: Target) -> OwnHparams:
+        return OwnHparams(dropout=config.boft_dropout)
+
+    def effect(self, own: OwnHparams) -> Effects:
+        return Effects("changes", form="use", reads=True, sees="product")
+
+    def init(self, config: BOFTConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        mean = 1.0 if tensor.name == "boft_s" else 0.0
+        if config.init_weights:
+            return Draw("constant", mean)
+        return mean + 0.1 * jax.random.normal(start.key, start.shape)
+
+    def before(self, own: OwnHparams, params: Params, x: Array) -> Array:
+        return turn(x, _kept_blocks(own, params))
+
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
+        return y * params["boft_s"].reshape(-1)
+
+    def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
+        flat = turn(w.reshape(len(w), -1), _kept_blocks(own, params).swapaxes(1, 2))
+        return (flat * params["boft_s"].reshape(-1, 1)).reshape(w.shape)
+
+    def unmatrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
+        flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
+        return turn(flat, _kept_blocks(own, params)).reshape(w.shape)
+
+
+def _kept_blocks(own: OwnHparams, params: Params) -> Array:
+    """Return the blocks of Q, (blocks, b, b)."""
+    r = at_least_float32(params["boft_R"][0])
+    blocks = cayley((r - r.swapaxes(1, 2)) / 2)
+    if CALL_KEY not in params:
+        return blocks
+    dropped = jax.random.permutation(params[CALL_KEY], len(r)) < int(own.dropout * len(r))
+    return jnp.where(dropped[:, None, None], jnp.eye(r.shape[-1], dtype=blocks.dtype), blocks)
+
+
+# ---------------------------------------------------------------- hra
+
+
+@dataclasses.dataclass(frozen=True)
+class HraHparams:
+    """The hyperparameters of a site: whether the vectors become orthogonal."""
+
+    orthogonal: bool
+
+
+class Hra(MatrixMethod):
+    """A chain of reflections of the inputs."""
+
+    peft_type = "HRA"
+    kinds = frozenset({"linear", "conv"})
+    roles = tensor_roles(A="hra_u")
+    row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
+    examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
+
+    def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
+        r, window = (("r", config.r),), target.window
+        check_window(target, "HRA")
+        inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
+        if config.apply_GS and config.r > inputs:
+            raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
+        if window:
+            return (own_tensor("hra_u", (inputs, config.r)),)
+        return (axes_tensor("hra_u", "in r", r),)
+
+    def starts_unchanged(self, config: HRAConfig) -> bool:
+        return config.init_weights and config.r % 2 == 0
+
+    def own(self, config: HRAConfig, target: Target) -> HraHparams:
+        return HraHparams(config.apply_GS)
+
+    def effect(self, own: HraHparams) -> Effects:
+        return Effects("changes", form="use", reads=True)
+
+    def init(self, config: HRAConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if not self.starts_unchanged(config):
+            return Draw.kaiming(config.r)
+        if config.apply_GS:
+            raise ConfigError(
+                "cannot start HRA with apply_GS, init_weights and an even r: it starts with pairs of equal vectors,"
+                " which Gram-Schmidt cannot make orthogonal; set init_weights=False"
+            )
+        inputs, bound = start.shape[0], 1 / math.sqrt(config.r / 2)
+        half = jax.random.uniform(start.key, (inputs, config.r // 2), minval=-bound, maxval=bound)
+        return jnp.repeat(half, 2, axis=1)
+
+    def before(self, own: HraHparams, params: Params, x: Array) -> Array:
+        u, ut = _reflections(own, params["hra_u"])
+        x = x.astype(u.dtype)
+        return x - (x @ u) @ ut.T
+
+    def matrix(self, own: HraHparams, params: Params, w: Array) -> Array:
+        u, ut = _reflections(own, params["hra_u"])
+        flat = w.reshape(len(w), -1)
+        return (flat - (flat @ ut) @ u.T).reshape(w.shape)
+
+    def unmatrix(self, own: HraHparams, params: Params, w: Array) -> Array:
+        u, ut = _reflections(own, params["hra_u"])
+        flat = w.reshape(len(w), -1)
+        return (flat - (flat @ u) @ ut.T).reshape(w.shape)
+
+
+def _reflections(own: HraHparams, u: Array) -> tuple[Array, Array]:
+    """Return U and U·T, both (in, r)."""
+    u = at_least_float32(u)
+    if own.orthogonal:
+        q, _ = jnp.linalg.qr(u)
+        return q, 2 * q
+    u = u / jnp.linalg.norm(u, axis=0)
+    inverse = jnp.triu(u.T @ u, 1) + 0.5 * jnp.eye(u.shape[1], dtype=u.dtype)
+    return u, jax.scipy.linalg.solve_triangular(inverse.T, u.T, lower=True).T
