@@ -1,8 +1,8 @@
 """The initializations of LoRA, and the decompositions that give the initial factors.
 
 `KINDS` lists the initializations that read the base, data or gradients: what each needs, computes and leaves of the
-base. A new one is a function from `SiteValues` to factors, and its entry. `Initialization` computes A and B at each
-site, and the changed base weights.
+base. A new one is a function from `SiteValues` to factors, and its entry. `Initialization` in `start_adapter.py`
+computes A and B at each site, and the changed base weights.
 
 The decompositions are pure functions from one float32 weight W (out, in) to A (r, in) and B (out, r), in PyTorch's
 layout; `s` is the scale. They follow PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers.
@@ -14,29 +14,15 @@ import dataclasses
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.adapters.site import Site
-from jaxadapt.arrays import quantized, regions
-from jaxadapt.arrays.products import PerEntry
+from jaxadapt.arrays import quantized
 from jaxadapt.configs import lora
-from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
-from jaxadapt.merging import base_merge, factors
-from jaxadapt.merging.pairs import Pair
-from jaxadapt.methods.applied import AppliedMethod
-from jaxadapt.methods.base import at_least_float32
-from jaxadapt.methods.lora import DIAGONAL
+from jaxadapt.core.errors import AttachError, ConfigError
 
 # ---------------------------------------------------------------- decompositions
 
@@ -235,7 +221,7 @@ class SiteValues:
         fan_in_fan_out: True if PyTorch stores the weight as (in, out).
     """
 
-    config: LoraConfig
+    config: lora.LoraConfig
     read: Callable[[], Array]
     out: int
     dtype: Any
@@ -251,7 +237,7 @@ class SiteValues:
         return self.read()
 
 
-def init_settings(config: LoraConfig, field: str, known: Iterable[str]) -> dict[str, Any]:
+def init_settings(config: lora.LoraConfig, field: str, known: Iterable[str]) -> dict[str, Any]:
     """Return the settings of a configuration's field. Raises `ConfigError` for unknown names."""
     settings: Mapping[str, Any] = config.get(field) or {}
     unknown = sorted(set(settings) - set(known))
@@ -381,169 +367,8 @@ KINDS: Mapping[str, InitKind] = {
 """{name: initialization}."""
 
 
-def init_kind(config: LoraConfig) -> InitKind:
+def init_kind(config: lora.LoraConfig) -> InitKind:
     """Return the initialization that a configuration asks for."""
     name = re.sub(r"_\d+$", "", str(config.init_lora_weights).lower())
     random = KINDS[""] if config.kasa_config is None else KINDS["kasa"]
     return random if name in ("true", "false", "gaussian") else KINDS[name]
-
-
-# ---------------------------------------------------------------- initialize
-
-
-@dataclasses.dataclass(frozen=True)
-class Initialization:
-    """An initialisation of one adapter's sites.
-
-    Raises `ConfigError` listing the sites that the initialisation does not support.
-    """
-
-    kind: InitKind
-    recipe: Recipe
-    sites: Sequence[Site]
-    weights: Mapping[str, Array]
-    key: Any
-
-    def __post_init__(self) -> None:
-        if not self.kind.name:
-            return
-        others = (b for b in self.sites if self.kind.only_matrices and b.effects.weight != "replaces")
-        problems = [f"{b.leaf}: PEFT supports it for linear layers only" for b in others if not self._has_matrices(b)]
-        problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
-        option = lora.init_field(self.recipe.config)
-        raise_listed(ConfigError, f"{option} is not supported for these weights:", problems)
-
-    def _obstacles(self, b: Site) -> list[str]:
-        """Return the reasons why the initialisation does not support a site."""
-        r, leaf = _rank(b), self.weights[b.leaf]
-        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-            return ["its values are needed, but only its shape is given"]
-        if quantized.is_quantized(leaf):
-            return ["it is quantized; initialize with the original weights, then quantize the changed base"]
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return [f"expected a floating dtype, found {leaf.dtype}"]
-        if leaf.dtype.itemsize == 1 and not self.kind.in_8_bits:
-            return [f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more"]
-        if not self.kind.per_entry and isinstance(b.hparams.scale, PerEntry):
-            return ["its layers or parts differ in rank or scale; use an unrolled model"]
-        out_size, in_size = factors.matrix_sizes(b)
-        if self.kind.limit is None:
-            return [f"expected an even rank, found {r}"] if r % 2 else []
-        if not self.kind.conv1d and b.match.weight.fan_in_fan_out:
-            return ["PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong"]
-        max_rank = self.kind.limit(min(out_size, in_size))
-        return [f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}"] if r > max_rank else []
-
-    @property
-    def pairs(self) -> list[Site]:
-        """The sites whose A and B are computed, reduced to these two tensors."""
-        return [_pair(b) for b in self.sites if self._has_matrices(b)]
-
-    def _has_matrices(self, b: Site) -> bool:
-        replaces = b.effects.weight == "replaces"
-        return not replaces and b.match.weight.kind in self.kind.kinds and factors.has_one_pair(_pair(b))
-
-    def site_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> SiteValues:
-        """Return the values of a site that the initialization reads; `data` are those of each module."""
-        leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
-        assert isinstance(config, LoraConfig)
-        if self.key is not None:  # independent of the other sites
-            keys = jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), len(b.modules))
-        return SiteValues(
-            config,
-            lambda: jnp.stack(list(factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf))).values())),
-            factors.matrix_sizes(b)[0],
-            leaf.dtype,
-            _rank(b),
-            b.hparams.scale,
-            keys,
-            [data[module] for module in b.modules if module in data],
-            b.match.weight.fan_in_fan_out,
-        )
-
-    def factors(self, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, Factors]:
-        """Compute the factors of each module; empty if they are random.
-
-        Args:
-            data: `{module: array}`: covariances, gradients or components.
-
-        Raises `AttachError` naming the leaf whose data no factors fit.
-        """
-        out: dict[str, Factors] = {}
-        compute = self.kind.factors
-        if compute is None:
-            return out
-        for b in self.pairs:
-            try:
-                out |= zip(b.modules, compute(self.site_values(b, data)), strict=True)
-            except AttachError as error:
-                raise AttachError(f"{b.leaf}: {error}") from error
-        return out
-
-    def gradients(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the gradient (out, in) of each module's PyTorch weight from the gradients of the base leaves."""
-        out: dict[str, Array] = {}
-        for b in self.pairs:
-            expected, found = tuple(self.weights[b.leaf].shape), leaves.get(b.leaf)
-            if found is None or tuple(found.shape) != expected:
-                text = "none" if found is None else f"one of shape {tuple(found.shape)}"
-                raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
-            wide = at_least_float32(jnp.asarray(found))
-            out |= factors.site_weights(self.recipe.keymap, b, wide, power=-1)
-        return out
-
-    def assemble(
-        self, computed: Mapping[str, Factors], dtype: Any, shardings: Mapping[str, Any]
-    ) -> tuple[Adapter, dict[str, Any]]:
-        """Return the adapter with these factors of modules, and the changed base weights {leaf: array}.
-
-        Args:
-            shardings: of the base leaves, by path.
-        """
-        config: Any = self.recipe.config
-        init = True if self.kind.factors is not None else config.init_lora_weights
-        plain = config.replace(init_lora_weights=init, kasa_config=None)
-        key = jax.random.key(0) if self.key is None else self.key  # all random values are replaced below
-        values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, base_shardings=shardings)
-        pairs = {
-            module: Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
-            for module, f in computed.items()
-        }
-        started = self.pairs if computed else []
-        new = {path: x.astype(values[path].dtype) for path, x in factors.pair_leaves(started, pairs).items()}
-        values |= regions.put_on_devices(new, initial_values.adapter_shardings(started, dict(shardings)))
-        base = self._changed_base(plain, computed, paths.unflatten({path: values[path] for path in new}))
-        for b, tensor in [(site, t) for site in self.sites for t in site.tensors if computed and t.from_base]:
-            # DoRA's magnitudes follow from the changed base
-            pair = {e.path: values[e.path] for t, e in b.bound if not t.from_base}
-            path, w = paths.join(b.leaf, tensor.name), jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
-            values[path] = initial_values.derive_tensor(config, b, tensor, pair, w).astype(values[path].dtype)
-        return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
-
-    def _changed_base(
-        self, plain: LoraConfig, computed: Mapping[str, Factors], pairs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the base weights {leaf: array} that the initialization changes; `pairs` is the tree of As and Bs."""
-        keymap, base = self.recipe.keymap, dict[str, Any]()
-        if self.kind.base is not None:
-            for b in self.pairs:
-                own = [computed[module] for module in b.modules if module in computed]
-                weights = dict(zip(b.modules, self.kind.base(self.site_values(b), own), strict=True))
-                base[b.leaf] = factors.with_site_weights(keymap, b, self.weights[b.leaf], weights)
-        elif lora.changes_base(self.recipe.config):
-            removed = Adapter(plain.replace(use_dora=False), pairs, keymap)
-            with jax.default_matmul_precision("highest"):
-                changes = base_merge.plan_changes(self.weights, removed, AppliedMethod.unweight, lambda _, x: x)
-                base = {leaf: changed.value() for leaf, changed in changes.items()}
-        return base
-
-
-def _pair(b: Site) -> Site:
-    """Return a site with A and B only, without derived (DoRA's magnitudes) or random tensors (KaSA's diagonal)."""
-    kept = [each for each in b.bound if not each.tensor.from_base and each.tensor.name not in (DIAGONAL, "lora_B_bias")]
-    tensors, entries = zip(*kept, strict=True) if kept else ((), ())
-    return dataclasses.replace(b, tensors=tensors, entries=entries)
-
-
-def _rank(b: Site) -> int:
-    return dict(b.tensors[0].own)["r"]

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,12 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.site import Site
-from jaxadapt.arrays.products import Operation, Use
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params
+from jaxadapt.methods.base import Array, Drop, Effects, Method, MethodTensor, Operation, Params, Use
 from jaxadapt.models import activation
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen import collections, wrapper
@@ -64,14 +62,10 @@ class _Probe(Method):
 
     peft_type = "LORA"
 
-    def tensors(self, config: Any, target: Any) -> Any:
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
         raise NotImplementedError
 
-    def hparams(self, config: Any, target: Any) -> Any:
-        raise NotImplementedError
-
-    def init(self, config: Any, tensor: Any, start: Any) -> Any:
-        raise NotImplementedError
+    tensors = hparams = init = _refuse
 
     def effects(self, hparams: Any) -> Effects:
         return Effects("changes")
@@ -206,20 +200,15 @@ def make_observer(
             values[token_mask.path] = jnp.broadcast_to(jnp.expand_dims(flat, site.match.stack), token_mask.shape)
         gradients = run(probes, values, batch)
         new = {b.leaf: gradients[paths.join(b.leaf, "state")] for b in adapter_sites}
-        _check_calls(adapter_sites, new)
+        raise_listed(
+            AttachError,
+            "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
+            " model's outputs, or exclude the layers with exclude_modules:",
+            [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))],
+        )
         return new
 
     return observe
-
-
-def _check_calls(adapter_sites: Sequence[Site], new: Mapping[str, Array]) -> None:
-    """Raise `AttachError` for layers that did not run, so that their statistics did not change."""
-    raise_listed(
-        AttachError,
-        "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
-        " model's outputs, or exclude the layers with exclude_modules:",
-        [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))],
-    )
 
 
 def split_layers(site: Site, state: Array) -> Array:
@@ -317,10 +306,9 @@ def find_components(
     adapter_sites: Sequence[Site],
     batches: Iterable[Any],
     watch: Callable[[Sequence[Site], Mapping[str, Statistic]], Observer],
-    settings: Settings,
     mask: Callable[[Any], Any] | None = None,
-) -> dict[str, np.ndarray]:
-    """Return {module: components (rank, in)} with ranks redistributed among the modules; rank 0 for some.
+) -> tuple[LoraConfig, dict[str, Array]]:
+    """Return the configuration with EVA's ranks, and {module: components (rank, in)}; rank 0 for some.
 
     Args:
         batches: at least one; iterated over several times if necessary.
@@ -329,6 +317,8 @@ def find_components(
 
     Raises `AttachError` if the components do not converge.
     """
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**kinds.init_settings(config, "eva_config", fields))
     batches = list(batches)
     if not batches:
         raise AttachError("EVA needs at least one batch: data has none")
@@ -344,7 +334,8 @@ def find_components(
     found, ranks = _iterate(
         observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
     )
-    return _select_components(groups, found, ranks, settings)
+    components = _select_components(groups, found, ranks, settings)
+    return _with_ranks(config, components, settings), {m: jnp.asarray(x) for m, x in components.items()}
 
 
 def _iterate(
@@ -410,13 +401,11 @@ def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) 
     groups: dict[str, list[str]] = {}
     known: list[tuple[np.ndarray, str]] = []
     for site in adapter_sites:
-        rows = np.asarray(split_layers(site, seen[site.leaf]))[:, :, :]
+        rows = np.asarray(split_layers(site, seen[site.leaf]))
         for module, layer in site.layers.items():
-            row = rows[layer]
-            head = next((m for other, m in known if _equal_inputs(row, other)), None)
-            if head is None:
-                known.append((row, module))
-                head = module
+            head = next((m for other, m in known if _equal_inputs(rows[layer], other)), module)
+            if head == module:
+                known.append((rows[layer], module))
             groups.setdefault(head, []).append(module)
     return groups
 
@@ -432,17 +421,12 @@ def _cosines(before: np.ndarray, after: np.ndarray, k: int) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(lengths, 1e-8)
 
 
-def _explained_variance(state: np.ndarray, k: int) -> np.ndarray:
-    """Return the share of the variance that each component explains."""
-    sigma, variance, seen = state[-4, :k], state[-2], state[-1, 1]
-    return sigma**2 / (variance.sum() * seen)
-
-
 def _distribute_ranks(
     groups: Mapping[str, Sequence[str]], most: Mapping[str, int], budget: int, states: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
     """Distribute the budget to the components that explain the most variance; return {module: rank}."""
-    explained = {m: _explained_variance(state, most[m]) for m, state in states.items()}
+    # The share of the variance that each component explains, from its singular value, the variance and the tokens.
+    explained = {m: x[-4, : most[m]] ** 2 / (x[-2].sum() * x[-1, 1]) for m, x in states.items()}
     head = {m: first for first, group in groups.items() for m in group}
     order = [*groups, *(m for first, group in groups.items() for m in group if m != first)]
     keys = [m for m in order for _ in range(most[m])]
@@ -479,7 +463,7 @@ def _token_mask(batch: Any, settings: Settings) -> Any:
     return np.logical_and.reduce(masks) if masks else None
 
 
-def redistribute_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
+def _with_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
     """Return the configuration with EVA's ranks, as PEFT writes it: full module names, alphas as floats."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

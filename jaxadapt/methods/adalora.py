@@ -22,7 +22,18 @@ import numpy as np
 
 from jaxadapt.configs.low_rank import AdaLoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.matrix import (Array, axes_tensor, Draw, MatrixMethod, MethodTensor, Params, OwnHparams, Start, Target, tensor_roles)
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    tensor_roles,
+)
 
 __all__ = ["Allocation", "allocate_ranks", "orthogonality_loss", "prune"]
 
@@ -57,12 +68,7 @@ class Adalora(MatrixMethod):
                 raise target.refuse("PEFT implements ADALORA for 2-D convolutions without groups; exclude the module")
             size = target.own_size("lora_A", -1, lambda: target.in_size * math.prod(target.window))
             a = axes_tensor("lora_A", "r i", (*r, ("i", size)))
-        made = (
-            a,
-            axes_tensor("lora_B", "out r", r),
-            axes_tensor("lora_E", "r 1", r),
-        )
-        return target.with_ranks(made, rank)
+        return target.with_ranks((a, axes_tensor("lora_B", "out r", r), axes_tensor("lora_E", "r 1", r)), rank)
 
     def starts_unchanged(self, config: AdaLoraConfig) -> bool:
         return bool(config.init_lora_weights)

@@ -19,13 +19,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, TargetError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Params, Shapes, Targets
+from jaxadapt.methods.base import Array, Draw, MethodTensor, Params, Shapes, Targets, own_tensor
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"

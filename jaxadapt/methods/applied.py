@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, RANK, Operation, Use, einsum, expand_to_letters
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.methods.base import CALL_KEY, Array, Drop, Effects, Method, Params, as_computable
+from jaxadapt.methods.base import CALL_KEY, Array, Axes, Drop, Effects, Method, Params, as_computable
 
 # ---------------------------------------------------------------- adapters on one weight
 
@@ -150,15 +149,14 @@ class AppliedMethod:
 
     def _change_parts(self, w: Array, function: Callable[..., Array]) -> Array:
         axes = dataclasses.replace(self.axes, parts=None)
+        new = function(self.hparams, self.params, axes, self.part(w)).astype(w.dtype)
         if self.axes.parts is None:
-            return function(self.hparams, self.params, axes, as_computable(w)).astype(w.dtype)
-        index = self._parts
-        new = function(self.hparams, self.params, axes, as_computable(w[index])).astype(w.dtype)
+            return new
         if isinstance(w, np.ndarray):
             w = w.copy()
-            w[index] = new
+            w[self._parts] = new
             return w
-        return w.at[index].set(new)
+        return w.at[self._parts].set(new)
 
     @property
     def _parts(self) -> tuple[Any, ...]:
@@ -343,24 +341,19 @@ class AppliedRows(AppliedMethod):
     @property
     def tensors(self) -> Params:
         """The method's own tensors, all with a leading axis of rows."""
-        return self.params
+        return {name: x for name, x in self.params.items() if not name.startswith("~")}
 
     def input(self, use: Use, x: Array) -> Array:
-        row, inner = self._without_rows(use, x)
-        axis = use.x.index(row)
-        return jax.vmap(lambda params, x: self._one(params).input(inner, x), in_axes=(0, axis), out_axes=axis)(
-            self.params, x
-        )
+        inner, _ = self._without_rows(use, x)
+        return jax.vmap(lambda params, x: self._one(params).input(inner, x))(self.params, x)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
-        use = self._require_product(use)
-        row, inner = self._without_rows(use, x)
-        axes = use.x.index(row), use.y.index(row)
+        inner, axis = self._without_rows(use, x)
 
         def change(params: Params, x: Array, y: Array) -> Array:
             return self._one(params).output(inner, x, y, w)
 
-        return jax.vmap(change, in_axes=(0, *axes), out_axes=axes[1])(self.params, x, y)
+        return jax.vmap(change, in_axes=(0, 0, axis), out_axes=axis)(self.params, x, y)
 
     def follows(self, primitive: str) -> bool:
         return False
@@ -386,15 +379,15 @@ class AppliedRows(AppliedMethod):
         """Return the method of one row."""
         return AppliedMethod(self.method, self.hparams, {**params, **self.shared}, self.axes)
 
-    def _without_rows(self, use: Use, x: Array) -> tuple[str, Use]:
-        """Return the letter of the rows in a use, and the use of one row."""
-        rows = jax.tree.leaves(self.tensors)[0].shape[0]
-        row = use.x[0]
+    def _without_rows(self, use: Use | Operation, x: Array) -> tuple[Use, int]:
+        """Return the use of one row, and the axis of the rows in its result; in the input it is the first."""
+        use = self._require_product(use)
+        row, rows = use.x[0], jax.tree.leaves(self.tensors)[0].shape[0]
         if row in use.w or row not in use.y or x.shape[0] != rows:
             raise self._refuse(
                 f"the layer's input has shape {list(x.shape)}, and its first axis is not the {rows} rows"
             )
-        return row, dataclasses.replace(use, x=use.x.replace(row, ""), y=use.y.replace(row, ""))
+        return dataclasses.replace(use, x=use.x[1:], y=use.y.replace(row, "")), use.y.index(row)
 
     def _require_product(self, use: Use | Operation) -> Use:
         if isinstance(use, Operation):
@@ -416,24 +409,18 @@ WEIGHTS = "~weights"
 class AppliedMixture(AppliedRows):
     """A method that adds to the output, with several adapters a row, (rows, adapters, …), and `WEIGHTS` for them."""
 
-    @property
-    def tensors(self) -> Params:
-        return {name: x for name, x in self.params.items() if name != WEIGHTS}
-
     def input(self, use: Use, x: Array) -> Array:
         return x
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
-        use = self._require_product(use)
-        row, inner = self._without_rows(use, x)
-        axes = use.x.index(row), use.y.index(row)
+        inner, axis = self._without_rows(use, x)
 
         def change(params: Params, weights: Array, x: Array, y: Array) -> Array:
             zeros = jnp.zeros(y.shape, jnp.promote_types(y.dtype, jnp.float32))
             changes = jax.vmap(lambda params: self._one(params).output(inner, x, zeros, w))(params)
             return (y + jnp.tensordot(weights.astype(changes.dtype), changes, 1)).astype(y.dtype)
 
-        mapped = jax.vmap(change, in_axes=(0, 0, *axes), out_axes=axes[1])
+        mapped = jax.vmap(change, in_axes=(0, 0, 0, axis), out_axes=axis)
         return mapped(self.tensors, self.params[WEIGHTS], x, y)
 
 
@@ -503,10 +490,6 @@ class AppliedMask(AppliedRows):
     another.
     """
 
-    @property
-    def tensors(self) -> Params:
-        return {name: x for name, x in self.params.items() if not name.startswith("~")}
-
     def input(self, use: Use, x: Array) -> Array:
         if self._pair is not None:
             return x
@@ -535,14 +518,6 @@ class AppliedMask(AppliedRows):
         return self.params[IDS]
 
     @property
-    def _slots(self) -> int:
-        return jax.tree.leaves(self.tensors)[0].shape[0]
-
-    @property
-    def _valid(self) -> Array:
-        return (self._ids >= 0) & (self._ids < self._slots)
-
-    @property
     def _pair(self) -> tuple[Array, Array, Array] | None:
         return self.method.row_pair(self.hparams, self.tensors)
 
@@ -555,7 +530,8 @@ class AppliedMask(AppliedRows):
         assert pair is not None
         finite = jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in pair]).all(0)
         scale, a, b = (jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in pair)
-        return (scale, a, b), self._valid & jnp.take(finite, self._ids, mode="clip")
+        is_slot = (self._ids >= 0) & (self._ids < len(finite))
+        return (scale, a, b), is_slot & jnp.take(finite, self._ids, mode="clip")
 
     def _letters(self, use: Use, x: Array) -> str:
         """Return the letters of the axes of `IDS`; raise `AttachError` if the input does not begin with these axes."""
@@ -577,8 +553,8 @@ class AppliedMask(AppliedRows):
             number, params = slot
             return jnp.where(ids == number, change(self._one(params)).astype(chosen.dtype), chosen), None
 
-        start = jnp.full_like(value, jnp.nan)
-        return jax.lax.scan(step, start, (jnp.arange(self._slots), self.tensors))[0]
+        slots = jnp.arange(len(jax.tree.leaves(self.tensors)[0]))
+        return jax.lax.scan(step, jnp.full_like(value, jnp.nan), (slots, self.tensors))[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

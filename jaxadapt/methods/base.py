@@ -27,12 +27,20 @@ import numpy as np
 
 from jaxadapt.arrays.layout import Axes, split_sizes
 from jaxadapt.arrays.products import Operation, PerEntry, Use
-from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs.base import Change as Change
+from jaxadapt.arrays.random_draws import Draw, TorchRandom
+from jaxadapt.configs.base import Change
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
-from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
+from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight, axes_tensor, own_tensor
+
+# The file of a method imports these names from here, wherever they are defined.
+__all__ = [
+    "CALL_KEY", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match", "Method", "MethodTensor",
+    "Operation", "Params", "PerEntry", "Shapes", "Start", "Target", "Targets", "TorchRandom", "Use", "adapted_entries",
+    "as_computable", "at_least_float32", "axes_tensor", "file_sizes", "needs_layer_number", "own_tensor",
+    "require_weights", "shared_value", "tensor_roles",
+]  # fmt: skip
 
 # ---------------------------------------------------------------- per entry
 

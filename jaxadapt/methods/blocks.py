@@ -26,8 +26,20 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import GraloraConfig, MissConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.matrix import (Array, Draw, Effects, MatrixMethod, MethodTensor, OwnHparams, Params, Start, Target, axes_tensor, own_tensor, tensor_roles)
-
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    Effects,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    own_tensor,
+    tensor_roles,
+)
 
 # ---------------------------------------------------------------- gralora
 
@@ -54,11 +66,11 @@ class Gralora(MatrixMethod):
         made = (own_tensor("gralora_A", (k, inputs // k, r)), own_tensor("gralora_B", (k, r, outputs // k)))
         if not config.hybrid_r:
             return made
-        own, a, b = (("h", config.hybrid_r),), "gralora_A_general", "gralora_B_general"
+        h = (("h", config.hybrid_r),)
         return (
             *made,
-            axes_tensor(a, "h in", own, suffix=f".{a}.weight"),
-            axes_tensor(b, "out h", own, suffix=f".{b}.weight"),
+            axes_tensor("gralora_A_general", "h in", h, suffix=".gralora_A_general.weight"),
+            axes_tensor("gralora_B_general", "out h", h, suffix=".gralora_B_general.weight"),
         )
 
     def own(self, config: GraloraConfig, target: Target) -> OwnHparams:

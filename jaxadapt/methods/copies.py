@@ -21,13 +21,24 @@ from typing import Any, NoReturn
 import jax.numpy as jnp
 
 from jaxadapt.arrays import products
-from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import LETTERS, Operation, PerEntry, Use
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.weight import MethodTensor
-from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, adapted_entries
+from jaxadapt.methods.base import (
+    Array,
+    Axes,
+    Draw,
+    Drop,
+    Effects,
+    Method,
+    MethodTensor,
+    Operation,
+    Params,
+    PerEntry,
+    Start,
+    Target,
+    Use,
+    adapted_entries,
+)
 
 # ---------------------------------------------------------------- full copy
 
@@ -121,8 +132,8 @@ class FullCopy(_Copy):
         copy = params["copy"].astype(w.dtype)
         if hparams.used is None:
             return copy
-        batch = "".join(LETTERS[i] for i in axes.batch_axes)
-        used = products.expand_to_letters(hparams.used.layer_values(params), batch, LETTERS[: axes.rank])
+        batch = "".join(products.LETTERS[i] for i in axes.batch_axes)
+        used = products.expand_to_letters(hparams.used.layer_values(params), batch, products.LETTERS[: axes.rank])
         return jnp.where(used > 0, copy, w)
 
 

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.base import Array, Params, Shapes, tensor_roles
+from jaxadapt.methods.base import Array, Draw, Params, Shapes, tensor_roles
 from jaxadapt.methods.prompt import EMBEDDINGS, EmbeddingPrompt, StartData
 
 FIXED, DELTA = "embedding", "delta_embedding"

@@ -14,32 +14,25 @@ from types import MappingProxyType
 import jax.numpy as jnp
 
 from jaxadapt.arrays import products
-from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import (
-    LETTERS,
-    USED,
-    Operation,
-    PerEntry,
-    Use,
-    entry_values,
-    expand_leading,
-    mask_unadapted,
-)
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import (
     Array,
+    Axes,
+    Draw,
     Drop,
     Effects,
     Method,
+    MethodTensor,
+    Operation,
     Params,
+    PerEntry,
     Start,
     Target,
+    Use,
     adapted_entries,
+    axes_tensor,
     shared_value,
     tensor_roles,
 )
@@ -74,13 +67,29 @@ class IA3(Method):
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
-        match, modules = target.match, target.modules
+        match, modules, window = target.match, target.modules, len(target.match.weight.right) - 2
         hparams, used = self.hparams(config, target), None if modules.all else modules.each(lambda _: 1, 0)
-        if hparams.conv:
-            return (dataclasses.replace(_conv_tensor(hparams, match), used_sizes=used),)
-        if hparams.feedforward:
+        if hparams.conv and window < 2:
+            raise ConfigError(
+                f"{match.leaf}: PEFT implements IA3 for 2-D and 3-D convolutions, but not for 1-D; remove the module"
+                " from target_modules"
+            )
+        if not hparams.feedforward:
+            axes = "1 out" + " 1" * window if hparams.conv else "out 1"
+            return (axes_tensor("ia3_l", axes, used_sizes=used),)
+        if not hparams.conv:
             return (axes_tensor("ia3_l", "1 in", used_sizes=used),)
-        return (axes_tensor("ia3_l", "out 1", used_sizes=used),)
+        channels = match.roles["channels"]
+        if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
+            raise ConfigError(
+                f"{match.leaf}: a feedforward IA3 vector has one number for each input channel, but no axis of this"
+                f" leaf holds only the input channels ({match.weight.pattern!r}); remove the module from"
+                " feedforward_modules"
+            )
+        group_axis, own = (("g",), (("g", hparams.groups),)) if hparams.groups > 1 else ((), ())
+        scaled = (*group_axis, "channels")
+        torch = ((), scaled, *((),) * window)
+        return (MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), torch, own, scale_power=0, used_sizes=used),)
 
     def hparams(self, config: IA3Config, target: Target) -> IA3Hparams:
         match, modules = target.match, target.modules
@@ -147,7 +156,7 @@ class IA3(Method):
         return dataclasses.replace(hparams, used=None)
 
     def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
-        return {"ia3_l": params["ia3_l"], USED: entry_values(hparams.used or 1.0, entries)}
+        return {"ia3_l": params["ia3_l"], products.USED: products.entry_values(hparams.used or 1.0, entries)}
 
     @staticmethod
     def _scale_letters(hparams: IA3Hparams, use: Use) -> str:
@@ -166,35 +175,12 @@ class IA3(Method):
             if hparams.groups > 1:  # each output channel sees those of its group
                 (out,) = axes.out_axes
                 scale, role = jnp.repeat(scale, w.shape[out] // hparams.groups, axis=0), (out, *role)
-        letters = "".join(LETTERS[i] for i in axes.batch_axes + role)
-        return products.expand_to_letters(scale, letters, LETTERS[: axes.rank])
-
-
-
-
-def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
-    ones = " 1" * (len(match.weight.right) - 2)
-    if len(match.weight.right) < 4:
-        raise ConfigError(
-            f"{match.leaf}: PEFT implements IA3 for 2-D and 3-D convolutions, but not for 1-D; remove the module from"
-            " target_modules"
-        )
-    if not hparams.feedforward:
-        return axes_tensor("ia3_l", f"1 out{ones}")
-    channels = match.roles["channels"]
-    if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
-        raise ConfigError(
-            f"{match.leaf}: a feedforward IA3 vector has one number for each input channel, but no axis of this leaf"
-            f" holds only the input channels ({match.weight.pattern!r}); remove the module from feedforward_modules"
-        )
-    group_axis, own = ((("g",), (("g", hparams.groups),))) if hparams.groups > 1 else ((), ())
-    scaled = (*group_axis, "channels")
-    torch = ((), scaled, *((),) * (len(match.weight.right) - 2))
-    return MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), torch, own, scale_power=0)
+        letters = "".join(products.LETTERS[i] for i in axes.batch_axes + role)
+        return products.expand_to_letters(scale, letters, products.LETTERS[: axes.rank])
 
 
 def _vector(hparams: IA3Hparams, params: Params) -> Array:
     """Return the vector l, with ones in the entries that are not adapted."""
-    if USED in params:  # where each row has its own adapter
-        return jnp.where(expand_leading(params[USED], params["ia3_l"]) != 0, params["ia3_l"], 1.0)
-    return mask_unadapted(hparams.used, params, params["ia3_l"], 1.0)
+    if products.USED in params:  # where each row has its own adapter
+        return jnp.where(products.expand_leading(params[products.USED], params["ia3_l"]) != 0, params["ia3_l"], 1.0)
+    return products.mask_unadapted(hparams.used, params, params["ia3_l"], 1.0)

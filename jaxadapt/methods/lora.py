@@ -46,26 +46,29 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays import products
-from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import USED, Operation, PerEntry, Use, entry_values, expand_leading, mask_unadapted
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor
 from jaxadapt.methods.base import (
     PRIMITIVES,
     Array,
+    Axes,
+    Draw,
     Drop,
     Effects,
+    Match,
     Method,
+    MethodTensor,
+    Operation,
     Params,
+    PerEntry,
     Start,
     Target,
+    Use,
     adapted_entries,
     as_computable,
     at_least_float32,
+    axes_tensor,
     tensor_roles,
 )
 
@@ -86,8 +89,8 @@ def output_norms(axes: Axes, w: Array) -> Array:
 
 def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
     """Return m/‖W + s·B·A‖, (batch..., out...), with 1 in the entries that are not adapted."""
-    length = mask_unadapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
-    return mask_unadapted(used, params, params[MAGNITUDE] / length, 1.0)
+    length = products.mask_unadapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
+    return products.mask_unadapted(used, params, params[MAGNITUDE] / length, 1.0)
 
 
 def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
@@ -342,10 +345,8 @@ class Lora(Method):
             check_site(config, match, rank)
         if self.wrapper_depth is not None:
             check_parameter(config, match)
-        if kind == "embedding":
-            a, b, last = "lora_embedding_A", "lora_embedding_B", ""
-        else:
-            a, b, last = "lora_A", "lora_B", ".weight"
+        names = ("lora_embedding_A", "lora_embedding_B", "") if kind == "embedding" else ("lora_A", "lora_B", ".weight")
+        a, b, last = names
         wrapped = ".base_layer" * (self.wrapper_depth or 0)
         window = ((),) * (len(match.weight.right) - 2) if kind == "conv" else ()
         group_axis = ("g",) if groups > 1 else ()
@@ -500,24 +501,24 @@ class Lora(Method):
         return dataclasses.replace(hparams, scale=None, dropout=0.0, frozen=False, used=None)
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
-        scale, used = (entry_values(1.0 if x is None else x, entries) for x in (hparams.scale, hparams.used))
+        scale, used = (products.entry_values(1.0 if x is None else x, entries) for x in (hparams.scale, hparams.used))
         tensors = {name: x for name, x in params.items() if name != DIAGONAL}
         tensors |= {"lora_A": scale_a(params, params["lora_A"]), SCALE: scale}
         if hparams.bias:
             bias = params["lora_B_bias"]
             tensors["lora_B_bias"] = bias * used.reshape(entries + (1,) * (bias.ndim - used.ndim)).astype(bias.dtype)
         if hparams.dora:
-            tensors[USED] = used
+            tensors[products.USED] = used
         return tensors
 
     def row_pair(self, hparams: LoraHparams, params: Params) -> tuple[Array, Array, Array] | None:
         return None if hparams.dora or hparams.bias else (params[SCALE], params["lora_A"], params["lora_B"])
 
     def prepare_rows(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        tensors = {name: x for name, x in params.items() if name != USED}
+        tensors = {name: x for name, x in params.items() if name != products.USED}
         if hparams.dora:
             length = output_norms(axes, _changed_weight(hparams, params, axes, as_computable(w)))
-            used = expand_leading(params[USED], length)
+            used = products.expand_leading(params[products.USED], length)
             tensors[MAGNITUDE] = jnp.where(used > 0, params[MAGNITUDE] / length, 1.0)
         return tensors
 
@@ -556,7 +557,7 @@ def _scale(hparams: LoraHparams, params: Params) -> Any:
 def _bias(hparams: LoraHparams, params: Params) -> Array:
     """Return s times the adapter's bias."""
     return products.scale_factor(
-        _scale(hparams, params), mask_unadapted(hparams.used, params, params["lora_B_bias"], 0.0)
+        _scale(hparams, params), products.mask_unadapted(hparams.used, params, params["lora_B_bias"], 0.0)
     )
 
 

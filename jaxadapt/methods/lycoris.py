@@ -31,9 +31,20 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.low_rank import LoHaConfig, LoKrConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.matrix import (
-    CALL_KEY, Array, Draw, Effects, FactoredMethod, MatrixMethod, MethodTensor, Params, Start, Target, axes_tensor, shared_value, tensor_roles,
+    CALL_KEY,
+    Array,
+    Draw,
+    Effects,
+    FactoredMethod,
+    MatrixMethod,
+    MethodTensor,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    shared_value,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- dropped rows
 
@@ -70,15 +81,27 @@ def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
     return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
 
 
+class Lycoris(MatrixMethod):
+    """A method whose training drops rows of the change, or the whole change of a module."""
+
+    drops = "change"
+    kinds = frozenset({"linear", "conv"})
+
+    def own(self, config: LoHaConfig | LoKrConfig, target: Target) -> DroppedHparams:
+        def scale(module: str) -> float:
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
+
+        is_unscaled = not config.get("rank_dropout_scale", True)
+        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout, is_unscaled)
+
+
 # ---------------------------------------------------------------- loha
 
 
-class Loha(FactoredMethod):
+class Loha(Lycoris, FactoredMethod):
     """The elementwise product of two low-rank matrices."""
 
     peft_type = "LOHA"
-    drops = "change"
-    kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"hada_w1_a"})
     roles = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
     examples = (
@@ -97,24 +120,17 @@ class Loha(FactoredMethod):
             shared_value("rank_pattern", {module: config.rank_of(module) for module in target.modules})
         made: list[MethodTensor] = []
         for i in "12":
-            a = axes_tensor(f"hada_w{i}_a", "out r", r)
-            b = axes_tensor(f"hada_w{i}_b", "r in", r)
+            a, b, own = "out r", "r in", r
             if effective:
-                sizes = (*r, ("r2", r[0][1]), *zip(("x", "y"), window, strict=True))
-                made.append(axes_tensor(f"hada_t{i}", "r r2 x y", sizes))
-                a = axes_tensor(f"hada_w{i}_a", "r out", r)
-                b = axes_tensor(f"hada_w{i}_b", "r channels", r)
+                made.append(
+                    axes_tensor(f"hada_t{i}", "r r2 x y", (*r, ("r2", r[0][1]), *zip("xy", window, strict=True)))
+                )
+                a, b = "r out", "r channels"
             elif is_conv:
                 inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(target.window))
-                b = axes_tensor(f"hada_w{i}_b", "r i", (*r, ("i", inputs)))
-            made += [a, b]
+                b, own = "r i", (*r, ("i", inputs))
+            made += [axes_tensor(f"hada_w{i}_a", a, r), axes_tensor(f"hada_w{i}_b", b, own)]
         return target.with_ranks(made, config.rank_of)
-
-    def own(self, config: LoHaConfig, target: Target) -> DroppedHparams:
-        def scale(module: str) -> float:
-            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
-
-        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout)
 
     def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
         if tensor.name == "hada_w2_b" and config.init_weights:
@@ -170,13 +186,11 @@ class _Form:
     has_t2: bool
 
 
-class Lokr(MatrixMethod):
+class Lokr(Lycoris):
     """The Kronecker product of two matrices."""
 
     peft_type = "LOKR"
-    drops = "change"
     row_numbers = frozenset({"scale"})
-    kinds = frozenset({"linear", "conv"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
     roles = tensor_roles(A="lokr_w1_b lokr_w2 lokr_w2_b lokr_t2", B="lokr_w1 lokr_w1_a lokr_w2_a")
     examples = (
@@ -197,13 +211,6 @@ class Lokr(MatrixMethod):
         axes = _axes(config, target, form, target.rank(config.rank_of))
         tensors = [axes_tensor(name, " ".join(sizes), tuple(sizes.items())) for name, sizes in axes.items()]
         return target.with_ranks(tensors, config.rank_of)
-
-    def own(self, config: LoKrConfig, target: Target) -> DroppedHparams:
-        def scale(module: str) -> float:
-            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
-
-        rates = config.rank_dropout, config.module_dropout
-        return DroppedHparams(target.value(scale), *rates, unscaled_dropout=not config.rank_dropout_scale)
 
     def init(self, config: LoKrConfig, tensor: MethodTensor, start: Start) -> Draw:
         zeros = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")

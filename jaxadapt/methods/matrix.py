@@ -19,59 +19,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays import products
-from jaxadapt.arrays.layout import Axes, TorchLayout
-from jaxadapt.arrays.products import LAYER, LETTERS, USED, Operation, PerEntry, Use, entry_values
-from jaxadapt.arrays.random_draws import Draw, TorchRandom
+from jaxadapt.arrays.layout import TorchLayout
 from jaxadapt.configs.base import change_of_matrix
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.weight import MethodTensor, axes_tensor, own_tensor
 from jaxadapt.methods.base import (
     CALL_KEY,
     PRIMITIVES,
     Array,
+    Axes,
     Change,
+    Draw,
     Drop,
     Effects,
     Method,
+    MethodTensor,
+    Operation,
     Params,
+    PerEntry,
     Shapes,
     Start,
     Target,
     Targets,
+    TorchRandom,
+    Use,
     adapted_entries,
     at_least_float32,
+    axes_tensor,
     file_sizes,
+    own_tensor,
     shared_value,
     tensor_roles,
 )
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "CALL_KEY",
-    "Array",
-    "Draw",
-    "Drop",
-    "Effects",
-    "FactoredMethod",
-    "MatrixHparams",
-    "MatrixMethod",
-    "MethodTensor",
-    "Operation",
-    "OwnHparams",
-    "Params",
-    "Shapes",
-    "Start",
-    "Target",
-    "Targets",
-    "TorchRandom",
-    "Use",
-    "at_least_float32",
-    "axes_tensor",
-    "layout_of",
-    "own_tensor",
-    "shared_value",
-    "tensor_roles",
-]
+    "CALL_KEY", "Array", "Draw", "Drop", "Effects", "FactoredMethod", "MatrixHparams", "MatrixMethod", "MethodTensor",
+    "Operation", "OwnHparams", "Params", "Shapes", "Start", "Target", "Targets", "TorchRandom", "Use",
+    "at_least_float32", "axes_tensor", "layout_of", "own_tensor", "shared_value", "tensor_roles",
+]  # fmt: skip
 
 # ---------------------------------------------------------------- matrix
 
@@ -120,12 +105,13 @@ class MatrixMethod(Method):
     """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
     def own(self, config: Any, target: Target) -> Hashable:
-        """Return the hyperparameters of a site: a frozen dataclass, or None, the default.
+        """Return the hyperparameters of a site: a frozen dataclass, or None.
 
-        If it has a field `dropout`, that is the dropout rate of the input. If `output` handles convolutions or lookups,
-        it has a field `kind`, the kind of the weight.
+        If it has a field `dropout`, that is the dropout rate of the input. By default that is the configuration's field
+        with the name of the type, such as `vera_dropout`, or 0. If `output` handles convolutions or lookups, it has a
+        field `kind`, the kind of the weight.
         """
-        return None
+        return OwnHparams(dropout=getattr(config, f"{self.peft_type.lower()}_dropout", 0.0))
 
     def effect(self, own: Any) -> Effects:
         """Return what the method changes at a site; by default it adds to the weight, at each use if it has `after`."""
@@ -249,8 +235,8 @@ class MatrixMethod(Method):
         return MatrixHparams(dataclasses.replace(own, **changes), rows=True)
 
     def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
-        numbers = {name: getattr(hparams.own, name) for name in self.row_numbers} | {USED: hparams.used or 1.0}
-        return dict(params) | {name: entry_values(x, entries) for name, x in numbers.items()}
+        numbers = {name: getattr(hparams.own, name) for name in self.row_numbers} | {products.USED: hparams.used or 1.0}
+        return dict(params) | {name: products.entry_values(x, entries) for name, x in numbers.items()}
 
     def weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array) -> Array:
         return self._on_weight(hparams, params, axes, w, self.matrix)
@@ -267,8 +253,8 @@ class MatrixMethod(Method):
                 f"cannot change the layer's bias with {self.peft_type}: the model stores the layer's weight times a"
                 " factor, and the bias may not have it. Keep the adapter beside the model, or exclude the module"
             )
-        letters = dict(zip(layout.left, LETTERS, strict=False))
-        over = "".join(LETTERS[i] for i in range(axes.rank) if i not in axes.in_axes)
+        letters = dict(zip(layout.left, products.LETTERS, strict=False))
+        over = "".join(products.LETTERS[i] for i in range(axes.rank) if i not in axes.in_axes)
         mismatch = (
             f"cannot change the layer's bias of shape {bias.shape}: it is not that of the output. Exclude the module"
         )
@@ -284,7 +270,7 @@ class MatrixMethod(Method):
 
     def _on_weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array, function: Any) -> Array:
         layout = layout_of(axes)
-        params = {name: x if name in (LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
+        params = {name: x if name in (products.LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
         matrices = layout.weight_to_torch(at_least_float32(w))
         changed = self._map(hparams, params, layout, function, (matrices, True))
         return layout.weight_from_torch(w.shape, changed).astype(w.dtype)
@@ -316,14 +302,14 @@ class MatrixMethod(Method):
 
     def _module_values(self, hparams: MatrixHparams, params: Params, layout: TorchLayout) -> dict[str, Any]:
         """Return a site's own numbers that differ, its adapted entries and its tensors, with the batch axes first."""
-        others = {*self.row_numbers, USED} if hparams.rows else {LAYER, CALL_KEY}
+        others = {*self.row_numbers, products.USED} if hparams.rows else {products.LAYER, CALL_KEY}
         tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name not in others}
         tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
         if CALL_KEY in params:  # another key for each module
             sizes = {x.shape[: len(layout.batch)] for name, x in tensors.items() if layout.has_batch(name)}
             tensors[CALL_KEY] = jax.random.split(params[CALL_KEY], sizes.pop()) if sizes else params[CALL_KEY]
         if hparams.rows:
-            own, used = {name: params[name] for name in self.row_numbers}, params[USED]
+            own, used = {name: params[name] for name in self.row_numbers}, params[products.USED]
         else:
             own, used = hparams.layer_values(params)
         return {"own": own, "used": used, "tensors": tensors}
@@ -336,7 +322,7 @@ def _kind(hparams: MatrixHparams) -> str:
 def layout_of(axes: Axes) -> TorchLayout:
     """Return PyTorch's layout of a weight."""
     if axes.torch is None:  # made by hand, without a keymap: the order of the axes is PyTorch's
-        letters = LETTERS[: axes.rank]
+        letters = products.LETTERS[: axes.rank]
         inputs, outputs, batch = (
             tuple(letters[i] for i in role) for role in (axes.in_axes, axes.out_axes, axes.batch_axes)
         )

@@ -16,13 +16,26 @@ own. R acts on the output, so the cost of a use does not depend on the inputs. T
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import BeftConfig, RoadConfig
-from jaxadapt.methods.matrix import (Array, Draw, Effects, MatrixMethod, MethodTensor, Params, Start, Target, axes_tensor, own_tensor, tensor_roles)
-
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    Effects,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    own_tensor,
+    tensor_roles,
+)
 
 # ---------------------------------------------------------------- beft
 
@@ -37,19 +50,19 @@ class Beft(MatrixMethod):
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (axes_tensor("beft_bias", "1 out"),)
 
-    def effect(self, own: None) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("adds", form="use", bias="adds")
 
     def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
-    def delta(self, own: None, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         return jnp.zeros_like(w)
 
-    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         return y + params["beft_bias"][0]
 
-    def shift(self, own: None, params: Params, bias: Array, undo: bool) -> Array:
+    def shift(self, own: OwnHparams, params: Params, bias: Array, undo: bool) -> Array:
         change = params["beft_bias"][0]
         return bias - change if undo else bias + change
 
@@ -60,7 +73,8 @@ class Beft(MatrixMethod):
 # ---------------------------------------------------------------- road
 
 
-_VALUES_PER_OUTPUT = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+_SHAPES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
+"""{variant: the number of (θ and α apart for c and s, outputs of a pair apart)}."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Road(MatrixMethod):
     )
 
     def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
-        ratio = _VALUES_PER_OUTPUT[config.variant]
+        ratio = math.prod(_SHAPES[config.variant]) / 2  # values for each output
         sizes = {
             name: target.own_size(name, 0, lambda: int(target.out_size * ratio))
             for name in ("road_theta", "road_alpha")
@@ -120,7 +134,10 @@ class Road(MatrixMethod):
         half = own.group // 2
         pairs = bias.reshape(*bias.shape[:-1], -1, 2, half)
         y, z = pairs[..., 0, :], pairs[..., 1, :]
-        c, s = _columns(own, params)
+        shape = _SHAPES[own.variant]
+        theta, alpha = (params[name].reshape(-1, *shape, half) for name in ("road_theta", "road_alpha"))
+        theta, alpha = (jnp.broadcast_to(x, (len(x), 2, 2, half)) for x in (theta, alpha))
+        c, s = alpha[:, 0] * jnp.cos(theta[:, 0]), alpha[:, 1] * jnp.sin(theta[:, 1])
         (c1, c2), (s1, s2) = (c[:, 0], c[:, 1]), (s[:, 0], s[:, 1])
         if undo:
             scale = 1 / (c1 * c2 + s1 * s2)
@@ -128,15 +145,3 @@ class Road(MatrixMethod):
         else:
             new = c1 * y - s1 * z, c2 * z + s2 * y
         return jnp.stack(new, axis=-2).reshape(bias.shape)
-
-
-def _columns(own: RoadHparams, params: Params) -> tuple[Array, Array]:
-    """Return α·cos θ and α·sin θ, each (groups, 2, half of a group) or, for road_1, (groups, 1 → 2, half)."""
-    half = own.group // 2
-    theta, alpha = params["road_theta"], params["road_alpha"]
-    if own.variant == "road_4":
-        theta, alpha = (x.reshape(-1, 2, 2, half) for x in (theta, alpha))
-        return alpha[:, 0] * jnp.cos(theta[:, 0]), alpha[:, 1] * jnp.sin(theta[:, 1])
-    theta, alpha = (x.reshape(-1, 1 if own.variant == "road_1" else 2, half) for x in (theta, alpha))
-    theta, alpha = (jnp.broadcast_to(x, (len(x), 2, half)) for x in (theta, alpha))
-    return alpha * jnp.cos(theta), alpha * jnp.sin(theta)

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 from jaxadapt.methods.base import tensor_roles
 from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, dense, draw_dense
 
-
 # ---------------------------------------------------------------- prefix_tuning
 
 

@@ -40,9 +40,23 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import PveraConfig, RandLoraConfig, VeraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.methods.matrix import (
-    Array, Draw, FactoredMethod, MatrixHparams, MatrixMethod, MethodTensor, OwnHparams, Params, Shapes, Start, Target, Targets, TorchRandom, axes_tensor, own_tensor, tensor_roles,
+    Array,
+    Draw,
+    FactoredMethod,
+    MatrixHparams,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Shapes,
+    Start,
+    Target,
+    Targets,
+    TorchRandom,
+    axes_tensor,
+    own_tensor,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- projections
 
@@ -110,9 +124,6 @@ class Vera(FactoredMethod):
     def shared(self, config: VeraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return projections("vera", config, targets, found, config.r)
 
-    def own(self, config: VeraConfig, target: Target) -> OwnHparams:
-        return OwnHparams(dropout=config.vera_dropout)
-
     def init(self, config: VeraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "vera_lambda_b":
             return Draw("constant", 0.0 if config.init_weights else 1.0)
@@ -163,9 +174,6 @@ class Pvera(FactoredMethod):
 
     def shared(self, config: PveraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return projections("pvera", config, targets, found, 2 * config.r)
-
-    def own(self, config: PveraConfig, target: Target) -> OwnHparams:
-        return OwnHparams(dropout=config.pvera_dropout)
 
     def init(self, config: PveraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "pvera_lambda_b":

@@ -12,12 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Method, Params, Shapes, Start, Target, Targets, require_weights
+from jaxadapt.methods.base import (
+    Array,
+    Draw,
+    Effects,
+    Method,
+    MethodTensor,
+    Params,
+    Shapes,
+    Start,
+    Target,
+    Targets,
+    own_tensor,
+    require_weights,
+)
 
 # ---------------------------------------------------------------- names
 

@@ -27,8 +27,18 @@ from jax.core import Tracer
 from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
-from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, Array, Draw, EmbeddingPrompt, Params, Shapes, StartData, dense, draw_dense
-
+from jaxadapt.methods.prompt import (
+    EMBEDDINGS,
+    TASKS,
+    Array,
+    Draw,
+    EmbeddingPrompt,
+    Params,
+    Shapes,
+    StartData,
+    dense,
+    draw_dense,
+)
 
 # ---------------------------------------------------------------- prompt_tuning
 

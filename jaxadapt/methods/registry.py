@@ -24,6 +24,7 @@ _KIN = {
     "subspaces": ("DEFT", "OSF"),
     "trained_copies": ("LN_TUNING", "TRAINABLE_TOKENS"),
     "transforms": ("C3A", "FOURIERFT", "WAVEFT"),
+    "weighted": ("DELORA", "HIRA", "PEANUT"),
 }
 _FILES = {peft_type: file for file, types in _KIN.items() for peft_type in types}
 

@@ -48,11 +48,13 @@ products with U. The arithmetic follows PEFT's `tuners/hra/layer.py`, with its f
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +65,26 @@ from jaxadapt.configs.full_rank import BOFTConfig, HRAConfig, OFTConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
 from jaxadapt.methods.matrix import (
-    CALL_KEY, Array, Draw, Drop, Effects, MatrixHparams, MatrixMethod, MethodTensor, Operation, OwnHparams, Params, Start, Target, Use, at_least_float32, axes_tensor, own_tensor, layout_of, tensor_roles,
+    CALL_KEY,
+    Array,
+    Draw,
+    Drop,
+    Effects,
+    MatrixHparams,
+    MatrixMethod,
+    MethodTensor,
+    Operation,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    Use,
+    at_least_float32,
+    axes_tensor,
+    layout_of,
+    own_tensor,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- blocks
 
@@ -124,6 +143,25 @@ def turn(rows: Array, blocks: Array) -> Array:
     return jnp.einsum("...rk,rkc->...rc", split, blocks).reshape(rows.shape)
 
 
+class Rotation(MatrixMethod):
+    """A rotation of the inputs. A convolution's kernel is one matrix (out, channels·window)."""
+
+    kinds = frozenset({"linear", "conv"})
+
+    def effect(self, own: Any) -> Effects:
+        return Effects("changes", form="use", reads=True)
+
+    @abc.abstractmethod
+    def turned(self, own: Any, params: Params, flat: Array, undo: bool) -> Array:
+        """Return the effective weight of a weight (out, in), or with `undo` the weight of an effective one."""
+
+    def matrix(self, own: Any, params: Params, w: Array) -> Array:
+        return self.turned(own, params, w.reshape(len(w), -1), undo=False).reshape(w.shape)
+
+    def unmatrix(self, own: Any, params: Params, w: Array) -> Array:
+        return self.turned(own, params, w.reshape(len(w), -1), undo=True).reshape(w.shape)
+
+
 # ---------------------------------------------------------------- oft
 
 
@@ -144,7 +182,7 @@ class OftHparams:
     window: int = dataclasses.field(default=0, compare=False)
 
 
-class Oft(MatrixMethod):
+class Oft(Rotation):
     """A rotation of blocks of the inputs."""
 
     peft_type = "OFT"
@@ -165,11 +203,11 @@ class Oft(MatrixMethod):
             )
 
     def tensors(self, config: OFTConfig, target: Target) -> tuple[MethodTensor, ...]:
-        window, name = target.window, "oft_embedding_R" if target.kind == "embedding" else "oft_R"
         check_window(target, "OFT")
+        name = "oft_embedding_R" if target.kind == "embedding" else "oft_R"
         found = target.found.get(name)
         if found is None:
-            size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(window)
+            size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(target.window)
             given = _nearest_divisor(target, size, config.oft_block_size or config.r)
             blocks, block = (size // given, given) if config.oft_block_size else (given, size // given)
             found = (1 if config.block_share else blocks, block * (block - 1) // 2)
@@ -223,7 +261,7 @@ class Oft(MatrixMethod):
         def change(own: OftHparams, p: Params, x: Array) -> Array:
             wide = x.astype(one_hot.dtype)
             patches = slide(wide, one_hot)
-            turned = turn(jnp.moveaxis(patches, 1, -1), self._blocks(own, p, size))
+            turned = turn(jnp.moveaxis(patches, 1, -1), _blocks(own, p, size))
             turned = jnp.moveaxis(turned.reshape(*turned.shape[:-1], inputs[0], -1), -2, 1)  # positions before pixels
             placed = turned.reshape(patches.shape).astype(wide.dtype)  # read as pixels before positions
             (summed,) = jax.linear_transpose(lambda x: slide(x, one_hot), wide)(placed)
@@ -242,12 +280,10 @@ class Oft(MatrixMethod):
         if isinstance(use, Use):  # in PEFT the head tied to an embedding is a module of its own, which is not adapted
             return y if use.transposed else products.run_use(use, x, self.weight(hparams, params, use.axes, w))
         rows = jnp.moveaxis(y, use.out, -1)
-        return jnp.moveaxis(turn(rows, self._blocks(hparams.own, params, rows.shape[-1])), -1, use.out).astype(
-            y.dtype
-        )
+        return jnp.moveaxis(turn(rows, _blocks(hparams.own, params, rows.shape[-1])), -1, use.out).astype(y.dtype)
 
     def before(self, own: OftHparams, params: Params, x: Array) -> Array:
-        return turn(x, self._blocks(own, params, x.shape[-1]))
+        return turn(x, _blocks(own, params, x.shape[-1]))
 
     def matrix(self, own: OftHparams, params: Params, w: Array) -> Array:
         if math.prod(w.shape[2:]) > 1:
@@ -255,25 +291,19 @@ class Oft(MatrixMethod):
                 "OFT on a convolution with a window has no effective kernel: its layer changes the whole input, as"
                 " PEFT's does, whose own merge gives other outputs. Keep the adapter beside the model"
             )
-        flat = w.reshape(len(w), -1)
-        blocks = self._blocks(own, params, flat.shape[1])
-        return turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
+        return super().matrix(own, params, w)
 
-    def unmatrix(self, own: OftHparams, params: Params, w: Array) -> Array:
-        flat = w.reshape(len(w), -1)
-        blocks = jnp.linalg.inv(self._blocks(own, params, flat.shape[1]))
-        return turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2)).reshape(w.shape)
-
-    @staticmethod
-    def _blocks(own: OftHparams, params: Params, size: int) -> Array:
-        return _rotation(own, params["oft_embedding_R" if own.kind == "embedding" else "oft_R"], size)
+    def turned(self, own: OftHparams, params: Params, flat: Array, undo: bool) -> Array:
+        blocks = _blocks(own, params, flat.shape[1])
+        blocks = jnp.linalg.inv(blocks) if undo else blocks
+        return turn(flat, blocks if own.kind == "embedding" else blocks.swapaxes(1, 2))
 
 
-def _rotation(own: OftHparams, vectors: Array, size: int) -> Array:
+def _blocks(own: OftHparams, params: Params, size: int) -> Array:
     """Return the blocks of R, (size/b, b, b)."""
-    k = skew(vectors)
+    k = skew(params["oft_embedding_R" if own.kind == "embedding" else "oft_R"])
     if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it
-        norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(vectors))
+        norm, limit = jnp.linalg.norm(k, axis=(1, 2), keepdims=True), own.eps / math.sqrt(len(k))
         k = k + jax.lax.stop_gradient(jnp.where(norm <= limit, k, k * (limit / norm)) - k)
     r = cayley_series(k, own.terms) if own.terms else cayley(k)
     return jnp.broadcast_to(r, (size // r.shape[-1], *r.shape[1:]))
@@ -291,12 +321,11 @@ def _nearest_divisor(target: Target, size: int, wanted: int) -> int:
 # ---------------------------------------------------------------- boft
 
 
-class Boft(MatrixMethod):
+class Boft(Rotation):
     """A rotation of blocks of the inputs, and a scale of the outputs."""
 
     peft_type = "BOFT"
     drops = "change"
-    kinds = frozenset({"linear", "conv"})
     roles = tensor_roles(other="boft_R", vector="boft_s")
     examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
 
@@ -323,9 +352,6 @@ class Boft(MatrixMethod):
         scale = axes_tensor("boft_s", "1 out" if window else "out 1")
         return own_tensor("boft_R", found), scale
 
-    def own(self, config: BOFTConfig, target: Target) -> OwnHparams:
-        return OwnHparams(dropout=config.boft_dropout)
-
     def effect(self, own: OwnHparams) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")
 
@@ -341,13 +367,9 @@ class Boft(MatrixMethod):
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         return y * params["boft_s"].reshape(-1)
 
-    def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
-        flat = turn(w.reshape(len(w), -1), _kept_blocks(own, params).swapaxes(1, 2))
-        return (flat * params["boft_s"].reshape(-1, 1)).reshape(w.shape)
-
-    def unmatrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
-        flat = w.reshape(len(w), -1) / params["boft_s"].reshape(-1, 1)
-        return turn(flat, _kept_blocks(own, params)).reshape(w.shape)
+    def turned(self, own: OwnHparams, params: Params, flat: Array, undo: bool) -> Array:
+        scale, blocks = params["boft_s"].reshape(-1, 1), _kept_blocks(own, params)
+        return turn(flat / scale, blocks) if undo else turn(flat, blocks.swapaxes(1, 2)) * scale
 
 
 def _kept_blocks(own: OwnHparams, params: Params) -> Array:
@@ -370,11 +392,10 @@ class HraHparams:
     orthogonal: bool
 
 
-class Hra(MatrixMethod):
+class Hra(Rotation):
     """A chain of reflections of the inputs."""
 
     peft_type = "HRA"
-    kinds = frozenset({"linear", "conv"})
     roles = tensor_roles(A="hra_u")
     row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
     examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
@@ -395,9 +416,6 @@ class Hra(MatrixMethod):
     def own(self, config: HRAConfig, target: Target) -> HraHparams:
         return HraHparams(config.apply_GS)
 
-    def effect(self, own: HraHparams) -> Effects:
-        return Effects("changes", form="use", reads=True)
-
     def init(self, config: HRAConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if not self.starts_unchanged(config):
             return Draw.kaiming(config.r)
@@ -415,15 +433,9 @@ class Hra(MatrixMethod):
         x = x.astype(u.dtype)
         return x - (x @ u) @ ut.T
 
-    def matrix(self, own: HraHparams, params: Params, w: Array) -> Array:
+    def turned(self, own: HraHparams, params: Params, flat: Array, undo: bool) -> Array:
         u, ut = _reflections(own, params["hra_u"])
-        flat = w.reshape(len(w), -1)
-        return (flat - (flat @ ut) @ u.T).reshape(w.shape)
-
-    def unmatrix(self, own: HraHparams, params: Params, w: Array) -> Array:
-        u, ut = _reflections(own, params["hra_u"])
-        flat = w.reshape(len(w), -1)
-        return (flat - (flat @ u) @ ut.T).reshape(w.shape)
+        return flat - (flat @ u) @ ut.T if undo else flat - (flat @ ut) @ u.T
 
 
 def _reflections(own: HraHparams, u: Array) -> tuple[Array, Array]:

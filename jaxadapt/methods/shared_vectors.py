@@ -39,9 +39,25 @@ from jaxadapt.arrays import products
 from jaxadapt.configs.fixed_bases import TinyLoraConfig, UniLoraConfig, VBLoRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
-    Array, Draw, Drop, FactoredMethod, MatrixHparams, MethodTensor, Operation, OwnHparams, Params, Shapes, Start, Target, Targets, TorchRandom, Use, axes_tensor, own_tensor, tensor_roles,
+    Array,
+    Draw,
+    Drop,
+    FactoredMethod,
+    MatrixHparams,
+    MethodTensor,
+    Operation,
+    OwnHparams,
+    Params,
+    Shapes,
+    Start,
+    Target,
+    Targets,
+    TorchRandom,
+    Use,
+    axes_tensor,
+    own_tensor,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- tinylora
 
@@ -172,9 +188,6 @@ class UniLora(FactoredMethod):
 
     def starts_unchanged(self, config: UniLoraConfig) -> bool:
         return False
-
-    def own(self, config: UniLoraConfig, target: Target) -> OwnHparams:
-        return OwnHparams(dropout=config.unilora_dropout)
 
     def init(self, config: UniLoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == THETA:

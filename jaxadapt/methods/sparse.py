@@ -29,9 +29,19 @@ from jaxadapt.arrays.random_draws import draw_arrays
 from jaxadapt.configs.full_rank import ShiraConfig, SupertuningConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
-    Array, Draw, MatrixMethod, MethodTensor, OwnHparams, Params, Start, Target, TorchRandom, axes_tensor, own_tensor, tensor_roles,
+    Array,
+    Draw,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    TorchRandom,
+    axes_tensor,
+    own_tensor,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- shira
 
@@ -78,7 +88,7 @@ class Shira(MatrixMethod):
         xp: Any = jnp if isinstance(flat, Tracer) else np
         return xp.stack([flat // columns, flat % columns]).astype("int32")
 
-    def delta(self, own: None, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         rows, columns = params["shira_indices"]
         values = params["shira_weight"]
         return jnp.zeros(w.shape, values.dtype).at[rows, columns].add(values)

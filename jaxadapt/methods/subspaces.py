@@ -34,9 +34,20 @@ from jaxadapt.configs.full_rank import OSFConfig
 from jaxadapt.configs.low_rank import DeftConfig
 from jaxadapt.configs.validation import compile_pattern
 from jaxadapt.methods.matrix import (
-    Array, Draw, Effects, MatrixMethod, MethodTensor, Params, Start, Target, at_least_float32, axes_tensor, shared_value, tensor_roles,
+    Array,
+    Draw,
+    Effects,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    at_least_float32,
+    axes_tensor,
+    shared_value,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- deft
 
@@ -66,10 +77,8 @@ class Deft(MatrixMethod):
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)
-        p = axes_tensor("deft_P", "out r", r)
-        if config.para:
-            return (p,)
-        return (p, axes_tensor("deft_R", "r in", r, from_base=config.init_weights))
+        p, r_in = axes_tensor("deft_P", "out r", r), axes_tensor("deft_R", "r in", r, from_base=config.init_weights)
+        return (p,) if config.para else (p, r_in)
 
     def starts_unchanged(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para
@@ -153,7 +162,7 @@ class Osf(MatrixMethod):
     def starts_unchanged(self, config: OSFConfig) -> bool:
         return config.init_weights is not False
 
-    def effect(self, own: None) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")
 
     def init(self, config: OSFConfig, tensor: MethodTensor, start: Start) -> Array:
@@ -165,13 +174,13 @@ class Osf(MatrixMethod):
         chosen = slice(None, count) if level == "high" else slice(len(s) - count, None)
         return {"U": u[:, chosen], "S": s[chosen], "V": v[chosen]}[part]
 
-    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         high = params["osf_U_high"]
         u, s, v = _low(params)
         kept = (y.astype(high.dtype) @ high) @ high.T
         return kept + ((x.astype(u.dtype) @ v.T) * s) @ u.T
 
-    def matrix(self, own: None, params: Params, w: Array) -> Array:
+    def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         high = params["osf_U_high"]
         u, s, v = _low(params)
         return high @ (high.T @ w) + (u * s) @ v

@@ -21,7 +21,6 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.copies import ROWS, CopyingMethod, FullCopy, RowCopy
 
-
 # ---------------------------------------------------------------- ln_tuning
 
 

@@ -35,7 +35,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,28 +46,65 @@ from jaxadapt.configs.fixed_bases import C3AConfig, FourierFTConfig, WaveFTConfi
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
-    Array, Draw, MatrixMethod, MethodTensor, Params, Start, Target, TorchRandom, at_least_float32, axes_tensor, own_tensor, shared_value, tensor_roles,
+    Array,
+    Draw,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    TorchRandom,
+    at_least_float32,
+    axes_tensor,
+    own_tensor,
+    shared_value,
+    tensor_roles,
 )
-
 
 # ---------------------------------------------------------------- spectra
 
 
-def count_of(config: Any, module: str) -> int:
-    """Return the number of frequencies of a module by its configuration."""
-    return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
+@dataclasses.dataclass(frozen=True)
+class SpectrumHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        count: the number of values, a number or a `PerEntry`.
+        scaling: the factor of the change.
+        seed: the seed of the positions.
+        order: half the length of the wavelet's filters; 0 for no wavelet.
+    """
+
+    count: Any
+    scaling: float
+    seed: int
+    order: int = 0
 
 
-def spectrum(name: str, target: Target, count: Callable[[str], int]) -> tuple[MethodTensor, ...]:
-    """Return the specification of a vector of `count(module)` trained values at random positions of the weight."""
-    size = target.rank(count)
-    if target.is_known and size > target.in_size * target.out_size:
-        raise target.refuse(
-            f"expected an n_frequency of at most {target.in_size * target.out_size}, the number of entries of the"
-            f" weight, found {size}"
-        )
-    tensor = axes_tensor(name, "r", (("r", size),))
-    return target.with_ranks((tensor,), count)
+class Spectrum(MatrixMethod):
+    """A change with trained values at few random positions of its spectrum; `scaled` is the tensor of the values."""
+
+    row_numbers = frozenset({"count", "scaling"})
+    row_padded = frozenset({"r"})
+
+    def count(self, config: Any, target: Target, module: str) -> int:
+        """Return the number of values of a module."""
+        return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
+
+    def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:
+        count = functools.partial(self.count, config, target)
+        size = target.rank(count)
+        if target.is_known and size > target.in_size * target.out_size:
+            raise target.refuse(
+                f"expected an n_frequency of at most {target.in_size * target.out_size}, the number of entries of the"
+                f" weight, found {size}"
+            )
+        return target.with_ranks([axes_tensor(name, "r", (("r", size),)) for name in self.scaled], count)
+
+    def own(self, config: Any, target: Target) -> SpectrumHparams:
+        count = target.value(functools.partial(self.count, config, target))
+        return SpectrumHparams(count, config.scaling, config.random_loc_seed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,21 +121,10 @@ def used_values(values: Array, count: Any) -> Array:
 # ---------------------------------------------------------------- fourierft
 
 
-@dataclasses.dataclass(frozen=True)
-class FourierHparams:
-    """The hyperparameters of a site: the number of frequencies, a number or a `PerEntry`; the factor; the seed."""
-
-    count: Any
-    scaling: float
-    seed: int
-
-
-class FourierFt(MatrixMethod):
+class FourierFt(Spectrum):
     """A change with a sparse spectrum."""
 
     peft_type = "FOURIERFT"
-    row_numbers = frozenset({"count", "scaling"})
-    row_padded = frozenset({"r"})
     scaled = frozenset({"fourierft_spectrum"})
     roles = tensor_roles(vector="fourierft_spectrum")
     examples = (
@@ -107,24 +132,16 @@ class FourierFt(MatrixMethod):
         {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {".*q(_proj)?": 14}},
     )
 
-    def tensors(self, config: FourierFTConfig, target: Target) -> tuple[MethodTensor, ...]:
-        return spectrum("fourierft_spectrum", target, lambda module: count_of(config, module))
-
-    def own(self, config: FourierFTConfig, target: Target) -> FourierHparams:
-        return FourierHparams(
-            target.value(lambda module: count_of(config, module)), config.scaling, config.random_loc_seed
-        )
-
     def init(self, config: FourierFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
-    def delta(self, own: FourierHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: SpectrumHparams, params: Params, w: Array) -> Array:
         values = used_values(params["fourierft_spectrum"], own.count)
         rows, columns = positions(own.seed, *w.shape, len(values))
         dense = jnp.zeros(w.shape, values.dtype).at[rows, columns].set(values)
         return own.scaling * transform(jnp.fft.ifft2, dense).real
 
-    def after(self, own: FourierHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: SpectrumHparams, params: Params, x: Array, y: Array) -> Array:
         values = used_values(params["fourierft_spectrum"], own.count)
         rows, columns = positions(own.seed, y.shape[-1], x.shape[-1], len(values))
         h = transform(jnp.fft.ifft, at_least_float32(x))[..., columns] * values
@@ -138,29 +155,10 @@ class FourierFt(MatrixMethod):
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 
 
-@dataclasses.dataclass(frozen=True)
-class WaveHparams:
-    """The hyperparameters of a site.
-
-    Attributes:
-        count: the number of values, a number or a `PerEntry`.
-        scaling: the factor of the change.
-        seed: the seed of the positions.
-        order: half the length of the wavelet's filters; 0 for no transform.
-    """
-
-    count: Any
-    scaling: float
-    seed: int
-    order: int
-
-
-class WaveFt(MatrixMethod):
+class WaveFt(Spectrum):
     """A change with few wavelet coefficients."""
 
     peft_type = "WAVEFT"
-    row_numbers = frozenset({"count", "scaling"})
-    row_padded = frozenset({"r"})
     scaled = frozenset({"waveft_spectrum"})
     roles = tensor_roles(vector="waveft_spectrum")
     examples = (
@@ -175,42 +173,36 @@ class WaveFt(MatrixMethod):
                 f"cannot apply WAVEFT with wavelet_family {config.wavelet_family!r}; jaxadapt has {', '.join(_ORDERS)}"
             )
 
-    def tensors(self, config: WaveFTConfig, target: Target) -> tuple[MethodTensor, ...]:
-        return spectrum("waveft_spectrum", target, lambda module: _count(config, target, module))
+    def count(self, config: WaveFTConfig, target: Target, module: str) -> int:
+        if not config.proportional_parameters:
+            return super().count(config, target, module)
+        if "waveft_spectrum" not in target.found:
+            raise target.refuse(
+                "cannot create a WAVEFT adapter with proportional_parameters: a module's number of frequencies"
+                " depends on all other modules; state the numbers in n_frequency_pattern"
+            )
+        return target.found["waveft_spectrum"][-1]
 
-    def own(self, config: WaveFTConfig, target: Target) -> WaveHparams:
-        count = target.value(lambda module: _count(config, target, module))
+    def own(self, config: WaveFTConfig, target: Target) -> SpectrumHparams:
         order = _ORDERS[config.wavelet_family] if config.use_idwt else 0
-        return WaveHparams(count, config.scaling, config.random_loc_seed, order)
+        return dataclasses.replace(super().own(config, target), order=order)
 
     def init(self, config: WaveFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.01)
 
-    def delta(self, own: WaveHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: SpectrumHparams, params: Params, w: Array) -> Array:
         values = own.scaling * used_values(params["waveft_spectrum"], own.count)
         (rows, columns), shape = _places(own.seed, own.order, *w.shape, len(values))
         dense = jnp.zeros(shape, values.dtype).at[rows, columns].set(values)
         return _synthesis(own.order, w.shape[0], _synthesis(own.order, w.shape[1], dense).T).T
 
-    def after(self, own: WaveHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: SpectrumHparams, params: Params, x: Array, y: Array) -> Array:
         values = own.scaling * used_values(params["waveft_spectrum"], own.count)
         (rows, columns), shape = _places(own.seed, own.order, y.shape[-1], x.shape[-1], len(values))
         wide = jax.ShapeDtypeStruct((*x.shape[:-1], shape[1]), values.dtype)
         (h,) = jax.linear_transpose(functools.partial(_synthesis, own.order, x.shape[-1]), wide)(x.astype(wide.dtype))
         h = jnp.zeros((*x.shape[:-1], shape[0]), h.dtype).at[..., rows].add(h[..., columns] * values)
         return y + _synthesis(own.order, y.shape[-1], h)
-
-
-def _count(config: WaveFTConfig, target: Target, module: str) -> int:
-    if config.proportional_parameters:
-        found = target.found.get("waveft_spectrum")
-        if found is None:
-            raise target.refuse(
-                "cannot create a WAVEFT adapter with proportional_parameters: a module's number of frequencies"
-                " depends on all other modules; state the numbers in n_frequency_pattern"
-            )
-        return found[-1]
-    return count_of(config, module)
 
 
 @functools.lru_cache(maxsize=64)
@@ -305,14 +297,14 @@ class C3a(MatrixMethod):
             case _:
                 return Draw("uniform", math.sqrt(6 / ((rows + columns) * size)))
 
-    def delta(self, own: None, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         kernel = params["c3a_kernel"]
         size = kernel.shape[-1]
         row, column = np.indices((size, size))
         blocks = kernel[:, :, (column - row) % size]
         return blocks.swapaxes(1, 2).reshape(w.shape) / w.shape[1]
 
-    def after(self, own: None, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         kernel = at_least_float32(params["c3a_kernel"])
         rows, columns, size = kernel.shape
         blocks = x.reshape(*x.shape[:-1], columns, size).astype(kernel.dtype)

@@ -306,8 +306,8 @@ def test_only_its_own_files_name_a_method():
 
     A method's own are its file in `methods` and the class of its configuration, among others in one file.
     """
-    folder = (PACKAGE / "methods").glob("*.py")
-    own = {path.stem for path in folder if re.search(r'peft_type = "[A-Z]', path.read_text(encoding="utf-8"))} - {"lora"}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (PACKAGE / "methods").glob("*.py")}
+    own = {name for name, text in texts.items() if re.search(r'peft_type = "[A-Z]', text)} - {"lora"}
     types = {(f"configs.{facts.module}", facts.config): peft_type for peft_type, facts in FACTS.items()}
     classes = {name for _, name in types} - {"LoraConfig"}
     found = set()
