@@ -377,7 +377,7 @@ class PeanutConfig(ExcludesConfig):
         r: the width of the network.
         depth: the number of hidden layers on each side of the network, 0 or more.
         act_fn: the activation function, by its name in transformers. jaxadapt computes with those listed in
-            `methods/weighted.py`.
+            `methods/weight_dependent.py`.
         scaling: the factor of the change.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
         init_weights: true starts without a change of the weight, false with a random one.

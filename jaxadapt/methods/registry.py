@@ -15,16 +15,14 @@ _KIN = {
     "blocks": ("GRALORA", "MISS"),
     "lycoris": ("LOHA", "LOKR"),
     "outputs": ("BEFT", "ROAD"),
-    "prefixes": ("CARTRIDGE", "PREFIX_TUNING"),
     "projections": ("PVERA", "RANDLORA", "VERA"),
-    "prompt_embeddings": ("MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING"),
     "rotations": ("BOFT", "HRA", "OFT"),
     "shared_vectors": ("TINYLORA", "UNILORA", "VBLORA"),
     "sparse": ("SHIRA", "SUPERTUNING"),
-    "subspaces": ("DEFT", "OSF"),
     "trained_copies": ("LN_TUNING", "TRAINABLE_TOKENS"),
     "transforms": ("C3A", "FOURIERFT", "WAVEFT"),
-    "weighted": ("DELORA", "HIRA", "PEANUT"),
+    "virtual_tokens": ("CARTRIDGE", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    "weight_dependent": ("DEFT", "DELORA", "HIRA", "OSF", "PEANUT"),
 }
 _FILES = {peft_type: file for file, types in _KIN.items() for peft_type in types}
 

@@ -1,4 +1,6 @@
-"""Trained embeddings before those of the tokens: PROMPT_TUNING, MULTITASK_PROMPT_TUNING and P_TUNING.
+"""Virtual tokens before those of the input, as embeddings or as keys and values.
+
+The methods are PROMPT_TUNING, MULTITASK_PROMPT_TUNING and P_TUNING, PREFIX_TUNING and CARTRIDGE.
 
 PROMPT_TUNING (arXiv:2104.08691; PEFT's `tuners/prompt_tuning/model.py`): trained embeddings before the tokens'.
 
@@ -13,6 +15,24 @@ P_TUNING (arXiv:2103.10385; PEFT's `tuners/p_tuning/model.py`): embeddings that 
 
 The stored form is that of PROMPT_TUNING: the output of the network. The trained form has an embedding table, for "LSTM"
 the parameters of a bidirectional LSTM, and dense layers with ReLU between them: three for "MLP", two for "LSTM".
+
+PREFIX_TUNING (arXiv:2101.00190; PEFT's `tuners/prefix_tuning/model.py` and `PeftModel.get_prompt`).
+
+The stored form is one tensor `prompt_embeddings` (n, layers · 2 · token_dim), whose last axis is (layer, key or value,
+head, dim). The keys are used as they are: where the base rotates its keys, they are taken to be rotated already.
+
+In an encoder-decoder (`num_transformer_submodules` 2) the prefix enters the self-attention of the decoder. PEFT gives
+its layer i the keys and values of layer 2·i mod layers, because its cache takes four tensors a layer (those for cross
+attention are dropped); so does jaxadapt, since a file trained by PEFT means that. PEFT takes the number of layers from
+the encoder: a decoder of fewer layers uses the first of them, and in one of more layers PEFT fails. A new adapter of
+jaxadapt has as many layers as the decoder, which PEFT reads from the configuration.
+
+With `prefix_projection` the trained form is an embedding table and two dense layers:
+prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
+
+CARTRIDGE (arXiv:2506.06266; PEFT's `tuners/cartridge/model.py`): a prefix whose first tokens are not trained.
+
+The stored form is that of PREFIX_TUNING. The trained form has the fixed and the trained tokens as two tensors.
 """
 
 from __future__ import annotations
@@ -27,6 +47,7 @@ from jax.core import Tracer
 from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
+from jaxadapt.methods.base import tensor_roles
 from jaxadapt.methods.prompt import (
     EMBEDDINGS,
     TASKS,
@@ -34,6 +55,7 @@ from jaxadapt.methods.prompt import (
     Draw,
     EmbeddingPrompt,
     Params,
+    PromptMethod,
     Shapes,
     StartData,
     dense,
@@ -207,3 +229,69 @@ def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:
 
     zeros = jnp.zeros(kernel.shape[0], inputs.dtype)
     return jax.lax.scan(step, (zeros, zeros), inputs, reverse=direction == "reverse")[1]
+
+
+# ---------------------------------------------------------------- prefix_tuning
+
+
+class PrefixTuning(PromptMethod):
+    """Trained keys and values before those of every attention layer."""
+
+    peft_type = "PREFIX_TUNING"
+    adds = "keys"
+    examples = (
+        {"num_virtual_tokens": 3},
+        {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
+    )
+
+    def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+        self.require_sizes(config)
+        n, d, width = config.num_virtual_tokens, config.token_dim, config.num_layers * 2 * config.token_dim
+        if stored or not config.prefix_projection:
+            return {EMBEDDINGS: (n, width)}
+        h = config.encoder_hidden_size or d
+        return {"embedding": (n, d), "kernel_0": (d, h), "bias_0": (h,), "kernel_1": (h, width), "bias_1": (width,)}
+
+    def draw(self, config: Any, name: str) -> Draw:
+        zero = config.init_weights == "zero"
+        if name in (EMBEDDINGS, "embedding"):  # torch's nn.Embedding
+            return Draw("constant", 0.0) if zero and name == EMBEDDINGS else Draw("normal", 1.0)
+        if zero and name in ("kernel_1", "bias_1"):
+            return Draw("constant", 0.0)
+        fan_in = config.token_dim if name.endswith("0") else config.encoder_hidden_size or config.token_dim
+        return draw_dense(fan_in)
+
+    def encode(self, config: Any, shared: Params) -> Array:
+        return dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))
+
+
+# ---------------------------------------------------------------- cartridge
+
+
+_FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
+
+
+class Cartridge(PromptMethod):
+    """Keys and values before those of every attention layer; the first tokens are fixed."""
+
+    peft_type = "CARTRIDGE"
+    adds = "keys"
+    roles = tensor_roles(frozen=_FROZEN)
+    examples = ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
+
+    def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
+        self.require_sizes(config)
+        n, frozen, width = config.num_virtual_tokens, config.num_frozen_tokens, config.num_layers * 2 * config.token_dim
+        if stored:
+            return {EMBEDDINGS: (n, width)}
+        return {name: (size, width) for name, size in ((_FROZEN, frozen), (_TRAINED, n - frozen)) if size}
+
+    def draw(self, config: Any, name: str) -> Draw:
+        return Draw("normal", 1.0)
+
+    def stored(self, config: Any, shared: Params) -> dict[str, Array]:
+        whole = shared.get(EMBEDDINGS)
+        frozen = shared.get(_FROZEN) if whole is None else whole[: config.num_frozen_tokens]
+        trained = shared.get(_TRAINED) if whole is None else whole[config.num_frozen_tokens :]
+        parts = [None if frozen is None else jax.lax.stop_gradient(frozen), trained]
+        return {EMBEDDINGS: jnp.concatenate([part for part in parts if part is not None])}
