@@ -306,8 +306,7 @@ def _corda(x: SiteValues) -> list[Factors]:
     method = options.get("corda_method", "ipm")
     if method not in ("ipm", "kpm"):
         raise ConfigError(f"corda_config: corda_method: expected 'ipm' or 'kpm', found {method!r}")
-    pairs = zip(x.weights, x.data, strict=True)
-    return [corda(w, covariance, x.r, x.s, method == "kpm") for w, covariance in pairs]
+    return [corda(w, covariance, x.r, x.s, method == "kpm") for w, covariance in zip(x.weights, x.data, strict=True)]
 
 
 def _lora_ga(x: SiteValues) -> list[Factors]:

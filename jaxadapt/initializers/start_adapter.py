@@ -159,8 +159,7 @@ class Initialization:
             if found is None or tuple(found.shape) != expected:
                 text = "none" if found is None else f"one of shape {tuple(found.shape)}"
                 raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
-            wide = at_least_float32(jnp.asarray(found))
-            out |= factors.site_weights(self.recipe.keymap, b, wide, power=-1)
+            out |= factors.site_weights(self.recipe.keymap, b, at_least_float32(jnp.asarray(found)), power=-1)
         return out
 
     def assemble(
@@ -449,8 +448,7 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
     observe = statistics.make_observer(base, initialization.recipe, initialization.pairs, observed, forward)
     sums: dict[str, Array] = {}
     for batch in batches:
-        grams = observe({}, batch)
-        sums = {leaf: sums[leaf] + x if sums else x for leaf, x in grams.items()}
+        sums = {leaf: sums[leaf] + x if sums else x for leaf, x in observe({}, batch).items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: data has none")
     out: dict[str, Array] = {}

@@ -264,8 +264,7 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
         *path, leaf = known[site.leaf]
         keys = {name: f"{leaf}{SEP}{name}{SEP}observed" for name in ("state", "mask")}
         probe = dataclasses.replace(site, method=_Probe(), hparams=statistics[site.leaf].update)
-        adapter = LeafAdapter(probe, keys)
-        adapters.setdefault(tuple(path), {})[leaf] = [adapter]
+        adapters.setdefault(tuple(path), {})[leaf] = [LeafAdapter(probe, keys)]
         key_paths |= {paths.join(site.leaf, name): (*path, key) for name, key in keys.items()}
 
     def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:

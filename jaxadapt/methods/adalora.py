@@ -193,8 +193,7 @@ def allocate_ranks(
         for key in importance:
             now = jnp.abs(tensors[key] * gradients[key])
             importance[key] = config.beta1 * importance[key] + (1 - config.beta1) * now
-            deviation = jnp.abs(now - importance[key])
-            uncertainty[key] = config.beta2 * uncertainty[key] + (1 - config.beta2) * deviation
+            uncertainty[key] = config.beta2 * uncertainty[key] + (1 - config.beta2) * jnp.abs(now - importance[key])
     if step == last or (config.tinit < step < last and step % config.deltaT == 0):
         scores = _scores({key: importance[key] * uncertainty[key] for key in importance})
         start = sum(len(score) for score in scores.values())

@@ -47,8 +47,11 @@ class AdaptionPrompt(PromptMethod):
         return name == KEYS and (parent == config.target_modules or parent.endswith(f".{config.target_modules}"))
 
     def names_in_file(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        own = {key: shape for key, shape in shapes.items() if key.rpartition(".")[2].startswith("adaption_")}
-        return {key.removeprefix(PEFT_PREFIX).replace(".", ":"): shape for key, shape in own.items()}
+        return {
+            key.removeprefix(PEFT_PREFIX).replace(".", ":"): shape
+            for key, shape in shapes.items()
+            if key.rpartition(".")[2].startswith("adaption_")
+        }
 
     def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         shapes = dict(found)

@@ -144,8 +144,7 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
 
 def _later_outputs(types: Array) -> Array:
     """Return for each token the number of different outputs of its row whose type is larger than its own."""
-    outputs = jnp.where((types > 0) & (types % 4 == 0), types, 0)
-    ordered = jnp.sort(outputs, axis=1)
+    ordered = jnp.sort(jnp.where((types > 0) & (types % 4 == 0), types, 0), axis=1)
     first = jnp.concatenate([ordered[:, :1] > 0, ordered[:, 1:] > ordered[:, :-1]], axis=1)
     larger = (ordered[:, None] > types[:, :, None]) & first[:, None]
     return larger.sum(-1).astype(jnp.float32)

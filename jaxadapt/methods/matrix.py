@@ -271,8 +271,7 @@ class MatrixMethod(Method):
     def _on_weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array, function: Any) -> Array:
         layout = layout_of(axes)
         params = {name: x if name in (products.LAYER, CALL_KEY) else at_least_float32(x) for name, x in params.items()}
-        matrices = layout.weight_to_torch(at_least_float32(w))
-        changed = self._map(hparams, params, layout, function, (matrices, True))
+        changed = self._map(hparams, params, layout, function, (layout.weight_to_torch(at_least_float32(w)), True))
         return layout.weight_from_torch(w.shape, changed).astype(w.dtype)
 
     def _map(

@@ -64,8 +64,7 @@ from jaxadapt.methods.matrix import (
 def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Array, Array]:
     """Return projections of these shapes by PyTorch's Kaiming-uniform of the last axis; B's numbers follow A's."""
     random = TorchRandom(seed)
-    bounds = (math.sqrt(6 / shape[-1]) for shape in (a, b))
-    first, second = (random.uniform(shape, -bound, bound) for shape, bound in zip((a, b), bounds, strict=True))
+    first, second = (random.uniform(x, -math.sqrt(6 / x[-1]), math.sqrt(6 / x[-1])) for x in (a, b))
     return first, second
 
 
@@ -75,11 +74,13 @@ def projections(prefix: str, config: Any, targets: Targets, found: Shapes, rows:
     a, b = (found.get(name) for name in names)
     inputs = max(target.in_size for target in targets) if a is None else a[-1]
     outputs = max(target.out_size for target in targets) if b is None else b[0]
-    needs = (
-        (names[0], inputs, "inputs", lambda target: target.in_size),
-        (names[1], outputs, "outputs", lambda target: target.out_size),
+    check_projections(
+        targets,
+        (
+            (names[0], inputs, "inputs", lambda target: target.in_size),
+            (names[1], outputs, "outputs", lambda target: target.out_size),
+        ),
     )
-    check_projections(targets, needs)
     shapes = zip(names, ((rows, inputs), (outputs, config.r)), strict=True)
     return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
 
@@ -298,8 +299,7 @@ def _bases(params: Params, out: int, inputs: int) -> tuple[Array, Array]:
     small, large = min(out, inputs), max(out, inputs)
     bases = params["randlora_gamma"].shape[0]
     a = params["randlora_lambda"][:, :, None] * params["randlora_A"][:, :, :small] * params["randlora_gamma"]
-    b = params["randlora_B"][:large, :bases]
-    return a.reshape(-1, small), b.reshape(large, -1)
+    return a.reshape(-1, small), params["randlora_B"][:large, :bases].reshape(large, -1)
 
 
 def _change_few(params: Params, x: Array, out: int) -> Array:

@@ -215,9 +215,9 @@ class PromptMethod(Method):
     # ------------------------------------------------------------ the interface
 
     def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
-        shapes = self.shapes(config, stored=EMBEDDINGS in found)
         return tuple(
-            own_tensor(name, shape, name, trained=self.roles.get(name) != "frozen") for name, shape in shapes.items()
+            own_tensor(name, shape, name, trained=self.roles.get(name) != "frozen")
+            for name, shape in self.shapes(config, stored=EMBEDDINGS in found).items()
         )
 
     def init(self, config: Any, tensor: MethodTensor, start: Start) -> Draw | Array:

@@ -349,8 +349,7 @@ class Boft(Rotation):
                 raise target.refuse(f"BOFT needs blocks that divide the size {size} of its inputs; found {given}")
             number, block = (size // given, given) if config.boft_block_size else (given, size // given)
             found = (1, number, block, block)
-        scale = axes_tensor("boft_s", "1 out" if window else "out 1")
-        return own_tensor("boft_R", found), scale
+        return own_tensor("boft_R", found), axes_tensor("boft_s", "1 out" if window else "out 1")
 
     def effect(self, own: OwnHparams) -> Effects:
         return Effects("changes", form="use", reads=True, sees="product")

@@ -301,8 +301,7 @@ class C3a(MatrixMethod):
         kernel = params["c3a_kernel"]
         size = kernel.shape[-1]
         row, column = np.indices((size, size))
-        blocks = kernel[:, :, (column - row) % size]
-        return blocks.swapaxes(1, 2).reshape(w.shape) / w.shape[1]
+        return kernel[:, :, (column - row) % size].swapaxes(1, 2).reshape(w.shape) / w.shape[1]
 
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         kernel = at_least_float32(params["c3a_kernel"])

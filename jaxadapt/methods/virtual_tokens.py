@@ -111,15 +111,14 @@ class MultitaskPromptTuning(EmbeddingPrompt):
                 values[name] = values[name][task][None]
             else:
                 raise MismatchError(f"source: prompt_tuning_init_task={task}, but the source has {count} tasks")
-        wrong = [
-            f"{name}: expected {list(shapes[name])}, found {list(x.shape)}"
-            for name, x in values.items()
-            if tuple(x.shape) != shapes[name]
-        ]
         raise_listed(
             MismatchError,
             f"source: its tensors do not fit the new adapter ({kind} gives one task, num_tasks=1):",
-            wrong,
+            [
+                f"{name}: expected {list(shapes[name])}, found {list(x.shape)}"
+                for name, x in values.items()
+                if tuple(x.shape) != shapes[name]
+            ],
         )
         return values
 

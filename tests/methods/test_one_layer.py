@@ -10,9 +10,9 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, DeftConfig, DeloraConfig, FourierFTConfig, PeanutConfig, WaveFTConfig
-from jaxadapt.arrays.random_draws import TorchRandom
 from jaxadapt.methods import METHODS, transforms
 from jaxadapt.methods.applied import AppliedMethods
+from jaxadapt.methods.matrix import TorchRandom
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
 from tests.support.configs import class_of
 

@@ -19,12 +19,11 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import Config, ConfigError, methods
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method, describe_methods
-from jaxadapt.methods.matrix import MatrixMethod
+from jaxadapt.methods.matrix import Draw, MatrixMethod
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
