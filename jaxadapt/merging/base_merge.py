@@ -40,7 +40,6 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, carrier
-from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach, graph
 
 # ---------------------------------------------------------------- changed leaf
@@ -241,49 +240,29 @@ def merge(
         raise given.unsupported("base parameters, Linen variables or an NNX model")
     model = given.to_change(in_place, donate)
     held = carrier(model)
-    if held.in_place:
-        active = held.active()
-        active_adapters = {name: held.extract(name) for name in active}
-        selected = (
-            active_adapters
-            if adapter is None
-            else {name: x for name, x in active_adapters.items() if _are_same(x, adapter)}
+    found = {name: held.extract(name) for name in held.active()} if held.has_base else {}
+    selected = {name: each for name, each in found.items() if adapter is None or _are_same(each, adapter)}
+    if held.in_place and not found and adapter is None:
+        raise AttachError(
+            "cannot merge: this model has no active adapter; it carries"
+            f" {held.names() or 'none'}. Activate one, or pass an adapter"
         )
-        if not active and adapter is None:
+    if held.in_place and found and len(selected) == len(found):
+        return _merge_and_detach(model, found, options)
+    if held.has_base and not held.in_place:  # Linen variables
+        if len(selected) != 1 and (found or adapter is None):
             raise AttachError(
-                "cannot merge: this model has no active adapter; it carries"
-                f" {held.names() or 'none'}. Activate one, or pass an adapter"
+                f"cannot merge: these variables carry the adapters {list(found) or 'none'}, but {len(selected)} are"
+                " selected; expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass"
+                " variables['params'] and an adapter"
             )
-        if active and selected == active_adapters:
-            return _merge_and_detach(model, active_adapters, options)
-    elif held.has_base:
-        variables_adapter, others = _take_from_variables(model, adapter)
-        return {**others, "params": _apply_changes(model["params"], (variables_adapter,), *options)}
+        chosen, others = adapter or next(iter(selected.values())), model
+        for name in selected:
+            others = held.delete(name)
+        return {**others, "params": _apply_changes(held.params, (chosen,), *options)}
     if adapter is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
     return _apply_changes(model, (adapter,), *options)
-
-
-def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) -> tuple[Adapter, dict[str, Any]]:
-    """Return the adapter to merge, and the Linen variables without it."""
-    names = collections.adapter_names(variables)
-    trees = ((name, collections.adapter_tree(variables, name)) for name in names)
-    adapters = {name: collections.read_adapter(tree, name) for name, tree in trees if tree is not None}
-    selected = [name for name, stored in adapters.items() if adapter is None or _are_same(stored, adapter)]
-    if len(selected) != 1 and (adapters or adapter is None):
-        raise AttachError(
-            f"cannot merge: these variables carry the adapters {names or 'none'}, but {len(selected)} are selected;"
-            " expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass variables['params']"
-            " and an adapter"
-        )
-    others = dict(variables)
-    for collection in variables.keys() - collections.without_adapters(variables).keys():
-        remaining = {name: tree for name, tree in variables[collection].items() if name not in selected}
-        if not remaining:
-            del others[collection]
-        elif len(remaining) < len(variables[collection]):
-            others[collection] = remaining
-    return adapter or adapters[selected[0]], others
 
 
 def _are_same(first: Adapter, other: Any) -> bool:

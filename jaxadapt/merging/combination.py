@@ -36,28 +36,29 @@ from jaxadapt.methods.registry import METHODS as KNOWN
 Array = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Combination:
-    """The static arguments of a combination. `total`: TIES votes by value, not by count."""
+class Options(NamedTuple):
+    """The options of `combine`. `combine_plain` states the rank of the result and the density for each method."""
 
-    method: str
-    r: int
-    density: float
-    total: bool
+    method: str = "svd"
+    svd_rank: Any = None
+    density: Any = None
+    majority_sign_method: str = "total"
+    key: Any = None
+    masks: Sequence[Mapping[str, Any]] | None = None
 
 
-def _combine_noisy(static: tuple[Combination, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
+def _combine_noisy(static: tuple[Options, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
     """Return `_combine_matrices` of (As, Bs, weights, DARE's masks or keys of the adapters); None for other methods."""
-    (combination, scales, _), (a, b, weights, noise) = static, tree
+    (options, scales, _), (a, b, weights, noise) = static, tree
     masks = noise and [
-        each if isinstance(each, tuple) else _draw_masks(combination, x, y, each)
+        each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
         for x, y, each in zip(a, b, noise, strict=True)
     ]
-    return _combine_matrices(combination, scales, a, b, weights, masks)
+    return _combine_matrices(options, scales, a, b, weights, masks)
 
 
 def _combine_matrices(
-    combination: Combination, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
+    options: Options, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
 ) -> tuple[Array, Array]:
     """Return A (r, in) and B (out, r) of one matrix, or of each expert's, from those of each adapter.
 
@@ -66,42 +67,42 @@ def _combine_matrices(
     """
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(
-            lambda each: _combine_matrices(combination, scales, each[0], each[1], weights, each[2]), (a, b, masks)
+            lambda each: _combine_matrices(options, scales, each[0], each[1], weights, each[2]), (a, b, masks)
         )
     mask_a, mask_b = (masks and [pair[i] for pair in masks] for i in (0, 1))
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
-    if combination.method == "cat":
+    method, r = options.method, options.svd_rank
+    if method == "cat":
         # PEFT puts the weight and the scale on A.
         scaled = [x * s for x, s in zip(a, scaled_weights, strict=True)]
-        return factors.pad_rank(jnp.concatenate(scaled), jnp.concatenate(b, 1), combination.r)
-    if combination.method == "svd":
+        return factors.pad_rank(jnp.concatenate(scaled), jnp.concatenate(b, 1), r)
+    if method == "svd":
         scaled = [x * s for x, s in zip(b, scaled_weights, strict=True)]
-        return factors.truncate_svd(*factors.product_svd(jnp.concatenate(scaled, 1), jnp.concatenate(a)), combination.r)
-    if combination.method.endswith("_svd"):
+        return factors.truncate_svd(*factors.product_svd(jnp.concatenate(scaled, 1), jnp.concatenate(a)), r)
+    if method.endswith("_svd"):
         changes = [s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)]
-        mixed = _combine_tensors(combination, changes, weights, mask_a)
-        return factors.truncate_svd(*factors.svd(mixed), combination.r)
+        return factors.truncate_svd(*factors.svd(_combine_tensors(options, changes, weights, mask_a)), r)
     roots = [jnp.sqrt(jnp.abs(s)) for s in scaled_weights]
     # The sign is on A only.
-    signed_roots = jnp.stack([r * jnp.where(s >= 0, 1, -1) for r, s in zip(roots, scaled_weights, strict=True)])
-    mixed_a = _combine_tensors(combination, a, signed_roots, mask_a)
-    mixed_b = _combine_tensors(combination, b, jnp.stack(roots), mask_b)
-    return factors.pad_rank(mixed_a, mixed_b, combination.r)
+    signed = jnp.stack([root * jnp.where(s >= 0, 1, -1) for root, s in zip(roots, scaled_weights, strict=True)])
+    mixed_a = _combine_tensors(options, a, signed, mask_a)
+    return factors.pad_rank(mixed_a, _combine_tensors(options, b, jnp.stack(roots), mask_b), r)
 
 
 def _combine_tensors(
-    combination: Combination, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
+    options: Options, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
 ) -> Array:
     """Combine the adapters' matrices of one module into one."""
     tensors, broadcast_weights = jnp.stack(of_adapters), weights.reshape(-1, 1, 1)
     if masks is not None:  # DARE: the kept values are scaled up for the dropped ones
-        tensors = tensors * jnp.stack(masks).astype(tensors.dtype) / combination.density
-    elif combination.density < 1:
-        tensors = jnp.stack([_keep_largest(tensor, int(combination.density * tensor.size)) for tensor in tensors])
-    if "ties" not in combination.method:
+        tensors = tensors * jnp.stack(masks).astype(tensors.dtype) / options.density
+    elif options.density < 1:
+        tensors = jnp.stack([_keep_largest(tensor, int(options.density * tensor.size)) for tensor in tensors])
+    if "ties" not in options.method:
         return jnp.sum(tensors * broadcast_weights, 0)
     # Signs are elected and agreement is counted without the weights, so a negative weight does not change a vote.
-    vote = jnp.sum(tensors if combination.total else jnp.sign(tensors), 0, keepdims=True)
+    votes = tensors if options.majority_sign_method == "total" else jnp.sign(tensors)
+    vote = jnp.sum(votes, 0, keepdims=True)
     agree = jnp.sign(tensors) == jnp.where(vote >= 0, 1, -1)
     return jnp.sum(tensors * broadcast_weights * agree, 0) / jnp.maximum(jnp.sum(agree, 0), 1)
 
@@ -122,17 +123,6 @@ METHODS = (
 )  # fmt: skip
 _PRUNING = ("ties", "dare", "magnitude")
 _SIGNS = ("total", "frequency")
-
-
-class Options(NamedTuple):
-    """The options of `combine`."""
-
-    method: str = "svd"
-    svd_rank: Any = None
-    density: Any = None
-    majority_sign_method: str = "total"
-    key: Any = None
-    masks: Sequence[Mapping[str, Any]] | None = None
 
 
 def combine(
@@ -185,15 +175,16 @@ def combine(
     >>> both.config.r, both.params["q"]["kernel"]["lora_A"].shape
     (4, (4, 4))
     """
-    options = Options(method, svd_rank, density, majority_sign_method, key, masks)
-    return combine_plain(list(adapters), list(weights), options)
+    return combine_plain(
+        list(adapters), list(weights), Options(method, svd_rank, density, majority_sign_method, key, masks)
+    )
 
 
 def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], options: Options) -> factors.Plain:
     """Combine adapters as `combine` does, in a model's layout or as PEFT's tensors."""
     _check_arguments(adapters, weights, options)
     configs: list[Any] = [adapter.config for adapter in adapters]
-    first, method, density = adapters[0], options.method, options.density
+    first, method, key = adapters[0], options.method, options.key
     if summed_type(configs) is not None:
         summed = _sum_tensors([a.flat() if isinstance(a, Adapter) else a.tensors for a in adapters], weights, method)
         if isinstance(first, Adapter):
@@ -205,31 +196,32 @@ def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], opt
     ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else max(ranks)
     r = int(options.svd_rank) if options.svd_rank and method.endswith("svd") else r
-    is_total = options.majority_sign_method == "total"
-    combination = Combination(method, r, 1.0 if density is None else float(density), is_total)
     masks = None
     if options.masks is not None:
         given = zip(adapters, by_adapter, options.masks, strict=True)
         masks = [_given_masks(*each, i, method) for i, each in enumerate(given)]
-    combined = combine_pairs(by_adapter, weights, combination, options.key, masks)
+    density = 1.0 if options.density is None else float(options.density)
+    static = options._replace(svd_rank=r, density=density, key=None, masks=None)
+    combined = _combine_pairs(by_adapter, weights, static, key, masks)
     return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")
 
 
-def combine_pairs(
+def _combine_pairs(
     adapters: Sequence[Mapping[str, Pair]],
     weights: Sequence[Any],
-    combination: Combination,
-    key: Any = None,
-    masks: Sequence[Mapping[str, Pair]] | None = None,
+    options: Options,
+    key: Any,
+    masks: Sequence[Mapping[str, Pair]] | None,
 ) -> dict[str, Pair]:
     """Return the combined pairs of `{module: pair}` of each adapter, with scale 1.
 
     Args:
+        options: hashable, without `key` and `masks`.
         key, masks: DARE's; the masks are pairs of masks, or have the mask of the weight change for both factors.
     """
-    elementwise = combination.method in ("cat", "linear")  # joining the parts of one matrix makes no difference
-    names = dict.fromkeys(name for pairs in adapters for name in pairs)
-    parts_of = {name: [name] for name in names} if elementwise else factors.find_parts(adapters)
+    elementwise = options.method in ("cat", "linear")  # joining the parts of one matrix makes no difference
+    each_alone = {name: [name] for pairs in adapters for name in pairs}
+    parts_of = each_alone if elementwise else factors.find_parts(adapters)
     whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
     kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
     items: dict[str, Any] = {}
@@ -243,7 +235,7 @@ def combine_pairs(
         scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
         shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
         # The caller's masks may be as large as the weights, so they are not stacked.
-        items[matrix] = (combination, scales, None if kept is None else matrix), (a, b, shares, noise)
+        items[matrix] = (options, scales, None if kept is None else matrix), (a, b, shares, noise)
         first[matrix] = next(iter(having.values()))
     with jax.default_matmul_precision("highest"):
         combined = factors.map_equal(_combine_noisy, items)
@@ -288,7 +280,7 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
 
 def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: Options) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems = [*_option_problems(options, len(adapters)), *_weight_problems(weights, len(adapters))]
+    problems = _option_problems(options, weights, len(adapters))
     known = {i: each.config for i, each in enumerate(adapters) if isinstance(each, Adapter | PeftTensors)}
     is_summed = summed_type(known.values()) is not None
     for i, adapter in enumerate(adapters):
@@ -303,18 +295,10 @@ def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: O
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
-def _weight_problems(weights: Sequence[Any], count: int) -> list[str]:
-    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    problems = [] if count else ["adapters: expected at least one"]
-    problems += [f"weights: expected one for each of the {count} adapters, found {len(weights)}"] * (
-        len(weights) != count
-    )
-    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
-
-
-def _option_problems(options: Options, count: int) -> list[str]:
+def _option_problems(options: Options, weights: Sequence[Any], count: int) -> list[str]:
+    """Return a line for each invalid option or weight, for `count` adapters."""
     method, svd_rank, density, signs, key, masks = options
-    is_svd, prunes = method.endswith("svd"), method.startswith(_PRUNING)
+    is_svd, prunes, drops = method.endswith("svd"), method.startswith(_PRUNING), method.startswith("dare")
     is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
     is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
     rules = (
@@ -331,20 +315,28 @@ def _option_problems(options: Options, count: int) -> list[str]:
             signs == "frequency" and "ties" not in method,
             f"majority_sign_method={signs!r}: has no effect with method {method!r}",
         ),
+        (drops and density == 0, "density: DARE divides by it, so it cannot be 0"),
+        (
+            drops and (key is None) == (masks is None),
+            f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
+        ),
+        (
+            drops and masks is not None and len(masks) != count,
+            f"masks: expected one tree for each of the {count} adapters, found {len(masks or ())}",
+        ),
+        (
+            not drops and not (key is None and masks is None),
+            f"key and masks are for DARE; they have no effect with method {method!r}",
+        ),
+        (not count, "adapters: expected at least one"),
+        (
+            len(weights) != count,
+            f"weights: expected one for each of the {count} adapters, found {len(weights)}",
+        ),
     )
-    noise = _dare_problems(options, count) if method.startswith("dare") else []
-    if not method.startswith("dare") and not (key is None and masks is None):
-        noise.append(f"key and masks are for DARE; they have no effect with method {method!r}")
-    return [problem for applies, problem in rules if applies] + noise
-
-
-def _dare_problems(options: Options, count: int) -> list[str]:
-    problems = ["density: DARE divides by it, so it cannot be 0"] if options.density == 0 else []
-    if (options.key is None) == (options.masks is None):
-        problems.append(f"method {options.method!r} needs key= (a JAX random key) or masks=, and not both")
-    if options.masks is not None and len(options.masks) != count:
-        problems.append(f"masks: expected one tree for each of the {count} adapters, found {len(options.masks)}")
-    return problems
+    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
+    problems = [problem for applies, problem in rules if applies]
+    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
 
 
 def _check_sizes(adapters: Sequence[Mapping[str, Pair]], method: str) -> None:
@@ -411,15 +403,15 @@ def _union(targets: Sequence[Any]) -> Any:
 # ---------------------------------------------------------------- masks
 
 
-def _draw_masks(combination: Combination, a: Array, b: Array, key: Any) -> tuple[Array, Array]:
+def _draw_masks(options: Options, a: Array, b: Array, key: Any) -> tuple[Array, Array]:
     """Return DARE's masks of A and B of one matrix, or twice the mask of its weight change."""
-    if combination.method.endswith("svd"):
-        mask = jax.random.bernoulli(key, combination.density, (*b.shape[:-1], a.shape[-1]))
+    if options.method.endswith("svd"):
+        mask = jax.random.bernoulli(key, options.density, (*b.shape[:-1], a.shape[-1]))
         return mask, mask
     key_a, key_b = jax.random.split(key)
     return (
-        jax.random.bernoulli(key_a, combination.density, a.shape),
-        jax.random.bernoulli(key_b, combination.density, b.shape),
+        jax.random.bernoulli(key_a, options.density, a.shape),
+        jax.random.bernoulli(key_b, options.density, b.shape),
     )
 
 

@@ -129,11 +129,15 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
                 " the adapter into its model, and use jaxadapt.combine or jaxadapt.merging.resize_rank"
             )
         keys = pair_keys(source)
-        _check_targets(source.source, keys, config)
-        used = [key for own in keys.values() for key in own]
-        return read_pairs(
-            {key: at_least_float32(jnp.asarray(x)) for key, x in _read(source, used).items()}, keys, config
+        is_listed = config.target_modules not in (None, matching.ALL_LINEAR)  # otherwise a model decides
+        raise_listed(
+            MismatchError,
+            f"{source.source}: target_modules does not select these modules of the file, so PEFT ignores their tensors."
+            " Add them to target_modules, or remove their tensors:",
+            [module for module in keys if is_listed and not matching.is_target(config, module_name(module))],
         )
+        read = _read(source, [key for own in keys.values() for key in own])
+        return read_pairs({key: at_least_float32(jnp.asarray(x)) for key, x in read.items()}, keys, config)
     flat = source.flat()
     raise_listed(
         AttachError,
@@ -142,18 +146,6 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
     )
     wide = {path: at_least_float32(jnp.asarray(x)) for path, x in flat.items()}
     return site_pairs(config, sites_of(source), wide)
-
-
-def _check_targets(source: str, modules: Iterable[str], config: LoraConfig) -> None:
-    """Raise `MismatchError` for modules that the configuration does not select."""
-    if config.target_modules in (None, matching.ALL_LINEAR):  # a model decides
-        return
-    raise_listed(
-        MismatchError,
-        f"{source}: target_modules does not select these modules of the file, so PEFT ignores their tensors. Add them"
-        " to target_modules, or remove their tensors:",
-        [module for module in modules if not matching.is_target(config, module_name(module))],
-    )
 
 
 def _read(source: PeftTensors, keys: Iterable[str]) -> dict[str, Any]:
@@ -183,9 +175,8 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
         dtypes = [
             as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
         ]
-        dtypes = [jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize > 1 else np.float32) for dtype in dtypes]
-        dtype = jnp.result_type(*dtypes)
-        cast = finite.cast_tree(write_pairs(pairs, keys), dtype, operation)
+        wide = [jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize > 1 else np.float32) for dtype in dtypes]
+        cast = finite.cast_tree(write_pairs(pairs, keys), jnp.result_type(*wide), operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
     adapters: Sequence[Any] = like
     shapes = _new_shapes(adapters, pairs)
@@ -383,8 +374,7 @@ def product_svd(b: Array, a: Array) -> tuple[Array, Array, Array]:
 
 def truncate_svd(u: Array, s: Array, vh: Array, r: int) -> tuple[Array, Array]:
     """Return A and B of the r largest singular triples, B = U·S and A = Vh as in PEFT; zeros if there are fewer."""
-    b, a = (u * s[..., None, :])[..., :r], vh[..., :r, :]
-    return pad_rank(a, b, r)
+    return pad_rank(vh[..., :r, :], (u * s[..., None, :])[..., :r], r)
 
 
 def pad_rank(a: Array, b: Array, r: int) -> tuple[Array, Array]:

@@ -136,18 +136,13 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
     ]
     raise_listed(MismatchError, f"{tensors.source}: cannot read these tensors as LoRA:", problems)
     keys = {module: PairKeys(own["A"], own["B"]) for module, own in pairs.items()}
-    _check_ranks(tensors, keys, config)
-    return keys
-
-
-def _check_ranks(tensors: PeftTensors, keys: Mapping[str, PairKeys], config: LoraConfig) -> None:
-    """Raise `MismatchError` for pairs of another rank than the configuration's."""
-    specs, problems = as_source(tensors.tensors).specs, list[str]()
+    specs = as_source(tensors.tensors).specs
     for module, own in keys.items() if not config.target_parameters else ():
         a, b, expected = specs[own.a].shape, specs[own.b].shape, config.rank_of(module_name(module))
         if a[0] != expected or expected % max(b[1], 1):
             problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
     raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the file:", problems)
+    return keys
 
 
 def read_pairs(tensors: Mapping[str, Array], keys: Mapping[str, PairKeys], config: LoraConfig) -> dict[str, Pair]:
@@ -244,11 +239,9 @@ def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str
     if x.shape[0] % count:
         raise MismatchError(f"{source}: {key}: expected rows for {count} blocks (use_bdlora), found {list(x.shape)}")
     rows, columns = x.shape[0] // count, x.shape[1]
-    matrix = np.zeros((x.shape[0], columns * count), x.dtype)
-    for i in range(count):
-        block = slice(i * rows, (i + 1) * rows)
-        matrix[block, i * columns : (i + 1) * columns] = x[block]
-    return matrix
+    matrix = np.zeros((count, rows, count, columns), x.dtype)
+    matrix[range(count), :, range(count)] = np.asarray(x).reshape(count, rows, columns)
+    return matrix.reshape(x.shape[0], count * columns)
 
 
 # ---------------------------------------------------------------- plain form
@@ -286,8 +279,9 @@ def plain_lora(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     """
     config = tensors.config
     if not isinstance(config, LoraConfig):
-        advice = lora.merge_advice(config)
-        raise ConfigError(f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {advice}")
+        raise ConfigError(
+            f"{tensors.source}: a plain LoRA cannot express {config.peft_type}: {lora.merge_advice(config)}"
+        )
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
         tensors = convert_variant(tensors)

@@ -81,10 +81,8 @@ def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[facto
     pairs = factors.pairs_of(adapter)
     parts_of = factors.find_parts([pairs])
     whole = factors.join_parts(pairs, parts_of)
-    items: dict[str, Any] = {}
-    for matrix, pair in whole.items():
-        own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(matrix.encode()))
-        items[matrix] = (r, pair.scale), (pair.a, pair.b, own_key)
+    keys = {name: None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())) for name in whole}
+    items = {name: ((r, pair.scale), (pair.a, pair.b, keys[name])) for name, pair in whole.items()}
     resized: dict[str, Pair] = {}
     errors: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
@@ -106,8 +104,9 @@ def _resize_pair(static: tuple[int, float], tree: tuple[Array, Array, Any]) -> t
         u, s, vh = factors.product_svd(b, a)
         return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
     a, b = factors.pad_rank(a, b, r)
-    if key is not None:
-        a = a.at[..., rank:, :].set(_draw_rows(key, a[..., rank:, :].shape))
+    if key is not None:  # new rows of A are drawn as for a new adapter
+        limit, shape = 1 / math.sqrt(a.shape[-1]), a[..., rank:, :].shape
+        a = a.at[..., rank:, :].set(jax.random.uniform(key, shape, jnp.float32, -limit, limit))
     return a, b, jnp.zeros(a.shape[:-2])
 
 
@@ -179,7 +178,16 @@ def _change_by_adapter(
 ) -> tuple[dict[str, Any], dict[str, Any], Config, KeyMap, Sites]:
     """Return the base, the merged parameters, and the configuration, the keymap and the sites of the new LoRA."""
     base, sites = _flat_params(params), sites_of(adapter)
-    tuned = _merged_params(base, adapter)
+    tuned = paths.flatten(base_merge.merge(paths.unflatten(base), adapter))
+    raise_listed(
+        ConfigError,
+        f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:",
+        [
+            path
+            for path, x in tuned.items()
+            if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
+        ],
+    )
     raise_listed(
         ConfigError,
         "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
@@ -200,12 +208,6 @@ def _check_rank(r: Any) -> None:
         raise ConfigError(f"r: expected a positive integer, found {r!r}")
 
 
-def _draw_rows(key: Any, shape: tuple[int, ...]) -> Array:
-    """Draw rows of A as for a new adapter."""
-    limit = 1 / math.sqrt(shape[-1])
-    return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-
-
 def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
     """Return `{module: value}`, with Python floats unless traced."""
     return dict(zip(modules, values if isinstance(values, Tracer) else values.tolist(), strict=True))
@@ -214,21 +216,6 @@ def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
 def _flat_params(params: Any) -> dict[str, Any]:
     """Return base parameters by path, in float32 at least, from any container."""
     return {path: at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
-
-
-def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Return the merged parameters; raise `ConfigError` if more than the adapted weights changes."""
-    tuned = paths.flatten(base_merge.merge(paths.unflatten(base), adapter))
-    raise_listed(
-        ConfigError,
-        f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:",
-        [
-            path
-            for path, x in tuned.items()
-            if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
-        ],
-    )
-    return tuned
 
 
 def _is_equal(x: Array, y: Array) -> bool:
@@ -269,8 +256,7 @@ def _from_change(
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
         for site in sites:
-            change = tuned[site.leaf] - base[site.leaf]
-            for module, w in factors.site_weights(keymap, site, change).items():
+            for module, w in factors.site_weights(keymap, site, tuned[site.leaf] - base[site.leaf]).items():
                 u, s, vh = factors.svd(w)
                 pairs[module] = Pair(*factors.truncate_svd(u, s, vh, r), 1.0)
                 error |= _error_by_module([module], factors.truncation_error(s, r).reshape(1))
