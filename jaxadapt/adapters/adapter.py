@@ -80,20 +80,17 @@ class Recipe:
 
     def to_text(self) -> str:
         """Return the recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
-        data = {"config": self.config.to_dict(), "keymap": to_data(self.keymap), "sites": self.sites}
-        return json.dumps(data)
+        return json.dumps({"config": self.config.to_dict(), "keymap": to_data(self.keymap), "sites": self.sites})
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:
         """Parse the text that `to_text` returns; raise `AttachError` for any other text."""
         try:
             data = json.loads(text)
-            keymap = from_data(data["keymap"])
             config = Config.from_dict(data["config"], "the serialized state")
-            sites = int(data["sites"])
+            return cls(config, from_data(data["keymap"]), int(data["sites"]))
         except (ValueError, KeyError, TypeError) as error:
             raise AttachError(f"cannot read the serialized adapter configuration: {error}") from error
-        return cls(config, keymap, sites)
 
 
 def not_an_adapter(found: Any) -> AttachError:
@@ -190,8 +187,10 @@ class Adapter:
 
     def flat(self) -> dict[str, Any]:
         """Return `{"model.layers.0.q_proj.kernel.lora_A": array}`."""
-        flat = paths.flatten(self.params)
-        return {path: leaf if isinstance(leaf, _ARRAYS) else _unbox(leaf) for path, leaf in flat.items()}
+        return {
+            path: leaf if isinstance(leaf, _ARRAYS) else _unbox(leaf)
+            for path, leaf in paths.flatten(self.params).items()
+        }
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:

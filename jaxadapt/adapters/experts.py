@@ -39,7 +39,6 @@ from jaxadapt.adapters.site import Site, adapted_modules
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap
@@ -71,31 +70,38 @@ def join_tensors(
         "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
         [name for name, part in first.items() if len(parts_of[name]) != part.n],
     )
-    shared = [name for name, part in first.items() if part.axis is None]
-    different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
-    if different and on_shared is None:
-        raise _not_shared(different, {first[name].n for name in different})
+    different = [
+        name
+        for name, part in first.items()
+        if part.axis is None and not bitwise_equal([tensors[key] for key in parts_of[name]])
+    ]
+    growth_factors = ", ".join(map(str, sorted({first[name].n for name in different})))
+    raise_listed(
+        MismatchError,
+        "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
+        " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
+        " compared inside jit):",
+        different if on_shared is None else (),
+        '\nPass jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks,'
+        f" which is exact, and multiplies the rank by {growth_factors}. For experts,"
+        " keymap='FAMILY/per-expert' writes one LoRA for each expert instead",
+    )
     joined: dict[str, Array] = {name: tensors[name] for name in groups if name not in parts_of}
     for name, parts in parts_of.items():
         joined[name] = join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
+    places = {
+        key: (site, entry, i)
+        for site in sites
+        for entry in site.entries
+        for i, key in enumerate(entry.keys if different and len(entry.keys) == len(site.modules) else ())
+    }
     growth: dict[str, int] = {}
-    site_of = _sites_by_key(sites)
     for name in different:
-        site, module = site_of[parts_of[name][0]]
-        growth[module] = first[name].n
-        _concatenate_module(site, name, parts_of, tensors, joined)
+        site, entry, number = places[parts_of[name][0]]
+        growth[site.modules[number]] = first[name].n
+        rank = dict(site.tensors[0].own)["r"] if entry.form.ranks is None else entry.form.ranks[number]
+        _concatenate_module(name, rank, site.match.weight.kind == "attention", parts_of, tensors, joined)
     return _with_grown_ranks(config, sites, growth), joined
-
-
-def _not_shared(different: Sequence[str], counts: Collection[int]) -> MismatchError:
-    return MismatchError(
-        "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
-        " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
-        f" compared inside jit):\n{paths.bullets(different)}\nPass"
-        ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks,'
-        f" which is exact, and multiplies the rank by {', '.join(map(str, sorted(counts)))}. For experts,"
-        " keymap='FAMILY/per-expert' writes one LoRA for each expert instead"
-    )
 
 
 def _parse_part(key: str) -> Part:
@@ -117,28 +123,20 @@ def bitwise_equal(arrays: Sequence[Array]) -> bool:
     return all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
 
 
-def _sites_by_key(sites: Sequence[Site]) -> dict[str, tuple[Site, str]]:
-    """Return `{key of the plan: (site, module or parameter)}`."""
-    return {
-        key: (site, module)
-        for site in sites
-        for entry in site.entries
-        for key, module in zip(entry.keys, site.modules if len(entry.keys) == len(site.modules) else [], strict=False)
-    }
-
-
 def _concatenate_module(
-    site: Site, name: str, parts_of: Mapping[str, list[str]], tensors: Mapping[str, Array], out: dict[str, Array]
+    name: str,
+    rank: int,
+    is_attention: bool,
+    parts_of: Mapping[str, list[str]],
+    tensors: Mapping[str, Array],
+    out: dict[str, Array],
 ) -> None:
-    """Concatenate the ranks of one module's parts, in A and in B."""
-    entry = next(candidate for candidate in site.entries if parts_of[name][0] in candidate.keys)
-    ranks = entry.form.ranks
-    rank = dict(site.tensors[0].own)["r"] if ranks is None else ranks[entry.keys.index(parts_of[name][0])]
+    """Concatenate the ranks of one module's parts, in A and in B; in attention also those of its output projection."""
     module, dot, last = name.rpartition(".lora_")
     a, b = (f"{module}{dot}{side}{last[1:]}" for side in "AB")
     parts_a, parts_b = ([tensors[key] for key in parts_of[factor]] for factor in (a, b))
     out[a], out[b] = concatenate_ranks(rank, parts_a, parts_b, parts_of[a], parts_of[b])
-    if site.match.weight.kind == "attention":  # the output projection has the same rank
+    if is_attention:  # the output projection has the same rank
         padding = (len(parts_of[name]) - 1) * rank
         a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
         out[a], out[b] = (
@@ -272,10 +270,10 @@ def is_transposed(entry: Weight) -> bool:
 def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return the names of the given leaves' parameters, for leaves that PEFT adapts by parameter name."""
     matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
-    expert_matches = ((match, shape) for match, shape in matches if match is not None and match.weight.by_parameter)
     return [
         name
-        for match, shape in expert_matches
+        for match, shape in matches
+        if match is not None and match.weight.by_parameter
         for name in sites.parameter_names(match, plan.axis_sizes(match, shape)).values()
     ]
 
@@ -363,8 +361,8 @@ def fuse_experts(
         place = f"{keymap.prefix}{owner}{'.base_layer' * depth}"
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
         ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
-    modules = _lora_modules(rest, keymap)
-    return PeftTensors(_with_target_parameters(config, modules, ranks, alphas, others), new_tensors, tensors.source)
+    config = _with_target_parameters(config, _lora_modules(rest, keymap), ranks, alphas, others)
+    return PeftTensors(config, new_tensors, tensors.source)
 
 
 def _lora_modules(keys: Iterable[str], keymap: KeyMap) -> list[str]:
@@ -577,28 +575,24 @@ def _with_target_modules(
 ) -> LoraConfig:
     """Return the configuration that names the modules of single experts instead of parameters."""
     parameters = {name.rpartition(".")[2] for name, _ in keymap.expert_modules}
-    entries = config.target_parameters or ()
-    remaining = [entry for entry in entries if entry.rpartition(".")[2] not in parameters] or None
+    remaining = [name for name in config.target_parameters or () if name.rpartition(".")[2] not in parameters] or None
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    others = _ends_of_others(keymap, other_modules)
+    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
+    others = {name.rpartition(".")[2] for name in (*plain, *other_modules)}
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
     layers = sorted(
         {re.sub(r"\{e\}", r"\\d+", _layer_pattern(template, module)) for module, template in experts.items()}
     )
-    every = "|".join(dict.fromkeys([*map(re.escape, other_modules), *layers]))
     return config.replace(
-        target_modules=every, target_parameters=remaining, layers_to_transform=None, layers_pattern=None
+        target_modules="|".join(dict.fromkeys([*map(re.escape, other_modules), *layers])),
+        target_parameters=remaining,
+        layers_to_transform=None,
+        layers_pattern=None,
     )
-
-
-def _ends_of_others(keymap: KeyMap, modules: Iterable[str]) -> set[str]:
-    """Return the last parts of the names of modules that are no experts."""
-    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
-    return {name.rpartition(".")[2] for name in (*plain, *modules)}
 
 
 def _layer_pattern(template: str, module: str) -> str:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jaxadapt.adapters.site import Site, adapted_modules
+from jaxadapt.adapters.site import Index, Shape, Site, adapted_modules
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, TargetError, raise_listed, warn
@@ -137,9 +137,6 @@ def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) ->
 # ---------------------------------------------------------------- full copies
 
 
-Shape = tuple[int, ...]
-Index = tuple[int, ...]
-
 TENSORS = frozenset({"copy", ROWS})
 """The names of such tensors in an adapter."""
 
@@ -149,8 +146,12 @@ INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 
 def has_copies(config: Config) -> bool:
     """Return True if the configuration asks for any copy."""
-    saved = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
-    return _copies_targets(config) or bool(saved) or config.get("bias", "none") != "none"
+    return (
+        _copies_targets(config)
+        or bool(config.get("modules_to_save"))
+        or config.get("trainable_token_indices") is not None
+        or config.get("bias", "none") != "none"
+    )
 
 
 def _copies_targets(config: Config) -> bool:
@@ -228,11 +229,8 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
 
 def _match_for_lookup(match: Match) -> Match:
     """Return the match with an entry of the kind "lookup"."""
-    entry = match.weight
-    key = ".".join(match.parameter({}))
-    return Match(
-        match.leaf, Weight(match.leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale)
-    )
+    leaf, entry, key = match.leaf, match.weight, ".".join(match.parameter({}))
+    return Match(leaf, Weight(leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale))
 
 
 def select_copies(
@@ -296,8 +294,7 @@ def _token_embedding(config: Config, matches: Collection[tuple[Match, Mapping[st
         if match.weight.kind == "embedding"
         for module in match.modules(sizes).values()
     ]
-    usual_names = [name for name in embeddings if name.rpartition(".")[2] in INPUTS]
-    for names in (embeddings, usual_names):
+    for names in (embeddings, [name for name in embeddings if name.rpartition(".")[2] in INPUTS]):
         if len(names) == 1:
             return names[0]
     raise TargetError(
@@ -315,13 +312,21 @@ def _check_token_indices(
         return
     problems: list[str] = []
     matched: set[str] = set()
-    for module, indices, size in _modules_with_rows(config, matches, inputs):
-        matched.add(module)
-        if matching.is_saved(config, module):
-            problems.append(f"{module}: modules_to_save already trains all its rows")
-        repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
-        problems += [f"{module}: token {i} is given twice" for i in repeated]
-        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        size = sizes[axes[0]] if axes else 0
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is None:
+                continue
+            matched.add(module)
+            if matching.is_saved(config, module):
+                problems.append(f"{module}: modules_to_save already trains all its rows")
+            repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
+            problems += [f"{module}: token {i} is given twice" for i in repeated]
+            problems += [
+                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
+            ]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
@@ -333,18 +338,6 @@ def _check_token_indices(
         " file):",
         problems,
     )
-
-
-def _modules_with_rows(
-    config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
-) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
-    for match, sizes in matches:
-        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
-        for module, parameter in match.parameters(sizes).values():
-            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
-            if indices is not None:
-                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -359,10 +352,8 @@ def is_embedding(keymap: KeyMap, match: Match | None) -> bool:
     if match is None or match.braced:
         return False
     module, parameter = match.parameter({})
-    if parameter != "weight":
-        return False
-    is_token_embedding = match.weight.kind == "embedding" and module.rpartition(".")[2] in INPUTS
-    return is_token_embedding or module == keymap.output or module.rpartition(".")[2] in NAMES
+    name, is_table = module.rpartition(".")[2], match.weight.kind == "embedding"
+    return parameter == "weight" and ((is_table and name in INPUTS) or module == keymap.output or name in NAMES)
 
 
 def _targets_embedding(config: Config, modules: Sequence[str]) -> bool:
@@ -380,8 +371,8 @@ def may_need_embeddings(config: Config, mode: bool | str) -> bool:
     """
     if mode not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {mode!r}")
-    names = config.get("target_modules")
-    return mode is True or (mode == "auto" and (isinstance(names, str) or _targets_embedding(config, ())))
+    is_expression = isinstance(config.get("target_modules"), str)
+    return mode is True or (mode == "auto" and (is_expression or _targets_embedding(config, ())))
 
 
 def add_embeddings(

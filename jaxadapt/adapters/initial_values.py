@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.adapters.site import Site, Sites, adapted_modules, map_stack, shared_tensors
+from jaxadapt.adapters.site import Site, Sites, adapted_modules, map_stack, shared_tensors, tensor_entries
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
@@ -96,8 +96,7 @@ def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, Shar
 
     Raises `AttachError` if a sharding is missing or does not fit.
     """
-    shapes = {entry.path: entry.shape for site in sites for entry in site.entries}
-    shapes |= {each.entry.path: each.entry.shape for each in shared_tensors(sites)}
+    shapes = {entry.path: entry.shape for _, entry in tensor_entries(sites)}
     if not isinstance(shardings, Sharding | Mapping):
         raise AttachError(
             f"shardings: expected a Sharding, or a tree like the adapter's, found {type(shardings).__name__}"
@@ -136,24 +135,20 @@ class _Wanted:
     method: Method
 
 
-@dataclasses.dataclass(frozen=True)
-class _Context:
-    """Facts for the initial values of all tensors of an adapter: its modules, and the shapes of its shared tensors."""
+_Context = Mapping[str, Any]
+"""The fields of `Start` that all tensors of an adapter have in common, by name."""
 
-    modules: tuple[str, ...] = ()
-    shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
-    whole: Sites | None = None
 
-    @staticmethod
-    def of(sites: Sequence[Site], whole: Sites | None = None) -> _Context:
-        shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
-        return _Context(tuple(adapted_modules(sites)), shared, whole or (sites if isinstance(sites, Sites) else None))
+def _make_context(sites: Sequence[Site], whole: Sites | None) -> _Context:
+    whole = whole or (sites if isinstance(sites, Sites) else None)
 
-    @functools.cached_property
-    def ordered_modules(self) -> Mapping[str, tuple[int, int]]:
-        """The value of `Sites.ordered_modules`."""
-        assert self.whole is not None, "only the sites of a whole adapter have an order"
-        return self.whole.ordered_modules()
+    @functools.cache
+    def order_modules() -> Mapping[str, tuple[int, int]]:
+        assert whole is not None, "only the sites of a whole adapter have an order"
+        return whole.ordered_modules()
+
+    shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
+    return {"modules": tuple(adapted_modules(sites)), "shared": shared, "order_modules": order_modules}
 
 
 def init_values(
@@ -192,7 +187,7 @@ def init_values(
         " parameters with values:",
         without_values,
     )
-    context = _Context.of(sites, whole)
+    context = _make_context(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:
         w = None if each.site is None else base.get(each.site.leaf)
@@ -256,7 +251,10 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
             path, site = each.entry.path, each.site
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, Draw):
-                values[path] = _all_entries(config, each, first, lambda i, each=each: _start(each, key, i, context))
+                by_entry = site is not None and each.method.torch_layout
+                numbers = range(1, each.entry.form.count if by_entry else 1)
+                others = [each.method.init(config, each.tensor, _start(each, key, i, context)) for i in numbers]
+                values[path] = _stack_entries(each.entry.form, [first, *others]) if by_entry else first
                 continue
             draws[path] = first, each.entry.shape
             if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
@@ -284,7 +282,7 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
     for size in sizes:
         own_sizes = tuple((name, size if name == "r" else value) for name, value in tensor.own)
         ranked = dataclasses.replace(each, tensor=dataclasses.replace(tensor, own=own_sizes))
-        draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, _Context()))
+        draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, {}))
         assert isinstance(draw, Draw)
         draws.append(draw)
     if draws[0].kind == "constant" or len(set(draws)) == 1:
@@ -298,10 +296,8 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
     site, form = each.site, each.entry.form
     word = zlib.crc32(each.entry.path.encode())
     common: dict[str, Any] = {
-        "modules": context.modules,
-        "shared": context.shared,
         "make_key": lambda: None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i),
-        "order_modules": lambda: context.ordered_modules,
+        **context,
         **more,
     }
     if site is None:
@@ -317,18 +313,13 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
     )
 
 
-def _all_entries(config: Config, each: _Wanted, first: Any, start: Callable[[int], Start]) -> Any:
-    """Return the leaf whose first entry has the values `first`."""
-    form = each.entry.form
-    if each.site is None or not each.method.torch_layout:
-        return first
-    rows = [first, *(each.method.init(config, each.tensor, start(i)) for i in range(1, form.count))]
-    return form.from_rows(jnp.stack([_pad(jnp.asarray(row), form) for row in rows]))
+def _stack_entries(form: FileLayout, values: Iterable[Any]) -> Any:
+    """Return the leaf whose entries have these values; a tensor of a smaller rank is filled with zeros."""
 
+    def pad(row: Any) -> Any:
+        return jnp.pad(row, [(0, full - size) for full, size in zip(form.file_shape, row.shape, strict=True)])
 
-def _pad(row: Any, form: FileLayout) -> Any:
-    """Fill a tensor of a smaller rank with zeros."""
-    return jnp.pad(row, [(0, full - size) for full, size in zip(form.file_shape, row.shape, strict=True)])
+    return form.from_rows(jnp.stack([pad(jnp.asarray(row)) for row in values]))
 
 
 # ---------------------------------------------------------------- from the base
@@ -341,7 +332,7 @@ def derive_tensor(
     values: Mapping[str, Any],
     w: Any,
     key: Any = None,
-    context: _Context | None = None,
+    context: _Context = MappingProxyType({}),
 ) -> Any:
     """Return the initial values of a tensor that starts from the base weight `w`.
 
@@ -349,10 +340,9 @@ def derive_tensor(
         values: `{path: array}` of the tensors that precede it, and of the shared ones.
         context: the other sites and the shared tensors of the adapter.
     """
-    context = context or _Context()
     (entry,) = [e for t, e in site.bound if t.name == tensor.name]
     params = {t.name: values[e.path] for t, e in site.bound if e.path in values}
-    shared = {name: paths.join(SHARED_NODE, name) for name in context.shared}
+    shared = {name: paths.join(SHARED_NODE, name) for name in context.get("shared", ())}
     common = {name: values[path] for name, path in shared.items() if path in values}
     each = _Wanted(tensor, entry, site, site.method)
     if not site.method.torch_layout:
@@ -369,8 +359,8 @@ def derive_tensor(
     for i in range(entry.form.count):
         own = {name: x[i] for name, x in rows.items()}
         start = _start(each, key, i, context, w=weights[i], params={**own, **common})
-        made.append(_pad(jnp.asarray(site.method.init(config, tensor, start)), entry.form))
-    return entry.form.from_rows(jnp.stack(made))
+        made.append(site.method.init(config, tensor, start))
+    return _stack_entries(entry.form, made)
 
 
 def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:

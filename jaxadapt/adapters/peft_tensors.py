@@ -61,8 +61,11 @@ def require_floats(config: Config, specs: Mapping[str, Any], target: object) -> 
     """
     if class_of(config.peft_type) is None:
         return
-    wrong = [f"{k}: {x.dtype}" for k, x in specs.items() if matching.has_fractions(k) and not is_float(x.dtype)]
-    raise_listed(MismatchError, f"{target}: cannot write these tensors: expected floating-point numbers, found:", wrong)
+    raise_listed(
+        MismatchError,
+        f"{target}: cannot write these tensors: expected floating-point numbers, found:",
+        [f"{k}: {x.dtype}" for k, x in specs.items() if matching.has_fractions(k) and not is_float(x.dtype)],
+    )
 
 
 # ---------------------------------------------------------------- key names
@@ -98,7 +101,7 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
     """
     if has_no_modules(peft_type):
         return ("", key) if key in matching.file_tensors() else None
-    prefix = _prefix(peft_type)
+    prefix = matching.prefix_of(peft_type) if peft_type in FACTS else _OTHER_PREFIXES.get(peft_type)
     if prefix is None:
         return None
     names = (prefix, "token_adapter") if peft_type == "LORA" else (prefix,)
@@ -107,10 +110,6 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
         if part.startswith(names) and (part != "token_adapter" or "trainable_tokens_delta" in parts[i:]):
             return ".".join(parts[:i]), ".".join(parts[i:])
     return None
-
-
-def _prefix(peft_type: str) -> str | None:
-    return matching.prefix_of(peft_type) if peft_type in FACTS else _OTHER_PREFIXES.get(peft_type)
 
 
 def is_saved_by_peft(key: str, config: Config) -> bool:
@@ -411,6 +410,6 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
     keys, arrays = {name: key for key, name in names.items() if name is not None}, tensors.tensors
 
     # Arrays in memory may be traced, so that only a dict may hold them.
-    is_file = isinstance(arrays, TensorSource)
-    renamed = rename(arrays, keys) if is_file else {name: arrays[key] for name, key in keys.items()}
-    return dataclasses.replace(tensors, tensors=renamed)
+    if isinstance(arrays, TensorSource):
+        return dataclasses.replace(tensors, tensors=rename(arrays, keys))
+    return dataclasses.replace(tensors, tensors={name: arrays[key] for name, key in keys.items()})

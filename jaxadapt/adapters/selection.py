@@ -24,16 +24,19 @@ from jax.core import Tracer
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import FileShapes, Shape, Site, Sites, adapted_modules, bind_shared, bind_site
-from jaxadapt.adapters.sites import (
-    parameter_names,
-    select_parameters,
+from jaxadapt.adapters.site import (
+    Covered,
+    FileShapes,
+    Index,
+    Shape,
+    Site,
+    Sites,
+    adapted_modules,
+    bind_shared,
+    bind_site,
     single_entry_sizes,
-    targeted_entries,
-    with_copy_entries,
-    wrapper_counts,
-    wrapper_depths,
 )
+from jaxadapt.adapters.sites import parameter_names, wrapper_counts, wrapper_depths
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import matching_patterns
@@ -41,7 +44,7 @@ from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
-from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import PromptMethod
@@ -88,19 +91,17 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
         match = keymap.match(leaf)
         if match is None or len(match.weight.left) != len(array.shape):
             continue
-        has_values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
-        without_values |= not has_values
+        if not isinstance(array, np.ndarray | jax.Array) or isinstance(array, Tracer):
+            without_values = True
+            continue
         for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
-            name = paths.join(*parameter)
+            name, position = paths.join(*parameter), dict(zip(match.braced, index, strict=True))
             layer = _LAYER.search(name)
-            if layer is None or not has_values or int(layer[1]) >= len(order):
+            if layer is None or int(layer[1]) >= len(order):
                 continue
-            slices: list[Any] = [slice(None)] * len(array.shape)
-            for axis, position in zip(match.braced, index, strict=True):
-                slices[match.weight.left.index(axis)] = position
-            layer_value = array[tuple(slices)]
+            value = array[tuple(position.get(axis, slice(None)) for axis in match.weight.left)]
             base_name = f"{name[: layer.start(1)]}{order[int(layer[1])]}{name[layer.end(1) :]}"
-            if not np.array_equal(np.asarray(first.setdefault(base_name, layer_value)), np.asarray(layer_value)):
+            if not np.array_equal(np.asarray(first.setdefault(base_name, value)), np.asarray(value)):
                 different.append(name)
     raise_listed(
         ConfigError,
@@ -188,8 +189,11 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     names = list(names)
     entries: tuple[str, ...] = config.get("target_parameters") or ()
     ends = {*names, *(name[i + 1 :] for name in names for i, letter in enumerate(name) if letter == ".")}
-    unmatched = [entry for entry in entries if entry not in ends]
-    return [f"target_parameters: {entry!r} matches no parameter" + _near_misses(entry, names) for entry in unmatched]
+    return [
+        f"target_parameters: {entry!r} matches no parameter" + _near_misses(entry, names)
+        for entry in entries
+        if entry not in ends
+    ]
 
 
 def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
@@ -213,8 +217,9 @@ def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mappi
         f"modules_to_save: {entry!r} matches no module" for entry in entries if entry not in used and entry not in heads
     ]
     if not used and not set(heads).isdisjoint(entries):
-        names = " or ".join(heads)
-        warnings.append(f"task_type: {config.task_type} trains its head, {names}, in full, and the model has none")
+        warnings.append(
+            f"task_type: {config.task_type} trains its head, {' or '.join(heads)}, in full, and the model has none"
+        )
     return warnings
 
 
@@ -257,12 +262,10 @@ def _remaining(warnings: Sequence[str], template: str) -> list[str]:
 # ---------------------------------------------------------------- selection
 
 
-Covered = tuple[Match, dict[str, int], dict[tuple[int, ...], str]]
-"""A leaf that a keymap covers: its match, its sizes, and the names of its modules (or parameters) by index."""
-
 Mapped = dict[str, Covered]
 
 NONE: frozenset[str] = frozenset()
+_PARAMETER_KINDS = ("linear", "parameter", "experts")
 
 
 def _inventory(
@@ -401,9 +404,10 @@ def _select_sites(
     _refuse_selected(selected_names, method, keymap, mapped, unmapped, shapes, config)
     sites: list[Site] = []
     for leaf, covered in mapped.items():
-        if selected_names & set(covered[2].values()):
+        targeted = [index for index, name in covered[2].items() if name in selected_names]
+        if targeted:
             has_bias = paths.join(leaf.rpartition(".")[0], "bias") in shapes
-            sites.append(_bind(config, method, keymap, covered, selected_names.__contains__, found, has_bias))
+            sites.append(bind_site(config, method, keymap, covered, targeted, found=found, has_bias=has_bias))
     raise_listed(
         TargetError,
         "target_modules and target_parameters both select these weights; name each in one of them:",
@@ -412,8 +416,8 @@ def _select_sites(
     sites += parameter_sites
     warnings += method.warnings({site.leaf: site.hparams for site in sites})
     shared = bind_shared(config, method, sites, found.shared)
-    copies = _bind_copies(config, keymap, shapes, sites)
-    return Sites((*sites, *copies), shared, method, keymap), tuple(warnings)
+    sites += _bind_copies(config, keymap, shapes, sites)
+    return Sites(sites, shared, method, keymap), tuple(warnings)
 
 
 def _unmatched_parameters(
@@ -476,45 +480,77 @@ def _select_for_model(
     if isinstance(method, PromptMethod):
         found = method.names_in_file(dict(in_file or ()))
         for covered in _inventory(keymap, shapes, NONE)[0].values():
-            if any(method.reads(config, name) for name in covered[2].values()):
-                read.append(_bind(config, method, keymap, covered, functools.partial(method.reads, config)))
+            targeted = [index for index, name in covered[2].items() if method.reads(config, name)]
+            read += [bind_site(config, method, keymap, covered, targeted)] if targeted else []
         method.check_targets(config, [site.target for site in read], found)
     return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 
 def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
-    """Return the sites that `target_parameters` names."""
-    selected = select_parameters(config, keymap, shapes)
-    depths = wrapper_depths(keymap, (match for match, _, _ in selected))
-    named = functools.partial(matching.is_parameter, config)
-    return [_bind(config, method.for_parameter(depths[leaf[0].leaf]), keymap, leaf, named) for leaf in selected]
+    """Return the sites of the leaves that `target_parameters` names by a parameter.
 
-
-def _bind(
-    config: Config,
-    method: Method,
-    keymap: KeyMap,
-    covered: Covered,
-    is_adapted: Callable[[str], bool],
-    found: FileShapes | None = None,
-    has_bias: bool | None = None,
-) -> Site:
-    """Return the site of a leaf whose modules (or parameters) with these names are adapted."""
-    match, sizes, names = covered
-    match, modules = targeted_entries(match, sizes, names, [index for index, name in names.items() if is_adapted(name)])
-    shapes = None if found is None else found.of(modules)
-    return bind_site(config, method, keymap, match, sizes, modules, shapes, has_bias)
+    Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
+    `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
+    """
+    if not config.get("target_parameters"):
+        return []
+    selected: list[tuple[Covered, list[Index]]] = []
+    unmapped: list[str] = []
+    refused: list[str] = []
+    ambiguous: list[str] = []
+    for leaf, shape in shapes.items():
+        match = keymap.match(leaf)
+        if match is None or len(match.weight.left) != len(shape):
+            unmapped += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
+            continue
+        sizes = plan.axis_sizes(match, shape)
+        names = parameter_names(match, sizes)
+        targeted = [index for index, name in names.items() if matching.is_parameter(config, name)]
+        if not targeted:
+            continue
+        kind = match.weight.kind
+        if kind not in _PARAMETER_KINDS:
+            refused.append(f"{leaf} {shape}: kind {kind!r}")
+        elif kind == "linear" and match.weight.fan_in_fan_out:
+            refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), and PEFT would read it as (out, in)")
+        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(match, shape):
+            ambiguous.append(f"{leaf} {shape}")
+        selected.append(((match, sizes, names), targeted))
+    raise_listed(
+        KeyMapError,
+        f"target_parameters names weights without an entry in the keymap {keymap.name!r}. Name the family with"
+        " keymap=, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'e i o -> e o i',"
+        " kind='experts'):",
+        unmapped,
+    )
+    raise_listed(
+        KeyMapError,
+        "target_parameters names square weights with an ambiguous layout: PyTorch may store them (out, in), as"
+        " nn.Linear does, or (in, out), as Conv1D of transformers does, and A and B would fit either way. Name the"
+        " modules in target_modules, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'i o -> o"
+        " i'):",
+        ambiguous,
+    )
+    raise_listed(
+        TargetError,
+        "target_parameters names weights that cannot be adapted by their own names; name their modules in"
+        " target_modules if they are matrices, or leave them out:",
+        refused,
+    )
+    depths = wrapper_depths(keymap, (covered[0] for covered, _ in selected))
+    return [
+        bind_site(config, method.for_parameter(depths[covered[0].leaf]), keymap, covered, targeted)
+        for covered, targeted in selected
+    ]
 
 
 def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
     """Return the sites of full and partial copies."""
     adapted_leaves = {site.leaf for site in adapted}
     sites: list[Site] = []
-    for match, sizes, copied_entries in full_copies.select_copies(config, keymap, shapes, wrapper_counts(adapted)):
-        names = parameter_names(match, sizes)
-        match, modules = targeted_entries(match, sizes, names, copied_entries)
-        method = next(iter(copied_entries.values()))
-        sites.append(bind_site(config, method, keymap, match, sizes, modules))
+    for match, sizes, copied in full_copies.select_copies(config, keymap, shapes, wrapper_counts(adapted)):
+        covered = match, sizes, parameter_names(match, sizes)
+        sites.append(bind_site(config, next(iter(copied.values())), keymap, covered, copied))
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
@@ -536,28 +572,22 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
     return sites
 
 
-def uncovered_leaves(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-    """Return the matrices that the configuration may name and the keymap has no entry for."""
-    _, unmapped = _inventory(keymap, shapes, NONE)
-    matrices = {leaf: names for leaf, names in unmapped.items() if len(shapes[leaf]) >= 2}
-    if matching.is_all_linear(config):
-        return tuple(matrices)
-    return tuple(leaf for leaf, names in matrices.items() if any(matching.is_target(config, name) for name in names))
-
-
 def unselected_matrices(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str] | None = None
 ) -> tuple[str, ...]:
-    """Return the matrices that the configuration names and that are not among the adapted leaves."""
+    """Return the matrices that the configuration may name and that are not among these leaves.
+
+    Args:
+        adapted: the adapted leaves; by default those that the keymap has an entry for.
+    """
     mapped, unmapped = _inventory(keymap, shapes, NONE)
-    names = {leaf: tuple(modules.values()) for leaf, (_, _, modules) in mapped.items()} | unmapped
-    others = {
-        leaf: possible_names for leaf, possible_names in names.items() if len(shapes[leaf]) >= 2 and leaf not in adapted
-    }
+    others = {leaf: tuple(modules.values()) for leaf, (_, _, modules) in mapped.items()} | unmapped
     return tuple(
         leaf
-        for leaf, possible_names in others.items()
-        if any(matching.is_target(config, name) for name in possible_names)
+        for leaf, names in others.items()
+        if len(shapes[leaf]) >= 2
+        and leaf not in (mapped if adapted is None else adapted)
+        and (matching.is_all_linear(config) or any(matching.is_target(config, name) for name in names))
     )
 
 
@@ -596,4 +626,9 @@ def make_recipe(
         check_values(config, full, weights)
     selected = {site.leaf for site in sites}
     used = keymap.with_entries(entry for entry in entries if entry.leaf in selected)
-    return Recipe(config, with_copy_entries(used, sites), len(sites)), sites
+    copied = used.with_entries(  # entries for copies that the keymap lacks: an adapter is saved without its model
+        site.match.weight
+        for site in sites
+        if site.method.copies and (used.match(site.leaf) is None or site.match.weight.kind == "lookup")
+    )
+    return Recipe(config, copied, len(sites)), sites

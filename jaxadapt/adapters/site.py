@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,9 @@ from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
 from jaxadapt.methods.registry import METHODS
 
 Shape = tuple[int, ...]
+Index = tuple[int, ...]
+Covered = tuple[Match, dict[str, int], dict[Index, str]]
+"""A leaf that a keymap covers: its match, its sizes, and the names of its modules (or parameters) by index."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,20 +214,30 @@ def bind_site(
     config: Config,
     method: Method,
     keymap: KeyMap,
-    match: Match,
-    sizes: Mapping[str, int],
-    modules: Modules,
-    found: Mapping[str, Shape] | None = None,
+    covered: Covered,
+    targeted: Collection[Index],
+    *,
+    found: FileShapes | None = None,
+    shapes: Mapping[str, Shape] | None = None,
     has_bias: bool | None = None,
 ) -> Site:
     """Return the site of one leaf under a configuration.
 
     Args:
-        sizes: the sizes of the leaf's axes, by name.
-        found: the shapes of the tensors of an existing adapter, as in `Target`.
+        covered: the leaf. Its sizes cover the braced axes at least.
+        targeted: the indices of the adapted or copied entries; empty means all.
+        found: the shapes of the tensors in an adapter's file.
+        shapes: the shapes of the leaf's tensors, of an adapter without its model. They give the other sizes.
         has_bias: as in `Target`.
     """
-    target = Target(match, modules, sizes, found or {}, has_bias)
+    match, sizes, names = covered
+    match, modules = _targeted_entries(match, sizes, names, set(targeted) or set(names))
+    existing = {} if found is None else found.of(modules)
+    if shapes is not None:
+        existing = entry_shapes(match, shapes)
+        known = method_tensors(config, method, Target(match, modules, {}, existing))
+        sizes = sizes | plan.axis_sizes_from_tensors(match, known, shapes)
+    target = Target(match, modules, sizes, existing, has_bias)
     keymap = _with_prefix(keymap, METHODS[config.peft_type].key_prefix)
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
@@ -232,11 +245,42 @@ def bind_site(
     return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
 
 
+def _targeted_entries(
+    match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
+) -> tuple[Match, Modules]:
+    """Return a leaf's match with only the fused parts that are adapted in any layer, and the modules of its entries."""
+    fused = match.roles["fused"]
+    if fused:
+        parts = tuple(sorted({index[-1] for index in targeted}))
+        count = math.prod(single_entry_sizes(match)[axis] for axis in fused)
+        match = dataclasses.replace(match, parts=parts if len(parts) < count else None)
+    kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
+    inner = match.braced[len(match.stack) :]
+    adapted = {**sizes, **(dict.fromkeys(fused, len(match.parts)) if match.parts else {})}
+    order = tuple(inner.index(axis) if axis in inner else -1 for axis in match.roles["batch"])
+    counts = tuple(adapted[axis] for axis in inner)
+    return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
+
+
+def single_entry_sizes(match: Match) -> dict[str, int]:
+    """Return sizes of the braced axes that cover every fused part, of the first layer only."""
+    fused = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
+    return {**dict.fromkeys(match.braced, 1), **fused}
+
+
+def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of one entry's tensors: without the stacked axes and the batch axes, which come first."""
+    batch = len(match.roles["batch"])
+    return {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
+        for name, shape in shapes.items()
+    }
+
+
 @functools.lru_cache(maxsize=64)
 def _with_prefix(keymap: KeyMap, prefix: str) -> KeyMap:
     """Return the keymap for a method whose keys have this prefix."""
-    own = keymap.prefix == prefix or prefix == PEFT_PREFIX
-    return keymap if own else dataclasses.replace(keymap, prefix=prefix)
+    return keymap if prefix in (keymap.prefix, PEFT_PREFIX) else dataclasses.replace(keymap, prefix=prefix)
 
 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:

@@ -12,29 +12,29 @@ names. Nothing here reads a model.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.adapters import full_copies
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.adapters.site import (
     BoundTensor,
+    Index,
     Shape,
     Site,
     Sites,
     bind_shared,
     bind_site,
-    method_tensors,
+    entry_shapes,
+    single_entry_sizes,
 )
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
-from jaxadapt.keymaps import generic, plan
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, raise_listed
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Modules
 from jaxadapt.methods.base import Method, Target
@@ -43,68 +43,9 @@ from jaxadapt.methods.registry import get_method
 # ---------------------------------------------------------------- target parameters
 
 
-Index = tuple[int, ...]
-KINDS = ("linear", "parameter", "experts")
-
-
 def parameter_names(match: Match, sizes: Mapping[str, int]) -> dict[Index, str]:
     """Return the full names of a leaf's PyTorch parameters, by index over its braced axes."""
     return {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
-
-
-def select_parameters(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]
-) -> list[tuple[Match, dict[str, int], dict[Index, str]]]:
-    """Return `(match, sizes, names of all its parameters)` for every leaf that the configuration names by a parameter.
-
-    Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
-    `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
-    """
-    if not config.get("target_parameters"):
-        return []
-    selected: list[tuple[Match, dict[str, int], dict[Index, str]]] = []
-    unmapped: list[str] = []
-    refused: list[str] = []
-    ambiguous: list[str] = []
-    for leaf, shape in shapes.items():
-        match = keymap.match(leaf)
-        if match is None or len(match.weight.left) != len(shape):
-            unmapped += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
-            continue
-        sizes = plan.axis_sizes(match, shape)
-        names = parameter_names(match, sizes)
-        if not any(matching.is_parameter(config, name) for name in names.values()):
-            continue
-        kind = match.weight.kind
-        if kind not in KINDS:
-            refused.append(f"{leaf} {shape}: kind {kind!r}")
-        elif kind == "linear" and match.weight.fan_in_fan_out:
-            refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), and PEFT would read it as (out, in)")
-        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(match, shape):
-            ambiguous.append(f"{leaf} {shape}")
-        selected.append((match, sizes, names))
-    raise_listed(
-        KeyMapError,
-        f"target_parameters names weights without an entry in the keymap {keymap.name!r}. Name the family with"
-        " keymap=, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'e i o -> e o i',"
-        " kind='experts'):",
-        unmapped,
-    )
-    raise_listed(
-        KeyMapError,
-        "target_parameters names square weights with an ambiguous layout: PyTorch may store them (out, in), as"
-        " nn.Linear does, or (in, out), as Conv1D of transformers does, and A and B would fit either way. Name the"
-        " modules in target_modules, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'i o -> o"
-        " i'):",
-        ambiguous,
-    )
-    raise_listed(
-        TargetError,
-        "target_parameters names weights that cannot be adapted by their own names; name their modules in"
-        " target_modules if they are matrices, or leave them out:",
-        refused,
-    )
-    return selected
 
 
 def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
@@ -122,43 +63,11 @@ def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
 # ---------------------------------------------------------------- sites
 
 
-def targeted_entries(
-    match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
-) -> tuple[Match, Modules]:
-    """Return a leaf's match with only the fused parts that are adapted in any layer, and the modules of its entries.
-
-    Args:
-        names: the names of all entries, by index over the braced axes.
-        targeted: the indices of the adapted entries; empty means all.
-    """
-    targeted = set(targeted) or set(names)
-    fused = match.roles["fused"]
-    if fused:
-        parts = tuple(sorted({index[-1] for index in targeted}))
-        count = math.prod(single_entry_sizes(match)[axis] for axis in fused)
-        match = dataclasses.replace(match, parts=parts if len(parts) < count else None)
-    kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
-    inner = match.braced[len(match.stack) :]
-    adapted = {**sizes, **(dict.fromkeys(fused, len(match.parts)) if match.parts else {})}
-    order = tuple(inner.index(axis) if axis in inner else -1 for axis in match.roles["batch"])
-    counts = tuple(adapted[axis] for axis in inner)
-    return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
-
-
 def wrapper_counts(sites: Iterable[Site]) -> Counter[str]:
     """Return the number of PEFT's wrappers around each adapted module: one, or one for each adapted parameter."""
     modules = {name for site in sites if not site.method.on_parameters for name in site.modules}
     parameters = {name for site in sites if site.method.on_parameters for name in site.modules}
     return Counter(modules) | Counter(name.rpartition(".")[0] for name in parameters)
-
-
-def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
-    """Return the keymap with entries for copies that it lacks, so that an adapter can be saved without its model."""
-    return keymap.with_entries(
-        site.match.weight
-        for site in sites
-        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == "lookup")
-    )
 
 
 def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> Sites:
@@ -197,9 +106,12 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
             copied.append((match, shapes))
         else:
             adapting.append((match, shapes))
-    depths = wrapper_depths(
-        keymap, (match for match, shapes in adapting if _is_adapted_by_name(config, method, match, shapes))
-    )
+    named: list[Match] = []  # the leaves with a parameter in target_parameters
+    for match, shapes in adapting if config.get("target_parameters") else ():
+        names = parameter_names(match, _stacked_sizes(config, method, match, shapes)).values()
+        if any(matching.is_parameter(config, name) for name in names):
+            named.append(match)
+    depths = wrapper_depths(keymap, named)
     for match, shapes in adapting:
         depth = depths.get(match.leaf)
         site_method = method if depth is None else method.for_parameter(depth)
@@ -214,8 +126,11 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         " extract(model).keymap",
     )
     shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
-    problems = check_shared(shared, found_shared)
-    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", problems)
+    raise_listed(
+        MismatchError,
+        "the adapter's shared tensors contradict its configuration:",
+        _wrong_shared(shared, found_shared),
+    )
     untargeted = (
         name
         for site in sites
@@ -242,16 +157,13 @@ def _recover_copy(
             f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
             " of modules_to_save, bias and trainable_token_indices names it"
         )
-    method = next(iter(entries.values()))
-    match, modules = targeted_entries(match, sizes, parameter_names(match, sizes), entries)
-    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, Target(match, modules)), shapes)
-    return bind_site(config, method, keymap, match, sizes, modules)
+    covered = match, sizes, parameter_names(match, sizes)
+    return bind_site(config, next(iter(entries.values())), keymap, covered, entries, shapes=shapes)
 
 
 def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     """Raise `AttachError` if an adapter's `{path: array}` lacks tensors, as a state with only the trained ones does."""
-    expected = [entry.path for site in sites for entry in site.entries]
-    missing = [path for path in expected if path not in leaves]
+    missing = [entry.path for site in sites for entry in site.entries if entry.path not in leaves]
     method = sites.method
     if method is not None and method.has_shared and not sites.shared:
         missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
@@ -266,7 +178,7 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     )
 
 
-def check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> list[str]:
+def _wrong_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> list[str]:
     """Return a line for each shared tensor that is missing, unknown or wrongly shaped.
 
     A tree of the trained parameters lacks those that are not trained.
@@ -279,12 +191,6 @@ def check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> l
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name) and not (name in fixed and name not in found)
     ]
-
-
-def single_entry_sizes(match: Match) -> dict[str, int]:
-    """Return sizes of the braced axes that cover every fused part, of the first layer only."""
-    fused = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
-    return {**dict.fromkeys(match.braced, 1), **fused}
 
 
 def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -300,34 +206,13 @@ def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping
     return sizes | plan.stack_sizes(match, probe, shapes)
 
 
-def _is_adapted_by_name(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
-    """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
-    if not config.get("target_parameters"):
-        return False
-    names = parameter_names(match, _stacked_sizes(config, method, match, shapes))
-    return any(matching.is_parameter(config, name) for name in names.values())
-
-
 def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]) -> Site:
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
     sizes = _stacked_sizes(config, method, match, shapes)
     names = parameter_names(match, sizes) if method.on_parameters else match.modules(sizes)
     targeted = [index for index, name in names.items() if _is_targeted(config, method, name)]
-    match, modules = targeted_entries(match, sizes, names, targeted)
-    found = entry_shapes(match, shapes)
-    tensors = method_tensors(config, method, Target(match, modules, {}, found))
-    sizes |= plan.axis_sizes_from_tensors(match, tensors, shapes)
-    return bind_site(config, method, keymap, match, sizes, modules, found)
-
-
-def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Return the shapes of one entry's tensors: without the stacked axes and the batch axes, which come first."""
-    batch = len(match.roles["batch"])
-    return {
-        name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
-        for name, shape in shapes.items()
-    }
+    return bind_site(config, method, keymap, (match, sizes, names), targeted, shapes=shapes)
 
 
 def _is_targeted(config: Config, method: Method, name: str) -> bool:

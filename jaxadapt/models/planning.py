@@ -178,7 +178,9 @@ def _plan_on_model(
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(GENERIC, weights=()) if keymap == GENERIC else keymap
-        wanted = survey.custom_leaves(owners, selection.uncovered_leaves(config, known.with_entries(entries), shapes))
+        wanted = survey.custom_leaves(
+            owners, selection.unselected_matrices(config, known.with_entries(entries), shapes)
+        )
         traced, others = survey.trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
