@@ -314,8 +314,7 @@ class CheckpointManager(RunFolder):
         atomic.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, step_files.is_multi_process(taken))
         self._last = _LastSave(number, record)
-        uploads = isinstance(self.folder, location.Address)
-        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=self._last)
+        self._saving.start(f"save step {number}", finish, isinstance(self.folder, location.Address), self._last)
         if not self.asynchronous:
             self.wait()
 
@@ -328,7 +327,8 @@ class CheckpointManager(RunFolder):
                 f" ({', '.join(map(str, later[:8]))}); go back with"
                 f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
             )
-        step_files.remove_leftovers(self.folder)
+        if not isinstance(self.folder, location.Address):  # an upload is one step and leaves nothing
+            atomic.remove_leftovers(self.folder, run_folder.NAME.pattern)
         earlier = {s: path for s, path in run_folder.list_steps(self.folder).items() if s < step}
         return next(iter(self._rank_steps(earlier).items()), None) if self._own_objective else None
 
@@ -369,8 +369,8 @@ class CheckpointManager(RunFolder):
         if self.keep is None:
             return dict(steps)
         ranked = [step for step in self._rank_steps(steps) if step in steps] if self.keep_best else []
-        best = ranked[: self.keep_best]
-        kept = {*list(steps)[-self.keep :], *best, *(s for s in steps if self.keep_every and s % self.keep_every == 0)}
+        every = (step for step in steps if self.keep_every and step % self.keep_every == 0)
+        kept = {*list(steps)[-self.keep :], *ranked[: self.keep_best], *every}
         return {step: path for step, path in steps.items() if step in kept}
 
     # ------------------------------------------------------------ steps
@@ -463,25 +463,24 @@ class CheckpointManager(RunFolder):
             read = functools.partial(step_files.read_step_arrays, stored, report=report)
             filled = snapshot.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.specs))
-        restored_parts = {part: filled.get(part) for part in snapshot.PARTS}
-        return Restored(number, filled["model"], **restored_parts, metrics=stored.metrics)
+        return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(snapshot.PARTS) | filled)
 
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
         self.wait()
         stored = step_files.read_stored_step(self._path(self._existing_step(step)))
         if stored.snapshot.foreign:
-            dialect = stored.snapshot.foreign.get("dialect")
             raise AttachError(
-                f"{stored.path}: contains {dialect} LoRA leaves, not an adapter of jaxadapt; use export() or restore()"
+                f"{stored.path}: contains {stored.snapshot.foreign.get('dialect')} LoRA leaves, not an adapter of"
+                " jaxadapt; use export() or restore()"
             )
         if name not in stored.snapshot.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.snapshot.recipes)}")
         prefix = snapshot.name_prefix(name)
         flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(prefix)})
         recipe = Recipe.from_text(stored.snapshot.recipes[name])
-        tree = paths.unflatten({n.removeprefix(prefix): value for n, value in flat.items()})
-        return Adapter(recipe.config, tree, recipe.keymap)
+        params = {n.removeprefix(prefix): value for n, value in flat.items()}
+        return Adapter(recipe.config, paths.unflatten(params), recipe.keymap)
 
     def export(
         self,
@@ -515,8 +514,7 @@ class CheckpointManager(RunFolder):
         if stored.snapshot.foreign:
             flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            tree = snapshot.stored_foreign_tree(stored.snapshot, leaves)
-            save(LoraTree(tree, **wrap), path, **options)
+            save(LoraTree(snapshot.stored_foreign_tree(stored.snapshot, leaves), **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
             save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
 

@@ -28,7 +28,6 @@ from jaxadapt.merging import factors
 from jaxadapt.methods.base import at_least_float32
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
-from jaxadapt.models.linen import collections
 from jaxadapt.serving.bank import Bank
 
 __all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "roles", "scale_by_rank"]
@@ -75,8 +74,7 @@ def _leaves(tree: Any) -> Any:
 
 def _leaves_by_path(name: str, adapter: Adapter) -> dict[str, _Leaf]:
     """Return `{path: leaf}` of one adapter's parameters."""
-    unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
-    sites = sites_of(unboxed)
+    sites = sites_of(adapter)
     leaves = {
         paths.join(site.leaf, tensor): _Leaf(name, adapter.config, site, tensor, len(shape) - len(site.match.stack))
         for site in sites
@@ -149,12 +147,11 @@ def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     kasa = adapter.config.get("kasa_config")
     if kasa is None:
         raise ConfigError(f"kasa_loss needs an adapter with kasa_config; the adapter {name!r} has none")
-    unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
-    values = {path: at_least_float32(x) for path, x in unboxed.flat().items()}
+    values = {path: at_least_float32(x) for path, x in adapter.flat().items()}
     squares = sum(jnp.sum(x**2) for path, x in values.items() if path.endswith(".lora_diag"))
     distance: Any = jnp.zeros((), jnp.float32)
     with jax.default_matmul_precision("highest"):
-        for pair in factors.site_pairs(unboxed.config, sites_of(unboxed), values).values():
+        for pair in factors.site_pairs(adapter.config, sites_of(adapter), values).values():
             eye = jnp.eye(pair.rank)
             distance += jnp.linalg.norm(pair.b.T @ pair.b - eye) + jnp.linalg.norm(pair.a @ pair.a.T - eye)
     return kasa.get("beta", 1e-4) * squares + kasa.get("gamma", 1e-3) * distance
@@ -264,8 +261,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     >>> tx = lora_fa(adapter.collection, optax.adamw(1e-3))
     >>> state = tx.init(adapter.collection)
     """
-    leaves = _leaves(tree)
-    flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))
+    flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
     indices: dict[tuple[str, str], dict[str, int]] = {}
     for i, leaf in enumerate(flat):
         indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
@@ -287,25 +283,20 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     ]
     raise_listed(ConfigError, "LoRA-FA supports only plain pairs of matrices, not:", problems)
 
-    def correct_gradients(updates: Any, params: Any) -> Any:
-        grads = structure.flatten_up_to(updates)
-        values = structure.flatten_up_to(params)
+    labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])
+    split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ConfigError("LoRA-FA needs the parameters: call tx.update(grads, state, params)")
+        grads, values = structure.flatten_up_to(updates), structure.flatten_up_to(params)
         for tensors in sites.values():
             a, b = tensors["lora_A"], tensors["lora_B"]
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
             new = _correct_gradient(flat[a].site, flat[a].config, a_value, grad)
             grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [new])
-        return structure.unflatten(grads)
+        return split.update(structure.unflatten(grads), state, params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ConfigError("LoRA-FA needs the parameters: call tx.update(grads, state, params)")
-        return split.update(correct_gradients(updates, params), state, params)
-
-    labels = jax.tree.map(
-        lambda leaf: "A" if leaf.role == "A" else "rest", leaves, is_leaf=lambda x: isinstance(x, _Leaf)
-    )
-    split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
     return optax.GradientTransformation(split.init, update)
 
 

@@ -75,11 +75,6 @@ class Snapshot:
             raise FormatError(f"{source}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
         return cls(arrays={}, **{name: data[_json_key(name)] for name in kinds})
 
-    @property
-    def parts(self) -> set[str]:
-        """The parts that were saved besides the model."""
-        return set(self.plain)
-
 
 def _json_key(name: str) -> str:
     """Return the key of a field in a checkpoint's JSON, which stays what it was in the first version."""
@@ -99,27 +94,19 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
     Raises:
         AttachError: leaves cannot be saved; the message lists all of them.
     """
-    snapshot = Snapshot({}, {}, {}, {}, {}, [], {})
-    problems: list[str] = []
-    held = lora_carrier(model)
-    tree = held.foreign
+    held, problems = lora_carrier(model), list[str]()
+    tree, described = held.foreign, dict[str, Any]()
     if tree is not None:
         base = {path: list(shape) for path, shape in tree.base.items()}
-        snapshot.foreign.update(dialect=tree.dialect.name, base=base, stored=tree.stored)
-        for path, leaf in tree.leaves.items():
-            _add_leaf(snapshot, f"guest/{path}", leaf, problems)
-    for name in [] if tree is not None else adapter_names(held):
-        adapter = held.extract(name)
-        snapshot.recipes[name] = adapter.recipe.to_text()
-        for path, leaf in adapter.flat().items():
-            _add_leaf(snapshot, name_prefix(name) + path, leaf, problems)
-    for name, leaf in named_leaves("model", held.rest()):
+        described = {"dialect": tree.dialect.name, "base": base, "stored": tree.stored}
+    adapters = {name: held.extract(name) for name in adapter_names(held)} if tree is None else {}
+    recipes = {name: adapter.recipe.to_text() for name, adapter in adapters.items()}
+    given = {part: value for part, value in parts.items() if value is not None}
+    plain = {part: _plain_structure(value) for part, value in given.items()}
+    snapshot = Snapshot({}, recipes, described, {}, {}, [], plain)
+    leaves = _name_leaves(tree.leaves if tree is not None else {}, adapters, {"model": held.rest(), **given})
+    for name, leaf in leaves.items():
         _add_leaf(snapshot, name, leaf, problems)
-    for part, value in parts.items():
-        if value is not None:
-            snapshot.plain[part] = _plain_structure(value)
-            for name, leaf in named_leaves(part, value):
-                _add_leaf(snapshot, name, leaf, problems)
     raise_listed(AttachError, "cannot save these leaves:", problems)
     return snapshot
 
@@ -153,11 +140,21 @@ def name_prefix(name: str) -> str:
     return f"adapter/{_quote(name)}/"
 
 
-def named_leaves(part: str, tree: Any) -> list[tuple[str, Any]]:
-    """Return `[(name, leaf)]` of one part; raise `AttachError` if names are not unique."""
-    leaves = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
-    if len({name for name, _ in leaves}) < len(leaves):
-        raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
+def _name_leaves(
+    guests: Mapping[str, Any], adapters: Mapping[str, Adapter], parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `{name: leaf}` of a tree of another library, of adapters, and of the other parts of a training state.
+
+    Raises `AttachError` if two leaves of a part have one path.
+    """
+    leaves = {f"guest/{path}": leaf for path, leaf in guests.items()}
+    for name, adapter in adapters.items():
+        leaves |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
+    for part, tree in parts.items():
+        named = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
+        if len(dict(named)) < len(named):
+            raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
+        leaves |= named
     return leaves
 
 
@@ -268,13 +265,11 @@ def fill_parts(
     held = lora_carrier(model)
     others = held.rest()
     given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
-    examples, problems = _adapter_examples(held, stored)
-    examples |= dict(named_leaves("model", others))
-    for part, example in given.items():
-        examples |= dict(named_leaves(part, example))
-    rebuilt = [part for part in PARTS if part in stored.parts - given.keys()]
+    guests, adapters, problems = _find_targets(held, stored)
+    examples = _name_leaves(guests, adapters, {"model": others, **given})
+    rebuilt = [part for part in PARTS if part in stored.plain.keys() - given.keys()]
     examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] in rebuilt}
-    problems += [f"{part}: none was saved" for part in given if part not in stored.parts]
+    problems += [f"{part}: none was saved" for part in given if part not in stored.plain]
     problems += [
         f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or restore only"
         " the model with model_only=True"
@@ -300,26 +295,21 @@ def fill_parts(
     return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
 
 
-def _adapter_examples(held: Carrier, stored: Snapshot) -> tuple[dict[str, Any], list[str]]:
-    """Return `{name: leaf}` of the target's adapters that were saved, and what keeps them from being filled."""
-    examples: dict[str, Any] = {}
-    problems: list[str] = []
-    tree = held.foreign
+def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], dict[str, Adapter], list[str]]:
+    """Return the target's LoRA leaves and adapters that were saved, and what keeps them from being filled."""
+    tree, adapters = held.foreign, dict[str, Adapter]()
     dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
-    if dialect != stored_dialect:
-        problems.append(f"{_describe_lora(stored_dialect)} saved, the target has {_describe_lora(dialect)}")
-    elif tree is not None:
-        examples |= {f"guest/{path}": leaf for path, leaf in tree.leaves.items()}
+    guests = tree.leaves if tree is not None and dialect == stored_dialect else {}
+    saved, present = _describe_lora(stored_dialect), _describe_lora(dialect)
+    problems = [] if dialect == stored_dialect else [f"{saved} saved, the target has {present}"]
     for name, text in stored.recipes.items():
-        recipe = Recipe.from_text(text)
         if name not in adapter_names(held):
             problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")
             continue
-        adapter = held.extract(name)
-        if adapter.config != recipe.config:
+        adapters[name] = held.extract(name)
+        if adapters[name].config != Recipe.from_text(text).config:
             problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
-        examples |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
-    return examples, problems
+    return guests, adapters, problems
 
 
 def _unsupported_dtypes(examples: Mapping[str, Any], hosts: Collection[str], specs: Specs) -> Iterable[str]:
@@ -357,7 +347,7 @@ def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs
 
 def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
     keys = jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
-    return keys if like is None or not is_committed(like) else jax.device_put(keys, like.sharding)
+    return jax.device_put(keys, like.sharding) if is_committed(like) else keys
 
 
 def with_weak_type(value: Any, like: Any) -> Any:
@@ -433,7 +423,7 @@ def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.
     try:
         dialect = dialects.get_dialect(stored.foreign["dialect"])
         base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
-        given = foreign.LoraTree(None)
-        return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, dict(stored.foreign["stored"]))
+        stored_form, given = dict(stored.foreign["stored"]), foreign.LoraTree(None)
+        return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, stored_form)
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error

@@ -21,7 +21,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
 from jaxadapt.core.errors import FormatError, Report, byte_counter, no_report, raise_listed
 from jaxadapt.persistence import run_folder, save_adapter
-from jaxadapt.persistence.run_folder import CRC, META, NAME, SCHEMA, StepRecord, head_crc
+from jaxadapt.persistence.run_folder import CRC, META, SCHEMA, StepRecord, head_crc
 from jaxadapt.storage import atomic, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
@@ -45,8 +45,13 @@ def is_leader() -> bool:
 def _make_document(
     path: Location, taken: Snapshot, record: StepRecord, byte_dtypes: Mapping[str, str]
 ) -> dict[str, Any]:
-    head = {"schema": SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
-    return {**head, "odd": dict(byte_dtypes), **taken.to_json()}
+    return {
+        "schema": SCHEMA,
+        "step": run_folder.number_in(path.name),
+        **record._asdict(),
+        "odd": dict(byte_dtypes),
+        **taken.to_json(),
+    }
 
 
 # ---------------------------------------------------------------- copying to the host
@@ -115,9 +120,9 @@ def write_step(
 
     crcs = local_files.start(compute_crcs)
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    metadata = _make_metadata(_make_document(path, taken, record, byte_dtypes), specs)
+    document = _make_document(path, taken, record, byte_dtypes)
     with atomic.open_replacement(path) as writer:
-        safetensors.write_to(writer, specs, get, metadata, progress=count)
+        safetensors.write_to(writer, specs, get, _make_metadata(document, specs), progress=count)
         _write_crcs(writer, crcs.result())
 
 
@@ -241,12 +246,6 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def remove_leftovers(folder: Location) -> None:
-    """Remove the leftovers of killed writers."""
-    if not isinstance(folder, Address):  # an upload is one step and leaves nothing
-        atomic.remove_leftovers(folder, NAME.pattern)
-
-
 def remove_step(path: Location) -> None:
     """Remove a step. Raise `FileError` if this fails."""
     try:
@@ -290,8 +289,7 @@ def read_stored_step(path: Location) -> StoredStep:
     crcs = run_folder.check_document(path, header, document)
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    snapshot = Snapshot.from_json(document, str(path))
-    return StoredStep(path, document["metrics"], snapshot, specs, document["odd"], crcs)
+    return StoredStep(path, document["metrics"], Snapshot.from_json(document, str(path)), specs, document["odd"], crcs)
 
 
 def select_model(step: StoredStep) -> StoredStep:
