@@ -18,8 +18,8 @@ from typing import Any
 
 import click
 
-from jaxadapt import __version__
-from jaxadapt.core.errors import AdapterError, escape_text
+import jaxadapt
+from jaxadapt.core.errors import escape_text
 
 GROUPS = {
     "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),
@@ -79,7 +79,7 @@ class _Commands(click.Group):
             with warnings.catch_warnings(), _escaped_logs():
                 warnings.showwarning = _print_warning
                 return super().invoke(ctx)
-        except AdapterError as error:
+        except jaxadapt.AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
             click.echo(escape_text(str(error), keep="\n"), err=True)
             sys.exit(_ERROR_STATUS.get(ctx.invoked_subcommand or "", 1))
@@ -113,7 +113,7 @@ def _escaped_logs() -> Generator[None]:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(jaxadapt.__version__)
 @click.option(
     "-v", "--verbose", is_flag=True, help="Print progress messages (the logger `jaxadapt`) to standard error."
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+import jaxadapt
 from jaxadapt.cli import output
 from jaxadapt.cli.adapter_reports import print_finding
 
@@ -43,11 +44,9 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
       jaxadapt repair out/ --out repaired/
       jaxadapt repair out/ --in-place
     """
-    from jaxadapt.persistence.verify_folder import repair
-
     if in_place and out is not None:
         raise click.UsageError("--in-place replaces PATH, and --out names another folder; give one of them")
-    result = repair(path, path if in_place else out, progress=True)
+    result = jaxadapt.repair(path, path if in_place else out, progress=True)
     if as_json:
         output.print_json(result.to_dict())
     else:
@@ -55,8 +54,7 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
             output.print_line(f"repaired  {line}")
         for found in result.remaining:
             print_finding(found)
-        text = "nothing to repair; no file written" if result.path is None else f"written to {result.path}"
-        output.print_line(text)
+        output.print_line("nothing to repair; no file written" if result.path is None else f"written to {result.path}")
     if any(found.severity == "error" for found in result.remaining):
         sys.exit(1)
 
@@ -234,10 +232,9 @@ def convert_command(
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --on-shared concat
     """
-    (source, *more) = sources
-    if more:
-        from jaxadapt.export import conversion
+    from jaxadapt.export import conversion
 
+    if len(sources) > 1:
         if any(value not in (None, {}) for value in tree.values()):
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
@@ -247,9 +244,8 @@ def convert_command(
             for each in done:
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
         return
-    from jaxadapt.export.conversion import TreeOptions, convert
-
-    result = convert(source, target, TreeOptions(**tree), format=form, dtype=dtype, progress=True)
+    options = conversion.TreeOptions(**tree)
+    result = conversion.convert(sources[0], target, options, format=form, dtype=dtype, progress=True)
     if as_json:
         output.print_json(result._asdict())
         return
@@ -351,14 +347,12 @@ def merge_command(
     """
     from jaxadapt.export import gguf_model, merge_files
 
-    if base.endswith(".gguf"):
-        with _on_device(device):
-            count = gguf_model.merge_gguf(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
-    elif dtype == "q8_0":
+    is_gguf = base.endswith(".gguf")
+    if dtype == "q8_0" and not is_gguf:
         raise click.BadParameter("q8_0 is a type of GGUF files: expected a BASE ending in .gguf", param_hint="--dtype")
-    else:
-        with _on_device(device):
-            count = merge_files.merge_folder(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
+    merge = gguf_model.merge_gguf if is_gguf else merge_files.merge_folder
+    with _on_device(device):
+        count = merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
     output.print_result(as_json, {"folder": out, "changed": count}, [("folder", out), ("changed", f"{count} weights")])
 
 
@@ -409,22 +403,17 @@ def combine_command(
 
     from jaxadapt.export import merge_files
 
-    options: dict[str, Any] = {"method": method, "allow_nan": allow_nan}
-    if density is not None:
-        options["density"] = density
-    if method.startswith("dare"):
-        options["key"] = jax.random.key(seed)
-    svd = method.endswith("svd")
-    if svd and rank is not None:
-        options["svd_rank"] = rank
+    is_svd, key = method.endswith("svd"), jax.random.key(seed) if method.startswith("dare") else None
+    options = {"method": method, "density": density, "svd_rank": rank if is_svd else None, "key": key}
     combined = merge_files.combine_folders(
-        adapters, numbers, out, resize=None if svd else rank, dtype=dtype, progress=True, **options
-    )
-    config = combined.config
+        adapters, numbers, out, resize=None if is_svd else rank, dtype=dtype, allow_nan=allow_nan, progress=True,
+        **options,
+    )  # fmt: skip
+    r, alpha = combined.config.get("r"), combined.config.get("lora_alpha")
     output.print_result(
         as_json,
-        {"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")},
-        [("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(combined.tensors)))],
+        {"folder": out, "r": r, "lora_alpha": alpha},
+        [("folder", out), ("rank", str(r)), ("tensors", str(len(combined.tensors)))],
     )
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import jaxadapt
 from jaxadapt.cli import output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from jaxadapt.adapters.peft_tensors import PeftTensors
     from jaxadapt.analysis.differences import Difference
     from jaxadapt.analysis.norms import Norms
-    from jaxadapt.configs.base import Config
     from jaxadapt.persistence.findings import Finding
     from jaxadapt.persistence.folder import Info
 
@@ -71,19 +69,14 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
       jaxadapt inspect out/ --json | jq .config.r
       jaxadapt inspect out/ --plot norms.png
     """
-    from jaxadapt.persistence.folder import inspect, read
-
-    info = inspect(folder, progress=True)
+    info = jaxadapt.inspect(folder, progress=True)
     changes = None
     if norms or plot is not None:
-        from jaxadapt.analysis.norms import measure_norms
-
-        changes = measure_norms(read(folder, progress=True))
-    if plot is not None and changes is not None:
-        from jaxadapt.analysis.norms import norms_png
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, norms_png(changes, info.config))
+        changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True))
+        if plot is not None:
+            atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
     if as_json:
         from jaxadapt.persistence import consumers
 
@@ -100,29 +93,27 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
 def _print_info(info: Info, tensors: bool) -> None:
     from jaxadapt.persistence import card
 
-    config = info.config
-    rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
-    if info.form != "PEFT":
-        rows.append(("format", f"{info.form}; the programs below read it after jaxadapt convert"))
-    rows.append(("base model", config.base_model_name_or_path or "not recorded"))
-    targets = config.get("target_modules")
-    if targets is not None:
-        rows.append(("targets", _value_text(targets)))
-    rows += [(name, _value_text(value)) for name, value in config.shown_fields().items()]
-    if info.modules:
-        rows.append(("adapted", ", ".join(info.modules)))
+    config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
-    rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
-    if config.peft_version:
-        rows.append(("peft version", config.peft_version))
-    output.print_pairs([*rows, *reader_rows(config, info.tensors)])
+    rows = [  # None leaves a row out
+        ("method", config.peft_type + (f", {config.task_type}" if config.task_type else "")),
+        ("format", None if info.form == "PEFT" else f"{info.form}; the programs below read it after jaxadapt convert"),
+        ("base model", config.base_model_name_or_path or "not recorded"),
+        ("targets", None if targets is None else _value_text(targets)),
+        *((name, _value_text(value)) for name, value in config.shown_fields().items()),
+        ("adapted", ", ".join(info.modules) or None),
+        ("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"),
+        ("peft version", config.peft_version or None),
+    ]
+    shown = [(name, text) for name, text in rows if text is not None]
+    output.print_pairs([*shown, *reader_rows(config, info.tensors)])
     if tensors:
         click.echo()
         rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
         output.print_table(("tensor", "dtype", "shape"), rows)
 
 
-def reader_rows(config: Config, keys: Iterable[str]) -> list[tuple[str, str]]:
+def reader_rows(config: jaxadapt.Config, keys: Iterable[str]) -> list[tuple[str, str]]:
     """Return rows of (title, text): the programs that read an adapter, and the others with reasons and what helps."""
     from jaxadapt.persistence import consumers
 
@@ -204,16 +195,18 @@ def verify_command(path: str, base: str | None, as_json: bool) -> None:
       jaxadapt verify hf://org/name --base llama
       jaxadapt verify out/ --json | jq '.findings[] | select(.severity == "error")'
     """
-    from jaxadapt.persistence.verify_folder import verify
-
-    findings = verify(path, base, progress=True)
+    findings = jaxadapt.verify(path, base, progress=True)
     counts = {kind: sum(f.severity == kind for f in findings) for kind in _COLORS}
     if as_json:
         output.print_json({"path": path, **counts, "findings": [found.to_dict() for found in findings]})
     else:
         for found in findings:
             print_finding(found)
-        _print_summary(counts, [f for f in findings if f.repairable], path)
+        words = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n and kind != "note"]
+        click.echo()
+        output.print_line(f"{path}: {', '.join(words) if words else 'no problem found'}")
+        if codes := dict.fromkeys(found.code for found in findings if found.repairable):
+            output.print_line(f"jaxadapt repair {path} repairs {', '.join(codes)}")
     if counts["error"]:
         sys.exit(1)
 
@@ -235,14 +228,6 @@ def print_finding(found: Finding) -> None:
         names = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
         rest = f", … and {len(names) - _MAX_NAMES} more (--json lists all)" if len(names) > _MAX_NAMES else ""
         output.print_indented(f"names: {', '.join(names[:_MAX_NAMES])}{rest}")
-
-
-def _print_summary(counts: dict[str, int], repairable: list[Finding], path: str) -> None:
-    click.echo()
-    words = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n and kind != "note"]
-    output.print_line(f"{path}: {', '.join(words) if words else 'no problem found'}")
-    if repairable:
-        output.print_line(f"jaxadapt repair {path} repairs {', '.join(dict.fromkeys(f.code for f in repairable))}")
 
 
 # ---------------------------------------------------------------- diff
@@ -297,7 +282,7 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Generator[PeftTensors]:
+def _open(path: str) -> Generator[jaxadapt.PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
     from jaxadapt.persistence import folder
     from jaxadapt.storage import location
@@ -308,13 +293,8 @@ def _open(path: str) -> Generator[PeftTensors]:
         with folder.open_adapter(path) as tensors:
             yield tensors
         return
-    import dataclasses
-
-    from jaxadapt.persistence.load_adapter import to_peft
-    from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which folders do not need
-
-    adapter = CheckpointManager(place.parent).adapter(int(step[1]))
-    yield dataclasses.replace(to_peft(adapter), source=path)
+    adapter = jaxadapt.CheckpointManager(place.parent).adapter(int(step[1]))
+    yield dataclasses.replace(jaxadapt.to_peft(adapter), source=path)
 
 
 def _print_difference(found: Difference, modules: bool) -> None:
@@ -324,7 +304,9 @@ def _print_difference(found: Difference, modules: bool) -> None:
         output.print_line("equal: the same settings, modules and values")
         return
     if found.settings:
-        rows = [(name, _json(x), _json(y)) for name, (x, y) in found.settings.items()]
+        rows = [
+            (name, *(json.dumps(value, ensure_ascii=False) for value in pair)) for name, pair in found.settings.items()
+        ]
         output.print_table(("setting", "first", "second"), rows)
         click.echo()
     _print_totals(found)
@@ -336,41 +318,33 @@ def _print_difference(found: Difference, modules: bool) -> None:
     if modules:
         click.echo()
         _print_modules(found)
-    lists = {
-        "only in the first": found.only[0],
-        "only in the second": found.only[1],
-        "of other sizes": found.other_shapes,
-    }
-    for title, names in lists.items():
-        output.print_list(title, names, _MAX_DIFFERENCES)
-
-
-def _print_totals(found: Difference) -> None:
-    for kind in dict.fromkeys(m.kind for m in found.modules):
-        total = found.total(kind)
-        if total is not None:
-            members = [m for m in found.modules if m.kind == kind]
-            changed = sum(m.distance != 0 for m in members)
-            unknown = sum(not math.isfinite(m.distance) for m in members)
-            output.print_pairs(
-                [
-                    (
-                        "compared",
-                        f"{len(members)} {_NAMES[kind]}; {changed or 'none'} of them differ"
-                        + (f", {unknown} with a NaN or an infinity" if unknown else ""),
-                    ),
-                    ("norms", f"{total.norms[0]:.4g} and {total.norms[1]:.4g}"),
-                    ("distance", f"{total.relative:.4g} × the norm of the first"),
-                    ("cosine", f"{total.cosine:.4g}"),
-                ]
-            )
+    output.print_list("only in the first", found.only[0], _MAX_DIFFERENCES)
+    output.print_list("only in the second", found.only[1], _MAX_DIFFERENCES)
+    output.print_list("of other sizes", found.other_shapes, _MAX_DIFFERENCES)
 
 
 _NAMES = {"LoRA": "modules with LoRA", "IA3": "modules with IA3", "tensor": "other tensors"}
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _print_totals(found: Difference) -> None:
+    for kind in dict.fromkeys(m.kind for m in found.modules):
+        total, distances = found.total(kind), [m.distance for m in found.modules if m.kind == kind]
+        if total is None:
+            continue
+        changed = sum(distance != 0 for distance in distances)
+        unknown = sum(not math.isfinite(distance) for distance in distances)
+        output.print_pairs(
+            [
+                (
+                    "compared",
+                    f"{len(distances)} {_NAMES[kind]}; {changed or 'none'} of them differ"
+                    + (f", {unknown} with a NaN or an infinity" if unknown else ""),
+                ),
+                ("norms", f"{total.norms[0]:.4g} and {total.norms[1]:.4g}"),
+                ("distance", f"{total.relative:.4g} × the norm of the first"),
+                ("cosine", f"{total.cosine:.4g}"),
+            ]
+        )
 
 
 def _print_modules(found: Difference) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.core.errors import KeyMapError
+from jaxadapt.core import errors, paths
 
 if TYPE_CHECKING:
     from jaxadapt.keymaps.check import KeyMapReport
-    from jaxadapt.keymaps.keymap import KeyMap
 
 
 # ---------------------------------------------------------------- families
@@ -122,12 +122,11 @@ def check_keymap_command(family: str, model: str | None, checkpoint: str | None,
         sys.exit(1)
 
 
-def _run_keymap_file(text: str) -> KeyMap:
+def _run_keymap_file(text: str) -> jaxadapt.KeyMap:
     """Run a Python file and return the keymap that it defines, for FILE.py:NAME."""
     import runpy
     import traceback
 
-    from jaxadapt.keymaps.keymap import KeyMap
     from jaxadapt.storage import location
 
     path, _, name = text.rpartition(":")
@@ -137,11 +136,11 @@ def _run_keymap_file(text: str) -> KeyMap:
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         position = f"line {frames[-1].lineno}: " if frames else ""  # a SyntaxError names its line itself
-        raise KeyMapError(f"{path}: cannot be run: {position}{type(error).__name__}: {error}") from error
-    if not isinstance(variables.get(name), KeyMap):
-        keymaps = [key for key, value in variables.items() if isinstance(value, KeyMap)]
+        raise jaxadapt.KeyMapError(f"{path}: cannot be run: {position}{type(error).__name__}: {error}") from error
+    if not isinstance(variables.get(name), jaxadapt.KeyMap):
+        keymaps = [key for key, value in variables.items() if isinstance(value, jaxadapt.KeyMap)]
         found = type(variables[name]).__name__ if name in variables else ", ".join(keymaps) or "none"
-        raise KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {found}")
+        raise jaxadapt.KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {found}")
     return variables[name]
 
 
@@ -157,7 +156,7 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
     used = [(w.leaf, w.key, str(count)) for w, count in report.counts.items() if count]
     unused = [w.leaf for w, count in report.counts.items() if not count]
     if not used:
-        raise KeyMapError(
+        raise jaxadapt.KeyMapError(
             f"no entry of the keymap {report.family!r} matches any weight: the model is of another family, or its"
             " paths begin elsewhere; `jaxadapt families` lists the families"
         )
@@ -175,8 +174,6 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
 
 def _describe_unused(report: KeyMapReport) -> list[str]:
     """Describe each entry that matches nothing, with similar names among the unmatched weights."""
-    from jaxadapt.core import errors
-
     texts: list[str] = []
     for entry in (w for w, count in report.counts.items() if not count):
         free = {re.sub(r"\b\d+\b", "{l}", name): name for name in report.unclaimed}
@@ -189,10 +186,7 @@ def read_model_shapes(path: Path) -> Shapes:
     """Read `{leaf: shape}` of a model from a .json or .safetensors file or an Orbax folder."""
     import json
 
-    from jaxadapt.core import paths
-    from jaxadapt.core.errors import FormatError
     from jaxadapt.storage import location, safetensors
-    from jaxadapt.storage.safetensors import MAX_HEADER
 
     if location.is_dir(path):
         return _read_orbax_shapes(path)
@@ -200,17 +194,19 @@ def read_model_shapes(path: Path) -> Shapes:
         header = safetensors.read_header(path).tensors
         return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
     try:
-        document: Any = json.loads(location.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
+        document: Any = json.loads(location.read_text_bytes(path, safetensors.MAX_HEADER).decode("utf-8"))
         flat: Mapping[str, Any] = paths.flatten(document)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(
+        raise jaxadapt.FormatError(
             f"{path}: expected a JSON object of shapes such as {{leaf: [2, 3]}}, but reading failed: {error}"
         ) from error
     invalid = [
         key for key, sizes in flat.items() if not isinstance(sizes, list) or not all(isinstance(n, int) for n in sizes)
     ]
     if invalid:
-        raise FormatError(f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {invalid[0]}")
+        raise jaxadapt.FormatError(
+            f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {invalid[0]}"
+        )
     return {key: tuple(shape) for key, shape in flat.items()}
 
 

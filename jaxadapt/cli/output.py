@@ -47,9 +47,8 @@ def _print(console: Console, *renderables: Any) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON, with control characters escaped."""
     text = json.dumps(_replace_non_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    if not text.isprintable():  # JSON allows some control characters that a terminal would obey
-        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
-    click.echo(text)
+    # JSON allows some control characters that a terminal would obey.
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def print_result(as_json: bool, value: Any, rows: Iterable[tuple[str, str]]) -> None:
@@ -182,8 +181,7 @@ def print_heat(
         for column in columns[begin:end]:
             table.add_column(Text(column), justify="right", overflow="fold")
         for name, row in zip(rows, values, strict=True):
-            cells = [Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]]
-            table.add_row(Text(name), *cells)
+            table.add_row(Text(name), *(Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]))
         _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
-
 import click
 
+import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 
 # ---------------------------------------------------------------- demo
 
@@ -88,18 +85,22 @@ def checkpoints_command(
     if step is not None and out is None:
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
     rows = {s: run.metrics(s) for s in run.steps}
+    if not rows and not location.exists(run.folder):
+        raise jaxadapt.FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
     if not rows:
-        _raise_no_steps(folder, location.exists(run.folder))
+        raise jaxadapt.AdapterError(
+            f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"
+        )
     objective, latest = run.objective, max(rows)
     best = run.best if objective else None
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     if (minimize or maximize) and best is None:
-        raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
+        raise jaxadapt.ConfigError(
+            f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}"
+        )
     if out is not None:
-        from jaxadapt.training.checkpoint import CheckpointManager  # imports JAX, which the list does not need
-
         number = _resolve_step(latest, best, step)
-        CheckpointManager(folder, progress=True).export(number, out)
+        jaxadapt.CheckpointManager(folder, progress=True).export(number, out)
         output.print_result(as_json, {"step": number, "folder": out}, [("step", str(number)), ("folder", out)])
     elif as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
@@ -108,14 +109,16 @@ def checkpoints_command(
         # If the run chose the metric, name it.
         chosen = {} if minimize or maximize else objective
         suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in chosen.items())
-        marks = [(f"best{suffix}", best), ("latest", latest)]
-        _print_steps(names, rows, marks)
-
-
-def _raise_no_steps(folder: str, exists: bool) -> NoReturn:
-    if not exists:
-        raise FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
-    raise AdapterError(f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager")
+        marks = ((f"best{suffix}", best), ("latest", latest))
+        table = [
+            (
+                str(number),
+                *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names),
+                ", ".join(mark for mark, marked in marks if marked == number),
+            )
+            for number, metrics in rows.items()
+        ]
+        output.print_table(("step", *names, ""), table, numbers=("step", *names))
 
 
 def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
@@ -131,21 +134,6 @@ def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
     if not step.isdecimal():
         raise click.BadParameter(f"expected a number, latest or best, found {step!r}", param_hint="--step")
     return int(step)
-
-
-def _print_steps(
-    names: Sequence[str], rows: Mapping[int, Mapping[str, float]], marks: Sequence[tuple[str, int | None]]
-) -> None:
-    """Print the metrics of each step, and the marks (name, step) of some."""
-    table = [
-        (
-            str(step),
-            *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names),
-            ", ".join(mark for mark, number in marks if number == step),
-        )
-        for step, metrics in rows.items()
-    ]
-    output.print_table(("step", *names, ""), table, numbers=("step", *names))
 
 
 # ---------------------------------------------------------------- serve
@@ -222,7 +210,7 @@ def serve_command(
         from jaxadapt.server import app
         from jaxadapt.server.base import open_base
     except ModuleNotFoundError as error:
-        raise FileError(
+        raise jaxadapt.FileError(
             f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"
         ) from error
     server = app.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.core.errors import FileError, escape_text
-from jaxadapt.persistence.consumers import PROGRAMS
+from jaxadapt.cli.adapter_reports import reader_rows
+from jaxadapt.core.errors import escape_text
+from jaxadapt.persistence import consumers
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Location
 
@@ -18,7 +20,7 @@ from jaxadapt.storage.location import Location
 
 @click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")
 @click.argument("source", type=click.Path())
-@click.option("--for", "program", type=click.Choice(list(PROGRAMS)), default="plain", show_default=True,
+@click.option("--for", "program", type=click.Choice(list(consumers.PROGRAMS)), default="plain", show_default=True,
               help="The program that reads the result.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or FILE.gguf for gguf.")
 @click.option("--base", type=click.Path(), help="Base model: its folder, config.json or (for gguf) its .gguf file.")
@@ -47,16 +49,17 @@ def export_command(
       jaxadapt export hf://org/name --for mlx --out out-mlx/
       jaxadapt export dora/ --rank 32 --base SmolLM2-135M/ --out lora/
     """
-    from jaxadapt.export import export_adapter
-
-    result = export_adapter(
+    result = jaxadapt.export.export_adapter(
         source, out, program, base=base, first=first, rank=rank, dtype=dtype, progress=True
-    )  # fmt: skip
+    )
     if as_json:
         output.print_json(result.to_dict())
         return
-    rows = [("for", f"{result.program} ({result.version})"), ("written", result.path)]
-    rows.append(("size", f"rank {result.rank}, {result.tensors} tensors"))
+    rows = [
+        ("for", f"{result.program} ({result.version})"),
+        ("written", result.path),
+        ("size", f"rank {result.rank}, {result.tensors} tensors"),
+    ]
     if result.error:
         module, worst = max(result.error.items(), key=lambda item: item[1])
         rows.append(("lost", f"at most {worst:.1%} of a change, at {module}"))
@@ -124,16 +127,11 @@ def push_command(
       jaxadapt push out/ org/name --private --metric loss=3.187
       jaxadapt push out/ org/name@step-400 --tag best
     """
-    from jaxadapt.cli.adapter_reports import reader_rows
-    from jaxadapt.persistence import consumers
-    from jaxadapt.persistence.folder import inspect
-    from jaxadapt.persistence.upload import Card, push
-
-    result = push(
+    result = jaxadapt.push(
         folder, repo, private=private or None, commit_message=message,
-        create_pr=create_pr, tag=tag, card=Card(license_, metrics, picture), progress=True,
+        create_pr=create_pr, tag=tag, card=jaxadapt.Card(license_, metrics, picture), progress=True,
     )  # fmt: skip
-    info = inspect(folder)
+    info = jaxadapt.inspect(folder)
     if as_json:
         readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
         output.print_json(result._asdict() | {"readers": readers})
@@ -164,11 +162,8 @@ def pull_command(repo: str, out: str | None, as_json: bool) -> None:
       jaxadapt pull org/name@v1/fr --out fr/
       vllm serve BASE --enable-lora --lora-modules fr=$(jaxadapt pull org/name/fr)
     """
-    from jaxadapt.storage.hub import pull
-
-    folder: Location = pull(repo, progress=True)
-    if out is not None:
-        folder = _copy_adapter(folder, out)
+    pulled = jaxadapt.pull(repo, progress=True)
+    folder: Location = pulled if out is None else _copy_adapter(pulled, out)
     if as_json:
         output.print_json({"folder": str(folder)})
     else:
@@ -185,7 +180,7 @@ def _copy_adapter(source: Path, target: str) -> Location:
     weights = next(name for name in WEIGHTS if location.exists(source / name))
     stale = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
     if stale:
-        raise FileError(
+        raise jaxadapt.FileError(
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
             "load that file instead; choose another folder"
         )
