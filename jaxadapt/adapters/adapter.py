@@ -1,7 +1,8 @@
-"""An adapter in the model's layout, and the recipe that gives its parameters meaning.
+"""An adapter in the model's layout, the recipe that gives its parameters meaning, and its sites.
 
 `Adapter` holds parameters in the model's layout. `PeftTensors` holds the same content under PEFT's names and in
-PyTorch's layout. Only a plan converts one into the other.
+PyTorch's layout. Only a plan converts one into the other. A `Site` is one adapted leaf under one configuration: its
+tensors, its hyperparameters, and their place in the plan.
 """
 
 from __future__ import annotations
@@ -10,17 +11,28 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Generator, Mapping
-from typing import Any
+import math
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxadapt.arrays.layout import Axes, FileLayout, TorchLayout
+from jaxadapt.arrays.products import LAYER
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import KeyMap, from_data, to_data
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, from_data, sort_modules, to_data
+from jaxadapt.keymaps.weight import MethodTensor, Modules
+from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
+from jaxadapt.methods.registry import METHODS
+
+# ---------------------------------------------------------------- adapter
+
 
 CONFIG_NODE = "~config"
 """The key of the node without leaves that carries a `Recipe` inside a Linen collection."""
@@ -247,3 +259,368 @@ _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 def is_array(leaf: Any) -> bool:
     """Return True for an array (JAX, numpy, a tracer) or an abstract `ShapeDtypeStruct`."""
     return isinstance(leaf, _ARRAYS)
+
+
+# ---------------------------------------------------------------- site
+
+
+Shape = tuple[int, ...]
+Index = tuple[int, ...]
+Covered = tuple[Match, dict[str, int], dict[Index, str]]
+"""A leaf that a keymap covers: its match, its sizes, and the names of its modules (or parameters) by index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted leaf under one configuration: its tensors, and the hyperparameters of its arithmetic.
+
+    `method` is the configuration's own, or `FullCopy` or `TrainableTokens` where the adapter holds a copy. `named` has
+    the PyTorch modules of the leaf's entries, or its parameters if they are adapted by name. `hparams` are the method's
+    own (a scale, a flag).
+    """
+
+    match: Match
+    method: Method
+    named: Modules
+    tensors: tuple[MethodTensor, ...]
+    hparams: Any
+    entries: tuple[plan.PlanEntry, ...]
+    fan_in: int
+    target: Target = dataclasses.field(compare=False, repr=False)
+
+    @functools.cached_property
+    def leaf(self) -> str:
+        return self.match.leaf
+
+    @property
+    def axes(self) -> Axes:
+        """The roles of the weight's axes."""
+        return self._axes
+
+    @functools.cached_property
+    def _axes(self) -> Axes:
+        axes = self.match.axes
+        return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
+
+    @functools.cached_property
+    def effects(self) -> Effects:
+        """The changes that the method makes here."""
+        return self.method.effects(self.hparams)
+
+    @functools.cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules (or parameters) that it adapts."""
+        return tuple(self.named)
+
+    @functools.cached_property
+    def layers(self) -> dict[str, int]:
+        """`{module: index of its layer among those that the leaf stacks}`."""
+        per_layer = self.named.per_layer
+        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
+
+    @functools.cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """The sizes of the axes of its tensors, by name."""
+        return {name: size for entry in self.entries for name, size in entry.form.axis_sizes.items()}
+
+    @functools.cached_property
+    def stack_sizes(self) -> tuple[int, ...]:
+        """The number of layers on each stacked axis."""
+        return tuple(self.axis_sizes[name] for name in self.match.roles["stack"])
+
+    @functools.cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
+        if not needs_layer_number(self.hparams):
+            return {}
+        return {LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
+
+    @functools.cached_property
+    def bound(self) -> tuple[BoundTensor, ...]:
+        """The tensors with their entries in the plan."""
+        return tuple(map(BoundTensor, self.tensors, self.entries))
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """`{tensor name: shape in the model}`, stacked axes included."""
+        return {tensor.name: entry.shape for tensor, entry in self.bound}
+
+
+class BoundTensor(NamedTuple):
+    """One tensor of a site, or of the whole adapter, and its entry in the plan."""
+
+    tensor: MethodTensor
+    entry: plan.PlanEntry
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of one adapter, with its shared tensors."""
+
+    shared: tuple[BoundTensor, ...]
+    method: Method | None
+    keymap: KeyMap | None
+    untargeted: tuple[str, ...]
+
+    def __new__(
+        cls,
+        sites: Iterable[Site],
+        shared: Iterable[BoundTensor] = (),
+        method: Method | None = None,
+        keymap: KeyMap | None = None,
+        untargeted: Iterable[str] = (),
+    ) -> Sites:
+        """Create the value.
+
+        Args:
+            method: the method of the shared tensors.
+            keymap: the keymap of the sites.
+            untargeted: the modules and parameters that have tensors and that the configuration does not name.
+        """
+        self = super().__new__(cls, tuple(sites))
+        self.shared, self.method, self.keymap, self.untargeted = tuple(shared), method, keymap, tuple(untargeted)
+        return self
+
+    def ordered_modules(self) -> dict[str, tuple[int, int]]:
+        """Return `{module: (inputs, outputs)}` of the adapted modules, in PyTorch's order.
+
+        Raises `KeyMapError` if the keymap does not state the order.
+        """
+        assert self.keymap is not None
+        targets = {module: site.target for site in self if not site.method.copies for module in site.modules}
+        names = sort_modules(self.keymap, targets)
+        return {name: (targets[name].in_size, targets[name].out_size) for name in names}
+
+    @functools.cached_property
+    def file_plan(self) -> plan.Plan:
+        """The plan of the file that holds the tensors."""
+        return plan.make_plan([entry for _, entry in file_entries(self)])
+
+
+def shared_tensors(sites: Sequence[Site]) -> tuple[BoundTensor, ...]:
+    """Return the shared tensors of an adapter's sites; a part of them has none."""
+    return sites.shared if isinstance(sites, Sites) else ()
+
+
+def adapted_modules(sites: Iterable[Site]) -> list[str]:
+    """Return the modules (or parameters) that sites adapt, without those that they copy."""
+    return [module for site in sites if not site.method.copies for module in site.modules]
+
+
+def tensor_entries(sites: Sequence[Site]) -> list[BoundTensor]:
+    """Return the tensors of an adapter's sites and the shared ones, with their entries."""
+    return [*(each for site in sites for each in site.bound), *shared_tensors(sites)]
+
+
+def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
+    """Return the tensors of an adapter's sites, and the shared ones."""
+    return [tensor for tensor, _ in tensor_entries(sites)]
+
+
+def file_entries(sites: Sequence[Site]) -> list[BoundTensor]:
+    """Return the tensors that a file holds, with their entries."""
+    return [each for each in tensor_entries(sites) if each.tensor.in_file]
+
+
+SHARED_PREFIX = "base_model"
+"""The start of the key of a shared tensor."""
+
+
+def bind_shared(
+    config: Config, method: Method, sites: Sequence[Site], found: Mapping[str, Shape]
+) -> tuple[BoundTensor, ...]:
+    """Return the tensors of the whole adapter; `found` are the shapes of existing ones, by name."""
+    targets = [site.target for site in sites if not site.method.copies]
+    shared: list[BoundTensor] = []
+    for tensor in method.shared(config, targets, found):
+        if tensor.from_base:
+            raise AttachError(
+                f"{method.peft_type}: {tensor.name} is a tensor of the whole adapter and cannot be from_base, because"
+                " it belongs to no one weight; return it from `tensors`, or draw it in `init` without start.w"
+            )
+        own = {f"~{name}": size for name, size in tensor.own}
+        left = tuple(f"~{name}" for name in tensor.axes if name != "batch")
+        right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
+        split = (0,) * tensor.numbered
+        form = FileLayout(tuple(map(own.__getitem__, left)), left, right[len(split) :], split)
+        keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
+        if tensor.numbered:
+            keys = tuple(f"{keys[0]}.{i}" for i in range(form.shape[0]))
+        if tensor.repeated:
+            keys += tuple(f"{PEFT_PREFIX}{module}{tensor.suffix}" for module in adapted_modules(sites))
+        shared.append(BoundTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
+    return tuple(shared)
+
+
+def bind_site(
+    config: Config,
+    method: Method,
+    keymap: KeyMap,
+    covered: Covered,
+    targeted: Collection[Index],
+    *,
+    found: FileShapes | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    has_bias: bool | None = None,
+) -> Site:
+    """Return the site of one leaf under a configuration.
+
+    Args:
+        covered: the leaf. Its sizes cover the braced axes at least.
+        targeted: the indices of the adapted or copied entries; empty means all.
+        found: the shapes of the tensors in an adapter's file.
+        shapes: the shapes of the leaf's tensors, of an adapter without its model. They give the other sizes.
+        has_bias: as in `Target`.
+    """
+    match, sizes, names = covered
+    match, modules = _targeted_entries(match, sizes, names, set(targeted) or set(names))
+    existing = {} if found is None else found.of(modules)
+    if shapes is not None:
+        existing = entry_shapes(match, shapes)
+        known = method_tensors(config, method, Target(match, modules, {}, existing))
+        sizes = sizes | plan.axis_sizes_from_tensors(match, known, shapes)
+    target = Target(match, modules, sizes, existing, has_bias)
+    keymap = _with_prefix(keymap, METHODS[config.peft_type].key_prefix)
+    tensors = method_tensors(config, method, target)
+    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
+    fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
+    return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
+
+
+def _targeted_entries(
+    match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
+) -> tuple[Match, Modules]:
+    """Return a leaf's match with only the fused parts that are adapted in any layer, and the modules of its entries."""
+    fused = match.roles["fused"]
+    if fused:
+        parts = tuple(sorted({index[-1] for index in targeted}))
+        count = math.prod(single_entry_sizes(match)[axis] for axis in fused)
+        match = dataclasses.replace(match, parts=parts if len(parts) < count else None)
+    kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
+    inner = match.braced[len(match.stack) :]
+    adapted = {**sizes, **(dict.fromkeys(fused, len(match.parts)) if match.parts else {})}
+    order = tuple(inner.index(axis) if axis in inner else -1 for axis in match.roles["batch"])
+    counts = tuple(adapted[axis] for axis in inner)
+    return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
+
+
+def single_entry_sizes(match: Match) -> dict[str, int]:
+    """Return sizes of the braced axes that cover every fused part, of the first layer only."""
+    fused = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
+    return {**dict.fromkeys(match.braced, 1), **fused}
+
+
+def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of one entry's tensors: without the stacked axes and the batch axes, which come first."""
+    batch = len(match.roles["batch"])
+    return {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
+        for name, shape in shapes.items()
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _with_prefix(keymap: KeyMap, prefix: str) -> KeyMap:
+    """Return the keymap for a method whose keys have this prefix."""
+    return keymap if prefix in (keymap.prefix, PEFT_PREFIX) else dataclasses.replace(keymap, prefix=prefix)
+
+
+def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
+    """Return the tensors of a target; an entry that is not adapted has none in the file."""
+    tensors, modules = method.tensors(config, target), target.modules
+    if modules.all or not method.torch_layout:
+        return tensors
+
+    def used(tensor: MethodTensor) -> tuple[int, ...]:
+        return modules.each(lambda _: dict(tensor.own).get("r", 1), 0)
+
+    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used(t)) for t in tensors)
+
+
+def torch_layout(site: Site) -> TorchLayout:
+    """Return PyTorch's layout of one layer's weight and tensors."""
+    match, weight = site.match, site.match.weight
+    stacked = {weight.left[axis] for axis in match.stack}
+    right = weight.right[::-1] if weight.fan_in_fan_out else weight.right
+    tensors = tuple(
+        (tensor.name, tuple(n for n in entry.form.left if n not in stacked), entry.form.right)
+        for tensor, entry in site.bound
+    )
+    return TorchLayout(
+        tuple(name for name in weight.left if name not in stacked),
+        right,
+        match.roles["batch"],
+        weight.torch_roles["in"],
+        weight.torch_roles["out"],
+        weight.sizes,
+        weight.scale,
+        weight.shift,
+        tensors,
+    )
+
+
+class FileShapes:
+    """The shapes of a file's tensors, by module and by the tensor's name as in `Target.found`."""
+
+    def __init__(self, shapes: Iterable[tuple[str, Shape]], prefix: str) -> None:
+        """Read the shapes by key; `prefix` is that of the keymap."""
+        self.shared: dict[str, Shape] = {}
+        self._by_module: dict[str, dict[str, Shape]] = {}
+        for key, shape in shapes:
+            if not key.startswith(prefix):
+                self.shared[_tensor_name(key.removeprefix(f"{SHARED_PREFIX}."))] = shape
+                continue
+            parts = key.removeprefix(prefix).split(".")
+            for i in range(max(0, len(parts) - 4), len(parts)):
+                self._by_module.setdefault(".".join(parts[:i]), {})[_tensor_name(".".join(parts[i:]))] = shape
+
+    def of(self, modules: Modules) -> dict[str, Shape]:
+        """Return the shapes of one entry's tensors, the largest where modules differ."""
+        found: dict[str, Shape] = {}
+        for module in modules:
+            for name, shape in self._by_module.get(module, {}).items():
+                known = found.setdefault(name, shape)
+                found[name] = tuple(map(max, known, shape)) if len(known) == len(shape) else shape
+        return found
+
+
+def _tensor_name(suffix: str) -> str:
+    return suffix.removesuffix(".weight").replace(".", "_")
+
+
+def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
+    """Return `change(AppliedMethod, w)`, computed layer by layer for the layers that the leaf stacks."""
+    params = {**params, **site.data}  # and shared tensors, which all layers see whole
+    shared = tuple(name for name in params if name not in site.shapes and name not in site.data)
+    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w, shared)
+
+
+def map_layers(
+    stack: Sequence[int],
+    method: Method,
+    hparams: Any,
+    axes: Axes,
+    change: Any,
+    params: Mapping[str, Any],
+    w: Any,
+    shared: Sequence[str] = (),
+) -> Any:
+    """Compute `map_stack` from the fields of a site, without its leaf.
+
+    `params` include `Site.data`, and those named in `shared` are not stacked.
+    """
+    import jax
+
+    def apply_change(params: Mapping[str, Any], w: Any) -> Any:
+        return change(AppliedMethod(method, hparams, params, axes), w)
+
+    mapped: Any = apply_change
+    for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
+        in_axes = {name: position if name == LAYER else axis for name in params}
+        in_axes |= dict.fromkeys((name for name in shared if name in params), None)
+        mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
+    return mapped(dict(params), w)
+
+
+def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
+    """Return the plan of the file that holds these sites' tensors, and the shared ones."""
+    return (sites if isinstance(sites, Sites) else Sites(sites)).file_plan

@@ -34,8 +34,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters import sites
+from jaxadapt.adapters.adapter import Site, adapted_modules
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, adapted_modules
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig

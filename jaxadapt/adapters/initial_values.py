@@ -20,8 +20,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.adapters.site import Site, Sites, adapted_modules, map_stack, shared_tensors, tensor_entries
+from jaxadapt.adapters.adapter import (
+    SHARED_NODE,
+    Site,
+    Sites,
+    adapted_modules,
+    map_stack,
+    shared_tensors,
+    tensor_entries,
+)
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw

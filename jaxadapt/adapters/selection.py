@@ -22,12 +22,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import full_copies
-from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import (
+from jaxadapt.adapters.adapter import (
     Covered,
     FileShapes,
     Index,
+    Recipe,
     Shape,
     Site,
     Sites,
@@ -36,7 +35,14 @@ from jaxadapt.adapters.site import (
     bind_site,
     single_entry_sizes,
 )
-from jaxadapt.adapters.sites import parameter_names, wrapper_counts, wrapper_depths
+from jaxadapt.adapters.sites import (
+    parameter_names,
+    resolve_tying,
+    select_copies,
+    tied_heads,
+    wrapper_counts,
+    wrapper_depths,
+)
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import matching_patterns
@@ -317,7 +323,7 @@ def resolve_config(
     """
     if get_method(config).scope == "model":
         return matching.with_task_heads(config)
-    config = full_copies.resolve_tying(config, keymap, shapes)
+    config = resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
@@ -365,7 +371,7 @@ def select_sites(
     sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
-        warnings += tuple(unmatched_modules_to_save(config, saved, full_copies.tied_heads(keymap, shapes)))
+        warnings += tuple(unmatched_modules_to_save(config, saved, tied_heads(keymap, shapes)))
     for warning in warnings:
         warn(warning)
     return sites
@@ -548,7 +554,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
     """Return the sites of full and partial copies."""
     adapted_leaves = {site.leaf for site in adapted}
     sites: list[Site] = []
-    for match, sizes, copied in full_copies.select_copies(config, keymap, shapes, wrapper_counts(adapted)):
+    for match, sizes, copied in select_copies(config, keymap, shapes, wrapper_counts(adapted)):
         covered = match, sizes, parameter_names(match, sizes)
         sites.append(bind_site(config, next(iter(copied.values())), keymap, covered, copied))
     raise_listed(

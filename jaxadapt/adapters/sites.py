@@ -1,4 +1,4 @@
-"""A configuration bound to shapes: the adapted leaves, and the shapes of their tensors.
+"""A configuration bound to shapes: the adapted leaves, the copies of a model's own weights, and the base's embeddings.
 
 `sites_from_shapes` starts from an adapter without a model (saving), `selection.select_sites` from a model (attaching,
 loading). Both return the same `Site` values, which define the parameters' specs and the plan of the file.
@@ -6,25 +6,33 @@ loading). Both return the same `Site` values, which define the parameters' specs
 A configuration adapts some parameters by their own names: PEFT's `target_parameters`. PEFT wraps the module that holds
 such a parameter. If a module holds several, the wrappers nest: the first parameter in the module's own order is
 innermost. With two parameters, `experts.base_layer.lora_A.weight` belongs to the first and `experts.lora_A.weight` to
-the second. A keymap's entries are in that order. `rename_targets` gives the configuration under another keymap's
-names. Nothing here reads a model.
+the second. A keymap's entries are in that order.
+
+An adapter copies leaves in full or in part: saved modules, biases, rows of tokens. A tied head shares the weight of the
+token embedding. Here both are one leaf, in PEFT two modules. With `ensure_weight_tying` PEFT keeps one adapter for both
+and writes it twice, once under each name. Without it, an adapter or copy under one name does not affect the weight's
+use under the other name. A keymap lists the modules that can be tied (`KeyMap.tied`); a model ties them if it has no
+leaf for the head. Nothing here reads a model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from jaxadapt.adapters import full_copies
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import (
+from jaxadapt.adapters.adapter import (
+    SHARED_NODE,
+    Adapter,
     BoundTensor,
     Index,
     Shape,
     Site,
     Sites,
+    adapted_modules,
     bind_shared,
     bind_site,
     entry_shapes,
@@ -33,12 +41,406 @@ from jaxadapt.adapters.site import (
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, raise_listed
-from jaxadapt.keymaps import plan
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
+from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Modules
+from jaxadapt.keymaps.plan import Encoded, PlanEntry
+from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 from jaxadapt.methods.base import Method, Target
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.copies import ROWS, FullCopy, RowCopy
+from jaxadapt.methods.registry import METHODS, get_method
+
+# ---------------------------------------------------------------- tied
+
+
+_C = TypeVar("_C", bound=Config)
+
+NAMES = ("embed_tokens", "lm_head")
+"""The module names that PEFT recognises as embeddings."""
+
+
+def tied_heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
+    """Return `{head: token embedding whose weight it uses}` for a model with these leaves, as PyTorch modules."""
+    if not keymap.tied:
+        return {}
+    keys = {match.weight.key for leaf in leaves if (match := keymap.match(leaf)) is not None}
+    return {
+        head.removesuffix(".weight"): embedding.removesuffix(".weight")
+        for head, embedding in keymap.tied
+        if head not in keys and embedding in keys
+    }
+
+
+def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
+    """Return the configuration as PEFT rewrites it for `ensure_weight_tying`: the token embedding replaces the head.
+
+    Raises `ConfigError` if, by its keymap, the model ties no weights.
+    """
+    if not config.get("ensure_weight_tying"):
+        return config
+    tied = tied_heads(keymap, leaves)
+    if not tied:
+        raise ConfigError(
+            f"ensure_weight_tying=True has no effect: by the keymap {keymap.name!r} this model has no tied weights (a"
+            " head without a leaf of its own). Leave the field out, or list the tied weights in KeyMap(tied=...)"
+        )
+    saved: tuple[str, ...] = config.get("modules_to_save") or ()
+    targets: Any = config.get("target_modules")
+    if any(name.rpartition(".")[2] in NAMES for name in saved):
+        return config.replace(modules_to_save=_with_embeddings(saved, tied))
+    if isinstance(targets, str):
+        (embedding,) = set(tied.values())
+        suffix = f"|^{re.escape(embedding)}$)"
+        if not any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) or targets.endswith(suffix):
+            return config
+        return config.replace(target_modules=f"(?:{targets}{suffix}")
+    if any(name.rpartition(".")[2] in NAMES for name in targets or ()):
+        return config.replace(target_modules=_with_embeddings(targets, tied))
+    if config.get("trainable_token_indices") is None:
+        warn(
+            "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings",
+        )
+    return config
+
+
+def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:
+    """Return these names with the token embeddings in place of the heads."""
+    replaced = list(names)
+    replaced += [embedding for embedding in dict.fromkeys(tied.values()) if embedding not in replaced]
+    for head in tied:
+        first = next((name for name in replaced if re.match(rf"(^|.*\.){name}($|\..*)", head)), None)
+        replaced = [name for name in replaced if name != first]
+    return replaced
+
+
+def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) -> bool:
+    """Return True if PEFT's file has an embedding's tensors once more for the head tied to it.
+
+    Args:
+        leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
+    """
+    if config.get("ensure_weight_tying"):
+        return True
+    method = METHODS.get(config.peft_type)
+    return method is not None and method.ties_heads and leaves is not None and bool(tied_heads(keymap, leaves))
+
+
+def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
+    """Return the entries that a file repeats under the head's name, as the method says (`Method.as_head`)."""
+    method = METHODS.get(config.peft_type)
+    as_head = {**_COPIES, **({} if method is None else method.as_head)}
+    repeated: list[PlanEntry] = []
+    for head, embedding in keymap.tied:
+        embedding_prefix, head_prefix = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (embedding, head))
+        for entry in entries:
+            suffix = entry.keys[0].removeprefix(embedding_prefix)
+            if not entry.keys[0].startswith(embedding_prefix) or suffix not in as_head:
+                continue
+            form = entry.form
+            if suffix != as_head[suffix]:
+                form = dataclasses.replace(form, right=form.right[::-1])
+            repeated.append(PlanEntry(entry.path, form, (f"{head_prefix}{as_head[suffix]}",)))
+    return repeated
+
+
+_COPIES = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
+
+
+def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
+    """Return the token embeddings whose copy replaces the weight in the lookup only; PEFT's head is another module."""
+    if config.get("ensure_weight_tying") or not config.get("modules_to_save"):
+        return frozenset()
+    return frozenset(
+        embedding for embedding in tied_heads(keymap, leaves).values() if matching.is_saved(config, embedding)
+    )
+
+
+# ---------------------------------------------------------------- full copies
+
+
+TENSORS = frozenset({"copy", ROWS})
+"""The names of such tensors in an adapter."""
+
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
+"""The usual names of a language model's token embedding, to tell it from embeddings of positions and of types."""
+
+
+def has_copies(config: Config) -> bool:
+    """Return True if the configuration asks for any copy."""
+    return (
+        _copies_targets(config)
+        or bool(config.get("modules_to_save"))
+        or config.get("trainable_token_indices") is not None
+        or config.get("bias", "none") != "none"
+    )
+
+
+def _copies_targets(config: Config) -> bool:
+    """Return True if the configuration's method trains copies of its targets' parameters."""
+    method = METHODS.get(config.peft_type)
+    return method is not None and method.scope == "copies"
+
+
+def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
+    """Return the tokens whose rows are trained in a module.
+
+    None if the configuration neither names the module nor gives a bare list for it; a bare list is for the token
+    embedding (`inputs`).
+    """
+    given = config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        return next((indices for name, indices in given.items() if module.endswith(name)), None)
+    return given if module == inputs else None
+
+
+def copy_method(
+    config: Config, module: str, parameter: str, adapted: Mapping[str, int], inputs: str | None = None, kind: str = ""
+) -> Method | None:
+    """Return how one parameter is copied, None if it is not.
+
+    PEFT wraps an adapted module, so the name of its bias contains "base_layer".
+
+    Args:
+        adapted: `{module: number of PEFT's wrappers around it}` of the modules that carry an adapter.
+    """
+    if matching.is_saved(config, module):
+        return FullCopy("modules_to_save", lookup=kind == "lookup")
+    if _copies_targets(config) and matching.is_target(config, module):
+        return METHODS[config.peft_type].copy_of(config, parameter)
+    if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
+        return RowCopy(indices)
+    mode = config.get("bias", "none")
+    if parameter != "bias" or mode == "none":
+        return None
+    wrappers = adapted.get(module, 0)
+    return FullCopy("bias", ".base_layer" * wrappers) if wrappers or mode == "all" else None
+
+
+def copied_entries(
+    config: Config, match: Match, sizes: Mapping[str, int], adapted: Mapping[str, int], inputs: str | None = None
+) -> dict[Index, Method]:
+    """Return the copied entries of one leaf, by index over its stacked axes and fused axis.
+
+    Raises `ConfigError` if they are copied in different ways.
+    """
+    entries = {
+        index: method
+        for index, (module, parameter) in match.parameters(sizes).items()
+        if (method := copy_method(config, module, parameter, adapted, inputs, match.weight.kind)) is not None
+    }
+    if len(set(entries.values())) > 1:
+        raise ConfigError(
+            f"leaf {match.leaf!r} stores several parameters in one array, and modules_to_save and bias treat them"
+            " differently (with bias='all', biases of adapted modules have other names than the rest). Use an unrolled"
+            " model, or treat them alike"
+        )
+    return entries
+
+
+WRAPPERS = (".modules_to_save", ".original_module")
+"""The parts of PEFT's wrapper of a fully trained module, as they occur in keys."""
+
+
+def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
+    """Return the leaf's match in the keymap, or else one under its JAX path; a copy needs no roles."""
+    match = keymap.match(leaf)
+    fits = match is not None and len(match.weight.left) == len(shape)
+    return match if match is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
+
+
+def _match_for_lookup(match: Match) -> Match:
+    """Return the match with an entry of the kind "lookup"."""
+    leaf, entry, key = match.leaf, match.weight, ".".join(match.parameter({}))
+    return Match(leaf, Weight(leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale))
+
+
+def select_copies(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Mapping[str, int]
+) -> list[tuple[Match, dict[str, int], dict[Index, Method]]]:
+    """Return `(match, sizes, copied entries)` for every leaf that is copied, in the order of `shapes`."""
+    if not has_copies(config):
+        return []
+    matches = [
+        (match, plan.axis_sizes(match, shape))
+        for leaf, shape in shapes.items()
+        for match in [match_for_copy(keymap, leaf, shape)]
+    ]
+    lookup_only = lookup_only_tables(config, keymap, shapes)
+    matches = [
+        (_match_for_lookup(match) if not match.braced and match.parameter({})[0] in lookup_only else match, sizes)
+        for match, sizes in matches
+    ]
+    inputs = _token_embedding(config, matches)
+    selected = [(match, sizes, copied_entries(config, match, sizes, adapted, inputs)) for match, sizes in matches]
+    _check_token_indices(config, matches, inputs)
+    _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, copied in selected if copied})
+    return [(match, sizes, copied) for match, sizes, copied in selected if copied]
+
+
+def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
+    """Raise `KeyMapError` for kernels whose PyTorch layout is unknown: a copy could fit the file transposed."""
+    kernels = {leaf: shape for leaf, shape in shapes.items() if leaf.rpartition(".")[2] == "kernel"}
+    problems = [
+        f"{leaf} {shape}: no entry, and more than two axes (a ConvTranspose of PyTorch flips its window, which no"
+        " pattern can express)"
+        for leaf, shape in kernels.items()
+        if len(shape) > 2 and ((match := keymap.match(leaf)) is None or len(match.weight.left) != len(shape))
+    ]
+    if config.get("fan_in_fan_out"):
+        problems += [
+            f"{leaf} {shape}: square, and with fan_in_fan_out its layout is ambiguous: (in, out) as in Conv1D of"
+            " transformers, or (out, in) as in nn.Linear. Give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for"
+            " a Conv1D, Weight(leaf, key, 'i o -> o i') for an nn.Linear"
+            for leaf, shape in kernels.items()
+            if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
+        ]
+    raise_listed(
+        KeyMapError,
+        f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:",
+        problems,
+        generic.layout_advice(config, "leave them out of modules_to_save"),
+    )
+
+
+def _token_embedding(config: Config, matches: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
+    """Return the module of the token embedding if the configuration has a bare list of indices, else None.
+
+    Raises `TargetError` if the model has no such module, or several candidates.
+    """
+    if not isinstance(config.get("trainable_token_indices"), tuple):
+        return None
+    embeddings = [
+        module
+        for match, sizes in matches
+        if match.weight.kind == "embedding"
+        for module in match.modules(sizes).values()
+    ]
+    for names in (embeddings, [name for name in embeddings if name.rpartition(".")[2] in INPUTS]):
+        if len(names) == 1:
+            return names[0]
+    raise TargetError(
+        "trainable_token_indices: a bare list of indices is for the model's token embedding, and that module is"
+        f" ambiguous here (embeddings: {embeddings or 'none'}). Name it: {{'embed_tokens': [indices]}}"
+    )
+
+
+def _check_token_indices(
+    config: Config, matches: Collection[tuple[Match, Mapping[str, int]]], inputs: str | None
+) -> None:
+    """Raise `TargetError` for tokens outside a vocabulary or given twice, and for names that match no module."""
+    given = config.get("trainable_token_indices")
+    if given is None:
+        return
+    problems: list[str] = []
+    matched: set[str] = set()
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        size = sizes[axes[0]] if axes else 0
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is None:
+                continue
+            matched.add(module)
+            if matching.is_saved(config, module):
+                problems.append(f"{module}: modules_to_save already trains all its rows")
+            repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
+            problems += [f"{module}: token {i} is given twice" for i in repeated]
+            problems += [
+                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
+            ]
+    if isinstance(given, Mapping):
+        problems += [
+            f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
+        ]
+    raise_listed(
+        TargetError,
+        "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
+        " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
+        " file):",
+        problems,
+    )
+
+
+# ---------------------------------------------------------------- embeddings of the base
+
+# If an adapter is on the embeddings, PEFT writes the base's token embedding and head to the adapter's file; on request
+# it does so for any adapter, for a vocabulary that was resized (`save_embedding_layers`). PEFT loads them into the
+# base. Here the file is written alike, but loading never changes the base (`persistence.rules`).
+
+
+def is_embedding(keymap: KeyMap, match: Match | None) -> bool:
+    """Return True for a token embedding or a head."""
+    if match is None or match.braced:
+        return False
+    module, parameter = match.parameter({})
+    name, is_table = module.rpartition(".")[2], match.weight.kind == "embedding"
+    return parameter == "weight" and ((is_table and name in INPUTS) or module == keymap.output or name in NAMES)
+
+
+def _targets_embedding(config: Config, modules: Sequence[str]) -> bool:
+    """Return True if PEFT sees an embedding among the targets; it only knows the usual names."""
+    names = config.get("target_modules")
+    if isinstance(names, str):
+        return any(module.rpartition(".")[2] in NAMES and matching.is_target(config, module) for module in modules)
+    return any(name in (names or ()) for name in NAMES)
+
+
+def may_need_embeddings(config: Config, mode: bool | str) -> bool:
+    """Return True if the file may need embeddings, judging by the configuration only.
+
+    Raises `ConfigError` for an unknown `mode` (PEFT's `save_embedding_layers`).
+    """
+    if mode not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {mode!r}")
+    is_expression = isinstance(config.get("target_modules"), str)
+    return mode is True or (mode == "auto" and (is_expression or _targets_embedding(config, ())))
+
+
+def add_embeddings(
+    tensors: Encoded,
+    config: Config,
+    keymap: KeyMap,
+    sites: Sequence[Site],
+    base: Mapping[str, Any] | None,
+    mode: bool | str,
+) -> Encoded:
+    """Return an adapter's tensors with the embeddings that PEFT would save with them.
+
+    Args:
+        base: `{leaf: array}` of the base parameters; None for an adapter without a model.
+        mode: as PEFT's `save_embedding_layers`: "auto", true or false.
+    """
+    if base is None and mode is True:
+        raise AttachError(
+            "save_embedding_layers=True: an adapter without its model does not hold the embeddings; save the model"
+        )
+    if base is None or not mode:
+        return tensors
+    found = [match for match in map(keymap.match, base) if match is not None and is_embedding(keymap, match)]
+    modules = {match.module({}): match for match in found if len(match.weight.left) == base[match.leaf].ndim}
+    adapted = set(adapted_modules(sites))
+    targeted = _targets_embedding(config, list(modules))
+    if mode == "auto" and (not targeted or config.get("trainable_token_indices") is not None):
+        return tensors
+    entries, leaves = [*tensors.plan.entries], dict(tensors.leaves)
+    for module, match in modules.items():
+        inner = ".base_layer" if module in adapted else ""
+        tensor = MethodTensor("base", inner, (), (), is_copy=True, scale_power=1)
+        entry = plan.plan_entry(keymap, match, tensor, plan.axis_sizes(match, base[match.leaf].shape))
+        if (inner or not targeted) and tensors.plan.keys.keys().isdisjoint(entry.keys):
+            entries.append(entry)
+            leaves[entry.path] = base[match.leaf]
+    return dataclasses.replace(tensors, plan=plan.make_plan(entries), leaves=leaves)
+
+
+def vocabulary_axes(site: Site, keymap: KeyMap) -> tuple[str, ...]:
+    """Return the names of the axis that counts tokens, of a token embedding or of the head; empty for other weights."""
+    roles = site.match.weight.torch_roles
+    if site.match.weight.kind in ("embedding", "lookup"):
+        return roles["in"]
+    module = site.match.module({}) if not site.match.braced else ""
+    return roles["out"] if module and (module == keymap.output or module.rpartition(".")[2] in NAMES) else ()
+
 
 # ---------------------------------------------------------------- target parameters
 
@@ -102,7 +504,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         match = keymap.match(leaf)
         if match is None:
             unmapped.append(leaf)
-        elif not full_copies.TENSORS.isdisjoint(shapes):
+        elif not TENSORS.isdisjoint(shapes):
             copied.append((match, shapes))
         else:
             adapting.append((match, shapes))
@@ -151,7 +553,7 @@ def _recover_copy(
     if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
         leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
         sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.index_names(axis) is None}
-    entries = full_copies.copied_entries(config, match, sizes, adapted, inputs)
+    entries = copied_entries(config, match, sizes, adapted, inputs)
     if not entries:
         raise MismatchError(
             f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.site import all_tensors
+from jaxadapt.adapters.adapter import Adapter, all_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.table import FACTS

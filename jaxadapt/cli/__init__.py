@@ -25,10 +25,10 @@ GROUPS = {
     "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),
     "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "undo-start", "convert", "extract")),
     "Merge and combine": ("adapter_changes", ("merge", "combine")),
-    "Share": ("sharing", ("export", "push", "pull")),
+    "Share": ("runs", ("export", "push", "pull")),
     "Train and serve": ("runs", ("demo", "checkpoints", "serve")),
     "Families and methods": ("families_and_methods", ("families", "check-keymap", "methods")),
-    "The shell": ("completion", ("completion",)),
+    "The shell": ("families_and_methods", ("completion",)),
 }
 """`{purpose: (file, its commands)}`, in the order of the help page."""
 _FILES = {name: file for file, names in GROUPS.values() for name in names}

@@ -26,7 +26,7 @@ from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.merging import rank_reduction
+from jaxadapt.merging import combination
 from jaxadapt.merging.pairs import plain_lora
 from jaxadapt.models.carriers import DEFAULT
 from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter
@@ -238,14 +238,14 @@ def nearest_lora(
     """
     lora.require_original_base(tensors.config, tensors.source)
     if not lora.reasons_not_a_product(tensors.config):
-        return rank_reduction.resize_plain(tensors, rank)
+        return combination.resize_plain(tensors, rank)
     if base is None:
         raise ConfigError(
             f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"
             " (base=, `--base FOLDER`)"
         )
     keymap, params = _read_adapted_weights(tensors, base)
-    reduced = rank_reduction.to_lora(load_adapter.from_peft(tensors, params, keymap=keymap), rank, params=params)
+    reduced = combination.to_lora(load_adapter.from_peft(tensors, params, keymap=keymap), rank, params=params)
     encoded = dataclasses.replace(
         load_adapter.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint
     )

@@ -22,7 +22,7 @@ from jaxadapt.core.errors import ConfigError, FileError, MismatchError, Progress
 from jaxadapt.export import conversion
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.merging import rank_reduction
+from jaxadapt.merging import combination
 from jaxadapt.merging.pairs import as_start
 from jaxadapt.persistence import folder, formats, load_adapter, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
@@ -73,7 +73,7 @@ def resize_files(
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
         _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
-        resized, error = rank_reduction.resize_plain(tensors, r)
+        resized, error = combination.resize_plain(tensors, r)
         result = _kept(resized, tensors)
         _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
         conversion.write_like(result, out, origin, dtype, report)

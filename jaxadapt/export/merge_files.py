@@ -20,7 +20,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import LOGGER, ConfigError, FileError, MismatchError, Progress, byte_counter, reporter, warn
 from jaxadapt.export import base_files, conversion, untying
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.merging import base_merge, combination, rank_reduction
+from jaxadapt.merging import base_merge, combination
 from jaxadapt.persistence import fingerprint, folder, formats, load_adapter, verify_folder
 from jaxadapt.storage import atomic, hf_model, hub, location
 from jaxadapt.storage.location import Location
@@ -224,7 +224,7 @@ def _combine_tensors(
     for adapter in tensors:
         lora.require_original_base(adapter.config, adapter.source)
     combined = combination.combine_plain(tensors, weights, combination.Options(**options))
-    return combined if resize is None else rank_reduction.resize_plain(combined, resize)[0]
+    return combined if resize is None else combination.resize_plain(combined, resize)[0]
 
 
 def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:

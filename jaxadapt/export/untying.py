@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from jaxadapt.adapters import full_copies
+from jaxadapt.adapters import sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, rename
 from jaxadapt.configs import matching
@@ -370,7 +370,7 @@ def _refuse_unknown_head(
         module
         for key, shape in shapes.items()
         if len(shape) == 2
-        and (module := key.removesuffix(".weight")).rpartition(".")[2] in full_copies.INPUTS
+        and (module := key.removesuffix(".weight")).rpartition(".")[2] in sites.INPUTS
         and matching.is_saved(adapter.config, module)
     ]
     embeddings = [f"{module}.weight" for module in (*lookups, *saved) if f"{module}.weight" in shapes]

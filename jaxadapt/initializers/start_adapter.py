@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, Sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.adapter import Recipe, Site
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed

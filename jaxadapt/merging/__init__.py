@@ -3,7 +3,7 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
+    "merging.combination": "resize_rank to_lora",
     "merging.pairs": "convert_variant plain_lora",
-    "merging.rank_reduction": "resize_rank to_lora",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,6 +1,6 @@
 """The names of this package, for type checkers."""
 
+from jaxadapt.merging.combination import resize_rank as resize_rank
+from jaxadapt.merging.combination import to_lora as to_lora
 from jaxadapt.merging.pairs import convert_variant as convert_variant
 from jaxadapt.merging.pairs import plain_lora as plain_lora
-from jaxadapt.merging.rank_reduction import resize_rank as resize_rank
-from jaxadapt.merging.rank_reduction import to_lora as to_lora

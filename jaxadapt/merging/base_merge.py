@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.adapter import Adapter, not_an_adapter
-from jaxadapt.adapters.full_copies import tied_heads
-from jaxadapt.adapters.site import Site, Sites, map_layers
-from jaxadapt.adapters.sites import require_complete, sites_of
+from jaxadapt.adapters.adapter import Adapter, Site, Sites, map_layers, not_an_adapter
+from jaxadapt.adapters.sites import require_complete, sites_of, tied_heads
 from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER

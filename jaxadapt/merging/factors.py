@@ -20,9 +20,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters import experts, peft_tensors, selection
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, Sites, make_file_plan
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import RANK

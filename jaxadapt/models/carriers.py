@@ -16,9 +16,8 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, make_file_plan
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

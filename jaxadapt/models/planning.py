@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.adapters import selection
-from jaxadapt.adapters.adapter import Recipe, is_array
+from jaxadapt.adapters.adapter import Recipe, Site, Sites, is_array
 from jaxadapt.adapters.selection import make_recipe
-from jaxadapt.adapters.site import Site, Sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.configs import matching

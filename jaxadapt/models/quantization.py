@@ -11,7 +11,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.adapter import Site
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core.errors import MismatchError, warn
 
 if TYPE_CHECKING:
-    from jaxadapt.adapters.site import Site
+    from jaxadapt.adapters.adapter import Site
     from jaxadapt.arrays.tensor_source import TensorSource
     from jaxadapt.keymaps.keymap import KeyMap
 

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import Adapter, Site, Sites, all_tensors, file_entries
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, Sites, all_tensors, file_entries
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import PEFT_VERSION, Config

@@ -28,9 +28,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import full_copies, initial_values, peft_tensors
-from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.site import Site, Sites, file_entries, tensor_entries
+from jaxadapt.adapters import initial_values, peft_tensors
+from jaxadapt.adapters.adapter import Recipe, Site, Sites, file_entries, tensor_entries
+from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, repeats_heads, vocabulary_axes
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename
@@ -136,7 +136,7 @@ def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
     """
     fitted: dict[str, Any] = {}
     for site in expected.sites if expected.file.fit_vocabulary else ():
-        axes = full_copies.vocabulary_axes(site, expected.recipe.keymap)
+        axes = vocabulary_axes(site, expected.recipe.keymap)
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
             (key, *others), shape = entry.keys, entry.form.file_shape
             found = source.specs[key].shape if key in source else shape
@@ -170,9 +170,9 @@ def drop_repeats(source: TensorSource, expected: Expected) -> TensorSource:
     """
     plan, keymap = expected.plan, expected.recipe.keymap
     heads, turned = dict[str, str](), set[str]()
-    if full_copies.repeats_heads(expected.file.config, keymap, expected.base.shapes):
+    if repeats_heads(expected.file.config, keymap, expected.base.shapes):
         first = {entry.path: entry for entry in plan.entries}
-        for entry in full_copies.repeat_for_heads(expected.file.config, plan.entries, keymap):
+        for entry in repeat_for_heads(expected.file.config, plan.entries, keymap):
             own = first[entry.path]
             heads[entry.keys[0]] = own.keys[0]
             turned |= set(entry.keys) if entry.form.right != own.form.right else set()
@@ -182,7 +182,7 @@ def drop_repeats(source: TensorSource, expected: Expected) -> TensorSource:
     surplus = [key for key in source if key not in plan.keys]
     saved, original = (
         {key: name for key in surplus if f"{part}." in key and (name := "".join(key.rsplit(part, 1))) in plan.keys}
-        for part in full_copies.WRAPPERS
+        for part in WRAPPERS
     )
     _require_equal(source, saved, expected)
     return _without(source, {key for key, name in (saved | original).items() if name in source} | heads.keys())
@@ -249,7 +249,7 @@ def _judge_base_weight(
     """
     (entry, number), keymap = place, expected.recipe.keymap
     path, form, leaf = entry.path, entry.form, expected.base.leaves[entry.path]
-    embeds = full_copies.is_embedding(keymap, keymap.match(path))
+    embeds = is_embedding(keymap, keymap.match(path))
     kind, shape = "embeddings" if embeds else "base weights", tuple(source.specs[key].shape)
     # A guessed layout may be a Conv1D's, which stores (in, out).
     turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, expected.base.shapes[path])

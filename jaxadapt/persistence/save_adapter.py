@@ -24,11 +24,10 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import experts, full_copies, sites
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, name_donated_arrays
+from jaxadapt.adapters import experts, sites
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.adapters.site import Site, make_file_plan
-from jaxadapt.adapters.sites import rename_targets
+from jaxadapt.adapters.sites import may_need_embeddings, rename_targets, repeat_for_heads, repeats_heads
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
@@ -337,7 +336,7 @@ def encode_tree(
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, keymap)
-        full_copies.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         if not isinstance(tensors.tensors, Encoded):
             return tensors
         repeated = _repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
@@ -425,19 +424,19 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
 
 def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
-    if not full_copies.repeats_heads(config, keymap, leaves):
+    if not repeats_heads(config, keymap, leaves):
         return encoded
-    more = full_copies.repeat_for_heads(config, encoded.plan.entries, keymap)
+    more = repeat_for_heads(config, encoded.plan.entries, keymap)
     return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
 
 
 def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Add the base's token embedding and head where PEFT saves them with the adapter."""
     config, mode = tensors.config, source.save_embedding_layers
-    if not full_copies.may_need_embeddings(config, mode):
+    if not may_need_embeddings(config, mode):
         return tensors
     given = _encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode
-    return dataclasses.replace(tensors, tensors=full_copies.add_embeddings(*given))
+    return dataclasses.replace(tensors, tensors=sites.add_embeddings(*given))
 
 
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:

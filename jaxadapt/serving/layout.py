@@ -16,8 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.adapters.site import Site, Sites
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.random_draws import Draw

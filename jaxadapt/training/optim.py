@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.adapter import Adapter, Site
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxadapt import IA3Config, KeyMap, KeyMapError, LoraConfig, MismatchError
 from jaxadapt.adapters import selection, sites
-from jaxadapt.adapters.site import make_file_plan
+from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.tensor_source import cast
 from jaxadapt.keymaps import keymap, plan

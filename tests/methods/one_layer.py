@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxadapt import KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.site import make_file_plan
+from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.arrays.products import Use
 from jaxadapt.methods import AppliedMethod
 from tests.support.configs import class_of

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection, sites
-from jaxadapt.adapters.site import all_tensors, make_file_plan, map_stack, torch_layout
+from jaxadapt.adapters.adapter import all_tensors, make_file_plan, map_stack, torch_layout
 from jaxadapt.arrays.products import LETTERS, Use
 from jaxadapt.core import paths
 from jaxadapt.methods import METHODS, AppliedMethod

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.site import all_tensors
+from jaxadapt.adapters.adapter import all_tensors
 from jaxadapt.core import paths
 from jaxadapt.demo import llama
 from jaxadapt.initializers import start

@@ -19,7 +19,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AttachError, methods
 from jaxadapt.adapters import selection, sites
-from jaxadapt.adapters.site import all_tensors
+from jaxadapt.adapters.adapter import all_tensors
 from jaxadapt.core import paths
 from jaxadapt.demo.llama import LinenLlama, to_linen, to_nnx
 from tests.support.configs import class_of

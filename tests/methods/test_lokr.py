@@ -13,7 +13,7 @@ import pytest
 import jaxadapt
 from jaxadapt import ConfigError, KeyMap, LoKrConfig, Weight
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.site import make_file_plan
+from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.methods import AppliedMethod
 from jaxadapt.methods.lycoris import split_size
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig, Weight
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.site import make_file_plan
+from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.arrays import products
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER, Operation, Use

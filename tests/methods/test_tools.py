@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight, optim
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.site import all_tensors
+from jaxadapt.adapters.adapter import all_tensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.cli import main
 from jaxadapt.configs import listing

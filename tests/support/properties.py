@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt import KeyMapError
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.site import Site, make_file_plan
+from jaxadapt.adapters.adapter import Site, make_file_plan
 from tests.support import entries
 
 AXES = {"x": 2, "y": 4}

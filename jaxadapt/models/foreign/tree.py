@@ -20,9 +20,8 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
-from jaxadapt.adapters.adapter import Adapter, is_array
+from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import make_file_plan
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching

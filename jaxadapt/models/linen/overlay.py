@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, integers_name
-from jaxadapt.adapters.site import Site, map_stack
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, map_stack
 from jaxadapt.adapters.sites import sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching

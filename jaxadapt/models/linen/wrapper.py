@@ -18,9 +18,8 @@ import jax
 from flax.core import meta
 
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, is_array
+from jaxadapt.adapters.adapter import Adapter, Recipe, Sites, collection_name, integers_name, is_array
 from jaxadapt.adapters.selection import make_recipe
-from jaxadapt.adapters.site import Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths

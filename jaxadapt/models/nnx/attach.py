@@ -26,8 +26,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
-from jaxadapt.adapters.site import Site, shared_tensors
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, collection_name, shared_tensors
 from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 
-from jaxadapt.adapters.site import Site
+from jaxadapt.adapters.adapter import Site
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import contradiction_message, transposed_axes

@@ -21,8 +21,7 @@ from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 
 if TYPE_CHECKING:
-    from jaxadapt.adapters.adapter import Adapter
-    from jaxadapt.adapters.site import Site
+    from jaxadapt.adapters.adapter import Adapter, Site
     from jaxadapt.models.planning import BaseParams
     from jaxadapt.persistence.findings import Finding
     from jaxadapt.persistence.rules import Options

@@ -20,9 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, integers_name, name_donated_arrays
+from jaxadapt.adapters.adapter import (
+    Adapter,
+    Recipe,
+    Site,
+    collection_name,
+    integers_name,
+    make_file_plan,
+    name_donated_arrays,
+    tensor_entries,
+)
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.site import Site, make_file_plan, tensor_entries
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.tensor_source import Whole, as_source
 from jaxadapt.configs.base import Config
