@@ -25,7 +25,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, from_data, sort_modules, to_data
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, from_data, to_data
 from jaxadapt.keymaps.weight import MethodTensor, Modules
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
@@ -379,16 +379,6 @@ class Sites(tuple[Site, ...]):
         self = super().__new__(cls, tuple(sites))
         self.shared, self.method, self.keymap, self.untargeted = tuple(shared), method, keymap, tuple(untargeted)
         return self
-
-    def ordered_modules(self) -> dict[str, tuple[int, int]]:
-        """Return `{module: (inputs, outputs)}` of the adapted modules, in PyTorch's order.
-
-        Raises `KeyMapError` if the keymap does not state the order.
-        """
-        assert self.keymap is not None
-        targets = {module: site.target for site in self if not site.method.copies for module in site.modules}
-        names = sort_modules(self.keymap, targets)
-        return {name: (targets[name].in_size, targets[name].out_size) for name in names}
 
     @functools.cached_property
     def file_plan(self) -> plan.Plan:

@@ -28,8 +28,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -88,7 +86,7 @@ def join_tensors(
     )
     joined: dict[str, Array] = {name: tensors[name] for name in groups if name not in parts_of}
     for name, parts in parts_of.items():
-        joined[name] = join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
+        joined[name] = join_parts([tensors[key] for key in parts], parts, tensors[parts[0]].__array_namespace__())
     places = {
         key: (site, entry, i)
         for site in sites
@@ -109,11 +107,6 @@ def _parse_part(key: str) -> Part:
     part = parse_part_key(key)
     assert part is not None
     return part
-
-
-def array_namespace(x: Array) -> Any:
-    """Return `jax.numpy` for a JAX array, else `numpy`."""
-    return jnp if isinstance(x, jax.Array) else np
 
 
 def bitwise_equal(arrays: Sequence[Array]) -> bool:
@@ -140,8 +133,8 @@ def _concatenate_module(
         padding = (len(parts_of[name]) - 1) * rank
         a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
         out[a], out[b] = (
-            array_namespace(out[a]).pad(out[a], ((0, padding), (0, 0))),
-            array_namespace(out[b]).pad(out[b], ((0, 0), (0, padding))),
+            out[a].__array_namespace__().pad(out[a], ((0, padding), (0, 0))),
+            out[b].__array_namespace__().pad(out[b], ((0, 0), (0, padding))),
         )
 
 
@@ -156,7 +149,7 @@ def concatenate_ranks(
     >>> concatenate_ranks(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
     [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
     """
-    n, xp = len(a), array_namespace(a[0])
+    n, xp = len(a), a[0].__array_namespace__()
     # A's rows are (expert, rank) and B's columns (rank, expert): in both reshaped forms the rank is axis 1.
     wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
     wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
@@ -227,10 +220,6 @@ class ExpertParameter:
         """Return the module of a single expert, for a part of the parameter with the full name `name`."""
         match = re.fullmatch(name_regex(self.name), name)
         return self.modules[part].format(**({} if match is None else match.groupdict()), e=expert)
-
-    def turn(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Return a single expert's A and B as the parameter's, or the parameter's as a single expert's."""
-        return (b.T, a.T) if self.turned else (a, b)
 
     def in_module(self, module: str) -> str | None:
         """Return the full name of this parameter in a module; None if the module is of another kind."""
@@ -434,7 +423,7 @@ def _stack_factors(
 ) -> tuple[dict[tuple[str, str], Array], int]:
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
-    xp = array_namespace(factors[0, 0]["A"])
+    xp = factors[0, 0]["A"].__array_namespace__()
     a: list[Array] = []
     b: list[Array] = []
     for part in range(count):
@@ -544,11 +533,10 @@ def split_experts(
             count = a.shape[0] // rank
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
             for expert in range(count):
-                module = parameter.module(name, part, expert)
-                pair = parameter.turn(rows[expert], columns[:, :, expert])
-                new_tensors |= {
-                    f"{keymap.prefix}{module}.lora_{side}.weight": x for side, x in zip("AB", pair, strict=True)
-                }
+                module, one_a, one_b = parameter.module(name, part, expert), rows[expert], columns[:, :, expert]
+                stem = f"{keymap.prefix}{module}.lora_"
+                new_tensors[f"{stem}A.weight"] = one_b.T if parameter.turned else one_a
+                new_tensors[f"{stem}B.weight"] = one_a.T if parameter.turned else one_b
                 ranks[module], alphas[module], experts[module] = rank, alpha, template
     return _with_target_modules(config, keymap, modules, experts).with_ranks(ranks, alphas), new_tensors
 
@@ -579,8 +567,7 @@ def _with_target_modules(
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
-    others = {name.rpartition(".")[2] for name in (*plain, *other_modules)}
+    others = _ends_of_others(keymap, other_modules)
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
@@ -593,6 +580,12 @@ def _with_target_modules(
         layers_to_transform=None,
         layers_pattern=None,
     )
+
+
+def _ends_of_others(keymap: KeyMap, modules: Iterable[str]) -> set[str]:
+    """Return the last parts of the names of modules that are no experts."""
+    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
+    return {name.rpartition(".")[2] for name in (*plain, *modules)}
 
 
 def _layer_pattern(template: str, module: str) -> str:

@@ -36,7 +36,7 @@ from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match, sort_modules
 from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor
 from jaxadapt.methods.base import Method, Start
@@ -68,17 +68,6 @@ def propagate_axes(match: Match, form: FileLayout, axes: Sequence[Any]) -> tuple
     return tuple(values.get(name) for name in form.left)
 
 
-def tensor_sharding(match: Match, form: FileLayout, base: Sharding | None) -> NamedSharding | None:
-    """Return the sharding of one adapter tensor on the mesh of its base weight; None if that has no `NamedSharding`.
-
-    Other shardings (one device, or one that the compiler chose) do not name axes. Such an adapter is created where JAX
-    puts new arrays, and moves to its base inside jit.
-    """
-    if not isinstance(base, NamedSharding):
-        return None
-    return _named_sharding(base.mesh, propagate_axes(match, form, tuple(base.spec)))
-
-
 @functools.lru_cache(maxsize=1024)
 def _named_sharding(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
     """Return one object for all layers, so that JAX and the caches here recognise it without comparing."""
@@ -86,16 +75,21 @@ def _named_sharding(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
 
 
 def adapter_shardings(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Return `{path: sharding}` for an adapter's tensors from the `{leaf: sharding}` that the base has."""
+    """Return `{path: sharding}` for an adapter's tensors from the `{leaf: sharding}` that the base has.
+
+    Only a `NamedSharding` names axes. The adapter of a weight with another one (one device, or one that the compiler
+    chose) is created where JAX puts new arrays, and moves to its base inside jit.
+    """
+    named = {leaf: sharding for leaf, sharding in base.items() if isinstance(sharding, NamedSharding)}
     shardings = {
-        entry.path: tensor_sharding(site.match, entry.form, base.get(site.leaf))
+        entry.path: _named_sharding(at.mesh, propagate_axes(site.match, entry.form, tuple(at.spec)))
         for site in sites
+        if (at := named.get(site.leaf)) is not None
         for entry in site.entries
     }
-    meshes = [spec.mesh for spec in base.values() if isinstance(spec, NamedSharding)]
-    for each in shared_tensors(sites):  # all sites read them, so every device has them
-        shardings[each.entry.path] = _named_sharding(meshes[0], ()) if meshes else None
-    return {path: sharding for path, sharding in shardings.items() if sharding is not None}
+    for each in shared_tensors(sites) if named else ():  # all sites read them, so every device has them
+        shardings[each.entry.path] = _named_sharding(next(iter(named.values())).mesh, ())
+    return shardings
 
 
 def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, Sharding]:
@@ -152,7 +146,9 @@ def _make_context(sites: Sequence[Site], whole: Sites | None) -> _Context:
     @functools.cache
     def order_modules() -> Mapping[str, tuple[int, int]]:
         assert whole is not None, "only the sites of a whole adapter have an order"
-        return whole.ordered_modules()
+        assert whole.keymap is not None
+        targets = {module: site.target for site in whole if not site.method.copies for module in site.modules}
+        return {name: (targets[name].in_size, targets[name].out_size) for name in sort_modules(whole.keymap, targets)}
 
     shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
     return {"modules": tuple(adapted_modules(sites)), "shared": shared, "order_modules": order_modules}
@@ -258,10 +254,8 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
             path, site = each.entry.path, each.site
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, Draw):
-                by_entry = site is not None and each.method.torch_layout
-                numbers = range(1, each.entry.form.count if by_entry else 1)
-                others = [each.method.init(config, each.tensor, _start(each, key, i, context)) for i in numbers]
-                values[path] = _stack_entries(each.entry.form, [first, *others]) if by_entry else first
+                starts = (_start(each, key, i, context) for i in range(1, each.entry.form.count))
+                values[path] = _all_entries(config, each, first, starts)
                 continue
             draws[path] = first, each.entry.shape
             if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
@@ -318,6 +312,13 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         has_bias=site.target.has_bias,
         **common,
     )
+
+
+def _all_entries(config: Config, each: _Wanted, first: Any, starts: Iterable[Start]) -> Any:
+    """Return the leaf whose first entry has the values `first`; `starts` are the circumstances of the others."""
+    if each.site is None or not each.method.torch_layout:
+        return first
+    return _stack_entries(each.entry.form, [first, *(each.method.init(config, each.tensor, s) for s in starts)])
 
 
 def _stack_entries(form: FileLayout, values: Iterable[Any]) -> Any:

@@ -4,7 +4,8 @@ Selection starts from a model's shapes, for attaching and loading. `sites.sites_
 adapter without its model.
 
 `make_recipe` resolves a new adapter's configuration and its keymap from the shapes of a base. A selection that may be a
-mistake, and that PEFT accepts silently, is a warning.
+mistake, and that PEFT accepts silently, is a warning. `rename_targets` returns the configuration of an adapter under
+another keymap's names.
 
 With `layer_replication`, PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
 Here the model comes with its layers already repeated, so the adapter fits it as any other, and fits the base in PEFT.
@@ -36,11 +37,10 @@ from jaxadapt.adapters.adapter import (
     single_entry_sizes,
 )
 from jaxadapt.adapters.sites import (
+    bind_copies,
     parameter_names,
     resolve_tying,
-    select_copies,
     tied_heads,
-    wrapper_counts,
     wrapper_depths,
 )
 from jaxadapt.configs import matching
@@ -50,7 +50,7 @@ from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import PromptMethod
@@ -397,7 +397,7 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
-    parameter_sites = _bind_parameters(config, method, keymap, shapes)
+    parameter_sites = _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else []
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
     unmatched = _unmatched_parameters(config, keymap, shapes, parameter_sites)
     if unmatched and not parameter_sites and not selected:
@@ -405,7 +405,7 @@ def _select_sites(
     warnings += unmatched
     selected_names = set(selected)
     if method.scope == "copies":
-        return Sites(_bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
+        return Sites(bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
 
     _refuse_selected(selected_names, method, keymap, mapped, unmapped, shapes, config)
     sites: list[Site] = []
@@ -422,7 +422,7 @@ def _select_sites(
     sites += parameter_sites
     warnings += method.warnings({site.leaf: site.hparams for site in sites})
     shared = bind_shared(config, method, sites, found.shared)
-    sites += _bind_copies(config, keymap, shapes, sites)
+    sites += bind_copies(config, keymap, shapes, sites)
     return Sites(sites, shared, method, keymap), tuple(warnings)
 
 
@@ -489,7 +489,7 @@ def _select_for_model(
             targeted = [index for index, name in covered[2].items() if method.reads(config, name)]
             read += [bind_site(config, method, keymap, covered, targeted)] if targeted else []
         method.check_targets(config, [site.target for site in read], found)
-    return Sites(_bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
+    return Sites(bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 
 def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
@@ -498,8 +498,6 @@ def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Map
     Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
     `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
     """
-    if not config.get("target_parameters"):
-        return []
     selected: list[tuple[Covered, list[Index]]] = []
     unmapped: list[str] = []
     refused: list[str] = []
@@ -548,34 +546,6 @@ def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Map
         bind_site(config, method.for_parameter(depths[covered[0].leaf]), keymap, covered, targeted)
         for covered, targeted in selected
     ]
-
-
-def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
-    """Return the sites of full and partial copies."""
-    adapted_leaves = {site.leaf for site in adapted}
-    sites: list[Site] = []
-    for match, sizes, copied in select_copies(config, keymap, shapes, wrapper_counts(adapted)):
-        covered = match, sizes, parameter_names(match, sizes)
-        sites.append(bind_site(config, next(iter(copied.values())), keymap, covered, copied))
-    raise_listed(
-        KeyMapError,
-        f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
-        " its entry has another number of axes (a convolution's kernel has more than a Linear's):",
-        [
-            f"{site.leaf} {shapes[site.leaf]}"
-            for site in sites
-            if (mapped_match := keymap.match(site.leaf)) is not None
-            and len(mapped_match.weight.left) != len(shapes[site.leaf])
-        ],
-        generic.layout_advice(config, "leave them out"),
-    )
-    raise_listed(
-        TargetError,
-        "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
-        " them:",
-        [site.leaf for site in sites if site.leaf in adapted_leaves],
-    )
-    return sites
 
 
 def unselected_matrices(
@@ -638,3 +608,78 @@ def make_recipe(
         if site.method.copies and (used.match(site.leaf) is None or site.match.weight.kind == "lookup")
     )
     return Recipe(config, copied, len(sites)), sites
+
+
+# ---------------------------------------------------------------- renaming
+
+
+def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Config:
+    """Return the configuration for the same sites under another keymap's module names.
+
+    Without this, a model adapted under its JAX names and saved under PyTorch's would give a file whose `target_modules`
+    match nothing. PEFT loads such a file without an effect.
+
+    Raises `ConfigError` if other fields use the old names, and `KeyMapError` for a leaf without an entry in the keymap.
+    """
+    matches = [(site, keymap.match(site.leaf)) for site in sites]
+    raise_listed(
+        KeyMapError,
+        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
+        " for them:",
+        [site.leaf for site, match in matches if match is None],
+    )
+    old_modules: list[str] = []
+    new_names: list[str] = []
+    renamed: list[str] = []
+    for site, match in matches:
+        assert match is not None
+        if not site.method.on_parameters and not site.method.copies:
+            old_modules += site.modules
+            new_names += _renamed_modules(site, match)
+            continue
+        names = parameter_names(match, _braced_sizes(site, match)).values()
+        if site.method.copies:
+            renamed += [name for name in site.modules if name not in names]
+        else:
+            renamed += [name for name in names if not matching.is_parameter(config, name)]
+    raise_listed(
+        ConfigError,
+        f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
+        " modules_to_save, target_parameters or bias use the old ones. Pass"
+        " jaxadapt.models.LoraTree(tree, config=…) with the new names:",
+        renamed,
+    )
+    if set(old_modules) == set(new_names):
+        return config
+    stale = [
+        name
+        for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "feedforward_modules")
+        if config.get(name)
+    ]
+    if stale:
+        raise ConfigError(
+            f"cannot rename the targets: in the keymap {keymap.name!r} the modules are called"
+            f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
+            f" {', '.join(sorted(old_modules)[:3])}, …. Pass"
+            " jaxadapt.models.LoraTree(tree, config=…) with the new names"
+        )
+    if all(matching.is_target(config, name) for name in new_names):
+        return config
+    return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
+
+
+def _renamed_modules(site: Site, match: Match) -> list[str]:
+    """Return the modules that a site adapts under the names of another keymap's entry."""
+    names, old_names = [*match.modules(_braced_sizes(site, match)).values()], site.named.names
+    if len(names) != len(old_names):
+        return names
+    return [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
+
+
+def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
+    """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
+    sizes = {
+        new_axis: site.axis_sizes.get(old_axis, 0)
+        for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
+    }
+    return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

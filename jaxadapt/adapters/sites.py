@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.adapters.adapter import (
@@ -146,15 +146,6 @@ def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMa
 _COPIES = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
 
 
-def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
-    """Return the token embeddings whose copy replaces the weight in the lookup only; PEFT's head is another module."""
-    if config.get("ensure_weight_tying") or not config.get("modules_to_save"):
-        return frozenset()
-    return frozenset(
-        embedding for embedding in tied_heads(keymap, leaves).values() if matching.is_saved(config, embedding)
-    )
-
-
 # ---------------------------------------------------------------- full copies
 
 
@@ -163,16 +154,6 @@ TENSORS = frozenset({"copy", ROWS})
 
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 """The usual names of a language model's token embedding, to tell it from embeddings of positions and of types."""
-
-
-def has_copies(config: Config) -> bool:
-    """Return True if the configuration asks for any copy."""
-    return (
-        _copies_targets(config)
-        or bool(config.get("modules_to_save"))
-        or config.get("trainable_token_indices") is not None
-        or config.get("bias", "none") != "none"
-    )
 
 
 def _copies_targets(config: Config) -> bool:
@@ -248,43 +229,60 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
     return match if match is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
 
 
-def _match_for_lookup(match: Match) -> Match:
-    """Return the match with an entry of the kind "lookup"."""
-    leaf, entry, key = match.leaf, match.weight, ".".join(match.parameter({}))
-    return Match(leaf, Weight(leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale))
+def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[tuple[Match, dict[str, int]]]:
+    """Return the matches of a model's leaves, and their sizes, as copies see them."""
+    # The copy of a tied token embedding replaces the weight in the lookup only, since PEFT's head is another module.
+    is_apart = config.get("modules_to_save") and not config.get("ensure_weight_tying")
+    tied = set(tied_heads(keymap, shapes).values()) if is_apart else set[str]()
+    found: list[tuple[Match, dict[str, int]]] = []
+    for leaf, shape in shapes.items():
+        match = match_for_copy(keymap, leaf, shape)
+        module, sizes = "" if match.braced else match.parameter({})[0], plan.axis_sizes(match, shape)
+        if module in tied and matching.is_saved(config, module):
+            pattern, scale, key = match.weight.pattern, match.weight.scale, ".".join(match.parameter({}))
+            match = Match(leaf, Weight(leaf, key, pattern, kind="lookup", fan_in_fan_out=True, scale=scale))
+        found.append((match, sizes))
+    return found
 
 
-def select_copies(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Mapping[str, int]
-) -> list[tuple[Match, dict[str, int], dict[Index, Method]]]:
-    """Return `(match, sizes, copied entries)` for every leaf that is copied, in the order of `shapes`."""
-    if not has_copies(config):
+def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
+    """Return the sites of the leaves of a model that are copied in full or in part, in the order of `shapes`."""
+    has_rows, has_biases = config.get("trainable_token_indices") is not None, config.get("bias", "none") != "none"
+    if not (config.get("modules_to_save") or has_rows or has_biases or _copies_targets(config)):
         return []
-    matches = [
-        (match, plan.axis_sizes(match, shape))
-        for leaf, shape in shapes.items()
-        for match in [match_for_copy(keymap, leaf, shape)]
+    found = _sized_matches(config, keymap, shapes)
+    inputs, counts = _token_embedding(config, found), wrapper_counts(adapted)
+    entries = [(match, sizes, copied_entries(config, match, sizes, counts, inputs)) for match, sizes in found]
+    _check_token_indices(config, found, inputs)
+    copies = [(match, sizes, copied) for match, sizes, copied in entries if copied]
+    _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, _ in copies})
+    adapted_leaves = {site.leaf for site in adapted}
+    raise_listed(
+        TargetError,
+        "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
+        " them:",
+        [match.leaf for match, _, _ in copies if match.leaf in adapted_leaves],
+    )
+    return [
+        bind_site(config, next(iter(copied.values())), keymap, (match, sizes, parameter_names(match, sizes)), copied)
+        for match, sizes, copied in copies
     ]
-    lookup_only = lookup_only_tables(config, keymap, shapes)
-    matches = [
-        (_match_for_lookup(match) if not match.braced and match.parameter({})[0] in lookup_only else match, sizes)
-        for match, sizes in matches
-    ]
-    inputs = _token_embedding(config, matches)
-    selected = [(match, sizes, copied_entries(config, match, sizes, adapted, inputs)) for match, sizes in matches]
-    _check_token_indices(config, matches, inputs)
-    _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, copied in selected if copied})
-    return [(match, sizes, copied) for match, sizes, copied in selected if copied]
 
 
 def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
-    """Raise `KeyMapError` for kernels whose PyTorch layout is unknown: a copy could fit the file transposed."""
+    """Raise `KeyMapError` for weights whose PyTorch layout is unknown: a copy could fit the file transposed."""
+    matches = {leaf: keymap.match(leaf) for leaf in shapes}
     kernels = {leaf: shape for leaf, shape in shapes.items() if leaf.rpartition(".")[2] == "kernel"}
     problems = [
         f"{leaf} {shape}: no entry, and more than two axes (a ConvTranspose of PyTorch flips its window, which no"
         " pattern can express)"
         for leaf, shape in kernels.items()
-        if len(shape) > 2 and ((match := keymap.match(leaf)) is None or len(match.weight.left) != len(shape))
+        if len(shape) > 2 and matches[leaf] is None
+    ]
+    problems += [
+        f"{leaf} {shape}: its entry has another number of axes (a convolution's kernel has more than a Linear's)"
+        for leaf, shape in shapes.items()
+        if (match := matches[leaf]) is not None and len(match.weight.left) != len(shape)
     ]
     if config.get("fan_in_fan_out"):
         problems += [
@@ -333,21 +331,13 @@ def _check_token_indices(
         return
     problems: list[str] = []
     matched: set[str] = set()
-    for match, sizes in matches:
-        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
-        size = sizes[axes[0]] if axes else 0
-        for module, parameter in match.parameters(sizes).values():
-            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
-            if indices is None:
-                continue
-            matched.add(module)
-            if matching.is_saved(config, module):
-                problems.append(f"{module}: modules_to_save already trains all its rows")
-            repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
-            problems += [f"{module}: token {i} is given twice" for i in repeated]
-            problems += [
-                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
-            ]
+    for module, indices, size in _modules_with_rows(config, matches, inputs):
+        matched.add(module)
+        if matching.is_saved(config, module):
+            problems.append(f"{module}: modules_to_save already trains all its rows")
+        repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
+        problems += [f"{module}: token {i} is given twice" for i in repeated]
+        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
@@ -359,6 +349,18 @@ def _check_token_indices(
         " file):",
         problems,
     )
+
+
+def _modules_with_rows(
+    config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is not None:
+                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -442,7 +444,7 @@ def vocabulary_axes(site: Site, keymap: KeyMap) -> tuple[str, ...]:
     return roles["out"] if module and (module == keymap.output or module.rpartition(".")[2] in NAMES) else ()
 
 
-# ---------------------------------------------------------------- target parameters
+# ---------------------------------------------------------------- sites
 
 
 def parameter_names(match: Match, sizes: Mapping[str, int]) -> dict[Index, str]:
@@ -460,9 +462,6 @@ def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
         positions.setdefault(owner, {})[name] = order[match.weight.leaf]
     ranked = {owner: sorted(parameters, key=parameters.__getitem__) for owner, parameters in positions.items()}
     return {leaf: len(ranked[owner]) - 1 - ranked[owner].index(name) for leaf, (owner, name) in names.items()}
-
-
-# ---------------------------------------------------------------- sites
 
 
 def wrapper_counts(sites: Iterable[Site]) -> Counter[str]:
@@ -508,12 +507,9 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
             copied.append((match, shapes))
         else:
             adapting.append((match, shapes))
-    named: list[Match] = []  # the leaves with a parameter in target_parameters
-    for match, shapes in adapting if config.get("target_parameters") else ():
-        names = parameter_names(match, _stacked_sizes(config, method, match, shapes)).values()
-        if any(matching.is_parameter(config, name) for name in names):
-            named.append(match)
-    depths = wrapper_depths(keymap, named)
+    depths = wrapper_depths(
+        keymap, (match for match, shapes in adapting if _is_adapted_by_name(config, method, match, shapes))
+    )
     for match, shapes in adapting:
         depth = depths.get(match.leaf)
         site_method = method if depth is None else method.for_parameter(depth)
@@ -608,6 +604,14 @@ def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping
     return sizes | plan.stack_sizes(match, probe, shapes)
 
 
+def _is_adapted_by_name(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
+    """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
+    if not config.get("target_parameters"):
+        return False
+    names = parameter_names(match, _stacked_sizes(config, method, match, shapes))
+    return any(matching.is_parameter(config, name) for name in names.values())
+
+
 def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]) -> Site:
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
@@ -620,78 +624,3 @@ def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, 
 def _is_targeted(config: Config, method: Method, name: str) -> bool:
     """Return True if the configuration selects a module, or a parameter of a method that adapts these."""
     return matching.is_parameter(config, name) if method.on_parameters else matching.is_target(config, name)
-
-
-# ---------------------------------------------------------------- renaming
-
-
-def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Config:
-    """Return the configuration for the same sites under another keymap's module names.
-
-    Without this, a model adapted under its JAX names and saved under PyTorch's would give a file whose `target_modules`
-    match nothing. PEFT loads such a file without an effect.
-
-    Raises `ConfigError` if other fields use the old names, and `KeyMapError` for a leaf without an entry in the keymap.
-    """
-    matches = [(site, keymap.match(site.leaf)) for site in sites]
-    raise_listed(
-        KeyMapError,
-        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
-        " for them:",
-        [site.leaf for site, match in matches if match is None],
-    )
-    old_modules: list[str] = []
-    new_names: list[str] = []
-    renamed: list[str] = []
-    for site, match in matches:
-        assert match is not None
-        if not site.method.on_parameters and not site.method.copies:
-            old_modules += site.modules
-            new_names += _renamed_modules(site, match)
-            continue
-        names = parameter_names(match, _braced_sizes(site, match)).values()
-        if site.method.copies:
-            renamed += [name for name in site.modules if name not in names]
-        else:
-            renamed += [name for name in names if not matching.is_parameter(config, name)]
-    raise_listed(
-        ConfigError,
-        f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
-        " modules_to_save, target_parameters or bias use the old ones. Pass"
-        " jaxadapt.models.LoraTree(tree, config=…) with the new names:",
-        renamed,
-    )
-    if set(old_modules) == set(new_names):
-        return config
-    stale = [
-        name
-        for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "feedforward_modules")
-        if config.get(name)
-    ]
-    if stale:
-        raise ConfigError(
-            f"cannot rename the targets: in the keymap {keymap.name!r} the modules are called"
-            f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
-            f" {', '.join(sorted(old_modules)[:3])}, …. Pass"
-            " jaxadapt.models.LoraTree(tree, config=…) with the new names"
-        )
-    if all(matching.is_target(config, name) for name in new_names):
-        return config
-    return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
-
-
-def _renamed_modules(site: Site, match: Match) -> list[str]:
-    """Return the modules that a site adapts under the names of another keymap's entry."""
-    names, old_names = [*match.modules(_braced_sizes(site, match)).values()], site.named.names
-    if len(names) != len(old_names):
-        return names
-    return [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
-
-
-def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
-    """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
-    sizes = {
-        new_axis: site.axis_sizes.get(old_axis, 0)
-        for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
-    }
-    return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

@@ -27,7 +27,8 @@ from jax.sharding import Sharding
 from jaxadapt.adapters import experts, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.adapters.sites import may_need_embeddings, rename_targets, repeat_for_heads, repeats_heads
+from jaxadapt.adapters.selection import rename_targets
+from jaxadapt.adapters.sites import may_need_embeddings, repeat_for_heads, repeats_heads
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
