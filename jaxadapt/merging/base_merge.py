@@ -37,7 +37,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
-from jaxadapt.models.carriers import Carrier, Module, carrier
+from jaxadapt.models.carriers import Carrier, Module, Variables, carrier
 from jaxadapt.models.nnx import attach, graph
 
 # ---------------------------------------------------------------- changed leaf
@@ -238,36 +238,44 @@ def merge(
         raise given.unsupported("base parameters, Linen variables or an NNX model")
     model = given.to_change(in_place, donate)
     held = carrier(model)
-    found = {name: held.extract(name) for name in held.active()} if held.has_base else {}
-    selected = {name: each for name, each in found.items() if adapter is None or _are_same(each, adapter)}
+    selected = _select_held(held, adapter) if held.has_base else {}
+    if held.in_place and selected:
+        return _merge_and_detach(model, selected, options)
+    chosen = next(iter(selected.values()), None) if adapter is None else adapter
+    if chosen is None:
+        raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
+    if isinstance(held, Variables):
+        others = held.delete(next(iter(selected))) if selected else model
+        return {**others, "params": _apply_changes(held.params, (chosen,), *options)}
+    return _apply_changes(model, (chosen,), *options)
+
+
+def _select_held(held: Carrier, adapter: Adapter | None) -> dict[str, Adapter]:
+    """Return those adapters of a model, or of variables, that a merge of `adapter` (None: of the active ones) removes.
+
+    Empty if `adapter` is a value of another model, or one of several that are active.
+    """
+    found = {name: held.extract(name) for name in held.active()}
+    selected = {name: each for name, each in found.items() if _is_selected(each, adapter)}
     if held.in_place and not found and adapter is None:
         raise AttachError(
             "cannot merge: this model has no active adapter; it carries"
             f" {held.names() or 'none'}. Activate one, or pass an adapter"
         )
-    if held.in_place and found and len(selected) == len(found):
-        return _merge_and_detach(model, found, options)
-    if held.has_base and not held.in_place:  # Linen variables
-        if len(selected) != 1 and (found or adapter is None):
-            raise AttachError(
-                f"cannot merge: these variables carry the adapters {list(found) or 'none'}, but {len(selected)} are"
-                " selected; expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass"
-                " variables['params'] and an adapter"
-            )
-        chosen, others = adapter or next(iter(selected.values())), model
-        for name in selected:
-            others = held.delete(name)
-        return {**others, "params": _apply_changes(held.params, (chosen,), *options)}
-    if adapter is None:
-        raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
-    return _apply_changes(model, (adapter,), *options)
+    if isinstance(held, Variables) and len(selected) != 1 and (found or adapter is None):
+        raise AttachError(
+            f"cannot merge: these variables carry the adapters {list(found) or 'none'}, but {len(selected)} are"
+            " selected; expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass"
+            " variables['params'] and an adapter"
+        )
+    return {} if held.in_place and len(selected) < len(found) else selected
 
 
-def _are_same(first: Adapter, other: Any) -> bool:
-    """Return True if two adapters hold the same array objects, as when one was extracted from the other's model."""
-    if not isinstance(other, Adapter):
-        return False
-    arrays, other_arrays = first.flat(), other.flat()
+def _is_selected(held: Adapter, adapter: Any) -> bool:
+    """Return True if two adapters hold the same array objects, as when one was extracted, or if `adapter` is None."""
+    if not isinstance(adapter, Adapter):
+        return adapter is None
+    arrays, other_arrays = held.flat(), adapter.flat()
     return arrays.keys() == other_arrays.keys() and all(other_arrays[path] is x for path, x in arrays.items())
 
 
@@ -335,9 +343,7 @@ def _apply_changes(
 ) -> Any:
     """Apply the changes of several adapters to a tree or model; `task` is the name and the receiver of progress."""
     name, progress = task
-    base: dict[str, Any] = {}
-    for adapter in adapters:
-        base = mergeable_leaves(params, adapter)
+    base = mergeable_leaves(params, adapters[0])  # several adapters are those of a model
     packed = {path: leaf for path, leaf in base.items() if dequantize and quantized.is_quantized(leaf)}
     values = {path: quantized.to_dense(leaf) for path, leaf in packed.items()}
     by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}

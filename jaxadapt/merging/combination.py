@@ -291,7 +291,7 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
 
 def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: Options) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems = _option_problems(options, weights, len(adapters))
+    problems = [*_option_problems(options, len(adapters)), *_weight_problems(weights, len(adapters))]
     known = {i: each.config for i, each in enumerate(adapters) if isinstance(each, Adapter | PeftTensors)}
     is_summed = summed_type(known.values()) is not None
     for i, adapter in enumerate(adapters):
@@ -306,10 +306,17 @@ def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: O
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
-def _option_problems(options: Options, weights: Sequence[Any], count: int) -> list[str]:
-    """Return a line for each invalid option or weight, for `count` adapters."""
+def _weight_problems(weights: Sequence[Any], count: int) -> list[str]:
+    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
+    problems = [] if count else ["adapters: expected at least one"]
+    if len(weights) != count:
+        problems.append(f"weights: expected one for each of the {count} adapters, found {len(weights)}")
+    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
+
+
+def _option_problems(options: Options, count: int) -> list[str]:
     method, svd_rank, density, signs, key, masks = options
-    is_svd, prunes, drops = method.endswith("svd"), method.startswith(_PRUNING), method.startswith("dare")
+    is_svd, prunes = method.endswith("svd"), method.startswith(_PRUNING)
     is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
     is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
     rules = (
@@ -326,28 +333,21 @@ def _option_problems(options: Options, weights: Sequence[Any], count: int) -> li
             signs == "frequency" and "ties" not in method,
             f"majority_sign_method={signs!r}: has no effect with method {method!r}",
         ),
-        (drops and density == 0, "density: DARE divides by it, so it cannot be 0"),
-        (
-            drops and (key is None) == (masks is None),
-            f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
-        ),
-        (
-            drops and masks is not None and len(masks) != count,
-            f"masks: expected one tree for each of the {count} adapters, found {len(masks or ())}",
-        ),
-        (
-            not drops and not (key is None and masks is None),
-            f"key and masks are for DARE; they have no effect with method {method!r}",
-        ),
-        (not count, "adapters: expected at least one"),
-        (
-            len(weights) != count,
-            f"weights: expected one for each of the {count} adapters, found {len(weights)}",
-        ),
     )
-    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    problems = [problem for applies, problem in rules if applies]
-    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
+    if not method.startswith("dare"):
+        useless = f"key and masks are for DARE; they have no effect with method {method!r}"
+        rules += ((not (key is None and masks is None), useless),)
+    else:
+        found = count if masks is None else len(masks)
+        rules += (
+            (density == 0, "density: DARE divides by it, so it cannot be 0"),
+            (
+                (key is None) == (masks is None),
+                f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
+            ),
+            (found != count, f"masks: expected one tree for each of the {count} adapters, found {found}"),
+        )
+    return [problem for applies, problem in rules if applies]
 
 
 def _check_sizes(adapters: Sequence[Mapping[str, Pair]], method: str) -> None:
@@ -461,12 +461,6 @@ def _given_masks(
     raise_listed(MismatchError, f"masks[{i}]: its shape differs from that of the masked tensor at:", wrong)
     # A keymap's factor is for values.
     return {name: dataclasses.replace(pair, a=pair.a != 0, b=pair.b != 0) for name, pair in chosen.items()}
-
-
-# ---------------------------------------------------------------- rank reduction
-
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 # ---------------------------------------------------------------- rank reduction

@@ -234,9 +234,9 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
 def join_parts(pairs: Mapping[str, Pair], parts_of: Mapping[str, Sequence[str]]) -> dict[str, Pair]:
     """Return the pairs of whole matrices, from `{matrix: modules}`."""
     joined: dict[str, Pair] = {}
-    for matrix, parts in ((matrix, parts) for matrix, parts in parts_of.items() if parts[0] in pairs):
-        joined[matrix] = first = pairs[parts[0]]
-        if len(parts) > 1:
+    for matrix, parts in parts_of.items():
+        if parts[0] in pairs:
+            first = pairs[parts[0]]
             side, axis = ("b", -2) if first.shared == "a" else ("a", -1)
             whole = jnp.concatenate([getattr(pairs[part], side) for part in parts], axis)
             joined[matrix] = dataclasses.replace(first, **{side: whole})

@@ -136,13 +136,18 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
     ]
     raise_listed(MismatchError, f"{tensors.source}: cannot read these tensors as LoRA:", problems)
     keys = {module: PairKeys(own["A"], own["B"]) for module, own in pairs.items()}
-    specs = as_source(tensors.tensors).specs
+    _check_ranks(tensors, keys, config)
+    return keys
+
+
+def _check_ranks(tensors: PeftTensors, keys: Mapping[str, PairKeys], config: LoraConfig) -> None:
+    """Raise `MismatchError` for pairs of another rank than the configuration's."""
+    specs, problems = as_source(tensors.tensors).specs, list[str]()
     for module, own in keys.items() if not config.target_parameters else ():
         a, b, expected = specs[own.a].shape, specs[own.b].shape, config.rank_of(module_name(module))
         if a[0] != expected or expected % max(b[1], 1):
             problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
     raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the file:", problems)
-    return keys
 
 
 def read_pairs(tensors: Mapping[str, Array], keys: Mapping[str, PairKeys], config: LoraConfig) -> dict[str, Pair]:
