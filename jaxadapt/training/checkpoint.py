@@ -56,7 +56,6 @@ class Background:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.subject: Any = None  # given to `start` with the last task; None if it failed
         self._error: BaseException | None = None
         self._joins_early = False
 
@@ -64,7 +63,7 @@ class Background:
     def running(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
-    def start(self, name: str, work: Callable[[], None], needs_executors: bool, subject: Any = None) -> None:
+    def start(self, name: str, work: Callable[[], None], needs_executors: bool) -> None:
         """Wait for the previous task and start a new one.
 
         Args:
@@ -72,7 +71,6 @@ class Background:
             work: the task.
             needs_executors: join the task before executors shut down. Orbax's saves run on executors, and packages of
                 object stores look up host names on one; they accept no work after the main thread has ended.
-            subject: a value to keep in `subject`.
         """
         self.wait()
         if needs_executors and not self._joins_early:
@@ -88,7 +86,7 @@ class Background:
         thread = threading.Thread(target=self._run, args=(may_begin, work), name=name, daemon=False)
         try:
             thread.start()
-            self.thread, self.subject = thread, subject
+            self.thread = thread
         finally:
             may_begin.set()  # only now, so that the task does not delay the training loop by sharing the interpreter
 
@@ -97,7 +95,7 @@ class Background:
         try:
             work()
         except BaseException as error:  # raised by the next call of `wait`
-            self.subject, self._error = None, error
+            self._error = error
 
     def wait(self) -> None:
         """Wait until the task is done. Raise its error, once, if it failed."""
@@ -314,7 +312,7 @@ class CheckpointManager(RunFolder):
         atomic.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, step_files.is_multi_process(taken))
         self._last = _LastSave(number, record)
-        self._saving.start(f"save step {number}", finish, isinstance(self.folder, location.Address), self._last)
+        self._saving.start(f"save step {number}", finish, needs_executors=isinstance(self.folder, location.Address))
         if not self.asynchronous:
             self.wait()
 
@@ -381,8 +379,7 @@ class CheckpointManager(RunFolder):
         With several processes also after a save, because a network file system may show a state that is a minute old.
         """
         # Read this before listing: a save that ends in between is then in the list.
-        last_save: _LastSave | None = self._saving.subject
-        is_running = self._saving.running
+        last_save, is_running = self._last, self._saving.running
         steps = run_folder.list_steps(self.folder)
         if last_save is None or not (is_running or step_files.is_multi_process(None)):
             return steps
@@ -392,7 +389,7 @@ class CheckpointManager(RunFolder):
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
     def _read_record(self, step: int, path: Location) -> StepRecord:
-        last: _LastSave | None = self._saving.subject
+        last = self._last
         if last is not None and last.step == step and self._saving.running:
             return last.record
         return super()._read_record(step, path)
@@ -528,7 +525,7 @@ class CheckpointManager(RunFolder):
         """Delete every step after `step`, the last first, so that training can continue from `step`."""
         self.wait()
         self._run_on_leader("rollback", functools.partial(self._rollback, step))
-        self._saving.subject = self._last = None
+        self._last = None
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))
