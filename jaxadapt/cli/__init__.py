@@ -1,7 +1,8 @@
 """The command line.
 
-Each file of this package holds the commands of one purpose: the command "check-keymap" is `check_keymap_command`. A
-command imports its dependencies when it runs, so that a command without JAX starts fast.
+Each file of this package holds the commands of one purpose: the command "check-keymap" is `check_keymap_command`. The
+names of `jaxadapt` load on first use, and a command imports other modules when it runs, so that a command without JAX
+starts fast.
 """
 
 from __future__ import annotations

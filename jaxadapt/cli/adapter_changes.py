@@ -234,7 +234,8 @@ def convert_command(
     """
     from jaxadapt.export import conversion
 
-    if len(sources) > 1:
+    (source, *more) = sources
+    if more:
         if any(value not in (None, {}) for value in tree.values()):
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
@@ -245,7 +246,7 @@ def convert_command(
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
         return
     options = conversion.TreeOptions(**tree)
-    result = conversion.convert(sources[0], target, options, format=form, dtype=dtype, progress=True)
+    result = conversion.convert(source, target, options, format=form, dtype=dtype, progress=True)
     if as_json:
         output.print_json(result._asdict())
         return

@@ -273,10 +273,8 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
         from jaxadapt.storage import atomic
 
         atomic.write_bytes(plot, difference_png(found, (first, second)))
-    if as_json:
-        output.print_json({"first": first, "second": second, **found.to_dict()})
-    else:
-        _print_difference(found, modules)
+    document = {"first": first, "second": second, **found.to_dict()}
+    output.print_result(as_json, document, lambda: _print_difference(found, modules))
     if not found.is_equal:
         sys.exit(1)
 

@@ -50,10 +50,12 @@ def families_command(name: str | None, as_json: bool) -> None:
             output.print_table(("family", "entries", "proved"), rows, numbers=("entries",))
         return
     keymap = get_family(name)
-    if as_json:
-        output.print_json([{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in keymap.weights])
-    else:
-        output.print_table(("leaf", "PyTorch key", "pattern"), [(w.leaf, w.key, w.pattern) for w in keymap.weights])
+    rows = [(w.leaf, w.key, w.pattern) for w in keymap.weights]
+    output.print_result(
+        as_json,
+        [dict(zip(("leaf", "key", "pattern"), row, strict=True)) for row in rows],
+        lambda: output.print_table(("leaf", "PyTorch key", "pattern"), rows),
+    )
 
 
 # ---------------------------------------------------------------- check keymap
@@ -114,10 +116,7 @@ def check_keymap_command(family: str, model: str | None, checkpoint: str | None,
     if leaves is not None and tensors is not None:
         keymap = keymap.spelling_for(tensors, leaves)
     report = check.check_keymap(keymap, leaves, tensors)
-    if as_json:
-        output.print_json(report.to_dict())
-    else:
-        _print_report(report, leaves, tensors, is_custom)
+    output.print_result(as_json, report.to_dict(), lambda: _print_report(report, leaves, tensors, is_custom))
     if not report.fits:
         sys.exit(1)
 
@@ -332,7 +331,4 @@ def completion_command(ctx: click.Context, shell: str, as_json: bool) -> None:
     assert completion_class is not None
     script = completion_class(ctx.find_root().command, {}, "jaxadapt", "_JAXADAPT_COMPLETE").source()
     script = script.replace('string split ","', 'string split -m 1 ","')  # fish cuts a help text at its first comma
-    if as_json:
-        output.print_json({"shell": shell, "script": script})
-    else:
-        click.echo(script)
+    output.print_result(as_json, {"shell": shell, "script": script}, lambda: click.echo(script))

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -51,12 +51,14 @@ def print_json(value: Any) -> None:
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
-def print_result(as_json: bool, value: Any, rows: Iterable[tuple[str, str]]) -> None:
-    """Print the result of a command: the value as JSON, or names and values."""
+def print_result(as_json: bool, value: Any, shown: Iterable[tuple[str, str]] | Callable[[], object]) -> None:
+    """Print the result of a command: the value as JSON, or names and values, or what `shown` prints."""
     if as_json:
         print_json(value)
+    elif callable(shown):
+        shown()
     else:
-        print_pairs(rows)
+        print_pairs(shown)
 
 
 def print_line(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -117,16 +118,22 @@ def checkpoints_command(
         # If the run chose the metric, name it.
         chosen = {} if minimize or maximize else objective
         suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in chosen.items())
-        marks = ((f"best{suffix}", best), ("latest", latest))
-        table = [
-            (
-                str(number),
-                *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names),
-                ", ".join(mark for mark, marked in marks if marked == number),
-            )
-            for number, metrics in rows.items()
-        ]
-        output.print_table(("step", *names, ""), table, numbers=("step", *names))
+        _print_steps(names, rows, ((f"best{suffix}", best), ("latest", latest)))
+
+
+def _print_steps(
+    names: Sequence[str], rows: Mapping[int, Mapping[str, float]], marks: Sequence[tuple[str, int | None]]
+) -> None:
+    """Print the metrics of each step, and the marks (name, step) of some."""
+    table = [
+        (
+            str(step),
+            *(f"{metrics[name]:.6g}" if name in metrics else "" for name in names),
+            ", ".join(mark for mark, number in marks if number == step),
+        )
+        for step, metrics in rows.items()
+    ]
+    output.print_table(("step", *names, ""), table, numbers=("step", *names))
 
 
 def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
@@ -227,10 +234,11 @@ def serve_command(
 
     def started(url: str) -> None:
         count = len(server.pool.names())
-        if as_json:
-            output.print_json({"url": url, "base": server.base.name, "adapters": count})
-        else:
-            output.print_line(f"{server.base.name} and {count} adapters at {url}/v1; Ctrl-C ends")
+        output.print_result(
+            as_json,
+            {"url": url, "base": server.base.name, "adapters": count},
+            lambda: output.print_line(f"{server.base.name} and {count} adapters at {url}/v1; Ctrl-C ends"),
+        )
 
     app.run(server, host=host, port=port, started=started)
 
@@ -384,11 +392,9 @@ def pull_command(repo: str, out: str | None, as_json: bool) -> None:
     """
     pulled = jaxadapt.pull(repo, progress=True)
     folder: Location = pulled if out is None else _copy_adapter(pulled, out)
-    if as_json:
-        output.print_json({"folder": str(folder)})
-    else:
-        # A program that reads the output needs the exact name of the folder.
-        click.echo(escape_text(str(folder)) if sys.stdout.isatty() else folder)
+    # A program that reads the output needs the exact name of the folder.
+    shown = escape_text(str(folder)) if sys.stdout.isatty() else folder
+    output.print_result(as_json, {"folder": str(folder)}, lambda: click.echo(shown))
 
 
 def _copy_adapter(source: Path, target: str) -> Location:
