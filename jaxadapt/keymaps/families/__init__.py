@@ -1,4 +1,4 @@
-"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and a row of `TABLE`."""
+"""The keymaps of model families, and the lookup of `keymap=`. A new family is a `KeyMap` in one of the files."""
 
 from __future__ import annotations
 
@@ -9,39 +9,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core import errors, paths
-from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
-TABLE = {
-    "llama": "LLAMA",
-    "gpt": "GPT2 GPT2_DENSE GPT_NEO GPTJ",
-    "bert": "BERT ROBERTA",
-    "t5": "T5",
-    "vit": "VIT",
-    "clip": "CLIP",
-    "whisper": "WHISPER",
-    "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
-    "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
-    "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4 GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
-    "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3 GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B"
-    " MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
-    "keras": "LLAMA QWEN3 GEMMA3",
-    "easydel": "LLAMA",
-    "openpi": "PI0",
-}
-"""`{file of this package: its keymaps}`, in the order in which families are tried."""
+FILES = ("hugging_face", "libraries", "maxtext")
+"""The files of this package, in the order in which their families are tried."""
 
 
-def load_families(table: Mapping[str, str]) -> dict[str, KeyMap]:
-    """Return `{name: keymap}` of the rows of a table such as `TABLE`."""
-    files = {file: vars(importlib.import_module(f"{__name__}.{file}")) for file in table}
-    keymaps: list[KeyMap] = [files[file][name] for file, names in table.items() for name in names.split()]
-    return {keymap.name: keymap for keymap in keymaps}
+def load_families(files: Iterable[str]) -> dict[str, KeyMap]:
+    """Return `{name: keymap}` of the keymaps that these files define."""
+    values = (value for file in files for value in vars(importlib.import_module(f"{__name__}.{file}")).values())
+    return {value.name: value for value in values if isinstance(value, KeyMap)}
 
 
-FAMILIES = load_families(TABLE)
+FAMILIES = load_families(FILES)
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")
@@ -60,7 +42,7 @@ def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
     if keymap is None:
         close = errors.close_matches((base,), tuple(families))
         guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-        raise KeyMapError(
+        raise errors.KeyMapError(
             f"no family is called {name!r}{guess} Known families: {', '.join(sorted(families))} (add /scan0, /scan1, …"
             f" for layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's"
             " names are 'llama'"
@@ -93,7 +75,7 @@ def resolve_keymap(
         return keymap
     given: Any = keymap
     if not isinstance(given, str | None):
-        raise KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
+        raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
         return get_family(keymap, families)
     # All layers have the same kinds of leaves, so one leaf of each kind is enough. A number at the end is part of a
@@ -122,12 +104,12 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     rivals = [t for t in fitting if _matched_entries(t, samples) != _matched_entries(chosen[0], samples)]
     if rivals or len(chosen) > 1:
         names = ", ".join(_format_name(t) for t in dict.fromkeys((*chosen, *rivals)))
-        raise KeyMapError(
+        raise errors.KeyMapError(
             f"cannot recognize the model: its leaves fit several keymaps: {names}; select one with keymap="
         )
     if not chosen[0].proved:
         name = chosen[0].name
-        raise KeyMapError(
+        raise errors.KeyMapError(
             f"the model looks like {name!r}, but that keymap has not been verified against the real models; pass"
             f" keymap={name!r} to use it, or keymap={GENERIC.name!r} for the generic keymap"
         )
@@ -144,7 +126,7 @@ def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAM
     if not known:
         return GENERIC
     if any(_matched_entries(t, leaves) != _matched_entries(known[0], leaves) for t in known):
-        raise KeyMapError(
+        raise errors.KeyMapError(
             "cannot recognize the model: the adapted leaves fit several keymaps:"
             f" {', '.join(map(_format_name, known))}; select one with keymap="
         )
@@ -174,8 +156,7 @@ def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _matched_entries(keymap: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
-    matches = [keymap.match(leaf) for leaf in leaves]
-    return [None if match is None else match.weight for match in matches]
+    return [None if match is None else match.weight for match in map(keymap.match, leaves)]
 
 
 def _format_name(keymap: KeyMap) -> str:

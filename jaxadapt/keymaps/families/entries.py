@@ -76,53 +76,6 @@ DECODER_ORDER = (
 KEYS_FIRST_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
 """Attention layers that create the projection of the keys first."""
 
-GPT_ORDER = (
-    *("transformer", "lm_head", "wte", "wpe", "h", "attn", "mlp"),
-    *("c_attn", *KEYS_FIRST_ORDER, "c_fc", "c_proj", "fc_in", "fc_out"),
-)
-"""GPT-2, GPT-Neo and GPT-J."""
-
-BERT_ORDER = (
-    *("bert", "roberta", "cls", "lm_head", "classifier", "qa_outputs", "embeddings", "encoder", "pooler"),
-    *("layer", "word_embeddings", "attention", "self", "query", "key", "value"),
-    *("intermediate", "output", "dense", "transform", "out_proj", "decoder"),
-)
-"""BERT and RoBERTa."""
-
-T5_ORDER = (
-    *("shared", "encoder", "decoder", "lm_head", "embed_tokens", "block", "layer", "SelfAttention", "EncDecAttention"),
-    *("DenseReluDense", "q", "k", "v", "o", "relative_attention_bias", "wi", "wi_0", "wi_1", "wo"),
-)
-"""T5."""
-
-VIT_ORDER = (
-    *("vit", "classifier", "embeddings", "layers", "encoder", "layer", "pooler"),
-    *("attention", "intermediate", "output", "mlp", "q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value"),
-    *("dense", "fc1", "fc2"),
-)
-"""ViT."""
-
-CLIP_ORDER = (
-    *(
-        "text_model",
-        "vision_model",
-        "visual_projection",
-        "text_projection",
-        "embeddings",
-        "encoder",
-        "self_attn",
-        "mlp",
-    ),
-    *(*KEYS_FIRST_ORDER, "fc1", "fc2", "token_embedding", "patch_embedding", "position_embedding"),
-)
-"""CLIP."""
-
-WHISPER_ORDER = (
-    *("model", "proj_out", "encoder", "decoder", "conv1", "conv2", "embed_tokens", "embed_positions", "layers"),
-    *("self_attn", "encoder_attn", *KEYS_FIRST_ORDER, "fc1", "fc2"),
-)
-"""Whisper."""
-
 
 # ---------------------------------------------------------------- decoders
 

@@ -15,7 +15,7 @@ block. DeepSeek's layers with experts are numbered separately from the dense lay
 one in Kimi K2.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, decoder_keymap
@@ -28,15 +28,13 @@ from jaxadapt.keymaps.weight import Weight
 _OURS, _HF = "decoder.layers_{l}.", "model.layers.{l}."
 _QUERY, _KEY = f"{_OURS}self_attention.query.kernel", f"{_OURS}self_attention.key.kernel"
 _Q_PROJ, _K_PROJ = f"{_HF}self_attn.q_proj.weight", f"{_HF}self_attn.k_proj.weight"
+_MLP_NAMES = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
 
 SHARED = (
     Weight("token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
     Weight(f"{_OURS}self_attention.value.kernel", f"{_HF}self_attn.v_proj.weight", "d k h -> (k h) d"),
     Weight(f"{_OURS}self_attention.out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
-    *(
-        Weight(f"{_OURS}mlp.{a}.kernel", f"{_HF}mlp.{b}_proj.weight", "i o -> o i")
-        for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
-    ),
+    *(Weight(f"{_OURS}mlp.{a}.kernel", f"{_HF}mlp.{b}_proj.weight", "i o -> o i") for a, b in _MLP_NAMES),
     *(
         Weight(f"{_OURS}{a}_self_attention_layer_norm.scale", f"{_HF}{b}_layernorm.weight", "d -> d")
         for a, b in (("pre", "input"), ("post", "post_attention"))
@@ -111,45 +109,62 @@ def _layer(
     scale: tuple[str, float] | None = None,
     prefix: str = _OURS,
     torch_prefix: str = _HF,
-) -> Iterator[Weight]:
-    attention = f"{prefix}self_attention{kind}."
-    query, q_proj = f"{attention}query.kernel", f"{torch_prefix}self_attn.q_proj.weight"
-    yield Weight(query, q_proj, "d n h -> (n h) d", scale=scale, layers=layers)
-    for name in ("key", "value"):
-        ours, key = f"{attention}{name}.kernel", f"{torch_prefix}self_attn.{name[0]}_proj.weight"
-        yield Weight(ours, key, "d k h -> (k h) d", layers=layers)
-    yield Weight(f"{attention}out.kernel", f"{torch_prefix}self_attn.o_proj.weight", "n h d -> d (n h)", layers=layers)
-    for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-        yield Weight(f"{prefix}mlp{kind}.{a}.kernel", f"{torch_prefix}mlp.{b}_proj.weight", "i o -> o i", layers=layers)
-    for a, b in _NORMS:
-        yield Weight(f"{prefix}{a}{kind}.scale", f"{torch_prefix}{b}.weight", "d -> d", shift=1.0, layers=layers)
+) -> tuple[Weight, ...]:
+    attention, torch = f"{prefix}self_attention{kind}.", f"{torch_prefix}self_attn."
+    return (
+        Weight(f"{attention}query.kernel", f"{torch}q_proj.weight", "d n h -> (n h) d", scale=scale, layers=layers),
+        *(
+            Weight(f"{attention}{name}.kernel", f"{torch}{name[0]}_proj.weight", "d k h -> (k h) d", layers=layers)
+            for name in ("key", "value")
+        ),
+        Weight(f"{attention}out.kernel", f"{torch}o_proj.weight", "n h d -> d (n h)", layers=layers),
+        *(
+            Weight(f"{prefix}mlp{kind}.{a}.kernel", f"{torch_prefix}mlp.{b}_proj.weight", "i o -> o i", layers=layers)
+            for a, b in _MLP_NAMES
+        ),
+        *(
+            Weight(f"{prefix}{a}{kind}.scale", f"{torch_prefix}{b}.weight", "d -> d", shift=1.0, layers=layers)
+            for a, b in _NORMS
+        ),
+    )
 
 
-def _gemma3_layer(layers: tuple[int, int] = (1, 0), prefix: str = _OURS, torch_prefix: str = _HF) -> Iterator[Weight]:
-    """Yield the entries of a Gemma 3 layer, which also has norms of queries and keys."""
-    yield from _layer("", layers, None, prefix, torch_prefix)
-    for name in ("query", "key"):
-        ours, key = f"{prefix}self_attention.{name}_norm.scale", f"{torch_prefix}self_attn.{name[0]}_norm.weight"
-        yield Weight(ours, key, "h -> h", shift=1.0, layers=layers)
+def _gemma3_layer(layers: tuple[int, int] = (1, 0), prefix: str = _OURS, torch_prefix: str = _HF) -> tuple[Weight, ...]:
+    """Return the entries of a Gemma 3 layer, which also has norms of queries and keys."""
+    norms = (
+        (f"{prefix}self_attention.{name}_norm.scale", f"{torch_prefix}self_attn.{name[0]}_norm.weight")
+        for name in ("query", "key")
+    )
+    return (
+        *_layer("", layers, None, prefix, torch_prefix),
+        *(Weight(ours, key, "h -> h", shift=1.0, layers=layers) for ours, key in norms),
+    )
 
 
 _GEMMA2_LAYERS = (*_layer("_local", (2, 0), ("h", -0.5)), *_layer("_global", (2, 1), ("h", -0.5)))
 GEMMA2 = make_keymap("gemma2", _GEMMA2_LAYERS, needs=tuple(w.leaf for w in _GEMMA2_LAYERS if w.shift), shared=_TOP)
-_GEMMA3_LAYER = tuple(_gemma3_layer())
+_GEMMA3_LAYER = _gemma3_layer()
 GEMMA3 = make_keymap("gemma3", _GEMMA3_LAYER, needs=tuple(w.leaf for w in _GEMMA3_LAYER if w.shift), shared=_TOP)
 
 
 def _blocks(size: str, layers: int) -> KeyMap:
     """Return the keymap of a stacked Gemma 3: one layer for each position in a block of six, and the remainder."""
     count, remainder = divmod(layers, 6)
-    blocks = [tuple(_gemma3_layer((6, place), f"{_OURS}layers_{place}.")) for place in range(6)]
-    entries = [w for block in blocks for w in block]
-    for place in range(remainder):
-        torch_prefix = _HF.replace("{l}", str(6 * count + place))
-        entries += _gemma3_layer((1, 0), f"decoder.layers_remainder.layers_{place}.", torch_prefix)
-    needs = tuple(w.leaf for w in entries)
-    counts = tuple((block[0].leaf, count) for block in blocks)
-    return make_keymap(f"gemma3-{size}", entries, needs, shared=_TOP, counts=counts)
+    blocks = [_gemma3_layer((6, place), f"{_OURS}layers_{place}.") for place in range(6)]
+    rest = [
+        _gemma3_layer(
+            prefix=f"decoder.layers_remainder.layers_{place}.", torch_prefix=f"model.layers.{6 * count + place}."
+        )
+        for place in range(remainder)
+    ]
+    entries = [w for layer in (*blocks, *rest) for w in layer]
+    return make_keymap(
+        f"gemma3-{size}",
+        entries,
+        tuple(w.leaf for w in entries),
+        shared=_TOP,
+        counts=tuple((block[0].leaf, count) for block in blocks),
+    )
 
 
 GEMMA3_4B, GEMMA3_12B, GEMMA3_27B = _blocks("4b", 34), _blocks("12b", 48), _blocks("27b", 62)
@@ -159,8 +174,8 @@ GEMMA3_4B, GEMMA3_12B, GEMMA3_27B = _blocks("4b", 34), _blocks("12b", 48), _bloc
 
 def _experts(
     block: str, torch: str, wide: str, down: str, halves: tuple[str, str], prefix: str = _OURS
-) -> Iterator[Weight]:
-    """Yield the entries of a layer's experts.
+) -> tuple[Weight, ...]:
+    """Return the entries of a layer's experts.
 
     Args:
         block: the name of the module.
@@ -171,11 +186,15 @@ def _experts(
         prefix: the prefix of the layer's names.
     """
     turned = wide == "e d f"
-    for ours, half in zip(("wi_0", "wi_1"), halves, strict=True):
-        key = f"{_HF}{torch}.experts.gate_up_proj[f {half}]"
-        yield Weight(f"{prefix}{block}.{ours}", key, f"e d f -> {wide}", kind="experts", fan_in_fan_out=turned)
-    key = f"{_HF}{torch}.experts.down_proj"
-    yield Weight(f"{prefix}{block}.wo", key, f"e f d -> {down}", kind="experts", fan_in_fan_out=turned)
+    experts = f"{_HF}{torch}.experts."
+    return tuple(
+        Weight(f"{prefix}{block}.{ours}", f"{experts}{key}", pattern, kind="experts", fan_in_fan_out=turned)
+        for ours, key, pattern in (
+            ("wi_0", f"gate_up_proj[f {halves[0]}]", f"e d f -> {wide}"),
+            ("wi_1", f"gate_up_proj[f {halves[1]}]", f"e d f -> {wide}"),
+            ("wo", "down_proj", f"e f d -> {down}"),
+        )
+    )
 
 
 def _router(block: str, torch: str, prefix: str = _OURS) -> Weight:
@@ -253,35 +272,45 @@ GPT_OSS_BLOCKS = _top("gpt_oss-blocks", (*_gpt_oss(f"{_BLOCK}0.", (2, 0)), *_gpt
 # DeepSeek V3: dense layers first; the layers with experts are numbered separately.
 
 
+def _deepseek_layer(prefix: str, mlp: str, torch_mlp: str) -> tuple[Weight, ...]:
+    attention, torch = f"{prefix}self_attention.", f"{_HF}self_attn."
+    return (
+        *(Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS),
+        *(
+            Weight(f"{attention}{a}.kernel", f"{torch}{b}.weight", pattern)
+            for a, b, pattern in (
+                ("wq_a", "q_a_proj", "d r -> r d"),
+                ("wq_b", "q_b_proj", "r n h -> (n h) r"),
+                ("wkv_a", "kv_a_proj_with_mqa", "d r -> r d"),
+                ("wkv_b", "kv_b_proj", "r n h -> (n h) r"),
+                ("out", "o_proj", "n h d -> d (n h)"),
+            )
+        ),
+        *(Weight(f"{attention}{a}_norm.scale", f"{torch}{a}_a_layernorm.weight", "d -> d") for a in ("q", "kv")),
+        *(Weight(f"{mlp}.{a}.kernel", f"{_HF}{torch_mlp}.{b}_proj.weight", "i o -> o i") for a, b in _MLP_NAMES),
+    )
+
+
 def _deepseek(name: str, dense: int) -> KeyMap:
-    entries: list[Weight] = []
-    for prefix, first in (("decoder.dense_layers_{l}.", 0), ("decoder.moe_layers_{l}.", dense)):
-        attention, block = f"{prefix}self_attention.", f"{prefix}DeepSeekMoeBlock_0."
-        layer_entries = [Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS]
-        for a, b, pattern in (
-            ("wq_a", "q_a_proj", "d r -> r d"),
-            ("wq_b", "q_b_proj", "r n h -> (n h) r"),
-            ("wkv_a", "kv_a_proj_with_mqa", "d r -> r d"),
-            ("wkv_b", "kv_b_proj", "r n h -> (n h) r"),
-            ("out", "o_proj", "n h d -> d (n h)"),
-        ):
-            layer_entries.append(Weight(f"{attention}{a}.kernel", f"{_HF}self_attn.{b}.weight", pattern))
-        for a, b in (("q", "q_a"), ("kv", "kv_a")):
-            layer_entries.append(Weight(f"{attention}{a}_norm.scale", f"{_HF}self_attn.{b}_layernorm.weight", "d -> d"))
-        mlp = (f"{prefix}mlp.", f"{_HF}mlp.") if not first else (f"{block}shared_experts.", f"{_HF}mlp.shared_experts.")
-        for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
-            layer_entries.append(Weight(f"{mlp[0]}{a}.kernel", f"{mlp[1]}{b}_proj.weight", "i o -> o i"))
-        if first:
-            layer_entries += [
-                _router("MoeBlock_0", "mlp.gate", block),
-                *_experts("MoeBlock_0", "mlp", *_USUAL, prefix=block),
-            ]
-            bias = f"{_HF}mlp.gate.e_score_correction_bias"  # not a parameter, so it is always stacked on axis 0
-            layer_entries.append(Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", layers=(1, 0, 0)))
-        entries += [_with_layers((1, first), w) for w in layer_entries]
-    needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and not w.scan)
-    counts = ((next(w.leaf for w in entries if "dense_layers" in w.leaf), dense),)
-    return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=EACH_DEEPSEEK, counts=counts)
+    """Return the keymap of a model with this number of dense layers before those with experts."""
+    prefix, block = "decoder.moe_layers_{l}.", "decoder.moe_layers_{l}.DeepSeekMoeBlock_0."
+    bias = f"{_HF}mlp.gate.e_score_correction_bias"  # not a parameter, so it is always stacked on axis 0
+    sparse_layer = (
+        *_deepseek_layer(prefix, f"{block}shared_experts", "mlp.shared_experts"),
+        _router("MoeBlock_0", "mlp.gate", block),
+        *_experts("MoeBlock_0", "mlp", *_USUAL, prefix=block),
+        Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", layers=(1, 0, 0)),
+    )
+    first = _deepseek_layer("decoder.dense_layers_{l}.", "decoder.dense_layers_{l}.mlp", "mlp")
+    later = tuple(_with_layers((1, dense), w) for w in sparse_layer)
+    return make_keymap(
+        name,
+        (*first, *later),
+        tuple(w.leaf for w in later if not w.scan),
+        shared=_OUTSIDE,
+        expert_modules=EACH_DEEPSEEK,
+        counts=((first[0].leaf, dense),),
+    )
 
 
 DEEPSEEK_V3 = _deepseek("deepseek_v3", 3)
