@@ -1,7 +1,8 @@
-"""Configurations: the base class, `GenericConfig` for methods without a class of their own, and their text.
+"""Configurations: the base classes, `GenericConfig` for methods without a class of their own, and their text.
 
 `Config` holds the values of an `adapter_config.json`; `loads` reads the text, and `Config.to_json` writes it.
-`Change` is the size of the change that an adapter makes to a weight; NumPy is imported where it is used.
+`Change` is the size of the change that an adapter makes to a weight; NumPy is imported where it is used. The last base
+classes have the fields that several methods have, described and checked once.
 """
 
 from __future__ import annotations
@@ -12,85 +13,28 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
 
-from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, freeze, thaw
+from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, find_pattern_value, freeze, thaw
 from jaxadapt.configs.table import FACTS
-from jaxadapt.configs.validation import OBJECT, TASK_TYPES, TEXT, Problems, checked, checks_of, one_of
+from jaxadapt.configs.validation import (
+    COMMON,
+    OBJECT,
+    RANK,
+    TASK_TYPES,
+    TEXT,
+    Problems,
+    checked,
+    checks_of,
+    one_of,
+    read_peft_type,
+)
 from jaxadapt.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-# ---------------------------------------------------------------- peft type
-
-
-# Keys of mlx-lm's file of the same name. PEFT has only `num_layers` among them; it is read only without a peft_type.
-_MLX = ("lora_parameters", "fine_tune_type", "lora_layers", "adapter_path", "grad_checkpoint", "num_layers")
-
-
-def read_peft_type(values: object, source: str) -> str:
-    """Return the `peft_type` of a JSON object; raise `ConfigError` if it is not a PEFT configuration."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: expected a JSON object, found {json_kind(values)}")
-    values = cast("Mapping[str, Any]", values)
-    if "peft_type" not in values:
-        _refuse_untyped(values, source)
-    name: object = values["peft_type"]
-    if not isinstance(name, str):
-        raise ConfigError(f'{source}: peft_type: expected a string, found {json_kind(name)}; write for example "LORA"')
-    name = str.__str__(name)
-    if re.fullmatch("[A-Z][A-Z0-9_]*", name):
-        return name
-    # PEFT refuses "lora", "PeftType.LORA" and "prefix-tuning" too; the error names the valid spelling.
-    corrected = re.sub("[^A-Z0-9]+", "_", name.removeprefix("PeftType.").upper()).strip("_")
-    way_out = f'write "{corrected}"' if re.fullmatch("[A-Z][A-Z0-9_]*", corrected) else 'write for example "LORA"'
-    raise ConfigError(f"{source}: peft_type: expected a type in capitals, found {name!r}; {way_out}")
-
-
-def mlx_keys(values: Mapping[str, Any]) -> list[str]:
-    """Return the keys that show a configuration of mlx-lm; none for PEFT's.
-
-    >>> mlx_keys({"num_layers": 4, "iters": 10}), mlx_keys({"num_layers": 4, "peft_type": "P_TUNING"})
-    (['num_layers'], [])
-    """
-    return [] if "peft_type" in values else [key for key in _MLX if key in values]
-
-
-def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
-    """Raise `ConfigError` for values without a `peft_type`, with a suggestion by their keys."""
-    mlx = mlx_keys(values)
-    if mlx:
-        raise ConfigError(
-            f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}), whose"
-            " tensors have other names and layouts; `jaxadapt convert FOLDER OUT` reads mlx-lm's folder (with"
-            " adapters.safetensors) and writes PEFT's"
-        )
-    keys = ", ".join(sorted(values)[:12]) or "no key at all"
-    if "lora_alpha" in values or "lora_dropout" in values:
-        way_out = 'if this is a LoRA configuration, add "peft_type": "LORA"'
-    elif "init_ia3_weights" in values or "feedforward_modules" in values:
-        way_out = 'if this is an IA3 configuration, add "peft_type": "IA3"'
-    else:
-        way_out = "this does not look like a PEFT configuration"
-    raise ConfigError(f"{source}: expected a peft_type, found none (keys: {keys}); {way_out}")
-
-
-def json_kind(value: object) -> str:
-    """Return the JSON kind of a value, with its article, for messages."""
-    if value is None:
-        return "null"
-    kinds: dict[type, str] = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-    }
-    return kinds.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
 
 
 # ---------------------------------------------------------------- change
@@ -191,14 +135,18 @@ class Config:
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, peft_type: str = "") -> None:
+        """Register the class for its type; the keyword states the default of the field `peft_type`."""
         super().__init_subclass__()
+        if peft_type:
+            cls.__annotations__ = {**cls.__annotations__, "peft_type": "str"}
+            cls.peft_type = peft_type
         if cls.peft_type:
             Config.classes[cls.peft_type] = cls
 
     def __new__(cls, *args: object, **values: object) -> Self:
         """Raise `ConfigError` with a suggestion for an unknown keyword; `__init__` would raise TypeError."""
-        names = _field_names(cls)
+        names = _defaults(cls)
         if args:
             first = "target_modules" if "target_modules" in names else "peft_type"
             raise ConfigError(
@@ -212,17 +160,17 @@ class Config:
     def _unknown(cls, name: str) -> str:
         import difflib  # only errors use it
 
-        similar = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _field_names(cls), 2))
+        similar = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _defaults(cls), 2))
         return f"{cls.__name__} has no field {name!r}; " + (
             f"it is called {similar}"
             if similar
-            else f"its fields are {', '.join(_field_names(cls))}; pass a key of another version in extra={{…}}"
+            else f"its fields are {', '.join(_defaults(cls))}; pass a key of another version in extra={{…}}"
         )
 
     def __post_init__(self) -> None:
         if type(self) is Config:
             raise ConfigError("Config is a base class; use LoraConfig, IA3Config or GenericConfig")
-        self._keep(_field_names(type(self)))
+        self._keep(_defaults(type(self)))
 
     def _keep(self, names: Iterable[str]) -> None:
         """Freeze the values of these fields, and check all fields."""
@@ -248,25 +196,35 @@ class Config:
         if own and self.peft_type != own:
             problems.add("peft_type", f'"{own}"', self.peft_type, "use jaxadapt.Config.from_dict to read any type")
         for name, check in checks_of(type(self)):
-            check(problems, name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None or _defaults(type(self))[name] is not None:
+                check(problems, name, value)
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return
-        for key in sorted(set(self.extra) & set(_field_names(type(self))) - {"extra"}):
+        for key in sorted(set(self.extra) & _defaults(type(self)).keys() - {"extra"}):
             problems.add(f"extra[{key!r}]", f"no key that is a field of {type(self).__name__}", self.extra[key])
-        for key, value in self.extra.items():
-            problems.common(key, value)
+        for key in sorted(set(self.extra) & COMMON.keys()):  # read from any configuration, also without the field
+            COMMON[key](problems, key, self.extra[key])
 
     def _check_layers(self, problems: Problems, *, with_expression: bool) -> None:
         """Add a problem if the fields of layers have no effect; `with_expression` if an expression may go with them."""
         pattern, targets = self.get("layers_pattern"), self.get("target_modules")
         if pattern and self.get("layers_to_transform") is None:
-            way_out = "set layers_to_transform, or remove the pattern"
-            problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
+            problems.add(
+                "layers_pattern",
+                "null if layers_to_transform is null",
+                pattern,
+                "set layers_to_transform, or remove the pattern",
+            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(targets, str) and not with_expression and self.get(name) is not None:
-                way_out = "write the layers into the expression, or make target_modules a list"
-                problems.add(name, "null if target_modules is a string", self.get(name), way_out)
+                problems.add(
+                    name,
+                    "null if target_modules is a string",
+                    self.get(name),
+                    "write the layers into the expression, or make target_modules a list",
+                )
 
     @cached_property
     def _lookup_cache(self) -> dict[tuple[str, str], Any]:
@@ -291,14 +249,13 @@ class Config:
         return self._cached("index", key, lambda patterns: PatternIndex(key, patterns))
 
     @cached_property
-    def _identity(self) -> tuple[Any, ...]:
-        """The values that equality and hash compare."""
-        values: list[Any] = []
-        for item in dataclasses.fields(self):
-            if item.compare and item.name != "extra":
-                values.append(_unordered(item.name, getattr(self, item.name)))
-        values.append(FrozenDict({key: _unordered(key, value) for key, value in self.extra.items()}))
-        return tuple(values)
+    def _identity(self) -> FrozenDict:
+        """The values that equality and hash compare. No key of `extra` is a field."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.compare}
+        values |= values.pop("extra")
+        return FrozenDict(
+            {key: frozenset(x) if key in _UNORDERED and isinstance(x, tuple) else x for key, x in values.items()}
+        )
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -316,12 +273,15 @@ class Config:
         >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 1})
         GenericConfig(peft_type='XLORA', extra={'xlora_depth': 1})
         """
-        values = [(item.name, getattr(self, item.name), item) for item in dataclasses.fields(self)]
-        changed = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
+        changed = [
+            f"{name}={thaw(getattr(self, name))!r}"
+            for name, default in _defaults(type(self)).items()
+            if getattr(self, name) != default
+        ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _field_names(type(self))}
+        return {name: getattr(self, name) for name in _defaults(type(self))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -338,7 +298,7 @@ class Config:
         >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 2}).get("xlora_depth")
         2
         """
-        if key != "extra" and key in _field_names(type(self)):
+        if key != "extra" and key in _defaults(type(self)):
             return getattr(self, key)
         return self.extra.get(key, default)
 
@@ -348,11 +308,11 @@ class Config:
         Raises:
             ConfigError: a name is no field, or a value is invalid.
         """
-        unknown = sorted(set(changes) - set(_field_names(type(self))))
+        unknown = sorted(changes.keys() - _defaults(type(self)).keys())
         if unknown:
             raise ConfigError("\n".join(self._unknown(name) for name in unknown))
         new = object.__new__(type(self))
-        for name in _field_names(type(self)):  # all but the cached properties
+        for name in _defaults(type(self)):  # all but the cached properties
             object.__setattr__(new, name, changes[name] if name in changes else getattr(self, name))
         new._keep(changes)
         return new
@@ -373,9 +333,8 @@ class Config:
         >>> class_of("LORA")(r=4, target_modules=["q"], use_dora=True).shown_fields()
         {'r': 4, 'lora_alpha': 8, 'use_dora': True}
         """
-        plain = {item.name: _default(item) for item in dataclasses.fields(self)}
-        hidden = {item.name for item in dataclasses.fields(Config)} | {"target_modules"}
-        main = FACTS[self.peft_type].main_fields
+        plain, main = _defaults(type(self)), FACTS[self.peft_type].main_fields
+        hidden = {*_defaults(Config), "target_modules"}
         values = {name: thaw(getattr(self, name)) for name in plain} | thaw(self.extra)
         return {
             name: value
@@ -397,17 +356,23 @@ class Config:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""
         x, y = self.to_dict(), other.to_dict()
         ignored = {f.name for f in dataclasses.fields(self) if not f.compare}
-        keys = [key for key in self.changed_keys(other) if key not in ignored]
-        return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} {theirs})" for key in keys)
+        return ", ".join(
+            f"{key} ({x.get(key)!r} attached, {y.get(key)!r} {theirs})"
+            for key in self.changed_keys(other)
+            if key not in ignored
+        )
 
     def changed_keys(self, other: Config) -> list[str]:
         """Return the keys whose values differ, sorted."""
-        x, y = ({key: _ordered(value) for key, value in config.to_dict().items()} for config in (self, other))
+        x, y = (
+            {key: list(value.items()) if isinstance(value, dict) else value for key, value in config.to_dict().items()}
+            for config in (self, other)
+        )
         return [key for key in sorted(x | y) if x.get(key) != y.get(key)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values under the keys of `adapter_config.json`, in its order."""
-        known = {name: thaw(getattr(self, name)) for name in _field_names(type(self)) if name != "extra"}
+        known = {name: thaw(getattr(self, name)) for name in _defaults(type(self)) if name != "extra"}
         return dict(sorted({**known, **thaw(self.extra)}.items()))
 
     def to_json(self) -> str:
@@ -436,9 +401,8 @@ class Config:
         FrozenDict({'xlora_depth': 1})
         """
         if cls is Config:
-            name = read_peft_type(values, source)
-            return cast("Self", (class_of(name) or GenericConfig).from_dict(values, source))
-        names = set(_field_names(cls)) - {"extra"}
+            return cast("Self", (class_of(read_peft_type(values, source)) or GenericConfig).from_dict(values, source))
+        names = _defaults(cls).keys() - {"extra"}
         known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
         extra = {key: value for key, value in values.items() if key not in names}
         try:
@@ -475,24 +439,85 @@ class GenericConfig(Config):
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
 
 
-def _default(item: dataclasses.Field[Any]) -> Any:
-    factory = item.default_factory
-    return item.default if factory is dataclasses.MISSING else factory()
-
-
 @cache
-def _field_names(cls: type[Config]) -> tuple[str, ...]:
-    return tuple(item.name for item in dataclasses.fields(cls))
+def _defaults(cls: type[Config]) -> Mapping[str, Any]:
+    """Return `{field: its default}` of a class."""
+    return {
+        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for item in dataclasses.fields(cls)
+    }
 
 
-def _ordered(value: Any) -> Any:
-    return list(cast("dict[str, Any]", value).items()) if isinstance(value, dict) else value
+# ---------------------------------------------------------------- fields of several methods
 
 
-def _unordered(name: str, value: Any) -> Any:
-    if name in _UNORDERED and isinstance(value, tuple):
-        return frozenset(cast("tuple[Any, ...]", value))
-    return value
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MethodConfig(Config):
+    """A configuration of a method.
+
+    Fields that several methods have (`target_modules`, `modules_to_save`, `layers_pattern`, …) have the same check
+    everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values. Another
+    check is stated with the default: `checked(RANK, 8)` for a positive integer, `SIZE` (an integer of at least 0),
+    `INTEGER` (also null), `NUMBER`, `PROBABILITY`, `TEXT`, `OBJECT`, `RANKS` and `NUMBERS` (objects of patterns with
+    such values), `one_of(…)` of the possible values, or `ANY`.
+    """
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        self._check_layers(problems, with_expression=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TargetsConfig(MethodConfig):
+    """A configuration that selects modules; its fields are as in `LoraConfig`."""
+
+    target_modules: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LayersConfig(TargetsConfig):
+    """A configuration that selects modules of some layers; its fields are as in `LoraConfig`."""
+
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ExcludesConfig(LayersConfig):
+    """A configuration that leaves out some of the selected modules, as in `LoraConfig`."""
+
+    exclude_modules: str | Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class InitConfig(MethodConfig):
+    """A configuration of a method whose new adapter may change the weight or not.
+
+    Attributes:
+        init_weights: true starts without a change of the weight, unless the class states another meaning.
+    """
+
+    init_weights: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LinearConfig(InitConfig, LayersConfig):
+    """A configuration of a method for linear layers; `fan_in_fan_out` is as in `LoraConfig`."""
+
+    fan_in_fan_out: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RanksConfig(ExcludesConfig):
+    """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
+
+    r: int = checked(RANK, 8)
+    rank_pattern: Mapping[str, int] | None = FrozenDict()
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of one PyTorch module."""
+        return find_pattern_value(self.rank_pattern, module, self.r)
 
 
 # ---------------------------------------------------------------- serialization

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxadapt.configs.base import ExcludesConfig, LayersConfig, LinearConfig
 from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.configs.method_config import ExcludesConfig, LayersConfig, LinearConfig
 from jaxadapt.configs.validation import (
     INTEGER,
     POSITIVE,
@@ -25,18 +25,6 @@ from jaxadapt.configs.validation import (
     is_number,
     one_of,
 )
-
-__all__ = [
-    "C3AConfig",
-    "FourierFTConfig",
-    "PveraConfig",
-    "RandLoraConfig",
-    "TinyLoraConfig",
-    "UniLoraConfig",
-    "VBLoRAConfig",
-    "VeraConfig",
-    "WaveFTConfig",
-]
 
 
 def _refuse_alternatives(problems: Problems, name: str, patterns: Mapping[str, Any] | None) -> None:
@@ -53,7 +41,7 @@ _UNGROUPED = all_of(RANKS, _refuse_alternatives)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class C3AConfig(LayersConfig):
+class C3AConfig(LayersConfig, peft_type="C3A"):
     """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
 
     Besides the attributes of `Config`:
@@ -73,7 +61,6 @@ class C3AConfig(LayersConfig):
     256
     """
 
-    peft_type: str = "C3A"
     block_size: int = checked(RANK, 256)
     bias: str = checked(one_of("none", "all", "c3a_only"), "none")
     block_size_pattern: Mapping[str, int] | None = checked(_UNGROUPED, FrozenDict())
@@ -83,7 +70,7 @@ class C3AConfig(LayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FourierFTConfig(ExcludesConfig, LinearConfig):
+class FourierFTConfig(ExcludesConfig, LinearConfig, peft_type="FOURIERFT"):
     """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
 
     Besides the attributes of `Config`:
@@ -105,7 +92,6 @@ class FourierFTConfig(ExcludesConfig, LinearConfig):
     1000
     """
 
-    peft_type: str = "FOURIERFT"
     n_frequency: int = checked(RANK, 1000)
     scaling: float = 150.0
     random_loc_seed: int = 777
@@ -115,7 +101,7 @@ class FourierFTConfig(ExcludesConfig, LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PveraConfig(LinearConfig):
+class PveraConfig(LinearConfig, peft_type="PVERA"):
     """PVeRA (arXiv:2512.07703): VeRA whose vector over ranks is the mean and the variance of a distribution.
 
     Besides the attributes of `Config`:
@@ -139,7 +125,6 @@ class PveraConfig(LinearConfig):
     256
     """
 
-    peft_type: str = "PVERA"
     r: int = checked(RANK, 256)
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -151,7 +136,7 @@ class PveraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RandLoraConfig(LinearConfig):
+class RandLoraConfig(LinearConfig, peft_type="RANDLORA"):
     """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
 
     Besides the attributes of `Config`:
@@ -174,7 +159,6 @@ class RandLoraConfig(LinearConfig):
     640
     """
 
-    peft_type: str = "RANDLORA"
     r: int = checked(RANK, 32)
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -186,7 +170,7 @@ class RandLoraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(LayersConfig):
+class TinyLoraConfig(LayersConfig, peft_type="TINYLORA"):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -212,7 +196,6 @@ class TinyLoraConfig(LayersConfig):
     64
     """
 
-    peft_type: str = "TINYLORA"
     r: int = checked(RANK, 2)
     u: int = checked(RANK, 64)
     weight_tying: float = checked(expects("a number in [0, 1]", lambda x: is_number(x) and 0 <= x <= 1), 0.0)
@@ -226,7 +209,7 @@ class TinyLoraConfig(LayersConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class UniLoraConfig(LinearConfig):
+class UniLoraConfig(LinearConfig, peft_type="UNILORA"):
     """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
 
     Besides the attributes of `Config`:
@@ -249,7 +232,6 @@ class UniLoraConfig(LinearConfig):
     256
     """
 
-    peft_type: str = "UNILORA"
     r: int = checked(RANK, 4)
     proj_seed: int = 42
     theta_d_length: int = checked(RANK, 256)
@@ -260,7 +242,7 @@ class UniLoraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VBLoRAConfig(ExcludesConfig):
+class VBLoRAConfig(ExcludesConfig, peft_type="VBLORA"):
     """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
 
     Besides the attributes of `Config`:
@@ -285,7 +267,6 @@ class VBLoRAConfig(ExcludesConfig):
     256
     """
 
-    peft_type: str = "VBLORA"
     r: int = checked(RANK, 4)
     num_vectors: int = checked(RANK, 256)
     vector_length: int = checked(RANK, 256)
@@ -304,7 +285,7 @@ class VBLoRAConfig(ExcludesConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VeraConfig(LinearConfig):
+class VeraConfig(LinearConfig, peft_type="VERA"):
     """VeRA (arXiv:2310.11454): two vectors per module scale random projections that all modules share.
 
     Besides the attributes of `Config`:
@@ -326,7 +307,6 @@ class VeraConfig(LinearConfig):
     256
     """
 
-    peft_type: str = "VERA"
     r: int = checked(RANK, 256)
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -336,7 +316,7 @@ class VeraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WaveFTConfig(ExcludesConfig, LinearConfig):
+class WaveFTConfig(ExcludesConfig, LinearConfig, peft_type="WAVEFT"):
     """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
 
     Besides the attributes of `Config`:
@@ -361,7 +341,6 @@ class WaveFTConfig(ExcludesConfig, LinearConfig):
     'db1'
     """
 
-    peft_type: str = "WAVEFT"
     n_frequency: int = checked(RANK, 2592)
     scaling: float = 25.0
     wavelet_family: str = "db1"

@@ -55,8 +55,10 @@ class PatternIndex:
 
     def matching(self, name: str) -> list[int]:
         """Return the positions of all patterns that match a name, ascending."""
-        expressions = {order for order, key in self._expressions.items() if match(self._field, key, name)}
-        return sorted(expressions | self._match_plain(name))
+        return sorted(
+            {order for order, key in self._expressions.items() if match(self._field, key, name)}
+            | self._match_plain(name)
+        )
 
     def first(self, name: str) -> int | None:
         """Return the position of the first pattern that matches a name; None if no pattern matches."""
@@ -117,12 +119,11 @@ class FrozenDict(Mapping[str, Any]):
             TypeError: a key is not a string, or JSON cannot hold a value.
         """
         source: Mapping[Any, Any] = items or {}
-        for key in source:
+        plain: dict[str, Frozen] = {}
+        for key, value in source.items():
             if not isinstance(key, str):
                 raise TypeError(f"keys must be strings, found the key {key!r} ({type(key).__name__})")
             _check_text(key)
-        plain: dict[str, Frozen] = {}
-        for key, value in source.items():
             try:
                 plain[str.__str__(key)] = freeze(value)
             except TypeError as error:
@@ -278,8 +279,9 @@ def freeze(value: object) -> Frozen:
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in cast("list[object]", value))
     if isinstance(value, Set):
-        items = [freeze(item) for item in cast("Set[object]", value)]
-        return tuple(sorted(items, key=lambda item: (type(item).__name__, item)))
+        return tuple(
+            sorted([freeze(item) for item in cast("Set[object]", value)], key=lambda item: (type(item).__name__, item))
+        )
     raise TypeError(f"found {value!r} ({type(value).__name__}), which JSON cannot hold")
 
 

@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from jaxadapt.configs.base import Change, Config
+from jaxadapt.configs.base import Change, Config, ExcludesConfig, InitConfig, LinearConfig, MethodConfig, TargetsConfig
 from jaxadapt.configs.matching import is_feedforward
-from jaxadapt.configs.method_config import ExcludesConfig, LinearConfig, MethodConfig, TargetsConfig
 from jaxadapt.configs.validation import (
     FLAG_OR_NULL,
     INTEGER,
@@ -28,23 +27,9 @@ from jaxadapt.configs.validation import (
     patterns,
 )
 
-__all__ = [
-    "BOFTConfig",
-    "BeftConfig",
-    "HRAConfig",
-    "IA3Config",
-    "LNTuningConfig",
-    "OFTConfig",
-    "OSFConfig",
-    "RoadConfig",
-    "ShiraConfig",
-    "SupertuningConfig",
-    "TrainableTokensConfig",
-]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BeftConfig(TargetsConfig):
+class BeftConfig(InitConfig, TargetsConfig, peft_type="BEFT"):
     """BEFT: a trained vector is added to the output of each module, as a bias.
 
     Besides the attributes of `Config`:
@@ -61,12 +46,9 @@ class BeftConfig(TargetsConfig):
     True
     """
 
-    peft_type: str = "BEFT"
-    init_weights: bool = True
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BOFTConfig(ExcludesConfig, LinearConfig):
+class BOFTConfig(ExcludesConfig, LinearConfig, peft_type="BOFT"):
     """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
 
     Besides the attributes of `Config`:
@@ -88,7 +70,6 @@ class BOFTConfig(ExcludesConfig, LinearConfig):
     4
     """
 
-    peft_type: str = "BOFT"
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = checked(RANK, 1)
@@ -99,12 +80,16 @@ class BOFTConfig(ExcludesConfig, LinearConfig):
         super()._check(problems)
         size, number = self.boft_block_size, self.boft_block_num
         if (size == 0) == (number == 0):
-            way_out = "set one of them to 0"
-            problems.add("boft_block_size", "0 if boft_block_num is given, else the size of a block", size, way_out)
+            problems.add(
+                "boft_block_size",
+                "0 if boft_block_num is given, else the size of a block",
+                size,
+                "set one of them to 0",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HRAConfig(ExcludesConfig):
+class HRAConfig(InitConfig, ExcludesConfig, peft_type="HRA"):
     """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -122,15 +107,13 @@ class HRAConfig(ExcludesConfig):
     8
     """
 
-    peft_type: str = "HRA"
     r: int = checked(RANK, 8)
     apply_GS: bool = False
-    init_weights: bool = True
     bias: str = checked(one_of("none", "all", "hra_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class IA3Config(Config):
+class IA3Config(Config, peft_type="IA3"):
     """(IA)³ (arXiv:2205.05638): one trained vector per module scales the outputs, or the inputs of feedforward modules.
 
     The fields are PEFT's, in PEFT's order.
@@ -169,7 +152,6 @@ class IA3Config(Config):
     'IA3'
     """
 
-    peft_type: str = "IA3"
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     feedforward_modules: str | Collection[str] | None = None
@@ -198,12 +180,16 @@ class IA3Config(Config):
         if isinstance(targets, tuple) and isinstance(inputs, tuple):
             untargeted = sorted(set(inputs) - set(targets), key=str)
             if untargeted:
-                way_out = "add them to target_modules, or remove them here"
-                problems.add("feedforward_modules", "a subset of target_modules", untargeted, way_out)
+                problems.add(
+                    "feedforward_modules",
+                    "a subset of target_modules",
+                    untargeted,
+                    "add them to target_modules, or remove them here",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LNTuningConfig(MethodConfig):
+class LNTuningConfig(MethodConfig, peft_type="LN_TUNING"):
     """LN tuning (arXiv:2312.11420): full training of the norms of a model.
 
     Besides the attributes of `Config`:
@@ -220,14 +206,13 @@ class LNTuningConfig(MethodConfig):
     'LN_TUNING'
     """
 
-    peft_type: str = "LN_TUNING"
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     modules_to_save: str | Collection[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OFTConfig(ExcludesConfig, LinearConfig):
+class OFTConfig(ExcludesConfig, LinearConfig, peft_type="OFT"):
     """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -253,7 +238,6 @@ class OFTConfig(ExcludesConfig, LinearConfig):
     32
     """
 
-    peft_type: str = "OFT"
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = checked(PROBABILITY, 0.0)
@@ -274,7 +258,7 @@ _KEPT = expects("a positive number or null", lambda x: x is None or (is_number(x
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OSFConfig(TargetsConfig):
+class OSFConfig(TargetsConfig, peft_type="OSF"):
     """OSF (arXiv:2504.07097): the small singular directions of a weight are trained, and the large ones are kept.
 
     Besides the attributes of `Config`:
@@ -295,7 +279,6 @@ class OSFConfig(TargetsConfig):
     >>> OSFConfig(target_modules=["q_proj"]).effective_rank
     """
 
-    peft_type: str = "OSF"
     effective_rank: int | float | None = checked(_KEPT, None)
     rank_pattern: Mapping[str, int | float] | None = checked(patterns(_KEPT), None)
     init_weights: bool | None = checked(one_of(True, False, None), True)
@@ -303,7 +286,7 @@ class OSFConfig(TargetsConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RoadConfig(TargetsConfig):
+class RoadConfig(InitConfig, TargetsConfig, peft_type="ROAD"):
     """RoAd (arXiv:2409.00119): pairs of outputs of a module are rotated and scaled.
 
     Besides the attributes of `Config`:
@@ -322,14 +305,12 @@ class RoadConfig(TargetsConfig):
     'road_1'
     """
 
-    peft_type: str = "ROAD"
     variant: str = checked(one_of("road_1", "road_2", "road_4"), "road_1")
     group_size: int = checked(all_of(RANK, expects("an even number", lambda x: x % 2 == 0)), 64)
-    init_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ShiraConfig(TargetsConfig):
+class ShiraConfig(InitConfig, TargetsConfig, peft_type="SHIRA"):
     """SHiRA (arXiv:2406.13175): a sparse change of the weight, at positions that stay fixed.
 
     Besides the attributes of `Config`:
@@ -349,16 +330,14 @@ class ShiraConfig(TargetsConfig):
     32
     """
 
-    peft_type: str = "SHIRA"
     r: int = checked(RANK, 32)
     mask_type: str = "random"
     random_seed: int | None = checked(INTEGER, None)
     fan_in_fan_out: bool = False
-    init_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class SupertuningConfig(TargetsConfig):
+class SupertuningConfig(InitConfig, TargetsConfig, peft_type="SUPERTUNING"):
     """Super-Tuning (arXiv:2607.09287): a change of the largest entries of a weight, optionally with LoRA's.
 
     Besides the attributes of `Config`:
@@ -381,13 +360,11 @@ class SupertuningConfig(TargetsConfig):
     8
     """
 
-    peft_type: str = "SUPERTUNING"
     sparsity: float = checked(PROBABILITY, 0.99)
     select_top: bool = True
     r: int | None = checked(RANK, None)
     lora_alpha: float | None = checked(NUMBER, None)
     lora_dropout: float = checked(PROBABILITY, 0.0)
-    init_weights: bool = True
     save_precomputed_indices: bool = True
 
     def __post_init__(self) -> None:
@@ -405,7 +382,7 @@ _TOKENS = expects("a list of integers from 0 on", lambda x: is_ints(x) and min(x
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TrainableTokensConfig(MethodConfig):
+class TrainableTokensConfig(InitConfig, peft_type="TRAINABLE_TOKENS"):
     """Training of single rows of an embedding, as LoRA's `trainable_token_indices` without LoRA.
 
     Besides the attributes of `Config`:
@@ -422,14 +399,16 @@ class TrainableTokensConfig(MethodConfig):
     (5, 7)
     """
 
-    peft_type: str = "TRAINABLE_TOKENS"
     token_indices: Collection[int] = checked(_TOKENS, ())
     target_modules: str | Collection[str] | None = None
-    init_weights: bool = True
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         indices = self.get("token_indices")
         if "token_indices" not in problems and len(set(indices)) < len(indices):
-            repeated = sorted({i for i in indices if tuple(indices).count(i) > 1})
-            problems.add("token_indices", "each token once", repeated, "remove the repeated tokens")
+            problems.add(
+                "token_indices",
+                "each token once",
+                sorted({i for i in indices if tuple(indices).count(i) > 1}),
+                "remove the repeated tokens",
+            )

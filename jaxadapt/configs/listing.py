@@ -68,8 +68,11 @@ def describe_methods() -> tuple[MethodInfo, ...]:
     >>> [info.paper for info in describe_methods() if info.peft_type == "VERA"]
     ['https://arxiv.org/abs/2310.11454']
     """
-    types = sorted({*FACTS, *Config.classes})
-    return tuple(_describe(peft_type, cls) for peft_type in types if (cls := class_of(peft_type)) is not None)
+    return tuple(
+        _describe(peft_type, cls)
+        for peft_type in sorted({*FACTS, *Config.classes})
+        if (cls := class_of(peft_type)) is not None
+    )
 
 
 def passing_types() -> dict[str, str]:
@@ -98,7 +101,10 @@ def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:
     number = re.search(r"arXiv:(\d+\.\d+)", first)
     title, colon, text = first.partition(": ")
     summary = (text if colon else title).removesuffix(".")
-    source = f"peft/tuners/{peft_type.lower()}" if peft_type in PEFT_TYPES else ""
     return MethodInfo(
-        peft_type, summary, f"https://arxiv.org/abs/{number[1]}" if number else "", source, FACTS[peft_type]
+        peft_type,
+        summary,
+        f"https://arxiv.org/abs/{number[1]}" if number else "",
+        f"peft/tuners/{peft_type.lower()}" if peft_type in PEFT_TYPES else "",
+        FACTS[peft_type],
     )

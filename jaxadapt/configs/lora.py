@@ -32,9 +32,6 @@ from jaxadapt.configs.validation import (
 )
 from jaxadapt.core.errors import ConfigError, raise_listed
 
-__all__ = ["LoraConfig"]
-
-
 # ---------------------------------------------------------------- lora variants
 
 
@@ -188,7 +185,7 @@ class LoraFields(Config):
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, Any] | None = None
-    alpha_pattern: Mapping[str, int | float] | None = checked(NUMBERS, FrozenDict())
+    alpha_pattern: Mapping[str, int | float] = checked(NUMBERS, FrozenDict())
     megatron_config: Mapping[str, Any] | None = checked(OBJECT, None)
     megatron_core: str | None = checked(TEXT, "megatron.core")
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
@@ -212,7 +209,7 @@ class LoraFields(Config):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoraConfig(LoraFields):
+class LoraConfig(LoraFields, peft_type="LORA"):
     """LoRA (arXiv:2106.09685): y = W x + s · B A x with s = lora_alpha / r (or / √r with `use_rslora`).
 
     The fields are PEFT's, in PEFT's order. Sub-configurations of variants are objects and keep every key. "Refused"
@@ -303,9 +300,7 @@ class LoraConfig(LoraFields):
 
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
 
-    peft_type: str = "LORA"
     rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
-    alpha_pattern: Mapping[str, int | float] = checked(NUMBERS, FrozenDict())
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module or parameter.
@@ -419,8 +414,12 @@ class LoraConfig(LoraFields):
         expert_a, expert_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
         r_factors: list[Any] = [np.linalg.qr(x, mode="r") for x in (expert_b, np.swapaxes(expert_a, 1, 2))]
         s = np.linalg.svd(r_factors[0] @ np.swapaxes(r_factors[1], 1, 2), compute_uv=False)
-        effective = sum(map(effective_rank, s)) / experts
-        return Change(abs(scale) * float(np.sqrt((s**2).sum())), effective, expert_a.shape[1], float(scale))
+        return Change(
+            abs(scale) * float(np.sqrt((s**2).sum())),
+            sum(map(effective_rank, s)) / experts,
+            expert_a.shape[1],
+            float(scale),
+        )
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -430,8 +429,12 @@ class LoraConfig(LoraFields):
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            way_out = "unset lora_bias or use the default initialization"
-            problems.add("lora_bias", "false unless init_lora_weights is true or false", True, way_out)
+            problems.add(
+                "lora_bias",
+                "false unless init_lora_weights is true or false",
+                True,
+                "unset lora_bias or use the default initialization",
+            )
         if self.lora_bias and self.use_dora:
             problems.add("lora_bias", "false with use_dora", True, "unset one of them")
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+from jaxadapt.configs.base import ExcludesConfig, InitConfig, LinearConfig, RanksConfig
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.lora import LoraFields
-from jaxadapt.configs.method_config import ExcludesConfig, LinearConfig, RanksConfig
 from jaxadapt.configs.validation import (
     ANY,
     INTEGER,
@@ -28,23 +28,11 @@ from jaxadapt.configs.validation import (
     one_of,
 )
 
-__all__ = [
-    "AdaLoraConfig",
-    "DeftConfig",
-    "DeloraConfig",
-    "GraloraConfig",
-    "HiraConfig",
-    "LoHaConfig",
-    "LoKrConfig",
-    "MissConfig",
-    "PeanutConfig",
-]
-
 _DECAY = expects("a number in (0, 1)", lambda x: is_number(x) and 0 < x < 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AdaLoraConfig(LoraFields):
+class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
     """AdaLoRA (arXiv:2303.10512): LoRA with a diagonal E between A and B, whose ranks shrink during training.
 
     The fields are those of `LoraConfig` and the schedule of the allocator. PEFT ignores some of the former. Besides the
@@ -85,7 +73,6 @@ class AdaLoraConfig(LoraFields):
         "arrow_config", "kasa_config",
     )  # fmt: skip
 
-    peft_type: str = "ADALORA"
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, Collection[bool]] | None = checked(ANY, None)
     target_r: int = checked(RANK, 8)
@@ -104,8 +91,7 @@ class AdaLoraConfig(LoraFields):
         >>> AdaLoraConfig(init_r=3, rank_pattern={"0.q.lora_E": [True, False, True]}).mask_of("0.q")
         (True, False, True)
         """
-        masks = self.rank_pattern or {}
-        return tuple(masks.get(f"{module}.lora_E", (True,) * self.init_r))
+        return tuple((self.rank_pattern or {}).get(f"{module}.lora_E", (True,) * self.init_r))
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -115,16 +101,14 @@ class AdaLoraConfig(LoraFields):
                 problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
         steps, names = self.total_step or math.inf, ("tinit", "tfinal", "total_step")
         if not any(name in problems for name in names) and self.tinit >= steps - self.tfinal:
-            way_out = "decrease tinit or tfinal, or increase total_step"
-            problems.add("tinit", "less than total_step - tfinal", self.tinit, way_out)
-        self._check_masks(problems)
-
-    def _check_masks(self, problems: Problems) -> None:
-        masks: Any = self.rank_pattern
-        if masks is not None and not isinstance(masks, FrozenDict):
+            problems.add(
+                "tinit", "less than total_step - tfinal", self.tinit, "decrease tinit or tfinal, or increase total_step"
+            )
+        masks: Any = FrozenDict() if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(masks, FrozenDict):
             problems.add("rank_pattern", "an object of module.lora_E -> list of booleans, or null", masks)
             return
-        for key, mask in (masks or {}).items():
+        for key, mask in masks.items():
             if not isinstance(mask, tuple) or not all(isinstance(kept, bool) for kept in cast("tuple[Any, ...]", mask)):
                 problems.add(f"rank_pattern[{key!r}]", "a list of booleans", mask)
             elif len(cast("tuple[Any, ...]", mask)) != self.init_r or not f".{key}".endswith(".lora_E"):
@@ -132,7 +116,7 @@ class AdaLoraConfig(LoraFields):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(ExcludesConfig, LinearConfig):
+class DeftConfig(ExcludesConfig, LinearConfig, peft_type="DEFT"):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -155,7 +139,6 @@ class DeftConfig(ExcludesConfig, LinearConfig):
     'relu'
     """
 
-    peft_type: str = "DEFT"
     r: int = checked(RANK, 8)
     decomposition_method: str = checked(one_of("relu", "qr"), "relu")
     init_scale: float = 1.0
@@ -166,7 +149,7 @@ class DeftConfig(ExcludesConfig, LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeloraConfig(RanksConfig):
+class DeloraConfig(InitConfig, RanksConfig, peft_type="DELORA"):
     """DeLoRA (arXiv:2503.18225): a low-rank change whose components have unit length and one learned strength.
 
     Besides the attributes of `Config`:
@@ -187,16 +170,14 @@ class DeloraConfig(RanksConfig):
     15
     """
 
-    peft_type: str = "DELORA"
     delora_lambda: int | float = checked(NUMBER, 15)
     module_dropout: float = checked(PROBABILITY, 0.0)
     bias: str = checked(one_of("none", "all", "delora_only"), "none")
-    init_weights: bool = True
     lambda_pattern: Mapping[str, float] | None = checked(NUMBERS, FrozenDict())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class GraloraConfig(LinearConfig):
+class GraloraConfig(LinearConfig, peft_type="GRALORA"):
     """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
 
     Besides the attributes of `Config`:
@@ -217,7 +198,6 @@ class GraloraConfig(LinearConfig):
     2
     """
 
-    peft_type: str = "GRALORA"
     r: int = checked(RANK, 32)
     hybrid_r: int = checked(SIZE, 0)
     alpha: int | float = checked(NUMBER, 64)
@@ -232,7 +212,7 @@ class GraloraConfig(LinearConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HiraConfig(ExcludesConfig):
+class HiraConfig(ExcludesConfig, peft_type="HIRA"):
     """HiRA (Huang et al., ICLR 2025): the change of a weight is its elementwise product with a low-rank matrix.
 
     Besides the attributes of `Config`:
@@ -253,7 +233,6 @@ class HiraConfig(ExcludesConfig):
     32
     """
 
-    peft_type: str = "HIRA"
     r: int = checked(RANK, 32)
     hira_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
@@ -266,7 +245,7 @@ class HiraConfig(ExcludesConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoHaConfig(RanksConfig):
+class LoHaConfig(InitConfig, RanksConfig, peft_type="LOHA"):
     """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
 
     Besides the attributes of `Config`:
@@ -289,17 +268,15 @@ class LoHaConfig(RanksConfig):
     8
     """
 
-    peft_type: str = "LOHA"
     alpha_pattern: Mapping[str, float] | None = FrozenDict()
     alpha: int | float = checked(NUMBER, 8)
     rank_dropout: float = checked(PROBABILITY, 0.0)
     module_dropout: float = checked(PROBABILITY, 0.0)
     use_effective_conv2d: bool = False
-    init_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoKrConfig(RanksConfig):
+class LoKrConfig(RanksConfig, peft_type="LOKR"):
     """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
 
     Besides the attributes of `Config`:
@@ -326,7 +303,6 @@ class LoKrConfig(RanksConfig):
     -1
     """
 
-    peft_type: str = "LOKR"
     alpha_pattern: Mapping[str, float] | None = FrozenDict()
     alpha: int | float = checked(NUMBER, 8)
     rank_dropout: float = checked(PROBABILITY, 0.0)
@@ -339,7 +315,7 @@ class LoKrConfig(RanksConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(ExcludesConfig):
+class MissConfig(ExcludesConfig, peft_type="MISS"):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:
@@ -359,7 +335,6 @@ class MissConfig(ExcludesConfig):
     64
     """
 
-    peft_type: str = "MISS"
     r: int = checked(RANK, 64)
     miss_dropout: float = checked(PROBABILITY, 0.0)
     mini_r: int = checked(RANK, 1)
@@ -368,7 +343,7 @@ class MissConfig(ExcludesConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PeanutConfig(ExcludesConfig):
+class PeanutConfig(InitConfig, ExcludesConfig, peft_type="PEANUT"):
     """PEANuT (arXiv:2410.01870): a small neural network of the weight computes its change.
 
     Besides the attributes of `Config`:
@@ -389,9 +364,7 @@ class PeanutConfig(ExcludesConfig):
     32
     """
 
-    peft_type: str = "PEANUT"
     r: int = checked(RANK, 32)
     depth: int = checked(SIZE, 0)
     act_fn: str = "relu"
     scaling: float = 1.0
-    init_weights: bool = True

@@ -175,8 +175,7 @@ def resolve_targets(
             'target_modules: cannot resolve "all-linear", because it is unknown which modules are linear; list the'
             " modules instead"
         )
-    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
-    all_modules = parents.union(names)
+    all_modules = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.union(names)
     left_out = {output}
     if config.task_type == "SEQ_CLS" and output not in all_modules:
         left_out = {next((head for head in ("score", "classifier") if head in all_modules), None)}
@@ -221,8 +220,7 @@ def select_names(
     chosen = tuple(name for name in names if is_target(resolved, name))
     if chosen or config.get("target_parameters"):
         return chosen
-    targets = config.get("target_modules")
-    if targets is None:
+    if config.get("target_modules") is None:
         raise errors.TargetError(
             "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
             f" the modules. Available are {errors.describe_available(names)}"
@@ -259,8 +257,9 @@ def in_layers(config: Config, name: str) -> bool:
         # Any layer list: a segment, a number, and more. As in PEFT, another segment must precede it.
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
-        entries = (patterns,) if isinstance(patterns, str) else patterns
-        hits = (match("layers_pattern", entry, name) for entry in entries)
+        hits = (
+            match("layers_pattern", entry, name) for entry in ((patterns,) if isinstance(patterns, str) else patterns)
+        )
         hit = next((hit for hit in hits if hit), None)
     # An alternation ("layers|h") can match without reaching the number; then the layer is unknown.
     number = None if hit is None else hit["idx"]

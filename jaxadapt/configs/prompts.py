@@ -5,11 +5,11 @@ The fields and defaults are those of PEFT 0.21.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
+from jaxadapt.configs.base import MethodConfig
 from jaxadapt.configs.validation import (
     OBJECT,
     PROBABILITY,
@@ -24,19 +24,53 @@ from jaxadapt.configs.validation import (
     one_of,
 )
 
-__all__ = [
-    "AdaptionPromptConfig",
-    "CPTConfig",
-    "CartridgeConfig",
-    "MultitaskPromptTuningConfig",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptTuningConfig",
-]
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PromptLearningConfig(MethodConfig):
+    """The base class of the configurations whose adapter is a sequence of virtual tokens. Use one of its subclasses.
+
+    `adapt` fills the sizes of the base that are None in, as PEFT does, if it can trace the model (`example=`).
+
+    Attributes:
+        num_virtual_tokens: the number n of virtual tokens, a positive integer.
+        token_dim: the size of one virtual token: the width of the embeddings, or for keys and values the number of
+            their heads times the size of one head. None: the base's.
+        num_transformer_submodules: 2 for an encoder with a decoder, else 1. None: 2 if `task_type` is "SEQ_2_SEQ_LM".
+        num_attention_heads: the number of attention heads of the base; for keys and values that of their heads. None:
+            the base's.
+        num_layers: the number of attention layers of the base. None: the base's.
+        modules_to_save: modules that are trained in full beside the virtual tokens.
+    """
+
+    # The size fields that the file must state. PEFT fills in the others from the base when it loads.
+    _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim")
+
+    num_virtual_tokens: int | None = checked(RANK, None)
+    token_dim: int | None = checked(RANK, None)
+    num_transformer_submodules: int | None = checked(expects("1, 2 or null", lambda x: x in (1, 2)), None)
+    num_attention_heads: int | None = checked(RANK, None)
+    num_layers: int | None = checked(RANK, None)
+    modules_to_save: Collection[str] | None = None
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        width, heads = self.token_dim, self.num_attention_heads
+        if is_int(width) and is_int(heads) and width and heads and heads > 0 and width % heads:
+            problems.add("token_dim", f"a multiple of num_attention_heads={heads}", width)
+
+    @property
+    def submodules(self) -> int:
+        """The number of transformers in the base that get virtual tokens of their own."""
+        return self.num_transformer_submodules or (2 if self.task_type == "SEQ_2_SEQ_LM" else 1)
+
+    @property
+    def missing_sizes(self) -> tuple[str, ...]:
+        """The fields that must have a value before the adapter's tensors have shapes."""
+        return tuple(name for name in self._sizes if getattr(self, name) is None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AdaptionPromptConfig(MethodConfig):
+class AdaptionPromptConfig(MethodConfig, peft_type="ADAPTION_PROMPT"):
     """LLaMA-Adapter (arXiv:2303.16199): trained tokens that the last layers attend to, by a gate that starts closed.
 
     The fields are PEFT's. Those of every configuration are described in `Config`.
@@ -54,14 +88,13 @@ class AdaptionPromptConfig(MethodConfig):
     4
     """
 
-    peft_type: str = "ADAPTION_PROMPT"
     target_modules: str | None = checked(TEXT, None)
     adapter_len: int | None = checked(RANK, None)
     adapter_layers: int | None = checked(RANK, None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class CartridgeConfig(PromptLearningConfig):
+class CartridgeConfig(PromptLearningConfig, peft_type="CARTRIDGE"):
     """Cartridges (arXiv:2506.06266): a prefix of keys and values whose first tokens stay fixed.
 
     The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
@@ -80,7 +113,6 @@ class CartridgeConfig(PromptLearningConfig):
 
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
 
-    peft_type: str = "CARTRIDGE"
     num_frozen_tokens: int = checked(SIZE, 1)
 
     def _check(self, problems: Problems) -> None:
@@ -94,7 +126,7 @@ _TOKENS = expects("a list of integers of 0 or more", lambda x: is_ints(x) and mi
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class CPTConfig(PromptLearningConfig):
+class CPTConfig(PromptLearningConfig, peft_type="CPT"):
     """Context-aware prompt tuning (arXiv:2410.17222): the embeddings of examples, each moved by a short vector.
 
     The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
@@ -120,7 +152,6 @@ class CPTConfig(PromptLearningConfig):
     3
     """
 
-    peft_type: str = "CPT"
     cpt_token_ids: Sequence[int] | None = checked(_TOKENS, None)
     cpt_mask: Sequence[int] | None = checked(_TOKENS, None)
     cpt_tokens_type_mask: Sequence[int] | None = checked(_TOKENS, None)
@@ -158,7 +189,7 @@ class CPTConfig(PromptLearningConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PromptEncoderConfig(PromptLearningConfig):
+class PromptEncoderConfig(PromptLearningConfig, peft_type="P_TUNING"):
     """P-tuning (arXiv:2103.10385): prompt tuning whose embeddings are the output of a trained network.
 
     The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
@@ -179,7 +210,6 @@ class PromptEncoderConfig(PromptLearningConfig):
     'MLP'
     """
 
-    peft_type: str = "P_TUNING"
     encoder_reparameterization_type: str = checked(one_of("MLP", "LSTM"), "MLP")
     encoder_hidden_size: int | None = checked(RANK, None)
     encoder_num_layers: int = checked(RANK, 2)
@@ -187,7 +217,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(PromptLearningConfig, peft_type="PREFIX_TUNING"):
     """Prefix tuning (arXiv:2101.00190): trained keys and values before those of the tokens, in every attention layer.
 
     The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
@@ -211,14 +241,13 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
 
-    peft_type: str = "PREFIX_TUNING"
     init_weights: str | None = checked(one_of("zero", optional=True), None)
     encoder_hidden_size: int | None = checked(RANK, None)
     prefix_projection: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PromptTuningConfig(PromptLearningConfig):
+class PromptTuningConfig(PromptLearningConfig, peft_type="PROMPT_TUNING"):
     """Prompt tuning (arXiv:2104.08691): trained embeddings before those of the tokens.
 
     The fields are PEFT's. Those of every configuration are described in `Config`, those of every prompt method in
@@ -239,7 +268,6 @@ class PromptTuningConfig(PromptLearningConfig):
     'RANDOM'
     """
 
-    peft_type: str = "PROMPT_TUNING"
     prompt_tuning_init: str = checked(one_of("TEXT", "SAMPLE_VOCAB", "RANDOM"), "RANDOM")
     prompt_tuning_init_text: str | None = checked(TEXT, None)
     tokenizer_name_or_path: str | None = checked(TEXT, None)
@@ -259,7 +287,7 @@ _TASK = expects("an integer of 0 or more, or null", lambda x: x is None or (is_i
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MultitaskPromptTuningConfig(PromptTuningConfig):
+class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type="MULTITASK_PROMPT_TUNING"):
     """Multitask prompt tuning (arXiv:2303.02861): a prompt of all tasks, times a low-rank matrix of each task.
 
     The fields are PEFT's. Those not listed here are described in `PromptTuningConfig`. Each call needs the tasks of its
@@ -282,7 +310,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     1
     """
 
-    peft_type: str = "MULTITASK_PROMPT_TUNING"
     prompt_tuning_init: str = checked(
         one_of("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"), "RANDOM"
     )

@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from jaxadapt.core.errors import ConfigError
 
@@ -173,6 +173,73 @@ def _min_width(parts: Sequence[_Part]) -> int:
     return total
 
 
+# ---------------------------------------------------------------- peft type
+
+
+# Keys of mlx-lm's file of the same name. PEFT has only `num_layers` among them; it is read only without a peft_type.
+_MLX = ("lora_parameters", "fine_tune_type", "lora_layers", "adapter_path", "grad_checkpoint", "num_layers")
+
+
+def read_peft_type(values: object, source: str) -> str:
+    """Return the `peft_type` of a JSON object; raise `ConfigError` if it is not a PEFT configuration."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected a JSON object, found {json_kind(values)}")
+    values = cast("Mapping[str, Any]", values)
+    if "peft_type" not in values:
+        _refuse_untyped(values, source)
+    name: object = values["peft_type"]
+    if not isinstance(name, str):
+        raise ConfigError(f'{source}: peft_type: expected a string, found {json_kind(name)}; write for example "LORA"')
+    name = str.__str__(name)
+    if re.fullmatch("[A-Z][A-Z0-9_]*", name):
+        return name
+    # PEFT refuses "lora", "PeftType.LORA" and "prefix-tuning" too; the error names the valid spelling.
+    corrected = re.sub("[^A-Z0-9]+", "_", name.removeprefix("PeftType.").upper()).strip("_")
+    way_out = f'write "{corrected}"' if re.fullmatch("[A-Z][A-Z0-9_]*", corrected) else 'write for example "LORA"'
+    raise ConfigError(f"{source}: peft_type: expected a type in capitals, found {name!r}; {way_out}")
+
+
+def mlx_keys(values: Mapping[str, Any]) -> list[str]:
+    """Return the keys that show a configuration of mlx-lm; none for PEFT's.
+
+    >>> mlx_keys({"num_layers": 4, "iters": 10}), mlx_keys({"num_layers": 4, "peft_type": "P_TUNING"})
+    (['num_layers'], [])
+    """
+    return [] if "peft_type" in values else [key for key in _MLX if key in values]
+
+
+def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
+    """Raise `ConfigError` for values without a `peft_type`, with a suggestion by their keys."""
+    mlx = mlx_keys(values)
+    if mlx:
+        raise ConfigError(
+            f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}), whose"
+            " tensors have other names and layouts; `jaxadapt convert FOLDER OUT` reads mlx-lm's folder (with"
+            " adapters.safetensors) and writes PEFT's"
+        )
+    keys = ", ".join(sorted(values)[:12]) or "no key at all"
+    if "lora_alpha" in values or "lora_dropout" in values:
+        way_out = 'if this is a LoRA configuration, add "peft_type": "LORA"'
+    elif "init_ia3_weights" in values or "feedforward_modules" in values:
+        way_out = 'if this is an IA3 configuration, add "peft_type": "IA3"'
+    else:
+        way_out = "this does not look like a PEFT configuration"
+    raise ConfigError(f"{source}: expected a peft_type, found none (keys: {keys}); {way_out}")
+
+
+def json_kind(value: object) -> str:
+    """Return the JSON kind of a value, with its article, for messages."""
+    kinds: dict[type, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+    }
+    return kinds.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -304,11 +371,6 @@ class Problems:
         if lines:
             raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
 
-    def common(self, field: str, value: object) -> None:
-        """Check a field that is read from any configuration, even if its class does not have the field."""
-        if field in COMMON:
-            COMMON[field](self, field, value)
-
     def pattern(self, field: str, value: str) -> None:
         """Check that a pattern is a valid regular expression where PEFT uses it."""
         if re.fullmatch(r"[\w.]*", value) and field != "layers_pattern":
@@ -346,10 +408,9 @@ def one_of(*known: str | bool | None, optional: bool = False) -> Check:
     values = (*known, None) if optional else known
     *others, last = (json.dumps(value) for value in values)
     listed = ", ".join(others)
-    if isinstance(known[0], bool):
-        expected = f"{listed} or {last}"
-    else:
-        expected = f"one of {listed}{' or ' if optional else ', '}{last}"
+    expected = (
+        f"{listed} or {last}" if isinstance(known[0], bool) else f"one of {listed}{' or ' if optional else ', '}{last}"
+    )
     return expects(expected, lambda x: any(x is value or (isinstance(x, str) and x == value) for value in values))
 
 
@@ -480,13 +541,7 @@ _BY_DEFAULT: Mapping[type, Check] = {
 
 def checked(check: Check, default: _T, *, compare: bool = True) -> _T:
     """Return a field of a configuration with a check of its own; null is valid if it is the default."""
-
-    def unless_null(problems: Problems, name: str, value: Any) -> None:
-        if value is not None:
-            check(problems, name, value)
-
-    own = unless_null if default is None else check
-    return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": own}))
+    return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": check}))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import Recipe, is_array
-from jaxadapt.configs.method_config import PromptLearningConfig
+from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.methods.registry import METHODS, get_method

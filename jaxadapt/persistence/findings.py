@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds
-from jaxadapt.configs.base import Config, mlx_keys
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.persistence import run_folder
 from jaxadapt.storage import hf_model, hub

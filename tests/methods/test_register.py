@@ -19,7 +19,8 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import Config, ConfigError, methods
-from jaxadapt.configs.method_config import MethodConfig, PromptLearningConfig
+from jaxadapt.configs.base import MethodConfig
+from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method, describe_methods

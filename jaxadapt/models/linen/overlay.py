@@ -20,7 +20,7 @@ from jaxadapt.adapters.sites import sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.method_config import PromptLearningConfig
+from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed

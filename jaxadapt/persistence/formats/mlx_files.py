@@ -21,8 +21,8 @@ from typing import Any, cast
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import mlx_keys
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX

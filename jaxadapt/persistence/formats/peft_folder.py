@@ -26,8 +26,9 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name
 from jaxadapt.configs import matching
-from jaxadapt.configs.base import Config, loads, mlx_keys
+from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import (
     LOGGER,
     AttachError,
