@@ -221,22 +221,9 @@ class FileLayout:
         """The position of the rank axis."""
         return self.left.index(RANK)
 
-    @functools.cached_property
-    def _by_rank(self) -> dict[int, FileLayout]:
-        return {}
-
     def part_layout(self, i: int) -> FileLayout:
         """Return the layout of tensor `i` in its part of the array, as `index` selects it."""
-        if self.ranks is None:
-            return self.single_layout
-        rank = self.ranks[i]
-        layout = self._by_rank.get(rank)
-        if layout is None:
-            shape = tuple(rank if axis == self.rank_axis else n for axis, n in enumerate(self.shape))
-            layout = self._by_rank[rank] = dataclasses.replace(
-                self, shape=shape, file_entries=None, ranks=None
-            ).single_layout
-        return layout
+        return self.single_layout if self.ranks is None else _with_rank(self, self.ranks[i]).single_layout
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""
@@ -282,13 +269,9 @@ class FileLayout:
         >>> form.encode(np.zeros((4, 2, 3)), 0).shape
         (6, 4)
         """
-        if self.ranks is not None:
+        if self.split or self.ranks is not None:
             return self.part_layout(i).encode(leaf[self.index(i)], 0)
-        part = leaf[self.index(i)] if self.split else leaf
-        part = to_file_scale(part, self.factor, self.shift)
-        if self._merged is not None:  # merging adjacent axes before the transpose keeps a view
-            order, shape = self._merged
-            return part.reshape(shape).transpose(order)
+        part = to_file_scale(leaf, self.factor, self.shift)
         return part.reshape(tuple(self.inner.values())).transpose(self.orders[0]).reshape(self.file_shape)
 
     def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -315,26 +298,6 @@ class FileLayout:
                 index[axis] = number
             found.append(tuple(index))
         return found
-
-    @functools.cached_property
-    def _merged(self) -> tuple[list[int], tuple[int, ...]] | None:
-        """The permutation and shape that merge axes before the transpose; None if merged axes are not adjacent."""
-        names = tuple(self.inner)
-        groups = [g for g in self.right if g]
-        starts: list[tuple[int, int]] = []
-        for position, group in enumerate(groups):
-            first = names.index(group[0])
-            if names[first : first + len(group)] != group:
-                return None
-            starts.append((first, position))
-        order = [position for _, position in sorted(starts)]
-        shape = [self.file_shape[self.right.index(groups[position])] for position in order]
-        perm = [order.index(position) for position in range(len(groups))]
-        for axis, group in enumerate(self.right):  # axes of size 1 that only PyTorch has
-            if not group:
-                perm = [*perm[:axis], len(shape), *perm[axis:]]
-                shape.append(1)
-        return perm, tuple(shape)
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
@@ -378,6 +341,13 @@ class FileLayout:
         back = [self._front.index(axis) for axis in range(len(self.shape))]
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(back)
         return self.clear_gaps(to_model_scale(leaf, self.factor, self.shift))
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_rank(form: FileLayout, rank: int) -> FileLayout:
+    """Return the layout of an array whose tensors all have this rank and are in the file."""
+    shape = tuple(rank if axis == form.rank_axis else n for axis, n in enumerate(form.shape))
+    return dataclasses.replace(form, shape=shape, file_entries=None, ranks=None)
 
 
 def _indices(numbers: Iterable[int]) -> np.ndarray:
@@ -493,47 +463,30 @@ class TorchLayout:
         return FileLayout(tuple(shape), left, right, split, sizes=self.sizes)
 
     def _to_torch(self, form: FileLayout, x: Array) -> Array:
-        rows = form.to_rows(x)
-        return rows.reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
+        return form.to_rows(x).reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
 
-    def _axes_over(
-        self, role: str, letters: Mapping[str, str], over: str
-    ) -> tuple[Names, list[str], list[int], list[int], list[int]]:
-        """Return the names and axes of a role, and the positions in `over` of these axes, the batch and the rest."""
-        names = self.inputs if role == "in" else self.outputs
-        axes = [axis for axis in self.left if set(axis_parts(axis)) & set(names)]
-        ends = [over.index(letters[axis]) for axis in axes]
-        batch = [over.index(letters[axis]) for axis in self.batch if letters[axis] in over]
-        return names, axes, ends, batch, [i for i in range(len(over)) if i not in (*ends, *batch)]
+    def _rows_form(self, role: str, letters: Mapping[str, str], over: str, shape: Sequence[int]) -> FileLayout:
+        """Return the layout of values over the inputs or outputs; the names of other axes are "~" and their letter."""
+        features = self.inputs if role == "in" else self.outputs
+        known = {
+            letters[axis]: axis for axis in self.left if axis in self.batch or set(axis_parts(axis)) & set(features)
+        }
+        left = tuple(known.get(letter, f"~{letter}") for letter in over)
+        return self._form(left, (*((name,) for name in left if name.startswith("~")), features), shape)
 
-    def rows_to_torch(self, role: str, letters: Mapping[str, str], x: Array, over: str) -> tuple[Array, Names]:
-        """Return values over the weight's inputs ("in") or outputs ("out") as rows.
+    def rows_to_torch(self, role: str, letters: Mapping[str, str], x: Array, over: str) -> Array:
+        """Return values over the weight's inputs ("in") or outputs ("out") as rows (batch..., rest..., features).
 
         Args:
             letters: the letter of each axis of the weight, by its name.
             x: the array, whose axes are the letters `over`.
-
-        Returns the array with the axes (batch..., rest..., features), and the letters of `rest`.
         """
-        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
-        x = x.transpose(*batch, *rest, *ends)
-        lead = x.shape[: len(batch) + len(rest)]
-        split = split_sizes(zip(axes, x.shape[len(lead) :], strict=True), dict(self.sizes))
-        x = x.reshape(*lead, *split.values())
-        order = [len(lead) + list(split).index(n) for n in names]
-        x = x.transpose(*range(len(lead)), *order).reshape(*lead, -1)
-        return x, tuple(over[i] for i in rest)
+        return self._to_torch(self._rows_form(role, letters, over, x.shape), x)
 
     def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
         """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
-        names, axes, ends, batch, rest = self._axes_over(role, letters, over)
-        split = split_sizes(zip(axes, (like.shape[i] for i in ends), strict=True), dict(self.sizes))
-        lead = rows.shape[:-1]
-        x = rows.reshape(*lead, *(split[n] for n in names))
-        x = x.transpose(*range(len(lead)), *(len(lead) + names.index(n) for n in split))
-        front = [*batch, *rest, *ends]
-        x = x.reshape([like.shape[i] for i in front])
-        return x.transpose([front.index(i) for i in range(len(front))])
+        form = self._rows_form(role, letters, over, like.shape)
+        return form.from_rows(rows.reshape(form.count, *form.file_shape))
 
 
 # ---------------------------------------------------------------- axes

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,18 +91,16 @@ def contradiction_message(keymap_axes: Axes, layer_axes: Axes) -> str:
     )
 
 
-class Product(Protocol):
-    """The axes of a weight that a product sums over (in), keeps (out), and shares with the other operand (batch)."""
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A use as one `dot_general`: the weight's summed, free and shared axes, each in the weight's axis order."""
 
-    @property
-    def in_axes(self) -> tuple[int, ...]: ...
-    @property
-    def out_axes(self) -> tuple[int, ...]: ...
-    @property
-    def batch_axes(self) -> tuple[int, ...]: ...
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
 
 
-def transposed_axes(axes: Axes, products: Sequence[Product], shape: Sequence[int]) -> Axes | None:
+def transposed_axes(axes: Axes, products: Sequence[Axes | Contraction], shape: Sequence[int]) -> Axes | None:
     """Return the axes by a weight's products, if no product sums over the input axes of `axes`; else None.
 
     Axes of size 1 are ignored. The shape of a square matrix does not reveal its input axis, and with the wrong axes its

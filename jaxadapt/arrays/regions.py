@@ -21,8 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt.arrays import layout, quantized
-from jaxadapt.arrays.layout import FileLayout, to_file_scale, to_model_scale
+from jaxadapt.arrays import quantized
+from jaxadapt.arrays.layout import FileLayout, part_sizes, to_file_scale, to_model_scale
 from jaxadapt.core.errors import AttachError
 
 # ---------------------------------------------------------------- regions
@@ -127,21 +127,17 @@ def merge_neighbours(parts: Iterable[Region]) -> dict[Region, list[Region]]:
     """
     out = {region: [region] for region in parts}
     for axis in reversed(range(len(next(iter(out), ())))):
-        rows: dict[tuple[Any, ...], list[Region]] = {}
-        for region in out:
-            rows.setdefault((region[:axis], region[axis + 1 :]), []).append(region)
         joined: dict[Region, list[Region]] = {}
-        for row in rows.values():
-            row.sort(key=lambda region: region[axis])
-            run = row[0]
-            members = list(out[run])
-            for region in row[1:]:
-                if region[axis][0] == run[axis][1]:
-                    run = (*run[:axis], (run[axis][0], region[axis][1]), *run[axis + 1 :])
-                    members += out[region]
-                else:
-                    joined[run] = members
-                    run, members = region, list(out[region])
+        run: Region = ()
+        # In this order, a region follows its neighbour along the axis.
+        for region in sorted(out, key=lambda region: (region[:axis], region[axis + 1 :], region[axis])):
+            before, (start, stop), behind = region[:axis], region[axis], region[axis + 1 :]
+            if run and run == (*before, (run[axis][0], start), *behind):
+                members = joined.pop(run)
+                run = (*before, (run[axis][0], stop), *behind)
+                members += out[region]
+            else:
+                run, members = region, out[region]
             joined[run] = members
         out = joined
     return out
@@ -181,20 +177,19 @@ class FileRegion:
     Attributes:
         region: the region of the leaf.
         number: the index of the tensor among those of the leaf.
-        shape: the shape of the tensor before its axes are merged (the same bytes in C order).
-        tensor_region: the region of the tensor, in that shape.
-        order: the axis order that turns the leaf's axes into those of `shape`.
-        factor: the leaf holds `factor` times the tensor's values, plus `shift`.
-        shift: see `factor`.
+        tensor_region: the region of the tensor, before its axes are merged.
+        form: the layout of the tensor in its part of the leaf.
     """
 
     region: Region
     number: int
-    shape: Shape
     tensor_region: Region
-    order: tuple[int, ...]
-    factor: float
-    shift: float
+    form: FileLayout
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the tensor before its axes are merged (the same bytes in C order)."""
+        return tuple(self.form.flat.values())
 
     @functools.cached_property
     def is_full(self) -> bool:
@@ -204,24 +199,18 @@ class FileRegion:
     @functools.cached_property
     def is_exact(self) -> bool:
         """True if the tensor and the leaf hold the same values."""
-        return self.factor == 1 and self.shift == 0
+        return self.form.factor == 1 and self.form.shift == 0
 
     def encode(self, part: Any) -> Any:
         """Convert the values of the leaf's region to the tensor's: a view, unless a factor or a shift applies."""
-        tile = part.reshape(self._split_shape).transpose(self.order)
-        return tile if self.is_exact else to_file_scale(tile, self.factor, self.shift)
+        sizes = region_shape(self.tensor_region)
+        tile = part.reshape([sizes[axis] for axis in self.form.orders[1]]).transpose(self.form.orders[0])
+        return to_file_scale(tile, self.form.factor, self.form.shift)
 
     def decode(self, tile: Any) -> Any:
         """Convert the values of the tensor's region to the leaf's: a view, unless a factor or a shift applies."""
-        inverse = [self.order.index(axis) for axis in range(len(self.order))]
-        part = tile.transpose(inverse).reshape(region_shape(self.region))
-        return to_model_scale(part, self.factor, self.shift)
-
-    @functools.cached_property
-    def _split_shape(self) -> Shape:
-        """The shape of the region in the leaf's axis order, before axes are merged."""
-        sizes = region_shape(self.tensor_region)
-        return tuple(sizes[self.order.index(axis)] for axis in range(len(self.order)))
+        part = tile.transpose(self.form.orders[1]).reshape(region_shape(self.region))
+        return to_model_scale(part, self.form.factor, self.form.shift)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -234,52 +223,36 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     >>> [(piece.number, piece.shape, piece.tensor_region) for piece in file_regions(form, ((1, 2), (0, 2), (0, 3)))]
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """
-    if form.ranks is not None:
-        return tuple(_file_regions_by_rank(form, region))
-    kept = [axis for axis in range(len(form.left)) if axis not in form.split]
-    parts = [layout.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
-    order, shape = form.orders[0], tuple(form.flat.values())
-    cuts = [list(_split_range(*region[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
+    if form.split or form.ranks is not None:
+        return tuple(_file_regions_by_tensor(form, region))
+    fixed = dict(form.sizes)
+    sizes = [tuple(part_sizes(*axis, fixed).values()) for axis in zip(form.left, form.shape, strict=True)]
     out: list[FileRegion] = []
-    for index in itertools.product(*(range(*region[axis]) for axis in form.split)):
-        leaf_region = list(region)
-        number = 0
-        for axis, at in zip(form.split, index, strict=True):
-            leaf_region[axis] = (at, at + 1)
-            number = number * form.shape[axis] + at
-        if number not in form.number_of:
-            continue
-        for chosen in itertools.product(*cuts):
-            for axis, (start, stop, _) in zip(kept, chosen, strict=True):
-                leaf_region[axis] = (start, stop)
-            spans = [span for _, _, inner in chosen for span in inner]
-            tensor_region = tuple(spans[axis] for axis in order)
-            out.append(
-                FileRegion(
-                    tuple(leaf_region), form.number_of[number], shape, tensor_region, order, form.factor, form.shift
-                )
-            )
+    for chosen in itertools.product(*(_split_range(*span, parts) for span, parts in zip(region, sizes, strict=True))):
+        spans = [span for _, _, inner in chosen for span in inner]
+        tensor_region = tuple(spans[axis] for axis in form.orders[0])
+        out.append(FileRegion(tuple(part[:2] for part in chosen), 0, tensor_region, form))
     return tuple(out)
 
 
-def _file_regions_by_rank(form: FileLayout, region: Region) -> Iterator[FileRegion]:
-    """Yield the file regions if tensors differ in rank: those of each tensor by its own layout."""
-    for i in range(form.count):
-        index = form.index(i)
-        tensor_part = tuple(
-            (at, at + 1) if isinstance(at, int) else (0, n if at.stop is None else at.stop)
-            for at, n in zip(index, form.shape, strict=True)
-        )
-        shared = intersection(region, tensor_part)
-        if shared is None:
+def _file_regions_by_tensor(form: FileLayout, region: Region) -> Iterator[FileRegion]:
+    """Yield the file regions of each tensor by its own layout; those of unequal ranks end at their rank."""
+    for at in itertools.product(*(range(*region[axis]) for axis in form.split)):
+        entry = 0
+        for axis, i in zip(form.split, at, strict=True):
+            entry = entry * form.shape[axis] + i
+        number = form.number_of.get(entry)
+        if number is None:
             continue
-        inner = tuple(span for span, at in zip(shared, index, strict=True) if not isinstance(at, int))
-        for piece in file_regions(form.part_layout(i), inner):
+        outer = {axis: (i, i + 1) for axis, i in zip(form.split, at, strict=True)}
+        inner: Region | None = tuple(span for axis, span in enumerate(region) if axis not in outer)
+        tensor_layout = form.part_layout(number)
+        if form.ranks is not None:
+            inner = intersection(inner, full_region(tensor_layout.shape))
+        for piece in () if inner is None else file_regions(tensor_layout, inner):
             spans = iter(piece.region)
-            leaf_region = tuple(
-                outer if isinstance(at, int) else next(spans) for outer, at in zip(shared, index, strict=True)
-            )
-            yield dataclasses.replace(piece, region=leaf_region, number=i)
+            leaf_region = tuple(outer[axis] if axis in outer else next(spans) for axis in range(len(region)))
+            yield dataclasses.replace(piece, region=leaf_region, number=number)
 
 
 def _split_range(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Region]]:

@@ -193,7 +193,7 @@ class MatrixMethod(Method):
             return x
         layout = layout_of(use.axes)
         letters = dict(zip(layout.left, use.w, strict=True))
-        rows, _ = layout.rows_to_torch("in", letters, x, use.x)
+        rows = layout.rows_to_torch("in", letters, x, use.x)
 
         has_batch = bool(set(use.letters("batch")) & set(use.x))
         changed = self._map(hparams, params, layout, self.before, (rows, has_batch))
@@ -217,8 +217,8 @@ class MatrixMethod(Method):
         assert isinstance(use, Use)
         layout = layout_of(use.axes)
         letters, factor = dict(zip(layout.left, use.w, strict=True)), layout.factor(w.shape)
-        x_rows, _ = layout.rows_to_torch("in", letters, x if drop is None else drop(x), use.x)
-        y_rows, _ = layout.rows_to_torch("out", letters, y, use.y)
+        x_rows = layout.rows_to_torch("in", letters, x if drop is None else drop(x), use.x)
+        y_rows = layout.rows_to_torch("out", letters, y, use.y)
         y_rows = y_rows if factor == 1 else y_rows / factor
 
         batch = set(use.letters("batch"))
@@ -260,7 +260,7 @@ class MatrixMethod(Method):
         )
         if bias.ndim != len(over):
             raise AttachError(mismatch)
-        rows, _ = layout.rows_to_torch("out", letters, bias, over)
+        rows = layout.rows_to_torch("out", letters, bias, over)
 
         try:
             changed = self._map(hparams, params, layout, functools.partial(self.shift, undo=undo), (rows, True))

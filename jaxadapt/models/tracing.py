@@ -27,7 +27,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import LETTERS, Operation, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.products import LETTERS, Contraction, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 
 # ---------------------------------------------------------------- operations
@@ -299,15 +299,6 @@ class Hook(Protocol):
 
 
 Function = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """A use as one `dot_general`: the weight's summed, free and shared axes, each in the weight's axis order."""
-
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    batch_axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, nam
     use = use_of(hook)
     x = x_of(use, w)
     change = through(hook, use, x, w) - jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
-    rows, _ = layout.rows_to_torch("out", dict(zip(layout.left, use.w, strict=True)), change, use.y)
+    rows = layout.rows_to_torch("out", dict(zip(layout.left, use.w, strict=True)), change, use.y)
     # The sums of float32 before the subtraction are about 10.
     np.testing.assert_allclose(rows / layout.factor(w.shape), jnp.broadcast_to(want, rows.shape), atol=1e-5)
     if layout.scale is not None:
