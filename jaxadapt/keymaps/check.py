@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import base_plan_entry, file_key, joined_shape
+from jaxadapt.keymaps.plan import PlanEntry, base_plan_entry, file_key, joined_shape
 from jaxadapt.keymaps.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_KINDS = ("unclaimed", "missing", "twice", "misshapen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,7 @@ class KeyMapReport:
     @property
     def problems(self) -> dict[str, tuple[str, ...]]:
         """`{kind: problems}` of the kinds of problems that occurred."""
-        kinds = ("unclaimed", "missing", "twice", "misshapen")
-        return {kind: problems for kind in kinds if (problems := getattr(self, kind))}
+        return {kind: problems for kind in _KINDS if (problems := getattr(self, kind))}
 
     @property
     def fits(self) -> bool:
@@ -53,12 +55,11 @@ class KeyMapReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
-        kinds = ("unclaimed", "missing", "twice", "misshapen")
         return {
             "family": self.family,
             "fits": self.fits,
             "claimed": {leaf: list(keys) for leaf, keys in self.claims.items()},
-            **{kind: list(getattr(self, kind)) for kind in kinds},
+            **{kind: list(getattr(self, kind)) for kind in _KINDS},
             "wrong": [{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in self.wrong],
             "unused": [w.leaf for w, count in self.counts.items() if not count],
         }
@@ -86,17 +87,15 @@ def check_keymap(keymap: KeyMap, leaves: Shapes | None = None, tensors: Shapes |
     """
     if leaves is None:
         return _check_checkpoint(keymap, tensors or {})
-    report = _check_model(keymap, leaves)
-    return report if tensors is None else _check_both(keymap, report, leaves, tensors)
+    return _check_model(keymap, leaves, tensors)
 
 
-def _check_model(keymap: KeyMap, leaves: Shapes) -> KeyMapReport:
-    claims: dict[str, tuple[str, ...]] = {}
-    counts = dict.fromkeys(keymap.weights, 0)
+def _check_model(keymap: KeyMap, leaves: Shapes, tensors: Shapes | None) -> KeyMapReport:
+    found: dict[str, tuple[Weight, PlanEntry]] = {}
+    counts, mismatches = dict.fromkeys(keymap.weights, 0), Counter[Weight]()
     unclaimed: list[str] = []
     misshapen: list[str] = []
     twice: list[str] = []
-    mismatches = dict.fromkeys(keymap.weights, 0)
     for leaf, shape in leaves.items():
         hits = [w for w in keymap.weights if w.regex.fullmatch(leaf)]
         if not hits:
@@ -112,16 +111,23 @@ def _check_model(keymap: KeyMap, leaves: Shapes) -> KeyMapReport:
                 mismatches[hits[0]] += 1
             else:
                 assert plan_entry is not None
-                claims[leaf] = plan_entry.keys
+                found[leaf] = hits[0], plan_entry
     owners: dict[str, list[str]] = {}
-    for leaf, keys in claims.items():
-        for key in keys:
+    for leaf, (_, plan_entry) in found.items():
+        for key in plan_entry.keys:
             owners.setdefault(key, []).append(leaf)
     twice += [f"{key}: {', '.join(claimants)}" for key, claimants in owners.items() if len(claimants) > 1]
-    missing = tuple(_missing_needs(keymap, counts))
-    claims = {leaf: tuple(map(file_key, keys)) for leaf, keys in claims.items()}
-    wrong = _without_fit(counts, mismatches)
-    return KeyMapReport(keymap.name, claims, counts, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
+    report = KeyMapReport(
+        keymap.name,
+        {leaf: tuple(map(file_key, plan_entry.keys)) for leaf, (_, plan_entry) in found.items()},
+        counts,
+        tuple(unclaimed),
+        tuple(_missing_needs(keymap, counts)),
+        tuple(twice),
+        tuple(misshapen),
+        _without_fit(counts, mismatches),
+    )
+    return report if tensors is None else _compare(keymap, report, found, leaves, tensors)
 
 
 def _without_fit(counts: Mapping[Weight, int], mismatches: Mapping[Weight, int]) -> tuple[Weight, ...]:
@@ -134,20 +140,23 @@ def _missing_needs(keymap: KeyMap, counts: Mapping[Weight, int]) -> Iterable[str
     return (f"{w.key}, which {keymap.name} always has" for w, n in counts.items() if not n and w.leaf in keymap.needs)
 
 
-def _check_both(keymap: KeyMap, model: KeyMapReport, leaves: Shapes, tensors: Shapes) -> KeyMapReport:
+def _compare(
+    keymap: KeyMap,
+    model: KeyMapReport,
+    found: Mapping[str, tuple[Weight, PlanEntry]],
+    leaves: Shapes,
+    tensors: Shapes,
+) -> KeyMapReport:
+    """Return the report of a model with the problems of a checkpoint added."""
     expected: dict[str, tuple[int, ...]] = {}
     ties = dict(keymap.tied)
-    entries = {leaf: matched.weight for leaf in model.claims if (matched := keymap.match(leaf)) is not None}
-    counts, mismatches = dict.fromkeys(keymap.weights, 0), dict.fromkeys(keymap.weights, 0)
-    for leaf in model.claims:
-        plan_entry = base_plan_entry(keymap, leaf, leaves[leaf])
-        assert plan_entry is not None
+    counts, mismatches = dict.fromkeys(keymap.weights, 0), Counter[Weight]()
+    for entry, plan_entry in found.values():
         for key in plan_entry.keys:
             expected[file_key(key)] = shape = joined_shape([key], plan_entry.form.file_shape)
-            entry = entries[leaf]
             counts[entry] += 1
             mismatches[entry] += tensors.get(file_key(key), tensors.get(ties.get(key, ""))) != shape
-    reported = leaves.keys() - model.claims.keys()
+    reported = leaves.keys() - found.keys()
     optional = ties.keys() | {
         key for key in tensors if is_buffer(keymap, key) or reported.intersection(_possible_leaves(keymap, key))
     }
@@ -173,7 +182,7 @@ def _check_checkpoint(keymap: KeyMap, tensors: Shapes) -> KeyMapReport:
     claims: dict[str, list[str]] = {}
     matches = {w: dict[str, Mapping[str, str]]() for w in keymap.weights}
     misshapen: list[str] = []
-    mismatches = dict.fromkeys(keymap.weights, 0)
+    mismatches = Counter[Weight]()
     for key, shape in tensors.items():
         for w, keys in matches.items():
             texts = w.match_key(key)
@@ -267,8 +276,7 @@ def _stack_prefix(weight: Weight) -> str:
 
 def _possible_leaves(keymap: KeyMap, key: str) -> set[str]:
     """Return the leaves that may claim a key."""
-    candidates = ((w, w.match_key(key)) for w in keymap.weights)
-    return {w.fill_leaf(texts) for w, texts in candidates if texts is not None}
+    return {w.fill_leaf(texts) for w in keymap.weights if (texts := w.match_key(key)) is not None}
 
 
 def is_buffer(keymap: KeyMap, key: str) -> bool:

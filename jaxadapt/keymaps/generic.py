@@ -40,21 +40,18 @@ def entry_from_axes(
     >>> entry_from_axes("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
     '{s0} i0 o0 o1 -> (o0 o1) (i0)'
     """
-    ndim = len(shape)
-    unstacked = [i for i in range(ndim) if i not in stack]
+    unstacked = [i for i in range(len(shape)) if i not in stack]
     names: dict[int, str] = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
-    for role, letter in (("in", "i"), ("out", "o")):
-        names |= {unstacked[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, f"{role}_axes"))}
-    names |= {unstacked[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch_axes)}
+    for role, name in ((axes.in_axes, "i{}"), (axes.out_axes, "o{}"), (axes.batch_axes, "{{b{}}}")):
+        names |= {unstacked[a]: name.format(n) for n, a in enumerate(role)}
     *head, last = leaf.split(".")
-    module = [*head] if last in MAIN_WEIGHT_NAMES else [*head, last]
+    module = head if last in MAIN_WEIGHT_NAMES else [*head, last]
     numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
-    left = " ".join(names[i] for i in range(ndim))
+    left = " ".join(names[i] for i in range(len(shape)))
     out, inputs = (" ".join(names[unstacked[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
     over: Any = {f"b{n}": [str(i) for i in range(shape[unstacked[a]])] for n, a in enumerate(axes.batch_axes)}
-    turned = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}"}
-    right = turned.get(kind, f"({out}) ({inputs})")
+    right = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}"}.get(kind, f"({out}) ({inputs})")
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 

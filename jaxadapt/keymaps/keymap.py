@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.layout import Axes, axis_parts
+from jaxadapt.arrays.layout import Axes, axis_parts, repeated_names
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, raise_listed, warn
 from jaxadapt.keymaps.weight import EXPERTS, Weight
@@ -65,13 +65,6 @@ class Match:
 
     def module(self, index: Mapping[str, str]) -> str:
         """Return the PyTorch module name of one index of the braced axes, given as `{axis: text}`."""
-        return self._named(index) if index else self._name
-
-    @functools.cached_property
-    def _name(self) -> str:
-        return self._named({})
-
-    def _named(self, index: Mapping[str, str]) -> str:
         return self.weight.module.format(**dict(self.holes), **index)
 
     def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
@@ -205,13 +198,10 @@ class KeyMap:
 
     @functools.cached_property
     def _literal(self) -> dict[str, Weight]:
-        literal: dict[str, Weight] = {}
-        for w in self.weights:
-            if "{" not in w.leaf:
-                if w.leaf in literal:
-                    raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {w.leaf!r}; remove one")
-                literal[w.leaf] = w
-        return literal
+        entries = [w for w in self.weights if "{" not in w.leaf]
+        if repeated := repeated_names([w.leaf for w in entries]):
+            raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {repeated[0]!r}; remove one")
+        return {w.leaf: w for w in entries}
 
     @functools.cached_property
     def _templates(self) -> tuple[Weight, ...]:
@@ -327,14 +317,15 @@ def to_data(keymap: KeyMap) -> dict[str, Any]:
 
 def from_data(data: Mapping[str, Any]) -> KeyMap:
     """Return the keymap of `to_data`; raise `KeyError`, `TypeError` or `ValueError` if the data are invalid."""
-    weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
-    tied = tuple((str(a), str(b)) for a, b in data["tied"])
-    counts = tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ()))
-    names = {name: tuple(map(str, data.get(name, ()))) for name in ("needs", "same", "buffers", "order")}
-    spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
-    each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
-    nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
-    fields: dict[str, Any] = {**data, **names, **nested}
+    fields: dict[str, Any] = {
+        **data,
+        "weights": tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"]),
+        "tied": tuple((str(a), str(b)) for a, b in data["tied"]),
+        "counts": tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ())),
+        "spellings": tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"]),
+        "each": tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ())),
+        **{name: tuple(map(str, data.get(name, ()))) for name in ("needs", "same", "buffers", "order")},
+    }
     stored = {name: field for field, name in _STORED.items()}
     return KeyMap(**{stored.get(name, name): value for name, value in fields.items()})
 

@@ -30,7 +30,6 @@ from jaxadapt.arrays.layout import RANK, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
-from jaxadapt.core.paths import Spec, compare, group_findings
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 
@@ -128,16 +127,10 @@ def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Ar
     out: dict[str, Any] = {}
     for name in tensors:
         value = tensors[name]
-        if name not in groups:  # not to be split, or a part already
-            out[name] = value
-        for key in groups.get(name, ()):
-            part = parse_part_key(key)
-            if part is None or part.axis is None:
-                out[key] = value
-            elif len(shape := value.shape) <= part.axis or shape[part.axis] % part.n:
-                out[name] = value
-            else:
-                out[key] = value[_part_index(shape, part)]
+        names = groups.get(name, ())
+        parts = {key: value for key in names if (part := parse_part_key(key)) and part.axis is None}
+        parts |= {key: value[index] for key, (_, index) in locate_parts({name: value.shape}, names).items()}
+        out |= parts if names and len(parts) == len(names) else {**parts, name: value}
     return out
 
 
@@ -152,18 +145,14 @@ def locate_parts(
     out: dict[str, tuple[str, tuple[slice, ...]]] = {}
     for key in keys:
         part = parse_part_key(key)
-        if part is not None and part.axis is not None and part.key in shapes:
-            shape = shapes[part.key]
-            if len(shape) > part.axis and shape[part.axis] % part.n == 0:
-                out[key] = part.key, _part_index(shape, part)
+        if part is None or part.axis is None or part.key not in shapes:
+            continue
+        shape, axis = shapes[part.key], part.axis
+        if len(shape) > axis and shape[axis] % part.n == 0:
+            size = shape[axis] // part.n
+            rows = slice(part.i, None, part.n) if part.turns else slice(part.i * size, (part.i + 1) * size)
+            out[key] = part.key, (*(slice(None) for _ in range(axis)), rows)
     return out
-
-
-def _part_index(shape: tuple[int, ...], part: Part) -> tuple[slice, ...]:
-    assert part.axis is not None
-    size = shape[part.axis] // part.n
-    part_slice = slice(part.i, None, part.n) if part.turns else slice(part.i * size, (part.i + 1) * size)
-    return (*(slice(None) for _ in range(part.axis)), part_slice)
 
 
 def join_parts(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
@@ -188,10 +177,9 @@ def tensor_layout(match: Match, tensor: MethodTensor) -> Layout:
     The method's own axes are marked "~", because a base weight may have an axis called "r" as well.
     """
     cache = match.weight.layout_cache  # all layers share one entry of the keymap
-    layout = cache.get(tensor)
-    if layout is None:
-        layout = cache[tensor] = _make_layout(match, tensor)
-    return layout
+    if tensor not in cache:
+        cache[tensor] = _make_layout(match, tensor)
+    return cache[tensor]
 
 
 def _make_layout(match: Match, tensor: MethodTensor) -> Layout:
@@ -220,26 +208,20 @@ def _make_layout(match: Match, tensor: MethodTensor) -> Layout:
     return tuple(left), tuple(right)
 
 
-def torch_axes(match: Match, tensor: MethodTensor) -> tuple[tuple[str, ...], ...]:
-    """Return the axes of a tensor in the file, each a group of the base weight's axes or of "~" and a method's axis."""
-    return tensor_layout(match, tensor)[1]
-
-
 def scale_factor(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> float:
     """Return the factor by which to multiply the file's tensor to get the model's.
 
     Raises `KeyMapError` if the base weight is scaled and the effect on this tensor is not defined.
     """
-    factor = 1.0
-    if match.weight.scale is not None and tensor.scale_power != 0:
-        if tensor.scale_power is None:
-            raise KeyMapError(
-                f"cannot convert {tensor.name} of leaf {match.leaf!r}: the keymap {keymap.name!r} defines the leaf as"
-                " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude"
-                " the module, or use a method such as LORA"
-            )
-        factor = match.weight.factor(sizes) ** tensor.scale_power
-    return factor
+    if match.weight.scale is None or tensor.scale_power == 0:
+        return 1.0
+    if tensor.scale_power is None:
+        raise KeyMapError(
+            f"cannot convert {tensor.name} of leaf {match.leaf!r}: the keymap {keymap.name!r} defines the leaf as"
+            " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude"
+            " the module, or use a method such as LORA"
+        )
+    return match.weight.factor(sizes) ** tensor.scale_power
 
 
 def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping[str, str]) -> str:
@@ -252,7 +234,7 @@ def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping
         )
     suffix = f".base_layer.out_proj{tensor.suffix}" if weight.products == 2 else tensor.suffix
     module = match.parameter(text)[0] if weight.kind == "experts" else match.module(text)
-    return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(match, tensor))
+    return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, tensor_layout(match, tensor)[1])
 
 
 def tensor_part_key(weight: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
@@ -375,8 +357,6 @@ class PlanEntry:
 
         Raises `MismatchError` if they differ and no dtype represents them all exactly.
         """
-        if len(self.keys) == 1:
-            return np.dtype(dtypes[self.keys[0]])
         distinct = {np.dtype(dtypes[key]) for key in self.keys}
         if len(distinct) == 1:
             return distinct.pop()
@@ -428,11 +408,6 @@ class Plan:
         """`{key: shape}` of the file."""
         return {key: e.form.shape_of(i) for e in self.entries for i, key in enumerate(e.keys)}
 
-    @functools.cached_property
-    def inexact(self) -> dict[str, float]:
-        """`{leaf: factor}` of the leaves whose scale factor causes rounding, in either direction."""
-        return {e.path: e.form.factor for e in self.entries if not e.form.is_exact}
-
     def check(
         self,
         found_shapes: Mapping[str, Sequence[int]],
@@ -467,9 +442,11 @@ class Plan:
         """Return the problems that `check` lists, one text for each kind."""
         if found == self.shapes and not other_problems:
             return []
-        expected, given = ({k: Spec(tuple(shape)) for k, shape in shapes.items()} for shapes in (self.shapes, found))
-        problems = group_findings(
-            compare(expected, given),
+        expected, given = (
+            {k: paths.Spec(tuple(shape)) for k, shape in shapes.items()} for shapes in (self.shapes, found)
+        )
+        problems = paths.group_findings(
+            paths.compare(expected, given),
             f"missing from {source} (the model expects them)",
             "unexpected (no leaf of the model uses them)",
         )
@@ -519,8 +496,9 @@ class Encoded(TensorSource):
 def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:
     """Return the entry of one tensor of one site; `sizes` are the sizes of the base leaf's axes, by name."""
     form, texts = _file_layout(keymap, match, tensor, sizes)
-    keys = tuple(tensor_key(keymap, match, tensor, text) for text in texts)
-    return PlanEntry(paths.join(match.leaf, tensor.name), form, keys)
+    return PlanEntry(
+        paths.join(match.leaf, tensor.name), form, tuple(tensor_key(keymap, match, tensor, text) for text in texts)
+    )
 
 
 def _file_layout(
@@ -560,11 +538,10 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
     for e in entries:
         for key in e.keys:
             owners.setdefault(key, []).append(e.path)
-    conflicts = [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
     raise_listed(
         MismatchError,
         "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:",
-        conflicts,
+        [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1],
     )
     return Plan(tuple(entries))
 
@@ -591,6 +568,9 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
     return make_plan(entries)
 
 
+_BASE_WEIGHT = MethodTensor("", "", (), (), is_copy=True, scale_power=1)
+
+
 def base_plan_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> PlanEntry | None:
     """Return the plan entry of one base weight, or None if no entry of the keymap matches it.
 
@@ -599,13 +579,6 @@ def base_plan_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> PlanEntr
     match = keymap.match(leaf)
     if match is None:
         return None
-    weight, cache_key = match.weight, ("base", *shape)
-    cache = weight.layout_cache  # all layers share one entry of the keymap
-    if cache_key not in cache:
-        sizes, left = axis_sizes(match, shape), weight.left
-        split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-        form = FileLayout(tuple(shape), left, weight.right, split, weight.factor(sizes), weight.sizes, weight.shift)
-        cache[cache_key] = form, [text for _, text in index_entries(weight, [left[i] for i in split], sizes)]
-    form, texts = cache[cache_key]
-    names = (weight.file_key.format(**dict(match.holes), **text) for text in texts)
-    return PlanEntry(leaf, form, tuple(tensor_part_key(weight, name, weight.right) for name in names))
+    form, texts = _file_layout(keymap, match, _BASE_WEIGHT, axis_sizes(match, shape))
+    keys = (paths.join(*match.parameter(text)) for text in texts)
+    return PlanEntry(leaf, form, tuple(tensor_part_key(match.weight, key, match.weight.right) for key in keys))

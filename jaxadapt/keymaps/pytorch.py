@@ -130,43 +130,37 @@ def state_dict_keymap(
     )
     entries: list[Weight] = []
     for leaf, key in keys.items():
-        module = key.removesuffix(".weight")
-        module_shapes = adapted.get(module, {})
-        lookup = module in lookups or (module in row_modules and not module_shapes)
-        groups = 1
-        if module_shapes and len(shapes[leaf]) > 2:
-            channels, own = sizes(module, module_shapes, shapes[leaf])[1] or 0, shapes[leaf][1]
-            groups = channels // own if channels and channels % own == 0 else 1
+        module, shape = key.removesuffix(".weight"), shapes[leaf]
+        own, axes = adapted.get(module, {}), " ".join(f"a{i}" for i in range(len(shape)))
+        kind, groups = None, 1
+        if module in lookups or (module in row_modules and not own):
+            kind = "embedding"
+        elif len(shape) > 2:
+            kind, groups = ("conv", _groups(sizes(module, own, shape)[1], shape[1])) if own else ("other", 1)
         turns = turned.get(module, False)
-        entries.append(_make_entry(leaf, key, shapes[leaf], bool(module_shapes), turns, lookup, groups))
+        entries.append(Weight(leaf, key, f"{axes} -> {axes}", kind=kind, fan_in_fan_out=turns, groups=groups))
     return KeyMap(KEYMAP_NAME, tuple(entries), tied=tied)
+
+
+def _groups(channels: int | None, own: int) -> int:
+    """Return the groups of a convolution from its input channels and those of one output; 1 if they are not known."""
+    return channels // own if channels and channels % own == 0 else 1
 
 
 def match_model_keys(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
     """Return `{key in the model's files: key in the adapter's naming}`, with a prefix added or removed if necessary."""
     adapted = [f"{module}.weight" for module in modules]
     prefixes = {key.split(".")[0] + "." for key in (*adapted, *shapes)}
-    candidates: list[dict[str, str]] = [{key: key for key in shapes}]
-    candidates += [{key: prefix + key for key in shapes} for prefix in sorted(prefixes)]
-    candidates += [{key: key.removeprefix(prefix) for key in shapes} for prefix in sorted(prefixes)]
-    fitting = [
-        names for names in candidates if set(adapted) <= set(names.values()) and len(set(names.values())) == len(names)
+    same = {key: key for key in shapes}
+    candidates = [
+        same,
+        *({key: prefix + key for key in shapes} for prefix in sorted(prefixes)),
+        *({key: key.removeprefix(prefix) for key in shapes} for prefix in sorted(prefixes)),
     ]
-    return fitting[0] if fitting else candidates[0]
-
-
-def _make_entry(
-    leaf: str, key: str, shape: tuple[int, ...], adapted: bool, turned: bool, lookup: bool, groups: int
-) -> Weight:
-    axes = " ".join(f"a{i}" for i in range(len(shape)))
-    pattern = f"{axes} -> {axes}"
-    if lookup:
-        return Weight(leaf, key, pattern, kind="embedding")
-    if len(shape) == 2 and adapted:
-        return Weight(leaf, key, pattern, fan_in_fan_out=turned)
-    if len(shape) > 2:
-        return Weight(leaf, key, pattern, kind="conv" if adapted else "other", groups=groups)
-    return Weight(leaf, key, pattern)
+    fitting = (
+        names for names in candidates if len({*adapted, *names.values()}) == len(set(names.values())) == len(names)
+    )
+    return next(fitting, same)
 
 
 def _find_turned(by_size: Mapping[str, bool | None], fan_in_fan_out: bool, source: str) -> dict[str, bool]:
@@ -250,8 +244,11 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     missing: list[str] = []
     for name, parts in parts_of.items():
         experts = expert_numbers([e for e, _ in parts])
-        indices = itertools.product(experts, range(width[name]))
-        missing += [f"{name}: part {p} of expert {e}" for e, p in indices if (e, p) not in parts]
+        missing += [
+            f"{name}: part {p} of expert {e}"
+            for e, p in itertools.product(experts, range(width[name]))
+            if (e, p) not in parts
+        ]
         joined[name] = tuple(tuple(parts.get((e, p), "") for p in range(width[name])) for e in experts)
     raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
     return joined, renamed
@@ -275,21 +272,18 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
 
     This is the inverse of `expert_rows`.
     """
-    split: dict[str, Rows] = {}
-    renamed: dict[str, str] = {}
-    for parameter, modules in keymap.expert_modules:
-        parameter_regex = re.compile(name_regex(parameter))
-        for name, shape in shapes.items():
-            texts = parameter_regex.fullmatch(name)
-            if texts is None:
-                continue
-            if "{e}" in modules[0]:
-                split[name] = tuple(
-                    tuple(m.format(**texts.groupdict(), e=e) + _WEIGHT for m in modules) for e in range(shape[0])
-                )
-            else:
-                renamed[name] = modules[0].format(**texts.groupdict()) + _WEIGHT
-    return split, renamed
+    found = [
+        (name, modules, match.groupdict())
+        for parameter, modules in keymap.expert_modules
+        for name in shapes
+        if (match := re.fullmatch(name_regex(parameter), name)) is not None
+    ]
+    split = {
+        name: tuple(tuple(m.format(**texts, e=e) + _WEIGHT for m in modules) for e in range(shapes[name][0]))
+        for name, modules, texts in found
+        if "{e}" in modules[0]
+    }
+    return split, {name: modules[0].format(**texts) + _WEIGHT for name, modules, texts in found if name not in split}
 
 
 # ---------------------------------------------------------------- diffusion names
@@ -359,27 +353,24 @@ def expand(pattern: str) -> Iterator[str]:
     return map("".join, itertools.product(*pieces))
 
 
-def _sdxl_pairs() -> Iterator[tuple[str, str]]:
-    """Yield (Stability AI's name, diffusers' name) of each module of SDXL's UNet."""
-    yield from _SDXL_OUTSIDE
+@functools.cache
+def sdxl_names() -> Mapping[str, str]:
+    """Return {diffusers' name: Stability AI's name} of the modules of SDXL's UNet."""
     attention = [name for pattern in _ATTENTION for name in expand(pattern)]
     layers = [
         *((f"{ours}.0", f"{block}.resnets.{layer}") for ours, block, layer in _SDXL_LAYERS),
         ("middle_block.0", "mid_block.resnets.0"),
         ("middle_block.2", "mid_block.resnets.1"),
     ]
-    yield from ((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in layers for a, b in _SDXL_RESNET)
     attentions = [
         *((f"{i}.1", f"{b}.attentions.{layer}") for i, b, layer in _SDXL_LAYERS if b in _SDXL_ATTENTION),
         ("middle_block.1", "mid_block.attentions.0"),
     ]
-    yield from ((f"{ours}.{name}", f"{theirs}.{name}") for ours, theirs in attentions for name in attention)
-
-
-@functools.cache
-def sdxl_names() -> Mapping[str, str]:
-    """Return {diffusers' name: Stability AI's name} of the modules of SDXL's UNet."""
-    return {theirs: ours for ours, theirs in _sdxl_pairs()}
+    return {
+        **{theirs: ours for ours, theirs in _SDXL_OUTSIDE},
+        **{f"{theirs}.{b}": f"{ours}.{a}" for ours, theirs in layers for a, b in _SDXL_RESNET},
+        **{f"{theirs}.{name}": f"{ours}.{name}" for ours, theirs in attentions for name in attention},
+    }
 
 
 @functools.cache

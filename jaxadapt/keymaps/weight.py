@@ -130,22 +130,20 @@ class Weight:
         **over: Sequence[str] | int,
     ) -> None:
         axes = {1: "vector", 2: "linear"}.get(len(parse_pattern(pattern).right), "other")
-        values = {
-            "leaf": leaf,
-            "key": key,
-            "pattern": pattern,
-            "kind": kind or axes,
-            "fan_in_fan_out": fan_in_fan_out,
-            "groups": groups,
-            "over": tuple(sorted((n, tuple(v)) for n, v in over.items() if not isinstance(v, int))),
-            "sizes": tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))),
-            "scale": None if scale is None else (scale[0], float(scale[1])),
-            "shift": float(shift),
-            "layers": tuple(layers[:2]),
-            "scan": tuple(layers[2:]),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(
+            leaf=leaf,
+            key=key,
+            pattern=pattern,
+            kind=kind or axes,
+            fan_in_fan_out=fan_in_fan_out,
+            groups=groups,
+            over=tuple(sorted((n, tuple(v)) for n, v in over.items() if not isinstance(v, int))),
+            sizes=tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))),
+            scale=None if scale is None else (scale[0], float(scale[1])),
+            shift=float(shift),
+            layers=tuple(layers[:2]),
+            scan=tuple(layers[2:]),
+        )
         raise_listed(KeyMapError, f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:", self._problems())
 
     @staticmethod
@@ -162,45 +160,52 @@ class Weight:
         >>> [w.key for w in Weight.attention("{path}.attn", "{path}.attn")][2:4]
         ['{path}.attn.in_proj_weight[1/3]', '{path}.attn.in_proj_bias[1/3]']
         """
-        entries: list[Weight] = []
-        for i, name in enumerate(("query", "key", "value")):
-            module, third = f"{leaf}.{name}", f"[{i}/3]"
-            pattern = "d n h -> (n h) d"
-            entries.append(Weight(f"{module}.kernel", f"{key}.in_proj_weight{third}", pattern, kind="attention"))
-            entries.append(Weight(f"{module}.bias", f"{key}.in_proj_bias{third}", "n h -> (n h)"))
-        entries.append(Weight(f"{leaf}.out.kernel", f"{key}.out_proj.weight", "n h d -> d (n h)", kind="attention"))
-        return (*entries, Weight(f"{leaf}.out.bias", f"{key}.out_proj.bias", "d -> d"))
+        thirds = (
+            entry
+            for i, name in enumerate(("query", "key", "value"))
+            for entry in (
+                Weight(f"{leaf}.{name}.kernel", f"{key}.in_proj_weight[{i}/3]", "d n h -> (n h) d", kind="attention"),
+                Weight(f"{leaf}.{name}.bias", f"{key}.in_proj_bias[{i}/3]", "n h -> (n h)"),
+            )
+        )
+        return (
+            *thirds,
+            Weight(f"{leaf}.out.kernel", f"{key}.out_proj.weight", "n h d -> d (n h)", kind="attention"),
+            Weight(f"{leaf}.out.bias", f"{key}.out_proj.bias", "d -> d"),
+        )
 
     def _problems(self) -> list[str]:
         _, _, plain, braced, pattern_problems = parse_pattern(self.pattern)
-        problems = list(pattern_problems)
-        problems += [] if self.kind in get_args(Kind) else [f"expected a kind of {get_args(Kind)}, found {self.kind!r}"]
-        holes, key_holes = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key)
-        problems += [
-            f"hole {{{h}}} of the key is neither a hole of the leaf nor a braced axis"
-            for h in key_holes
-            if h not in holes | braced
+        holes, key_holes, axis = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key), self._bracket.get("axis")
+        kind = f"expected a kind of {get_args(Kind)}, found {self.kind!r}"
+        part = f"{self.key!r} is a part of the axis {axis!r}, which is not a PyTorch axis of the pattern"
+        return [
+            *pattern_problems,
+            *([] if self.kind in get_args(Kind) else [kind]),
+            *(
+                f"hole {{{h}}} of the key is neither a hole of the leaf nor a braced axis"
+                for h in key_holes
+                if h not in holes | braced
+            ),
+            *([part] if axis and (axis,) not in self.right else []),
+            *(f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)),
+            *(
+                f"{text!r} has a brace that is not part of a hole"
+                for text in (self.leaf, self.key)
+                if not set("{}").isdisjoint(_HOLE.sub("", text))
+            ),
+            *(
+                f"{n!r} must have at least one name, and no name twice: {list(names)}"
+                for n, names in self.over
+                if not names or len(set(names)) < len(names)
+            ),
+            *(f"{n!r} has names but is not a braced axis" for n, _ in self.over if n not in braced),
+            *(
+                f"axis {{{n}}} must appear in the key, else all its indices have the same key"
+                for n in sorted(braced.difference(key_holes))
+            ),
+            *self._problems_of_groups(plain),
         ]
-        axis = self._bracket.get("axis")
-        if axis and (axis,) not in self.right:
-            problems.append(f"{self.key!r} is a part of the axis {axis!r}, which is not a PyTorch axis of the pattern")
-        problems += [f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)]
-        problems += [
-            f"{text!r} has a brace that is not part of a hole"
-            for text in (self.leaf, self.key)
-            if not set("{}").isdisjoint(_HOLE.sub("", text))
-        ]
-        problems += [
-            f"{n!r} must have at least one name, and no name twice: {list(names)}"
-            for n, names in self.over
-            if not names or len(set(names)) < len(names)
-        ]
-        problems += [f"{n!r} has names but is not a braced axis" for n, _ in self.over if n not in braced]
-        problems += [
-            f"axis {{{n}}} must appear in the key, else all its indices have the same key"
-            for n in sorted(braced.difference(key_holes))
-        ]
-        return problems + self._problems_of_groups(plain)
 
     def _problems_of_groups(self, plain: frozenset[str]) -> list[str]:
         sizes, problems = dict(self.sizes), list[str]()
@@ -210,11 +215,14 @@ class Weight:
                 problems.append(f"{axis}: all axes except one must have a size (as in p=2), and none may have braces")
             elif len({i for i, group in enumerate(self.right) for n in names if n in group}) != 1:
                 problems.append(f"{axis}: its axes must be in the same PyTorch axis")
-        inside = {n for _, names in groups for n in names}
-        problems += [f"{n!r} has a size, but is not in parentheses on the left" for n in sorted(sizes.keys() - inside)]
+        problems += [
+            f"{n!r} has a size, but is not in parentheses on the left"
+            for n in sorted(sizes.keys() - {n for _, names in groups for n in names})
+        ]
         if self.scale is not None:
-            missing = sorted(set(self.scale[0].split()) - plain)
-            problems += [f"the axis {n!r} of the scale is not in the pattern" for n in missing]
+            problems += [
+                f"the axis {n!r} of the scale is not in the pattern" for n in sorted(set(self.scale[0].split()) - plain)
+            ]
         return problems
 
     @functools.cached_property
@@ -334,8 +342,9 @@ class Weight:
     @functools.cached_property
     def stack(self) -> tuple[int, ...]:
         """Positions of the stacked (numbered) axes in the leaf."""
-        numbered = (i for i, n in enumerate(self.left) if n.startswith("{") and self.index_names(n) is None)
-        return tuple(i for i in numbered if self.left[i] != EXPERTS)
+        return tuple(
+            i for i, n in enumerate(self.left) if n.startswith("{") and n != EXPERTS and self.index_names(n) is None
+        )
 
     @functools.cached_property
     def fused(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, torch_axes
+from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, tensor_layout
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.methods.base import Target
 from jaxadapt.methods.registry import get_method
@@ -57,6 +57,10 @@ class PackedLayout(FileLayout):
     def file_rank(self) -> int:
         """The position of the rank's axis in the file's tensors."""
         return self.right.index((RANK,))
+
+    @functools.cached_property
+    def _by_rank(self) -> dict[int, FileLayout]:
+        return {}
 
     def unit(self, rank: int) -> FileLayout:
         """Return the layout that converts one key's tensor of this rank to its subarray."""
@@ -293,7 +297,7 @@ def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
 def _bind_array(
     keymap: KeyMap, match: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
 ) -> FactorArray:
-    right = list(torch_axes(match, tensor))
+    right = list(tensor_layout(match, tensor)[1])
     left: list[str] = []
     shape: list[int] = []
     for dim, size in zip(dims, packed, strict=True):
