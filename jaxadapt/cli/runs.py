@@ -400,7 +400,7 @@ def pull_command(repo: str, out: str | None, as_json: bool) -> None:
 def _copy_adapter(source: Path, target: str) -> Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
     from jaxadapt.storage import atomic
-    from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
+    from jaxadapt.storage.location import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
     weights = next(name for name in WEIGHTS if location.exists(source / name))

@@ -27,7 +27,7 @@ from jaxadapt.merging.pairs import as_start
 from jaxadapt.persistence import folder, formats, load_adapter, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
-from jaxadapt.storage import hub, location
+from jaxadapt.storage import location
 
 Path = str | os.PathLike[str]
 
@@ -56,7 +56,7 @@ def resize_files(
     """
     conversion.refuse_same(adapter, out)
     place = location.to_location(out)
-    if location.is_file(place) or location.exists(place / hub.CONFIG):
+    if location.is_file(place) or location.exists(place / location.CONFIG):
         raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
     with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
         tensors = folder.in_memory(origin.tensors, report)

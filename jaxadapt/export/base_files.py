@@ -55,7 +55,7 @@ from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.save_adapter import require_values
-from jaxadapt.storage import atomic, hf_model, hub, location
+from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 
@@ -380,7 +380,7 @@ def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[s
         raise file_error("read", str(source), error) from error
     for path in members:
         name = path.name
-        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != hub.CONFIG
+        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != location.CONFIG
         if is_copied and location.is_file(path):
             files[name] = _read_bytes(path)
     path = (source if is_folder else source.parent) / CONFIG

@@ -43,7 +43,7 @@ from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
-from jaxadapt.storage import atomic, hub, location, safetensors
+from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.location import Location
 
 FOLDERS, FILES = ("safetensors", "bin", "orbax"), ("kohya-ss", "diffusers")
@@ -133,7 +133,7 @@ def _open_parts(path: str | os.PathLike[str], report: Report) -> Generator[dict[
     """Open an adapter, as {"": it}, or the adapters of a folder by the names of their subfolders."""
     place = formats.look(path, report)
     places = {"": place}
-    if place.names is not None and hub.CONFIG not in place.names and formats.find(place) is None:
+    if place.names is not None and location.CONFIG not in place.names and formats.find(place) is None:
         inner = [name for name in sorted(place.names) if location.is_dir(place.at / name)]
         found = {name: formats.look(place.at / name) for name in inner}
         places = {name: each for name, each in found.items() if formats.find(each) is not None} or places

@@ -22,7 +22,7 @@ from jaxadapt.export import base_files, conversion, untying
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination
 from jaxadapt.persistence import fingerprint, folder, formats, load_adapter, verify_folder
-from jaxadapt.storage import atomic, hf_model, hub, location
+from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.location import Location
 
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
@@ -73,7 +73,7 @@ def merge_folder(
         )
     if location.is_same(base_folder, target):
         raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another folder")
-    if location.exists(target / hub.CONFIG):
+    if location.exists(target / location.CONFIG):
         raise FileError(
             f"{target}: cannot write the merged model here: the folder contains an adapter, which transformers would"
             " load instead; choose another folder"

@@ -16,7 +16,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import AdapterError, FileError
 from jaxadapt.persistence import run_folder
-from jaxadapt.storage import hf_model, hub
+from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.location import Location
 
 SEVERITIES = ("error", "warning", "note")
@@ -155,10 +155,10 @@ def missing_files(at: object, names: Collection[str], adapters: Sequence[str]) -
         names: the names in it.
         adapters: its subfolders that hold adapters.
     """
-    present, has_config = sorted(names), hub.CONFIG in names
+    present, has_config = sorted(names), location.CONFIG in names
     steps = [name for name in present if run_folder.NAME.fullmatch(name)]
     model = [name for name in present if name in MODEL_FILES and not has_config]
-    mlx = sorted({hub.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
+    mlx = sorted({location.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
     diffusers = [name for name in present if name.startswith("pytorch_lora_weights.")]
     rows = (
         ("training-run", steps,
@@ -169,10 +169,13 @@ def missing_files(at: object, names: Collection[str], adapters: Sequence[str]) -
         ("other-library", diffusers, f"; {', '.join(diffusers)} is diffusers'", _IMAGE),
         ("whole-model", model, "; it is the folder of a whole model",
          "pass the adapter's folder, and this one as --base"),
-        ("no-weights", [hub.CONFIG] * has_config, "", "fetch or copy the weights as well"),
+        ("no-weights", [location.CONFIG] * has_config, "", "fetch or copy the weights as well"),
     )  # fmt: skip
     code, subjects, hint, remedy = next((row for row in rows if row[1]), ("no-adapter", [], "", "check the path"))
-    absent = [*([] if has_config else [hub.CONFIG]), *([] if hub.MLX_WEIGHTS in names else [hub.WEIGHTS[0]])]
+    absent = [
+        *([] if has_config else [location.CONFIG]),
+        *([] if location.MLX_WEIGHTS in names else [location.WEIGHTS[0]]),
+    ]
     files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
     found = f"no {' and no '.join(absent)}; found {files or 'an empty folder'}{hint}"
     return error(code, subjects, found, EXPECTED, remedy, problem=FileError(f"{at}: {found}; {remedy}"))
@@ -185,13 +188,13 @@ def refuse(found: Finding) -> NoReturn:
 
 def missing_config(weights: Location, tensors: Kinds) -> Finding:
     """Return the finding for weights without a configuration, and without a copy of it."""
-    found = f"no {hub.CONFIG} beside {weights.name}"
+    found = f"no {location.CONFIG} beside {weights.name}"
     ranks = sorted({shape[0] for key, (_, shape) in tensors.items() if "lora_A" in key.split(".") and shape})
     shown = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
     remedy = f"copy it from where the adapter was trained, or write one{shown}"
-    expected = f"{hub.CONFIG}: the tensors do not contain the scale or the method's settings"
+    expected = f"{location.CONFIG}: the tensors do not contain the scale or the method's settings"
     problem = FileError(f"{weights.parent}: {found}; {remedy}")
-    return error("configuration-missing", (hub.CONFIG,), found, expected, remedy, problem=problem)
+    return error("configuration-missing", (location.CONFIG,), found, expected, remedy, problem=problem)
 
 
 def training_step(folder: object, name: str) -> Finding:

@@ -20,7 +20,7 @@ from jaxadapt.configs.base import Config, loads
 from jaxadapt.core.errors import FileError, MismatchError, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import findings, formats, reading
 from jaxadapt.persistence.formats import Place, peft_folder
-from jaxadapt.storage import hub, location
+from jaxadapt.storage import location
 from jaxadapt.storage.location import Location
 
 
@@ -50,6 +50,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
     if location.is_hub_address(path):
+        from jaxadapt.storage import hub  # imports the client of the Hub
+
         file = hub.fetch_config(str(path))
         path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(formats.read_text(file)) else file
     place = formats.look(path)

@@ -53,7 +53,7 @@ from jaxadapt.models.linen import wrapper
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
 from jaxadapt.persistence.formats import Place
-from jaxadapt.storage import hub, location
+from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- load
 
@@ -184,10 +184,12 @@ def _open(
 def _find(path: str | os.PathLike[str], name: str, report: Report) -> Place:
     """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
     if location.is_hub_address(path):
+        from jaxadapt.storage import hub  # imports the client of the Hub
+
         path = hub.fetch_folder(str(path), None if name == DEFAULT else name, report)
     if name != DEFAULT and location.is_dir(subfolder := folder.adapter_folder(path, name)):
         place = formats.look(subfolder)
-        if formats.find(place) is not None or hub.CONFIG in (place.names or ()):
+        if formats.find(place) is not None or location.CONFIG in (place.names or ()):
             return place
     return formats.look(location.to_location(path))
 

@@ -27,7 +27,7 @@ from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warn
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.persistence.formats.image_names import LYCORIS
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
-from jaxadapt.storage import hub
+from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- files
 
@@ -48,7 +48,7 @@ def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
         return StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
         return StoredAdapter(source, findings=(findings.training_step(at.parent, at.name),))
-    is_named = place.names is None and at.name in hub.WEIGHTS  # a file with PEFT's name, whatever its keys are
+    is_named = place.names is None and at.name in location.WEIGHTS  # a file with PEFT's name, whatever its keys are
     file_format = None if is_named else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:
         return peft_folder.open_files(place, stack)
@@ -78,8 +78,9 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     copy, found = _header_copy(stored)
     if stored.text is None and copy is not None:
         found.append(warning(
-            "configuration-lost", (hub.CONFIG,), f"there is no {hub.CONFIG}, but the weights' header has a copy",
-            f"{hub.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+            "configuration-lost", (location.CONFIG,),
+            f"there is no {location.CONFIG}, but the weights' header has a copy",
+            f"{location.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
             Fix((_FROM_COPY,), {}, copy),
         ))  # fmt: skip
     if stored.text is None:
@@ -91,7 +92,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         values, repairs = mend_text(text)
         if values is not None and (foreign := findings.foreign_config(values)) is not None:
             return None, [*found, foreign]
-        config = loads(text, hub.CONFIG)
+        config = loads(text, location.CONFIG)
     except (ConfigError, FileError) as problem:
         found.append(_unreadable(stored, copy, values or {}, repairs, problem))
         config = found[-1].fix and found[-1].fix.config
@@ -99,7 +100,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
             return None, found
     else:
         if copy is not None and (changed := config.changed_keys(copy)):
-            text = f"{hub.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
+            text = f"{location.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
             expected = "two equal configurations: it was edited, or a save was interrupted"
             remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
             found.append(warning("edited", changed, text, expected, remedy))
@@ -118,7 +119,7 @@ def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
         ]
 
 
-_FROM_COPY = f"{hub.CONFIG} written again from the copy in the weights' header"
+_FROM_COPY = f"{location.CONFIG} written again from the copy in the weights' header"
 
 
 def _unreadable(
@@ -128,14 +129,14 @@ def _unreadable(
     mended, more = mend_values(values, stored.specs)
     done, config, remedy = (*repairs, *more), None, "correct the field, or write the configuration again"
     with contextlib.suppress(ConfigError, ValueError):
-        config = loads(json.dumps(mended), hub.CONFIG) if done else None
+        config = loads(json.dumps(mended), location.CONFIG) if done else None
     if config is not None:
         remedy = "jaxadapt repair corrects it"
     elif copy is not None:
         remedy = "jaxadapt repair corrects it from the copy in the weights' header"
         config, done = copy, (_FROM_COPY,)
     fix = None if config is None else Fix(done, {}, config)
-    return error("configuration", (hub.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
+    return error("configuration", (location.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
 
 
 def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:

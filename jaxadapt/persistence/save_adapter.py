@@ -57,7 +57,7 @@ from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder
-from jaxadapt.storage import hub, location, sharded_write
+from jaxadapt.storage import location, sharded_write
 from jaxadapt.storage.sharded_write import Group, TensorPart
 
 # ---------------------------------------------------------------- multihost
@@ -114,7 +114,9 @@ def write_shared(
         peft_folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
 
     alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
-    sharded_write.write(target / hub.WEIGHTS[0], specs, parts, group, commit, shared=shared, alike=alike, report=report)
+    sharded_write.write(
+        target / location.WEIGHTS[0], specs, parts, group, commit, shared=shared, alike=alike, report=report
+    )
 
 
 def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:

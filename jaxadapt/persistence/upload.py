@@ -93,7 +93,7 @@ def push(
 
         jaxadapt.push(model, "org/name", base_model="org/base", card=jaxadapt.Card(metrics={"loss": 3.2})).url
     """
-    place = hub.parse(repo)
+    place = location.parse_hub_address(repo)
     page = card or Card()
     commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
     if isinstance(source, str | os.PathLike):
@@ -134,17 +134,19 @@ def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
     return Pushed(*save_adapter.run_on_leader(task, send, _LONG))
 
 
-def _push(source: Location, place: hub.Address, page: Card, commit: dict[str, Any], progress: Progress) -> Pushed:
+def _push(
+    source: Location, place: location.HubAddress, page: Card, commit: dict[str, Any], progress: Progress
+) -> Pushed:
     info = folder.inspect(source)  # raises for unreadable files before anything is sent
-    weights = next((name for name in hub.WEIGHTS if location.exists(source / name)), None)
+    weights = next((name for name in location.WEIGHTS if location.exists(source / name)), None)
     if weights is None:
         raise FileError(
             f"{source}: cannot upload an Orbax checkpoint or mlx-lm's folder, which other readers of the Hub do not"
             " know. Convert it to PEFT's folder with jaxadapt.write(jaxadapt.read(source), folder)"
         )
-    stale = [name for name in hub.WEIGHTS if name != weights]
+    stale = [name for name in location.WEIGHTS if name != weights]
     files: dict[str, Path | bytes] = {}
-    for path in (source / hub.CONFIG, source / weights):
+    for path in (source / location.CONFIG, source / weights):
         files[path.name] = path if isinstance(path, Path) else path.read_bytes()
     image = _picture(source, info, page.picture)
     if image is not None:
@@ -153,21 +155,21 @@ def _push(source: Location, place: hub.Address, page: Card, commit: dict[str, An
         {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
         place.subfolder, page.license, page.metrics, PICTURE if image else None,
     )  # fmt: skip
-    files[hub.CARD] = _card(source, cards.card_text(info.config, facts), place, commit["token"]).encode()
+    files[location.CARD] = _card(source, cards.card_text(info.config, facts), place, commit["token"]).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
     uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
 
 
-def _card(source: Location, new: str, place: hub.Address, token: hub.Token) -> str:
+def _card(source: Location, new: str, place: location.HubAddress, token: hub.Token) -> str:
     """Return the card to upload: an edited one of the folder, else an edited one of the Hub, else `new`."""
-    path = source / hub.CARD
+    path = source / location.CARD
     if location.exists(path):
         # `write` only warns; here an unreadable card is an error, because another card would be uploaded in its place.
         in_folder = _read_card(path)
         if cards.is_edited(in_folder):
             return cards.merge_card(in_folder, new)
-    on_hub = hub.fetch_text(place, hub.CARD, token)
+    on_hub = hub.fetch_text(place, location.CARD, token)
     if on_hub is not None and cards.is_edited(on_hub):
         LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
     return cards.merge_card(on_hub, new)

@@ -42,7 +42,7 @@ from jaxadapt.persistence.findings import SEVERITIES, Finding, count, error, not
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
 from jaxadapt.persistence.tensor_checks import Shapes
-from jaxadapt.storage import hf_model, hub, location, safetensors, torch_bin
+from jaxadapt.storage import hf_model, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors import BITS
 
@@ -507,7 +507,7 @@ class Repaired:
         return {"path": self.path, "done": list(self.done), "remaining": [f.to_dict() for f in self.remaining]}
 
 
-_NAMES = (hub.CONFIG, *hub.WEIGHTS)
+_NAMES = (location.CONFIG, *location.WEIGHTS)
 
 
 def repair(

@@ -24,7 +24,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
 from jaxadapt.serving.layout import becomes_lora, compare_shared
 from jaxadapt.serving.pool import BASE, find_folders
-from jaxadapt.storage import hf_model, hub
+from jaxadapt.storage import hf_model, location
 
 # ---------------------------------------------------------------- base
 
@@ -176,7 +176,7 @@ def _as_text(tokenizer: Any) -> Any:
 
 
 MAX_BYTES = 255
-FILES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS)
+FILES = (location.CONFIG, *location.WEIGHTS, location.MLX_WEIGHTS)
 
 
 def find(root: Path, name: str, given: str | None = None) -> Path:
@@ -206,11 +206,11 @@ def find(root: Path, name: str, given: str | None = None) -> Path:
     places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
     inside = [path for path in places if given is None or _is_inside(root, path)]
     # `Path.is_file` raises errors.
-    path = next((path for path in inside if os.path.isfile(path / hub.CONFIG)), None)  # noqa: PTH113
+    path = next((path for path in inside if os.path.isfile(path / location.CONFIG)), None)  # noqa: PTH113
     if path is None:
         raise FileError(
             f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with"
-            f" {hub.CONFIG}"
+            f" {location.CONFIG}"
         )
     if not all(_is_inside(root, each) for each in (path, *path.rglob("*"))):
         raise FileError(
@@ -235,7 +235,7 @@ def is_there(root: Path, path: Path) -> bool:
 
     It looks at these files only: it is called at each request.
     """
-    return os.path.isfile(path / hub.CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
+    return os.path.isfile(path / location.CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
 
 
 def _is_inside(root: Path, path: Path) -> bool:

@@ -29,13 +29,13 @@ from jaxadapt.persistence.load_adapter import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank, RowsByName
 from jaxadapt.serving.layout import Tensors
-from jaxadapt.storage import atomic, hub, orbax
+from jaxadapt.storage import atomic, location, orbax
 
 # ---------------------------------------------------------------- index
 
 
 BASE = "__base__"  # PEFT's name of the base in `adapter_names`
-_NAMES = (hub.CONFIG, *hub.WEIGHTS, hub.MLX_WEIGHTS, *orbax.MARKERS)  # other files are not the adapter's
+_NAMES = (location.CONFIG, *location.WEIGHTS, location.MLX_WEIGHTS, *orbax.MARKERS)  # other files are not the adapter's
 
 
 class File(NamedTuple):
@@ -99,7 +99,7 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
 
 def _is_adapter(path: Path) -> bool:
     """Return True for a folder with a configuration; False also for a circular link."""
-    return os.path.isfile(path / hub.CONFIG)  # noqa: PTH113 (`Path.is_file` raises errors)
+    return os.path.isfile(path / location.CONFIG)  # noqa: PTH113 (`Path.is_file` raises errors)
 
 
 def list_files(path: str | os.PathLike[str]) -> Files:

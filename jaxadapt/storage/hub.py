@@ -9,7 +9,7 @@ work (`HF_HUB_OFFLINE`), the token (`HF_TOKEN`, or the one that `hf auth login` 
 The client builds cache paths from the headers `ETag` and `X-Repo-Commit`, and sends the token to any address that the
 server names for Xet. So a server's answer is checked before the client uses it: a mirror is trusted no more than a file
 is. The client's errors become this library's errors, with the repository, the reason and the remedy. Its progress bars
-are shown, hidden, or turned into calls of a `progress.Report`. Addresses are read as text, without the client.
+are shown, hidden, or turned into calls of a `Report`.
 """
 
 from __future__ import annotations
@@ -24,65 +24,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import (
+    _CACHED_NO_EXIST,  # pyright: ignore[reportPrivateUsage]
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
+
 from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import local_files
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import HUB
-
-# ---------------------------------------------------------------- hub address
-
-
-EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
-_NAME = r"[A-Za-z0-9_.-]+"
-_ADDRESS = re.compile(
-    rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/pr/\d+|refs/convert/{_NAME}|[^/]+))?(?:/(?P<subfolder>.*))?"
-)
-
-
-class Address(NamedTuple):
-    """The address of an adapter on the Hub.
-
-    >>> parse("hf://org/name@v1/fr")
-    Address(repo='org/name', revision='v1', subfolder='fr')
-    >>> print(parse("org/name@feature%2Fx"), parse("org/name").revision)
-    hf://org/name@feature%2Fx None
-    """
-
-    repo: str
-    revision: str | None = None
-    subfolder: str = ""
-
-    def __str__(self) -> str:
-        revision = self.revision or ""
-        if not revision.startswith("refs/"):
-            revision = revision.replace("/", "%2F")
-        version = f"@{revision}" if revision else ""
-        folder = f"/{self.subfolder}" if self.subfolder else ""
-        return f"{HUB}{self.repo}{version}{folder}"
-
-    def file(self, name: str) -> str:
-        """Return a file's path in the repository."""
-        return f"{self.subfolder}/{name}" if self.subfolder else name
-
-
-def could_be_repository(path: str) -> bool:
-    """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
-    return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
-
-
-def parse(text: str) -> Address:
-    """Parse an address. Raises `FileError` if it is invalid.
-
-    A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
-    """
-    match = _ADDRESS.fullmatch(text.removeprefix(HUB))
-    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
-        raise FileError(f"{text!r} is not the address of a model repository on the Hub: {EXAMPLE}")
-    folder = (match["subfolder"] or "").strip("/")
-    if (any(part in ("", ".", "..") for part in folder.split("/")) and folder) or "\\" in folder or "\0" in folder:
-        raise FileError(f"{text!r}: {folder!r} is not a valid subfolder of a repository; pass a plain relative path")
-    return Address(match["repo"], (match["revision"] or "").replace("%2F", "/") or None, folder)
-
+from jaxadapt.storage.location import CARD, CONFIG, HUB_EXAMPLE, MLX_WEIGHTS, WEIGHTS, HubAddress, parse_hub_address
 
 # ---------------------------------------------------------------- hub answers
 
@@ -90,9 +49,12 @@ def parse(text: str) -> Address:
 _ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,127}")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HUB = "https://huggingface.co"
+_HTTP_ERROR: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
+# The errors that mean a missing file. Mirrors (olah) report one as a missing repository.
+_ABSENT = errors.EntryNotFoundError, errors.RepositoryNotFoundError
 
 
-def fetch_commit(place: Address, name: str, token: Any, max_bytes: int | None) -> str | None:
+def fetch_commit(place: HubAddress, name: str, token: Any, max_bytes: int | None) -> str | None:
     """Ask the server for a file's metadata, check the answer and return the commit.
 
     Return None if the server has no answer: the client then raises the error.
@@ -107,9 +69,6 @@ def fetch_commit(place: Address, name: str, token: Any, max_bytes: int | None) -
         FileError: the answer would make the client write outside its cache or send the token to another server, or the
             file is too large.
     """
-    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
-
-    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
     url = hf_hub_url(place.repo, place.file(name), revision=place.revision)
     try:
         metadata = get_hf_file_metadata(url, token=token, library_name="jaxadapt")
@@ -118,7 +77,7 @@ def fetch_commit(place: Address, name: str, token: Any, max_bytes: int | None) -
         if response is not None:  # for a missing file, the client creates a folder named after the commit
             _raise_problems(place, name, _header_problems(response.headers.get("X-Repo-Commit"), None))
         return None
-    except (http, errors.OfflineModeIsEnabled):
+    except (_HTTP_ERROR, errors.OfflineModeIsEnabled):
         return None
     problems = _header_problems(metadata.commit_hash, metadata.etag)
     if metadata.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET:
@@ -147,7 +106,7 @@ def _abbreviate(text: str) -> str:
     return ascii(text if len(text) <= 80 else f"{text[:80]}…")
 
 
-def _raise_problems(place: Address, name: str, problems: list[str]) -> None:
+def _raise_problems(place: HubAddress, name: str, problems: list[str]) -> None:
     if problems:
         raise FileError(
             f"{place}: {place.file(name)}: the server's answer cannot be trusted: expected {'; '.join(problems)};"
@@ -160,10 +119,8 @@ def cached_commit(path: str | os.PathLike[str], file: str) -> str:
     return Path(path).parents[len(file.split("/")) - 1].name
 
 
-def check_in_cache(path: str, place: Address, cache_dir: str | os.PathLike[str] | None) -> Path:
+def check_in_cache(path: str, place: HubAddress, cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return the path of a cached file. Raises `FileError` if it is outside the cache, for example through a link."""
-    from huggingface_hub import constants
-
     file = Path(path)
     cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
     repository = cache / f"models--{place.repo.replace('/', '--')}"  # may be a link that a user set up
@@ -182,18 +139,13 @@ Token = str | bool | None
 
 def hub_api(token: Token) -> Any:
     """Return the Hub's client."""
-    from huggingface_hub import HfApi
-
     return HfApi(token=token, library_name="jaxadapt")
 
 
 @contextlib.contextmanager
-def translate_errors(place: Address, token: Token, action: str = "read") -> Generator[None]:
+def translate_errors(place: HubAddress, token: Token, action: str = "read") -> Generator[None]:
     """Turn any error of the client into a `FileError` that names the repository, the reason and the remedy."""
-    from huggingface_hub import errors
-
-    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (from httpx or httpx2, whichever the client uses)
-    known = http, errors.EntryNotFoundError, OSError, RuntimeError, ValueError  # the last two also of hf_xet
+    known = _HTTP_ERROR, errors.EntryNotFoundError, OSError, RuntimeError, ValueError  # the last two also of hf_xet
     try:
         yield
     except known as error:
@@ -205,8 +157,6 @@ def translate_errors(place: Address, token: Token, action: str = "read") -> Gene
 
 def _root_cause(error: Any) -> Any:
     """Return the error that has the reason: the client raises others in its place, as "Error while uploading …"."""
-    from huggingface_hub import errors
-
     cause: Any = error.__cause__
     if isinstance(error, errors.LocalEntryNotFoundError):  # also if the server was reached and answered
         return cause if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500 else error
@@ -214,9 +164,8 @@ def _root_cause(error: Any) -> Any:
     return error if final or cause is None else _root_cause(cause)
 
 
-def _file_error(error: Any, place: Address, token: Token, action: str) -> FileError:
+def _file_error(error: Any, place: HubAddress, token: Token, action: str) -> FileError:
     """Return the `FileError` for an error of the client."""
-    from huggingface_hub import errors
 
     def fail(why: str, remedy: str) -> FileError:
         message = str(getattr(error, "server_message", None) or "").strip()  # only an answer of a server has one
@@ -239,7 +188,7 @@ def _file_error(error: Any, place: Address, token: Token, action: str) -> FileEr
         case errors.LocalTokenNotFoundError():
             return fail("token=True, but no token is stored", "log in: `hf auth login`")
         case errors.HFValidationError():
-            return fail(str(error), EXAMPLE)
+            return fail(str(error), HUB_EXAMPLE)
         case errors.HfHubHTTPError():
             return fail(*_explain_status(error, place, token, action))
         case OSError(errno=None):
@@ -254,8 +203,6 @@ def _file_error(error: Any, place: Address, token: Token, action: str) -> FileEr
 
 def _explain_offline(error: Any, action: str) -> tuple[str, str]:
     """Return why the Hub was not reached, and the remedy."""
-    from huggingface_hub import errors
-
     variable = _offline_variable()
     if isinstance(error, errors.OfflineModeIsEnabled) or (variable and action == "push to"):
         return f"{variable}=1 forbids access to the Hub", "unset it"
@@ -266,7 +213,7 @@ def _explain_offline(error: Any, action: str) -> tuple[str, str]:
     return f"the Hub cannot be reached{missing}", "check the network and try again"
 
 
-def _explain_status(error: Any, place: Address, token: Token, action: str) -> tuple[str, str]:
+def _explain_status(error: Any, place: HubAddress, token: Token, action: str) -> tuple[str, str]:
     """Return the reason of an answer that is an error, and the remedy."""
     status, url = getattr(error.response, "status_code", 0), str(getattr(error.response, "url", ""))
     if status == 401:
@@ -283,7 +230,7 @@ def _explain_status(error: Any, place: Address, token: Token, action: str) -> tu
     return why, "try again" if status >= 500 or not status else "follow its message"
 
 
-def _requested_file(error: Any, place: Address) -> str:
+def _requested_file(error: Any, place: HubAddress) -> str:
     """Return the file that a failed request asked for, from its URL."""
     match = re.search(r"/resolve/[^/]+/([^?#]+)", "" if error.response is None else str(error.response.url))
     if match:
@@ -299,15 +246,13 @@ def _login_hint(token: Token) -> str:
 
 def _offline_variable() -> str | None:
     """Return the environment variable that keeps the client offline, or None. The client follows transformers' too."""
-    from huggingface_hub import constants
-
     if not constants.HF_HUB_OFFLINE:
         return None
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return next((name for name in names if os.environ.get(name, "0").upper() not in ("", "0", "NO", "OFF")), names[0])
 
 
-def _list_revisions(place: Address, token: Token) -> str:
+def _list_revisions(place: HubAddress, token: Token) -> str:
     with contextlib.suppress(Exception):  # it only helps the message
         refs = hub_api(token).list_repo_refs(place.repo)
         names = [ref.name for ref in [*refs.branches, *refs.tags]]
@@ -320,7 +265,6 @@ def _list_revisions(place: Address, token: Token) -> str:
 
 def progress_bar_class(name: str, report: Report) -> Any:
     """Return a class of progress bars for the client that draw nothing and call `report`."""
-    from huggingface_hub.utils import tqdm
 
     class Meter(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -342,8 +286,6 @@ def counted_operation(report: Report, total: int) -> type[Any]:
 
     Uploads through hf_xet are not reported, since hf_xet reads the file itself.
     """
-    from huggingface_hub import CommitOperationAdd
-
     lock = threading.Lock()  # several threads send files
     sent: dict[str, int] = {}
 
@@ -381,8 +323,6 @@ class _CountedFile(io.BufferedReader):
 @contextlib.contextmanager
 def client_bars(show: bool) -> Generator[None]:
     """Show or hide the client's own bars while it uploads (it has no callback for uploads)."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
     if show or are_progress_bars_disabled():
         yield
         return
@@ -393,15 +333,6 @@ def client_bars(show: bool) -> Generator[None]:
         enable_progress_bars()
 
 
-# ---------------------------------------------------------------- hub
-
-
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""In the order in which readers try them."""
-MLX_WEIGHTS = "adapters.safetensors"
-"""The weights of mlx-lm's adapter folder, whose configuration has the same name as PEFT's."""
-CARD = "README.md"
 _MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TEXT)
 
 
@@ -439,7 +370,7 @@ def pull(
         folder = jaxadapt.pull("org/name@v1/fr")
     """
     with reporter(progress) as report:
-        return _pull(parse(repo), (CARD,), token, cache_dir, report)
+        return _pull(parse_hub_address(repo), (CARD,), token, cache_dir, report)
 
 
 def fetch_folder(address: str, name: str | None = None, report: Report = no_report) -> Path:
@@ -450,38 +381,35 @@ def fetch_folder(address: str, name: str | None = None, report: Report = no_repo
         name: a subfolder to use instead, if it holds an adapter.
         report: called with the progress.
     """
-    place = parse(address)
+    place = parse_hub_address(address)
     if name is not None and _has_adapter(subfolder := place._replace(subfolder=place.file(name))):
         place = subfolder
     return _pull(place, (), None, None, report)
 
 
-def _has_adapter(place: Address) -> bool:
+def _has_adapter(place: HubAddress) -> bool:
     """Return True if an address holds an adapter. Without a network the cache decides, if it knows."""
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache  # pyright: ignore[reportPrivateUsage]
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     with translate_errors(place, None):
         try:
             _fetch_file(place, CONFIG, None, None, no_report)
-        except LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:
             if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
                 return False
             raise
-        except _absence_errors():
+        except _ABSENT:
             return False
     return True
 
 
 def fetch_config(address: str) -> Path:
     """Fetch only the configuration of an adapter. Return its path in the cache."""
-    place = parse(address)
+    place = parse_hub_address(address)
     with translate_errors(place, None), _explain_missing_adapter(place, None):
         return _fetch_file(place, CONFIG, None, None, no_report)
 
 
 def _pull(
-    place: Address,
+    place: HubAddress,
     optional_files: Sequence[str],
     token: Token,
     cache_dir: str | os.PathLike[str] | None,
@@ -493,28 +421,26 @@ def _pull(
         pinned = place._replace(revision=cached_commit(config, place.file(CONFIG)))
         _fetch_weights(pinned, token, cache_dir, report)
         for name in optional_files:
-            with contextlib.suppress(*_absence_errors()):
+            with contextlib.suppress(*_ABSENT):
                 _fetch_file(pinned, name, token, cache_dir, report)
     LOGGER.info("%s: in the cache as %s", place, config.parent)
     return config.parent
 
 
-def _fetch_weights(pinned: Address, token: Token, cache_dir: Any, report: Report) -> None:
+def _fetch_weights(pinned: HubAddress, token: Token, cache_dir: Any, report: Report) -> None:
     first: Exception | None = None
     for name in (*WEIGHTS, MLX_WEIGHTS):
         try:
             _fetch_file(pinned, name, token, cache_dir, report)
             return
-        except _absence_errors() as error:
+        except _ABSENT as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
+def _fetch_file(place: HubAddress, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
     """Fetch a file into the cache. The server's answer is checked before the client repeats the request."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
     file = place.file(name)
     cached = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
     if isinstance(cached, str):
@@ -535,23 +461,14 @@ def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report:
     return check_in_cache(downloaded, place, cache_dir)
 
 
-def _absence_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that mean a missing file. Mirrors (olah) report one as a missing repository."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-
-    return EntryNotFoundError, RepositoryNotFoundError
-
-
 @contextlib.contextmanager
-def _explain_missing_adapter(place: Address, token: Token) -> Generator[None]:
+def _explain_missing_adapter(place: HubAddress, token: Token) -> Generator[None]:
     """Turn a missing adapter into a `FileError` that lists the adapters of the repository."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     try:
         yield
-    except LocalEntryNotFoundError:  # without a connection, the file may exist
+    except errors.LocalEntryNotFoundError:  # without a connection, the file may exist
         raise
-    except EntryNotFoundError as error:
+    except errors.EntryNotFoundError as error:
         content = ""
         with contextlib.suppress(Exception):  # a failure here must not hide the error itself
             # Not the client's file listing: it follows a `Link` header to any server and sends the token there.
@@ -576,7 +493,7 @@ class Commit(NamedTuple):
 
 
 def upload(
-    place: Address,
+    place: HubAddress,
     files: Mapping[str, Path | bytes],
     *,
     message: str,
@@ -603,8 +520,6 @@ def upload(
     Raises:
         FileError: no permission, a public repository with `private=True`, an existing tag, or a failed connection.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
     api = hub_api(token)
     total = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
     report = no_report if progress is None or isinstance(progress, bool) else progress
@@ -626,7 +541,7 @@ def upload(
     return Commit(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision)
 
 
-def _prepare_repository(api: Any, place: Address, private: bool | None, create_pr: bool, tag: str | None) -> None:
+def _prepare_repository(api: Any, place: HubAddress, private: bool | None, create_pr: bool, tag: str | None) -> None:
     """Create a missing repository or branch. Raises `FileError` if the commit would be public, or its tag exists."""
     # For a pull request to an existing repository, the token may lack the right to create one.
     if not (create_pr and api.repo_exists(place.repo)):
@@ -642,14 +557,12 @@ def _prepare_repository(api: Any, place: Address, private: bool | None, create_p
         raise FileError(f"{place}: the tag {tag!r} exists already; choose another name, or delete it on the Hub")
 
 
-def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
+def fetch_text(place: HubAddress, name: str, token: Token = None) -> str | None:
     """Fetch the current content of a text file, or None if the file, its repository or its branch does not exist."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
-
     with translate_errors(place, token, "push to"):
         try:
             return _fetch_file(place, name, token, None, no_report).read_bytes().decode("utf-8", "replace")
-        except LocalEntryNotFoundError:  # without a connection, the file may exist
+        except errors.LocalEntryNotFoundError:  # without a connection, the file may exist
             raise
-        except (*_absence_errors(), RevisionNotFoundError):
+        except (*_ABSENT, errors.RevisionNotFoundError):
             return None

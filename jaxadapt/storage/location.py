@@ -1,5 +1,7 @@
 """Locations of files: a path of this machine, or an address such as s3://bucket/folder. The only module with fsspec.
 
+Also the addresses of the Hub, read as text, and the names of an adapter's files.
+
 An `Address` is for fsspec what a `Path` is for the disk, reduced to the methods this library needs. Ranges of its
 objects are read with the interface of `local_files`. Its errors, also those of the stores' own packages, are
 `FileError`s that name the address, except for `FileNotFoundError`, which a `Path` raises too. Credentials and endpoints
@@ -20,7 +22,7 @@ import stat
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import local_files
@@ -28,6 +30,17 @@ from jaxadapt.storage.local_files import ByteSource, LocalFile, file_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+
+# ---------------------------------------------------------------- names of an adapter's files
+
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""In the order in which readers try them."""
+MLX_WEIGHTS = "adapters.safetensors"
+"""The weights of mlx-lm's adapter folder, whose configuration has the same name as PEFT's."""
+CARD = "README.md"
 
 
 # ---------------------------------------------------------------- store errors
@@ -267,6 +280,61 @@ def _open_store(text: str) -> tuple[Any, str]:
         ) from error
     except Exception as error:  # a store's package raises errors of its own classes
         raise _store_error(text, "open", error) from error
+
+
+# ---------------------------------------------------------------- addresses of the Hub
+
+
+HUB_EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
+_NAME = r"[A-Za-z0-9_.-]+"
+_HUB_ADDRESS = re.compile(
+    rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/pr/\d+|refs/convert/{_NAME}|[^/]+))?(?:/(?P<subfolder>.*))?"
+)
+
+
+class HubAddress(NamedTuple):
+    """The address of an adapter on the Hub.
+
+    >>> parse_hub_address("hf://org/name@v1/fr")
+    HubAddress(repo='org/name', revision='v1', subfolder='fr')
+    >>> print(parse_hub_address("org/name@feature%2Fx"), parse_hub_address("org/name").revision)
+    hf://org/name@feature%2Fx None
+    """
+
+    repo: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        revision = self.revision or ""
+        if not revision.startswith("refs/"):
+            revision = revision.replace("/", "%2F")
+        version = f"@{revision}" if revision else ""
+        folder = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{HUB}{self.repo}{version}{folder}"
+
+    def file(self, name: str) -> str:
+        """Return a file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+def could_be_repository(path: str) -> bool:
+    """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
+    return _HUB_ADDRESS.fullmatch(path) is not None and not path.startswith(".")
+
+
+def parse_hub_address(text: str) -> HubAddress:
+    """Parse an address. Raises `FileError` if it is invalid.
+
+    A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
+    """
+    match = _HUB_ADDRESS.fullmatch(text.removeprefix(HUB))
+    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
+        raise FileError(f"{text!r} is not the address of a model repository on the Hub: {HUB_EXAMPLE}")
+    folder = (match["subfolder"] or "").strip("/")
+    if (any(part in ("", ".", "..") for part in folder.split("/")) and folder) or "\\" in folder or "\0" in folder:
+        raise FileError(f"{text!r}: {folder!r} is not a valid subfolder of a repository; pass a plain relative path")
+    return HubAddress(match["repo"], (match["revision"] or "").replace("%2F", "/") or None, folder)
 
 
 # ---------------------------------------------------------------- versions and sizes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, Report, no_report
-from jaxadapt.storage import hub, location, orbax
+from jaxadapt.storage import location, orbax
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.rules import Options
 
 FORMATS: dict[str, tuple[str, ...]] = {
-    "peft_folder": hub.WEIGHTS,
-    "mlx_files": (hub.MLX_WEIGHTS,),
+    "peft_folder": location.WEIGHTS,
+    "mlx_files": (location.MLX_WEIGHTS,),
     "image_files": (".safetensors",),
     "orbax_folder": orbax.MARKERS,
 }
@@ -128,16 +128,23 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
     """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
     if isinstance(path, Place):
         return path
-    is_remote = location.is_hub_address(path)
-    at: Location = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
+    at: Location
+    if location.is_hub_address(path):
+        from jaxadapt.storage import hub  # imports the client of the Hub
+
+        at = hub.fetch_folder(str(path), report=report)
+    else:
+        at = location.to_location(path)
     try:
         return Place(path, at, frozenset(entry.name for entry in at.iterdir()))
     except NotADirectoryError:
         return Place(path, at, None)
     except FileNotFoundError as error:
         why = error.strerror if isinstance(at, location.Address) else "no such folder"
-        on_hub = f"; for the Hub's repository give {location.HUB}{path}" if hub.could_be_repository(str(path)) else ""
-        expected = f"expected a folder that contains {hub.CONFIG} and {hub.WEIGHTS[0]}"
+        on_hub = (
+            f"; for the Hub's repository give {location.HUB}{path}" if location.could_be_repository(str(path)) else ""
+        )
+        expected = f"expected a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}"
         raise FileError(f"{at}: {why}; {expected}{on_hub}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error

@@ -29,10 +29,10 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
 from jaxadapt.persistence.findings import EXPECTED, Finding, error
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, read_text
-from jaxadapt.storage import atomic, hub, location, safetensors
+from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.location import Location
 
-CONFIG, WEIGHTS = hub.CONFIG, hub.MLX_WEIGHTS
+CONFIG, WEIGHTS = location.CONFIG, location.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
 
 # (the beginning of a module's name in PyTorch, in mlx-lm, and a pattern of what follows it)
@@ -294,7 +294,7 @@ def write_folder(tensors: PeftTensors, folder: Location, wanted: Wanted, report:
         MismatchError: mlx-lm has no form for a tensor; the message lists all of them.
         FileError: the folder contains a PEFT adapter, or cannot be written.
     """
-    if location.exists(folder / hub.WEIGHTS[0]):
+    if location.exists(folder / location.WEIGHTS[0]):
         raise FileError(
             f"{folder}: contains a PEFT adapter, whose configuration has the same name; choose another folder"
         )

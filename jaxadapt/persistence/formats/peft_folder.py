@@ -48,7 +48,7 @@ from jaxadapt.persistence import card, findings, fingerprint
 from jaxadapt.persistence.findings import Finding, error, warning
 from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Format, Opened, Place, read_text
-from jaxadapt.storage import atomic, hub, location, safetensors, torch_bin
+from jaxadapt.storage import atomic, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 
 # ---------------------------------------------------------------- the configuration and its copy
@@ -181,9 +181,9 @@ def tensor_module(config: Config, key: str) -> str | None:
     return None
 
 
-CONFIG = hub.CONFIG
-WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
-CARD = hub.CARD
+CONFIG = location.CONFIG
+WEIGHTS, WEIGHTS_BIN = location.WEIGHTS
+CARD = location.CARD
 _NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 
 
@@ -192,7 +192,7 @@ _NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 
 def recognises(place: Place) -> bool:
     """Return True for a folder with a file of PEFT's weights."""
-    return place.names is not None and not place.names.isdisjoint(hub.WEIGHTS)
+    return place.names is not None and not place.names.isdisjoint(location.WEIGHTS)
 
 
 def missing(place: Place) -> Finding:
@@ -269,13 +269,13 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     """
     if place.names is None:
         config, weights = place.at.parent / CONFIG, place.at
-        has_config = weights.name in hub.WEIGHTS and location.exists(config)
+        has_config = weights.name in location.WEIGHTS and location.exists(config)
     else:
         config, weights = place.at / CONFIG, place.at / (WEIGHTS if WEIGHTS in place.names else WEIGHTS_BIN)
         has_config = CONFIG in place.names
     text = functools.partial(read_text, config) if has_config else None
     stored, found = StoredAdapter(os.fspath(place.path), text, weights=weights), list[Finding]()
-    if place.names is not None and place.names.isdisjoint(hub.WEIGHTS):
+    if place.names is not None and place.names.isdisjoint(location.WEIGHTS):
         return dataclasses.replace(stored, findings=(missing(place),))
     try:
         if weights.suffix == ".safetensors":
@@ -293,9 +293,9 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
         problem = MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
         expected, remedy = "an adapter's tensors", "save the adapter again"
         found.append(error("no-tensors", (weights.name,), str(problem), expected, remedy, problem=problem))
-    if place.names is not None and place.names.issuperset(hub.WEIGHTS):
+    if place.names is not None and place.names.issuperset(location.WEIGHTS):
         text_of_two, remedy = "the folder holds two files of weights", f"delete {WEIGHTS_BIN} if it is older"
-        found.append(warning("two-files", hub.WEIGHTS, text_of_two, f"one; readers take {WEIGHTS}", remedy))
+        found.append(warning("two-files", location.WEIGHTS, text_of_two, f"one; readers take {WEIGHTS}", remedy))
     return dataclasses.replace(stored, findings=tuple(found))
 
 

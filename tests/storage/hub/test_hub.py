@@ -16,6 +16,7 @@ from huggingface_hub import constants
 import jaxadapt
 from jaxadapt.persistence import card
 from jaxadapt.storage import hub as door
+from jaxadapt.storage import location
 from jaxadapt.storage.hub import client_bars
 from tests.support import hub_server, small
 from tests.support.small import CARD, CONFIG, WEIGHTS
@@ -414,7 +415,7 @@ def test_an_orbax_checkpoint_is_not_uploaded(hub, saved, tmp_path):
 )
 def test_addresses_that_are_none(text):
     with pytest.raises(jaxadapt.FileError):
-        door.parse(text)
+        location.parse_hub_address(text)
 
 
 # ---- the card ----------------------------------------------------------------------------------------------
@@ -545,6 +546,6 @@ def test_the_first_cause_of_the_clients_errors_is_named():
     middle.__cause__, outer.__cause__ = OSError("the reason"), middle
     with (
         pytest.raises(jaxadapt.FileError, match="cannot read it: the reason; try again"),
-        door.translate_errors(door.parse(f"hf://{REPO}"), None),
+        door.translate_errors(location.parse_hub_address(f"hf://{REPO}"), None),
     ):
         raise outer
