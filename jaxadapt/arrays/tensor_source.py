@@ -29,7 +29,7 @@ _DTYPES = {
     "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-"""{safetensors' name: numpy's}; numpy knows those of the last two lines by ml_dtypes."""
+"""{safetensors' name: numpy's}; those of the last two lines are of ml_dtypes."""
 NAMES = {name: code for code, name in _DTYPES.items()}
 _FLOATS = tuple(name for name in NAMES if name.startswith(("float", "bfloat")) and name != "float8_e8m0fnu")
 _SPELLINGS = {NAMES[name].lower(): name for name in _FLOATS} | {f"fp{bits}": f"float{bits}" for bits in (16, 32, 64)}
@@ -46,12 +46,12 @@ def numpy_dtype(name: str) -> np.dtype:
     >>> numpy_dtype("BF16"), numpy_dtype("F32")
     (dtype(bfloat16), dtype('float32'))
     """
-    import ml_dtypes  # noqa: F401 (tells numpy its dtypes)
+    import ml_dtypes
     import numpy as np
 
     if name not in _DTYPES:
         raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join(_DTYPES)}")
-    return np.dtype(_DTYPES[name])
+    return np.dtype(getattr(ml_dtypes, _DTYPES[name], _DTYPES[name]))
 
 
 def dtype_name(dtype: npt.DTypeLike) -> str:
