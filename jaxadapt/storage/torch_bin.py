@@ -116,7 +116,7 @@ class _Machine:
             number = len(self._memo) if code == "MEMOIZE" else cast("int", argument)
             self._memo[number] = stack[-1] if stack else None
         elif code in ("APPEND", "APPENDS"):
-            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]  # before what lies below them
+            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]  # taken first: they lie above the list
             cast("list[object]", self._top(list)).extend(items)
         elif code in ("SETITEM", "SETITEMS"):
             self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
