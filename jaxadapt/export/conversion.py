@@ -40,7 +40,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.foreign.dialect import Dialect, is_like
+from jaxadapt.models.foreign.dialects import Dialect, is_like
 from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors

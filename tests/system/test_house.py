@@ -157,7 +157,7 @@ def test_the_examples_of_contributing_are_right(root: Path):
 
     keymap = example("A new model family")["ACME"]
     assert keymap.match("block_3.q.w").module({}) == "model.layers.3.self_attn.q_proj"
-    dialect = example("A new dialect")["ACME"]
+    dialect = example("A new dialect")["DIALECT"]
     assert dialect.claim({"q.lora_down", "q.lora_up"}) == {"q.kernel": [("q.lora_down", "q.lora_up", 0)]}
     command = example("A new command")["count_command"]
     folder = root / "tests" / "missing"

@@ -14,7 +14,7 @@ from jaxadapt.core.errors import KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
-from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, Pair, layouts
+from jaxadapt.models.foreign.dialects import RANK, Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes
 from jaxadapt.models.foreign.survey import hinted_sizes
 

@@ -33,7 +33,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models.foreign.dialect import Dialect
+from jaxadapt.models.foreign.dialects import Dialect
 
 Array = Any
 Leaves = Mapping[str, Array]

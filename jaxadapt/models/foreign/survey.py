@@ -27,7 +27,7 @@ from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, tensor_l
 from jaxadapt.keymaps.weight import MethodTensor, Weight
 from jaxadapt.methods.base import Target
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
+from jaxadapt.models.foreign.dialects import RANK, Dialect, Dims, layouts
 
 # ---------------------------------------------------------------- survey
 

@@ -35,7 +35,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import dialects, forms
 from jaxadapt.models.foreign import survey as foreign_config
-from jaxadapt.models.foreign.dialect import Dialect, is_like
+from jaxadapt.models.foreign.dialects import Dialect, is_like
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph

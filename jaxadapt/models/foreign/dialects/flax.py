@@ -1,8 +1,8 @@
 """Flax's own `nnx.LoRA(base_module=)` and `nnx.LoRALinear`; EasyDeL wraps its layers in the former."""
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-NNX_LORA = Dialect(
+DIALECT = Dialect(
     "nnx.LoRA",
     (
         Pair("{module}.lora.lora_a", "{module}.lora.lora_b", "{module}.kernel"),

@@ -4,11 +4,11 @@ The weights of gemma's own Einsum are in a further module, called after the weig
 a weight called `w`, after a number. Fused parts (k and v, gate and up) share one A.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
 _AXES = (("in r", "r outs"), ("ins r", "r out"), ("batch in r", "batch r out"))
 
-GEMMA = Dialect(
+DIALECT = Dialect(
     "gemma",
     (
         Pair("{module}._LoRAEinsum_0.lora.a", "{module}._LoRAEinsum_0.lora.b", "{module}.w", _AXES),

@@ -4,9 +4,9 @@ B has the kernel's last axis and A all others. So in the queries, keys and value
 its own A, and all heads share one B. A leaf's path is the variable's `path`, with dots instead of slashes.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-KERAS = Dialect(
+DIALECT = Dialect(
     "keras",
     (
         Pair("{module}.lora_kernel_a", "{module}.lora_kernel_b", "{module}.kernel"),

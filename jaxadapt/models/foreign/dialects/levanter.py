@@ -1,8 +1,8 @@
 """Levanter 1.1: `LoraLinear(wrapped, lora)`. Both weights of `lora` have PyTorch's layout, output axes first."""
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-LEVANTER = Dialect(
+DIALECT = Dialect(
     "levanter",
     (
         Pair(

@@ -3,9 +3,9 @@
 For a Flax kernel (in, out) the input side is b; for a weight (out, in) it is a.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-LORAX = Dialect(
+DIALECT = Dialect(
     "lorax",
     (
         Pair("{leaf}.LoraWeight.b", "{leaf}.LoraWeight.a", "{leaf}", (("first r", "r last"),)),

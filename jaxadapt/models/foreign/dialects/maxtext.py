@@ -3,9 +3,9 @@
 (MaxText trains in Qwix' format.) Its layers are stacked on axis 1; its output for other stack axes is malformed.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-MAXTEXT = Dialect(
+DIALECT = Dialect(
     "maxtext",
     (Pair("{module}.lora_a.kernel", "{module}.lora_b.kernel", "{module}.kernel"),),
     scale="the lora_alpha of its adapter_config.json",

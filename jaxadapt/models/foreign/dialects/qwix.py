@@ -4,9 +4,9 @@ An einsum keeps the weight's axes: A has the axes shared with the input, B the r
 inputs and the outputs, and its batch axes lead. A convolution's A keeps the window.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-QWIX = Dialect(
+DIALECT = Dialect(
     "qwix",
     (
         Pair(

@@ -4,9 +4,9 @@ Its modules have Hugging Face's names (the keymap "llama"). Later versions fuse 
 which would need another keymap.
 """
 
-from jaxadapt.models.foreign.dialect import Dialect, Pair
+from jaxadapt.models.foreign.dialects import Dialect, Pair
 
-SKYRL = Dialect(
+DIALECT = Dialect(
     "SkyRL-tx",
     (
         Pair("{module}.embed_tokens.lora_A", "{module}.embed_tokens.lora_B", "{module}.embed_tokens.embedding"),
