@@ -38,9 +38,9 @@ from jaxadapt.core.errors import (
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs
-from jaxadapt.models.foreign import blank, dialects
+from jaxadapt.models.foreign import dialects, survey
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.foreign.dialects import Dialect, is_like
+from jaxadapt.models.foreign.dialects import Dialect
 from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors
@@ -388,8 +388,11 @@ def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str
     """
     leaves = _with_dotted_paths(safetensors.read(path), path)
     alpha = options.lora_alpha if options.lora_alpha is not None else _noted_alpha(path)
-    if not any(map(is_like, leaves)):
-        raise FileError(f"{path}: expected a tree with LoRA leaves, found no leaf that looks like one")
+    if not any(map(dialects.like_pattern().search, leaves)):
+        known = ", ".join(dialects.DIALECTS)
+        raise FileError(
+            f"{path}: expected a tree with LoRA leaves of a known dialect ({known}), found no leaf that looks like one"
+        )
     tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=options.on_shared))
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
@@ -431,7 +434,7 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
     """Rename the modules of an adapter from the spelling of one keymap to that of another."""
     config = tensors.config
     pairs = _lora_pairs(tensors)
-    names = blank.respell_modules(source, target, list(pairs))
+    names = survey.respell_modules(source, target, list(pairs))
     stale = [f for f in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform") if config.get(f)]
     if stale and set(names) != set(names.values()):
         raise ConfigError(
@@ -461,12 +464,13 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     layer_keymap, layer_tensors = _per_expert(keymap, tensors, on_shared)
     pairs = _lora_pairs(layer_tensors)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
-    adapted = blank.find_adapted_leaves(layer_keymap, shapes, known_shapes)
+    adapted = survey.find_adapted_leaves(layer_keymap, shapes, known_shapes)
 
     def blank_tree(rank: int, alpha: float | None = None) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
-        for leaf in adapted:
-            arrays |= blank.blank_arrays(dialect, leaf, shapes, rank, known_shapes.get(leaf.match.leaf), sizes)
+        for leaf, names in adapted.items():
+            base = known_shapes.get(leaf)
+            arrays |= survey.blank_arrays(dialect, layer_keymap, leaf, shapes, names, rank, base, sizes)
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
@@ -526,4 +530,5 @@ def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
         return {}
     header = safetensors.read_header(like).tensors
     leaves = _with_dotted_paths({path: info.shape for path, info in header.items()}, like)
+    is_like = dialects.like_pattern().search
     return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}

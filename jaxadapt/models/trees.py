@@ -26,10 +26,10 @@ Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
 
 
-def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
+def may_have_path(tree: Any, wanted: Callable[[str], object]) -> bool:
     """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
     if isinstance(tree, graph.Model):
-        return any(wanted(paths.join(*map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
+        return any(wanted(paths.SEPARATOR.join(map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
     if not isinstance(tree, Mapping):
         return True
     inner = tree.get("params")

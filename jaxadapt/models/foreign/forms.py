@@ -27,9 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -66,47 +64,46 @@ class HeadPair:
         return all(axis in self.weight.roles["in"] for axis in self.heads)
 
     @functools.cached_property
-    def _order(self) -> tuple[list[str], list[str], list[str]]:
+    def _axes(self) -> tuple[list[str], list[str], list[str]]:
         """The axes of A but the rank: of layers, of heads of the output, of the input."""
         own = self.weight.left[:-1]
         lead = [] if self.shares_b else [axis for axis in own if axis.startswith("{")]
         heads = [] if self.is_input else self.heads
         return lead, heads, [axis for axis in own if axis not in (*lead, *heads)]
 
-    def _shape(self, axes: Sequence[str]) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] for axis in axes)
+    @functools.cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """The sizes of these axes."""
+        return [tuple(self.sizes[axis] for axis in axes) for axes in self._axes]
 
     def wide_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of one A and one B of all heads."""
-        lead, heads, inputs = map(self._shape, self._order)
+        lead, heads, inputs = self._shapes
         return (*lead, *inputs, rank), (*lead, rank, *heads, self.sizes[self.weight.left[-1]])
 
-    def _by_head(self, a: Array, b: Array) -> tuple[Array, Array]:
-        lead, heads, inputs = map(self._shape, self._order)
-        order = [self.weight.left.index(axis) for axes in self._order for axis in axes]
-        layers, count, last = math.prod(lead), math.prod(heads), b.shape[-1]
-        a = a.transpose(*order, a.ndim - 1).reshape(layers, count, math.prod(inputs), a.shape[-1])
-        if self.shares_b:
-            xp = jnp if isinstance(b, jax.Array) else np
-            return a, xp.broadcast_to(b[None, None], (layers, count, *b.shape))
-        if self.is_input:
-            b = b.sum(tuple(range(len(lead), len(lead) + len(self.heads))), dtype=b.dtype)
-        return a, b.reshape(layers, count, b.shape[-2], last)
+    def _split_heads(self, a: Array) -> Array:
+        """Return A as (layers, heads, inputs, r)."""
+        order = [self.weight.left.index(axis) for axes in self._axes for axis in axes]
+        return a.transpose(*order, a.ndim - 1).reshape(*map(math.prod, self._shapes), a.shape[-1])
 
     def heads_agree(self, a: Array) -> bool:
         """Return True if all heads have the same A; False for traced arrays, which cannot be compared."""
-        if self.is_input or isinstance(a, Tracer):
+        if self.is_input or isinstance(a, jax.core.Tracer):
             return self.is_input
-        first = self.weight.left.index
-        x = np.moveaxis(np.asarray(a), [first(axis) for axis in self.heads], range(len(self.heads)))
-        by_head = x.reshape(-1, *x.shape[len(self.heads) :])
+        by_head = np.moveaxis(self._split_heads(np.asarray(a)), 1, 0)
         return all(np.array_equal(by_head[0], other) for other in by_head[1:])
 
     def widen(self, a: Array, b: Array, agree: bool) -> tuple[Array, Array]:
         """Return one A (layers…, inputs…, R) and one B (layers…, R, heads…, last); `agree`: the heads have one A."""
         xp: Any = jnp if isinstance(a, jax.Array) else np
-        a, b = self._by_head(a, b)
+        a = self._split_heads(a)
         layers, count, inputs, rank = a.shape
+        if self.shares_b:
+            b = xp.broadcast_to(b[None, None], (layers, count, *b.shape))
+        elif self.is_input:
+            first = len(self._axes[0])
+            b = b.sum(tuple(range(first, first + len(self.heads))), dtype=b.dtype)
+        b = b.reshape(layers, count, rank, b.shape[-1])
         if agree:
             wide_a, wide_b = a[:, 0], xp.moveaxis(b, 1, 2)
         else:
@@ -121,18 +118,18 @@ class HeadPair:
         Rows of a head's B that are zero are dropped, with the columns of A that they multiply. Of heads of the input
         the first gets B, and the others zero.
         """
-        lead, heads, inputs = map(self._shape, self._order)
+        lead, heads, inputs = self._shapes
         layers, rank, last = math.prod(lead), a.shape[-1], b.shape[-1]
         by_head, rows = _compress(a.reshape(layers, -1, rank), b.reshape(layers, rank, -1, last))
         alike = True
         if self.shares_b:
             by_head, new_b, alike = _share_rows(by_head[0], rows[0])
         else:
-            count = math.prod(self._shape(self.heads))
-            new_b = np.zeros((layers, count, *rows.shape[2:]), b.dtype)
+            sizes = [self.sizes[axis] for axis in self.heads]
+            new_b = np.zeros((layers, math.prod(sizes), *rows.shape[2:]), b.dtype)
             new_b[:, : rows.shape[1]] = rows
-            new_b = new_b.reshape(*lead, *self._shape(self.heads), *rows.shape[2:])
-        axes = [axis for axes in self._order for axis in axes]
+            new_b = new_b.reshape(*lead, *sizes, *rows.shape[2:])
+        axes = [axis for axes in self._axes for axis in axes]
         new_a = by_head.reshape(*lead, *heads, *inputs, by_head.shape[-1])
         return new_a.transpose(*(axes.index(axis) for axis in self.weight.left[:-1]), len(axes)), new_b, alike
 
@@ -170,14 +167,14 @@ def widen_leaves(dialect: Dialect, found: Sequence[HeadPair], leaves: Leaves, co
     Raises `MismatchError` if the As of heads differ, unless `concat` is True.
     """
     agree = {pair.a: pair.heads_agree(leaves[pair.a]) for pair in found}
-    unequal = [path for path, same in agree.items() if not same]
-    if unequal and not concat:
-        raise MismatchError(
-            "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
-            f" {dialect.name} heads differ (or cannot be compared, inside jit):\n{paths.bullets(unequal)}\nPass"
-            ' jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks of the'
-            " heads, which is exact, and multiplies the rank by their number"
-        )
+    raise_listed(
+        MismatchError,
+        "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
+        f" {dialect.name} heads differ (or cannot be compared, inside jit):",
+        [path for path, same in agree.items() if not same and not concat],
+        '\nPass jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks of'
+        " the heads, which is exact, and multiplies the rank by their number",
+    )
     out = dict(leaves)
     for pair in found:
         out[pair.a], out[pair.b] = pair.widen(leaves[pair.a], leaves[pair.b], agree[pair.a])
@@ -201,34 +198,38 @@ def narrow_leaves(
     Raises one `MismatchError` with every leaf whose heads share a B and differ in it, unless `concat` is True, or with
     every leaf whose rank is too small.
     """
-    if any(isinstance(x, Tracer) for x in new.values()):
+    if any(isinstance(x, jax.core.Tracer) for x in new.values()):
         raise MismatchError(
             f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
         )
-    made = {pair.a: (pair, *pair.narrow(np.asarray(new[pair.a]), np.asarray(new[pair.b]))) for pair in found}
-    differ = [pair.b for pair, _, _, alike in made.values() if not alike]
-    ranks = {path: (leaves[path].shape[-1], a.shape[-1]) for path, (_, a, _, _) in made.items()}
-    need = max((used for _, used in ranks.values()), default=0)
-    if differ and not concat:
-        raise MismatchError(
-            f"cannot fill these {dialect.name} leaves: they have one B for all heads of a weight, and the file has one"
-            f" for each head:\n{paths.bullets(differ)}\nBuild the target with rank={need}, and pass"
-            ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the heads'
-        )
-    require_rank([f"{path}: rank {have}, needed {used}" for path, (have, used) in ranks.items() if used > have], need)
+    made = [(pair, *pair.narrow(np.asarray(new[pair.a]), np.asarray(new[pair.b]))) for pair in found]
+    need = max((a.shape[-1] for _, a, _, _ in made), default=0)
+    raise_listed(
+        MismatchError,
+        f"cannot fill these {dialect.name} leaves: they have one B for all heads of a weight, and the file has one for"
+        " each head:",
+        [pair.b for pair, _, _, alike in made if not alike and not concat],
+        f"\nBuild the target with rank={need}, and pass"
+        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the heads',
+    )
+    require_rank({pair.a: (leaves[pair.a].shape[-1], a.shape[-1]) for pair, a, _, _ in made})
     out: dict[str, Array] = {}
-    for path, (pair, a, b, _) in made.items():
-        padding, current = (0, ranks[path][0] - ranks[path][1]), leaves[path]
+    for pair, a, b, _ in made:
+        current = leaves[pair.a]
+        padding = 0, current.shape[-1] - a.shape[-1]
         keeps = not a.shape[-1] and not isinstance(current, jax.ShapeDtypeStruct)
-        out[path] = np.asarray(current, a.dtype) if keeps else np.pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
+        out[pair.a] = np.asarray(current, a.dtype) if keeps else np.pad(a, [*[(0, 0)] * (a.ndim - 1), padding])
         out[pair.b] = np.pad(b, [*[(0, 0)] * (b.ndim - 2), padding, (0, 0)])
     return out
 
 
-def require_rank(small: Sequence[str], need: int) -> None:
-    """Raise `MismatchError` for leaves whose rank is too small."""
+def require_rank(ranks: Mapping[str, tuple[int, int]]) -> None:
+    """Raise one `MismatchError` for leaves whose rank is too small; `ranks` are `{path: (rank, needed rank)}`."""
     raise_listed(
-        MismatchError, "the target's rank is too small:", small, f"\nBuild it with rank={need}; unused rows are zero"
+        MismatchError,
+        "the target's rank is too small:",
+        [f"{path}: rank {have}, needed {need}" for path, (have, need) in ranks.items() if need > have],
+        f"\nBuild it with rank={max((need for _, need in ranks.values()), default=0)}; unused rows are zero",
     )
 
 
@@ -255,21 +256,18 @@ def _share_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
     Equal rows of different heads are shared; two equal rows of one head stay apart.
     """
     kept: list[np.ndarray] = []
-    columns: list[dict[int, np.ndarray]] = []  # of each head, by the number of their row
-    for by_head, rows in zip(a, b, strict=True):
-        own: dict[int, np.ndarray] = {}
+    columns: dict[tuple[int, int], np.ndarray] = {}  # by the head and the number of the row
+    for head, rows in enumerate(b):
         for i in np.flatnonzero(rows.any(axis=1)):
-            equal = (k for k, row in enumerate(kept) if k not in own and np.array_equal(row, rows[i]))
-            number = next(equal, len(kept))
+            free = (k for k, row in enumerate(kept) if (head, k) not in columns and np.array_equal(row, rows[i]))
+            number = next(free, len(kept))
             kept += [rows[i]] if number == len(kept) else []
-            own[number] = by_head[:, i]
-        columns.append(own)
+            columns[head, number] = a[head, :, i]
     new_a = np.zeros((*a.shape[:2], len(kept)), a.dtype)
-    for head, own in enumerate(columns):
-        for number, column in own.items():
-            new_a[head, :, number] = column
+    for (head, number), column in columns.items():
+        new_a[head, :, number] = column
     shared = np.stack(kept) if kept else np.zeros((0, b.shape[-1]), b.dtype)
-    return new_a, shared, all(len(own) == len(kept) for own in columns)
+    return new_a, shared, len(columns) == len(a) * len(kept)
 
 
 # ---------------------------------------------------------------- slots
@@ -316,7 +314,7 @@ def _obstacles(leaf: str, slot_paths: Sequence[str], leaves: Leaves, slot: int) 
         if path in leaves
         else f"{path}: missing"
         for path in slot_paths
-        if path not in leaves or isinstance(leaves[path], Tracer | jax.ShapeDtypeStruct)
+        if path not in leaves or isinstance(leaves[path], jax.core.Tracer | jax.ShapeDtypeStruct)
     ]
     if unread:
         return unread
@@ -351,7 +349,7 @@ def with_slot(
 
 
 def _nonzero(x: Any) -> bool:
-    return not isinstance(x, Tracer) and bool(np.any(np.asarray(x)))
+    return not isinstance(x, jax.core.Tracer) and bool(np.any(np.asarray(x)))
 
 
 def _shortest_alpha(scale: Any, rank: int) -> float:

@@ -1,7 +1,7 @@
 """The LoRA sites of a foreign tree: the axes and the PEFT keys of each array, and the configuration that they imply.
 
-The sites are bound to a family's keymap. The configuration is inferred from the tree, and completed with the user's
-values.
+The sites are bound to a family's keymap, from a tree's arrays or, for a tree to create, from a file's tensors. The
+configuration is inferred from the tree, and completed with the user's values. Uses only names and shapes.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.layout import FileLayout, axis_parts
+from jaxadapt.arrays.layout import RANK, FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
-from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.plan import axis_sizes, scale_factor, tensor_key, tensor_layout
-from jaxadapt.keymaps.weight import MethodTensor, Weight
+from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
 from jaxadapt.methods.base import Target
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models.foreign.dialects import RANK, Dialect, Dims, layouts
+from jaxadapt.models.foreign.dialects import Dialect, Dims, Pair, layouts
+from jaxadapt.models.foreign.forms import head_axes
 
-# ---------------------------------------------------------------- survey
+# ---------------------------------------------------------------- sites
 
 
 Shape = tuple[int, ...]
@@ -38,17 +38,12 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayout(FileLayout):
-    """The layout of an array that may have flattened axes, or may be shared by several keys.
+    """The layout of an array that may have flattened axes.
 
-    `packed` is the array's shape in its tree, `shape` its shape with all axes separate. Each subarray (over `split`)
-    stands for `shared` tensors of the file, which are consecutive.
+    `packed` is the array's shape in its tree, `shape` its shape with all axes separate.
     """
 
     packed: Shape = ()
-    shared: int = 1
-
-    def index(self, i: int) -> tuple[Any, ...]:
-        return super().index(i // self.shared)
 
     def encode(self, leaf: Array, i: int) -> Array:
         return super().encode(leaf.reshape(self.shape), i)
@@ -59,38 +54,40 @@ class PackedLayout(FileLayout):
         return self.right.index((RANK,))
 
     @functools.cached_property
+    def expected_shape(self) -> tuple[int | None, ...]:
+        """The shape of each file tensor; None for the rank, which may be smaller than the tree's."""
+        return tuple(None if axis == self.file_rank else size for axis, size in enumerate(self.file_shape))
+
+    @functools.cached_property
     def _by_rank(self) -> dict[int, FileLayout]:
         return {}
 
     def unit(self, rank: int) -> FileLayout:
         """Return the layout that converts one key's tensor of this rank to its subarray."""
-        layout = self._by_rank.get(rank)
-        if layout is None:
-            keep = [axis for axis in range(len(self.left)) if axis not in self.split]
-            shape = tuple(rank if axis == self.rank_axis else self.shape[axis] for axis in keep)
-            left = tuple(self.left[axis] for axis in keep)
-            layout = self._by_rank[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
-        return layout
+        if rank not in self._by_rank:
+            shape = tuple(rank if axis == self.rank_axis else size for axis, size in enumerate(self.shape))
+            self._by_rank[rank] = dataclasses.replace(self, shape=shape).single_layout
+        return self._by_rank[rank]
 
 
 @dataclasses.dataclass(frozen=True)
 class FactorArray(plan.PlanEntry):
-    """One array of a site, A or B, with its keys and their PyTorch modules."""
+    """One array of a site, A or B, with its keys and their PyTorch modules.
+
+    Each subarray (over `form.split`) stands for `shared` tensors of the file, whose keys are consecutive.
+    """
 
     form: PackedLayout
     modules: tuple[str, ...] = ()
+    shared: int = 1
 
     def keys_of(self, i: int) -> tuple[str, ...]:
-        """Return the consecutive keys that share subarray `i`."""
+        """Return the keys that share subarray `i`."""
         return self.keys[i * self.shared : (i + 1) * self.shared]
 
     def tensor_number(self, key_number: int) -> int:
-        """Return the position of the key itself: `PackedLayout.index` finds its subarray."""
-        return key_number
-
-    @property
-    def shared(self) -> int:
-        return self.form.shared
+        """Return the number of the subarray of a key, given by its position in `keys`."""
+        return key_number // self.shared
 
     @property
     def rank(self) -> int:
@@ -99,19 +96,15 @@ class FactorArray(plan.PlanEntry):
 
 @dataclasses.dataclass(frozen=True)
 class ForeignSite:
-    """One site of a foreign tree: its base leaf, its two arrays, and the known sizes of the base's axes."""
+    """One site of a foreign tree: its base leaf and its two arrays.
+
+    `base_shape` is the shape of the base leaf; None if it does not follow from the arrays.
+    """
 
     match: Match
     a: FactorArray
     b: FactorArray
-    sizes: tuple[tuple[str, int], ...]
-
-    @property
-    def base_shape(self) -> Shape | None:
-        """The shape of the base leaf; None if it does not follow from the arrays."""
-        sizes = dict(self.sizes)
-        left = self.match.weight.left
-        return tuple(sizes[n] for n in left) if all(n in sizes for n in left) else None
+    base_shape: Shape | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +128,6 @@ class ForeignSites:
         return self.real or self.keymap
 
     @functools.cached_property
-    def leaves(self) -> frozenset[str]:
-        """The base leaves that the tree adapts."""
-        return frozenset(site.match.leaf for site in self.sites)
-
-    @functools.cached_property
     def arrays(self) -> list[FactorArray]:
         """The arrays of all sites, A before B."""
         return [half for site in self.sites for half in (site.a, site.b)]
@@ -159,8 +147,8 @@ class ForeignSites:
         """`{module: alpha}` if the dialect or the tree defines it, else empty."""
         if self.dialect.unscaled:
             return dict(self.ranks)
-        alphas = [(site, self.stored[leaf]) for site in self.sites if (leaf := site.match.leaf) in self.stored]
-        return {m: alpha for site, alpha in alphas for m in site.a.modules}
+        known = [site for site in self.sites if site.match.leaf in self.stored]
+        return {m: self.stored[site.match.leaf] for site in known for m in site.a.modules}
 
     @functools.cached_property
     def modules(self) -> frozenset[str]:
@@ -169,7 +157,7 @@ class ForeignSites:
         for leaf, shape in self.base.items():
             match = self.keymap.match(leaf)
             if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight":
-                out |= set(match.modules(axis_sizes(match, shape)).values())
+                out |= set(match.modules(plan.axis_sizes(match, shape)).values())
         return frozenset(out)
 
 
@@ -200,8 +188,8 @@ def survey_sites(
             problems.append(f"{', '.join(names)}: the keymap {keymap.name!r} has no entry for {leaf!r}")
             continue
         try:
-            hints = hinted_sizes(match.weight, sizes or {})
-            out.append(_bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), hints))
+            known = _known_sizes(match, base.get(leaf), sizes or {})
+            out.append(_bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), known))
         except KeyMapError as error:
             problems.append(str(error))
     raise_listed(
@@ -213,14 +201,18 @@ def survey_sites(
     return ForeignSites(dialect, keymap, tuple(out), dict(base), stored or {})
 
 
-def hinted_sizes(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the sizes of an entry's axes whose letters have sizes; "(c p)" has one if c and p do."""
-    known = {**sizes, **dict(weight.sizes)}
-    return {
-        axis: math.prod(known[n] for n in axis_parts(axis))
-        for axis in weight.left
-        if set(axis_parts(axis)) <= set(known)
-    }
+def _known_sizes(match: Match, base: Shape | None, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of a weight's axes: those of its base leaf, or those of fused axes and of letters with sizes.
+
+    "(c p)" has a size if c and p have one.
+    """
+    weight = match.weight
+    if base is not None:
+        return plan.axis_sizes(match, base)
+    letters = {**sizes, **dict(weight.sizes)}
+    hinted = {axis: [letters.get(n) for n in axis_parts(axis)] for axis in weight.left}
+    fused = {axis: len(weight.index_names(axis) or ()) for axis in match.roles["fused"]}
+    return {axis: math.prod(filter(None, found)) for axis, found in hinted.items() if all(found)} | fused
 
 
 def _bind_site(
@@ -230,33 +222,32 @@ def _bind_site(
     candidates: Sequence[tuple[str, str, int]],
     arrays: Mapping[str, Shape],
     base: Shape | None,
-    hints: Mapping[str, int],
+    sizes: Mapping[str, int],
 ) -> ForeignSite:
-    sizes = {**hints, **{axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}}
-    if base is not None:
-        sizes = axis_sizes(match, base)
-    tried: list[str] = []
+    left, tried = match.weight.left, list[str]()
     fits: list[ForeignSite] = []
     for path_a, path_b, number in candidates:
-        pair = dialect.pairs[number]
-        for dims_a, dims_b in layouts(pair, match.weight, dialect.shares):
-            known = _solve_sizes(((dims_a, arrays[path_a]), (dims_b, arrays[path_b])), sizes)
+        for dims_a, dims_b in layouts(dialect.pairs[number], match.weight, dialect.shares):
             tried.append(f"A ({_layout_text(dims_a)}), B ({_layout_text(dims_b)})")
+            given = (path_a, dims_a), (path_b, dims_b)
+            known = _solve_sizes([(dims, arrays[path]) for path, dims in given], sizes)
             if known is not None:
+                tensors = get_method(_DEFAULT).tensors(_DEFAULT, Target(match))  # their rank is a symbolic axis
                 a, b = (
                     _bind_array(keymap, match, tensor, path, arrays[path], dims, known)
-                    for tensor, path, dims in zip(_lora_tensors(match), (path_a, path_b), (dims_a, dims_b), strict=True)
+                    for tensor, (path, dims) in zip(tensors, given, strict=True)
                 )
-                fits.append(ForeignSite(match, a, b, tuple(sorted(known.items()))))
+                shape = tuple(known[axis] for axis in left) if known.keys() >= {*left} else None
+                fits.append(ForeignSite(match, a, b, shape))
     if not fits:
         path_a, path_b, _ = candidates[0]
-        shape = "" if base is None else f" beside {match.leaf} {base}"
+        beside = "" if base is None else f" beside {match.leaf} {base}"
         raise KeyMapError(
-            f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{shape} with axes"
-            f" ({' '.join(match.weight.left)}): expected {' or '.join(tried) or 'another kind of weight'}"
+            f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{beside} with axes ({' '.join(left)}): expected"
+            f" {' or '.join(tried) or 'another kind of weight'}"
         )
     # Several layouts of one shape may be equivalent (an axis of size 1). Otherwise the shapes are ambiguous.
-    different = {(g.a.form, g.b.form) for g in fits}
+    different = {(site.a.form, site.b.form) for site in fits}
     if len(different) > 1:
         raise KeyMapError(
             f"{fits[0].a.path} {fits[0].a.form.packed} and {fits[0].b.path} {fits[0].b.form.packed} are"
@@ -273,31 +264,23 @@ def _layout_text(dims: Dims) -> str:
 def _solve_sizes(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dict[str, int] | None:
     """Return all axis sizes that follow from the arrays' shapes; None if these contradict each other or `sizes`."""
     known = dict(sizes)
-    for _ in range(2):  # sizes from the second array may split an axis of the first
-        for dims, shape in pairs:
-            if len(dims) != len(shape):
+    if any(len(dims) != len(shape) for dims, shape in pairs):
+        return None
+    for dims, shape in (*pairs, *pairs):  # sizes from the second array may split an axis of the first
+        for dim, size in zip(dims, shape, strict=True):
+            unknown = [n for n in dim if n not in known]
+            rest = math.prod(known[n] for n in dim if n in known)
+            if (rest and size % rest) or (not unknown and rest != size):
                 return None
-            for dim, size in zip(dims, shape, strict=True):
-                unknown = [n for n in dim if n not in known]
-                rest = math.prod(known[n] for n in dim if n in known)
-                if len(unknown) == 1 and rest and size % rest == 0:
-                    known[unknown[0]] = size // rest
-                elif not unknown and rest != size:
-                    return None
+            if len(unknown) == 1 and rest:
+                known[unknown[0]] = size // rest
     return known
-
-
-def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
-    """Return PEFT's two tensors of a site. Their rank is a symbolic axis, so its value in the config is arbitrary."""
-    config = LoraConfig(r=1)
-    a, b = get_method(config).tensors(config, Target(match))
-    return a, b
 
 
 def _bind_array(
     keymap: KeyMap, match: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
 ) -> FactorArray:
-    right = list(tensor_layout(match, tensor)[1])
+    right = list(plan.tensor_layout(match, tensor)[1])
     left: list[str] = []
     shape: list[int] = []
     for dim, size in zip(dims, packed, strict=True):
@@ -315,22 +298,157 @@ def _bind_array(
             )
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     missing = [n for n in match.braced if n not in left]
-    texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
-    modules = tuple(match.module(text) for _, text in texts)
-    keys = tuple(tensor_key(keymap, match, tensor, text) for _, text in texts)
+    texts = [text for _, text in index_entries(match.weight, [left[i] for i in split] + missing, sizes)]
     try:
-        factor = scale_factor(keymap, match, tensor, sizes)
+        factor = plan.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
-            f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not"
-            " show. Pass"
-            " the whole tree, with its base weights"
+            f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not show."
+            " Pass the whole tree, with its base weights"
         ) from error
-    shared = math.prod(sizes[n] for n in missing)
-    form = PackedLayout(
-        tuple(shape), tuple(left), tuple(right), split, factor, match.weight.sizes, packed=packed, shared=shared
+    form = PackedLayout(tuple(shape), tuple(left), tuple(right), split, factor, match.weight.sizes, packed=packed)
+    return FactorArray(
+        path,
+        form,
+        tuple(plan.tensor_key(keymap, match, tensor, text) for text in texts),
+        tuple(match.module(text) for text in texts),
+        math.prod(sizes[n] for n in missing),
     )
-    return FactorArray(path, form, keys, modules)
+
+
+# ---------------------------------------------------------------- trees to create
+
+
+def find_adapted_leaves(
+    keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Mapping[str, Shape] | None = None
+) -> dict[str, dict[str, Mapping[str, str]]]:
+    """Return the base leaves of a family that hold the weights of these PyTorch modules.
+
+    Args:
+        modules: `{module: (shape of A, shape of B)}` in the file.
+        leaves: the base leaves of the target, `{leaf: shape}`, if known. They decide between entries that match the
+            same module.
+
+    Returns `{base leaf: {module: {axis: text}}}` with the texts of the leaf's braced axes. Raises one `KeyMapError`
+    with every module that no entry, or several entries, match.
+    """
+    found: dict[str, dict[str, Mapping[str, str]]] = {}
+    for module, w in itertools.product(modules, keymap.weights):
+        texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
+        if texts is not None and _weight_exists(keymap, w, texts, leaves):
+            found.setdefault(w.fill_leaf(texts), {})[module] = texts
+    # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
+    sizes = {leaf: {(modules[m][0][1], modules[m][1][0]) for m in texts} for leaf, texts in found.items()}
+    found = {leaf: texts for leaf, texts in found.items() if len(sizes[leaf]) == 1}
+    problems = [
+        f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches"
+        for module in modules
+        if len(hits := [leaf for leaf, texts in found.items() if module in texts]) != 1
+    ]
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
+        problems,
+        "\nIf several leaves match, pass a file of the target's shapes (--like)",
+    )
+    return found
+
+
+def _weight_exists(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
+    """Return True if an entry's weight exists: in `leaves`, or among the layers that the keymap counts."""
+    if not leaves:
+        limits = {entry.layers: n for leaf, n in keymap.counts for entry in keymap.weights if entry.leaf == leaf}
+        return "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
+    shape = leaves.get(w.fill_leaf(texts))
+    sizes = dict(zip(w.left, shape or (), strict=False))
+    return shape is not None and all(
+        w.model_number(axis, texts[axis.strip("{}")]) < sizes[axis] for axis in w.roles["stack"] if axis in sizes
+    )
+
+
+def blank_arrays(
+    dialect: Dialect,
+    keymap: KeyMap,
+    leaf: str,
+    shapes: Mapping[str, tuple[Shape, Shape]],
+    axis_names: Mapping[str, Mapping[str, str]],
+    rank: int,
+    base: Shape | None,
+    sizes: Mapping[str, int],
+) -> dict[str, Shape]:
+    """Return `{path: shape}` of the two arrays of a base leaf, in the first layout of its entry.
+
+    Args:
+        shapes: `{module: (shape of A, shape of B)}` in the file.
+        axis_names: `{module: {axis: text}}` of the leaf's modules, as `find_adapted_leaves` returns it.
+        base: the shape of the base leaf, if known.
+        sizes: `{axis: size}` of axes that the file has flattened into one, if `base` is not known.
+
+    Raises `KeyMapError` if a size is missing or contradicts the file.
+    """
+    match, lora_paths = keymap.match(leaf), dialect.paths(leaf)
+    if match is None or lora_paths is None:
+        raise KeyMapError(f"cannot store the LoRA of {leaf!r}: {dialect.name} has no path for it")
+    weight, (path_a, path_b, pair) = match.weight, lora_paths
+    choices = _possible_layouts(dialect, pair, weight)
+    if not choices:
+        raise KeyMapError(f"cannot store the LoRA of {leaf!r}: {dialect.name} has no layout for {weight.pattern!r}")
+    a, b = next(iter(shapes[m] for m in axis_names))
+    totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
+    known = _known_sizes(match, base, sizes)
+    if base is None:
+        for axis in (*weight.roles["stack"], *({EXPERTS} & set(weight.left))):
+            known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in axis_names.values())
+        solved = _solve_sizes([((axes,), (total,)) for axes, total in totals.items()], known)
+        if solved is None:
+            wanted = " and ".join(f"{' '.join(axes)} must multiply to {total}" for axes, total in totals.items())
+            raise KeyMapError(f"{leaf!r}: by the file the axes {wanted}, which contradicts the sizes {known}")
+        known = solved
+    known[RANK] = rank
+    # If axes are flattened in another order than in PyTorch, filling the tree needs their sizes and raises an error.
+    flat_sizes = {frozenset(axes): size for axes, size in totals.items()}
+
+    def size_of(path: str, dim: tuple[str, ...]) -> int:
+        unknown = [n for n in dim if n not in known]
+        if unknown and frozenset(dim) not in flat_sizes:
+            raise KeyMapError(
+                f"{path}: the size of axis {unknown[0]!r} of {weight.pattern!r} does not follow from the file; pass"
+                f" it (--axis {unknown[0]}=…), or a file of the target's shapes (--like)"
+            )
+        return flat_sizes[frozenset(dim)] if unknown else math.prod(known[n] for n in dim)
+
+    both = zip((path_a, path_b), choices[0], strict=True)
+    return {path: tuple(size_of(path, dim) for dim in dims) for path, dims in both}
+
+
+def _possible_layouts(dialect: Dialect, pair: Pair, weight: Weight) -> list[tuple[Dims, Dims]]:
+    """Return the layouts in which a dialect may hold any file's tensors of a weight."""
+    if dialect.heads == "shared" and head_axes(weight, True):
+        *rest, last = ((axis,) for axis in weight.left)
+        return [] if weight.stack else [((*rest, (RANK,)), ((RANK,), last))]
+    if dialect.heads == "own":
+        *rest, first, last = ((axis,) for axis in weight.left)
+        return [((*rest, first, (RANK,)), (*rest, (RANK,), last))]
+    choices = layouts(pair, weight, dialect.shares)
+    if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
+        return [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
+    return choices
+
+
+def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:
+    """Return `{module: its name in another spelling of the same keymap}`."""
+    entries = [pair for pair in zip(source.weights, target.weights, strict=False) if pair[0].leaf == pair[1].leaf]
+    names: dict[str, str] = {}
+    for module in modules:
+        found = ((new, old.match_key(f"{module}.weight")) for old, new in entries)
+        name = next((new.fill_key(texts) for new, texts in found if texts is not None), None)
+        if name is None:
+            raise KeyMapError(
+                f"cannot rename the module {module}: no entry of {source.name!r} matches it, or"
+                f" {target.name!r} is another family"
+            )
+        names[module] = name.removesuffix(".weight")
+    return names
 
 
 # ---------------------------------------------------------------- config
@@ -373,58 +491,47 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
         raise ConfigError(
             f"expected a LoraConfig, because {sites.dialect.name} trains LoRA, found {type(config).__name__}"
         )
-    dialect, stored = sites.dialect, sites.alphas
-    problems: list[str] = []
-    given = resolve_alpha(config, lora_alpha)
+    dialect, stored, given = sites.dialect, sites.alphas, resolve_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
         raise missing_alpha(dialect)
-    config = config or LoraConfig()
-    problems += _unsupported(config, dialect)
-    if config.rank_pattern or config.r != _DEFAULT.r:
-        problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
-    else:
+    config = config or _DEFAULT
+    problems = _unsupported(config, dialect)
+    if config.use_rslora:
+        problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
+    if not config.rank_pattern and config.r == _DEFAULT.r:
         rank, pattern = _factor_patterns(sites.ranks)
         config = config.replace(r=rank, rank_pattern=pattern)
-        problems += _contradictions("rank", sites.ranks, pattern, rank)
+    problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
+    default = _DEFAULT.lora_alpha if given is None else given
     if not stored:
-        config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
+        config = config.replace(lora_alpha=default)
     else:
-        problems += _contradicted_alphas(config, given, stored, dialect)
+        if given is not None or config.alpha_pattern:
+            differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
+            problems += [f"{each} ({dialect.name} {_why_known(dialect)}; leave it out)" for each in differences]
         alpha, pattern = _factor_patterns(stored)
         config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
-        problems += _contradictions("lora_alpha", stored, pattern, alpha)
+        problems += _contradictions("lora_alpha", stored, config.alpha_pattern, alpha)
     config, target_problems = _complete_targets(sites, config)
-    if problems or target_problems:
-        raise ConfigError(
-            f"the configuration and the {dialect.name} tree contradict each other:\n"
-            + paths.bullets(problems + target_problems)
-        )
-    get_method(config)
+    raise_listed(
+        ConfigError,
+        f"the configuration and the {dialect.name} tree contradict each other:",
+        problems + target_problems,
+    )
+    get_method(config)  # raises for a field that LoRA would ignore
     return config
 
 
-def _contradicted_alphas(
-    config: LoraConfig, given: float | None, stored: Mapping[str, float], dialect: Dialect
-) -> list[str]:
-    """Return the alphas of the tree that the caller's contradict."""
-    if given is None and not config.alpha_pattern:
-        return []
-    default = config.lora_alpha if given is None else given
-    why = "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
-    differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
-    return [f"{problem} ({dialect.name} {why}; leave it out)" for problem in differences]
+def _why_known(dialect: Dialect) -> str:
+    """Return why the alpha of a tree is known, for messages."""
+    return "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
 
 
 def _unsupported(config: LoraConfig, dialect: Dialect) -> list[str]:
-    """Return what a configuration asks for that no tree of the dialect has."""
-    rslora = [f"use_rslora=True, but {dialect.name} divides by r, not by its square root"] if config.use_rslora else []
+    """Return the settings of a configuration for which no tree of the dialect has tensors."""
     tokens = [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
     others = fields_set(config, "tensor", "copy").items()
-    return [
-        *rslora,
-        *tokens,
-        *(f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others),
-    ]
+    return tokens + [f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others]
 
 
 def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -455,12 +562,13 @@ def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConf
     adapted = list(sites.ranks)
     config = with_layout(config, sites.keymap, [guest.match for guest in sites.sites])
     if config.target_modules is None or matching.is_all_linear(config):
-        others = sites.modules - set(adapted)
-        # Without the base, a short name might also match other modules.
-        names = matching.shortest_suffixes(sorted(adapted), others) if sites.modules else sorted(adapted)
+        names = sorted(adapted)
+        if sites.modules:  # without the base, a short name might also match other modules
+            names = matching.shortest_suffixes(names, sites.modules - set(adapted))
         return config.replace(target_modules=names), []
-    unnamed = [m for m in adapted if not matching.is_target(config, m)]
-    left_out = [f"{m}: adapted in the tree, but not in target_modules" for m in unnamed]
+    left_out = [
+        f"{m}: adapted in the tree, but not in target_modules" for m in adapted if not matching.is_target(config, m)
+    ]
     empty = [
         f"{m}: in target_modules, but has no LoRA leaves in the tree"
         for m in sorted(sites.modules - set(adapted))
@@ -478,16 +586,11 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
     get_method(config)
-    if unsupported := fields_set(config, "tensor", "copy"):
-        raise ConfigError(
-            f"cannot store this adapter in {dialect.name} leaves: they hold only A and B, and it has"
-            f" {', '.join(unsupported)}"
-        )
-    if fields_set(config, "token"):
-        raise ConfigError(
-            f"cannot store this adapter in {dialect.name} leaves: alora_invocation_tokens limits it to some tokens, and"
-            f" {dialect.name} adapts every token"
-        )
+    raise_listed(
+        ConfigError,
+        f"cannot store this adapter in {dialect.name} leaves, which hold only A and B; the adapter has:",
+        _unsupported(config, dialect),
+    )
     _require_alphas(sites, config, lora_alpha)
     out: dict[str, float] = {}
     for module, rank in sites.ranks.items():
@@ -502,13 +605,12 @@ def _require_alphas(sites: ForeignSites, config: LoraConfig, lora_alpha: float |
     dialect, stored = sites.dialect, sites.alphas
     contradicting = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
     if contradicting:
-        why = "does not scale, so that it equals the rank" if dialect.unscaled else "stores its own"
         raise ConfigError(
-            f"lora_alpha={lora_alpha} contradicts the tree: {dialect.name} {why}, {contradicting}; leave it out"
+            f"lora_alpha={lora_alpha} contradicts the tree: {dialect.name} {_why_known(dialect)}, {contradicting};"
+            " leave it out"
         )
     if not stored and lora_alpha is None:
-        r, alpha = config.r, config.lora_alpha
-        raise ConfigError(f"{missing_alpha(dialect)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
+        raise ConfigError(f"{missing_alpha(dialect)}\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)")
     if not all(stored.values()) or lora_alpha == 0:
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"

@@ -7,17 +7,17 @@ access to the trees in `models/trees.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
@@ -27,16 +27,14 @@ from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, require_original_base
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
-from jaxadapt.core.paths import Spec, compare, group_findings
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_listed, warn
+from jaxadapt.core.paths import Spec, bullets, compare, group_findings, unflatten
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
-from jaxadapt.models.foreign import dialects, forms
-from jaxadapt.models.foreign import survey as foreign_config
-from jaxadapt.models.foreign.dialects import Dialect, is_like
-from jaxadapt.models.foreign.survey import FactorArray, ForeignSites, survey_sites
+from jaxadapt.models.foreign import dialects, forms, survey
+from jaxadapt.models.foreign.dialects import Dialect
+from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx import survey as nnx_survey
@@ -51,80 +49,75 @@ Placed = dict[int, tuple[Array, slice, float]]
 """The content of an array: `{number of a key: (tensor, its rows on the rank's axis, factor)}`."""
 
 
+class Placement(NamedTuple):
+    """The places of a file's tensors in the arrays of a tree.
+
+    Attributes:
+        placed: `{path of an array: (the array, its content)}`.
+        differ: the arrays whose tensors differ, so that they are concatenated along the rank's axis.
+        need: the rank that each array needs.
+    """
+
+    placed: dict[str, tuple[FactorArray, Placed]]
+    differ: list[str]
+    need: dict[str, int]
+
+
 def place_tensors(
-    sites: ForeignSites,
-    tensors: Mapping[str, Array],
-    ratios: Mapping[str, float],
-    concat: bool,
-    same: Any,
-) -> dict[str, tuple[FactorArray, Placed]]:
-    """Return the placement of a file's tensors, `{path of an array: (the array, its content)}`.
+    sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
+) -> Placement:
+    """Place a file's tensors in the arrays of a tree; equal tensors that share an array get the same rows.
 
     Args:
         tensors: `{key: array}`, with shapes that `check_tensors` accepts.
         ratios: `{module: the file's scale / the tree's scale}` of the modules that the file adapts.
-        concat: concatenate tensors that differ but share one array of the tree along the rank's axis.
         same: `(a, b) -> bool`, True if two tensors are bitwise equal.
-
-    Raises one `MismatchError` with every array that cannot hold the file's tensors exactly.
     """
-    out: dict[str, tuple[FactorArray, Placed]] = {}
-    rows, differ, need = _assign_rows(sites, tensors, ratios, same)
-    if differ and not concat:
-        raise MismatchError(
-            f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file,"
-            " which differ:\n"
-            + paths.bullets(dict.fromkeys(differ))
-            + "\nTrain the modules with one A, or build the target with a larger rank and pass"
-            ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors'
-        )
-    small = {half.path: half for half in sites.arrays if need[half.path] > half.rank}
-    forms.require_rank(
-        [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()],
-        max(need.values(), default=0),
-    )
-    for site in sites.sites:
-        for half in (site.a, site.b):
-            contents = {
-                i: (tensors[key], rows[m], ratios[m] if half is site.b else 1.0)
-                for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
-                if m in rows
-            }
-            out[half.path] = half, contents
-    return out
-
-
-def _assign_rows(
-    sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
-) -> tuple[dict[str, slice], list[str], dict[str, int]]:
-    """Return each module's rows on the rank's axis, the arrays whose tensors differ, and each array's needed rank."""
     rows: dict[str, slice] = {}
-    differ: list[str] = []
-    need: dict[str, int] = {}
+    found = Placement({}, [], {})
     for site in sites.sites:
         for half in sorted((site.a, site.b), key=lambda half: -half.shared):
-            need[half.path] = 0
+            need, contents = 0, Placed()
             for first in range(0, len(half.keys), half.shared):
                 sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
                 groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
                 if len(set(groups)) > 1:
                     names = [half.modules[i] for i in sharers]
-                    differ.append(f"{half.path} is shared by {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
+                    more = ", …" if len(names) > 4 else ""
+                    found.differ.append(f"{half.path} is shared by {', '.join(names[:4])}{more}")
                 ends: dict[int, int] = {}
                 end = 0
                 for i, group in zip(sharers, groups, strict=True):
-                    rank = int(tensors[half.keys[i]].shape[half.form.file_rank])
-                    if half.shared == 1 and half.modules[i] in rows:  # its shared partner has set the rows
-                        end = rows[half.modules[i]].stop
-                        continue
-                    if group not in ends:
-                        end += rank
-                        ends[group] = end
-                    own_rows = slice(ends[group] - rank, ends[group])
-                    if rows.setdefault(half.modules[i], own_rows) != own_rows:
-                        differ.append(f"{half.path} and its partner are both shared by several modules")
-                need[half.path] = max(end, need[half.path])
-    return rows, differ, need
+                    tensor, module = tensors[half.keys[i]], half.modules[i]
+                    rank = int(tensor.shape[half.form.file_rank])
+                    if half.shared == 1 and module in rows:  # its shared partner has set the rows
+                        end = rows[module].stop
+                    else:
+                        if group not in ends:
+                            end += rank
+                            ends[group] = end
+                        own = slice(ends[group] - rank, ends[group])
+                        if rows.setdefault(module, own) != own:
+                            found.differ.append(f"{half.path} and its partner are both shared by several modules")
+                    contents[i] = tensor, rows[module], ratios[module] if half is site.b else 1.0
+                need = max(end, need)
+            found.placed[half.path], found.need[half.path] = (half, contents), need
+    return found
+
+
+def _refuse_misfits(sites: ForeignSites, found: Placement, concat: bool) -> None:
+    """Raise one `MismatchError` with every array that cannot hold the file's tensors exactly.
+
+    `concat` allows arrays whose tensors differ.
+    """
+    raise_listed(
+        MismatchError,
+        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
+        [] if concat else dict.fromkeys(found.differ),
+        "\nTrain the modules with one A, or build the target with a larger rank and pass"
+        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
+    )
+    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
 
 
 def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
@@ -132,12 +125,8 @@ def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
     firsts: list[Array] = []
     out: list[int] = []
     for tensor in tensors:
-        for number, first in enumerate(firsts):
-            if tuple(first.shape) == tuple(tensor.shape) and same(first, tensor):
-                out.append(number)
-                break
-        else:
-            out.append(len(firsts))
+        out.append(next((number for number, first in enumerate(firsts) if same(first, tensor)), len(firsts)))
+        if out[-1] == len(firsts):
             firsts.append(tensor)
     return out
 
@@ -149,12 +138,9 @@ def check_tensors(
 
     Tensors of other modules may be missing: their B becomes zero.
     """
-    expected: dict[str, Spec] = {}
-    optional: set[str] = set()
-    for half in sites.arrays:
-        sizes = tuple(None if i == half.form.file_rank else size for i, size in enumerate(half.form.file_shape))
-        expected |= dict.fromkeys(half.keys, Spec(sizes))
-        optional |= {key for key, module in zip(half.keys, half.modules, strict=True) if module not in modules}
+    expected = {key: Spec(half.form.expected_shape) for half in sites.arrays for key in half.keys}
+    module_of = {key: m for half in sites.arrays for key, m in zip(half.keys, half.modules, strict=True)}
+    optional = {key for key, module in module_of.items() if module not in modules}
     parts = group_findings(
         compare(expected, {key: Spec(tuple(shape)) for key, shape in shapes.items()}, optional),
         f"missing from {source} (its configuration names their modules)",
@@ -174,27 +160,26 @@ def check_tensors(
 def bitwise_same(a: Any, b: Any) -> bool:
     """Return True if two arrays are bitwise equal, so that a NaN equals itself and 0.0 differs from -0.0."""
     x, y = np.asarray(a), np.asarray(b)
-    return x.dtype == y.dtype and x.tobytes() == y.tobytes()
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and x.tobytes() == y.tobytes()
 
 
 def choose_dtypes(
     leaves: Mapping[str, Any], placed: Mapping[str, tuple[FactorArray, Placed]], dtype: Any, source: str
 ) -> dict[str, Any]:
     """Return each array's dtype: `dtype`, or the tree's own, which must represent the file's numbers exactly."""
-    out: dict[str, Any] = {}
-    lossy: list[str] = []
-    for path, (_, contents) in placed.items():
-        own = np.dtype(leaves[path].dtype)
-        out[path] = own if dtype is None else np.dtype(dtype)
-        file_dtypes = {np.dtype(tensor.dtype) for tensor, _, _ in contents.values()}
-        lossy += [f"{path}: {own.name}, in the file {d.name}" for d in file_dtypes if not _is_exact(d, own)]
-    if lossy and dtype is None:
-        raise MismatchError(
-            f"{source}: the dtypes of the target's LoRA leaves cannot represent these tensors exactly. Pass"
-            " dtype= to choose"
-            f" one, with rounding if necessary:\n{paths.bullets(lossy)}"
-        )
-    return out
+    dtypes = {path: np.dtype(leaves[path].dtype if dtype is None else dtype) for path in placed}
+    raise_listed(
+        MismatchError,
+        f"{source}: the dtypes of the target's LoRA leaves cannot represent these tensors exactly. Pass dtype= to"
+        " choose one, with rounding if necessary:",
+        [
+            f"{path}: {dtypes[path].name}, in the file {stored.name}"
+            for path, (_, contents) in placed.items()
+            for stored in {np.dtype(tensor.dtype) for tensor, _, _ in contents.values()}
+            if dtype is None and not _is_exact(stored, dtypes[path])
+        ],
+    )
+    return dtypes
 
 
 def _is_exact(stored: np.dtype, own: np.dtype) -> bool:
@@ -204,22 +189,18 @@ def _is_exact(stored: np.dtype, own: np.dtype) -> bool:
 
 def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:
     """Build the new array in the tree's shape; rows without a tensor are zero, or unchanged if `keep`."""
+    xp: Any = jnp if traced else np
     keep = keep and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
-    if traced:
-        out: Any = jnp.asarray(current, dtype).reshape(half.shape) if keep else jnp.zeros(half.shape, dtype)
-    else:
-        out = np.array(current, dtype).reshape(half.shape) if keep else np.zeros(half.shape, dtype)
-    done: set[tuple[int, int]] = set()
-    for i, (tensor, rows, factor) in contents.items():
-        position = (i // half.shared, rows.start)
-        if position in done:  # the same tensor, for another module that shares it
-            continue
-        done.add(position)
+    out = xp.array(current, dtype).reshape(half.shape) if keep else xp.zeros(half.shape, dtype)
+    pieces = dict[tuple[int, int], tuple[Array, slice, float]]()
+    for i, content in contents.items():  # one for each place: the modules that share it have the same tensor
+        pieces.setdefault((half.tensor_number(i), content[1].start), content)
+    for (number, _), (tensor, rows, factor) in pieces.items():
         piece = half.form.unit(rows.stop - rows.start).decode(tensor if traced else np.asarray(tensor))
         if factor != 1.0:  # at most one rounding
             wide = np.dtype(np.float32 if traced else np.float64)
             piece = piece.astype(wide) * wide.type(factor)
-        index = list(half.form.index(i))
+        index = list(half.form.index(number))
         index[half.form.rank_axis] = rows
         if traced:
             out = out.at[tuple(index)].set(piece.astype(dtype))
@@ -230,9 +211,9 @@ def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, d
 
 def place_like(leaf: Any, value: Any) -> Any:
     """Place the value on the leaf's devices, if it has any."""
-    if isinstance(value, Tracer):
+    if isinstance(value, jax.core.Tracer):
         return value
-    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, jax.core.Tracer)
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
@@ -310,12 +291,7 @@ class ForeignTree:
     stored: dict[str, float]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
 
-    @property
-    def arrays(self) -> dict[str, tuple[int, ...]]:
-        """`{path: shape}` of the LoRA leaves."""
-        return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
-
-    @property
+    @functools.cached_property
     def claimed(self) -> dict[str, list[tuple[str, str, int]]]:
         """`{base leaf: [(path of A, path of B, number of the pair)]}`."""
         return self.dialect.claim(self.leaves)
@@ -330,36 +306,35 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if isinstance(given.tree, ForeignTree):
         return dataclasses.replace(given.tree, given=dataclasses.replace(given, tree=given.tree.given.tree))
     tree = given.tree if walked is None else walked
-    if not trees.may_have_path(tree, is_like):
+    if not trees.may_have_path(tree, dialects.like_pattern().search):
         return None
     leaves, put = trees.open_tree(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
-    claimed = any(d.owned(leaves) for d in dialects.DIALECTS.values())
-    dialect = dialects.recognize_dialect(leaves) if claimed else None
+    dialect = dialects.recognize_dialect(leaves)
     if dialect is None:
         return None
     lora = dialect.owned(leaves)
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
-    return ForeignTree(
-        given, dialect, {p: leaf for p, leaf in leaves.items() if p in lora}, put, base, trees.lorax_alphas(given.tree)
-    )
+    own = {path: leaf for path, leaf in leaves.items() if path in lora}
+    return ForeignTree(given, dialect, own, put, base, trees.lorax_alphas(given.tree))
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
     """Return the tree with only the arrays of its slot; unchanged if the dialect has no slots."""
-    if not foreign_tree.dialect.slots:
-        if foreign_tree.given.slot is not None:
-            raise AttachError(
-                f"slot={foreign_tree.given.slot}: expected a tree whose arrays hold several adapters, found"
-                f" {foreign_tree.dialect.name} leaves, which hold one adapter"
-            )
-        return foreign_tree
-    if foreign_tree.given.slot is None:
+    dialect, slot = foreign_tree.dialect, foreign_tree.given.slot
+    if dialect.slots and slot is None:
         raise AttachError(
-            f"cannot select an adapter: each array of this {foreign_tree.dialect.name} tree holds several. Pass"
+            f"cannot select an adapter: each array of this {dialect.name} tree holds several. Pass"
             " jaxadapt.models.LoraTree(tree, slot=0) instead of tree"
         )
-    leaves, stored = forms.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.given.slot, room)
+    if slot is None:
+        return foreign_tree
+    if not dialect.slots:
+        raise AttachError(
+            f"slot={slot}: expected a tree whose arrays hold several adapters, found {dialect.name} leaves, which hold"
+            " one adapter"
+        )
+    leaves, stored = forms.slot_arrays(dialect, foreign_tree.leaves, slot, room)
     return dataclasses.replace(foreign_tree, leaves=leaves, stored=stored)
 
 
@@ -368,7 +343,7 @@ def describe_unknown(tree: Any) -> str:
     if not (like := [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
     known = ", ".join(dialects.DIALECTS)
-    return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{paths.bullets(like)}"
+    return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{bullets(like)}"
 
 
 def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
@@ -384,14 +359,9 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
         entries = nnx_survey.class_entries(owners, shapes, bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
-    known = survey_sites(
-        foreign_tree.dialect,
-        bound_keymap,
-        foreign_tree.arrays,
-        foreign_tree.base,
-        foreign_tree.stored,
-        foreign_tree.sizes,
-    )
+    tree = foreign_tree
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}
+    known = survey.survey_sites(tree.dialect, bound_keymap, shapes, tree.base, tree.stored, tree.sizes)
     return known if bound_keymap is real else dataclasses.replace(known, real=real)
 
 
@@ -442,24 +412,25 @@ def read_tree(
     pairs = _find_heads(foreign_tree, keymap)
     if pairs or _scales_some(foreign_tree):
         if lora_alpha is None and config is None:
-            raise foreign_config.missing_alpha(foreign_tree.dialect)
-        alpha = foreign_config.resolve_alpha(config, lora_alpha)
+            raise survey.missing_alpha(foreign_tree.dialect)
+        alpha = survey.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
         wide = forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
         foreign_tree, lora_alpha = _with_leaves(foreign_tree, wide, alpha), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     sites = survey_tree(foreign_tree, keymap)
     warn_unproved(sites.keymap)
-    config = foreign_config.infer_config(sites, config, lora_alpha)
-    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
+    config = survey.infer_config(sites, config, lora_alpha)
+    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in foreign_tree.leaves.values())
     tensors = sites.plan.encode(foreign_tree.leaves, host)
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
     parts = parts or sites.real.per_expert
-    unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in sites.leaves}
-    others = experts.expert_parameters(sites.real, unadapted)
-    peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others if sites.base else None, parts)
+    adapted = {site.match.leaf for site in sites.sites}
+    unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in adapted}
+    others = experts.expert_parameters(sites.real, unadapted) if sites.base else None
+    peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others, parts)
     if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
     return peft, sites
@@ -468,16 +439,16 @@ def read_tree(
 def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
     peft, sites = read_tree(foreign_tree, keymap, parts=True)
-    shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
-    unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
-    if unknown:
-        raise KeyMapError(
-            "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the"
-            f" whole tree, or call to_peft, which does not need the shapes:\n{paths.bullets(unknown)}"
-        )
+    raise_listed(
+        KeyMapError,
+        "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the whole"
+        " tree, or call to_peft, which does not need the shapes:",
+        [site.match.leaf for site in sites.sites if site.base_shape is None],
+    )
+    shapes = {site.match.leaf: site.base_shape for site in sites.sites if site.base_shape is not None}
     adapter_sites = selection.select_sites(peft.config, sites.own_keymap, shapes)
     leaves = make_file_plan(adapter_sites).decode(peft.tensors)
-    return Adapter(peft.config, paths.unflatten(leaves), sites.own_keymap)
+    return Adapter(peft.config, unflatten(leaves), sites.own_keymap)
 
 
 # ---------------------------------------------------------------- import
@@ -505,7 +476,7 @@ def fill_tree(
         tensors = PeftTensors(*split, tensors.source)
     if given.slot is not None and isinstance(tensors.config, LoraConfig):  # `scale_ratios` refuses other methods
         sites = dataclasses.replace(sites, stored=_slot_alphas(foreign_tree, sites, tensors.config))
-    ratios = foreign_config.scale_ratios(sites, tensors.config, alpha)
+    ratios = survey.scale_ratios(sites, tensors.config, alpha)
     shapes = as_source(tensors.tensors).shapes
     check_tensors(sites, ratios, shapes, tensors.source)
     values = {key: tensors.tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
@@ -516,17 +487,6 @@ def fill_tree(
     if given.slot is not None:
         new = forms.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
     return foreign_tree.put(new)
-
-
-def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
-    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
-    traced = any(isinstance(x, Tracer) for x in arrays)
-    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
-        raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
-        )
-    return traced
 
 
 def _build_arrays(
@@ -542,8 +502,15 @@ def _build_arrays(
     `values` are the file's tensors by key, and `ratios` the factors of each module's B.
     """
     on_shared = room.given.on_shared
-    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
-    placed = place_tensors(sites, values, ratios, on_shared == "concat", operator.is_ if traced else bitwise_same)
+    traced = any(isinstance(x, jax.core.Tracer) for x in (*values.values(), *room.leaves.values()))
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
+        raise MismatchError(
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
+        )
+    found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
+    _refuse_misfits(sites, found, on_shared == "concat")
+    placed = found.placed
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
@@ -560,12 +527,15 @@ def _build_arrays(
             for path, (half, contents) in placed.items()
         }
     bad = [(path, placed[path][0].keys) for path in finite.names_not_finite(new)]
-    numbers = [0 if path in kept else finite.count_not_finite(new[path]) for path, _ in bad]
-    found = [
-        ([*filter(values.__contains__, keys)], dtypes[path], number)
-        for (path, keys), number in zip(bad, numbers, strict=True)
+    not_finite = [
+        (
+            [key for key in keys if key in values],
+            dtypes[path],
+            0 if path in kept else finite.count_not_finite(new[path]),
+        )
+        for path, keys in bad
     ]
-    finite.warn_not_finite(finite.explain_not_finite(found, lambda key: np.asarray(values[key]), source), source)
+    finite.warn_not_finite(finite.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source), source)
     return placed, new
 
 
@@ -576,10 +546,10 @@ def needed_rank(
     pairs = _find_heads(foreign_tree, keymap)
     wide = forms.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
     sites, ratios = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap), dict.fromkeys(modules, 1.0)
-    _, needed = _assign_rows(sites, tensors, ratios, bitwise_same)[1:]
-    placed = place_tensors(sites, tensors, ratios, True, bitwise_same) if pairs else {}
+    found = place_tensors(sites, tensors, ratios, bitwise_same)
+    needed = dict(found.need)
     for pair in pairs:
-        filled = (build_array(*placed[at], wide[at], False, wide[at].dtype, False) for at in (pair.a, pair.b))
+        filled = (build_array(*found.placed[at], wide[at], False, wide[at].dtype, False) for at in (pair.a, pair.b))
         needed[pair.a] = needed[pair.b] = pair.narrow(*filled)[0].shape[-1]
     return max(needed.values())
 

@@ -12,7 +12,7 @@ import pytest
 import jaxadapt
 from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import forms, survey
-from jaxadapt.models.foreign.dialects import DIALECTS, Dialect, Pair
+from jaxadapt.models.foreign.dialects import DIALECTS, Dialect, Pair, import_dialect
 from tests.models.foreign.cases import CASES, Case, D, E, F, R, flat, nest
 
 ALPHA = 2.0 * R  # a scale of 2, exact in every format
@@ -413,6 +413,27 @@ def test_arrays_that_can_be_read_in_two_ways_are_refused():
         survey.survey_sites(dialect, table, {"up.a": (4, 4), "up.b": (4, 4)}, {})
     sites = survey.survey_sites(dialect, table, {"up.a": (6, 4), "up.b": (4, 8)}, {"up.kernel": (6, 8)})
     assert [site.a.rank for site in sites.sites] == [4]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: Pair("{modul}.a", "{modul}.b", "{modul}.w"),
+            r"must have the same holes, each one of \{module\}\..*\{modul\}",
+        ),
+        (lambda: Pair("{module}.a", "{leaf}.b", "{module}.w"), "must have the same holes"),
+        (lambda: Pair("{module}_a", "{module}_b", "{module}"), "must have the same holes"),
+        (lambda: Pair("{leaf}_a", "{leaf}_b", "{leaf}", (("inn r", "r out"),)), "also in parentheses; found:\n  inn$"),
+        (lambda: Pair("{leaf}_a", "{leaf}_b", "{leaf}", (("(in r", "r out"),)), r"found:\n  \(in$"),
+        (lambda: Dialect("d", (), moved=(("{leaf}.w", "{module}.w"),)), "must have the same holes"),
+        (lambda: Dialect("d", (), heads="both"), "expected shared or own, found 'both'"),
+        (lambda: import_dialect("acme"), "'acme' of the dialects: expected a file acme.py that defines DIALECT"),
+    ],
+)
+def test_a_dialect_that_contradicts_itself_is_refused(make: Any, says: str):
+    with pytest.raises(jaxadapt.KeyMapError, match=says):
+        make()
 
 
 def test_equal_rows_of_one_head_stay_apart():

@@ -1,8 +1,8 @@
-"""The dialects, one file for each library that trains LoRA: the names and shapes of its LoRA leaves.
+"""The dialects, one file for each library that trains LoRA: the names and shapes that it gives its LoRA leaves.
 
-A dialect has a `Pair` for each kind of site: the paths of the two arrays of a site, their base leaf, and the axes of the
-base weight in each array. The family's keymap gives PyTorch's names of those axes. So dialects and families combine
-freely. A new dialect is a file that defines `DIALECT`, and a row of `_FILES`.
+A dialect has a `Pair` for each kind of site: the paths of the two arrays of a site, their base leaf, and the axes of
+the base weight in each array. The family's keymap gives PyTorch's names of those axes. So dialects and families
+combine freely. A new dialect is a file that defines `DIALECT`, and a row of `_FILES`.
 
 Uses only strings and shapes.
 """
@@ -13,43 +13,49 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
-from jaxadapt.core.errors import KeyMapError
-from jaxadapt.core.paths import bullets
+from jaxadapt.arrays.layout import RANK
+from jaxadapt.core.errors import KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps.weight import Weight
 
-RANK = "~r"
-"""The name of the rank's axis. "~" marks a method's own axes, as in `plan`: a base weight may have an axis "r"."""
-
-_HOLES = {"module": r"(?:(?P<module>.+)\.)?", "leaf": r"(?P<leaf>.+)", "name": r"(?P<name>[^\W\d][^.]*)"}
-_LIKE = re.compile(r"(^|[._])lora([._]|$)|\.LoraWeight\.[ab]$", re.IGNORECASE)
+_HOLES = {"{module}.": r"(?:(?P<module>.+)\.)?", "{leaf}": r"(?P<leaf>.+)", "{name}": r"(?P<name>[^\W\d][^.]*)"}
+"""The holes of path patterns: `{module}.` is a path or none, `{leaf}` any path, `{name}` a segment but no number."""
+_HOLE = re.compile("|".join(map(re.escape, _HOLES)))
+_WORDS = {
+    "r": (), "in": ("in",), "ins": ("in", "batch"), "out": ("out",), "outs": ("out", "batch"), "batch": ("batch",),
+    "first": (), "last": (),
+}  # fmt: skip
+"""`{word of a layout: the roles of its axes}`."""
 
 Dims = tuple[tuple[str, ...], ...]
 """The axes of one array, each a group of base axes that the dialect flattens into one."""
 
 
-def is_like(path: str) -> bool:
-    """Return True if a path looks like that of a LoRA leaf.
-
-    A dialect must claim every such path of a tree.
-
-    >>> [is_like(p) for p in ("q.kernel_lora_a", "q.lora.b", "q.lora_magnitude", "explorable.w")]
-    [True, True, True, False]
-    """
-    return _LIKE.search(path) is not None
-
-
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern; `{module}.` is a path or none, `{leaf}` any path, `{name}` a segment that is not a number."""
-    pieces = re.split(r"(\{module\}\.|\{leaf\}|\{name\})", pattern)
-    return re.compile("".join(_HOLES[p.strip("{}.")] if p.startswith("{") else re.escape(p) for p in pieces))
+    pieces = re.split(f"({_HOLE.pattern})", pattern)
+    return re.compile("".join(_HOLES.get(piece) or re.escape(piece) for piece in pieces))
 
 
-def _fill(pattern: str, holes: Mapping[str, str | None]) -> str:
-    filled = pattern.format(**{name: text or "" for name, text in holes.items()})
-    return filled.removeprefix(".")
+def _rename(path: str, pattern: str, *others: str) -> tuple[str, ...] | None:
+    """Return the other patterns with the texts that a path has in the holes of `pattern`; None if it does not match."""
+    found = _regex(pattern).fullmatch(path)
+    if found is None:
+        return None
+    texts = {name: text or "" for name, text in found.groupdict().items()}
+    return tuple(other.format(**texts).removeprefix(".") for other in others)
+
+
+def _check_holes(*patterns: str) -> None:
+    """Raise `KeyMapError` unless patterns have the same holes, all of them known."""
+    holes = {pattern: sorted(_HOLE.findall(pattern)) for pattern in patterns}
+    unknown = [pattern for pattern in patterns if not {*"{}"}.isdisjoint(_HOLE.sub("", pattern))]
+    if unknown or len({*map(tuple, holes.values())}) > 1:
+        raise KeyMapError(
+            f"the patterns {', '.join(map(repr, patterns))} of a dialect must have the same holes, each one of"
+            f" {', '.join(_HOLES)}; found {', '.join(map(repr, unknown)) or holes}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +71,10 @@ class Pair:
             flatten its axes into one. Axes of stacked layers keep their position in the base weight.
         unscaled: True if the library does not multiply by alpha/r here, although it does elsewhere.
 
-    >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").match("q.kernel_lora_a")
-    ('q.kernel_lora_b', 'q.kernel')
+    Raises `KeyMapError` for an unknown hole of a pattern or an unknown word of a layout.
+
+    >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").layouts
+    (('in r', 'r out'),)
     """
 
     a: str
@@ -75,15 +83,14 @@ class Pair:
     layouts: tuple[tuple[str, str], ...] = (("in r", "r out"),)
     unscaled: bool = False
 
-    def match(self, path: str) -> tuple[str, str] | None:
-        """Return the path of `b` and the base leaf, if `path` matches `a`; else None."""
-        holes = _regex(self.a).fullmatch(path)
-        return holes and (_fill(self.b, holes.groupdict()), _fill(self.leaf, holes.groupdict()))
-
-    def paths(self, leaf: str) -> tuple[str, str] | None:
-        """Return the paths of `a` and `b` of a base leaf; None if the leaf does not match."""
-        holes = _regex(self.leaf).fullmatch(leaf)
-        return holes and (_fill(self.a, holes.groupdict()), _fill(self.b, holes.groupdict()))
+    def __post_init__(self) -> None:
+        _check_holes(self.a, self.b, self.leaf)
+        known = {*_WORDS, *(f"({word})" for word in _WORDS)}
+        raise_listed(
+            KeyMapError,
+            f"a layout of {self.a!r} must consist of the words {', '.join(_WORDS)}, also in parentheses; found:",
+            [word for both in self.layouts for text in both for word in text.split() if word not in known],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,8 @@ class Dialect:
     Args:
         name: its name in messages.
         pairs: the pairs; the first one that matches a path is used.
+        like: a regular expression for a part of each path of a LoRA leaf, upper or lower case. A dialect must claim
+            every path of a tree that matches that of any dialect.
         unscaled: True if the library computes W·x + B·A·x, so that lora_alpha equals the rank.
         scale: the library's name of alpha, for the error that asks for it.
         shares: True if one of the arrays may lack braced axes (fused parts, experts), which then share it.
@@ -104,7 +113,8 @@ class Dialect:
         named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
             paths have any module.
         trains: the libraries whose models it trains; "maxtext/flat" if the layers call dot_general there.
-        proved: True if tested against the library, or against trees recorded from it.
+
+    Raises `KeyMapError` for an unknown hole or value of `heads`.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
     {'q.w': [('q.w_a', 'q.w_b', 0)]}
@@ -112,6 +122,7 @@ class Dialect:
 
     name: str
     pairs: tuple[Pair, ...]
+    like: str = r"(^|[._])lora([._]|$)"
     unscaled: bool = False
     scale: str = "alpha"
     shares: bool = False
@@ -120,14 +131,19 @@ class Dialect:
     heads: str = ""
     named: bool = False
     trains: tuple[str, ...] = ()
-    proved: bool = True
+
+    def __post_init__(self) -> None:
+        for patterns in self.moved:
+            _check_holes(*patterns)
+        if self.heads not in ("", "shared", "own"):
+            raise KeyMapError(f"the heads of the dialect {self.name!r}: expected shared or own, found {self.heads!r}")
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:
         """Return `{base leaf: [(path of a, path of b, number of the pair)]}` of the arrays of this dialect."""
         out: dict[str, list[tuple[str, str, int]]] = {}
         for path in paths:
             for number, pair in enumerate(self.pairs):
-                partner, leaf = pair.match(path) or (None, "")
+                partner, leaf = _rename(path, pair.a, pair.b, pair.leaf) or (None, "")
                 if partner is not None and partner in paths:
                     out.setdefault(leaf, []).append((path, partner, number))
                     break
@@ -154,9 +170,8 @@ class Dialect:
         'q.w'
         """
         for pattern, name in self.moved:
-            holes = _regex(pattern).fullmatch(path)
-            if holes:
-                return self.base(_fill(name, holes.groupdict()))
+            if found := _rename(path, pattern, name):
+                return self.base(found[0])
         return path
 
     def flattened(self) -> Dialect:
@@ -167,10 +182,12 @@ class Dialect:
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
         """Return the paths of a base leaf's arrays and their pair, by the most specific pair; None without a match."""
         for pair in sorted(self.pairs, key=lambda pair: pair.leaf.count("{")):
-            lora_paths = pair.paths(leaf)
-            if lora_paths:
-                return (*lora_paths, pair)
+            if found := _rename(leaf, pair.leaf, pair.a, pair.b):
+                return found[0], found[1], pair
         return None
+
+
+# ---------------------------------------------------------------- axes
 
 
 def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]:
@@ -203,26 +220,13 @@ def _with_stack(dims: Sequence[tuple[str, ...]], weight: Weight) -> Dims:
 
 def _dims(text: str, weight: Weight) -> list[tuple[str, ...]]:
     own = [axis for number, axis in enumerate(weight.left) if number not in weight.stack]
-
-    def of(*roles: str) -> list[str]:
-        return [axis for axis in own if any(axis in weight.roles[role] for role in roles)]
-
-    words = {
-        "r": [RANK],
-        "in": of("in"),
-        "ins": of("in", "batch"),
-        "out": of("out"),
-        "outs": of("out", "batch"),
-        "batch": of("batch"),
-        "first": own[-2:-1],
-        "last": own[-1:],
-    }
+    special = {"r": [RANK], "first": own[-2:-1], "last": own[-1:]}
     dims: list[tuple[str, ...]] = []
     for word in text.split():
-        axes = words.get(word.strip("()"))
-        if axes is None:
-            raise KeyMapError(f"the layout {text!r} has the unknown word {word!r}; known are {', '.join(words)}")
-        dims += [tuple(axes)] if word.startswith("(") else [(n,) for n in axes]
+        name = word.strip("()")
+        named = {axis for role in _WORDS[name] for axis in weight.roles[role]}
+        axes = special.get(name, [axis for axis in own if axis in named])
+        dims += [tuple(axes)] if word.startswith("(") else [(axis,) for axis in axes]
     return [dim for dim in dims if dim]
 
 
@@ -231,9 +235,19 @@ def _dims(text: str, weight: Weight) -> list[tuple[str, ...]]:
 
 _FILES = ("qwix", "flax", "gemma", "maxtext", "levanter", "lorax", "skyrl", "keras", "openpi")
 """The files of this package that define a `DIALECT`."""
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (importlib.import_module(f"{__name__}.{file}").DIALECT for file in _FILES)
-}
+
+
+def import_dialect(file: str) -> Dialect:
+    """Return the dialect of a row of `_FILES`; raise `KeyMapError` if there is none."""
+    try:
+        return importlib.import_module(f"{__name__}.{file}").DIALECT
+    except (ImportError, AttributeError) as error:
+        raise KeyMapError(
+            f"{file!r} of the dialects: expected a file {file}.py that defines DIALECT: {error}"
+        ) from error
+
+
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in map(import_dialect, _FILES)}
 
 
 def get_dialect(name: str) -> Dialect:
@@ -254,15 +268,24 @@ def dialect_of(library: str) -> Dialect | None:
     'gemma'
     """
     for dialect in DIALECTS.values():
-        if library in dialect.trains:
-            return dialect
-        if f"{library}/flat" in dialect.trains:
-            return dialect.flattened()
+        for change in ("", "/flat"):
+            if library + change in dialect.trains:
+                return get_dialect(dialect.name + change)
     return None
 
 
+def like_pattern() -> re.Pattern[str]:
+    """Return the regular expression that finds the paths that look like those of LoRA leaves of any dialect.
+
+    >>> paths = "q.kernel_lora_a", "q.lora.b", "q.LoraWeight.a", "q.lora_magnitude", "explorable.w"
+    >>> [bool(like_pattern().search(path)) for path in paths]
+    [True, True, True, True, False]
+    """
+    return re.compile("|".join({dialect.like: None for dialect in DIALECTS.values()}), re.IGNORECASE)
+
+
 def recognize_dialect(paths: Collection[str]) -> Dialect | None:
-    """Return the dialect that claims every path that looks like a LoRA leaf; None if no path does.
+    """Return the dialect that claims every path that looks like a LoRA leaf; None if no dialect claims any.
 
     Raises `KeyMapError` listing the paths that no dialect claims, or if several dialects claim all of them.
 
@@ -270,12 +293,12 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
     'qwix'
     """
     paths = frozenset(paths)
-    like = {p for p in paths if is_like(p)}
-    claimed = {d: d.owned(paths) for d in DIALECTS.values()}
-    if not like:
+    like = set(filter(like_pattern().search, paths))
+    claimed = {dialect: mine for dialect in DIALECTS.values() if like and (mine := dialect.owned(paths))}
+    if not claimed:
         return None
-    fitting = [d for d, mine in claimed.items() if mine and like <= mine]
-    fitting = [d for d in fitting if d.named] or fitting
+    fitting = [dialect for dialect, mine in claimed.items() if like <= mine]
+    fitting = [dialect for dialect in fitting if dialect.named] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -283,10 +306,10 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
             "the LoRA leaves of this tree are ambiguous: they match the dialects"
             f" {', '.join(dialect.name for dialect in fitting)}"
         )
-    best = max(claimed, key=lambda d: len(claimed[d]))
-    known = f" (those of {best.name}: {len(claimed[best])})" if claimed[best] else ""
+    best = max(claimed, key=lambda dialect: len(claimed[dialect]))
     raise KeyMapError(
-        f"{len(like)} leaves of this tree look like LoRA leaves{known}, but no dialect matches these:\n"
+        f"{len(like)} leaves of this tree look like LoRA leaves (those of {best.name}: {len(claimed[best])}), but no"
+        " dialect matches these:\n"
         + bullets(sorted(like - claimed[best]))
         + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
         " adapter"

@@ -11,6 +11,7 @@ DIALECT = Dialect(
         Pair("{leaf}.LoraWeight.b", "{leaf}.LoraWeight.a", "{leaf}", (("first r", "r last"),)),
         Pair("{leaf}.LoraWeight.a", "{leaf}.LoraWeight.b", "{leaf}", (("r last", "first r"),)),
     ),
+    like=r"\.LoraWeight\.[ab]$",
     scale="the alpha of its LoraWeights",
     moved=(("{leaf}.LoraWeight.w", "{leaf}"),),
 )
