@@ -36,11 +36,11 @@ import jaxadapt
 from benchmarks import formulas
 from benchmarks.measure import Way, environment, installed, interleave, judge, parsed, table
 from benchmarks.train import BATCH, LENGTH, random_weights, smollm2
-from jaxadapt.analysis.method_sizes import count_trained
 from jaxadapt.core.errors import AdapterError
 from jaxadapt.demo import finetune, llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.demo.smollm2 import SmolLM2, batches
+from jaxadapt.models.summary_table import count_trained
 
 COMPARED = "lora"
 # Offsets of a label from its point, in points, and its horizontal alignment: the nearest free one is taken.

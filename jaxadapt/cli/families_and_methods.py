@@ -289,9 +289,9 @@ def methods_command(model: str | None, as_json: bool) -> None:
 
 
 def _sizes(path: Path) -> dict[str, int | str]:
-    from jaxadapt.analysis import method_sizes
+    from jaxadapt.models import summary_table
 
-    return method_sizes.method_sizes(read_model_shapes(path))
+    return summary_table.method_sizes(read_model_shapes(path))
 
 
 def _size_value(size: int | str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Summary of an adapted model: its adapted weights, their ranks and scales, and the number of parameters."""
+"""Numbers of parameters: the summary of an adapted model, and the sizes of the adapters of each method on one model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
+import jax
+
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, all_tensors, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
-from jaxadapt.core.errors import AttachError, escape_text
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import class_of
+from jaxadapt.configs.table import FACTS
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AdapterError, AttachError, TargetError, escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.registry import METHODS, get_method
+from jaxadapt.models import attachment
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
 from jaxadapt.models.nnx import graph, survey
 
@@ -77,18 +84,16 @@ class Summary:
                 ", ".join(filter(None, (_describe_hparams(first.hparams), first.entries))),
                 first.how,
             )
-            table.add_row(
-                *(Text(escape_text(cell)) for cell in cells)
-            )  # as Text, because a name may contain "[b]", which is markup
+            # As Text, because a name may contain "[b]", which is markup.
+            table.add_row(*(Text(escape_text(cell)) for cell in cells))
         total = self.base_parameters + self.trainable
         share = 100 * self.trainable / total if total else 0.0
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False, force_jupyter=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
-        lines += [
-            f"PyTorch names by the keymap {keymap}"
-            for keymap in dict.fromkeys(map(_describe_keymap, self.families.values()))
-        ]
+        unproved = ", which is not tested against the real models"
+        keymaps = (f"{keymap.name!r}{'' if keymap.proved else unproved}" for keymap in self.families.values())
+        lines += [f"PyTorch names by the keymap {keymap}" for keymap in dict.fromkeys(keymaps)]
         lines += [
             f"{leaf} is PyTorch's weight times {factor:.6g}, not a power of two: saving and loading round once"
             for leaf, factor in self._inexact_factors().items()
@@ -110,28 +115,16 @@ class Summary:
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             stem = ".".join("*" if p.isdecimal() else p for p in row.leaf.split("."))
-            same = (
-                row.adapter,
-                stem,
-                row.shape,
-                tuple(row.tensors.items()),
-                row.dtype,
-                row.hparams,
-                row.how,
-                row.entries,
-            )
+            tensors = tuple(row.tensors.items())
+            same = stem, row.adapter, row.shape, tensors, row.dtype, row.hparams, row.how, row.entries
             groups.setdefault(same, []).append(row)
         out: dict[str, list[Row]] = {}
-        for same, rows in groups.items():
-            label = same[1] if len(rows) > 1 else rows[0].leaf
+        for (stem, *_), rows in groups.items():
+            label = stem if len(rows) > 1 else rows[0].leaf
             while label in out:  # groups of one pattern that differ in adapter, rank or shape
                 label += " "
             out[label] = rows
         return out
-
-
-def _describe_keymap(keymap: KeyMap) -> str:
-    return f"{keymap.name!r}" + ("" if keymap.proved else ", which is not tested against the real models")
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -228,9 +221,48 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
     if not inputs:
         return how
-    variables = {path: v for by_path in graph.adapter_variables(held.tree).values() for path, v in by_path.items()}
-    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+    variables = [pair for by_path in graph.adapter_variables(walk).values() for pair in by_path.items()]
+    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables}
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     return how | survey.record_uses(held.tree, used, inputs)
+
+
+# ---------------------------------------------------------------- sizes of methods
+
+
+def count_trained(adapter: Adapter) -> int:
+    """Return the number of trained parameters of an adapter, with or without values.
+
+    >>> from jaxadapt.configs.lora import LoraConfig
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> count_trained(attachment.init(base, LoraConfig(r=2, target_modules=["q"])))
+    20
+    """
+    trained = {t.name for t in all_tensors(sites_of(adapter)) if t.trained}
+    return sum(math.prod(x.shape) for path, x in adapter.flat().items() if path.rpartition(".")[2] in trained)
+
+
+def method_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | str]:
+    """Return `{type: trained parameters, or the error that prevents an adapter}` for a model `{path: shape}`.
+
+    Each method has its default configuration, with PEFT's default targets for the model's family, or else all linear
+    modules.
+    """
+    base = paths.unflatten({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()})
+    return {peft_type: _size(peft_type, base) for peft_type in sorted(METHODS)}
+
+
+def _size(peft_type: str, base: Any) -> int | str:
+    cls = class_of(peft_type)
+    assert cls is not None
+    others: dict[str, Any] = {name: () for names in FACTS[peft_type].default_targets.values() for name in names}
+    try:
+        try:
+            return count_trained(attachment.init(base, cls()))
+        except TargetError:
+            everywhere = cls(**others | {"target_modules": matching.ALL_LINEAR})
+            return count_trained(attachment.init(base, everywhere))
+    except AdapterError as error:
+        return str(error).partition("\n")[0]
