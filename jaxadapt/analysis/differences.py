@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.analysis.norms import Norm, as_float64, draw_map, make_figure, named_parameter, norms_grid, to_png
+from jaxadapt.analysis.norms import Grid, HeatMap, as_float64, draw_maps, make_grid, named_parameter
 from jaxadapt.arrays.tensor_source import TensorSource, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, MismatchError, Progress, byte_counter, reporter
+from jaxadapt.core.errors import AdapterError, MismatchError, Progress, bullets, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs
@@ -203,12 +202,7 @@ class Difference:
     def total(self, kind: str = "LoRA") -> ModuleDifference | None:
         """Return the difference over all modules of one kind together; None if there are none."""
         members = [module for module in self.modules if module.kind == kind]
-        if not members:
-            return None
-        norms = [math.sqrt(sum(m.norms[side] ** 2 for m in members)) for side in (0, 1)]
-        products = sum(m.cosine * m.norms[0] * m.norms[1] for m in members if not math.isnan(m.cosine))
-        distance = math.sqrt(sum(m.distance**2 for m in members))
-        return ModuleDifference("all", kind, (norms[0], norms[1]), distance, _cosine(products, norms[0], norms[1]))
+        return _combine(members) if members else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -225,43 +219,25 @@ class Difference:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class DifferenceGrid:
-    """The differences by layer (rows) and by module within the layer (columns); None where there is no module.
-
-    Attributes:
-        kind: the kind of the modules in it.
-        relative: the distances in units of the first adapter's norms.
-        cosine: the cosines.
-    """
-
-    kind: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    relative: list[list[float | None]]
-    cosine: list[list[float | None]]
+def _combine(members: Sequence[ModuleDifference]) -> ModuleDifference:
+    """Return the difference over several modules of one kind together."""
+    norms = [math.sqrt(sum(m.norms[side] ** 2 for m in members)) for side in (0, 1)]
+    products = sum(m.cosine * m.norms[0] * m.norms[1] for m in members if not math.isnan(m.cosine))
+    distance = math.sqrt(sum(m.distance**2 for m in members))
+    return ModuleDifference("all", members[0].kind, (norms[0], norms[1]), distance, _cosine(products, *norms))
 
 
-def difference_grid(difference: Difference) -> DifferenceGrid | None:
+def _modules_of_one_kind(difference: Difference) -> list[ModuleDifference]:
+    """Return the modules of LoRA, or else those of IA3, or else the other tensors."""
+    kinds = ("LoRA", "IA3", "tensor")
+    by_kind = ([module for module in difference.modules if module.kind == kind] for kind in kinds)
+    return next(filter(None, by_kind), [])
+
+
+def difference_grid(difference: Difference) -> Grid[ModuleDifference] | None:
     """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
-    kinds = {module.kind for module in difference.modules}
-    if not kinds:
-        return None
-    kind = min(kinds, key=("LoRA", "IA3", "tensor").index)
-    members = [module for module in difference.modules if module.kind == kind]
-    columns = zip(*((*m.norms, m.distance) for m in members), strict=True)
-    grids = [norms_grid([Norm(m.module, x) for m, x in zip(members, column, strict=True)]) for column in columns]
-    sizes = [grid.values("norm") for grid in grids]
-    cells = [[_cell(*each) for each in zip(*rows, strict=True)] for rows in zip(*sizes, strict=True)]
-    relative, cosine = ([[each[i] for each in row] for row in cells] for i in (0, 1))
-    return DifferenceGrid(kind, grids[0].rows, grids[0].columns, relative, cosine)
-
-
-def _cell(norm: float | None, other: float | None, distance: float | None) -> tuple[float | None, float | None]:
-    """Return the relative distance and the cosine of a cell, which may hold several experts."""
-    if norm is None or other is None or distance is None:
-        return None, None
-    return _ratio(distance, norm), _cosine((norm * norm + other * other - distance * distance) / 2, norm, other)
+    members = _modules_of_one_kind(difference)
+    return make_grid(members, _combine) if members else None
 
 
 def _cosine(product: float, norm: float, other: float) -> float:
@@ -441,18 +417,18 @@ def difference_png(difference: Difference, names: tuple[str, str]) -> bytes:
 
     Raises `AdapterError` if matplotlib is missing, or if the adapters share no module.
     """
-    grid = difference_grid(difference)
-    if grid is None:
+    members = _modules_of_one_kind(difference)
+    if not members:
         raise AdapterError(
             "nothing to draw: the adapters share no module; they have:\n"
-            + paths.bullets([*difference.only[0], *difference.only[1]])
+            + bullets([*difference.only[0], *difference.only[1]])
         )
-    total = difference.total(grid.kind)
-    width, height = max(0.62 * len(grid.columns) + 1.9, 3.6), min(max(0.24 * len(grid.rows), 1.2), 14) + 1.6
-    figure, panels = make_figure(2 * width, height, 1, 2)
-    largest = max((v for row in grid.relative for v in row if v is not None and v < float("inf")), default=1)
-    titles, limits = ("distance ÷ norm of the first", "cosine"), ((0, largest or 1), (-1, 1))
-    for axis, cells, title, limit in zip(panels, (grid.relative, grid.cosine), titles, limits, strict=True):
-        draw_map(figure, axis, grid.rows, grid.columns, cells, title, limit)
-    overall = "" if total is None else f"\nin all: distance ÷ norm {total.relative:.3g}, cosine {total.cosine:.3g}"
-    return to_png(figure, f"{names[0]} and {names[1]}{overall}")
+    grid, total = make_grid(members, _combine), _combine(members)
+    relative = grid.values("relative")
+    largest = max((v for row in relative for v in row if v is not None and v < float("inf")), default=1)
+    maps = (
+        HeatMap("distance ÷ norm of the first", relative, (0, largest or 1)),
+        HeatMap("cosine", grid.values("cosine"), (-1, 1)),
+    )
+    overall = f"in all: distance ÷ norm {total.relative:.3g}, cosine {total.cosine:.3g}"
+    return draw_maps(grid, maps, f"{names[0]} and {names[1]}\n{overall}")

@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
@@ -157,16 +157,25 @@ def as_float64(x: Any) -> np.ndarray:
 # ---------------------------------------------------------------- grid
 
 
+class _Measured(Protocol):
+    @property
+    def module(self) -> str:
+        """The path of the module or parameter."""
+
+
+_Cell = TypeVar("_Cell", bound=_Measured)
+
+
 @dataclasses.dataclass(frozen=True)
-class Grid:
-    """The norms by layer (rows) and by module within the layer (columns). Modules without an adapter have no cell."""
+class Grid(Generic[_Cell]):
+    """Measures by layer (rows) and by module within the layer (columns). Modules without an adapter have no cell."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: Mapping[tuple[str, str], Norm]
+    cells: Mapping[tuple[str, str], _Cell]
 
     def values(self, name: str) -> list[list[float | None]]:
-        """Return one attribute of each cell: "norm", "effective_rank", "rank" or "scale"."""
+        """Return one attribute of each cell, such as "norm", "effective_rank", "rank" or "scale" of a `Norm`."""
         return [
             [getattr(self.cells[r, c], name) if (r, c) in self.cells else None for c in self.columns] for r in self.rows
         ]
@@ -177,7 +186,7 @@ class Grid:
         return next(iter(distinct)) if len(distinct) == 1 else None
 
 
-def norms_grid(norms: Sequence[Norm]) -> Grid:
+def norms_grid(norms: Sequence[Norm]) -> Grid[Norm]:
     """Return the grid of an adapter's norms.
 
     Modules of several experts share a cell, with the root of the sum of squared norms and the mean effective rank.
@@ -186,20 +195,28 @@ def norms_grid(norms: Sequence[Norm]) -> Grid:
     >>> grid.rows, grid.columns, grid.values("norm")
     (('0', '1'), ('q_proj',), [[3.0], [4.0]])
     """
-    located = [(*_split_module(norm.module), norm) for norm in norms]
+    return make_grid(norms, _combine)
+
+
+def make_grid(measures: Sequence[_Cell], combine: Callable[[Sequence[_Cell]], _Cell]) -> Grid[_Cell]:
+    """Return the grid of the measures of an adapter's modules; `combine` makes one of several experts'."""
+    located = [(*_split_module(measure.module), measure) for measure in measures]
     stacks = list(dict.fromkeys(stack for stack, number, _, _ in located if number is not None))
     order = {stack: i for i, stack in enumerate(stacks)}
     located.sort(key=lambda item: (item[1] is None, order.get(item[0], 0), item[1] or 0))
-    groups: dict[tuple[str, str], list[Norm]] = {}
-    for stack, number, label, norm in located:
+    groups: dict[tuple[str, str], list[_Cell]] = {}
+    for stack, number, label, measure in located:
         row = "–" if number is None else str(number) if len(stacks) == 1 else f"{stack}.{number}"
-        groups.setdefault((row, label), []).append(norm)
+        groups.setdefault((row, label), []).append(measure)
     in_layers = {label for row, label in groups if row != "–"}
     labels = sorted(  # heads and embeddings, which are in no layer, come last
         dict.fromkeys(label for _, label in groups), key=lambda label: (label not in in_layers, _flow_position(label))
     )
     short = _shorten_labels(labels)
-    cells = {(row, short[label]): _combine(members) for (row, label), members in groups.items()}
+    cells = {
+        (row, short[label]): members[0] if len(members) == 1 else combine(members)
+        for (row, label), members in groups.items()
+    }
     return Grid(tuple(dict.fromkeys(row for row, _ in cells)), tuple(short[label] for label in labels), cells)
 
 
@@ -249,12 +266,9 @@ def number_text(value: float | None, digits: int = 3) -> str:
 
 def _combine(norms: Sequence[Norm]) -> Norm:
     """Combine the norms of the experts in one cell."""
-    if len(norms) == 1:
-        return norms[0]
-    first = norms[0]
     ranks = [n.effective_rank for n in norms if n.effective_rank is not None]
     return dataclasses.replace(
-        first,
+        norms[0],
         norm=math.sqrt(sum(n.norm**2 for n in norms)),
         effective_rank=sum(ranks) / len(ranks) if ranks else None,
         rank=max(n.rank or 0 for n in norms) or None,
@@ -267,52 +281,58 @@ def _combine(norms: Sequence[Norm]) -> Norm:
 _INK, _FAINT = "#222222", "#e8e8e8"
 
 
-def make_figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:
-    """Return a figure of this size in inches, and its panels row by row.
+class HeatMap(NamedTuple):
+    """One heat map of a picture.
+
+    Attributes:
+        title: the text above it.
+        cells: the values by row and column; None where there is no cell.
+        limits: the values of the first and the last color; two colors around 0 if the first is negative.
+    """
+
+    title: str
+    cells: Sequence[Sequence[float | None]]
+    limits: tuple[float, float]
+
+
+def draw_maps(grid: Grid[Any], maps: Sequence[HeatMap], title: str) -> bytes:
+    """Return heat maps over the rows and columns of a grid as a PNG; equal ones give equal bytes.
 
     Raises `AdapterError` if matplotlib is missing.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise AdapterError("cannot draw: matplotlib is not installed; run pip install 'jaxadapt[plot]'") from error
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    width, height = max(0.62 * len(grid.columns) + 1.9, 3.4), min(max(0.24 * len(grid.rows), 1.2), 14)
+    columns = len(maps) if width * len(maps) <= _MAX_WIDTH else 1
+    rows = len(maps) // columns
+    size = max(width * columns, _LETTER_WIDTH * max(map(len, title.splitlines()))) + 0.3, (height + 1.4) * rows + 0.5
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    for axis, heat_map in zip(figure.subplots(rows, columns, squeeze=False).flat, maps, strict=True):
+        _draw_map(figure, axis, grid, heat_map, size[0] / columns - 1)
+    figure.suptitle(title, fontsize=10, color=_INK)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
 
 
-def draw_map(
-    figure: Any,
-    axis: Any,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    cells: Sequence[Sequence[float | None]],
-    title: str,
-    limits: tuple[float, float],
-    width: float | None = None,
-) -> None:
-    """Draw one heat map with its color bar.
-
-    Args:
-        limits: the values of the first and the last color; two colors around 0 if the first is negative.
-        width: the width of the map in inches, for a bar as tall as the map.
-    """
+def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width: float) -> None:
+    """Draw one heat map of this width in inches, with a color bar as tall as the map."""
     import numpy as np
 
-    low, high = limits
-    values = np.array([[np.nan if v is None else v for v in row] for row in cells], float)
+    (low, high), rows, columns = heat_map.limits, grid.rows, grid.columns
+    values = np.array([[np.nan if v is None else v for v in row] for row in heat_map.cells], float)
     axis.set_facecolor(_FAINT)
     colors = "viridis" if low == 0 else "RdBu"
     image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
-    axis.set_title(title, fontsize=9, color=_INK)
+    axis.set_title(heat_map.title, fontsize=9, color=_INK)
     axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
     ticks = range(0, len(rows), max(1, round(len(rows) / 32)))
     axis.set_yticks(ticks, [rows[i] for i in ticks], fontsize=7)
     axis.set_ylabel("layer", fontsize=8, color=_INK)
     axis.tick_params(length=0, colors=_INK)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    axis.spines[:].set_visible(False)
     if len(rows) <= 40:
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
@@ -320,21 +340,9 @@ def draw_map(
                 light = share > 0.6 if low == 0 else 0.2 < share < 0.8
                 text = number_text(value, 2)
                 axis.text(x, y, text, ha="center", va="center", fontsize=5.5, color=_INK if light else "white")
-    if width is None:
-        place: dict[str, Any] = {"ax": axis, "fraction": 0.05, "pad": 0.02}
-    else:
-        place = {"cax": axis.inset_axes((1 + 0.06 / width, 0, 0.13 / width, 1))}
-    bar = figure.colorbar(image, **place)
+    bar = figure.colorbar(image, cax=axis.inset_axes((1 + 0.06 / width, 0, 0.13 / width, 1)))
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, colors=_INK)
-
-
-def to_png(figure: Any, title: str) -> bytes:
-    """Return a figure with this title as a PNG; equal figures give equal bytes."""
-    figure.suptitle(title, fontsize=10, color=_INK)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
 
 
 _NAMES = {"norm": "", "effective_rank": "effective rank", "scale": "scale s"}
@@ -360,38 +368,22 @@ def norms_png(norms: Norms, config: Config) -> bytes:
             "nothing to draw: the change of these modules cannot be computed from the adapter's tensors alone:\n"
             + paths.bullets(norms.left_out)
         )
-    names = [n for n in _NAMES if n == "norm" or (grid.constant(n) is None and _has_values(grid, n))]
-    width = max(0.62 * len(grid.columns) + 1.9, 3.4)
-    height = min(max(0.24 * len(grid.rows), 1.2), 14)
-    columns = len(names) if width * len(names) <= _MAX_WIDTH else 1
-    rows = len(names) // columns
-    title = _title_text(config, grid)
-    size = max(width * columns, _LETTER_WIDTH * max(map(len, title.splitlines()))) + 0.3, (height + 1.4) * rows + 0.5
-    figure, panels = make_figure(*size, rows, columns)
-    titles = _NAMES | {"norm": norms.what}
-    for axis, name in zip(panels, names, strict=True):
+    # Beside the norms, the values of some cells that are not the same in all.
+    names = [
+        n
+        for n in _NAMES
+        if n == "norm" or {getattr(cell, n) for cell in grid.cells.values()} - {None, grid.constant(n)}
+    ]
+    maps: list[HeatMap] = []
+    for name in names:
         cells = grid.values(name)
         largest = max((v for row in cells for v in row if v is not None and math.isfinite(v)), default=0.0)
         rank = grid.constant("rank") if name == "effective_rank" else None  # the upper bound of the effective rank
-        limits = 0.0, float(rank or largest) or 1.0
-        draw_map(
-            figure,
-            axis,
-            grid.rows,
-            grid.columns,
-            cells,
-            titles[name],
-            limits,
-            size[0] / columns - 1,
-        )
-    return to_png(figure, title)
+        maps.append(HeatMap(_NAMES[name] or norms.what, cells, (0.0, float(rank or largest) or 1.0)))
+    return draw_maps(grid, maps, _title_text(config, grid))
 
 
-def _has_values(grid: Grid, name: str) -> bool:
-    return any(getattr(cell, name) is not None for cell in grid.cells.values())
-
-
-def _title_text(config: Config, grid: Grid) -> str:
+def _title_text(config: Config, grid: Grid[Norm]) -> str:
     """Return the title: the method, the base model, and the values that all cells share."""
     base = config.base_model_name_or_path
     shared = {"rank": "r = {:g}", "scale": "s = {:.3g}", "effective_rank": "effective rank {:.2g}"}

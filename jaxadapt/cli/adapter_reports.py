@@ -309,10 +309,10 @@ def _print_difference(found: Difference, modules: bool) -> None:
         click.echo()
     _print_totals(found)
     grid = difference_grid(found)
-    if grid is not None and any(v for row in grid.relative for v in row):
-        for title, values in (("distance ÷ norm of the first", grid.relative), ("cosine", grid.cosine)):
+    if grid is not None and any(v for row in grid.values("relative") for v in row):
+        for title, name in (("distance ÷ norm of the first", "relative"), ("cosine", "cosine")):
             click.echo()
-            output.print_heat(title, grid.rows, grid.columns, values)
+            output.print_heat(title, grid.rows, grid.columns, grid.values(name))
     if modules:
         click.echo()
         _print_modules(found)

@@ -187,9 +187,9 @@ def test_the_grid():
     assert grid is not None
     assert (grid.rows, grid.columns) == (("0", "1"), ("q", "v"))
     found = {m.module: m for m in diff(one, two).modules}
-    assert grid.relative[0] == pytest.approx([found["l.0.q"].relative, found["l.0.v"].relative])
-    assert grid.relative[1][1] is None
-    assert grid.cosine[1][0] == pytest.approx(found["l.1.q"].cosine)
+    assert grid.values("relative")[0] == pytest.approx([found["l.0.q"].relative, found["l.0.v"].relative])
+    assert grid.values("relative")[1][1] is None
+    assert grid.values("cosine")[1][0] == pytest.approx(found["l.1.q"].cosine)
 
 
 def run(*arguments: Any) -> Any:
@@ -221,7 +221,7 @@ def test_values_that_are_nan_differ(tmp_path):
     assert [math.isnan(m.distance) for m in found.modules] == [True, False, False]
     grid = difference_grid(found)
     assert grid is not None
-    assert math.isnan(grid.cosine[0][0])
+    assert math.isnan(grid.values("cosine")[0][0])
     jaxadapt.write(one, tmp_path / "a")
     jaxadapt.write(two, tmp_path / "b")
     result = run("diff", tmp_path / "a", tmp_path / "b")
