@@ -31,12 +31,9 @@ from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret,
 # ---------------------------------------------------------------- attention
 
 
-# ---------------------------------------------------------------- attention
-
-
 Array = Any
 
-_ARRAYS = ("query", "key", "value", "bias", "mask", "dropout_rng")
+_ARRAYS = ("query", "key", "value", "bias", "mask", "dropout_rng", "dropping")
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +68,22 @@ class RelativeBias:
         """Return the bias for n more keys before the others."""
         first = jnp.arange(-n, 0, dtype=self.keys.dtype)
         return dataclasses.replace(self, keys=jnp.concatenate([first, self.keys]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Dropping:
+    """The dropout of attention weights.
+
+    Attributes:
+        rng: its key.
+        rate: the probability with which a weight is dropped.
+        broadcast: one mask for all axes but the last two.
+    """
+
+    rng: Array
+    rate: float = dataclasses.field(metadata={"static": True})
+    broadcast: bool = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +219,14 @@ def attention(
         raise AttachError(
             "jaxadapt.models.attention records no weights in a module; call the layer without sow_weights"
         )
+    dropping = None
+    if dropout_rate and not deterministic:
+        if dropout_rng is None:
+            raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
+        dropping = _Dropping(dropout_rng, float(dropout_rate), broadcast_dropout)
     arguments = {
-        "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dropout_rng": dropout_rng,
-        "broadcast_dropout": broadcast_dropout, "dropout_rate": dropout_rate, "deterministic": deterministic,
-        "dtype": dtype, "precision": precision, "is_causal": is_causal,
+        "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dtype": dtype, "precision": precision,
+        "is_causal": is_causal, "dropping": dropping,
     }  # fmt: skip
     return _mark(_grouped_attention, arguments, prefix)
 
@@ -226,9 +243,10 @@ def _mark(function: Callable[..., Array], arguments: Mapping[str, Any], prefix: 
     return run(*operands)
 
 
-def causal_mask(queries: int, keys: int) -> Array:
-    """Return the boolean mask (queries, keys) that hides key j from query i if j > i."""
-    return jnp.tril(jnp.ones((queries, keys), dtype=bool))
+def hide_later(mask: Array | None, queries: int, keys: int) -> Array:
+    """Return a mask, broadcastable to (..., queries, keys), that also hides key j from query i if j > i."""
+    causal = jnp.tril(jnp.ones((queries, keys), dtype=bool))
+    return causal if mask is None else mask & jnp.expand_dims(causal, range(mask.ndim - 2))
 
 
 def _grouped_attention(
@@ -237,11 +255,8 @@ def _grouped_attention(
     value: Array,
     bias: Array | RelativeBias | None = None,
     mask: Array | None = None,
+    dropping: _Dropping | None = None,
     *,
-    broadcast_dropout: bool,
-    dropout_rng: Array | None = None,
-    dropout_rate: float,
-    deterministic: bool,
     dtype: Any,
     precision: Any,
     is_causal: bool,
@@ -265,29 +280,15 @@ def _grouped_attention(
     if bias is not None:
         scores = scores + by_group(bias.values() if isinstance(bias, RelativeBias) else bias)
     if is_causal:
-        mask = (
-            causal_mask(length, key.shape[-3])
-            if mask is None
-            else mask & _like(causal_mask(length, key.shape[-3]), mask)
-        )
+        mask = hide_later(mask, length, key.shape[-3])
     if mask is not None:
         scores = jnp.where(by_group(mask), scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    if dropout_rate and not deterministic:
-        if dropout_rng is None:
-            raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
-        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
-        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
-        weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
+    if dropping is not None:
+        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if dropping.broadcast else weights.shape
+        kept = jax.random.bernoulli(dropping.rng, 1 - dropping.rate, shape)
+        weights = jnp.where(kept, weights / (1 - dropping.rate), 0).astype(value.dtype)
     return einsum("...kgts,...skh->...tkgh", weights, value).reshape(*batch, length, heads, value.shape[-1])
-
-
-def _like(x: Array, other: Array) -> Array:
-    """Add leading axes of size 1, so that x has as many axes as the other array."""
-    return x.reshape((1,) * (other.ndim - x.ndim) + x.shape)
-
-
-# ---------------------------------------------------------------- rewriting
 
 
 # ---------------------------------------------------------------- rewriting
@@ -313,7 +314,8 @@ def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
     >>> [call.key for call in attention_calls(lambda q: attention(q, q, q), q)]
     [(1, 3, 2, 4)]
     """
-    return _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
+    calls = _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
+    return [call for call in calls if call is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +343,8 @@ def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[C
     """
     traced = trace(lambda _, *a: f(*a), {}, args)
     jaxpr = traced.closed.jaxpr
-    of_calls = layers(CallCounts(len(_find(jaxpr)), _count_others(jaxpr)))
+    calls = _find(jaxpr)
+    of_calls = layers(CallCounts(len(calls) - calls.count(None), calls.count(None)))
     return traced.result(_evaluate(jaxpr, traced.closed.consts, traced.arrays, change, of_calls))
 
 
@@ -380,50 +383,35 @@ def _call(eqn: core.JaxprEqn) -> AttentionCall | None:
     return policy if isinstance(policy, AttentionCall) else None
 
 
-def _policy(eqn: core.JaxprEqn) -> AttentionCall | None:
-    """Return the call of `attention` that an equation is; None if it is none, or one without prefixes."""
-    call = _call(eqn)
-    return call if call is not None and call.prefix else None
-
-
 def _spec(variable: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
-def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
-    """Return the jaxprs inside an equation."""
-    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
-    bodies = (v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in values)
-    return [body for body in bodies if isinstance(body, core.Jaxpr)]
+def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes | None]:
+    """Return the calls of `attention` in a jaxpr, in order; those in a scan once for each of its steps.
 
-
-def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes]:
-    """Return the calls of `attention` in a jaxpr, in order; those in a scan once for each of its steps."""
+    A call that no prefix enters is None.
+    """
     return [call for eqn in jaxpr.eqns for call in _calls_in(eqn)]
 
 
-def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes]:
-    if (call := _policy(eqn)) is not None:
+def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes | None]:
+    if (call := _call(eqn)) is not None:
+        if not call.prefix:
+            return [None]
         shapes = call.arrays([_spec(a) for a in eqn.invars])
         return [AttentionShapes(shapes["query"].shape, shapes["key"].shape)]
-    inside = [call for body in _bodies(eqn) for call in _find(body)]
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+    bodies = (v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in values)
+    inside = [call for body in bodies if isinstance(body, core.Jaxpr) for call in _find(body)]
     if eqn.primitive is primitives.scan_p:
         return inside * eqn.params["length"]
-    if inside and called_jaxpr(eqn) is None:
+    if any(inside) and called_jaxpr(eqn) is None:
         raise AttachError(
             f"cannot add keys and values to an attention inside {eqn.primitive.name!r}; use a Python loop, a scan, jit"
             " or remat"
         )
     return inside
-
-
-def _count_others(jaxpr: core.Jaxpr) -> int:
-    """Return the number of calls of `attention` in a jaxpr that no prefix enters."""
-    count = 0
-    for eqn in jaxpr.eqns:
-        call, length = _call(eqn), eqn.params["length"] if eqn.primitive is primitives.scan_p else 1
-        count += sum(map(_count_others, _bodies(eqn))) * length if call is None else not call.prefix
-    return count
 
 
 def _evaluate(
@@ -434,11 +422,11 @@ def _evaluate(
 
     def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
         nonlocal start
-        if not (count := len(_calls_in(eqn))):
+        if not (count := sum(call is not None for call in _calls_in(eqn))):
             return evaluate_unchanged(eqn, operands)
         first, start = start, start + count
         own = jax.tree.map(lambda x: x[first : first + count], layers)
-        if (call := _policy(eqn)) is not None:
+        if (call := _call(eqn)) is not None:
             return [_checked(change(call, call.arrays(operands), jax.tree.map(lambda x: x[0], own)), eqn)]
         if eqn.primitive is primitives.scan_p:
             return _scan(eqn, operands, change, own)
@@ -515,7 +503,6 @@ class TakesEmbeddings(Protocol):
             args: the positional arguments of the call.
             kwargs: the keyword arguments of the call.
         """
-        ...
 
 
 @runtime_checkable
@@ -543,7 +530,6 @@ class TakesKeys(Protocol):
             args: the positional arguments of the call.
             kwargs: the keyword arguments of the call.
         """
-        ...
 
 
 # ---------------------------------------------------------------- embedding

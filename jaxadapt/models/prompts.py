@@ -18,10 +18,7 @@ from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models import attention_calls
-from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, causal_mask
-
-# ---------------------------------------------------------------- calling
-
+from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, hide_later
 
 # ---------------------------------------------------------------- arguments
 
@@ -99,8 +96,8 @@ def _shift_positions(
         )
     positions = bound.arguments.get(name)
     if positions is None:
-        given = [bound.arguments.get(name) for name in (*names.tokens, *names.embeddings)]
-        values: Any = given if names.tokens else bound.arguments.values()
+        candidates = (*names.tokens, *names.embeddings) if names.tokens else bound.arguments
+        values = map(bound.arguments.get, candidates)
         shape = next((x.shape for x in values if is_array(x) and len(x.shape) >= 2), None)
         if shape is None:
             raise AttachError(
@@ -258,8 +255,7 @@ class Prompt:
     @property
     def n(self) -> int:
         """The number of virtual tokens before the others."""
-        count: int = self.recipe.config.get("num_virtual_tokens")
-        return count
+        return self.recipe.config.get("num_virtual_tokens")
 
     @property
     def encoder_decoder(self) -> bool:
@@ -336,14 +332,13 @@ def with_embeddings(
             raise AttachError("invoke(prefilled=True) is not implemented for models with an encoder; call it without")
         _shift_positions(bound, n, peft_type)
         _prepend_mask(bound, n)
-        return bound.args, bound.kwargs
-    virtual = prompt.tokens()
-    if not prompt.encoder_decoder:
-        _prepend_embeddings(bound, virtual, embed, peft_type)
-        return bound.args, bound.kwargs
-    _prepend_embeddings(bound, virtual[..., :n, :], embed, peft_type, labels=False)
-    if prompt.method.in_decoder:
-        _prepend_embeddings(bound, virtual[..., n:, :], embed, peft_type, DECODER)
+    elif not prompt.encoder_decoder:
+        _prepend_embeddings(bound, prompt.tokens(), embed, peft_type)
+    else:
+        virtual = prompt.tokens()
+        _prepend_embeddings(bound, virtual[..., :n, :], embed, peft_type, labels=False)
+        if prompt.method.in_decoder:
+            _prepend_embeddings(bound, virtual[..., n:, :], embed, peft_type, DECODER)
     return bound.args, bound.kwargs
 
 
@@ -422,8 +417,7 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
     changed["value"] = jnp.concatenate([second, value], axis=-3)
     mask, changes = arrays.get("mask"), dict[str, Any]()
     if call.is_causal:
-        hidden = causal_mask(query.shape[-3], key.shape[-3])
-        mask = hidden if mask is None else mask & hidden.reshape((1,) * (mask.ndim - 2) + hidden.shape)
+        mask = hide_later(mask, query.shape[-3], key.shape[-3])
         changes["is_causal"] = False
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], key.shape[-3]))

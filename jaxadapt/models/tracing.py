@@ -30,9 +30,6 @@ from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, Contraction, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 
-# ---------------------------------------------------------------- operations
-
-
 # ---------------------------------------------------------------- axis layout
 
 
@@ -99,11 +96,11 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
         return [layout] if floats else None
     if kind is primitives.transpose_p:
         return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
-    if kind in _RESHAPES and math.prod(old.shape) == math.prod(new.shape):
-        permutes = kind is primitives.reshape_p and params["dimensions"] is not None
-        after = None if permutes else layout.reshaped(new.shape)
-        return None if after is None else [after]
-    return None
+    permutes = kind is primitives.reshape_p and params["dimensions"] is not None
+    if kind not in _RESHAPES or permutes or math.prod(old.shape) != math.prod(new.shape):
+        return None
+    after = layout.reshaped(new.shape)
+    return None if after is None else [after]
 
 
 def spell_contraction(
@@ -130,12 +127,9 @@ def spell_contraction(
     y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
     x += layout.spell((*reads, *axes.batch_axes), unit=True)
     y += layout.spell((*writes, *axes.batch_axes), unit=True)
-    (x_letters, x_sizes), (y_letters, y_sizes) = map(_unzip, (x, y))
-    return Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes), x_sizes, y_sizes
-
-
-def _unzip(axes: list[tuple[str, int]]) -> tuple[str, list[int]]:
-    return "".join(letter for letter, _ in axes), [size for _, size in axes]
+    x_letters, y_letters = ("".join(letter for letter, _ in pairs) for pairs in (x, y))
+    use = Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes)
+    return use, [size for _, size in x], [size for _, size in y]
 
 
 def _matching_roles(
@@ -216,8 +210,8 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
 
     def run(x: Any, w: Any) -> Any:
         options: Any = {name: eqn_params[name] for name in kept}
-        window = [w.shape[i] if i == out else size for i, size in enumerate(sizes)]
-        return jax.lax.gather(w, x, dimension_numbers=numbers, slice_sizes=tuple(window), **options)
+        window = tuple(w.shape[i] if i == out else size for i, size in enumerate(sizes))
+        return jax.lax.gather(w, x, dimension_numbers=numbers, slice_sizes=window, **options)
 
     return Operation(run, numbers.offset_dims[inside.index(out)], axes)
 
@@ -227,15 +221,10 @@ def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operatio
     eqn_params = dict(eqn.params)
     numbers = eqn_params["ragged_dot_dimension_numbers"]
     (summed_x, summed_w), shared = numbers.dot_dimension_numbers
-    if tuple(summed_w) not in (axes.in_axes, axes.out_axes) or len(summed_w) != 1 or any(shared):
-        return None
-    if tuple(numbers.rhs_group_dimensions) != axes.batch_axes:
-        return None
-    if (
-        set(numbers.lhs_ragged_dimensions) & set(summed_x)
-        or len(operands) != 3
-        or eqn_params["group_offset"] is not None
-    ):
+    by_roles = len(summed_w) == 1 and tuple(summed_w) in (axes.in_axes, axes.out_axes) and not any(shared)
+    by_expert = tuple(numbers.rhs_group_dimensions) == axes.batch_axes and len(operands) == 3
+    ragged_sum = not set(numbers.lhs_ragged_dimensions).isdisjoint(summed_x)
+    if not by_roles or not by_expert or ragged_sum or eqn_params["group_offset"] is not None:
         return None
     x: Any = eqn.invars[0].aval
 
@@ -265,34 +254,27 @@ class Hook(Protocol):
     @property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
-        ...
 
     def input(self, use: Use, x: jax.Array) -> jax.Array:
         """Return the `x` that the contraction receives, in x's shape and dtype."""
-        ...
 
     def operand(self, use: Operation, x: jax.Array, w: jax.Array) -> jax.Array:
         """Return the `x` that an operation receives, in x's shape and dtype."""
-        ...
 
     def follows_use(self, use: Use) -> bool:
         """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
-        ...
 
     def follows(self, primitive: str) -> bool:
         """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
-        ...
 
     def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         """Return the `y` that replaces the result of the contraction, in y's shape and dtype.
 
         `x` is the array that `input` returned, `w` the weight itself.
         """
-        ...
 
     def weight(self, w: jax.Array) -> jax.Array:
         """Return the effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
-        ...
 
 
 # ---------------------------------------------------------------- rewriting
@@ -374,8 +356,8 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     traced = trace(f, weights, args)
     by_weight: dict[str, list[WeightUse]] = {name: [] for name in weights}
     layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
-    for out in _collect_uses(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], by_weight):
-        if out is not None:
+    for out in _collect_uses(traced.closed.jaxpr, [*layouts, *traced.arrays], by_weight):
+        if isinstance(out, AxisLayout):
             by_weight[out.name].append(OtherUse("return"))
     return {name: tuple(uses_of) for name, uses_of in by_weight.items()}
 
@@ -418,10 +400,9 @@ def trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> Tra
 
 def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """Return the jaxpr and constants of an equation that only calls a jaxpr, else None."""
-    if eqn.primitive is primitives.jit_p:
-        return eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts
-    if eqn.primitive is primitives.closed_call_p:
-        return eqn.params["call_jaxpr"].jaxpr, eqn.params["call_jaxpr"].consts
+    if eqn.primitive in (primitives.jit_p, primitives.closed_call_p):
+        body = eqn.params["jaxpr" if eqn.primitive is primitives.jit_p else "call_jaxpr"]
+        return body.jaxpr, body.consts
     if eqn.primitive is primitives.remat_p and not eqn.params["differentiated"]:
         return eqn.params["jaxpr"], ()
     return None
@@ -441,29 +422,28 @@ def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> 
     return Contraction(tuple(inputs), tuple(out), tuple(batch))
 
 
-def _collect_uses(
-    jaxpr: core.Jaxpr, given: Sequence[AxisLayout | None], found: dict[str, list[WeightUse]]
-) -> list[AxisLayout | None]:
-    """Append the uses of the given views to `found`; return the layouts of the jaxpr's results."""
-    env = dict(zip(jaxpr.invars, given, strict=True))
+def _collect_uses(jaxpr: core.Jaxpr, given: Sequence[Any], found: dict[str, list[WeightUse]]) -> list[Any]:
+    """Append the uses of the given views to `found`; return the layouts of the jaxpr's results.
 
-    def read(atom: Any) -> AxisLayout | None:
-        return None if isinstance(atom, core.Literal) else env.get(atom)
+    A value that is no view of a weight is anything but an `AxisLayout`.
+    """
 
-    for eqn in jaxpr.eqns:
-        seen = [read(a) for a in eqn.invars]
-        if not any(seen):
-            continue
-        outs: list[AxisLayout | None] | None = None
-        if (body := called_jaxpr(eqn)) is not None:
+    def step(eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
+        seen = [x if isinstance(x, AxisLayout) else None for x in operands]
+        views = list(filter(None, seen))
+        outs: Sequence[Any] | None = None
+        if not views:
+            pass
+        elif (body := called_jaxpr(eqn)) is not None:
             outs = _collect_uses(body[0], seen, found)
-        elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
-            found[layout.name].append(_describe_contraction(eqn, side, layout))
+        elif (side := side_of(eqn, seen)) is not None:
+            found[views[0].name].append(_describe_contraction(eqn, side, views[0]))
         elif (outs := move_layouts(eqn, seen)) is None:
-            for layout in filter(None, seen):
-                found[layout.name].append(OtherUse(eqn.primitive.name))
-        env.update(zip(eqn.outvars, outs or (), strict=outs is not None))
-    return [read(a) for a in jaxpr.outvars]
+            for view in views:
+                found[view.name].append(OtherUse(eqn.primitive.name))
+        return [None] * len(eqn.outvars) if outs is None else outs
+
+    return interpret(jaxpr, [None] * len(jaxpr.constvars), given, step)
 
 
 # ---------------------------------------------------------------- evaluating
@@ -561,8 +541,7 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
         placed = _constrain(eqn.params.get("in_shardings"), operands)
         return _constrain(eqn.params.get("out_shardings"), _evaluate(*body, placed, scope))
     if (side := side_of(eqn, layouts)) is not None:
-        outs = _contract(eqn, operands, side, scope)
-        if outs is not None:
+        if (outs := _contract(eqn, operands, side, scope)) is not None:
             return outs
     elif (outs := _evaluate_operation(eqn, operands, layouts, scope)) is not None:
         return outs
@@ -570,11 +549,8 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
         arrays = evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
         def step(array: Any) -> Any:
-            return (
-                jax.lax.optimization_barrier(array)
-                if eqn.primitive.name == BARRIER
-                else evaluate_unchanged(eqn, [array])[0]
-            )
+            barrier = eqn.primitive.name == BARRIER
+            return jax.lax.optimization_barrier(array) if barrier else evaluate_unchanged(eqn, [array])[0]
 
         return [
             array if layout is None else _View(layout, array, (*view.replay, step))
@@ -624,11 +600,9 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     scope.products.setdefault(view.layout.name, []).append(_describe_contraction(eqn, side, view.layout))
     hook = scope.hooks[view.layout.name]
     spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
-    if spelled is None:
+    if spelled is None or not hook.follows_use(spelled[0]):
         return None
     use, x_sizes, y_sizes = spelled
-    if not hook.follows_use(use):
-        return None
     split = jnp.reshape(x, x_sizes)
     hooked_x = _check_like("input", hook.input(use, split), split)
     pair = [view.array, view.array]
@@ -643,16 +617,16 @@ def _evaluate_operation(
     eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
 ) -> list[Any] | None:
     """Evaluate a convolution, lookup or ragged product with its hook; return None if the hook does not follow it."""
-    (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
-    if not name or not scope.hooks[name].follows(eqn.primitive.name):
-        return None
-    operation = find_operation(eqn, layouts, scope.hooks[name].axes, operands)
+    first, *others = [layout.name for layout in layouts if layout is not None]
+    hook, w = scope.hooks[first], scope.weights[first]
+    operation = (
+        None if others or not hook.follows(eqn.primitive.name) else find_operation(eqn, layouts, hook.axes, operands)
+    )
     if operation is None:
         return None
     side, use = operation
     x = operands[1 - side]
-    hooked_x = _check_like("input", scope.hooks[name].operand(use, x, scope.weights[name]), x)
+    hooked_x = _check_like("input", hook.operand(use, x, w), x)
     changed = [hooked_x if i == 1 - side else v.array if isinstance(v, _View) else v for i, v in enumerate(operands)]
     (y,) = evaluate_unchanged(eqn, changed)
-    new = scope.hooks[name].output(use, hooked_x, y, scope.weights[name])
-    return [_check_like("output", new, y)]
+    return [_check_like("output", hook.output(use, hooked_x, y, w), y)]
