@@ -56,7 +56,7 @@ def activate(model: Any, *names: Any) -> Any:
             f"expected names, as in activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}"
         )
     held = carrier(model)
-    if names and not held.has_adapters():
+    if names and not held.names():
         raise AttachError(
             f"cannot activate {', '.join(map(repr, names))}: the model has no adapter; attach one with"
             " jaxadapt.adapt(model, config) or jaxadapt.load(path, model)"
@@ -129,7 +129,7 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
     held = carrier(model)
     if (walk := held.walk()) is None:
-        if name is not None or not held.has_adapters():
+        if name is not None or not held.names():
             held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
         names = None if name is None else (name,)
         yield held.map_adapters(lambda name, adapter: _multiply(name, adapter.config, adapter.params, factor), names)

@@ -13,7 +13,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, make_file_plan
@@ -22,15 +21,12 @@ from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.core.paths import compare, shapes_of
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.foreign import tree as foreign_tree
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted, box_like_base
 from jaxadapt.models.nnx import attach, graph, survey
-from jaxadapt.models.nnx.graph import LayerNumber
-from jaxadapt.models.planning import BaseParams, ModelParams, read_params
 from jaxadapt.models.trees import is_box, rebox, unbox
 
 DEFAULT = "default"
@@ -63,7 +59,7 @@ class Carrier:
         """Return the error for an operation that this kind lacks."""
         return AttachError(f"expected {expected}, found {type(self.tree).__name__}{self.remedy}")
 
-    def base(self) -> BaseParams:
+    def base(self) -> planning.BaseParams:
         """Return the base parameters, to plan an adapter for."""
         raise self.unsupported("base parameters as nested mappings, Linen variables or an NNX model")
 
@@ -87,8 +83,8 @@ class Carrier:
 
     def leaves(self) -> dict[str, Any]:
         """Return `{path: array}` of the base parameters, without boxes."""
-        flat = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
-        return {_dotted_path(keys): unbox(leaf) for keys, leaf in flat}
+        leaves = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
+        return {jax.tree_util.keystr(keys, simple=True, separator="."): unbox(leaf) for keys, leaf in leaves}
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
@@ -102,7 +98,7 @@ class Carrier:
         """Replace the base parameters at some paths, in their boxes or with them."""
 
         def put(keys: Any, leaf: Any) -> Any:
-            path = _dotted_path(keys)
+            path = jax.tree_util.keystr(keys, simple=True, separator=".")
             return leaf if path not in new else rebox(leaf, new[path]) if boxes else new[path]
 
         params = self.params
@@ -120,10 +116,6 @@ class Carrier:
     def names(self) -> list[str]:
         """Return the names of the adapters."""
         return []
-
-    def has_adapters(self) -> bool:
-        """True if the tree has an adapter of jaxadapt."""
-        return bool(self.names())
 
     def active(self) -> list[str]:
         """Return the names of the adapters that a call applies."""
@@ -199,13 +191,9 @@ def _descend(tree: Any, path: str) -> Any:
     return None if isinstance(tree, Mapping) else tree
 
 
-def _dotted_path(keys: Sequence[Any]) -> str:
-    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
-
-
 def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:
     """Raise `AttachError`, listing all problems, unless an adapter fits the one to replace: its `{path: array}`."""
-    problems = list(map(str, compare(shapes_of(present), shapes_of(adapter.flat()))))
+    problems = list(map(str, paths.compare(paths.shapes_of(present), paths.shapes_of(adapter.flat()))))
     if config != adapter.config:
         problems.append(f"another configuration: {config.differences(adapter.config, 'given')}")
     raise_listed(AttachError, f"cannot inject: the adapter does not fit {name!r}:", problems)
@@ -236,7 +224,7 @@ def refuse(options: Mapping[str, Any], why: str) -> None:
 
 # Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
 # that follow from an adapter's configuration, and variables that exist only during one call.
-_NOT_REST = (nnx.Param, LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
+_NOT_REST = (nnx.Param, graph.LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
 
 
 class Object(Carrier):
@@ -264,7 +252,7 @@ class _Variables(Carrier):
         return list(graph.adapter_variables(self._contents))
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        if not self.has_adapters() and (unknown := foreign_tree.describe_unknown(self.tree)):
+        if not self.names() and (unknown := foreign_tree.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self._contents, name)
 
@@ -272,8 +260,8 @@ class _Variables(Carrier):
         variables = graph.adapter_variables(self._contents).get(name)
         if variables is None:
             raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
-        recipe = next(iter(variables.values())).get_metadata("adapter").recipe
-        check_fit(adapter, recipe.config, graph.values_of(variables), name)
+        attached = next(iter(variables.values())).get_metadata("adapter")
+        check_fit(adapter, attached.recipe.config, graph.values_of(variables), name)
         graph.set_values(variables, adapter.flat())
         return self.tree
 
@@ -290,8 +278,8 @@ class State(_Variables):
     def params(self) -> Any:
         return self.tree.get("params", self.tree)
 
-    def base(self) -> BaseParams:
-        return read_params(nnx.to_pure_dict(self.params), self.tree)
+    def base(self) -> planning.BaseParams:
+        return planning.read_params(nnx.to_pure_dict(self.params), self.tree)
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the variables; each must be an adapter's."""
@@ -336,8 +324,8 @@ class Model(_Variables, Object):
         """Forget the walk, after modules got or lost attributes."""
         vars(self).pop("_contents", None)
 
-    def base(self) -> ModelParams:
-        return ModelParams(self._contents.leaves, self.tree, self._contents)
+    def base(self) -> planning.BaseParams:
+        return planning.BaseParams(self._contents.leaves, self.tree, self._contents)
 
     def leaves(self) -> dict[str, Any]:
         return graph.base_values(self._contents.leaves)
@@ -508,8 +496,8 @@ class Params(Carrier):
 
     remedy = "; for bare parameters use jaxadapt.init, or from_peft(read(path), params)"
 
-    def base(self) -> BaseParams:
-        return read_params(self.params, self.tree)
+    def base(self) -> planning.BaseParams:
+        return planning.read_params(self.params, self.tree)
 
     def names(self) -> list[str]:
         return collections.adapter_names(self.tree)
@@ -541,8 +529,8 @@ class Params(Carrier):
         return collections.without_adapters(self.tree)
 
     def adapters(self) -> list[tuple[str, Adapter]]:
-        found = collections.find_adapters(self.tree).items()
-        return [(keys[1], collections.read_adapter(inner, keys[1])) for keys, inner in found if len(keys) == 2]
+        found = collections.find_adapters(self.tree)
+        return [(keys[1], collections.read_adapter(tree, keys[1])) for keys, tree in found.items() if len(keys) == 2]
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""
@@ -593,8 +581,7 @@ class Variables(Params):
             recipe = None if is_same(present, adapter) else adapter.recipe
             return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
         variables: Any = changed.tree if present is None else changed.delete(name)
-        named = box_like_base(adapter, changed.params).named(name)
-        for collection, tree in named.items():
+        for collection, tree in box_like_base(adapter, changed.params).named(name).items():
             variables = collections.with_value(variables, tree[name], collection, name)
         return variables
 
@@ -629,10 +616,10 @@ class Foreign(Carrier):
         return foreign_tree.extract_adapter(self.found, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        leaves, dialect = adapter.flat(), self.found.dialect
-        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        leaves = adapter.flat()
+        host = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
-        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
+        same = all(map(adapter.keymap.match, self.found.claimed))
         tensors = PeftTensors(adapter.config, tensors, "this adapter")
         return foreign_tree.fill_tree(self.found, tensors, adapter.keymap if same else None)
 
@@ -678,20 +665,20 @@ def lora_carrier(tree: Any, *, takes: Collection[str] = ("config",)) -> Carrier:
     for option, why in () if given is None else _APPLIES.items():
         refuse({option: None if option in takes else vars(given)[option]}, why)
     own = carrier(tree if given is None else given.tree)
-    found = None if own.has_adapters() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
+    found = None if own.names() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
     if found is not None:
         return Foreign(found, own)
     if given is None:
         return own
     own.given = given
-    near = "" if own.has_adapters() else foreign_tree.describe_unknown(given.tree)
+    near = "" if own.names() else foreign_tree.describe_unknown(given.tree)
     why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
     refuse({"lora_alpha": given.lora_alpha}, why)
     refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA leaves{near}")
     return own
 
 
-def base_params(tree: Any) -> BaseParams:
+def base_params(tree: Any) -> planning.BaseParams:
     """Return the base parameters of an NNX model, or of nested mappings. Raises `AttachError` for variables."""
     held = carrier(tree)
     if isinstance(held, Variables):

@@ -12,7 +12,6 @@ from typing import Any
 
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Recipe, Site, Sites, is_array
-from jaxadapt.adapters.selection import make_recipe
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
@@ -20,7 +19,6 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families, generic
-from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
@@ -47,6 +45,8 @@ class BaseParams:
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """`{path: array or spec}`, without boxes."""
+        if self.walked is not None:
+            return graph.base_values(self.held)
         return {path: collections.unbox_tree(leaf) for path, leaf in self.held.items()}
 
     @functools.cached_property
@@ -57,46 +57,29 @@ class BaseParams:
     @functools.cached_property
     def shardings(self) -> dict[str, Any]:
         """`{path: sharding}`; None for a leaf without a sharding."""
-        return collections.base_shardings(self.held)
+        return (collections if self.walked is None else graph).base_shardings(self.held)
 
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
-        """The keymap of an adapter that the variables have, if any."""
+        """The keymap of an adapter that the model or the variables have, if any."""
+        if self.walked is not None:
+            known = (var for by_path in self.walked.adapters.values() for var in by_path.values())
+            return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
         found = collections.variable_adapters(self.target)
         return next((collections.read_adapter(tree, name).keymap for name, tree in found), None)
-
-
-class ModelParams(BaseParams):
-    """Base parameters of an NNX model."""
-
-    @functools.cached_property
-    def leaves(self) -> dict[str, Any]:
-        """`{path: array or spec}`."""
-        return graph.base_values(self.held)
-
-    @functools.cached_property
-    def shardings(self) -> dict[str, Any]:
-        """`{path: sharding}`; None for a leaf without a sharding."""
-        return graph.base_shardings(self.held)
-
-    @functools.cached_property
-    def keymap(self) -> KeyMap | None:
-        """The keymap of an adapter that the model has, if any."""
-        adapters = graph.adapter_variables(self.walked or self.target)
-        known = (var for by_path in adapters.values() for var in by_path.values())
-        return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
 
 
 def read_params(params: Any, target: Any = None) -> BaseParams:
     """Return the base parameters in nested mappings. Raises `AttachError` if a leaf is not an array."""
     base = BaseParams(paths.flatten(params), target)
-    odd = [
-        f"{path}: {type(leaf).__name__}"
-        for path, leaf in base.leaves.items()
-        if not (is_array(leaf) or quantized.is_quantized(leaf))
-    ]
     raise_listed(
-        AttachError, 'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:', odd
+        AttachError,
+        'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:',
+        [
+            f"{path}: {type(leaf).__name__}"
+            for path, leaf in base.leaves.items()
+            if not (is_array(leaf) or quantized.is_quantized(leaf))
+        ],
     )
     return base
 
@@ -116,19 +99,18 @@ def plan_adapter(
 
     `found` are the shapes of the tensors of an adapter file, by key, if the sites are for a file.
     """
-    given: Any = example
-    if given is not None and not isinstance(given, list | tuple):
+    if example is not None and not isinstance(example, list | tuple):
         raise AttachError(
-            f"example: expected a list of the inputs of one call, as in example=[x], found {type(given).__name__}"
+            f"example: expected a list of the inputs of one call, as in example=[x], found {type(example).__name__}"
         )
     keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else layer.measure_base(base.target, example)
         config = method.complete(config, with_width(sizes, keymap, base.shapes))
-        return make_recipe(config, keymap, base.shapes, found=found)
+        return selection.make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:
         return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
-    return make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)
+    return selection.make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)
 
 
 def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> None:
@@ -138,8 +120,8 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        if problems := survey.list_contradictions(sites, base.walked.leaves):
-            raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
+        problems = survey.list_contradictions(sites, base.walked.leaves)
+        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
         return
     attached = base.keymap
     reverse: list[str] = []
@@ -176,7 +158,7 @@ def _plan_on_model(
     entries, traced = survey.class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
-        known = dataclasses.replace(GENERIC, weights=()) if keymap == GENERIC else keymap
+        known = dataclasses.replace(keymap, weights=()) if keymap == generic.GENERIC else keymap
         wanted = survey.custom_leaves(
             owners, selection.unselected_matrices(config, known.with_entries(entries), shapes)
         )
@@ -184,13 +166,13 @@ def _plan_on_model(
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
-    unsure = frozenset(survey.custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
+    unsure = frozenset(survey.custom_leaves(owners, shapes)) if keymap == generic.GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
         _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
 
     try:
-        recipe, sites = make_recipe(
+        recipe, sites = selection.make_recipe(
             config,
             keymap,
             shapes,
@@ -209,14 +191,13 @@ def _plan_on_model(
         "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
         [leaf for leaf in traced if not all_linear and leaf not in adapted],
     )
-    _check_calls(base.target, sites, example)
+    if example is not None:
+        _check_calls(base.target, sites, example)
     return recipe, sites
 
 
-def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> None:
+def _check_calls(model: Any, sites: Sites, example: Sequence[Any]) -> None:
     """Raise `AttachError` for uses of the sites' weights, in a call with these inputs, that no adapter can follow."""
-    if example is None:
-        return
     dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
     hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
     survey.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
@@ -224,13 +205,12 @@ def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> Non
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
-    targeted = [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]
     raise_listed(
         AttachError,
         "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
         " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
         " or pass exclude_modules:",
-        targeted,
+        [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])],
     )
 
 
