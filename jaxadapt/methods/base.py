@@ -317,6 +317,10 @@ class Start:
         return self.order_modules()
 
 
+ROLES = ("A", "B", "embedding", "bias", "vector", "copy", "frozen", "other")
+"""The roles of tensors in training; `optim.roles` describes them."""
+
+
 def tensor_roles(**names: str) -> Mapping[str, str]:
     """Return `{tensor: role in training}` from the tensors of each role, separated by spaces.
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.listing import reason_not_applied
 from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
-from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.base import Method
+from jaxadapt.core.errors import ConfigError, raise_listed
+from jaxadapt.methods.base import ROLES, Method
 
 _KIN = {
     "blocks": ("GRALORA", "MISS"),
@@ -55,7 +55,15 @@ class Methods(Mapping[str, Method]):
         return peft_type in FACTS or peft_type in self._loaded
 
     def add(self, method: Method, facts: MethodFacts = NO_FACTS) -> None:
-        """Add a method; raise `ConfigError` if its type is taken or has no configuration class."""
+        """Add a method.
+
+        Raises `ConfigError` if its type is taken or has no configuration class, or if a role of its tensors is unknown.
+        """
+        raise_listed(
+            ConfigError,
+            f"cannot register the method {method.peft_type!r}: expected the roles {', '.join(ROLES)}, found:",
+            [f"{tensor}: {role!r}" for tensor, role in method.roles.items() if role not in ROLES],
+        )
         if method.peft_type in self and self[method.peft_type] != method:
             raise ConfigError(
                 f"cannot register the method {method.peft_type!r}: the type has a method already; choose another"
@@ -117,7 +125,7 @@ def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
         method: the method.
         facts: what lists, cards, `jaxadapt verify`, the demo and servers read about it; see `MethodFacts`.
 
-    Raises `ConfigError` if the type has a method already, or no configuration class.
+    Raises `ConfigError` if the type has a method already, or no configuration class, or if a role is unknown.
 
     >>> register(METHODS["IA3"]).peft_type
     'IA3'

@@ -24,6 +24,7 @@ from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
 from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method, describe_methods
+from jaxadapt.methods.base import tensor_roles
 from jaxadapt.methods.matrix import Draw, MatrixMethod
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
@@ -159,6 +160,12 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
             methods.register(type("Other", (type(method),), {})())
     assert "CODE" not in METHODS
     assert type(Config.from_dict({"peft_type": "CODE"})).__name__ == "GenericConfig"
+
+
+def test_a_misspelt_role_is_refused():
+    misspelt = type("Misspelt", (type(METHODS["IA3"]),), {"roles": tensor_roles(AA="ia3_l")})()
+    with pytest.raises(ConfigError, match="(?s)expected the roles A, B, .*, other, found:\n  ia3_l: 'AA'"):
+        methods.register(misspelt)
 
 
 # ---- a method on the model ---------------------------------------------------------------------------------------
