@@ -161,6 +161,7 @@ class _Measured(Protocol):
     @property
     def module(self) -> str:
         """The path of the module or parameter."""
+        ...
 
 
 _Cell = TypeVar("_Cell", bound=_Measured)

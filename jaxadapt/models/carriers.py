@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, make_file_plan
@@ -617,7 +618,7 @@ class Foreign(Carrier):
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         leaves = adapter.flat()
-        host = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
         same = all(map(adapter.keymap.match, self.found.claimed))
         tensors = PeftTensors(adapter.config, tensors, "this adapter")

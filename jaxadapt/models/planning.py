@@ -191,13 +191,14 @@ def _plan_on_model(
         "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
         [leaf for leaf in traced if not all_linear and leaf not in adapted],
     )
-    if example is not None:
-        _check_calls(base.target, sites, example)
+    _check_calls(base.target, sites, example)
     return recipe, sites
 
 
-def _check_calls(model: Any, sites: Sites, example: Sequence[Any]) -> None:
+def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> None:
     """Raise `AttachError` for uses of the sites' weights, in a call with these inputs, that no adapter can follow."""
+    if example is None:
+        return
     dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
     hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
     survey.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)

@@ -97,7 +97,7 @@ def _shift_positions(
     positions = bound.arguments.get(name)
     if positions is None:
         candidates = (*names.tokens, *names.embeddings) if names.tokens else bound.arguments
-        values = map(bound.arguments.get, candidates)
+        values: Any = map(bound.arguments.get, candidates)
         shape = next((x.shape for x in values if is_array(x) and len(x.shape) >= 2), None)
         if shape is None:
             raise AttachError(

@@ -257,12 +257,12 @@ def method_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | str]:
 def _size(peft_type: str, base: Any) -> int | str:
     cls = class_of(peft_type)
     assert cls is not None
-    others: dict[str, Any] = {name: () for names in FACTS[peft_type].default_targets.values() for name in names}
+    everywhere: dict[str, Any] = {name: () for names in FACTS[peft_type].default_targets.values() for name in names}
+    everywhere["target_modules"] = matching.ALL_LINEAR
     try:
         try:
             return count_trained(attachment.init(base, cls()))
         except TargetError:
-            everywhere = cls(**others | {"target_modules": matching.ALL_LINEAR})
-            return count_trained(attachment.init(base, everywhere))
+            return count_trained(attachment.init(base, cls(**everywhere)))
     except AdapterError as error:
         return str(error).partition("\n")[0]

@@ -127,9 +127,12 @@ def spell_contraction(
     y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
     x += layout.spell((*reads, *axes.batch_axes), unit=True)
     y += layout.spell((*writes, *axes.batch_axes), unit=True)
-    x_letters, y_letters = ("".join(letter for letter, _ in pairs) for pairs in (x, y))
-    use = Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes)
-    return use, [size for _, size in x], [size for _, size in y]
+    (x_letters, x_sizes), (y_letters, y_sizes) = map(_unzip, (x, y))
+    return Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes), x_sizes, y_sizes
+
+
+def _unzip(axes: list[tuple[str, int]]) -> tuple[str, list[int]]:
+    return "".join(letter for letter, _ in axes), [size for _, size in axes]
 
 
 def _matching_roles(
@@ -254,27 +257,34 @@ class Hook(Protocol):
     @property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
+        ...
 
     def input(self, use: Use, x: jax.Array) -> jax.Array:
         """Return the `x` that the contraction receives, in x's shape and dtype."""
+        ...
 
     def operand(self, use: Operation, x: jax.Array, w: jax.Array) -> jax.Array:
         """Return the `x` that an operation receives, in x's shape and dtype."""
+        ...
 
     def follows_use(self, use: Use) -> bool:
         """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
+        ...
 
     def follows(self, primitive: str) -> bool:
         """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
+        ...
 
     def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         """Return the `y` that replaces the result of the contraction, in y's shape and dtype.
 
         `x` is the array that `input` returned, `w` the weight itself.
         """
+        ...
 
     def weight(self, w: jax.Array) -> jax.Array:
         """Return the effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
+        ...
 
 
 # ---------------------------------------------------------------- rewriting

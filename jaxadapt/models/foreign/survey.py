@@ -298,7 +298,7 @@ def _bind_array(
             )
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     missing = [n for n in match.braced if n not in left]
-    texts = [text for _, text in index_entries(match.weight, [left[i] for i in split] + missing, sizes)]
+    texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
     try:
         factor = plan.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
@@ -310,8 +310,8 @@ def _bind_array(
     return FactorArray(
         path,
         form,
-        tuple(plan.tensor_key(keymap, match, tensor, text) for text in texts),
-        tuple(match.module(text) for text in texts),
+        tuple(plan.tensor_key(keymap, match, tensor, text) for _, text in texts),
+        tuple(match.module(text) for _, text in texts),
         math.prod(sizes[n] for n in missing),
     )
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
@@ -83,8 +84,8 @@ def place_tensors(
                 groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
                 if len(set(groups)) > 1:
                     names = [half.modules[i] for i in sharers]
-                    more = ", …" if len(names) > 4 else ""
-                    found.differ.append(f"{half.path} is shared by {', '.join(names[:4])}{more}")
+                    names[4:] = ["…"] * (len(names) > 4)
+                    found.differ.append(f"{half.path} is shared by {', '.join(names)}")
                 ends: dict[int, int] = {}
                 end = 0
                 for i, group in zip(sharers, groups, strict=True):
@@ -211,9 +212,9 @@ def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, d
 
 def place_like(leaf: Any, value: Any) -> Any:
     """Place the value on the leaf's devices, if it has any."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
-    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, jax.core.Tracer)
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
@@ -421,7 +422,7 @@ def read_tree(
     sites = survey_tree(foreign_tree, keymap)
     warn_unproved(sites.keymap)
     config = survey.infer_config(sites, config, lora_alpha)
-    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in foreign_tree.leaves.values())
+    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
     tensors = sites.plan.encode(foreign_tree.leaves, host)
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
@@ -489,6 +490,17 @@ def fill_tree(
     return foreign_tree.put(new)
 
 
+def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
+    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
+    traced = any(isinstance(x, Tracer) for x in arrays)
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
+        raise MismatchError(
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
+        )
+    return traced
+
+
 def _build_arrays(
     room: ForeignTree,
     sites: ForeignSites,
@@ -502,12 +514,7 @@ def _build_arrays(
     `values` are the file's tensors by key, and `ratios` the factors of each module's B.
     """
     on_shared = room.given.on_shared
-    traced = any(isinstance(x, jax.core.Tracer) for x in (*values.values(), *room.leaves.values()))
-    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
-        raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
-        )
+    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
     found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
     _refuse_misfits(sites, found, on_shared == "concat")
     placed = found.placed
