@@ -88,8 +88,7 @@ def _require_grouped(bank: Bank, implementation: Implementation) -> Implementati
 
 
 def _is_pair(place: Place) -> bool:
-    specs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in place.kept.items()}
-    return place.row.method.row_pair(place.row.hparams, specs) is not None
+    return place.row.method.row_pair(place.row.hparams, place.kept) is not None
 
 
 def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Any:
@@ -324,8 +323,10 @@ def _number_shared(shared: list[tuple[str, Shared]], peft_type: str, own: Shared
 def _empty(place: Place, slots: int) -> Tensors:
     at = place.layers
     return {
-        name: jnp.full((*shape[:at], slots, *shape[at:]), place.neutral(name), dtype, device=place.shardings.get(name))
-        for name, (shape, dtype) in place.kept.items()
+        name: jnp.full(
+            (*x.shape[:at], slots, *x.shape[at:]), place.neutral(name), x.dtype, device=place.shardings.get(name)
+        )
+        for name, x in place.kept.items()
     }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -205,7 +206,7 @@ class Place:
         row: what the model's layers need to apply it.
         site: the site of the bank's configuration.
         weight: the shape and dtype of the base leaf.
-        stored: `{tensor: (shape, dtype)}` of one adapter as the host prepares it, stacked axes first.
+        stored: `{tensor: shape and dtype}` of one adapter as the host prepares it, stacked axes first.
         kept: the same of one slot on the devices. It differs from `stored` where `put` computes with the weight.
         shardings: `{tensor: sharding}` of the arrays with all slots, where the base has one.
     """
@@ -213,8 +214,8 @@ class Place:
     row: RowSite
     site: Site
     weight: jax.ShapeDtypeStruct
-    stored: Mapping[str, tuple[Shape, Any]]
-    kept: Mapping[str, tuple[Shape, Any]]
+    stored: Mapping[str, jax.ShapeDtypeStruct]
+    kept: Mapping[str, jax.ShapeDtypeStruct]
     shardings: Mapping[str, NamedSharding]
 
     @property
@@ -279,8 +280,7 @@ class Layout:
     @functools.cached_property
     def slot_bytes(self) -> int:
         """The bytes of one adapter on the devices."""
-        kept = [each for place in self.places for each in place.kept.values()]
-        return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in kept)
+        return sum(x.size * x.dtype.itemsize for place in self.places for x in place.kept.values())
 
 
 def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: int | None = None) -> Place:
@@ -293,12 +293,12 @@ def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: 
     spec = jax.ShapeDtypeStruct(tuple(weight.shape), weight.dtype)
     zeros = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in site.shapes.items()}
     params = method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
-    stored = {name: (x.shape, x.dtype) for name, x in params.items()}
+    stored = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     place = Place(row, site, spec, stored, stored, {})
     if place.reads:
-        specs = {name: jax.ShapeDtypeStruct(*each) for name, each in stored.items()}
-        kept = jax.eval_shape(place.prepare, specs, spec)
-        place = dataclasses.replace(place, kept={name: (x.shape, stored[name][1]) for name, x in kept.items()})
+        kept = jax.eval_shape(place.prepare, stored, spec)
+        kept = {name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype) for name, x in kept.items()}
+        place = dataclasses.replace(place, kept=kept)
     return dataclasses.replace(place, shardings=_shardings(place, base_sharding))
 
 
@@ -325,8 +325,8 @@ def _stack_first_order(site: Site, rank: int) -> list[int]:
 
 def _stack_first(site: Site, params: Mapping[str, Any]) -> Tensors:
     """Return the tensors of a site as arrays of numpy, with the stacked axes first."""
-    arrays = {name: np.asarray(x) for name, x in params.items()}
-    return {name: x.transpose(_stack_first_order(site, x.ndim)) for name, x in arrays.items()}
+    stack = site.match.stack
+    return {name: np.moveaxis(np.asarray(x), stack, range(len(stack))) for name, x in params.items()}
 
 
 def _entries(site: Site, shape: Shape) -> Shape:
@@ -393,7 +393,7 @@ def _no_place(leaf: str) -> str:
 
 def blank(place: Place) -> Tensors:
     """Return the tensors of an adapter that changes nothing, as `fit_adapter` returns them."""
-    return {name: np.full(shape, place.neutral(name), dtype) for name, (shape, dtype) in place.stored.items()}
+    return {name: np.full(x.shape, place.neutral(name), x.dtype) for name, x in place.stored.items()}
 
 
 def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
@@ -433,7 +433,7 @@ def _kind(peft_type: str, fields: Mapping[str, Any]) -> str:
 def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     rows = _row_params(place, site, params)
     padded = blank(place)
-    for name, (_, index) in _indices(place, site, rows).items():
+    for name, index in _indices(place, site, rows).items():
         stored = padded[name]
         with np.errstate(over="ignore"):
             stored[index] = rows[name]
@@ -454,15 +454,14 @@ def _row_params(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     return rows
 
 
-def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tuple[list[int], Index]]:
-    """Return where the tensors of an adapter are in the bank's.
+def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, Index]:
+    """Return where the tensors of an adapter are in the bank's: `{tensor: the index into the padded tensor}`.
 
-    Returns `{tensor: (the order of its axes with the stacked ones first, the index into the padded tensor)}`. Raises
-    `AttachError` for sizes that do not fit.
+    Raises `AttachError` for sizes that do not fit.
     """
     own, bank, padded = site.axes, place.row.axes, site.method.row_padded
     forms = {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
-    found: dict[str, tuple[list[int], Index]] = {}
+    found: dict[str, Index] = {}
     for name, x in rows.items():
         order = _stack_first_order(site, x.ndim)
         letters = [forms[name].left[axis] for axis in order] if name in forms else ["entry"] * x.ndim
@@ -475,12 +474,12 @@ def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tup
             index[axis] = np.array([all_parts.index(part) for part in own.parts or range(x.shape[axis])])
         misfits = [
             f"{letter.removeprefix('~')} is {size}, the bank has {room}"
-            for letter, size, room, at in zip(letters, x.shape, place.stored[name][0], index, strict=True)
+            for letter, size, room, at in zip(letters, x.shape, place.stored[name].shape, index, strict=True)
             if isinstance(at, slice) and (size > room if letter.removeprefix("~") in padded else size != room)
         ]
         if misfits:
             raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
-        found[name] = order, tuple(index)
+        found[name] = tuple(index)
     return found
 
 
@@ -505,10 +504,10 @@ def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, li
             if place.reads or names - rows.keys():
                 lost = "the magnitude of a DoRA" if place.reads else ", ".join(sorted(names - rows.keys()))
                 raise AttachError(f"{site.leaf}: a slot does not hold {lost}")
-            for name, (order, index) in _indices(place, site, rows).items():
+            for name, index in _indices(place, site, rows).items():
                 if name in names:
                     x = jax.lax.index_in_dim(arrays[number][name], slot, place.layers, keepdims=False)[index]
-                    values[paths.join(site.leaf, name)] = x.transpose([order.index(axis) for axis in range(x.ndim)])
+                    values[paths.join(site.leaf, name)] = jnp.moveaxis(x, range(place.layers), site.match.stack)
         except AttachError as error:
             problems.append(str(error))
     raise_listed(AttachError, "cannot read the adapter from the bank:", problems)
