@@ -79,14 +79,12 @@ def flush_tree(folder: Path, display_path: Path) -> None:
     def fail(error: OSError) -> None:
         raise error
 
-    try:
+    with write_errors(str(display_path)):
         for directory, _, names in os.walk(folder, onerror=fail):
             for name in names:
                 with opened(Path(directory, name), os.O_RDONLY) as fd:
                     flush_fd(fd)
             flush_directory(Path(directory))
-    except OSError as error:
-        raise write_error(str(display_path), error) from error
 
 
 def flush_directory(directory: Path) -> None:
@@ -109,6 +107,15 @@ def write_error(path: str, error: OSError | ValueError) -> FileError:
     return file_error("write", path, error, "the previous content of the path is untouched")
 
 
+@contextlib.contextmanager
+def write_errors(path: str) -> Generator[None]:
+    """Raise the errors of the operating system within a context as those of a write that left the target unchanged."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise write_error(path, error) from error
+
+
 def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
     """Write contiguous bytes at an offset of an open file; `path` names it in errors.
 
@@ -125,13 +132,11 @@ def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
 
 def flush_file(fd: int, path: str) -> None:
     """Wait until the bytes of an open file are on the disk; `path` names it in errors. Raises `FileError`."""
-    try:
+    with write_errors(path):
         flush_fd(fd)
         # Some file systems (FUSE, NFS) report a failed write only on close. Close a duplicate, since the lock must
         # last until the file is renamed.
         os.close(os.dup(fd))
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def flush_fd(fd: int) -> None:
@@ -336,10 +341,8 @@ def _open_temporary(directory: str, target: str) -> Generator[Writer]:
     """Open the temporary file of a target; at the end of the block remove it, unless it was renamed."""
     name = os.path.split(target)[1]
     remove_leftovers(directory, re.escape(name))
-    try:
+    with write_errors(target):
         temporary, fd = _create_temporary(directory, name)
-    except (OSError, ValueError) as error:
-        raise write_error(target, error) from error
     try:
         yield Writer(fd, target, temporary)
     finally:
@@ -426,14 +429,13 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
     targets = [_check_target(path) for path in paths]
     directory = os.path.split(targets[0])[0] or "."
     with contextlib.ExitStack() as stack:
-        try:
-            directory_fd = stack.enter_context(opened(directory, _FOLDER))
-        except FileNotFoundError as error:
-            raise FileError(
-                f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
-            ) from error
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise write_error(targets[0], error) from error
+        with write_errors(targets[0]):
+            try:
+                directory_fd = stack.enter_context(opened(directory, _FOLDER))
+            except FileNotFoundError as error:
+                raise FileError(
+                    f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
+                ) from error
         writers = [stack.enter_context(_open_temporary(directory, target)) for target in targets]
         yield writers
         for writer in writers:
@@ -501,12 +503,10 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
         FileError: no permission, or the parent is missing.
     """
     target = Path(path)
-    try:
+    with write_errors(str(target)):
         # For any target: a process killed between renaming and cleaning up has no next writer of the same path.
         remove_leftovers(target.parent, ".+", folders=True)
         holder, fd = _create_temporary(target.parent, target.name, folder=True)
-    except (OSError, ValueError) as error:
-        raise write_error(str(target), error) from error
     try:
         yield holder / target.name
         try:

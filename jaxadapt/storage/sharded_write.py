@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import FileError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.storage import atomic, local_files, safetensors
-from jaxadapt.storage.atomic import flush_file, opened, write_at, write_error
+from jaxadapt.storage.atomic import flush_file, opened, write_at, write_errors
 from jaxadapt.storage.safetensors import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
@@ -226,10 +226,8 @@ def _lead(
 ) -> Header:
     path = writer.path
     first, header = encode(path, layout, metadata)
-    try:
+    with write_errors(path):
         os.ftruncate(writer.fd, header.size)
-    except OSError as error:
-        raise write_error(path, error) from error
     write_at(writer.fd, memoryview(first), 0, path)
     plan = {"file": writer.temporary.name, "size": header.size, "start": header.data_start}
     group.send("plan", plan | {"specs": _layout_digest(layout), "alike": dict(alike)})
