@@ -398,22 +398,22 @@ def blank(place: Place) -> Tensors:
 
 def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
     """Return the number of the place for a site of an adapter with these shared tensors."""
-    at_leaf = [(number, layout.places[number]) for number in layout.by_leaf.get(site.leaf, ())]
+    at_leaf = {number: layout.places[number].row for number in layout.by_leaf.get(site.leaf, ())}
     if not at_leaf:
         raise AttachError(_no_place(site.leaf))
     hparams = site.method.row_hparams(site.hparams)
-    for number, place in at_leaf:
-        if (place.row.method, place.row.hparams, place.row.shared) == (site.method, hparams, shared):
+    for number, row in at_leaf.items():
+        if (row.method, row.hparams, row.shared) == (site.method, hparams, shared):
             return number
     own = _fields(hparams, shared)
-    found: list[str] = []
-    differ: dict[str, Any] = {}
-    for _, place in at_leaf:
-        same = place.row.method == site.method
-        others = _fields(place.row.hparams, place.row.shared).items() if same else ()
-        others = {name: x for name, x in others if x != own[name]}
-        differ |= {name: own[name] for name in others}
-        found.append(_kind(place.row.method.peft_type, others))
+    others = [
+        {name: x for name, x in _fields(row.hparams, row.shared).items() if x != own[name]}
+        if row.method == site.method
+        else {}
+        for row in at_leaf.values()
+    ]
+    differ = {name: own[name] for each in others for name in each}
+    found = [_kind(row.method.peft_type, each) for row, each in zip(at_leaf.values(), others, strict=True)]
     raise AttachError(
         f"{site.leaf}: the adapter is {_kind(site.method.peft_type, differ)}; the bank has {', '.join(found)}"
     )
