@@ -40,7 +40,6 @@ from jaxadapt.core.errors import (
     reporter,
     warn,
 )
-from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.base import file_sizes
@@ -295,6 +294,8 @@ def _changed_base(
             f"{source}: change_base=True, but the attached adapter has already changed this base; read it with"
             " change_base=False"
         )
+    from jaxadapt.initializers import start_adapter  # here only: few adapters change their base
+
     return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
 
