@@ -223,7 +223,7 @@ class FileLayout:
 
     def part_layout(self, i: int) -> FileLayout:
         """Return the layout of tensor `i` in its part of the array, as `index` selects it."""
-        return self.single_layout if self.ranks is None else _with_rank(self, self.ranks[i]).single_layout
+        return self.single_layout if self.ranks is None else with_rank(self, self.ranks[i]).single_layout
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""
@@ -344,7 +344,7 @@ class FileLayout:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_rank(form: FileLayout, rank: int) -> FileLayout:
+def with_rank(form: FileLayout, rank: int) -> FileLayout:
     """Return the layout of an array whose tensors all have this rank and are in the file."""
     shape = tuple(rank if axis == form.rank_axis else n for axis, n in enumerate(form.shape))
     return dataclasses.replace(form, shape=shape, file_entries=None, ranks=None)

@@ -89,10 +89,7 @@ class Carrier:
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
-        found = {path: _descend(self.params, path) for path in wanted}
-        if all(leaf is not None for leaf in found.values()):
-            return {path: unbox(leaf) for path, leaf in found.items()}
-        leaves = self.leaves()  # names with dots, or nodes that are no mappings
+        leaves = self.leaves()
         return {path: leaves[path] for path in wanted}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
@@ -181,15 +178,6 @@ class Carrier:
     def with_rest(self, rest: Any) -> Any:
         """Return the tree with another `rest`."""
         return self.tree
-
-
-def _descend(tree: Any, path: str) -> Any:
-    """Return the leaf at a dotted path of nested mappings; None if the path does not lead to one."""
-    for name in path.split("."):
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(name)
-    return None if isinstance(tree, Mapping) else tree
 
 
 def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:

@@ -58,17 +58,6 @@ class PackedLayout(FileLayout):
         """The shape of each file tensor; None for the rank, which may be smaller than the tree's."""
         return tuple(None if axis == self.file_rank else size for axis, size in enumerate(self.file_shape))
 
-    @functools.cached_property
-    def _by_rank(self) -> dict[int, FileLayout]:
-        return {}
-
-    def unit(self, rank: int) -> FileLayout:
-        """Return the layout that converts one key's tensor of this rank to its subarray."""
-        if rank not in self._by_rank:
-            shape = tuple(rank if axis == self.rank_axis else size for axis, size in enumerate(self.shape))
-            self._by_rank[rank] = dataclasses.replace(self, shape=shape).single_layout
-        return self._by_rank[rank]
-
 
 @dataclasses.dataclass(frozen=True)
 class FactorArray(plan.PlanEntry):

@@ -24,6 +24,7 @@ from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
+from jaxadapt.arrays.layout import with_rank
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -197,7 +198,9 @@ def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, d
     for i, content in contents.items():  # one for each place: the modules that share it have the same tensor
         pieces.setdefault((half.tensor_number(i), content[1].start), content)
     for (number, _), (tensor, rows, factor) in pieces.items():
-        piece = half.form.unit(rows.stop - rows.start).decode(tensor if traced else np.asarray(tensor))
+        piece = with_rank(half.form, rows.stop - rows.start).single_layout.decode(
+            tensor if traced else np.asarray(tensor)
+        )
         if factor != 1.0:  # at most one rounding
             wide = np.dtype(np.float32 if traced else np.float64)
             piece = piece.astype(wide) * wide.type(factor)

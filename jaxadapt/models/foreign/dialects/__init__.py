@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from jaxadapt.arrays.layout import RANK
 from jaxadapt.core.errors import KeyMapError, bullets, raise_listed
@@ -198,27 +198,20 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
     >>> [a for a, _ in layouts(pair, w, False)]
     [(('n',), ('h',), ('~r',)), (('n', 'h'), ('~r',))]
     """
-    batch = set(weight.roles["batch"])
+    batch, besides = set(weight.roles["batch"]), {RANK, *(weight.left[axis] for axis in weight.stack)}
     out: dict[tuple[Dims, Dims], None] = {}  # each once, in order
     for texts in pair.layouts:
         a, b = (_dims(text, weight) for text in texts)
-        named = [{axis for dim in dims for axis in dim} - {RANK} for dims in (a, b)]
+        named = [{axis for dim in dims for axis in dim} - besides for dims in (a, b)]
         complete = shares or batch <= named[0] & named[1]
         sides = all(axes - batch == set(weight.roles[role]) for axes, role in zip(named, ("in", "out"), strict=True))
         if complete and sides and batch <= named[0] | named[1]:
-            out[_with_stack(a, weight), _with_stack(b, weight)] = None
+            out[a, b] = None
     return list(out)
 
 
-def _with_stack(dims: Sequence[tuple[str, ...]], weight: Weight) -> Dims:
-    """Return axes with those of stacked layers at their positions in the base weight."""
-    out = list(dims)
-    for axis in weight.stack:  # ascending
-        out.insert(axis, (weight.left[axis],))
-    return tuple(out)
-
-
-def _dims(text: str, weight: Weight) -> list[tuple[str, ...]]:
+def _dims(text: str, weight: Weight) -> Dims:
+    """Return the axes of an array by its layout, with those of stacked layers at their positions in the base weight."""
     own = [axis for number, axis in enumerate(weight.left) if number not in weight.stack]
     special = {"r": [RANK], "first": own[-2:-1], "last": own[-1:]}
     dims: list[tuple[str, ...]] = []
@@ -227,7 +220,10 @@ def _dims(text: str, weight: Weight) -> list[tuple[str, ...]]:
         named = {axis for role in _WORDS[name] for axis in weight.roles[role]}
         axes = special.get(name, [axis for axis in own if axis in named])
         dims += [tuple(axes)] if word.startswith("(") else [(axis,) for axis in axes]
-    return [dim for dim in dims if dim]
+    dims = [dim for dim in dims if dim]
+    for axis in weight.stack:  # ascending
+        dims.insert(axis, (weight.left[axis],))
+    return tuple(dims)
 
 
 # ---------------------------------------------------------------- table
