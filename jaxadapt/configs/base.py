@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
 
-from jaxadapt.configs.frozen import Frozen, FrozenDict, PatternIndex, find_pattern_value, freeze, thaw
+from jaxadapt.configs.frozen import FrozenDict, PatternIndex, Patterns, find_pattern_value, freeze, thaw
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
     COMMON,
@@ -135,6 +135,9 @@ class Config:
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
 
+    # The fields of patterns of which the first that matches applies.
+    _ordered_patterns: ClassVar[tuple[str, ...]] = ()
+
     def __init_subclass__(cls, peft_type: str = "") -> None:
         """Register the class for its type; the keyword states the default of the field `peft_type`."""
         super().__init_subclass__()
@@ -177,7 +180,9 @@ class Config:
         problems = Problems()
         for name in names:
             try:
-                object.__setattr__(self, name, self._freeze(name, getattr(self, name)))
+                value = getattr(self, name)
+                ordered = name in self._ordered_patterns and isinstance(value, Mapping)
+                object.__setattr__(self, name, Patterns(value) if ordered else freeze(value))
             except TypeError as error:
                 problems.note(name, f"{name}: {error}")
             except RecursionError:
@@ -185,10 +190,6 @@ class Config:
                 problems.raise_if_any(type(self).__name__)
         self._check(problems)
         problems.raise_if_any(type(self).__name__)
-
-    def _freeze(self, name: str, value: object) -> Frozen:
-        """Return the immutable value that the field keeps."""
-        return freeze(value)
 
     def _check(self, problems: Problems) -> None:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""

@@ -11,10 +11,10 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jaxadapt.configs.base import Change, Config, effective_rank
-from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
+from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
     FLAG_OR_NULL,
@@ -299,6 +299,7 @@ class LoraConfig(LoraFields, peft_type="LORA"):
     """
 
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
+    _ordered_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
 
@@ -381,11 +382,6 @@ class LoraConfig(LoraFields, peft_type="LORA"):
         return self.replace(
             init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={}
         )
-
-    def _freeze(self, name: str, value: object) -> Frozen:
-        if name in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
-            return Patterns(cast("Mapping[str, Any]", value))
-        return super()._freeze(name, value)
 
     def describe_change(self) -> str:
         return "‖s·B·A‖, before DoRA's normalization" if self.use_dora else "‖ΔW‖ = ‖s·B·A‖"
