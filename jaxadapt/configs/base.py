@@ -135,7 +135,7 @@ class Config:
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
 
-    # The fields of patterns of which the first that matches applies.
+    # The fields whose patterns keep their order: the first pattern that matches applies.
     _ordered_patterns: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, peft_type: str = "") -> None:
@@ -569,11 +569,10 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        repeated = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    counts = Counter(key for key, _ in pairs)
+    if repeated := sorted(key for key, count in counts.items() if count > 1):
         raise ConfigError(f"expected every key once, found twice: {', '.join(repeated)}; keep one")
-    return values
+    return dict(pairs)
 
 
 def _constant(name: str) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import PlanEntry, base_plan_entry, file_key, joined_shape
+from jaxadapt.keymaps.plan import PlanEntry, base_plan_entry, contested_keys, file_key, joined_shape
 from jaxadapt.keymaps.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -112,11 +112,7 @@ def _check_model(keymap: KeyMap, leaves: Shapes, tensors: Shapes | None) -> KeyM
             else:
                 assert plan_entry is not None
                 found[leaf] = hits[0], plan_entry
-    owners: dict[str, list[str]] = {}
-    for leaf, (_, plan_entry) in found.items():
-        for key in plan_entry.keys:
-            owners.setdefault(key, []).append(leaf)
-    twice += [f"{key}: {', '.join(claimants)}" for key, claimants in owners.items() if len(claimants) > 1]
+    twice += contested_keys(plan_entry for _, plan_entry in found.values())
     report = KeyMapReport(
         keymap.name,
         {leaf: tuple(map(file_key, plan_entry.keys)) for leaf, (_, plan_entry) in found.items()},

@@ -402,8 +402,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
 @functools.lru_cache(maxsize=512)
 def _leaf_suffixes(keymap: KeyMap, scanned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
-    leaves = [(w.scanned_leaf if scanned else w.leaf, w) for w in keymap.weights]
-    suffixes = [(leaf.rpartition("}")[2], weight) for leaf, weight in leaves]
+    suffixes = [((w.scanned_leaf if scanned else w.leaf).rpartition("}")[2], w) for w in keymap.weights]
     identifying = {suffix for suffix, weight in suffixes if weight.is_layer_matrix}
     return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
 

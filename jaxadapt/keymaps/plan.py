@@ -284,27 +284,23 @@ def axis_sizes_from_tensors(
     known = {t.name for t in tensors}
     problems = [f"{match.leaf}.{name}: the method has no such tensor" for name in shapes if name not in known]
     for tensor in tensors:
-        left, _ = tensor_layout(match, tensor)
-        shape = shapes.get(tensor.name)
-        if shape is None and not tensor.trained:
-            continue  # a tree with the trained tensors only
+        (left, _), shape = tensor_layout(match, tensor), shapes.get(tensor.name)
+        wrong: list[str] = []
         if shape is None:
-            problems.append(f"{match.leaf}.{tensor.name}: missing")
-            continue
-        if len(shape) != len(left):
-            axes = " ".join(left).replace("~", "")
-            problems.append(f"{match.leaf}.{tensor.name}: expected axes ({axes}), found shape {tuple(shape)}")
-            continue
-        fixed = {**parts, **{f"~{name}": size for name, size in tensor.own}}
-        for name, size in zip(left, shape, strict=True):
-            expected = fixed[name] if name in fixed else sizes.setdefault(name, size)
-            if expected != size:
-                axis = name.strip("~{}")
-                problems.append(f"{match.leaf}.{tensor.name}: axis {axis!r} has size {size}, expected {expected}")
-            try:
-                part_sizes(name, size, dict(match.weight.sizes))
-            except MismatchError as error:
-                problems.append(f"{match.leaf}.{tensor.name}: {error}")
+            wrong += ["missing"] if tensor.trained else []  # a tree may have the trained tensors only
+        elif len(shape) != len(left):
+            wrong.append(f"expected axes ({' '.join(left).replace('~', '')}), found shape {tuple(shape)}")
+        else:
+            fixed = {**parts, **{f"~{name}": size for name, size in tensor.own}}
+            for name, size in zip(left, shape, strict=True):
+                expected = fixed[name] if name in fixed else sizes.setdefault(name, size)
+                if expected != size:
+                    wrong.append(f"axis {name.strip('~{}')!r} has size {size}, expected {expected}")
+                try:
+                    part_sizes(name, size, dict(match.weight.sizes))
+                except MismatchError as error:
+                    wrong.append(str(error))
+        problems += [f"{match.leaf}.{tensor.name}: {text}" for text in wrong]
     raise_listed(
         MismatchError,
         "the adapter's tensors contradict each other or its configuration:",
@@ -534,16 +530,21 @@ def _file_layout(
 
 def make_plan(entries: Sequence[PlanEntry]) -> Plan:
     """Return the plan of these entries; raise `MismatchError` if several leaves claim one key."""
-    owners: dict[str, list[str]] = {}
-    for e in entries:
-        for key in e.keys:
-            owners.setdefault(key, []).append(e.path)
     raise_listed(
         MismatchError,
         "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:",
-        [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1],
+        contested_keys(entries),
     )
     return Plan(tuple(entries))
+
+
+def contested_keys(entries: Iterable[PlanEntry]) -> list[str]:
+    """Return the keys that several leaves claim, each with these leaves."""
+    owners: dict[str, list[str]] = {}
+    for entry in entries:
+        for key in entry.keys:
+            owners.setdefault(key, []).append(entry.path)
+    return [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
 
 
 def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
