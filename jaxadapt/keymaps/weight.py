@@ -177,17 +177,20 @@ class Weight:
     def _problems(self) -> list[str]:
         _, _, plain, braced, pattern_problems = parse_pattern(self.pattern)
         holes, key_holes, axis = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key), self._bracket.get("axis")
-        kind = f"expected a kind of {get_args(Kind)}, found {self.kind!r}"
-        part = f"{self.key!r} is a part of the axis {axis!r}, which is not a PyTorch axis of the pattern"
+        is_axis = not axis or (axis,) in self.right
         return [
             *pattern_problems,
-            *([] if self.kind in get_args(Kind) else [kind]),
+            *([] if self.kind in get_args(Kind) else [f"expected a kind of {get_args(Kind)}, found {self.kind!r}"]),
             *(
                 f"hole {{{h}}} of the key is neither a hole of the leaf nor a braced axis"
                 for h in key_holes
                 if h not in holes | braced
             ),
-            *([part] if axis and (axis,) not in self.right else []),
+            *(
+                []
+                if is_axis
+                else [f"{self.key!r} is a part of the axis {axis!r}, which is not a PyTorch axis of the pattern"]
+            ),
             *(f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)),
             *(
                 f"{text!r} has a brace that is not part of a hole"
