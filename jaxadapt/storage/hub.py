@@ -203,7 +203,9 @@ def _file_error(error: Any, place: HubAddress, token: Token, action: str) -> Fil
 
 def _explain_offline(error: Any, action: str) -> tuple[str, str]:
     """Return why the Hub was not reached, and the remedy."""
-    variable = _offline_variable()
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the client follows transformers' variable too
+    chosen = (name for name in names if os.environ.get(name, "0").upper() not in ("", "0", "NO", "OFF"))
+    variable = next(chosen, names[0]) if constants.HF_HUB_OFFLINE else None
     if isinstance(error, errors.OfflineModeIsEnabled) or (variable and action == "push to"):
         return f"{variable}=1 forbids access to the Hub", "unset it"
     if variable is not None:
@@ -242,14 +244,6 @@ def _login_hint(token: Token) -> str:
     if isinstance(token, str):
         return ", or give another token"
     return ": `hf auth login`, HF_TOKEN or token="
-
-
-def _offline_variable() -> str | None:
-    """Return the environment variable that keeps the client offline, or None. The client follows transformers' too."""
-    if not constants.HF_HUB_OFFLINE:
-        return None
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return next((name for name in names if os.environ.get(name, "0").upper() not in ("", "0", "NO", "OFF")), names[0])
 
 
 def _list_revisions(place: HubAddress, token: Token) -> str:

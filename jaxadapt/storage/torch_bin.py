@@ -615,10 +615,6 @@ def _text(value: str) -> bytes:
 
 
 def _integer(value: int) -> bytes:
-    if 0 <= value < 1 << 8:
-        return b"K" + struct.pack("<B", value)
-    if 0 <= value < 1 << 16:
-        return b"M" + struct.pack("<H", value)
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)

@@ -128,11 +128,10 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
     """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
     if isinstance(path, Place):
         return path
-    at: Location
     if location.is_hub_address(path):
         from jaxadapt.storage import hub  # imports the client of the Hub
 
-        at = hub.fetch_folder(str(path), report=report)
+        at: Location = hub.fetch_folder(str(path), report=report)
     else:
         at = location.to_location(path)
     try:
