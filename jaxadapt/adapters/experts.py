@@ -209,12 +209,9 @@ class ExpertParameter:
 
     def find(self, module: str) -> tuple[str, int, int] | None:
         """Return the full name of the parameter, the part and the expert's number for a single expert's module."""
-        for part, template in enumerate(self.modules):
-            match = re.fullmatch(name_regex(template), module)
-            if match:
-                texts = match.groupdict()
-                return self.name.format(**texts), part, int(texts.get("e", 0))
-        return None
+        matches = (re.fullmatch(name_regex(template), module) for template in self.modules)
+        found = ((part, match.groupdict()) for part, match in enumerate(matches) if match is not None)
+        return next(((self.name.format(**texts), part, int(texts.get("e", 0))) for part, texts in found), None)
 
     def module(self, name: str, part: int, expert: int) -> str:
         """Return the module of a single expert, for a part of the parameter with the full name `name`."""
@@ -233,17 +230,13 @@ def list_parameters(keymap: KeyMap, layout: KeyMap | None = None) -> list[Expert
     Args:
         layout: the keymap that tells the parts of the leaves, `keymap` by default.
     """
-    parts: dict[str, list[str]] = {}
-    for entry in (layout or keymap).weights:
-        if entry.part and entry.kind == "experts":
-            parts.setdefault(entry.file_key, []).append(entry.part)
+    entries = [entry for entry in (layout or keymap).weights if entry.kind == "experts"]
     parameters: list[ExpertParameter] = []
-    for i, (name, modules) in enumerate(keymap.expert_modules):
-        default_parts = [f"{part}/{len(modules)}" for part in range(len(modules))]
-        turned = any(entry.file_key == name and is_transposed(entry) for entry in (layout or keymap).weights)
-        parameters.append(
-            ExpertParameter(name, modules, i, tuple(sorted(parts.get(name, default_parts))), name in parts, turned)
-        )
+    for order, (name, modules) in enumerate(keymap.expert_modules):
+        own = [entry for entry in entries if entry.file_key == name]
+        parts = sorted(entry.part for entry in own if entry.part)
+        places = tuple(parts or sorted(f"{part}/{len(modules)}" for part in range(len(modules))))
+        parameters.append(ExpertParameter(name, modules, order, places, bool(parts), any(map(is_transposed, own))))
     return parameters
 
 

@@ -354,9 +354,8 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
     def update(updates: Any, state: Any, params: Any = None, *, active: Array, **extra: Any) -> tuple[Any, Any]:
         active = jnp.asarray(active, bool) & (jnp.arange(bank.slots) > 0)
         given = None if params is None else choose(params)
-        step: Any = jax.vmap(lambda g, s, p: tx.update(g, s, p, **extra), in_axes=(axes, 0, axes), out_axes=(axes, 0))
-        if given is None:
-            step = jax.vmap(lambda g, s, _: tx.update(g, s, **extra), in_axes=(axes, 0, None), out_axes=(axes, 0))
+        in_axes = (axes, 0, None if given is None else axes)
+        step: Any = jax.vmap(lambda g, s, p: tx.update(g, s, p, **extra), in_axes=in_axes, out_axes=(axes, 0))
         new, changed = step(choose(updates), state, given)
         changed = jax.tree.map(lambda new, old: select(active, new, old, 0), changed, state)
         arrays: list[dict[str, Array]] = []

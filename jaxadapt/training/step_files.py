@@ -42,18 +42,6 @@ def is_leader() -> bool:
     return not is_multi_process(None) or jax.process_index() == 0
 
 
-def _make_document(
-    path: Location, taken: Snapshot, record: StepRecord, byte_dtypes: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "step": run_folder.number_in(path.name),
-        **record._asdict(),
-        "odd": dict(byte_dtypes),
-        **taken.to_json(),
-    }
-
-
 # ---------------------------------------------------------------- copying to the host
 
 
@@ -109,18 +97,17 @@ def write_step(
     report: Report,
 ) -> None:
     """Write a step as one file, durably and atomically. The functions in `values` return the arrays."""
-    specs, byte_dtypes = _file_specs(taken)
+    specs, document = _describe_file(path, taken, record)
 
     def get(name: str) -> np.ndarray:
         value = values[name]()
-        return _as_bytes(value) if name in byte_dtypes else value
+        return _as_bytes(value) if name in document["odd"] else value
 
     def compute_crcs() -> dict[str, int]:
         return {name: local_files.checksum(safetensors.little_bits(get(name))) for name in specs}
 
     crcs = local_files.start(compute_crcs)
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    document = _make_document(path, taken, record, byte_dtypes)
     with atomic.open_replacement(path) as writer:
         safetensors.write_to(writer, specs, get, _make_metadata(document, specs), progress=count)
         _write_crcs(writer, crcs.result())
@@ -142,8 +129,8 @@ def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
 _Specs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
-def _file_specs(taken: Snapshot) -> tuple[_Specs, dict[str, str]]:
-    """Return the layout of the file, and the dtypes of arrays that are stored as bytes."""
+def _describe_file(path: Location, taken: Snapshot, record: StepRecord) -> tuple[_Specs, dict[str, Any]]:
+    """Return the layout of a step's file, and its document, whose "odd" has the dtypes of arrays stored as bytes."""
     specs: _Specs = {}
     byte_dtypes: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
@@ -152,7 +139,8 @@ def _file_specs(taken: Snapshot) -> tuple[_Specs, dict[str, str]]:
             byte_dtypes[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
-    return specs, byte_dtypes
+    head = {"schema": SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
+    return specs, {**head, "odd": byte_dtypes, **taken.to_json()}
 
 
 def _as_bytes(value: np.ndarray) -> np.ndarray:
@@ -180,8 +168,7 @@ def prepare_shared_write(
     group = Group(path, timeout)
 
     def finish(report: Report) -> None:
-        specs, byte_dtypes = _file_specs(taken)
-        document = _make_document(path, taken, record, byte_dtypes)
+        specs, document = _describe_file(path, taken, record)
         shares: dict[str, int] = {}
         digests = {name: sharded_write.digest(value()) for name, value in local.items()} | _json_digests(document)
         digests["step"] = path.name
@@ -191,7 +178,7 @@ def prepare_shared_write(
         def pieces() -> Iterator[TensorPart]:
             for name in sorted(owned):
                 for region, values in save_adapter.join_regions(owned[name], tuple(taken.arrays[name].shape)):
-                    if name in byte_dtypes:
+                    if name in document["odd"]:
                         values = _as_bytes(values)
                         region = (*region, (0, values.shape[-1]))
                     yield TensorPart(name, specs[name][1], region, values)
