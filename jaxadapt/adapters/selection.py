@@ -159,11 +159,10 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
     >>> doubtful_selection(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """
-    warnings: list[str] = []
     # "all-linear" becomes a list of all linear modules; modules_to_save and exclude_modules may name some of them.
     rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
     unmatched = unmatched_targets(config.replace(**rules) if rules else config, names)
-    warnings += [
+    warnings = [
         f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
     ]
     warnings += _remaining(unmatched, "target_modules: {} more entries match no module")

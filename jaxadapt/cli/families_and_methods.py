@@ -43,11 +43,12 @@ def families_command(name: str | None, as_json: bool) -> None:
 
     if name is None:
         keymaps = list(FAMILIES.values())
-        if as_json:
-            output.print_json([{"name": k.name, "lines": len(k.weights), "proved": k.proved} for k in keymaps])
-        else:
-            rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
-            output.print_table(("family", "entries", "proved"), rows, numbers=("entries",))
+        rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
+        output.print_result(
+            as_json,
+            [{"name": k.name, "lines": len(k.weights), "proved": k.proved} for k in keymaps],
+            lambda: output.print_table(("family", "entries", "proved"), rows, numbers=("entries",)),
+        )
         return
     keymap = get_family(name)
     rows = [(w.leaf, w.key, w.pattern) for w in keymap.weights]
@@ -277,14 +278,11 @@ def methods_command(model: str | None, as_json: bool) -> None:
     ]
     columns += [] if sizes is None else ["size"]
     output.print_table(columns, rows, numbers=("accuracy", "time", "size"))
-    click.echo()
-    click.echo("Trained tensors:")
+    click.echo("\nTrained tensors:")
     output.print_pairs([(info.peft_type, info.facts.trains) for info in found if info.facts.trains])
-    click.echo()
-    click.echo("Papers and PEFT's code:")
+    click.echo("\nPapers and PEFT's code:")
     output.print_pairs([(info.peft_type, ", ".join(filter(None, (info.paper, info.source)))) for info in found])
-    click.echo()
-    click.echo("Files of these types can be read and written, but not applied:")
+    click.echo("\nFiles of these types can be read and written, but not applied:")
     output.print_pairs(list(passing.items()))
 
 
