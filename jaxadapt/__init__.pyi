@@ -29,11 +29,11 @@ from jaxadapt.keymaps.weight import Weight as Weight
 from jaxadapt.merging.base_merge import merge as merge
 from jaxadapt.merging.base_merge import unmerge as unmerge
 from jaxadapt.merging.combination import combine as combine
-from jaxadapt.models.activation import activate as activate
-from jaxadapt.models.activation import disable as disable
+from jaxadapt.models.attachment import activate as activate
 from jaxadapt.models.attachment import adapt as adapt
 from jaxadapt.models.attachment import delete as delete
 from jaxadapt.models.attachment import detach as detach
+from jaxadapt.models.attachment import disable as disable
 from jaxadapt.models.attachment import extract as extract
 from jaxadapt.models.attachment import init as init
 from jaxadapt.models.attachment import inject as inject

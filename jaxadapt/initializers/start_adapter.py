@@ -39,7 +39,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.attention_calls import input_embedding
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier
-from jaxadapt.models.linen import wrapper
+from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 
 # ---------------------------------------------------------------- start prompt
@@ -429,7 +429,7 @@ def _attach(held: Carrier, adapter: Adapter, on: Sequence[Site], name: str, rngs
     if held.in_place:
         attach.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
         return Started(held.tree, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base, wrapper.box_like_base(adapter, base_params(base).held))
+    return Started(base, collections.box_like_base(adapter, base_params(base).held))
 
 
 # ---------------------------------------------------------------- from data

@@ -30,10 +30,10 @@ from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.base import Array, Drop, Effects, Method, MethodTensor, Operation, Params, Use
-from jaxadapt.models import activation
+from jaxadapt.models import attachment
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.linen.interceptor import SEP, LeafAdapter, intercept
+from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.call import SEP, LeafAdapter, intercept, key_paths
 from jaxadapt.models.nnx import attach
 
 # ---------------------------------------------------------------- statistics
@@ -241,7 +241,7 @@ def sum_outputs(out: Any) -> Array:
 
 def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     # One for each observer, because it keeps references of `forward`.
-    gradient = activation.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
+    gradient = attachment.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         before = attach.active_names(model)
@@ -256,20 +256,22 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
 
 
 def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[str, Statistic], forward: Any) -> Any:
-    known = wrapper.key_paths(params)
+    known = key_paths(params)
     adapters: dict[tuple[str, ...], dict[str, list[LeafAdapter]]] = {}
-    key_paths: dict[str, tuple[str, ...]] = {}
+    probes: dict[str, tuple[str, ...]] = {}
     for site in adapter_sites:
         *path, leaf = known[site.leaf]
-        keys = {name: f"{leaf}{SEP}{name}{SEP}observed" for name in ("state", "mask")}
         probe = dataclasses.replace(site, method=_Probe(), hparams=statistics[site.leaf].update)
-        adapters.setdefault(tuple(path), {})[leaf] = [LeafAdapter(probe, keys)]
-        key_paths |= {paths.join(site.leaf, name): (*path, key) for name, key in keys.items()}
+        probes[site.leaf] = (*path, f"{leaf}{SEP}observed")
+        adapters.setdefault(tuple(path), {})[leaf] = [LeafAdapter(probe, probes[site.leaf][-1])]
 
     def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:
-        inner = collections.overlay(params, {key_paths[path]: x for path, x in {**masks, **states}.items()})
+        tensors = {
+            keys: {"own": {"state": states[paths.join(leaf, "state")], "mask": masks[paths.join(leaf, "mask")]}}
+            for leaf, keys in probes.items()
+        }
         with intercept(adapters):
-            return sum_outputs(forward(inner, batch))
+            return sum_outputs(forward(collections.overlay(params, tensors), batch))
 
     gradient = jax.jit(jax.grad(loss))
 

@@ -3,12 +3,11 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "models.activation": "invoke rescale",
     "models.foreign.tree": "LoraTree",
     "models.nnx.graph": "BaseParam FrozenParam LayerNumber SharedParam",
     "models.attention_calls": "RelativeBias TakesEmbeddings TakesKeys attention",
     "models.prompts": "extend_labels",
     "models.quantization": "dequantize from_qwix quantize",
-    "models.attachment": "Selection Target",
+    "models.attachment": "Selection Target invoke rescale",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,9 +1,9 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.models.activation import invoke as invoke
-from jaxadapt.models.activation import rescale as rescale
 from jaxadapt.models.attachment import Selection as Selection
 from jaxadapt.models.attachment import Target as Target
+from jaxadapt.models.attachment import invoke as invoke
+from jaxadapt.models.attachment import rescale as rescale
 from jaxadapt.models.attention_calls import RelativeBias as RelativeBias
 from jaxadapt.models.attention_calls import TakesEmbeddings as TakesEmbeddings
 from jaxadapt.models.attention_calls import TakesKeys as TakesKeys

@@ -1,29 +1,38 @@
-"""Adapters on an NNX or Linen model: select the parameters, attach, extract, inject and remove adapters.
+"""Adapters on a model: select the parameters, attach, extract, inject and remove adapters, and choose the active ones.
 
-`select` returns what a configuration would adapt in a model, as a value, before anything is attached.
+`select` returns what a configuration would adapt in a model, as a value, before anything is attached. `rescale`
+multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the data of a call
+that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA. `adapter_gradient`
+returns gradients with respect to some adapter parameters of an NNX model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter, is_array, not_an_adapter
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, collection_name, is_array, not_an_adapter
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
-from jaxadapt.core.paths import bullets
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
-from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
-from jaxadapt.models.linen import wrapper
+from jaxadapt.models.carriers import DEFAULT, Model, Wrapper, base_params, carrier, lora_carrier
+from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.call import repeat_on_stack
+from jaxadapt.models.nnx import graph
 
 # ---------------------------------------------------------------- attachment
 
@@ -75,8 +84,13 @@ def adapt(
     (2, 4)
     """
     get_method(config)
-    options = {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic}
-    return carrier(model).adapt(config, name, keymap, dtype, options)
+    return carrier(model).adapt(
+        config,
+        name,
+        keymap,
+        dtype,
+        {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic},
+    )
 
 
 def init(
@@ -111,7 +125,7 @@ def init(
     base = base_params(model)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
-    return wrapper.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
+    return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- extract and inject
@@ -166,14 +180,13 @@ def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
     """
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise not_an_adapter(adapter)
-    kept = {p: x for p, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
-    gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
+    arrays = {path: x for path, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
     # Otherwise the model's next call would fail without naming them.
     raise_listed(
         AttachError,
         "cannot inject the adapter: these arrays were donated to a jitted function and are deleted. Keep a copy,"
         " jax.tree.map(jnp.copy, adapter):",
-        gone,
+        (path for path, x in arrays.items() if x.is_deleted()),
     )
     return lora_carrier(model, takes=()).inject(adapter, name)
 
@@ -277,8 +290,10 @@ class Selection:
 
     def __str__(self) -> str:
         head = f"{self.config.peft_type} on {len(self.modules)} modules in {len(self.targets)} weights, "
-        head += f"{self.parameters:,} parameters (keymap {self.keymap.name!r})"
-        return head + ":\n" + bullets([str(target) for target in self.targets], 40)
+        return (
+            f"{head}{self.parameters:,} parameters (keymap {self.keymap.name!r}):\n"
+            f"{paths.bullets(map(str, self.targets), 40)}"
+        )
 
 
 def select(
@@ -311,9 +326,306 @@ def select(
     get_method(config)
     base = carrier(model).base()
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
-    shapes = base.shapes
     return Selection(
         recipe.config,
         recipe.keymap,
-        tuple(Target(site.leaf, shapes[site.leaf], site.modules, site.shapes) for site in sites),
+        tuple(Target(site.leaf, base.shapes[site.leaf], site.modules, site.shapes) for site in sites),
     )
+
+
+# ---------------------------------------------------------------- activation
+
+
+def activate(model: Any, *names: Any) -> Any:
+    """Activate these adapters, and deactivate all others; NNX in place, Linen returns a new wrapper.
+
+    Args:
+        names: names, or one list of names. The updates of several adapters add up; without a name, only the base is
+            left.
+
+    Raises `AttachError` for a name that the model does not have, and for a model without adapters.
+
+    >>> import flax.linen, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
+    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
+    >>> activate(jaxadapt.adapt(module, config, name="b"), "a").active
+    ('a',)
+    """
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        names = tuple(names[0])
+    if any(not isinstance(n, str) for n in names):
+        raise AttachError(
+            f"expected names, as in activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}"
+        )
+    held = carrier(model)
+    if names and not held.names():
+        raise AttachError(
+            f"cannot activate {', '.join(map(repr, names))}: the model has no adapter; attach one with"
+            " jaxadapt.adapt(model, config) or jaxadapt.load(path, model)"
+        )
+    return held.activate(tuple(dict.fromkeys(names)))
+
+
+@contextlib.contextmanager
+def disable(model: Any) -> Generator[Any]:
+    """Deactivate all adapters within a context: `with disable(model) as base: base(x)`.
+
+    The model then computes what the base does, also without the biases that the adapter trained (`bias="all"`,
+    "lora_only"). PEFT's `disable_adapter` keeps these biases, with a warning.
+
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
+    without an active adapter. Raises `AttachError` for any other object.
+
+    >>> import flax.linen, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
+    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
+    >>> with disable(module) as base:
+    ...     base.active
+    ()
+    """
+    held = carrier(model)
+    before = held.active()
+    base = held.activate(())
+    try:
+        yield base
+    finally:
+        held = carrier(model)
+        present = held.names()  # the context may have deleted some
+        held.activate([name for name in before if name in present])
+
+
+# ---------------------------------------------------------------- adapter scale
+
+
+@contextlib.contextmanager
+def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[Any]:
+    """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
+
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the variables
+    to use. The factor may be a traced array: a function jitted over the model or the variables is not retraced for
+    another factor, and a call costs no more than without `rescale`. For inference only: values trained inside the
+    context are restored at its end, and an error is raised. An adapter saved or extracted inside is the rescaled one.
+
+    Args:
+        model: an NNX model, Linen variables, or an `Adapter`.
+        factor: a number; 0 switches the update off, a negative number subtracts it.
+        name: the adapter's name; by default the active adapters of a model, and all adapters of other trees.
+
+    LoRA's B is multiplied in float32 and rounded to B's dtype. So in 16 bits a factor that is not a power of two costs
+    one rounding. Raises `AttachError` for adapters without a scale (IA3), or if no adapter has that name.
+
+    >>> import jax.numpy as jnp, jaxadapt
+    >>> from flax import nnx as fnnx
+    >>> class Net(fnnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.q_proj = fnnx.Linear(4, 6, rngs=rngs)
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    >>> net = jaxadapt.adapt(Net(fnnx.Rngs(0)), config, rngs=fnnx.Rngs(1))
+    >>> x, base = jnp.ones((1, 4)), jaxadapt.detach(fnnx.clone(net)).q_proj
+    >>> with rescale(net, 0.5):
+    ...     half = net.q_proj(x) - base(x)
+    >>> bool(jnp.allclose(2 * half, net.q_proj(x) - base(x), atol=1e-6))
+    True
+    """
+    if np.ndim(factor):
+        raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
+    held = carrier(model)
+    if (walk := held.walk()) is None:
+        if name is not None or not held.names():
+            held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
+        names = None if name is None else (name,)
+        yield held.map_adapters(lambda name, adapter: _multiply(name, adapter.config, adapter.params, factor), names)
+        return
+    present = walk.adapters
+    chosen = _chosen(held.active(), present, name)
+    variables = {f"{each}: {path}": var for each in chosen for path, var in present[each].items()}
+    before = graph.values_of(variables)
+    recipes = {each: next(iter(present[each].values())).get_metadata("adapter").recipe for each in chosen}
+    products = {n: _multiply(n, recipe.config, graph.values_of(present[n]), factor) for n, recipe in recipes.items()}
+    scaled = {f"{each}: {path}": x for each, by_path in products.items() for path, x in by_path.items()}
+    try:
+        graph.set_values(variables, scaled)
+        yield model
+        changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled[path])]
+    finally:
+        graph.set_values(variables, before)
+    raise_listed(
+        AttachError,
+        "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
+        " were discarded. Train outside the context:",
+        changed,
+    )
+
+
+def _chosen(active: list[str], present: Mapping[str, Any], name: str | None) -> list[str]:
+    """Return the names of the adapters to rescale; raise `AttachError` if there are none."""
+    if not (chosen := active if name is None else [name]) or not present.keys() >= set(chosen):
+        raise AttachError(
+            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
+            f" {sorted(present) or 'none'}"
+        )
+    return chosen
+
+
+def _multiply(name: str, config: Config, params: Mapping[str, Any], factor: Any) -> dict[str, Any]:
+    """Return the `{path: array}` of an adapter, or of its part in a module, with its update multiplied.
+
+    Refuses a method without a scale.
+    """
+    leaves = paths.flatten(params)
+    scaled = [path for path in leaves if path.rpartition(".")[2] in get_method(config).scaled]
+    if not scaled:
+        raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
+
+    def multiply(x: Any) -> Any:
+        return (x * jnp.asarray(factor, jnp.float32)).astype(x.dtype)
+
+    return leaves | {path: jax.tree.map(multiply, leaves[path]) for path in scaled}
+
+
+def _values_differ(new: Any, old: Any) -> bool:
+    """Return True if two arrays differ; an array that a jitted function returned unchanged is equal, not identical."""
+    if new is old or isinstance(new, Tracer) or isinstance(old, Tracer):
+        return False
+    return not bool(jnp.array_equal(new, old, equal_nan=True))
+
+
+# ---------------------------------------------------------------- invocation
+
+
+Array = Any
+
+
+@contextlib.contextmanager
+def invoke(
+    model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: bool = False, noise: Any = None
+) -> Generator[Any]:
+    """Set the data that active adapters need for the calls within a context.
+
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
+    to use. A jitted function that takes the data as an argument is not recompiled for other data.
+
+    Args:
+        model: an NNX model, or a Linen module adapted with `adapt`.
+        tokens: for aLoRA (`alora_invocation_tokens`), the token ids (batch, time) that the model is called with. In
+            each row an adapter acts from the last occurrence of its invocation sequence on; it does not act in a row
+            without one (as in PEFT). Or a boolean mask (batch, time) of the tokens to adapt, for all aLoRA adapters:
+            use it with a KV cache, where the invocation was in an earlier step.
+        task_ids: for MULTITASK_PROMPT_TUNING, the task of each row, integers (batch,). Inside jit a task that does not
+            exist gives NaN.
+        prefilled: for prompts of embeddings, True while decoding with a cache, after a first call with the virtual
+            tokens: they are then not put before the tokens again, and only positions and mask count them. (A prefix of
+            keys and values is in no cache and needs no such data.)
+        noise: for PVERA in training, the random key (`jax.random.key`) of the noise; give each step another.
+
+    Raises `AttachError` if no active adapter needs the data, or if the data have another shape or dtype.
+
+    >>> import jax, jaxadapt
+    >>> from flax import nnx as fnnx
+    >>> class Net(fnnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.emb, self.q = fnnx.Embed(9, 4, rngs=rngs), fnnx.Linear(4, 4, rngs=rngs)
+    ...     def __call__(self, ids):
+    ...         return self.q(self.emb(ids))
+    >>> net, ids = Net(fnnx.Rngs(0)), jnp.array([[1, 7, 8, 2]])
+    >>> config = jaxadapt.LoraConfig(target_modules=["q"], init_lora_weights=False, alora_invocation_tokens=[7, 8])
+    >>> before = net(ids)
+    >>> with jaxadapt.models.invoke(jaxadapt.adapt(net, config, rngs=fnnx.Rngs(1)), ids):
+    ...     (net(ids) != before).any(-1).tolist()
+    [[False, True, True, True]]
+    """
+    given = _given_data(tokens, task_ids, prefilled, noise)
+    held = carrier(model)
+    if isinstance(held, Wrapper):
+        data = _call_data({name: config for name, config in model.adapters if name in model.active}, given)
+        yield dataclasses.replace(model, data=data)
+        return
+    if not isinstance(held, Model):
+        raise held.unsupported("an NNX model, or a Linen module that adapt returned")
+    adapters = {name: held.extract(name) for name in held.active()}
+    data = _call_data({name: adapter.config for name, adapter in adapters.items()}, given)
+    places = [place for name, arrays in data.items() for place in _places(held, name, adapters[name], arrays)]
+    for tensors, key, array in places:
+        tensors[key] = graph.CallData(array)
+    try:
+        yield model
+    finally:
+        for tensors, key, _ in places:
+            del tensors[key]
+
+
+def _given_data(tokens: Any, task_ids: Any, prefilled: bool, noise: Any) -> dict[str, Array]:
+    """Return the arguments of `invoke` that are given, as arrays; refuse tokens of another shape or dtype."""
+    given = {name: jnp.asarray(x) for name, x in (("tokens", tokens), ("task_ids", task_ids)) if x is not None}
+    given |= {"prefilled": jnp.ones((), bool)} if prefilled else {}
+    given |= {} if noise is None else {"noise": jax.random.key_data(noise)}
+    ids = given.get("tokens")
+    if ids is not None and (ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer))):
+        raise AttachError(
+            f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
+        )
+    return given
+
+
+def _places(
+    held: Model, name: str, adapter: Adapter, arrays: Mapping[str, Array]
+) -> Iterator[tuple[dict[str, Any], str, Array]]:
+    """Yield (the tensors of one place of an adapter, a name, the array that they get under it)."""
+    collection, owners = collection_name(adapter.config), held.walk().leaves
+    if get_method(adapter.config).scope == "model":  # a prompt, whose tensors are the model's
+        tensors = vars(held.tree)[collection][name][SHARED_NODE]
+        yield from ((tensors, key, array) for key, array in arrays.items())
+    for site in sites_of(adapter):
+        module, attr = owners[site.leaf]
+        for key, array in () if site.method.copies else arrays.items():
+            repeated = repeat_on_stack(array, site.match.stack, vars(module)[attr].shape)
+            yield vars(module)[collection][name][attr], key, repeated
+
+
+def _call_data(configs: Mapping[str, Config], given: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Return `{adapter: {name: array}}` of the data that the adapters' methods need."""
+    data = {name: get_method(config).call_data(config, given) for name, config in configs.items()}
+    data = {name: arrays for name, arrays in data.items() if arrays}
+    unused = [name for name in given if name != "tokens" and not any(name in arrays for arrays in data.values())]
+    if not data or unused:
+        names, users = " and ".join(unused or given) or "tokens", " or ".join(_USERS[n] for n in unused or ["tokens"])
+        raise AttachError(f"cannot set {names}: no active adapter is {users}; active are {sorted(configs) or 'none'}")
+    return data
+
+
+_USERS = {
+    "tokens": "an aLoRA",
+    "task_ids": "one of MULTITASK_PROMPT_TUNING",
+    "prefilled": "a prompt of embeddings",
+    "noise": "a PVERA",
+}
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def adapter_gradient(
+    f: Callable[[Any, Any], Any], name: str, tensor: str
+) -> Callable[[Any, Any], dict[str, dict[str, Any]]]:
+    """Return `run(model, batch)`, which returns `{adapter: {path: gradient}}` of the scalar `f(model, batch)`.
+
+    The gradients are those of the tensor called `tensor` in the adapter called `name`. `run` compiles once.
+    """
+
+    def is_wanted(path: Any, value: Any) -> bool:
+        return isinstance(value, graph.AdapterParam) and path[-1] == tensor and name in path
+
+    def gradient(graphdef: Any, wanted: Any, rest: Any, batch: Any) -> Any:
+        def value(wanted: Any) -> Any:
+            copies = jax.tree.map(lambda x: x, rest)  # variables belong to the trace that creates them
+            return f(nnx.merge(graphdef, wanted, copies), batch)
+
+        return jax.grad(value)(wanted)
+
+    jitted = jax.jit(gradient, static_argnums=0)
+
+    def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
+        variables = graph.adapter_variables(jitted(*nnx.split(model, is_wanted, ...), batch))
+        return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
+
+    return run

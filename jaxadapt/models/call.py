@@ -30,67 +30,45 @@ from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods.applied import (
     AppliedMethod,
     AppliedMethods,
-    AppliedRows,
     Implementation,
-    apply_rows,
     check_biases,
     split_rows,
 )
 from jaxadapt.methods.base import Method
 from jaxadapt.models import tracing
-from jaxadapt.models.tracing import Hook
 
 # ---------------------------------------------------------------- flax's own layer classes
 
 
 DENSE = Axes(in_axes=(0,), out_axes=(1,))
+_MANY = 16  # more axes than the input of a layer has, where only the roles of its kernel are asked
+
+Letters = tuple[str, str, str]
+"""The letters of the axes of a layer's input, its kernel and its output."""
 
 
-def dense_use(x_ndim: int, axes: Axes) -> Use:
-    """Return the use `y[..., o] = x[..., i] w[i, o]`.
+def general_letters(x_ndim: int, axis: Sequence[int], batch: Sequence[int], outputs: int) -> Letters:
+    """Return the letters of DenseGeneral: it sums over x's axes `axis`, and its kernel has x's axes `batch` too.
 
-    >>> dense_use(3, DENSE)
-    Use(x='abc', w='cd', y='abd', axes=Axes(in_axes=(0,), out_axes=(1,), batch_axes=(), parts=None))
-    """
-    lead = LETTERS[: x_ndim - 1]
-    i, o = LETTERS[x_ndim - 1], LETTERS[x_ndim]
-    return Use(lead + i, i + o, lead + o, axes)
+    The kernel is (batch..., in..., out...). Flax sorts both by their position in x, whatever their order in the
+    arguments.
 
-
-def general_axes(inputs: int, outputs: int, batch: int = 0) -> Axes:
-    """Return the roles in a (batch..., in..., out...) kernel, the layout of DenseGeneral and LinearGeneral."""
-    first = batch + inputs
-    return Axes(tuple(range(batch, first)), tuple(range(first, first + outputs)), tuple(range(batch)))
-
-
-EMBEDDING = Axes(in_axes=(0,), out_axes=(1,))
-
-
-def conv_axes(ndim: int) -> Axes:
-    """Return the roles in a (window..., in, out) kernel; the channels come first among the inputs, as in PyTorch.
-
-    >>> conv_axes(4)
-    Axes(in_axes=(2, 0, 1), out_axes=(3,), batch_axes=(), parts=None)
-    """
-    return Axes((ndim - 2, *range(ndim - 2)), (ndim - 1,))
-
-
-def general_use(x_ndim: int, w_ndim: int, axis: Sequence[int], batch: Sequence[int], axes: Axes) -> Use:
-    """Return the contraction of DenseGeneral: x's axes `axis` with the kernel's inputs, `batch` with its batch axes.
-
-    Flax sorts both by their position in x, whatever their order in the arguments.
-
-    >>> general_use(4, 3, (-1, -2), (), general_axes(2, 1))
-    Use(x='abcd', w='cde', y='abe', axes=Axes(in_axes=(0, 1), out_axes=(2,), batch_axes=(), parts=None))
+    >>> general_letters(4, (-1, -2), (), 1)
+    ('abcd', 'cde', 'abe')
     """
     x = LETTERS[:x_ndim]
-    contracted, lead = ([x[i] for i in sorted(a % x_ndim for a in axes_of_x)] for axes_of_x in (axis, batch))
-    outs = LETTERS[x_ndim : x_ndim + w_ndim - len(contracted) - len(lead)]
-    rest = [c for c in x if c not in contracted and c not in lead]
-    return Use(x, "".join(lead) + "".join(contracted) + outs, "".join(lead + rest) + outs, axes)
+    summed, lead = ("".join(x[i] for i in sorted(a % x_ndim for a in axes_of_x)) for axes_of_x in (axis, batch))
+    rest = "".join(c for c in x if c not in summed + lead)
+    outs = LETTERS[x_ndim : x_ndim + outputs]
+    return x, lead + summed + outs, lead + rest + outs
 
 
-def _einsum_letters(einsum_str: str, x_ndim: int) -> tuple[str, str, str]:
+def einsum_letters(einsum_str: str, x_ndim: int) -> Letters:
+    """Return the letters of an einsum layer, whose kernel is the second operand.
+
+    >>> einsum_letters("...F,NFH->...NH", 3)
+    ('dea', 'bac', 'debc')
+    """
     text = einsum_str.replace(" ", "")
     operands, arrow, y = text.partition("->")
     x, comma, w = operands.partition(",")
@@ -109,48 +87,28 @@ def _einsum_letters(einsum_str: str, x_ndim: int) -> tuple[str, str, str]:
     return letters(x), letters(w), letters(y)
 
 
-def einsum_axes(einsum_str: str) -> Axes:
-    """Return the roles of an einsum's second operand: contracted axes are inputs, axes in x and y are batch axes.
-
-    >>> einsum_axes("BTNH,NHD->BTD")
-    Axes(in_axes=(0, 1), out_axes=(2,), batch_axes=(), parts=None)
-    """
-    x, w, y = _einsum_letters(einsum_str, len(einsum_str))
-    only_in_weight = [c for c in w if c not in x and c not in y]
-    if only_in_weight:
-        raise AttachError(
-            f"cannot adapt the einsum {einsum_str!r}: axis {only_in_weight[0]!r} of its weight is summed and not in x"
-        )
+def axes_from_letters(x: str, w: str, y: str) -> Axes:
+    """Return the roles of a kernel's axes: those summed over are inputs, those that x and y have are batch axes."""
     role = {i: "batch" if c in x and c in y else "in" if c in x else "out" for i, c in enumerate(w)}
     ins, out, batch = (tuple(i for i, r in role.items() if r == which) for which in ("in", "out", "batch"))
     return Axes(ins, out, batch)
 
 
-def einsum_use(einsum_str: str, x_ndim: int, axes: Axes) -> Use:
-    """Return the use of the second operand in one call of an einsum layer.
+def einsum_axes(einsum_str: str) -> Axes:
+    """Return the roles of the axes of an einsum's second operand.
 
-    >>> einsum_use("...F,NFH->...NH", 3, Axes((1,), (2,), (0,))).y
-    'debc'
+    >>> einsum_axes("BTNH,NHD->BTD")
+    Axes(in_axes=(0, 1), out_axes=(2,), batch_axes=(), parts=None)
     """
-    return Use(*_einsum_letters(einsum_str, x_ndim), axes)
+    x, w, y = einsum_letters(einsum_str, _MANY)
+    if alone := [c for c in w if c not in x + y]:
+        raise AttachError(
+            f"cannot adapt the einsum {einsum_str!r}: axis {alone[0]!r} of its weight is summed and not in x"
+        )
+    return axes_from_letters(x, w, y)
 
 
 # ---------------------------------------------------------------- the classes
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """The kernel of a layer class, as functions of a layer.
-
-    Attributes:
-        axes: `axes(layer, equation)` returns the roles of the kernel's axes.
-        use: `use(layer, x, equation, axes)` returns a call with the input `x` as a `Use`.
-
-    The equation is the one that a call of an einsum layer passes, None for the layer's own.
-    """
-
-    axes: Callable[[Any, str | None], Axes]
-    use: Callable[[Any, Any, str | None, Axes], Use]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +124,8 @@ def _tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
-def _nnx_einsum_use(m: Any, x: Any, equation: str | None, axes: Axes) -> Use:
-    """Return a call of `nnx.Einsum`, whose adapter has the roles of the layer's own equation."""
+def _nnx_einsum_letters(m: Any, x_ndim: int, equation: str | None) -> Letters:
+    """Return the letters of a call of `nnx.Einsum`, whose adapter has the roles of the layer's own equation."""
     if equation and equation != m.einsum_str:
         called, adapted = einsum_axes(equation), einsum_axes(m.einsum_str)
         if set(called.in_axes) != set(adapted.in_axes) or set(called.batch_axes) != set(adapted.batch_axes):
@@ -175,33 +133,30 @@ def _nnx_einsum_use(m: Any, x: Any, equation: str | None, axes: Axes) -> Use:
                 f"an Einsum was adapted with the equation {m.einsum_str!r} and is called with {equation!r},"
                 " whose input or batch axes differ. Exclude it with exclude_modules"
             )
-    return einsum_use(equation or m.einsum_str, x.ndim, axes)
+    return einsum_letters(equation or m.einsum_str, x_ndim)
 
 
-_DENSE = Kernel(lambda m, _: DENSE, lambda m, x, _, axes: dense_use(x.ndim, axes))
-KERNELS: dict[Any, Kernel] = {
-    nnx.Linear.__call__: _DENSE,
-    nn.Dense.__call__: _DENSE,
-    nnx.LinearGeneral.__call__: Kernel(
-        lambda m, _: general_axes(len(m.in_features), len(m.out_features), len(m.batch_axis)),
-        lambda m, x, _, axes: general_use(x.ndim, axes.rank, m.axis, tuple(m.batch_axis), axes),
+KERNELS: dict[Any, Callable[[Any, int, str | None], Letters]] = {
+    nnx.Linear.__call__: lambda m, n, _: general_letters(n, (-1,), (), 1),
+    nn.Dense.__call__: lambda m, n, _: general_letters(n, (-1,), (), 1),
+    nnx.LinearGeneral.__call__: lambda m, n, _: general_letters(n, m.axis, tuple(m.batch_axis), len(m.out_features)),
+    nn.DenseGeneral.__call__: lambda m, n, _: general_letters(
+        n, _tuple(m.axis), _tuple(m.batch_dims), len(_tuple(m.features))
     ),
-    nn.DenseGeneral.__call__: Kernel(
-        lambda m, _: general_axes(len(_tuple(m.axis)), len(_tuple(m.features)), len(_tuple(m.batch_dims))),
-        lambda m, x, _, axes: general_use(x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes),
-    ),
-    nnx.Einsum.__call__: Kernel(lambda m, _: einsum_axes(m.einsum_str), _nnx_einsum_use),
-    nn.Einsum.__call__: Kernel(
-        lambda m, equation: einsum_axes(equation or m.einsum_str),
-        lambda m, x, equation, axes: einsum_use(equation or m.einsum_str, x.ndim, axes),
-    ),
+    nnx.Einsum.__call__: _nnx_einsum_letters,
+    nn.Einsum.__call__: lambda m, n, equation: einsum_letters(equation or m.einsum_str, n),
 }
-"""The kernels of Flax's own layer classes, by their calls."""
+"""`letters(layer, number of the input's axes, equation)` of Flax's own layer classes, by their calls.
+
+The equation is the one that a call of an einsum layer passes, None for the layer's own.
+"""
 
 
-def kernel_of(method: Callable[..., Any]) -> Kernel | None:
-    """Return how a method of a layer class uses the layer's kernel if it is one of Flax's own calls, else None."""
-    return KERNELS.get(method)
+def _kernel_axes(layer: Any, method: Callable[..., Any], equation: str | None) -> Axes:
+    """Return the roles of the axes of the kernel of one of Flax's own layers."""
+    if isinstance(layer, nnx.Einsum | nn.Einsum):
+        return einsum_axes(equation or str(layer.einsum_str))
+    return axes_from_letters(*KERNELS[method](layer, _MANY, equation))
 
 
 def roles_of(layer: Any, method: Callable[..., Any], leaf: str, equation: str | None = None) -> Roles | None:
@@ -210,15 +165,16 @@ def roles_of(layer: Any, method: Callable[..., Any], leaf: str, equation: str | 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
     if leaf == "embedding" and method in (nnx.Embed.__call__, nn.Embed.__call__, nn.Embed.attend):
-        return Roles(EMBEDDING, "embedding")
+        return Roles(DENSE, "embedding")
     if leaf != "kernel":
         return None
     # Linen's ConvLocal has the call of Conv, and another kernel.
     is_conv = method in (nnx.Conv.__call__, nn.Conv.__call__) and isinstance(layer, nnx.Conv | nn.Conv)
     if is_conv and layer.mask is None:
-        return Roles(conv_axes(len(_tuple(layer.kernel_size)) + 2), "conv", layer.feature_group_count)
-    kernel = kernel_of(method)
-    return None if kernel is None else Roles(kernel.axes(layer, equation))
+        # The kernel is (window..., in, out); the channels come first among the inputs, as in PyTorch.
+        n = len(_tuple(layer.kernel_size))
+        return Roles(Axes((n, *range(n)), (n + 1,)), "conv", layer.feature_group_count)
+    return Roles(_kernel_axes(layer, method, equation)) if method in KERNELS else None
 
 
 # ---------------------------------------------------------------- the call of a layer
@@ -256,9 +212,9 @@ class Layer:
     write_back: Callable[[Mapping[str, Any]], None]
 
     @property
-    def kernel(self) -> Kernel | None:
-        """How the method uses the kernel if it is one of Flax's own calls; None if it is traced."""
-        return kernel_of(self.method)
+    def known(self) -> bool:
+        """True if the method is one of Flax's own calls, whose use of the kernel is known; False if it is traced."""
+        return self.method in KERNELS
 
     def output(self, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `run` returns as the output."""
@@ -279,24 +235,20 @@ def apply(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any:
     use = _known_use(layer, outer, args, kwargs)
     if use is None:
         return _apply_inside(layer, hooks, args, kwargs)
-    weight = layer.params["kernel"]
-    return _call_around(outer["kernel"], use, weight, lambda *a, **k: _apply_inside(layer, inner, a, k), args, kwargs)
+    return _call_around(
+        outer["kernel"], use, layer.params["kernel"], lambda *a, **k: _apply_inside(layer, inner, a, k), args, kwargs
+    )
 
 
 def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any:
     stored = {leaf: x for leaf, x in layer.params.items() if quantized.is_quantized(x)}
     if not stored and not hooks:
         return layer.plain(*args, **kwargs)
-    if not stored and not any(hook.apart or hook.by_weight for hook in hooks.values()):
-        use = _known_use(layer, hooks, args, kwargs)
-        if use is not None:
-            return _call_around(hooks["kernel"], use, layer.params["kernel"], layer.plain, args, kwargs)
     # A random stream cannot advance inside `jax.checkpoint`, so its key is drawn here.
     ready = {leaf: hook.map(_draw_key) for leaf, hook in hooks.items()} if stored else hooks
 
     def run(stored: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-        dense = {leaf: quantized.to_dense(x) for leaf, x in stored.items()}
-        return _run_adapted(layer, ready, dense, args, kwargs)
+        return _run_adapted(layer, ready, {leaf: quantized.to_dense(x) for leaf, x in stored.items()}, args, kwargs)
 
     # The backward pass dequantises again, so that the dense weights do not stay in memory between the passes.
     y, changed = (jax.checkpoint(run) if stored else run)(stored)
@@ -320,7 +272,7 @@ def _run_adapted(
     by_use = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     use = None if any(hook.apart for hook in by_use.values()) else _known_use(layer, by_use, args, kwargs)
     if use is not None:  # the output has the bias, so the adapter changes both; such a layer of Flax has no state
-        run = functools.partial(layer.output, fixed)
+        run = functools.partial(layer.output, fixed) if fixed else layer.plain
         return _call_around(by_use["kernel"], use, params["kernel"], run, args, kwargs), {}
     fixed |= _changed_bias(layer, hooks, {**params, **fixed})
     if not by_use:
@@ -361,14 +313,13 @@ def _changed_bias(layer: Layer, hooks: Hooks, params: Mapping[str, Any]) -> dict
 
 def _known_use(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Use | None:
     """Return the use of the kernel in a call of one of Flax's layers; None if the adapter cannot follow it there."""
-    kernel = layer.kernel
-    if kernel is None or list(hooks) != ["kernel"]:
+    if not layer.known or list(hooks) != ["kernel"]:
         return None
     hook, (x, _, _, equation) = hooks["kernel"], split_input(args, kwargs)
-    use = kernel.use(layer.module, x, equation, hook.axes)
+    use = Use(*KERNELS[layer.method](layer.module, x.ndim, equation), hook.axes)
     # A layer that gets its equation as an argument may also get the reverse one.
     if hook.forward and use.transposed and not equation:
-        own = kernel.axes(layer.module, equation)
+        own = _kernel_axes(layer.module, layer.method, equation)
         raise AttachError(f"{layer.name}: {contradiction_message(hook.axes, own)}")
     return use if _is_along_roles(use) and hook.follows_use(use) else None
 
@@ -394,9 +345,9 @@ def _call_around(
     return hook.output(use, x, call(x, *rest, **kwargs), weight)
 
 
-def describe(name: str, layer: Layer, hooks: Mapping[str, Hook], args: Args, kwargs: Kwargs) -> dict[str, str]:
+def describe(name: str, layer: Layer, hooks: Mapping[str, tracing.Hook], args: Args, kwargs: Kwargs) -> dict[str, str]:
     """Return `{leaf: note}` on how each adapter follows its weight in a call of the method called `name`."""
-    if layer.kernel is not None:
+    if layer.known:
         return dict.fromkeys(hooks, f"{name}'s own call")
     weights = {leaf: quantized.to_dense(layer.params[leaf]) for leaf in hooks}
     uses = tracing.uses(functools.partial(layer.output, **kwargs), weights, *args)
@@ -409,7 +360,7 @@ def describe(name: str, layer: Layer, hooks: Mapping[str, Hook], args: Args, kwa
 # ---------------------------------------------------------------- conclusions from the uses of a weight
 
 
-def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: Hook) -> list[str]:
+def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: tracing.Hook) -> list[str]:
     """Return the uses that need the effective weight, in a few words each."""
     axes = hook.axes
     along = (set(axes.in_axes), set(axes.out_axes))
@@ -424,21 +375,22 @@ def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: Hook) -> list[str]
     ]
 
 
-def infer_axes(f: tracing.Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
-    """Infer the axis roles of `weights[name]` from the contraction in `f`.
+def infer_axes(found: Iterable[tracing.WeightUse], name: str) -> Axes:
+    """Infer the axis roles of the weight `name` from its uses in a function.
 
     Inputs and outputs are in the weight's axis order. A trace cannot distinguish a fused axis (k and v in one array)
     from an output axis.
 
     Raises:
-        AttachError: `f` does not use the weight, uses it in several ways, or in an operation other than `dot_general`.
+        AttachError: the weight is not used, is used in several ways, or in an operation other than `dot_general`.
 
     >>> import jax, jax.numpy as jnp
     >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
-    >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
+    >>> found = tracing.uses(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, x)
+    >>> infer_axes(found["w"], "w")
     Axes(in_axes=(0,), out_axes=(1, 2), batch_axes=(), parts=None)
     """
-    distinct = list(dict.fromkeys(tracing.uses(f, weights, *args)[name]))
+    distinct = list(dict.fromkeys(found))
     match distinct:
         case [tracing.Contraction(inputs, out, batch)]:
             return Axes(inputs, out, batch)
@@ -511,10 +463,6 @@ class RowSite:
     how: Implementation = "gather"
     shared: int | None = None
 
-    def apply(self, params: Mapping[str, Any], shared: Mapping[str, Any]) -> AppliedRows:
-        """Return the method with the tensors of one layer's rows, and those that all rows share."""
-        return apply_rows(self, self.how, params, shared)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowLayout:
@@ -545,10 +493,6 @@ class Rows:
     def sites(self) -> list[RowSite]:
         """The sites, with the way in which the rows take their adapters."""
         return [dataclasses.replace(site, how=self.how) for site in self.layout.sites]
-
-    def shared_of(self, site: RowSite) -> Mapping[str, Any]:
-        """Return the shared tensors that a site uses."""
-        return {} if site.shared is None else self.shared[site.shared]
 
     def check_layout(self, layout: RowLayout) -> None:
         """Raise `AttachError` if these rows are of another bank than the attached one."""

@@ -26,8 +26,8 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.foreign import tree as foreign_tree
 from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.wrapper import Adapted, box_like_base
-from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.nnx import attach, graph, layer
 from jaxadapt.models.trees import is_box, rebox, unbox
 
 DEFAULT = "default"
@@ -320,8 +320,8 @@ class Model(_Variables, Object):
         return graph.base_values(self._contents.leaves)
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
-        found = graph.values_at(self._contents, wanted)
-        return super().some_leaves(wanted) if found is None else found
+        owners = self._contents.leaves
+        return graph.base_values({path: owners[path] for path in wanted})
 
     def abstract(self) -> Any:
         rebuild, state = self.split()
@@ -333,10 +333,10 @@ class Model(_Variables, Object):
         return functools.partial(nnx.merge, graphdef), state
 
     def statistics(self) -> list[str]:
-        return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
+        return [path for path, var in layer.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        owners, others = self._contents.leaves, survey.layer_state(self.tree) if new else {}
+        owners, others = self._contents.leaves, layer.layer_state(self.tree) if new else {}
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)
@@ -570,7 +570,7 @@ class Variables(Params):
             recipe = None if is_same(present, adapter) else adapter.recipe
             return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
         variables: Any = changed.tree if present is None else changed.delete(name)
-        for collection, tree in box_like_base(adapter, changed.params).named(name).items():
+        for collection, tree in collections.box_like_base(adapter, changed.params).named(name).items():
             variables = collections.with_value(variables, tree[name], collection, name)
         return variables
 

@@ -26,7 +26,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import call
 from jaxadapt.models.attention_calls import with_width
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import graph, layer, survey
+from jaxadapt.models.nnx import attach, graph, layer
 
 # ---------------------------------------------------------------- base params
 
@@ -105,7 +105,7 @@ def plan_adapter(
         )
     keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
-        sizes = BaseSizes() if example is None else layer.measure_base(base.target, example)
+        sizes = BaseSizes() if example is None else attach.measure_base(base.target, example)
         config = method.complete(config, with_width(sizes, keymap, base.shapes))
         return selection.make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:
@@ -120,7 +120,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        problems = survey.list_contradictions(sites, base.walked.leaves)
+        problems = layer.list_contradictions(sites, base.walked.leaves)
         raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
         return
     attached = base.keymap
@@ -154,19 +154,17 @@ def _plan_on_model(
     owners, shapes = walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
     if all_linear:
-        shapes = {leaf: shape for leaf, shape in shapes.items() if not survey.is_never_linear(owners[leaf])}
-    entries, traced = survey.class_entries(owners, base.shapes, keymap, stack_axes), {}
+        shapes = {leaf: shape for leaf, shape in shapes.items() if not layer.is_never_linear(owners[leaf])}
+    entries, traced = layer.class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(keymap, weights=()) if keymap == generic.GENERIC else keymap
-        wanted = survey.custom_leaves(
-            owners, selection.unselected_matrices(config, known.with_entries(entries), shapes)
-        )
-        traced, others = survey.trace_axes(base.target, walked, example, wanted, required=not all_linear)
+        wanted = layer.custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
+        traced, others = attach.trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        entries = survey.class_entries(owners, base.shapes, keymap, stack_axes, traced)
+        entries = layer.class_entries(owners, base.shapes, keymap, stack_axes, traced)
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
-    unsure = frozenset(survey.custom_leaves(owners, shapes)) if keymap == generic.GENERIC else selection.NONE
+    unsure = frozenset(layer.custom_leaves(owners, shapes)) if keymap == generic.GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
         _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
@@ -201,7 +199,7 @@ def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> Non
         return
     dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
     hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
-    survey.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
+    attach.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:

@@ -20,7 +20,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params, carrier
-from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.nnx import attach, graph, layer
 
 
 def quantize(
@@ -56,12 +56,11 @@ def quantize(
     ((64, 32), 1152)
     >>> adapter = jaxadapt.init(small, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
     """
-    config = LoraConfig(target_modules=modules)
     params = base_params(model)
-    sites = planning.plan_adapter(params, config, keymap)[1]
+    sites = planning.plan_adapter(params, LoraConfig(target_modules=modules), keymap)[1]
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
-    problems = [] if params.walked is None else list(survey.find_obstacles(params.walked, leaves).values())
+    problems = [] if params.walked is None else list(attach.find_obstacles(params.walked, leaves).values())
     problems += [f"{site.leaf}: {why}" for site in sites if (why := _obstacle(site, weights[site.leaf]))]
     raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
@@ -73,9 +72,11 @@ def quantize(
         )  # PyTorch's order: the inputs of one output are contiguous
         size = site.fan_in if kind == "int8" and block is None else block
         new[site.leaf] = quantized.quantize_weight(weights[site.leaf], kind, order, len(site.match.stack), size)
-    scales = {leaf: q.absmax for leaf, q in new.items()}
-    odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
-    raise_listed(AttachError, "cannot quantize these weights, whose values are not all finite:", odd)
+    raise_listed(
+        AttachError,
+        "cannot quantize these weights, whose values are not all finite:",
+        (x for x, q in new.items() if not isinstance(q.absmax, Tracer) and not jnp.isfinite(q.absmax).all()),
+    )
     model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
@@ -147,15 +148,16 @@ def from_qwix(model: Any) -> Any:
         at: jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, value, is_leaf=is_variable)
         for at, (_, value) in qwix_params.items()
     }
-    odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
     raise_listed(
-        AttachError, "cannot convert this model: Qwix also quantizes activations, with static scales, at:", odd
+        AttachError,
+        "cannot convert this model: Qwix also quantizes activations, with static scales, at:",
+        (paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)),
     )
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
         setattr(node, at[1], nnx.Param(new[at].array))
         attach.install_adapters(node)
-    survey.set_class(model, _without_qwix(type(model)))
+    layer.set_class(model, _without_qwix(type(model)))
     return model
 
 

@@ -24,7 +24,7 @@ from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models import attachment
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
-from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.nnx import attach, graph, layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
     if (walk := held.walk()) is None:
         return {}
-    how = {leaf: survey.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
+    how = {leaf: layer.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
     if not inputs:
         return how
     variables = [pair for by_path in graph.adapter_variables(walk).values() for pair in by_path.items()]
@@ -226,7 +226,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    return how | survey.record_uses(held.tree, used, inputs)
+    return how | attach.record_uses(held.tree, used, inputs)
 
 
 # ---------------------------------------------------------------- sizes of methods

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import FlattenedIndexKey, keystr
 
 from jaxadapt.adapters.adapter import CONFIG_NODE, is_array
 from jaxadapt.arrays.quantized import is_quantized
@@ -59,15 +59,13 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     leaves = {p: leaf for p, leaf in values.items() if is_array(leaf) or is_quantized(leaf)}
 
     def put(new: Mapping[str, Any]) -> Any:
-        plain = [p for p in new if not isinstance(flat[p], nnx.Variable)]
         raise_listed(
             MismatchError,
             "cannot write into a pure state, which holds its arrays by value. Pass the model or"
             " nnx.state(model) instead of:",
-            plain,
+            (path for path in new if not isinstance(flat[path], nnx.Variable)),
         )
-        for path, value in new.items():
-            flat[path].set_value(value)
+        graph.set_values(flat, new)
         return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
     return leaves, put
@@ -83,18 +81,10 @@ def is_box(node: Any) -> bool:
     return isinstance(node, collections.meta.AxisMetadata | nnx.Variable) or is_quantized(node)
 
 
-def _key_name(key: Any) -> str:
-    if isinstance(key, DictKey | FlattenedIndexKey):
-        return str(key.key)
-    if isinstance(key, GetAttrKey):
-        return key.name
-    return str(key.idx) if isinstance(key, SequenceKey) else str(key)
-
-
 def _node_path(keys: Sequence[Any]) -> str:
     """Return a dotted path without an unnamed last segment, as haliax' NamedArray has."""
     named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
-    return ".".join(map(_key_name, named))
+    return keystr(tuple(named), simple=True, separator=".")
 
 
 def _names(given: Collection[str]) -> list[str]:
@@ -104,14 +94,12 @@ def _names(given: Collection[str]) -> list[str]:
     (['dense.kernel', 'dense.bias'], ['q.w', 'q.b'])
     """
     dotted = [path.replace("/", paths.SEPARATOR) for path in given]
-    if not all(path.endswith(".value") for path in dotted):
-        return dotted
-    return [path.removesuffix(".value") for path in dotted]
+    return [path.removesuffix(".value") for path in dotted] if all(p.endswith(".value") for p in dotted) else dotted
 
 
 def _find_lorax(tree: Any) -> dict[str, Any]:
     """Return `{path: lorax.LoraWeight}`, nodes of a weight and its LoRA whose three arrays have ambiguous paths."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_lorax)
     return {_node_path(keys): node for keys, node in nodes if _is_lorax(node)}
 
 
@@ -144,17 +132,12 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
     names = _names([_node_path(keys) for keys, _ in flat])
     for number, (keys, _) in enumerate(flat if lorax else ()):
         if _node_path(keys[:-1]) in lorax:
-            names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", _key_name(keys[-1])])
-    leaves: Leaves = {}
-    for name, (_, node) in zip(names, flat, strict=True):
-        value = unbox(node)
-        if is_array(value) or is_quantized(value):
-            leaves[name] = value
+            names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", keystr(keys[-1:], simple=True)])
+    named = list(zip(names, (node for _, node in flat), strict=True))
+    leaves = {name: x for name, node in named if is_array(x := unbox(node)) or is_quantized(x)}
 
     def put(new: Mapping[str, Any]) -> Any:
-        nodes: Sequence[Any] = [
-            rebox(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
-        ]
+        nodes = [rebox(node, new[name]) if name in new else node for name, node in named]
         return jax.tree_util.tree_unflatten(structure, nodes)
 
     return leaves, put

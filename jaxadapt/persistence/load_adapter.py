@@ -48,7 +48,7 @@ from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import wrapper
+from jaxadapt.models.linen import collections
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
 from jaxadapt.persistence.formats import Place
@@ -377,7 +377,7 @@ def from_peft(
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
     tensors = peft_tensors.without_names(tensors)
-    return wrapper.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
+    return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 
 def adapter_from_tensors(

@@ -19,7 +19,7 @@ import numpy as np
 from jax.nn import log_softmax, softmax
 
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.models.activation import invoke
+from jaxadapt.models.attachment import invoke
 from jaxadapt.models.carriers import Model
 from jaxadapt.serving import bank
 

@@ -660,7 +660,8 @@ def test_roles(string: str, x: Any, w: Any, want: Axes) -> None:
     def f(ws: Any, eqn: str, x: Any, flag: Any = None) -> Any:
         return jnp.einsum(eqn, x, ws["w"].astype(jnp.bfloat16)), None
 
-    assert infer_axes(f, {"w": spec(*w)}, "w", string, spec(*x, dtype=jnp.bfloat16), None) == want
+    found = uses(f, {"w": spec(*w)}, string, spec(*x, dtype=jnp.bfloat16), None)
+    assert infer_axes(found["w"], "w") == want
 
 
 def test_roles_that_cannot_be_told() -> None:
@@ -675,7 +676,7 @@ def test_roles_that_cannot_be_told() -> None:
         (lambda ws, x: (x @ ws["w"], ws["w"]), "by return"),
     ):
         with pytest.raises(AttachError, match=message):
-            infer_axes(f, ws, "w", x)
+            infer_axes(uses(f, ws, x)["w"], "w")
 
 
 def test_uses_are_listed_in_order_for_every_weight() -> None:

@@ -39,7 +39,7 @@ from jaxadapt.models.foreign.dialects import Dialect
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
-from jaxadapt.models.nnx import survey as nnx_survey
+from jaxadapt.models.nnx.layer import class_entries
 from jaxadapt.models.trees import Leaves, Put
 
 # ---------------------------------------------------------------- fill
@@ -361,7 +361,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     if isinstance(foreign_tree.given.tree, nnx.Module):
         owners = graph.walk_model(foreign_tree.given.tree).leaves
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
-        entries = nnx_survey.class_entries(owners, shapes, bound_keymap)
+        entries = class_entries(owners, shapes, bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
     tree = foreign_tree
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}

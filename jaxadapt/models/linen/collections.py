@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from flax import serialization
 from flax.core import meta as meta  # re-exported
 from flax.linen import spmd
 
+from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import (
     CONFIG_NODE,
     SHARED_NODE,
@@ -22,6 +24,7 @@ from jaxadapt.adapters.adapter import (
     integers_name,
     is_array,
 )
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import regions
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -39,11 +42,9 @@ def unbox_tree(tree: Any) -> Any:
         # Partitioned.unbox() is not used: it applies a sharding constraint.
         return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
 
-    return unbox(tree) if is_array(tree) else jax.tree.map(unbox, tree, is_leaf=_is_box)
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, meta.AxisMetadata)
+    return (
+        unbox(tree) if is_array(tree) else jax.tree.map(unbox, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+    )
 
 
 def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,6 +279,25 @@ def _named_arrays(tree: Mapping[str, Any], collection: str, name: str) -> dict[s
         if at is not None:
             values[paths.join(*parts[:at], *parts[at + 2 :])] = leaf
     return values
+
+
+def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
+    """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
+
+    Args:
+        base: the base parameters with their boxes, nested or by dotted path.
+    """
+    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
+    if not boxes:
+        return adapter
+    values = adapter.flat()
+    for site in sites_of(adapter):
+        if site.leaf in boxes:
+            box = boxes[site.leaf]
+            for entry in site.entries:
+                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
+                values[entry.path] = box.replace(value=values[entry.path], names=names)
+    return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
 def _recipe_from_text(target: Recipe, state: Any) -> Recipe:

@@ -1,143 +1,292 @@
 """Adapters on Linen modules: a wrapper with the module's `init`, `apply` and `bind`.
 
-An adapter is stored in its own collection, `{"params": base, "lora": {name: tree}}`. For a call, its tensors are added
-to `params` beside the weights that they adapt, so that the model's scan, vmap and remat transform them like the
-weights. An interceptor applies them when the weight's module is called. The call of the outermost module adds the
-virtual tokens of a prompt method.
+An adapter is stored in its own collection, `{"params": base, "lora": {name: tree}}`. `init` plans it from a survey of
+the module: abstract calls show the roles of weight axes, stacked axes, and obstacles to adapters.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import meta
+import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Sites, collection_name, integers_name, is_array
-from jaxadapt.adapters.selection import make_recipe
-from jaxadapt.adapters.sites import sites_of
+from jaxadapt.adapters.sites import parameter_names
+from jaxadapt.arrays import quantized
+from jaxadapt.arrays.products import contradiction_message, transposed_axes
+from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, warn
-from jaxadapt.keymaps.families import resolve_keymap
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.core.errors import AttachError, raise_listed, warn
+from jaxadapt.keymaps import families, generic, plan
+from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import prompts
-from jaxadapt.models.attention_calls import Findable, is_findable, with_width
-from jaxadapt.models.call import RowLayout, Rows
+from jaxadapt.models import call, tracing
+from jaxadapt.models.attention_calls import with_width
 from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder, called_scopes, check_reads, survey_module
-from jaxadapt.models.linen.overlay import Overlay, add_rows, build_overlay, key_paths
+from jaxadapt.models.linen.call import (
+    DROPOUT,
+    MAPPED,
+    SEP,
+    Overlay,
+    add_rows,
+    bind_layer,
+    build_overlay,
+    call_module,
+    is_mapped,
+    is_own_method,
+    key_paths,
+    measure_base,
+    refuse_mapped,
+)
 
-# ---------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- one abstract init
+
+_PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
+_MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
 
 
-def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Intercept the calls of Flax's attention modules, so that a trace shows those of their attention function."""
-    module = context.module
-    is_attention = isinstance(module, nn.MultiHeadDotProductAttention) and context.method_name == "__call__"
-    if not is_attention or is_findable(module.attention_fn):
-        return next_fun(*args, **kwargs)
-    copy = module.clone(parent=module.scope, attention_fn=Findable(module.attention_fn))
-    return copy(*args, **kwargs)
+@dataclasses.dataclass
+class Survey:
+    """The results of one abstract `init` of a model.
 
-
-def call_module(
-    module: nn.Module,
-    prompt: prompts.Prompt,
-    apply: Callable[..., Any],
-    variables: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Call `apply(variables, *args, **kwargs)` with the virtual tokens of an adapter.
-
-    Raises `AttachError` for another method than `__call__`.
+    Args:
+        shapes: `{leaf: shape}` for every base leaf.
+        collections: the names of the collections that `init` creates besides "params".
+        stateful: the paths of modules that keep state between calls in these collections, as `nn.BatchNorm` does.
+        roles: `{leaf: roles}` from the layer's class or a trace.
+        certain: the leaves whose roles their class fixes, or all calls agree on. A keymap must not contradict them.
+        stack: `{leaf: axes that stack layers}` for the leaves that a call reaches.
+        vectors: the leaves that have fewer than two axes inside their own module.
+        unknown: `{leaf: reason}` for leaves without roles. A keymap may supply them.
+        refused: `{leaf: reason}` for leaves on which no adapter is exact, with or without a keymap.
+        tracing: True while a module is traced by itself, so that its submodules are not recorded again.
     """
-    method = kwargs.get("method")
-    if not (method is None or method == "__call__" or method is type(module).__call__):
-        name = method if isinstance(method, str) else method.__name__
-        raise AttachError(
-            f"{prompt.recipe.config.peft_type} adds virtual tokens only to the module's __call__, but the call is of"
-            f" {name!r}. Call {name!r} without the adapter, model.clone(active=())"
+
+    shapes: dict[str, tuple[int, ...]]
+    collections: frozenset[str]
+    stateful: frozenset[str]
+    roles: dict[str, call.Roles] = dataclasses.field(default_factory=dict[str, call.Roles])
+    certain: set[str] = dataclasses.field(default_factory=set[str])
+    stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+    vectors: set[str] = dataclasses.field(default_factory=set[str])
+    unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    tracing: bool = False
+
+    def entries(self, keymap: KeyMap) -> list[Weight]:
+        """Return entries for the leaves that the keymap lacks or, if it is the generic one, only guesses.
+
+        Leaves where the keymap contradicts the model are added to `refused`.
+        """
+        entries: list[Weight] = []
+        for leaf, shape in self.shapes.items():
+            match = keymap.match(leaf)
+            fits = match is not None and len(match.weight.left) == len(shape)
+            if match is not None and fits and keymap.name != generic.GENERIC.name:
+                self._refuse_contradiction(leaf, match)
+            elif leaf in self.roles and leaf not in self.unknown and leaf in self.stack:
+                roles, stack = self.roles[leaf], self.stack[leaf]
+                if match is None or not fits or (match.axes, match.stack) != (roles.axes, stack):
+                    entries.append(generic.entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
+            elif fits and leaf in self.vectors:
+                letters = " ".join(f"a{i}" for i in range(len(shape)))
+                entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
+        return entries
+
+    def _refuse_contradiction(self, leaf: str, match: Match) -> None:
+        """Add a leaf to `refused` if its entry contradicts the model's calls."""
+        stack = self.stack.get(leaf, match.stack)
+        if match.stack != stack:
+            self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
+        elif (
+            leaf in self.certain and leaf not in self.unknown and match.weight.kind in ("linear", self.roles[leaf].kind)
+        ):
+            shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in match.stack]
+            # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+            if (axes := transposed_axes(match.axes, [self.roles[leaf].axes], shape)) is not None:
+                self.refused[leaf] = contradiction_message(match.axes, axes)
+
+    def check(self, config: Config, keymap: KeyMap) -> None:
+        """Raise `AttachError` naming every leaf that the configuration targets and that cannot be adapted."""
+        reasons = self.unknown | self.refused if keymap.name == generic.GENERIC.name else self.refused
+        problems: list[str] = []
+        for leaf, reason in reasons.items():
+            match = keymap.match(leaf)
+            if match is not None and len(match.weight.left) == len(self.shapes[leaf]):
+                sizes = plan.axis_sizes(match, self.shapes[leaf])
+                modules = match.modules(sizes).values()
+                parameters = parameter_names(match, sizes).values()
+            else:
+                modules, parameters = [leaf.rpartition(".")[0]], [leaf]
+            if any(matching.is_target(config, module) for module in modules) or any(
+                matching.is_parameter(config, parameter) for parameter in parameters
+            ):
+                is_matrix = leaf in self.unknown and len(self.shapes[leaf]) == 2
+                remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(params, config)"
+                problems.append(f"{leaf}: {reason}{remedy if is_matrix else ''}")
+        raise_listed(AttachError, "these weights cannot carry the adapter:", problems)
+
+    def check_saved(self, leaves: Sequence[str]) -> None:
+        """Raise `AttachError` for leaves in `modules_to_save` whose module keeps state besides its parameters."""
+        raise_listed(
+            AttachError,
+            "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
+            " adapter's file cannot hold. Remove the modules from modules_to_save:",
+            (leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful),
         )
-    options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
-    rest = {name: value for name, value in kwargs.items() if name not in options}
-    if (hooked := prompts.hooked_call(module, prompt)) is not None:
-        name, first = hooked
-        return apply(variables, *first, *args, **{**kwargs, "method": name})
-    if prompt.method.adds == "embeddings":
 
-        def embed(tokens: Any) -> Any:
-            return _embed(lambda: apply(variables, *args, **kwargs), tokens, prompt.method.peft_type)
+    def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Record the roles of a module's leaves, and add markers beside them.
 
-        args, rest = prompts.with_embeddings(prompt, type(module).__call__, args, rest, embed)
-        return apply(variables, *args, **rest, **options)
-
-    def run(state: Any, *args: Any, **kwargs: Any) -> Any:
-        variables, rngs = state
-        with nn.intercept_methods(find_attention):
-            return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
-
-    def base() -> dict[str, Any]:
-        return paths.flatten(collections.unbox_tree(variables.get("params", {})))
-
-    state = (variables, options.get("rngs"))
-    return prompts.call_with_keys(run, prompt, type(module).__call__, args, rest, state, base)
-
-
-class _EmbeddedError(Exception):
-    """Ends a call once the embeddings of its tokens are known."""
-
-    def __init__(self, embeddings: Any) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-
-def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
-    """Return the embeddings of the tokens of a call, by the module's own `nn.Embed`. The call ends with them."""
-
-    def stop(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        The model's transforms stack the markers like the leaves.
+        """
         y = next_fun(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        if isinstance(context.module, nn.Embed) and context.method_name == "__call__" and given[0] is tokens:
-            raise _EmbeddedError(y)
+        module = context.module
+        if self.tracing or not is_own_method(context):
+            return y
+        layer = bind_layer(module, context.method_name, next_fun)
+        for name, value in layer.params.items():
+            leaf = ".".join((*module.scope.path, name))
+            if leaf not in self.shapes:
+                continue
+            if is_mapped(module.scope):
+                self.refused[leaf] = MAPPED
+                continue
+            if value.ndim < 2:
+                self.vectors.add(leaf)
+            elif leaf not in self.unknown:
+                self._record_roles(layer, leaf, name, args, kwargs)
+            if not module.scope.has_variable("params", name + SEP):
+                sizes = tuple(range(_MARKER_SIZE, _MARKER_SIZE + value.ndim + 1))
+                markers = {"0": jnp.zeros(sizes[:-1], jnp.bool), "1": jnp.zeros(sizes, jnp.bool)}
+                module.scope.put_variable("params", name + SEP, markers)
         return y
 
-    try:
-        with nn.intercept_methods(stop):
-            call()
-    except _EmbeddedError as found:
-        return found.embeddings
-    raise AttachError(
-        f"{peft_type}: the module does not embed its tokens with an nn.Embed, so their embeddings are unknown. Pass"
-        " embeddings to the call in place of tokens"
-    )
+    def _record_roles(self, layer: call.Layer, leaf: str, name: str, args: Any, kwargs: Any) -> None:
+        """Record the roles of one leaf in one call of its module, or the reason why there are none."""
+        equation = call.split_input(args, kwargs)[-1] if layer.known else None
+        self.tracing = True
+        try:
+            roles = call.roles_of(layer.module, layer.method, name, equation)
+            if roles is None:
+                output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
+                found = None if layer.known else tracing.uses(output, weights, *args)[name]
+                if not found:
+                    return  # this method does not use the weight as one that an adapter can follow
+                roles = call.Roles(call.infer_axes(found, name))
+        except AttachError as error:
+            self.unknown[leaf] = str(error)
+            return
+        finally:
+            self.tracing = False
+        before = self.roles.get(leaf)
+        if before is None or roles.kind != "linear":
+            self.roles[leaf] = before = roles
+            self.certain.add(leaf)
+        elif roles.axes != before.axes:  # a tied weight, used in both directions
+            self.certain.discard(leaf)
+        old, axes = before.axes, roles.axes
+        if axes not in (old, dataclasses.replace(old, in_axes=old.out_axes, out_axes=old.in_axes)):
+            self.unknown[leaf] = f"its calls use it in several ways: {old}, and {axes}"
 
 
-def measure_base(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> BaseSizes:
-    """Return the sizes of a base model that a trace of its `init` shows."""
+def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
+    """Survey a module by `jax.eval_shape` of its `init`.
 
-    def run(rngs: Any, args: Any, kwargs: Any) -> Any:
-        with nn.intercept_methods(find_attention):
+    Two markers are added beside each leaf, one with its number of axes and one with one axis more. The axes that the
+    model's transforms add to a marker are those that stack the leaf. If they differ between the two, the transform
+    counts its axis from the end.
+    """
+    variables = dict(collections.unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
+    base = paths.flatten(variables.pop("params", {}))
+    state = variables.keys() - _PER_CALL_COLLECTIONS
+    stateful = frozenset(leaf.rpartition(".")[0] for name in state for leaf in paths.flatten(variables[name]))
+    survey = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(variables), stateful)
+
+    def init_with_markers() -> Any:
+        with nn.intercept_methods(survey.intercept):
             return module.init(rngs, *args, **kwargs)
 
-    traced = jax.eval_shape(lambda x: x, (rngs, args, kwargs))
-    return prompts.measure_base(run, *traced)
+    specs = paths.flatten(collections.unbox_tree(jax.eval_shape(init_with_markers)).get("params", {}))
+    for leaf in survey.shapes:
+        markers = [specs[name].shape for name in (f"{leaf}{SEP}.0", f"{leaf}{SEP}.1") if name in specs]
+        added = [tuple(i for i, size in enumerate(shape) if size < _MARKER_SIZE) for shape in markers]
+        if added:
+            survey.stack[leaf] = added[0]
+        if added and added[0] != added[1]:
+            survey.refused[leaf] = (
+                "its layers are stacked on a negative axis. Pass a non-negative axis to nn.scan or nn.vmap"
+            )
+    return survey
+
+
+# ---------------------------------------------------------------- reads that no adapter can follow
+
+
+def check_reads(
+    run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Sequence[str]], params: Any
+) -> set[tuple[str, ...]]:
+    """Raise `AttachError` for weights that are read outside their own module's call, where the adapter has no effect.
+
+    Inside its module's call each adapted weight is replaced by a copy. If the output still depends on the weight
+    itself, the weight is read elsewhere.
+
+    Args:
+        run: `run(params, interceptor)` calls the model and returns its output.
+        adapted: `{scope path: leaf names}`.
+        params: the base parameters.
+
+    Returns the scope paths of the modules that the call enters.
+    """
+    names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
+    stored = {name: collections.lookup(params, keys) for keys, name in names.items()}
+    # A quantised weight is made dense within the trace, where nothing is computed.
+    values = {
+        name: jax.eval_shape(quantized.to_dense, x) if quantized.is_quantized(x) else x for name, x in stored.items()
+    }
+
+    called: set[tuple[str, ...]] = set()
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if module.scope is not None:
+            called.add(module.scope.path)
+        if not is_own_method(context):
+            return next_fun(*args, **kwargs)
+        refuse_mapped(context, adapted)
+        scope: Any = module.scope
+        marked = {x: x + SEP for x in adapted.get(scope.path, ()) if scope.has_variable("params", x + SEP)}
+        if not marked:
+            return next_fun(*args, **kwargs)
+        layer = bind_layer(module, context.method_name, next_fun)
+        copies = {leaf: scope.get_variable("params", name) for leaf, name in marked.items()}
+        y, changed = layer.run(copies, *args, **kwargs)
+        layer.write_back(changed)
+        return y
+
+    def output(weights: Mapping[str, Any]) -> Any:
+        copies = {(*keys[:-1], keys[-1] + SEP): stored[name] for keys, name in names.items()}
+        overlaid = collections.overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
+        return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
+
+    call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, values).items() if is_live)
+    return called
 
 
 # ---------------------------------------------------------------- the wrapper
 
 
 _CACHE_SIZE = 64
-
-# ---------------------------------------------------------------- the wrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +321,8 @@ class Adapted:
         default_factory=dict[str, Mapping[str, Any]], repr=False, compare=False
     )
     deterministic: bool | None = None
-    layout: RowLayout | None = dataclasses.field(default=None, repr=False)
-    rows: Rows | None = dataclasses.field(default=None, repr=False, compare=False)
+    layout: call.RowLayout | None = dataclasses.field(default=None, repr=False)
+    rows: call.Rows | None = dataclasses.field(default=None, repr=False, compare=False)
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
     # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
@@ -217,8 +366,7 @@ class Adapted:
         Raises `TargetError`, `KeyMapError` or `AttachError` for modules that the configuration selects and that cannot
         be adapted.
         """
-        plans = self._plan_adapters(rngs, args, kwargs)
-        return self._add_adapters(plans, rngs, self.module.init(rngs, *args, **kwargs))
+        return self.init_with_output(rngs, *args, **kwargs)[1]
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return the output of the module's `init_with_output`, without adapters, and the variables as from `init`.
@@ -227,7 +375,19 @@ class Adapted:
         """
         plans = self._plan_adapters(rngs, args, kwargs)
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
-        return y, self._add_adapters(plans, rngs, variables)
+        out: dict[str, Any] = dict(variables)
+        leaves = paths.flatten(out.get("params", {}))
+        base = {path: collections.unbox_tree(leaf) for path, leaf in leaves.items()}
+        shardings = collections.base_shardings(leaves)
+        for name, (recipe, sites) in plans.items():
+            key = _adapter_key(rngs, collection_name(recipe.config), name)
+            values = initial_values.init_values(
+                recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
+            )
+            adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+            for collection, tree in collections.box_like_base(adapter, leaves).named(name).items():
+                out[collection] = {**out.get(collection, {}), **tree}
+        return y, out
 
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
@@ -235,39 +395,22 @@ class Adapted:
         sizes = measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey_module(self.module, rngs, args, kwargs)
         own = {collection_name(config) for _, config in self.adapters}
-        occupied = model.collections & (own | set(map(integers_name, own)))
-        if occupied:
+        if occupied := sorted(model.collections & (own | set(map(integers_name, own)))):
             raise AttachError(
-                f"cannot add the adapter: the module has a collection {sorted(occupied)} of its own. Rename that"
+                f"cannot add the adapter: the module has a collection {occupied} of its own. Rename that"
                 " collection in the module"
             )
-        keymap = resolve_keymap(self.keymap, model.shapes)
+        keymap = families.resolve_keymap(self.keymap, model.shapes)
         entries = model.entries(keymap)
         plans: dict[str, tuple[Recipe, Sites]] = {}
         for name, config in self.adapters:
             method = get_method(config)
             if isinstance(method, PromptMethod):
                 config = method.complete(config, with_width(sizes, keymap, model.shapes))
-            plans[name] = make_recipe(config, keymap, model.shapes, entries, check=model.check)
+            plans[name] = selection.make_recipe(config, keymap, model.shapes, entries, check=model.check)
         for _, sites in plans.values():
             model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
         return plans
-
-    def _add_adapters(self, plans: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the variables with the collections of new adapters."""
-        out = dict(variables)
-        leaves = paths.flatten(variables.get("params", {}))
-        base = {path: collections.unbox_tree(leaf) for path, leaf in leaves.items()}
-        for name, (recipe, sites) in plans.items():
-            key = _adapter_key(rngs, collection_name(recipe.config), name)
-            shardings = collections.base_shardings(leaves)
-            values = initial_values.init_values(
-                recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
-            )
-            adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for collection, tree in box_like_base(adapter, leaves).named(name).items():
-                out[collection] = {**out.get(collection, {}), **tree}
-        return out
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """Call the module's `apply` with the active adapters.
@@ -291,18 +434,15 @@ class Adapted:
         self._check_reads(overlay, args, kwargs, mutable)
 
         def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            with nn.intercept_methods(overlay.interceptor):
+            with nn.intercept_methods(overlay.intercept):
                 return self.module.apply(variables, *args, mutable=mutable, **kwargs)
 
         variables = overlay.module_variables()
-        if overlay.prompt is None:
-            out = call(variables, *args, **kwargs)
-        else:
+        if overlay.prompt is not None:
             out = call_module(self.module, overlay.prompt, call, variables, args, kwargs)
-        if mutable is False:
-            return out
-        y, changed = out
-        return y, overlay.restore(changed, mutable)
+        else:
+            out = call(variables, *args, **kwargs)
+        return out if mutable is False else (out[0], overlay.restore(out[1], mutable))
 
     def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> BoundModule:
         """Bind the module and its active adapters to variables, for interactive use.
@@ -324,44 +464,43 @@ class Adapted:
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return `{leaf: note}` on how each adapted weight is followed in one abstract `apply`."""
         overlay = self.clone(deterministic=True)._make_overlay(variables, None)
-        recorder = UseRecorder(overlay.interceptor.sites, overlay.interceptor.quantized_scopes)
-        with nn.intercept_methods(recorder):
+        notes: dict[str, str] = {}
+        with nn.intercept_methods(dataclasses.replace(overlay, notes=notes).intercept):
             jax.eval_shape(lambda: self.module.apply(overlay.module_variables(), *args, **kwargs))
-        return recorder.notes
+        return notes
 
-    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
-        """Return the base module's own table. `jaxadapt.summary` shows the adapters."""
-        return self.module.tabulate(rngs, *args, **kwargs)
+    def _make_overlay(self, variables: Mapping[str, Any], rngs: Any) -> Overlay:
+        """Return the overlay of one call.
 
-    def _check_dropout(self, names: Collection[str], has_stream: bool) -> None:
-        """Raise, or warn once, if these adapters have dropout and a call has no random stream for it."""
+        Raise, or warn once, if adapters have dropout and the call has no random stream for it.
+        """
+        has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
+        overlay = build_overlay(variables, dict(self.adapters), self.active, self.data, has_stream)
+        if self.layout is not None:
+            add_rows(overlay, self.layout, self.rows)
         if has_stream:
             self._seen_streams.add(DROPOUT)
-        elif names and not self.deterministic:
-            problem = f'{", ".join(names)}: dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
+        elif overlay.with_dropout and not self.deterministic:
+            problem = (
+                f'{", ".join(overlay.with_dropout)}: dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
+            )
             if self.deterministic is False:
                 raise AttachError(f"{problem}, but deterministic=False asks for it. Pass that stream to the call")
             if DROPOUT not in self._seen_streams:
                 self._seen_streams.add(DROPOUT)
                 warn(f"{problem}. Pass it in training, and evaluate with model.clone(deterministic=True)")
-
-    def _make_overlay(self, variables: Mapping[str, Any], rngs: Any) -> Overlay:
-        """Return the overlay of one call, after the check for dropout without a random stream."""
-        has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
-        overlay = build_overlay(variables, dict(self.adapters), self.active, self.data, has_stream)
-        if self.layout is not None:
-            overlay = add_rows(overlay, self.layout, self.rows)
-        self._check_dropout(overlay.with_dropout, has_stream)
         return overlay
 
     def _check_reads(self, overlay: Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
         """Raise `AttachError` if a call reads an adapted weight outside the weight's module.
 
-        Each call signature is checked once.
+        Each call signature is checked once: the structure and the non-array arguments of a call. Shapes are assumed not
+        to select the model's code.
         """
-        sites = overlay.interceptor.sites
+        sites = overlay.sites
         adapted = sorted((*path, leaf) for path, leaves in sites.items() for leaf in leaves)
-        signature = _signature((overlay.base, adapted, args, kwargs, mutable))
+        leaves, tree = jax.tree.flatten((overlay.base, adapted, args, kwargs, mutable))
+        signature = tree, tuple(None if is_array(x) else x if isinstance(x, Hashable) else repr(x) for x in leaves)
         if not sites or signature in self._checked:
             return
 
@@ -370,26 +509,26 @@ class Adapted:
                 out = self.module.apply({**overlay.base, "params": params}, *args, mutable=mutable, **kwargs)
             return out if mutable is False else out[0]
 
-        params = overlay.base["params"]
-        check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
-        self._warn_of_missing(overlay, lambda: called_scopes(run, params))
+        called = check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"])
+        self._warn_of_missing(overlay, called)
         if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
         self._checked.add(signature)
 
-    def _warn_of_missing(self, overlay: Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
+    def _warn_of_missing(self, overlay: Overlay, called: Collection[tuple[str, ...]]) -> None:
         """Warn of targeted weights that a call uses and an adapter lacks.
 
         An `init` whose call does not reach a layer creates no adapter tensors for it.
+
+        Args:
+            called: the scope paths of the modules that the call enters.
         """
         keys_by_leaf = key_paths(overlay.base["params"])
         base = collections.unbox_tree(overlay.base["params"])
         shapes = {leaf: tuple(collections.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
         for name, adapter in overlay.active.items():
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
-            scopes = called() if missing else ()
-            used = [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in scopes]
-            if used:
+            if used := [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in called]:
                 warn(
                     "this call uses weights that target_modules selects and that are not adapted, because the adapter"
                     f" {name!r} lacks tensors for them: its init did not call their modules. Call init with arguments"
@@ -397,38 +536,11 @@ class Adapted:
                 )
 
 
-def _signature(call: Any) -> Hashable:
-    """Return the structure and the non-array arguments of a call. Shapes are assumed not to select the model's code."""
-    leaves, tree = jax.tree.flatten(call)
-    return tree, tuple(
-        None if is_array(leaf) else leaf if isinstance(leaf, Hashable) else repr(leaf) for leaf in leaves
-    )
-
-
 def _adapter_key(rngs: Any, collection: str, name: str) -> Any:
     """Return the key for an adapter's initial values, from the stream named like its collection or from "params"."""
     if isinstance(rngs, Mapping):
         rngs = rngs[collection] if collection in rngs else rngs.get("params", next(iter(rngs.values())))
     return jax.random.fold_in(rngs, zlib.crc32(f"{collection}.{name}".encode()))
-
-
-def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
-    """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
-
-    Args:
-        base: the base parameters with their boxes, nested or by dotted path.
-    """
-    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
-    if not boxes:
-        return adapter
-    values = adapter.flat()
-    for site in sites_of(adapter):
-        if site.leaf in boxes:
-            box = boxes[site.leaf]
-            for entry in site.entries:
-                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
-                values[entry.path] = box.replace(value=values[entry.path], names=names)
-    return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,7 +581,7 @@ class BoundModule:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.check is not None and name:
                 self.check(name, args, kwargs)
-            with nn.intercept_methods(self.overlay.interceptor):
+            with nn.intercept_methods(self.overlay.intercept):
                 return f(*args, **kwargs)
 
         return call
