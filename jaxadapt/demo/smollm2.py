@@ -98,8 +98,6 @@ class SmolLM2:
     @cached_property
     def config(self) -> LlamaConfig:
         """The model's hyperparameters, from the file."""
-        # The file stores eps as float32, so 1e-5 is read as 9.99999974e-06; use its shortest decimal form.
-        eps = float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon"))))
         return LlamaConfig(
             vocab_size=self._field("llama.vocab_size"),
             hidden_size=self._field("llama.embedding_length"),
@@ -109,7 +107,8 @@ class SmolLM2:
             num_kv_heads=self._field("llama.attention.head_count_kv"),
             head_dim=self._field("llama.rope.dimension_count"),
             rope_theta=float(self._field("llama.rope.freq_base")),
-            rms_norm_eps=eps,
+            # The file stores eps as float32, so 1e-5 is read as 9.99999974e-06; use its shortest decimal form.
+            rms_norm_eps=float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))),
             tie_word_embeddings="output.weight" not in self.file.names,
             max_position_embeddings=self._field("llama.context_length"),
         )

@@ -458,5 +458,4 @@ def _overlap(text: str, stop: str) -> int:
     >>> _overlap("the EN", "END"), _overlap("the", "END")
     (2, 0)
     """
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
