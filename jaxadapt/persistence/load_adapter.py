@@ -411,12 +411,15 @@ def adapter_from_tensors(
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options) -> rules.Expected:
-    """Bind a file's configuration to a base, whose experts may be fused."""
+def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options, *, has_values: bool = True) -> rules.Expected:
+    """Bind a file's configuration to a base, whose experts may be fused.
+
+    `has_values` is False for tensors that are shapes only, whose experts cannot be fused.
+    """
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         keymap = planning.target_keymap(base, options.keymap, keys)
-        if peft_tensors.may_have_experts(keys):
+        if has_values and peft_tensors.may_have_experts(keys):
             fused = experts.fuse_experts(tensors, keymap, options.given.on_shared)
             tensors = dataclasses.replace(tensors, config=fused.config, tensors=fused.tensors)
         found = {key: shape for key, shape in as_source(tensors.tensors).shapes.items() if shape}

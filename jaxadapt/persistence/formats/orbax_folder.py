@@ -218,7 +218,7 @@ def read_adapter(
     from jaxadapt.persistence import load_adapter  # imports Flax, which a reader does not need
 
     path, stored = os.fspath(place.path), find_adapter(place.path, attached, name)
-    expected = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options)
+    expected = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options, has_values=False)
     recipe, target_sites = expected.recipe, expected.sites
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
