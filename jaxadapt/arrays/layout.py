@@ -424,11 +424,6 @@ class TorchLayout:
     def __hash__(self) -> int:
         return self._hash
 
-    @property
-    def names(self) -> Names:
-        """The names of the tensors that differ between sites."""
-        return tuple(self._tensors)
-
     def factor(self, shape: Sequence[int]) -> float:
         """Return the factor by which a weight of this shape is PyTorch's weight."""
         return scale_factor(self.scale, zip(self.left, shape, strict=True), dict(self.sizes))
