@@ -15,7 +15,6 @@ import pytest
 
 import jaxadapt
 from jaxadapt import AttachError, FileError, serving
-from jaxadapt.serving import bank as banks
 from jaxadapt.serving import pool as pools
 from tests.support import small
 
@@ -195,7 +194,7 @@ def test_an_error_belongs_to_its_own_adapter(folders):
     assert not pool._pins
 
 
-@pytest.mark.parametrize(("module", "function"), [(pools, "read"), (banks, "write_slot")])
+@pytest.mark.parametrize(("module", "function"), [(pools, "read"), (serving.bank, "write_slot")])
 def test_a_lease_that_failed_once_is_followed_by_others(folders, monkeypatch, module, function):
     pool, original, errors = make(folders, slots=2), getattr(module, function), [FileError("once")]
 
