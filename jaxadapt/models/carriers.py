@@ -13,12 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, make_file_plan
-from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.sites import sites_of
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
@@ -605,12 +602,7 @@ class Foreign(Carrier):
         return foreign_tree.extract_adapter(self.found, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        leaves = adapter.flat()
-        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
-        tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
-        same = all(map(adapter.keymap.match, self.found.claimed))
-        tensors = PeftTensors(adapter.config, tensors, "this adapter")
-        return foreign_tree.fill_tree(self.found, tensors, adapter.keymap if same else None)
+        return foreign_tree.inject_adapter(self.found, adapter)
 
     def rest(self) -> Any:
         return self.whole.rest()

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import with_rank
 from jaxadapt.arrays.tensor_source import as_source
@@ -491,6 +492,15 @@ def fill_tree(
     if given.slot is not None:
         new = forms.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
     return foreign_tree.put(new)
+
+
+def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
+    """Write an `Adapter` into the LoRA leaves of a tree, by the adapter's keymap if it has entries for all of them."""
+    leaves = adapter.flat()
+    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
+    keymap = adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None
+    return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
 
 def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
