@@ -260,10 +260,6 @@ def _to_slice(part: range) -> slice:
     return slice(part.start, part.stop if part.stop >= 0 else None, part.step)
 
 
-def _shift(part: range, by: int) -> range:
-    return range(part.start - by, part.stop - by, part.step)
-
-
 def read_region(
     read_at: Callable[[memoryview, int], None], shape: Sequence[int], dtype: np.dtype, slices: Sequence[slice]
 ) -> np.ndarray:
@@ -318,7 +314,8 @@ def read_region(
             strip = aligned_empty((high - low) * strides[axis])
             read_at(strip.data, start + low * strides[axis])
             values = strip.view(dtype).reshape(high - low, *shape[axis + 1 :])
-            rows[number, first : first + count] = values[(_to_slice(_shift(group, low)), *rest)]
+            chosen = _to_slice(range(group.start - low, group.stop - low, group.step))
+            rows[number, first : first + count] = values[(chosen, *rest)]
     return out
 
 
