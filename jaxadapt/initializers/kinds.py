@@ -288,8 +288,7 @@ def _loftq(x: SiteValues) -> list[Factors]:
     options = {"loftq_bits": 4, "loftq_iter": 1} | init_settings(x.config, "loftq_config", ("loftq_bits", "loftq_iter"))
     bits, steps = options.values()
     if bits not in (4, 8) or not isinstance(steps, int) or steps < 1:
-        expected = "4 or 8 bits and a positive number of iterations"
-        raise ConfigError(f"loftq_config: expected {expected}, found {options}")
+        raise ConfigError(f"loftq_config: expected 4 or 8 bits and a positive number of iterations, found {options}")
     return [loftq(w, x.r, x.s, bits, steps) for w in x.weights]
 
 

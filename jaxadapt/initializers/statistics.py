@@ -444,13 +444,12 @@ def _select_components(
     groups: Mapping[str, Sequence[str]], states: Mapping[str, np.ndarray], ranks: Mapping[str, int], settings: Settings
 ) -> dict[str, np.ndarray]:
     """Return {module: components (rank, in)}, from the state of each group."""
-    selected: dict[str, np.ndarray] = {}
-    for head, group in groups.items():
-        state, sizes = states[head], np.sqrt(states[head][-4])
-        for m in group:
-            # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
-            selected[m] = state[: ranks[m]] / sizes[: ranks[m], None] if settings.whiten else state[: ranks[m]]
-    return selected
+    # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
+    return {
+        m: states[head][: ranks[m]] / (np.sqrt(states[head][-4, : ranks[m], None]) if settings.whiten else 1)
+        for head, group in groups.items()
+        for m in group
+    }
 
 
 def _token_mask(batch: Any, settings: Settings) -> Any:
@@ -465,20 +464,15 @@ def _token_mask(batch: Any, settings: Settings) -> Any:
 
 def _with_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
     """Return the configuration with EVA's ranks, as PEFT writes it: full module names, alphas as floats."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for module, rows in rows_by_module.items():
-        r, alpha, new = config.rank_of(module), config.alpha_of(module), len(rows)
-        if new == 0:
-            continue
-        if new != r and settings.adjust_scaling_factors:
-            alpha *= new / r
-        if new != config.r:
-            ranks[module] = new
-        if alpha != config.lora_alpha:
-            alphas[module] = alpha
+
+    def alpha(module: str, new: int) -> float:
+        old, r = config.alpha_of(module), config.rank_of(module)
+        return old * (new / r) if new != r and settings.adjust_scaling_factors else old
+
+    ranks = {module: len(rows) for module, rows in sorted(rows_by_module.items()) if len(rows)}
+    alphas = {module: alpha(module, new) for module, new in ranks.items()}
     return config.replace(
-        target_modules=sorted(m for m, rows in rows_by_module.items() if len(rows)),
-        rank_pattern=dict(sorted(ranks.items())),
-        alpha_pattern=dict(sorted(alphas.items())),
+        target_modules=list(ranks),
+        rank_pattern={module: new for module, new in ranks.items() if new != config.r},
+        alpha_pattern={module: new for module, new in alphas.items() if new != config.lora_alpha},
     )

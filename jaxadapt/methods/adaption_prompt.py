@@ -98,13 +98,12 @@ class AdaptionPrompt(PromptMethod):
         raise_listed(AttachError, "ADAPTION_PROMPT: cannot apply the adapter to this model:", problems)
         first = next(iter(by_layer.values()))[PROMPT]
         none = {PROMPT: jnp.zeros_like(first), GATE: jnp.zeros(1, first.dtype)}
-        rows: dict[str, list[Array]] = {"keys": [], "values": [], "gate": []}
-        for i, module in enumerate(sorted(modules, key=layer_number)):
-            own = by_layer.get(i, none)
-            rows["keys"].append(_project(weights, f"{module}.{KEYS}", own[PROMPT][0]))
-            rows["values"].append(_project(weights, f"{module}.{VALUES}", own[PROMPT][0]))
-            rows["gate"].append(own[GATE][0])
-        return {name: jnp.stack(each) for name, each in rows.items()}
+        rows = [(module, by_layer.get(i, none)) for i, module in enumerate(sorted(modules, key=layer_number))]
+        return {
+            "keys": jnp.stack([_project(weights, f"{module}.{KEYS}", own[PROMPT][0]) for module, own in rows]),
+            "values": jnp.stack([_project(weights, f"{module}.{VALUES}", own[PROMPT][0]) for module, own in rows]),
+            "gate": jnp.stack([own[GATE][0] for _, own in rows]),
+        }
 
     def attend(self, attention: Callable[..., Array], arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
         key, value = (

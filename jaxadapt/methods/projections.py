@@ -249,12 +249,14 @@ class Randlora(MatrixMethod):
             sizes = (max(t.out_size for t in targets), max(t.in_size for t in targets))
             a, b = (config.r, 1, min(sizes)), (max(sizes), -(-min(sizes) // config.r), config.r)
         a, b = (config.r, 1, a[-1]), (b[0], b[1] if len(b) == 3 else 0, config.r)
-        needs = (
-            ("randlora_A", a[2], "as its smaller size", lambda t: min(t.in_size, t.out_size)),
-            ("randlora_B", b[0], "as its larger size", lambda t: max(t.in_size, t.out_size)),
-            ("randlora_B", b[1], "bases", lambda t: -(-min(t.in_size, t.out_size) // config.r)),
+        check_projections(
+            targets,
+            (
+                ("randlora_A", a[2], "as its smaller size", lambda t: min(t.in_size, t.out_size)),
+                ("randlora_B", b[0], "as its larger size", lambda t: max(t.in_size, t.out_size)),
+                ("randlora_B", b[1], "bases", lambda t: -(-min(t.in_size, t.out_size) // config.r)),
+            ),
         )
-        check_projections(targets, needs)
         return tuple(
             own_tensor(name, shape, trained=False, repeated=True)
             for name, shape in (("randlora_A", a), ("randlora_B", b))

@@ -172,16 +172,12 @@ class UniLora(FactoredMethod):
     examples = ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
 
     def tensors(self, config: UniLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        options: dict[str, Any] = {"own": (("r", config.r),), "trained": False}
-        options |= {"optional": True, "in_file": config.save_indices}
-        made: list[MethodTensor] = []
-        for name, dtype in (("indices", "int32"), ("scales", None)):
-            a, b = (f"unilora_{name}_{side}" for side in "AB")
-            made += [
-                axes_tensor(a, "r in", dtype=dtype, **options),
-                axes_tensor(b, "out r", dtype=dtype, **options),
-            ]
-        return tuple(made)
+        options: dict[str, Any] = {"own": (("r", config.r),), "optional": True, "in_file": config.save_indices}
+        return tuple(
+            axes_tensor(f"unilora_{name}_{side}", axes, dtype=dtype, trained=False, **options)
+            for name, dtype in (("indices", "int32"), ("scales", None))
+            for side, axes in (("A", "r in"), ("B", "out r"))
+        )
 
     def shared(self, config: UniLoraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return (own_tensor(THETA, (config.theta_d_length,)),)
@@ -258,30 +254,30 @@ class Vblora(FactoredMethod):
     )
 
     def tensors(self, config: VBLoRAConfig, target: Target) -> tuple[MethodTensor, ...]:
-        made: list[MethodTensor] = []
-        end = f"_{INDICES}" if config.save_only_topk_weights else ""
-        for side, axis, size in (("A", 1, "in_size"), ("B", 0, "out_size")):
-            name = f"vblora_logits_{side}"
+        def count(size: int) -> int:
+            if size % config.vector_length:
+                raise target.refuse(
+                    f"vector_length={config.vector_length} does not divide {size}, a size of the weight; choose a"
+                    " length that divides the inputs and the outputs of every module"
+                )
+            return size // config.vector_length
 
-            def count(size: str = size) -> int:
-                total: int = getattr(target, size)
-                if total % config.vector_length:
-                    raise target.refuse(
-                        f"vector_length={config.vector_length} does not divide {total}, a size of the weight; choose a"
-                        " length that divides the inputs and the outputs of every module"
-                    )
-                return total // config.vector_length
-
-            tiles = target.own_size(f"{name}{end}", axis, count)
-            shape = (config.r, tiles) if side == "A" else (tiles, config.r)
-            if not config.save_only_topk_weights:
-                made.append(own_tensor(name, (*shape, config.num_vectors)))
-                continue
-            made += [
-                own_tensor(f"{name}_{INDICES}", (*shape, config.topk), trained=False, dtype=_dtype(config.num_vectors)),
+        a, b, end = "vblora_logits_A", "vblora_logits_B", f"_{INDICES}" if config.save_only_topk_weights else ""
+        shapes = {
+            a: (config.r, target.own_size(f"{a}{end}", 1, lambda: count(target.in_size))),
+            b: (target.own_size(f"{b}{end}", 0, lambda: count(target.out_size)), config.r),
+        }
+        if not config.save_only_topk_weights:
+            return tuple(own_tensor(name, (*shape, config.num_vectors)) for name, shape in shapes.items())
+        dtype = "uint8" if config.num_vectors < 2**8 else "int16" if config.num_vectors < 2**15 else "int32"  # as PEFT
+        return tuple(
+            tensor
+            for name, shape in shapes.items()
+            for tensor in (
+                own_tensor(f"{name}_{INDICES}", (*shape, config.topk), trained=False, dtype=dtype),
                 own_tensor(f"{name}_{WEIGHTS}", (*shape, config.topk - 1), trained=False),
-            ]
-        return tuple(made)
+            )
+        )
 
     def shared(self, config: VBLoRAConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
         return (own_tensor(BANK, (config.num_vectors, config.vector_length)),)
@@ -330,8 +326,3 @@ def choose_vectors(logits: Array, topk: int) -> tuple[Array, Array]:
     largest, indices = (x.reshape(*logits.shape[:-1], topk) for x in chosen)
     powers = jnp.exp(largest - largest[..., :1])
     return indices, powers / powers.sum(-1, keepdims=True)
-
-
-def _dtype(num_vectors: int) -> str:
-    """Return the dtype of the indices in PEFT's files."""
-    return "uint8" if num_vectors < 2**8 else "int16" if num_vectors < 2**15 else "int32"

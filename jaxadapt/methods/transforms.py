@@ -287,15 +287,12 @@ class C3a(MatrixMethod):
 
     def init(self, config: C3AConfig, tensor: MethodTensor, start: Start) -> Draw:
         rows, columns, size = start.shape
-        match config.init_weights:
-            case True:
-                return Draw("constant", 0.0)
-            case "gaussian":
-                return Draw("normal", 1.0)
-            case "kaiming_uniform":
-                return Draw("uniform", math.sqrt(1 / (columns * size)))
-            case _:
-                return Draw("uniform", math.sqrt(6 / ((rows + columns) * size)))
+        draws = {
+            True: Draw("constant", 0.0),
+            "gaussian": Draw("normal", 1.0),
+            "kaiming_uniform": Draw("uniform", math.sqrt(1 / (columns * size))),
+        }
+        return draws.get(config.init_weights, Draw("uniform", math.sqrt(6 / ((rows + columns) * size))))
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         kernel = params["c3a_kernel"]

@@ -337,8 +337,8 @@ class Deft(MatrixMethod):
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)
-        p, r_in = axes_tensor("deft_P", "out r", r), axes_tensor("deft_R", "r in", r, from_base=config.init_weights)
-        return (p,) if config.para else (p, r_in)
+        removed = axes_tensor("deft_P", "out r", r)
+        return (removed,) if config.para else (removed, axes_tensor("deft_R", "r in", r, from_base=config.init_weights))
 
     def starts_unchanged(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para
@@ -398,11 +398,9 @@ class Osf(MatrixMethod):
     examples = ({}, {"effective_rank": 3, "init_weights": False})
 
     def tensors(self, config: OSFConfig, target: Target) -> tuple[MethodTensor, ...]:
-        def kept(module: str) -> int:
-            return min(smaller, _kept_rank(config, module, smaller))
-
         smaller = min(_sizes(target))
-        high = int(shared_value("effective_rank", {module: kept(module) for module in target.modules}))
+        kept = {module: min(smaller, _kept_rank(config, module, smaller)) for module in target.modules}
+        high = int(shared_value("effective_rank", kept))
         if not 0 < high < smaller:
             raise target.refuse(
                 f"OSF needs an effective_rank from 1 to {smaller - 1}, less than the smaller size of the weight, so"
@@ -467,11 +465,10 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 def _kept_rank(config: OSFConfig, module: str, smaller: int) -> int:
     """Return the number of singular directions that PEFT keeps in a module."""
-    value = config.effective_rank
-    for pattern, rank in (config.rank_pattern or {}).items():
-        if compile_pattern("target_modules", pattern).search(module):  # PEFT searches; it does not match the end
-            value = rank
-            break
+    # PEFT searches; it does not match the end.
+    patterns = (config.rank_pattern or {}).items()
+    found = (rank for pattern, rank in patterns if compile_pattern("target_modules", pattern).search(module))
+    value = next(found, config.effective_rank)
     if value is None:
         return smaller // 2
     return int(smaller * value) if isinstance(value, float) and value <= 1 else int(value)
