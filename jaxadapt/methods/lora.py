@@ -319,13 +319,10 @@ class Lora(Method):
     as_head = MappingProxyType({"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"})
     examples = ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
-    def __init__(self, depth: int | None = None) -> None:
-        if depth is not None:
-            self.wrapper_depth = depth
-            self.on_parameters = True
-
     def for_parameter(self, depth: int) -> Lora:
-        return Lora(depth)
+        method = Lora()
+        method.wrapper_depth, method.on_parameters = depth, True
+        return method
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)

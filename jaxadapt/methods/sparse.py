@@ -135,21 +135,13 @@ class Supertuning(MatrixMethod):
                 )
             return entries
 
-        n = target.own_size(VALUES, 0, count)
-        made = [
+        n, saved = target.own_size(VALUES, 0, count), config.save_precomputed_indices
+        sides = () if config.r is None else ((LORA_A, "r in"), (LORA_B, "out r"))
+        return (
             own_tensor(VALUES, (n,)),
-            own_tensor(
-                INDICES, (n,), trained=False, dtype="int32", from_base=True, optional=True,
-                in_file=config.save_precomputed_indices,
-            ),
-        ]  # fmt: skip
-        if config.r is not None:
-            r = (("r", config.r),)
-            made += [
-                axes_tensor(LORA_A, "r in", r, suffix=f".{LORA_A}.weight"),
-                axes_tensor(LORA_B, "out r", r, suffix=f".{LORA_B}.weight"),
-            ]
-        return tuple(made)
+            own_tensor(INDICES, (n,), trained=False, dtype="int32", from_base=True, optional=True, in_file=saved),
+            *(axes_tensor(name, axes, (("r", config.r or 0),), f".{name}.weight") for name, axes in sides),
+        )
 
     def own(self, config: SupertuningConfig, target: Target) -> OwnHparams:
         return OwnHparams(0.0 if config.r is None else float(config.lora_alpha or 0) / config.r)
