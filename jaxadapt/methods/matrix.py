@@ -354,5 +354,4 @@ class FactoredMethod(MatrixMethod):
         return y + (x.astype(a.dtype) @ a.T) @ b.T
 
     def plain_rank(self, config: Any) -> int:
-        rank: int = config.r
-        return rank
+        return int(config.r)
