@@ -573,8 +573,7 @@ def _places(
     """Yield (the tensors of one place of an adapter, a name, the array that they get under it)."""
     collection, owners = collection_name(adapter.config), held.walk().leaves
     if get_method(adapter.config).scope == "model":  # a prompt, whose tensors are the model's
-        tensors = vars(held.tree)[collection][name][SHARED_NODE]
-        yield from ((tensors, key, array) for key, array in arrays.items())
+        yield from ((vars(held.tree)[collection][name][SHARED_NODE], key, array) for key, array in arrays.items())
     for site in sites_of(adapter):
         module, attr = owners[site.leaf]
         for key, array in () if site.method.copies else arrays.items():

@@ -99,8 +99,11 @@ def _names(given: Collection[str]) -> list[str]:
 
 def _find_lorax(tree: Any) -> dict[str, Any]:
     """Return `{path: lorax.LoraWeight}`, nodes of a weight and its LoRA whose three arrays have ambiguous paths."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_lorax)
-    return {_node_path(keys): node for keys, node in nodes if _is_lorax(node)}
+    return {
+        _node_path(keys): node
+        for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_lorax)
+        if _is_lorax(node)
+    }
 
 
 def _is_lorax(node: Any) -> bool:

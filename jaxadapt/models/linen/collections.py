@@ -96,8 +96,7 @@ def replace_adapter_values(
         values: `{path: array}` for all parameters of the adapter.
         recipe: replaces the adapter's recipe, if given.
     """
-    found = next(keys for keys in find_adapters(tree) if keys[-1:] in ((), (name,)))
-    for keys in places(tree, found):
+    for keys in places(tree, next(keys for keys in find_adapters(tree) if keys[-1:] in ((), (name,)))):
         tree = with_value(tree, replace_values(lookup(tree, keys), values, recipe), *keys)
     return tree
 

@@ -219,8 +219,11 @@ def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Surve
 
     specs = paths.flatten(collections.unbox_tree(jax.eval_shape(init_with_markers)).get("params", {}))
     for leaf in survey.shapes:
-        markers = [specs[name].shape for name in (f"{leaf}{SEP}.0", f"{leaf}{SEP}.1") if name in specs]
-        added = [tuple(i for i, size in enumerate(shape) if size < _MARKER_SIZE) for shape in markers]
+        added = [
+            tuple(i for i, size in enumerate(specs[name].shape) if size < _MARKER_SIZE)
+            for name in (f"{leaf}{SEP}.0", f"{leaf}{SEP}.1")
+            if name in specs
+        ]
         if added:
             survey.stack[leaf] = added[0]
         if added and added[0] != added[1]:

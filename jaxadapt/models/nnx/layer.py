@@ -82,8 +82,8 @@ def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, 
     attributes = vars(view)
     attributes.update(vars(module))
     for leaf, value in {**quantized_params(module), **values}.items():
-        value = quantized.to_dense(value)
-        attributes[leaf] = attributes[leaf].copy(value)  # keeps the variable's type and metadata
+        # A copy keeps the variable's type and metadata.
+        attributes[leaf] = attributes[leaf].copy(quantized.to_dense(value))
     return view
 
 
