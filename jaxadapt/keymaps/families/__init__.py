@@ -1,4 +1,4 @@
-"""The keymaps of model families, and the lookup of `keymap=`. A new family is a `KeyMap` in one of the files."""
+"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and a row of `TABLE`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,34 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
-FILES = ("hugging_face", "libraries", "maxtext")
-"""The files of this package, in the order in which their families are tried."""
+TABLE = {
+    "llama": "LLAMA",
+    "gpt": "GPT2 GPT2_DENSE GPT_NEO GPTJ",
+    "bert": "BERT ROBERTA",
+    "t5": "T5",
+    "vit": "VIT",
+    "clip": "CLIP",
+    "whisper": "WHISPER",
+    "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
+    "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
+    "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4 GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
+    "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3 GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B"
+    " MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
+    "keras": "LLAMA QWEN3 GEMMA3",
+    "easydel": "LLAMA",
+    "openpi": "PI0",
+}
+"""`{file of this package: its keymaps}`, in the order in which families are tried."""
 
 
-def load_families(files: Iterable[str]) -> dict[str, KeyMap]:
-    """Return `{name: keymap}` of the keymaps that these files define."""
-    values = (value for file in files for value in vars(importlib.import_module(f"{__name__}.{file}")).values())
-    return {value.name: value for value in values if isinstance(value, KeyMap)}
+def load_families(table: Mapping[str, str]) -> dict[str, KeyMap]:
+    """Return `{name: keymap}` of the rows of a table such as `TABLE`."""
+    files = {file: vars(importlib.import_module(f"{__name__}.{file}")) for file in table}
+    keymaps: list[KeyMap] = [files[file][name] for file, names in table.items() for name in names.split()]
+    return {keymap.name: keymap for keymap in keymaps}
 
 
-FAMILIES = load_families(FILES)
+FAMILIES = load_families(TABLE)
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")

@@ -80,6 +80,25 @@ KEYS_FIRST_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
 # ---------------------------------------------------------------- decoders
 
 
+LAYER = "model.layers.{l}."
+"""The prefix of a layer's names in PyTorch."""
+
+Names = Iterable[tuple[str, str]]
+"""Pairs of a module's name in JAX and in PyTorch."""
+
+
+def layer_kernels(*modules: str) -> tuple[Weight, ...]:
+    """Return the kernels of a decoder's layer, which read the residual stream or write to it."""
+    axes = {"o_proj": INTO, "down_proj": INTO, "q_b_proj": "r o", "kv_b_proj": "r o"}
+    pairs = ((f"{LAYER}{m}", axes.get(m.rpartition(".")[2], FROM)) for m in modules)
+    return tuple(kernel for m, pattern in pairs for kernel in dense(m, bias=False, axes=pattern))
+
+
+def layer_norms(layer: str, names: Names, axis: str = "d", leaf: str = "scale") -> tuple[Weight, ...]:
+    """Return the entries of a layer's norms; `layer` is the prefix of its names in JAX."""
+    return tuple(Weight(f"{layer}{a}.{leaf}", f"{LAYER}{b}.weight", f"{axis} -> {axis}") for a, b in names)
+
+
 def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMap:
     """Return the keymap of a decoder that has Llama's modules in PyTorch; `fields` are further fields of `KeyMap`."""
     return KeyMap(
@@ -99,13 +118,12 @@ Modules = tuple[tuple[str, tuple[str, ...]], ...]
 
 def single_expert_names(block: str, wide: tuple[str, str], down: str, router: str = "") -> Modules:
     """Return the names of single experts in transformers 4 (gate, up and down of `block`) and of the router."""
-    layer = "model.layers.{l}."
-    expert = f"{layer}{block}.experts.{{e}}."
+    expert = f"{LAYER}{block}.experts.{{e}}."
     names = (
-        (f"{layer}mlp.experts.gate_up_proj", tuple(expert + name for name in wide)),
-        (f"{layer}mlp.experts.down_proj", (expert + down,)),
+        (f"{LAYER}mlp.experts.gate_up_proj", tuple(expert + name for name in wide)),
+        (f"{LAYER}mlp.experts.down_proj", (expert + down,)),
     )
-    return (*names, (f"{layer}mlp.gate.weight", (f"{layer}{router}",))) if router else names
+    return (*names, (f"{LAYER}mlp.gate.weight", (f"{LAYER}{router}",))) if router else names
 
 
 EACH_MIXTRAL = single_expert_names("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
