@@ -25,7 +25,8 @@ from jaxadapt.analysis.norms import Grid, HeatMap, as_float64, draw_maps, make_g
 from jaxadapt.arrays.tensor_source import TensorSource, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import AdapterError, MismatchError, Progress, bullets, byte_counter, reporter
+from jaxadapt.core.errors import AdapterError, MismatchError, bullets
+from jaxadapt.core.progress import Progress, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs

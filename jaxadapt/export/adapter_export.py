@@ -20,7 +20,8 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, Progress, Report, raise_listed, reporter, warn
+from jaxadapt.core.errors import ConfigError, FileError, raise_listed, warn
+from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.export import conversion, untying
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import start

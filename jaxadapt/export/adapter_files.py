@@ -18,7 +18,8 @@ from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, Progress, raise_listed, reporter
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
+from jaxadapt.core.progress import Progress, reporter
 from jaxadapt.export import conversion
 from jaxadapt.initializers import start_adapter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX

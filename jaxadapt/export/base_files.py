@@ -32,20 +32,8 @@ from jaxadapt.arrays.tensor_source import (
     stack,
 )
 from jaxadapt.core import paths
-from jaxadapt.core.errors import (
-    LOGGER,
-    AttachError,
-    FileError,
-    FormatError,
-    KeyMapError,
-    MismatchError,
-    Progress,
-    Report,
-    byte_counter,
-    raise_listed,
-    reporter,
-    warn,
-)
+from jaxadapt.core.errors import AttachError, FileError, FormatError, KeyMapError, MismatchError, raise_listed, warn
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.export import untying
 from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths

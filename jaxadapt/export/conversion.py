@@ -25,16 +25,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import (
-    ConfigError,
-    FileError,
-    FormatError,
-    KeyMapError,
-    Progress,
-    Report,
-    raise_listed,
-    reporter,
-)
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed
+from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs

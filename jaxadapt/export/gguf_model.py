@@ -28,18 +28,8 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
-from jaxadapt.core.errors import (
-    LOGGER,
-    ConfigError,
-    FileError,
-    FormatError,
-    MismatchError,
-    Progress,
-    Report,
-    byte_counter,
-    raise_listed,
-    reporter,
-)
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.export import gguf_files, merge_files, untying
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.persistence import folder

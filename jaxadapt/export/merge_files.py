@@ -17,7 +17,8 @@ from jaxadapt.arrays import finite
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, dtype_name, float_dtype, is_float, numpy_dtype
 from jaxadapt.configs import lora
 from jaxadapt.core import paths
-from jaxadapt.core.errors import LOGGER, ConfigError, FileError, MismatchError, Progress, byte_counter, reporter, warn
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, warn
+from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
 from jaxadapt.export import base_files, conversion, untying
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination

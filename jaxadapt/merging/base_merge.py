@@ -22,17 +22,9 @@ from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER
 from jaxadapt.core import paths
-from jaxadapt.core.errors import (
-    AttachError,
-    MismatchError,
-    Progress,
-    byte_counter,
-    no_report,
-    raise_listed,
-    reporter,
-    warn,
-)
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.paths import Spec, compare
+from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.methods.applied import AppliedMethod, weight_order

@@ -17,7 +17,8 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs.base import Config, loads
-from jaxadapt.core.errors import FileError, MismatchError, Progress, Report, byte_counter, no_report, reporter
+from jaxadapt.core.errors import FileError, MismatchError
+from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import findings, formats, reading
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.storage import location

@@ -20,7 +20,8 @@ from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors, normalize_ke
 from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, Report, no_report, warn
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
+from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import findings, formats, run_folder
 from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning

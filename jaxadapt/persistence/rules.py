@@ -36,7 +36,8 @@ from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, MismatchError, Report, byte_counter, no_report, warn
+from jaxadapt.core.errors import AdapterError, MismatchError, warn
+from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps import check, generic
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap

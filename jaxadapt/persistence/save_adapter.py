@@ -37,17 +37,8 @@ from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import (
-    LOGGER,
-    AttachError,
-    FileError,
-    MismatchError,
-    Progress,
-    Report,
-    no_report,
-    raise_listed,
-    reporter,
-)
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed
+from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.core.errors import LOGGER, AdapterError, AttachError, FileError, FormatError, Progress
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError
+from jaxadapt.core.progress import LOGGER, Progress
 from jaxadapt.persistence import card as cards
 from jaxadapt.persistence import folder
 from jaxadapt.storage import hub, location

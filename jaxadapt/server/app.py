@@ -29,7 +29,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from jaxadapt import serving
-from jaxadapt.core.errors import LOGGER, AdapterError, ConfigError, FileError, warn
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
+from jaxadapt.core.progress import LOGGER
 from jaxadapt.server import protocol
 from jaxadapt.server.base import END, START, Base, find, is_plain, is_there, make_room, scan
 from jaxadapt.server.engine import Engine, Job, Metrics

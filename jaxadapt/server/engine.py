@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt.core.errors import LOGGER, AdapterError
+from jaxadapt.core.errors import AdapterError
+from jaxadapt.core.progress import LOGGER
 from jaxadapt.server.protocol import Piece, RequestError, TextStream, TokenScore, token_scores
 from jaxadapt.serving.generation import Decoder, Sampling, Scores
 from jaxadapt.serving.pool import AdapterPool

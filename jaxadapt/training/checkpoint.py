@@ -34,7 +34,8 @@ import jax
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import LOGGER, AdapterError, AttachError, ConfigError, FileError, Progress, reporter
+from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
+from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord

@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
-from jaxadapt.core.errors import FormatError, Report, byte_counter, no_report, raise_listed
+from jaxadapt.core.errors import FormatError, raise_listed
+from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import CRC, META, SCHEMA, StepRecord, head_crc
 from jaxadapt.storage import atomic, local_files, safetensors, sharded_write

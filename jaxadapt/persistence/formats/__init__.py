@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, Report, no_report
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
+from jaxadapt.core.progress import Report, no_report
 from jaxadapt.storage import location, orbax
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location

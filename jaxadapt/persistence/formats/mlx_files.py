@@ -24,7 +24,8 @@ from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
+from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
 from jaxadapt.persistence.findings import EXPECTED, Finding, error

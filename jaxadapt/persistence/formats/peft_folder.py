@@ -29,20 +29,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
-from jaxadapt.core.errors import (
-    LOGGER,
-    AttachError,
-    ConfigError,
-    FileError,
-    FormatError,
-    MismatchError,
-    Progress,
-    Report,
-    byte_counter,
-    raise_listed,
-    reporter,
-    warn,
-)
+from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import card, findings, fingerprint
 from jaxadapt.persistence.findings import Finding, error, warning
