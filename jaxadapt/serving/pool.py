@@ -483,8 +483,9 @@ class AdapterPool(RowsByName):
             mine.set_exception(error)
             raise
         with self._changed:
-            while len(self._host) > self._host_room:
-                self._host.popitem(last=False)
+            complete = (number for number, each in self._host.items() if each.done())  # others are still being read
+            for number in list(itertools.islice(complete, max(0, len(self._host) - self._host_room))):
+                del self._host[number]
         return mine.result()
 
     def _read_adapter(self, version: Version) -> Adapter:

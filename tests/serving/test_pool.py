@@ -255,6 +255,25 @@ def test_host_memory_keeps_to_its_budget_and_saves_reading(folders, monkeypatch)
         assert not small_pool._host
 
 
+def test_an_adapter_that_is_being_read_is_read_once_whatever_host_memory_is_full_of(folders, monkeypatch):
+    pool, read, go_on = make(folders, host_bytes=1), [], threading.Event()
+
+    def wait_for_others(name):
+        read.append(name)
+        assert name != "a0" or go_on.wait(30)
+
+    on_reading(monkeypatch, wait_for_others)
+    first = pool.prefetch(["a0"])["a0"]
+    with pool.lease(["a1"]):  # there is no room for it, and none for a0
+        second = pool.prefetch(["a0"])["a0"]
+        with pytest.raises(TimeoutError):
+            second.result(0.5)
+    go_on.set()
+    assert first.result(30) == second.result(30)
+    assert sorted(read) == ["a0", "a1"]
+    pool.close()
+
+
 def test_rows_take_adapters_by_name_as_in_peft(folders):
     pool = make(folders, slots=5)
     module = serving.attach(small.LinenNet(), pool._bank)
