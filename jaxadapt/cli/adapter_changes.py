@@ -346,12 +346,12 @@ def merge_command(
       jaxadapt merge SmolLM2-135M/ hf://org/name --out merged/ --dtype bfloat16 --device gpu:1
       jaxadapt merge SmolLM2-135M.gguf out/ --out merged.gguf --dtype q8_0
     """
-    from jaxadapt.export import gguf_model, merge_files
+    from jaxadapt.export import merge_files
 
     is_gguf = base.endswith(".gguf")
     if dtype == "q8_0" and not is_gguf:
         raise click.BadParameter("q8_0 is a type of GGUF files: expected a BASE ending in .gguf", param_hint="--dtype")
-    merge = gguf_model.merge_gguf if is_gguf else merge_files.merge_folder
+    merge = merge_files.merge_gguf if is_gguf else merge_files.merge_folder
     with _on_device(device):
         count = merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
     output.print_result(as_json, {"folder": out, "changed": count}, [("folder", out), ("changed", f"{count} weights")])

@@ -334,15 +334,15 @@ class Config:
         >>> class_of("LORA")(r=4, target_modules=["q"], use_dora=True).shown_fields()
         {'r': 4, 'lora_alpha': 8, 'use_dora': True}
         """
-        plain, main = _defaults(type(self)), FACTS[self.peft_type].main_fields
+        plain, main = thaw(_defaults(type(self))), FACTS[self.peft_type].main_fields
         hidden = {*_defaults(Config), "target_modules"}
-        values = {name: thaw(getattr(self, name)) for name in plain} | thaw(self.extra)
+        values = thaw({name: getattr(self, name) for name in plain} | {**self.extra})
         return {
             name: value
             for name, value in values.items()
             if name not in hidden
             and value not in (None, [], {})
-            and ((value and name in main) or value != thaw(plain.get(name, False)))
+            and ((value and name in main) or value != plain.get(name, False))
         }
 
     def describe_change(self) -> str | None:
@@ -373,8 +373,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values under the keys of `adapter_config.json`, in its order."""
-        known = {name: thaw(getattr(self, name)) for name in _defaults(type(self)) if name != "extra"}
-        return dict(sorted({**known, **thaw(self.extra)}.items()))
+        known = {name: getattr(self, name) for name in _defaults(type(self)) if name != "extra"}
+        return dict(sorted(thaw({**known, **self.extra}).items()))
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json` as PEFT writes it: indent 2, sorted keys, no final newline.

@@ -1,43 +1,56 @@
-"""Changes of adapter files without a model: another rank, other names, a plain LoRA of a start, one adapter taken out.
+"""Changes of adapter files without a model: another rank, other names, a plain LoRA of a start, one adapter taken out,
+and the form that another program reads.
+
+    PEFT folder ──plain_lora──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
 
 Each function reads an adapter, changes it and writes another; the source stays as it is. Image adapters in one file
-are written as one file again if the target's name ends in .safetensors.
+are written as one file again if the target's name ends in .safetensors. An export computes what PEFT computes: an
+adapter of another method becomes the nearest plain LoRA, and a start that changed the base is undone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxadapt.adapters import peft_tensors
+from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays import finite
-from jaxadapt.arrays.tensor_source import as_source, rename
+from jaxadapt.arrays.tensor_source import as_source, float_dtype, rename
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed
-from jaxadapt.core.progress import Progress, reporter
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, Progress, Report, raise_listed, reporter, warn
 from jaxadapt.export import conversion
-from jaxadapt.initializers import start_adapter
-from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.initializers.kinds import init_kind
+from jaxadapt.initializers.start_adapter import convert_start, start
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import combination
-from jaxadapt.merging.pairs import as_start
-from jaxadapt.persistence import folder, formats, load_adapter, tensor_checks, verify_folder
+from jaxadapt.merging.pairs import as_start, plain_lora
+from jaxadapt.models.carriers import DEFAULT
+from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter, tensor_checks, verify_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
-from jaxadapt.storage import location
+from jaxadapt.storage import atomic, hf_model, location, orbax
+
+# ---------------------------------------------------------------- other ranks
+
 
 Path = str | os.PathLike[str]
 
 
-def _kept(result: peft_tensors.PeftTensors, source: peft_tensors.PeftTensors) -> peft_tensors.PeftTensors:
+def _kept(result: PeftTensors, source: PeftTensors) -> PeftTensors:
     """Return a result with the fingerprint of the source's base, and the fields that name the base and the task."""
-    names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
-    fields = {name: source.config.get(name) for name in names}
-    config = result.config.replace(inference_mode=True, **fields)
+    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+    config = result.config.replace(inference_mode=True, **{name: source.config.get(name) for name in kept})
     return dataclasses.replace(result, config=config, source=source.source, fingerprint=source.fingerprint)
 
 
@@ -81,12 +94,12 @@ def resize_files(
         return error
 
 
-def _refuse_not_finite(tensors: peft_tensors.PeftTensors, way_out: str) -> None:
+def _refuse_not_finite(tensors: PeftTensors, way_out: str) -> None:
     if names := finite.names_not_finite(tensors.tensors):
         raise MismatchError(f"{tensors.source}: {finite.not_finite_message(names, way_out)}")
 
 
-def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> peft_tensors.PeftTensors:
+def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> PeftTensors:
     """Write a trained adapter that changed its base when it started (PiSSA, OLoRA, …) as a plain LoRA for the original.
 
     Args:
@@ -103,7 +116,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
-        result = _kept(start_adapter.convert_start(new, as_start(old, new.config)), new)
+        result = _kept(convert_start(new, as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result
 
@@ -132,8 +145,8 @@ def rename_files(
         if base is not None:
             names = _names_in_base(tensors, modules, copied, base)
         else:
-            begins = [name for name in modules | copied if name.startswith(old or "")]
-            names = {name: new + name.removeprefix(old or "") for name in begins}
+            begin = old or ""
+            names = {name: new + name.removeprefix(begin) for name in modules | copied if name.startswith(begin)}
         changed = {name: to for name, to in names.items() if name != to}
         if not changed:
             why = (
@@ -147,7 +160,7 @@ def rename_files(
         return changed
 
 
-def _named_modules(tensors: peft_tensors.PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
+def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
     """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
     modules, copied = dict[str, None](), dict[str, None]()
     for key in tensors.tensors:
@@ -158,35 +171,31 @@ def _named_modules(tensors: peft_tensors.PeftTensors) -> tuple[dict[str, None], 
     return modules, {name: None for name in copied if name not in modules}
 
 
-def _names_in_base(
-    tensors: peft_tensors.PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any
-) -> dict[str, str]:
+def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
     """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
     shapes, wanted = verify_folder.base_shapes(base), [*modules, *copied]
-    names = verify_folder.names_in_base(wanted, shapes)
-    if names is None:  # a tied head is in no file
-        wanted = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]
-        names = verify_folder.names_in_base(wanted, shapes)
-    if names is None:
-        raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(wanted))
-    return names
+    in_files = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]  # a tied head is in no file
+    for each in (wanted, in_files):
+        if (names := verify_folder.names_in_base(each, shapes)) is not None:
+            return names
+    raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
 
 
 def _renamed(
-    tensors: peft_tensors.PeftTensors,
+    tensors: PeftTensors,
     changed: Mapping[str, str],
     modules: Mapping[str, str],
     beginning: tuple[str, str],
-) -> peft_tensors.PeftTensors:
+) -> PeftTensors:
     keys: dict[str, str] = {}
     for key in tensors.tensors:
-        name = key.removeprefix(PEFT_PREFIX)
-        renamed = f"{PEFT_PREFIX}{_rename(name, changed)}" if key.startswith(PEFT_PREFIX) else key
+        has_module = key.startswith(PEFT_PREFIX)
+        renamed = f"{PEFT_PREFIX}{_rename(key.removeprefix(PEFT_PREFIX), changed)}" if has_module else key
         if renamed in keys:
             raise MismatchError(f"{tensors.source}: {key} and {keys[renamed]} would both be called {renamed}")
         keys[renamed] = key
     source = rename(as_source(tensors.tensors), keys)
-    return peft_tensors.PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
+    return PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
 
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:
@@ -198,7 +207,7 @@ def _rename(name: str, changed: Mapping[str, str]) -> str:
 
 
 def _renamed_config(
-    tensors: peft_tensors.PeftTensors,
+    tensors: PeftTensors,
     changed: Mapping[str, str],
     modules: Mapping[str, str],
     beginning: tuple[str, str],
@@ -211,9 +220,7 @@ def _renamed_config(
         modules: {adapted module: its name}, also of those that keep it.
         beginning: the beginning to replace, and its replacement.
     """
-    config = tensors.config
-
-    values = _renamed_fields(config, changed, beginning)
+    config, values = tensors.config, _renamed_fields(tensors.config, changed, beginning)
     targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
     renamed = Config.from_dict(values)
     is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
@@ -229,13 +236,14 @@ def _renamed_config(
     for field in ("rank_pattern", "alpha_pattern"):
         wanted = _pattern_values(config, field, modules)
         if wanted != _pattern_values(renamed, field, modules.values()):
-            found = zip(modules.values(), wanted, strict=True)
-            values[field] = {to: value for to, value in found if value is not None}
+            values[field] = {to: x for to, x in zip(modules.values(), wanted, strict=True) if x is not None}
     result = Config.from_dict(values)
     lost = [to for to in targets.values() if not matching.is_target(result, to)]
-    for field in ("rank_pattern", "alpha_pattern"):
-        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values()):
-            lost.append(f"those of {field}")
+    lost += [
+        f"those of {field}"
+        for field in ("rank_pattern", "alpha_pattern")
+        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values())
+    ]
     raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
     return result
 
@@ -250,13 +258,19 @@ def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple
         renamed = _rename(name, changed)
         return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
 
-    for field in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
-        if isinstance(values.get(field), list):
+    for field in _NAMING & values.keys():
+        if isinstance(values[field], list):
             values[field] = [one(name) for name in values[field]]
-    for field in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-        if isinstance(values.get(field), dict):
+        elif isinstance(values[field], dict):
             values[field] = {one(name): value for name, value in values[field].items()}
     return values
+
+
+_NAMING = frozenset({
+    "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters", "rank_pattern",
+    "alpha_pattern", "trainable_token_indices",
+})  # fmt: skip
+"""Fields that name modules: lists, or dicts by name."""
 
 
 def _pattern_values(config: Config, field: str, names: Iterable[str]) -> list[Any]:
@@ -276,7 +290,7 @@ def extract_files(
     keymap: str | None = None,
     lora_alpha: float | None = None,
     progress: Progress = None,
-) -> peft_tensors.PeftTensors:
+) -> PeftTensors:
     """Write one adapter out of a checkpoint as PEFT's folder.
 
     Args:
@@ -293,38 +307,34 @@ def extract_files(
 
     Raises `AdapterError` if the checkpoint has no such adapter.
     """
-    from jaxadapt.storage import orbax
-
     settings = None if config is None else folder.read_config(config)
-    with reporter(progress) as report:
+    with reporter(progress) as report, contextlib.ExitStack() as stack:
         if orbax.is_checkpoint(checkpoint):
             tensors = _from_orbax(checkpoint, name, settings, keymap, lora_alpha)
-            folder.write(tensors, out, progress=report)
-            return tensors
-        if not location.is_file(location.to_location(checkpoint)):
-            raise FileError(f"{os.fspath(checkpoint)}: expected a file of weights or an Orbax checkpoint")
-        with open_stored(checkpoint, report) as stored:
-            if stored.tensors is None:
-                raise FileError("; ".join(found.found for found in stored.findings))
+        elif location.is_file(location.to_location(checkpoint)):
+            stored = stack.enter_context(open_stored(checkpoint, report))
             if any(found.code == "image-file" for found in stored.findings):
                 raise FileError(
-                    f"{os.fspath(checkpoint)}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
-                )
-            if settings is None and stored.text is not None:
-                settings = loads(stored.text(), os.fspath(checkpoint))
-            settings = settings or check_config(stored)[0]
-            if settings is None:
-                raise ConfigError(
-                    f"{os.fspath(checkpoint)}: the file does not contain the adapter's configuration; pass --config,"
-                    " an adapter_config.json or the folder of one"
+                    f"{stored.source}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
                 )
             tensors = _from_state_dict(stored, settings, name)
-            folder.write(tensors, out, progress=report)
-            return tensors
+        else:
+            raise FileError(f"{os.fspath(checkpoint)}: expected a file of weights or an Orbax checkpoint")
+        folder.write(tensors, out, progress=report)
+        return tensors
 
 
-def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> peft_tensors.PeftTensors:
-    assert stored.tensors is not None
+def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) -> PeftTensors:
+    if stored.tensors is None:
+        raise FileError("; ".join(found.found for found in stored.findings))
+    if config is None and stored.text is not None:
+        config = loads(stored.text(), stored.source)
+    config = config or check_config(stored)[0]
+    if config is None:
+        raise ConfigError(
+            f"{stored.source}: the file does not contain the adapter's configuration; pass --config, an"
+            " adapter_config.json or the folder of one"
+        )
     names = peft_tensors.normalize_keys(stored.specs, config.peft_type)
     if names.models:
         raise MismatchError(
@@ -344,7 +354,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config, name: str) -> peft_t
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
-    return peft_tensors.PeftTensors(config, tensors, stored.source)
+    return PeftTensors(config, tensors, stored.source)
 
 
 def _has_tensors(keys: Collection[str], config: Config) -> bool:
@@ -355,14 +365,13 @@ def _has_tensors(keys: Collection[str], config: Config) -> bool:
 
 def _from_orbax(
     path: Path, name: str, config: Config | None, keymap: str | None, lora_alpha: float | None
-) -> peft_tensors.PeftTensors:
+) -> PeftTensors:
     import jax
     import numpy as np
 
     from jaxadapt.models.attachment import init
     from jaxadapt.models.foreign import tree as foreign
     from jaxadapt.persistence.formats import orbax_folder
-    from jaxadapt.storage import orbax
 
     if orbax_folder.read_recipe(path) is not None:
         with folder.open_adapter(path) as tensors:
@@ -386,3 +395,257 @@ def _from_orbax(
     like = init(paths.unflatten(base), config, keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
     return load_adapter.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
+
+
+# ---------------------------------------------------------------- other programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An exported adapter.
+
+    Attributes:
+        path: the file or folder.
+        program: the program it is for.
+        version: the version with which the form was measured, or in whose source it was read.
+        rank: the rank of all modules.
+        tensors: the number of tensors.
+        error: `{module: ‖ΔW − ΔW'‖ / ‖ΔW‖}` if the adapter was approximated at a rank; else empty.
+    """
+
+    path: str
+    program: str
+    version: str
+    rank: int
+    tensors: int
+    error: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@atomic.cleans("path")
+def export_adapter(
+    source: Any,
+    path: Path,
+    program: str = "plain",
+    *,
+    base: Path | None = None,
+    first: Path | None = None,
+    rank: int | None = None,
+    dtype: str | None = None,
+    progress: Progress = None,
+) -> Exported:
+    """Write an adapter to a file with which another program computes PEFT's results.
+
+    "plain", "transformers", "vllm", "sglang", "tgi" and "tensorrt-llm" are PEFT's folder in its plain form: one rank,
+    `lora_alpha` equal to it, the scales in B, no patterns and no variants. "gguf" is an adapter file for llama.cpp and
+    Ollama; it needs `jaxadapt[gguf]` and `base`. "mlx" is mlx-lm's folder, for LoRA and DoRA.
+
+    Few tensors are in memory at a time: the next two are read while one is written.
+
+    Args:
+        source: an adapter's folder or address, `PeftTensors`, or a model, variables or an `Adapter` as in `to_peft`.
+        path: the folder to write, or the GGUF file.
+        program: one of these names.
+        base: the base model: its folder, its config.json or, for "gguf", a GGUF file. Needed for "gguf" (its
+            configuration only), for `rank`, and to export PiSSA and OLoRA without `first` (its weights).
+        first: the folder of the initial adapter, for one whose initialization changed the base (PiSSA, OLoRA, CorDA,
+            LoRA-GA). The result is for the original base and has twice the rank.
+        rank: approximate the change of the weights by the nearest LoRA of this rank, for methods that are no LoRA
+            (DoRA, IA3, LoHa, …). `error` of the result states the loss.
+        dtype: "float32", "float16" or "bfloat16". Default: the file's, but float32 for a B of 16 bits whose product
+            with the scale would be rounded, and for "gguf", because llama.cpp rounds activations to the dtype of A.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("save" or "export", bytes done,
+            total bytes).
+
+    Raises:
+        ConfigError, MismatchError: the program has no form for this adapter. The message says what helps: to merge the
+            adapter, or to approximate it at a rank. Nothing is written.
+        FileError, FormatError: a file cannot be read or written.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> params = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q"], use_rslora=True)
+    >>> adapter = jaxadapt.init(params, config, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_adapter(adapter, folder, "vllm").rank
+    ...     jaxadapt.read_config(folder).use_rslora
+    2
+    False
+    """
+    chosen = _find_program(program, path)
+    for place in (source, first):
+        if isinstance(place, str | os.PathLike):
+            conversion.refuse_same(place, path)
+    dtype = None if dtype is None else float_dtype(dtype).name
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
+    if chosen.style == "gguf" and base is None:
+        raise ConfigError(
+            "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder, its"
+            " config.json or a .gguf file"
+        )
+    from jaxadapt.export import gguf_files  # for llama.cpp alone
+
+    facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
+    tied = facts.tied if facts else _read_tied(base)
+    with reporter(progress) as report, _open(source, report) as tensors:
+        tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
+        plain = _plain(tensors, chosen, base, first, dtype)
+        _check_reader(plain, chosen, tied)
+        plain = dataclasses.replace(plain, config=plain.config.replace(inference_mode=True))
+        if facts is not None:
+            count = gguf_files.write_adapter(plain, path, facts, dtype, report)
+        else:
+            wanted = formats.Wanted(chosen.style, tied=tied, ahead=True)
+            count = formats.writer(chosen.style).write(plain, location.to_location(path), wanted, report)
+    return Exported(os.fspath(path), chosen.name, chosen.version, plain.config.get("r"), count, error)
+
+
+def _find_program(name: str, path: Path) -> consumers.Program:
+    if name not in consumers.PROGRAMS:
+        raise ConfigError(f"program: expected one of {', '.join(consumers.PROGRAMS)}, found {name!r}")
+    program = consumers.PROGRAMS[name]
+    suffix = location.to_location(path).suffix
+    if (suffix == ".gguf") != (program.style == "gguf"):
+        expected = "a file name ending in .gguf" if program.style == "gguf" else "a folder"
+        raise FileError(f"{os.fspath(path)}: cannot write an adapter for {name} here: expected {expected}")
+    return program
+
+
+@contextlib.contextmanager
+def _open(source: Any, report: Report) -> Generator[PeftTensors]:
+    if isinstance(source, PeftTensors):
+        yield source
+    elif isinstance(source, str | os.PathLike):
+        path: Path = source
+        with formats.open_place(formats.look(path, report)) as opened:
+            if opened.split is not None:
+                raise ConfigError(
+                    f"{os.fspath(path)}: an image adapter may change several models, and these programs read an adapter"
+                    " of one. `jaxadapt convert` writes PEFT's folder for each; export one of them"
+                )
+            yield opened.tensors
+    else:
+        tensors = save_adapter.encode_tree(source, DEFAULT, None, in_memory=False)
+        if save_adapter.is_spread(tensors):
+            raise FileError("several processes cannot export an adapter; save it, and export the folder afterwards")
+        yield tensors
+
+
+def _read_tied(base: Path | None) -> bool | None:
+    """Return True if the base ties its head to the embedding; None without a configuration that states it."""
+    if base is None or (place := location.to_location(base)).suffix == ".gguf":
+        return None
+    return hf_model.read_tied(place if place.name == "config.json" else place / "config.json")
+
+
+def _plain(
+    tensors: PeftTensors, program: consumers.Program, base: Path | None, first: Path | None, dtype: str | None
+) -> PeftTensors:
+    keeps = program.keeps
+    if program.style == "safetensors" and program.reader and consumers.reads_copies(program.reader, tensors.config):
+        keeps = (*keeps, "modules_to_save")
+    start = None if first is None else folder.read(first)
+    from_base = lora.changes_base(tensors.config) and tensors.config.get("kasa_config") is None
+    if start is None and base is not None and from_base and location.is_dir(location.to_location(base)):
+        start = initial_adapter(tensors, base)
+    if start is not None and dtype in ("float16", "bfloat16"):
+        warn(
+            f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
+            " products. Leave dtype= (`--dtype`) out, and reduce the rank before rounding (`jaxadapt resize`)"
+        )
+    return conversion.with_dtype(plain_lora(tensors, start, keep=keeps), dtype)
+
+
+def _check_reader(plain: PeftTensors, program: consumers.Program, tied: bool | None) -> None:
+    """Raise `ConfigError` if a program that reads PEFT's folders refuses or misreads the plain form."""
+    if program.style != "safetensors":
+        return
+    for reader in consumers.judge_readers(plain.config, plain.tensors, tied):
+        if reader.name != program.reader or reader.verdict == consumers.RIGHT:
+            continue
+        named = f"{reader.name} ({reader.version})"
+        if reader.verdict == consumers.UNKNOWN:
+            warn(
+                f"{plain.source}: no test has run {named} with {'; '.join(reader.reasons)}; compare its outputs with"
+                " PEFT's"
+            )
+        else:
+            text = f"{named} {consumers.WORDS[reader.verdict]}; {reader.remedy or 'there is no other form'}:"
+            raise_listed(ConfigError, f"{plain.source}: {text}", reader.reasons)
+
+
+# ---------------------------------------------------------------- nearest lora and original start
+
+
+def nearest_lora(
+    tensors: PeftTensors, rank: int, base: str | os.PathLike[str] | None
+) -> tuple[PeftTensors, dict[str, float]]:
+    """Return a plain LoRA of a rank, and `{module: ‖ΔW − ΔW'‖ / ‖ΔW‖}`.
+
+    Args:
+        tensors: the adapter, of any method.
+        rank: the rank of the result. For a LoRA, its largest rank or more loses nothing.
+        base: the base model's folder, which methods other than LoRA need.
+
+    Raises:
+        ConfigError: the change is not one of weights alone, or the base is missing.
+        MismatchError: the base has other modules.
+    """
+    lora.require_original_base(tensors.config, tensors.source)
+    if not lora.reasons_not_a_product(tensors.config):
+        return combination.resize_plain(tensors, rank)
+    if base is None:
+        raise ConfigError(
+            f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"
+            " (base=, `--base FOLDER`)"
+        )
+    keymap, params = _read_adapted_weights(tensors, base)
+    reduced = combination.to_lora(load_adapter.from_peft(tensors, params, keymap=keymap), rank, params=params)
+    encoded = dataclasses.replace(
+        load_adapter.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint
+    )
+    return encoded, {name: float(e) for name, e in reduced.error.items()}
+
+
+def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftTensors:
+    """Return the initial adapter of a configuration whose initialization reads only the base weights, as PEFT does.
+
+    Args:
+        tensors: the trained adapter.
+        base: the folder of the original base model, whose adapted weights are read.
+
+    Raises:
+        ConfigError: the initialization cannot be repeated, because it depends on data, gradients or random numbers.
+        MismatchError: the base has other modules.
+    """
+    config = tensors.config
+    assert isinstance(config, lora.LoraConfig)
+    kind = init_kind(config)
+    if kind.from_run or config.init_lora_weights == "loftq":
+        raise ConfigError(
+            f"{tensors.source}: init_lora_weights={config.init_lora_weights!r} cannot be repeated from the base: it"
+            f" depends on {kind.from_run or 'the rounding of the quantized base'}. Pass the initial adapter"
+            " (first=, `--first FOLDER`)"
+        )
+    keymap, params = _read_adapted_weights(tensors, base)
+    with jax.default_matmul_precision("highest"):
+        first = start(params, config, keymap=keymap, dtype="float32").adapter
+    return dataclasses.replace(load_adapter.to_peft(first), config=config, source=f"the start of {tensors.source}")
+
+
+def _read_adapted_weights(tensors: PeftTensors, base: str | os.PathLike[str]) -> tuple[KeyMap, dict[str, Any]]:
+    """Return the keymap of a base model's folder, and the parameters of the modules that an adapter adapts."""
+    shapes = as_source(tensors.tensors).shapes
+    own = [key.removeprefix(PEFT_PREFIX) for key in shapes if key.startswith(PEFT_PREFIX)]
+    modules = {*pytorch.adapted_shapes(shapes), *(name.replace(".base_layer", "").rpartition(".")[0] for name in own)}
+    with hf_model.open_model(location.to_location(base)) as source:
+        hf_model.refuse_packed(source)
+        keymap = load_adapter.base_keymap(tensors, source.shapes)
+        names = {key: ".".join(match.parameter({})) for key in source if (match := keymap.match(key)) is not None}
+        # A file of tensors of the whole adapter only (UNILORA) names no module.
+        read = [key for key, name in names.items() if not modules or name.rpartition(".")[0] in modules]
+        return keymap, paths.unflatten({key: np.asarray(source[key]) for key in read})

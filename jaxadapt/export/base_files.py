@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,10 +30,20 @@ from jaxadapt.arrays.tensor_source import (
     rename,
     stack,
 )
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError, FormatError, KeyMapError, MismatchError, raise_listed, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
-from jaxadapt.export import untying
+from jaxadapt.core.errors import (
+    LOGGER,
+    AttachError,
+    FileError,
+    KeyMapError,
+    MismatchError,
+    Progress,
+    Report,
+    bullets,
+    byte_counter,
+    raise_listed,
+    reporter,
+    warn,
+)
 from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
@@ -44,8 +53,6 @@ from jaxadapt.models.nnx import graph, layer
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.save_adapter import require_values
 from jaxadapt.storage import atomic, hf_model, location
-from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Location
 
 # ---------------------------------------------------------------- base leaves
 
@@ -64,13 +71,12 @@ def collect_base_leaves(
     if walk is not None and (loose := walk.unowned):
         raise AttachError(
             "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
-            " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + paths.bullets(loose)
+            " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + bullets(loose)
         )
-    not_arrays = [f"{path}: {type(x).__name__}" for path, x in leaves.items() if not is_array(x)]
     raise_listed(
         AttachError,
         "expected arrays as base parameters (for quantized ones call jaxadapt.models.dequantize first), found:",
-        not_arrays,
+        (f"{path}: {type(x).__name__}" for path, x in leaves.items() if not is_array(x)),
     )
     resolved = families.resolve_keymap(keymap, leaf_shapes(leaves))
     if resolved is GENERIC and not allow_generic:
@@ -91,7 +97,7 @@ def unknown_names_error(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
     return KeyMapError(
         "cannot export or import these parameters: no known model family matches them, so their PyTorch names are"
         " unknown. Pass keymap=<family>, or a KeyMap with an entry for each:\n"
-        + paths.bullets(f"{path} {shape}" for path, shape in shapes.items())
+        + bullets(f"{path} {shape}" for path, shape in shapes.items())
         + families.describe_nearest_family(shapes)
     )
 
@@ -100,10 +106,6 @@ def unknown_names_error(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
 
 
 SHARD = 5_000_000_000
-CONFIG = "config.json"
-
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-"""Suffixes of a model's other files: configuration, tokenizer, chat template."""
 
 
 @atomic.cleans("path")
@@ -167,11 +169,11 @@ def export_base(
     file_dtype = None if dtype is None else float_dtype(dtype)
     target = location.to_location(path)
     source = target if like is None else location.to_location(like)
-    different = _different_ties(source / CONFIG, resolved, base_plan, leaves, changed)
+    different = _different_ties(source / hf_model.CONFIG, resolved, base_plan, leaves, changed)
     raise_listed(
         MismatchError,
-        f"{source / CONFIG}: tie_word_embeddings is true (or missing, and true by default), so transformers would"
-        " ignore weights of this model; set it to false, or export to another folder:",
+        f"{source / hf_model.CONFIG}: tie_word_embeddings is true (or missing, and true by default), so transformers"
+        " would ignore weights of this model; set it to false, or export to another folder:",
         different if like is None else [],
     )
     part_keys = plan.group_by_file_key(base_plan.keys)
@@ -179,9 +181,7 @@ def export_base(
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
     other_files = {} if like is None else _read_like(source, specs, bool(different))
-    atomic.make_folder(target)
-    encode = _make_encoder(base_plan, leaves, changed, file_dtype)
-    total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
+    encode = functools.partial(_encode, base_plan, leaves, changed, file_dtype)
     specs, sources = (
         _split_experts(resolved, specs) if resolved.per_expert else (specs, {key: (key, ()) for key in specs})
     )
@@ -191,33 +191,61 @@ def export_base(
     def join(key: str) -> Any:
         return plan.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
 
-    with reporter(progress) as report:
-        count = byte_counter(report, "export", total)
+    def read(key: str) -> Any:
+        name, index = sources[key]
+        return join(name)[index] if index else join(name)
 
-        def get(key: str) -> Any:
-            name, index = sources[key]
-            value = join(name)[index] if index else join(name)
-            count(value.nbytes)
-            return value
+    def not_finite_error(keys: list[str]) -> MismatchError:
+        return MismatchError(f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
 
-        def not_finite_error(keys: list[str]) -> MismatchError:
-            return MismatchError(f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
-
-        read = finite.check_while_reading(get, len(specs), not_finite_error) if strict else get
-        with name_donated_arrays(leaves):
-            hf_model.write_model(target, specs, read, max_shard_size)
-    for name, data in other_files.items():
-        atomic.write_bytes(target / name, data)
-    if not isinstance(keymap, KeyMap) and not location.exists(target / CONFIG):  # else the names may be of any program
+    refuse = not_finite_error if strict else None
+    with reporter(progress) as report, name_donated_arrays(leaves):
+        total = write_folder(target, specs, read, refuse, max_shard_size, other_files, "export", report)
+    if not isinstance(keymap, KeyMap) and not location.exists(
+        target / hf_model.CONFIG
+    ):  # else the names may be of any program
         warn(
-            f"{target}: has no {CONFIG}, so transformers' from_pretrained would build a model of its default sizes."
-            " Copy it and the tokenizer's files from the folder of the base, as export_base(…, like=folder) does"
+            f"{target}: has no {hf_model.CONFIG}, so transformers' from_pretrained would build a model of its default"
+            " sizes. Copy it and the tokenizer's files from the folder of the base, as export_base(…, like=folder) does"
         )
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 """`{key: (dtype, shape)}`."""
+
+
+def write_folder(
+    target: location.Location,
+    specs: Specs,
+    read: Callable[[str], Any],
+    not_finite_error: Callable[[list[str]], MismatchError] | None,
+    max_shard_size: int,
+    other_files: Mapping[str, bytes],
+    task: str,
+    report: Report,
+) -> int:
+    """Write a model's weights and its other files into a folder; return the size of the weights in bytes.
+
+    Args:
+        read: returns the tensor of a key.
+        not_finite_error: returns the error about tensors that hold a NaN or an infinity; None to accept them.
+        task: the name of the task in the report.
+    """
+    total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
+    count = byte_counter(report, task, total)
+
+    def get(key: str) -> Any:
+        value = read(key)
+        count(value.nbytes)
+        return value
+
+    checked = get if not_finite_error is None else finite.check_while_reading(get, len(specs), not_finite_error)
+    atomic.make_folder(target)
+    hf_model.write_model(target, specs, checked, max_shard_size)
+    for name, data in other_files.items():
+        atomic.write_bytes(target / name, data)
+    return total
 
 
 def _file_specs(
@@ -260,19 +288,15 @@ def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     )
 
 
-def _make_encoder(
-    base_plan: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, base_merge.ChangedLeaf], dtype: Any
-) -> Callable[[str], Any]:
-    """Return a function from a key to its tensor, indexed on the leaf's device and transposed on the host."""
-
-    def encode(key: str) -> Any:
-        entry, number = base_plan.keys[key]
-        if entry.path in changed:
-            return _merge_tensor(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
-        tensor = entry.form.single_layout.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
-        return tensor if dtype is None else cast({key: tensor}, dtype)[key]
-
-    return encode
+def _encode(
+    base_plan: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, base_merge.ChangedLeaf], dtype: Any, key: str
+) -> Any:
+    """Return the tensor of a key, indexed on the leaf's device and transposed on the host."""
+    entry, number = base_plan.keys[key]
+    if entry.path in changed:
+        return _merge_tensor(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
+    tensor = entry.form.single_layout.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
+    return tensor if dtype is None else cast({key: tensor}, dtype)[key]
 
 
 SLICE = 1 << 22
@@ -325,17 +349,17 @@ def _refuse_active(params: Any, adapter: Adapter | None) -> None:
 
 
 def _different_ties(
-    path: Location,
+    path: location.Location,
     keymap: KeyMap,
     base_plan: plan.Plan,
     leaves: Mapping[str, Any],
     changed: Mapping[str, base_merge.ChangedLeaf],
 ) -> list[str]:
     """Return the weights that a config.json ties and that differ: transformers would ignore one of them."""
-    config = untying.read_model_config(path)
-    if config is None or True not in (config.get(untying.FIELD), untying.is_tied(config)):
+    config = hf_model.read_model_config(path)
+    if config is None or True not in (config.get(hf_model.TIE_FIELD), hf_model.is_tied(config)):
         return []
-    encode = _make_encoder(base_plan, leaves, changed, None)
+    encode = functools.partial(_encode, base_plan, leaves, changed, None)
     return [
         f"{key} differs from {same}"
         for key, same in keymap.tied
@@ -343,56 +367,14 @@ def _different_ties(
     ]
 
 
-def _read_like(source: Location, specs: Specs, untie: bool) -> dict[str, bytes]:
+def _read_like(source: location.Location, specs: Specs, untie: bool) -> dict[str, bytes]:
     """Return the other files of a model's folder, for these weights. Raise `FileError` if config.json is missing."""
-    if not location.exists(source / CONFIG):
-        raise FileError(f"like={source}: expected the folder of a model, but it has no {CONFIG}; check the path")
+    if not location.exists(source / hf_model.CONFIG):
+        raise FileError(
+            f"like={source}: expected the folder of a model, but it has no {hf_model.CONFIG}; check the path"
+        )
     names = {dtype.name for name, _ in specs.values() if jnp.issubdtype(dtype := numpy_dtype(name), jnp.floating)}
-    return read_other_files(source, names.pop() if len(names) == 1 else None, untie)
-
-
-def _read_bytes(path: Location) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise file_error("read", str(path), error) from error
-
-
-def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
-    """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
-    files: dict[str, bytes] = {}
-    is_folder = location.is_dir(source)
-    try:
-        members = sorted(source.iterdir(), key=str) if is_folder else []
-    except OSError as error:
-        raise file_error("read", str(source), error) from error
-    for path in members:
-        name = path.name
-        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != location.CONFIG
-        if is_copied and location.is_file(path):
-            files[name] = _read_bytes(path)
-    path = (source if is_folder else source.parent) / CONFIG
-    if untie and untying.read_model_config(path) is not None:
-        files[path.name] = _read_bytes(path)  # also if the base is a single file
-    if path.name in files and dtype is not None:
-        files[path.name] = _set_dtype(path, files[path.name], dtype)
-    if path.name in files and untie:
-        files[path.name] = json.dumps(untying.untie_config(json.loads(files[path.name])), indent=2).encode() + b"\n"
-    return files
-
-
-def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
-    """Set the dtype in a config.json, because transformers loads a model in this dtype."""
-
-    def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-        return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
-
-    try:
-        return json.dumps(json.loads(config, object_hook=replace_dtype), indent=2).encode() + b"\n"
-    except ValueError as error:
-        raise FormatError(
-            f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
-        ) from error
+    return hf_model.read_other_files(source, names.pop() if len(names) == 1 else None, untie)
 
 
 # ---------------------------------------------------------------- base import
@@ -459,12 +441,11 @@ def import_base(
         sources = _find_sources(tensors, resolved, base_plan, strict, describe)
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
-        abstract = [p for p in unfilled if isinstance(leaves[p], jax.ShapeDtypeStruct)]
         raise_listed(
             MismatchError,
             f"{tensors.source}: cannot fill weights that are abstract in the target, because the file does not"
             " contain them; give them values first:",
-            abstract,
+            [path for path in unfilled if isinstance(leaves[path], jax.ShapeDtypeStruct)],
         )
         if unfilled:
             warn(
@@ -503,14 +484,21 @@ def _find_sources(
     ties = dict(keymap.tied)
 
     def is_redundant(key: str) -> bool:
-        repeats = key in ties and ties[key] in shapes and untying.bitwise_same(tensors, key, ties[key])
-        return check.is_buffer(keymap, key) or repeats
+        return check.is_buffer(keymap, key) or (
+            key in ties and ties[key] in shapes and bitwise_same(tensors, key, ties[key])
+        )
 
     redundant = {key for key in shapes if key not in base_plan.shapes and is_redundant(key)}
     given = {key: shapes[name] for key, name in sources.items()}
     given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
     _check_sources(tensors, keymap, base_plan, given, strict, describe_nearest)
     return sources
+
+
+def bitwise_same(tensors: TensorSource, a: str, b: str) -> bool:
+    """Return True if two tensors are equal bit for bit."""
+    x, y = tensors[a], tensors[b]
+    return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
 
 
 def _check_sources(
@@ -587,7 +575,7 @@ def _with_path_names(
         raise KeyMapError(
             f"{source}: cannot decide the layout of these square matrices, (in, out) or (out, in), because no keymap"
             " of a model family has an entry for them. Pass a KeyMap with an entry for each weight as keymap=:\n"
-            + paths.bullets(ambiguous)
+            + bullets(ambiguous)
             + families.describe_nearest_family(shapes)
         )
     return keymap.with_entries(added)

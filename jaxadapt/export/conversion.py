@@ -36,9 +36,9 @@ from jaxadapt.models.foreign.dialects import Dialect
 from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors
-from jaxadapt.storage.location import Location
 
-FOLDERS, FILES = ("safetensors", "bin", "orbax"), ("kohya-ss", "diffusers")
+FOLDERS = tuple(style for row in formats.FORMATS.values() for style in row.folders)
+FILES = tuple(style for row in formats.FORMATS.values() for style in row.files)
 """The styles of a target: folders, and single files."""
 
 
@@ -126,8 +126,8 @@ def _open_parts(path: str | os.PathLike[str], report: Report) -> Generator[dict[
     place = formats.look(path, report)
     places = {"": place}
     if place.names is not None and location.CONFIG not in place.names and formats.find(place) is None:
-        inner = [name for name in sorted(place.names) if location.is_dir(place.at / name)]
-        found = {name: formats.look(place.at / name) for name in inner}
+        inner = ((name, place.at / name) for name in sorted(place.names))
+        found = {name: formats.look(at) for name, at in inner if location.is_dir(at)}
         places = {name: each for name, each in found.items() if formats.find(each) is not None} or places
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(formats.open_place(each)) for name, each in places.items()}
@@ -161,11 +161,11 @@ def write_like(
 
 
 def _write_parts(
-    parts: Mapping[str, PeftTensors], place: Location, origin: Opened, style: str, report: Report
+    parts: Mapping[str, PeftTensors], place: location.Location, origin: Opened, style: str, report: Report
 ) -> list[Written]:
     """Write adapters by the names of their subfolders; a file that changes several models becomes several folders."""
     chosen = formats.writer(style)
-    if origin.split is not None and not chosen.suffix:
+    if origin.split is not None and style not in FILES:
         parts = origin.split(parts[""])
     done: list[Written] = []
     for name, tensors in parts.items():
@@ -286,7 +286,9 @@ def convert(
             `jaxadapt convert`.
     """
     options = options or TreeOptions()
-    is_adapter, from_tree, to_tree = _sides(source, target, format)
+    is_adapter = _is_adapter_file(source)
+    from_tree = _is_single(source) and not is_adapter
+    to_tree = _is_single(target) and not is_adapter and format not in FILES
     if not from_tree and not to_tree:
         if options.like is not None or options.sizes:
             raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
@@ -298,23 +300,19 @@ def convert(
             )
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
-    return _convert_layout(source, target, options, format or "safetensors", progress)
-
-
-def _sides(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], style: str | None
-) -> tuple[bool, bool, bool]:
-    """Tell if the source is the one file of an adapter's format, if it is a tree, and if the target is a tree."""
-    is_adapter = _is_adapter_file(source)
-    to_tree = _is_single(target) and not is_adapter and style not in FILES
-    return is_adapter, _is_single(source) and not is_adapter, to_tree
+    return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
 
 
 def _convert_layout(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], options: TreeOptions, style: str, progress: Progress
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    options: TreeOptions,
+    from_tree: bool,
+    to_tree: bool,
+    style: str,
+    progress: Progress,
 ) -> ConvertedFile:
     """Convert from a tree, to a tree, or a folder to other names."""
-    _, from_tree, to_tree = _sides(source, target, style)
     if style not in FOLDERS or (to_tree and style != "safetensors"):
         raise ConfigError(f"--format {style}: expected safetensors, or bin or orbax with a folder as the target")
     if from_tree:
@@ -323,13 +321,12 @@ def _convert_layout(
         TreeOptions(lora_alpha=options.lora_alpha).refuse(source)
         tensors = folder.read(source, progress=progress)
     if to_tree:
-        number, name, rank, alpha = _write_tree(tensors, location.to_location(target), options)
-        return ConvertedFile(os.fspath(target), number, name, rank, alpha)
+        return _write_tree(tensors, target, options)
     tensors = _under_other_names(tensors, options, from_tree)
     config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
     with reporter(progress) as report:
-        adapter = dataclasses.replace(tensors, config=config)
-        number = formats.writer(style).write(adapter, location.to_location(target), Wanted(style), report)
+        tensors = dataclasses.replace(tensors, config=config)
+        number = formats.writer(style).write(tensors, location.to_location(target), Wanted(style), report)
     return ConvertedFile(os.fspath(target), number, None, config.r, config.lora_alpha)
 
 
@@ -370,7 +367,7 @@ NOTE = "jaxadapt_tree"
 """The metadata key for the scale of a tree, which its leaves do not contain."""
 
 
-def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str] | None) -> PeftTensors:
+def _read_tree(path: location.Location, options: TreeOptions, like: str | os.PathLike[str] | None) -> PeftTensors:
     """Read a tree under PEFT's names.
 
     Args:
@@ -388,13 +385,12 @@ def _read_tree(path: Location, options: TreeOptions, like: str | os.PathLike[str
     tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=options.on_shared))
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
-    base = {**tree.base, **_base_shapes(like, tree.dialect)}
-    tree = dataclasses.replace(tree, base=base, sizes=options.sizes)
+    tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=options.sizes)
     tensors, _ = foreign.read_tree(tree, options.from_keymap)
     return dataclasses.replace(tensors, source=str(path))
 
 
-def _noted_alpha(path: Location) -> float | None:
+def _noted_alpha(path: location.Location) -> float | None:
     text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
         alpha = json.loads(text).get("lora_alpha")
@@ -405,15 +401,9 @@ def _noted_alpha(path: Location) -> float | None:
 
 def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """Replace slashes in paths by dots; raise `FormatError` if two paths become equal."""
-    dotted: dict[str, Any] = {}
-    duplicates: list[str] = []
-    for path, leaf in leaves.items():
-        name = path.replace("/", ".")
-        if name in dotted:
-            duplicates.append(path)
-        dotted[name] = leaf
+    duplicates = paths.repeated(path.replace("/", ".") for path in leaves)
     raise_listed(FormatError, f"{source}: two leaves have the same path if slashes are read as dots:", duplicates)
-    return dotted
+    return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
 
 
 def _require_lora(config: Config, target: str) -> LoraConfig:
@@ -443,8 +433,8 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
     return PeftTensors(config, new, tensors.source)
 
 
-def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> tuple[int, str, int, float]:
-    """Write a tree of a model family; return the number of its leaves, its dialect, its rank and its alpha."""
+def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: TreeOptions) -> ConvertedFile:
+    """Write a tree of a model family."""
     if options.to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
     keymap = families.resolve_keymap(options.to_keymap, {})
@@ -472,14 +462,12 @@ def _write_tree(tensors: PeftTensors, path: Location, options: TreeOptions) -> t
     rank = max(a[0] for a, _ in shapes.values())
     if on_shared is not None or dialect.heads:
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
-    scale = config.lora_alpha / config.r
-    alpha = None if dialect.unscaled else scale * rank
-    tree = foreign.fill_tree(blank_tree(rank, alpha), tensors, keymap)
-    arrays = {p: np.asarray(x) for p, x in tree.items()}
+    alpha = None if dialect.unscaled else config.lora_alpha / config.r * rank
+    arrays = {p: np.asarray(x) for p, x in foreign.fill_tree(blank_tree(rank, alpha), tensors, keymap).items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}
     safetensors.write(path, specs, arrays.__getitem__, {} if alpha is None else note)
-    return len(arrays), dialect.name, rank, float(rank if alpha is None else alpha)
+    return ConvertedFile(os.fspath(path), len(arrays), dialect.name, rank, float(rank if alpha is None else alpha))
 
 
 def _per_expert(keymap: KeyMap, tensors: PeftTensors, on_shared: str | None) -> tuple[KeyMap, PeftTensors]:
@@ -511,8 +499,11 @@ def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     known = {key for keys in pairs.values() for key in keys.values() if key.endswith(".weight")}
     problems = [key for key in arrays if key not in known]
     problems += [f"{module}: A or B is missing" for module, keys in pairs.items() if len(keys) < 2]
-    unfit = f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:"
-    raise_listed(KeyMapError, unfit, problems)
+    raise_listed(
+        KeyMapError,
+        f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:",
+        problems,
+    )
     return {module: (arrays[keys["A"]], arrays[keys["B"]]) for module, keys in pairs.items()}
 
 

@@ -1,12 +1,24 @@
-"""GGUF files, by the package `gguf`: tensors by name with their types, and the fields before them.
+"""GGUF files of whole models and of adapters, for llama.cpp and Ollama, by the package `gguf`.
 
-The only module of the library that imports `gguf`. Tensors are numpy arrays in PyTorch's layout (rows first); the file
-lists the sizes of an axis in the opposite order.
+A model is read with PyTorch's names and layouts, and written after a merge:
+
+    GGUF file ──GgufTensors──► {PyTorch key: float32 tensor} ──merge_files.plan_merge──► {…} ──► f16, bf16 or q8_0
+
+An adapter is written in its plain form:
+
+    PEFT tensors ──plain_lora──► one rank, scale 1 ──the architecture's names and rows──► `blk.0.attn_q.weight.lora_a`
+
+The only module of the library that imports `gguf`. Tensors are numpy arrays in PyTorch's layout (rows first); the
+file lists the sizes of an axis in the opposite order. A table has the layout in which llama.cpp stores each
+architecture that is exported: names, order of rows, transposed and shifted weights. The rules are those of
+llama.cpp's converter, `conversion/*.py` in the sources of llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import math
 import mmap
@@ -20,9 +32,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.arrays.tensor_source import numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.storage import atomic, local_files, location
+from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source, numpy_dtype
+from jaxadapt.configs import lora
+from jaxadapt.configs.validation import is_int
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.merging.pairs import lora_pairs
+from jaxadapt.storage import atomic, hf_model, local_files, location
+
+# ---------------------------------------------------------------- files
+
 
 INSTALL = "pip install 'jaxadapt[gguf]'"
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -79,11 +98,12 @@ def write(
     fields: Mapping[str, Field],
     specs: Specs,
     get: Callable[[str], np.ndarray],
-    count: Callable[[int], None],
+    report: Report,
+    task: str,
     *,
     ahead: bool = False,
-) -> int:
-    """Write a GGUF file durably and atomically, holding one tensor at a time. Return its size in bytes.
+) -> None:
+    """Write a GGUF file durably and atomically, holding one tensor at a time.
 
     Args:
         path: the file.
@@ -91,11 +111,12 @@ def write(
         fields: the other fields.
         specs: the type and shape of each tensor, in the file's order.
         get: returns a tensor of that shape; it is converted to the type of its spec.
-        count: called with the number of bytes of each tensor that was written.
+        report: called with (task, bytes done, bytes of all tensors).
         ahead: True to call `get` in a thread for the next two tensors while one is written.
 
     Raises:
         FileError: the package is missing, or the file cannot be written; an existing file is then unchanged.
+        MismatchError: a finite value is infinite in the type.
     """
     gguf = _gguf()
     target = location.to_location(path)
@@ -103,9 +124,17 @@ def write(
         raise FileError(f"{target}: expected a local path for a GGUF file; copy it to the object store afterwards")
 
     def packed(name: str) -> np.ndarray:
-        return _pack_finite(target, name, get(name), specs[name][0])
+        values, kind = get(name), specs[name][0]
+        with np.errstate(over="ignore"):
+            data = pack(values, kind)
+        is_finite = kind != "F16" or np.isfinite(data.view("float16")).all()
+        if not is_finite and np.isfinite(np.asarray(values, "float32")).all():
+            raise MismatchError(f"{target}: {name}: values above 65504 do not fit float16; write bfloat16 or float32")
+        return data
 
-    header, sizes, alignment = _header(gguf, target, architecture, fields, specs)
+    sizes = {name: _nbytes(gguf, kind, shape) for name, (kind, shape) in specs.items()}
+    header, alignment = _header(gguf, target, architecture, fields, specs, sizes)
+    count = byte_counter(report, task, sum(sizes.values()))
     with atomic.open_replacement(target) as replacement:
         replacement.write(memoryview(header + bytes(-len(header) % alignment)))
         with contextlib.closing(local_files.map_ahead(packed, specs) if ahead else (packed(x) for x in specs)) as data:
@@ -113,16 +142,22 @@ def write(
                 replacement.write(next(data).reshape(-1).data)
                 replacement.write(memoryview(bytes(-sizes[name] % alignment)))
                 count(sizes[name])
-    return Path(target).stat().st_size
 
 
 def _header(
-    gguf: Any, target: Path, architecture: str, fields: Mapping[str, Field], specs: Specs
-) -> tuple[bytes, dict[str, int], int]:
-    """Return the bytes before the tensors, the size of each tensor in bytes, and the alignment of all."""
-    sizes = {name: _nbytes(gguf, kind, shape) for name, (kind, shape) in specs.items()}
-    empty = [name for name, field in fields.items() if field.type == "ARRAY" and not field.value]
-    raise_listed(FormatError, f"{target}: the package gguf cannot write these fields, empty arrays:", empty)
+    gguf: Any,
+    target: Path,
+    architecture: str,
+    fields: Mapping[str, Field],
+    specs: Specs,
+    sizes: Mapping[str, int],
+) -> tuple[bytes, int]:
+    """Return the bytes before the tensors, and the alignment of all; `sizes` are those of the tensors in bytes."""
+    raise_listed(
+        FormatError,
+        f"{target}: the package gguf cannot write these fields, empty arrays:",
+        (name for name, field in fields.items() if field.type == "ARRAY" and not field.value),
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"  # the package writes only files
         writer = gguf.GGUFWriter(path, architecture)
@@ -141,28 +176,12 @@ def _header(
             raise FileError(f"{target}: cannot write: {error.strerror or error}") from error
         finally:
             writer.close()
-        return path.read_bytes(), sizes, writer.data_alignment
-
-
-def total_bytes(specs: Specs) -> int:
-    """Return the size of all tensors in bytes."""
-    gguf = _gguf()
-    return sum(_nbytes(gguf, kind, shape) for kind, shape in specs.values())
+        return path.read_bytes(), writer.data_alignment
 
 
 def _nbytes(gguf: Any, kind: str, shape: Sequence[int]) -> int:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return math.prod(shape) // block * size
-
-
-def _pack_finite(target: object, name: str, values: np.ndarray, kind: str) -> np.ndarray:
-    """Pack a tensor. Raises `MismatchError` if a finite value is infinite in the type."""
-    with np.errstate(over="ignore"):
-        packed = pack(values, kind)
-    is_finite = kind != "F16" or np.isfinite(packed.view("float16")).all()
-    if not is_finite and np.isfinite(np.asarray(values, "float32")).all():
-        raise MismatchError(f"{target}: {name}: values above 65504 do not fit float16; write bfloat16 or float32")
-    return packed
 
 
 def pack(values: np.ndarray, kind: str) -> np.ndarray:
@@ -182,7 +201,7 @@ _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _MAX_AXES = 4
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """A tensor in a file: its type, its shape (rows first), the place of its bytes and their number."""
 
     kind: str
@@ -191,32 +210,72 @@ class _Tensor(NamedTuple):
     nbytes: int
 
 
-class _Header:
-    """The fields and tensors of a file, read with each count and length checked against the file's size.
+class File:
+    """An opened GGUF file. Its tensors stay in the file, by a memory map, until they are read.
 
-    The package's own reader checks none, and needs 1,400 bytes for each string of an array.
+    Each count and length in the header is checked against the file's size. The package's own reader checks none, and
+    needs 1,400 bytes for each string of an array.
+
+    Attributes:
+        path: the file.
+        fields: `{name: field}`, without those of the file's structure.
+        tensors: `{name: tensor}`, in the file's order.
     """
 
-    def __init__(self, gguf: Any, data: mmap.mmap) -> None:
-        """Read a header. Raises `ValueError` if it is damaged."""
-        self._data, self._place, self._types = data, 0, gguf.GGUFValueType
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a file.
+
+        Raises:
+            FileError: the file or the package `gguf` is missing.
+            FormatError: it is no GGUF file.
+        """
+        gguf, self.path, self._place = _gguf(), location.to_location(path), 0
+        if isinstance(self.path, location.Address) or not location.is_file(self.path):
+            raise FileError(f"{self.path}: expected a local GGUF file, found none")
+        try:
+            with self.path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.fields, self.tensors = self._header(gguf)
+        except OSError as error:
+            raise local_files.file_error("read", str(self.path), error) from error
+        except (ValueError, KeyError) as error:
+            raise FormatError(f"{self.path}: expected a GGUF file, found other bytes ({error})") from error
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return the value of a field, or the default."""
+        field = self.fields.get(name)
+        return default if field is None else field.value
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
+        gguf, tensor = _gguf(), self.tensors[name]
+        rows = np.frombuffer(self._data, "uint8", tensor.nbytes, tensor.start).reshape(*tensor.shape[:-1], -1)
+        try:
+            values: np.ndarray = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
+        except NotImplementedError as error:
+            raise FormatError(f"{self.path}: {name}: cannot read the type {tensor.kind}") from error
+        return values.reshape(tensor.shape)
+
+    def _header(self, gguf: Any) -> tuple[dict[str, Field], dict[str, Tensor]]:
+        """Read the fields and the tensors. Raises `ValueError` if the header is damaged."""
         if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         (version,) = self._numbers(4)
         if version not in (2, 3):
             is_swapped = version % 65536 == 0
             raise ValueError("big-endian; convert it to little-endian" if is_swapped else f"version {version}")
-        tensors, fields = self._numbers(10, 2)
-        self.fields = dict(self._unique(fields, self._field))
-        alignment = self.fields.get("general.alignment", Field(32, "UINT32"))
+        tensor_count, field_count = self._numbers(10, 2)
+        fields = dict(self._unique(field_count, lambda: self._field(gguf.GGUFValueType)))
+        alignment = fields.get("general.alignment", Field(32, "UINT32"))
         if alignment.type != "UINT32" or alignment.value.bit_count() != 1:
             raise ValueError(f"general.alignment: {alignment.value!r}")
-        found = dict(self._unique(tensors, lambda: self._tensor(gguf)))
+        found = dict(self._unique(tensor_count, lambda: self._tensor(gguf)))
         begin = self._place + -self._place % alignment.value
-        self.tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
-        for name, tensor in self.tensors.items():
-            if tensor.start + tensor.nbytes > len(data):
-                raise ValueError(f"{name}: {tensor.nbytes} bytes at byte {tensor.start} of {len(data)}")
+        tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
+        for name, tensor in tensors.items():
+            if tensor.start + tensor.nbytes > len(self._data):
+                raise ValueError(f"{name}: {tensor.nbytes} bytes at byte {tensor.start} of {len(self._data)}")
+        return fields, tensors
 
     def _take(self, count: int) -> bytes:
         begin = self._place
@@ -242,17 +301,17 @@ class _Header:
             names.add(name)
             yield name, read()
 
-    def _field(self) -> Field:
+    def _field(self, types: Any) -> Field:
         (kind,) = self._numbers(4)
         if kind != 9:
-            return Field(self._text() if kind == 8 else self._numbers(kind)[0], self._types(kind).name)
+            return Field(self._text() if kind == 8 else self._numbers(kind)[0], types(kind).name)
         (item,), (count,) = self._numbers(4), self._numbers(10)
         if item == 9:
             raise ValueError("an array of arrays")
         values = [self._text() for _ in range(count)] if item == 8 else list(self._numbers(item, count))
-        return Field(values, "ARRAY", self._types(item).name if count else None)
+        return Field(values, "ARRAY", types(item).name if count else None)
 
-    def _tensor(self, gguf: Any) -> _Tensor:
+    def _tensor(self, gguf: Any) -> Tensor:
         (axes,) = self._numbers(4)
         if not 1 <= axes <= _MAX_AXES:
             raise ValueError(f"a tensor of {axes} axes")
@@ -264,61 +323,305 @@ class _Header:
         if shape[-1] % block:
             raise ValueError(f"a row of {shape[-1]} values in blocks of {block}")
         (offset,) = self._numbers(10)
-        return _Tensor(kind.name, shape, offset, math.prod(shape) // block * size)
+        return Tensor(kind.name, shape, offset, math.prod(shape) // block * size)
 
 
-class File:
-    """An opened GGUF file. Its tensors stay in the file, by a memory map, until they are read."""
+# ---------------------------------------------------------------- conventions
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a file.
 
-        Raises:
-            FileError: the file or the package `gguf` is missing.
-            FormatError: it is no GGUF file.
-        """
-        gguf = _gguf()
-        self.path = location.to_location(path)
-        if isinstance(self.path, location.Address) or not location.is_file(self.path):
-            raise FileError(f"{self.path}: expected a local GGUF file, found none")
-        try:
-            with self.path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header = _Header(gguf, self._data)
-        except OSError as error:
-            raise local_files.file_error("read", str(self.path), error) from error
-        except (ValueError, KeyError) as error:
-            raise FormatError(f"{self.path}: expected a GGUF file, found other bytes ({error})") from error
-        self._fields, self._tensors = header.fields, header.tensors
+Array = Any
 
-    def fields(self) -> dict[str, Field]:
-        """Return the fields, without those of the file's structure."""
-        return dict(self._fields)
 
-    def value(self, name: str, default: Any = None) -> Any:
-        """Return the value of a field, or the default."""
-        field = self._fields.get(name)
-        return default if field is None else field.value
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The conventions of one architecture.
 
-    @property
-    def names(self) -> list[str]:
-        """The tensors, in the file's order."""
-        return list(self._tensors)
+    Attributes:
+        name: general.architecture in GGUF.
+        interleaves: True if the rows of queries and keys are reordered: llama.cpp rotates neighbouring rows 2i and 2i+1
+            of a head, transformers the rows i and i + half.
+        turned: True if PyTorch stores its linear weights as (in, out), GGUF as (out, in).
+        shifted: True if GGUF stores the weights of norms plus one.
+    """
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape, rows first."""
-        return self._tensors[name].shape
+    name: str
+    interleaves: bool = False
+    turned: bool = False
+    shifted: bool = False
 
-    def kind(self, name: str) -> str:
-        """Return the type of a tensor, such as "Q4_1"."""
-        return self._tensors[name].kind
 
-    def read(self, name: str) -> np.ndarray:
-        """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
-        gguf, tensor = _gguf(), self._tensors[name]
-        rows = np.frombuffer(self._data, "uint8", tensor.nbytes, tensor.start).reshape(*tensor.shape[:-1], -1)
-        try:
-            values: np.ndarray = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
-        except NotImplementedError as error:
-            raise FormatError(f"{self.path}: {name}: cannot read the type {tensor.kind}") from error
-        return values.reshape(tensor.shape)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", interleaves=True),
+    "mistral": Architecture("llama", interleaves=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma", shifted=True),
+    "gemma2": Architecture("gemma2", shifted=True),
+    "gemma3": Architecture("gemma3", shifted=True),
+    "gemma3_text": Architecture("gemma3", shifted=True),
+    "phi3": Architecture("phi3"),
+    "gpt2": Architecture("gpt2", turned=True),
+}
+"""{model_type of config.json: conventions}."""
+
+LINEAR = ("ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_QKV", "ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN", "OUTPUT")
+"""The kinds of tensors to which llama.cpp adds a LoRA, besides TOKEN_EMBD."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The facts of a base model that determine its files for llama.cpp.
+
+    Attributes:
+        source: the file that states it, for messages.
+        architecture: its conventions.
+        layers: the number of layers.
+        heads: the number of heads of queries.
+        kv_heads: the number of heads of keys.
+        tied: True if the head is the token embedding; None if the file does not state it.
+    """
+
+    source: str
+    architecture: Architecture
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool | None
+
+    def head_count(self, kind: str) -> int | None:
+        """Return the number of heads whose rows are reordered in tensors of a kind; None if they are not."""
+        counts = {"ATTN_Q": self.heads, "ATTN_K": self.kv_heads} if self.architecture.interleaves else {}
+        return counts.get(kind)
+
+
+def read_base(path: Any) -> Base:
+    """Read the facts of a base model from its folder, its config.json or a GGUF file.
+
+    Raises:
+        FileError, FormatError: the file cannot be read, or lacks a field.
+        ConfigError: the architecture is not among those that are exported.
+    """
+    place = location.to_location(path)
+    if place.suffix == ".gguf":
+        return gguf_base(File(place))
+    place = place / "config.json" if place.name != "config.json" else place
+    config = hf_model.read_model_config(place)
+    if config is None:
+        raise FormatError(f"{place}: expected the config.json of the base model, or a .gguf file, found none")
+    architecture = _find_architecture(ARCHITECTURES.get(str(config.get("model_type"))), config.get("model_type"), place)
+    text: Any = config.get("text_config")
+    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+
+    def number(*names: str, default: int | None = None) -> int:
+        value: Any = next((inner[name] for name in names if inner.get(name) is not None), default)
+        if not is_int(value) or value < 1:
+            raise FormatError(f"{place}: expected a positive integer in {' or '.join(names)}, found {value!r}")
+        return value
+
+    heads = number("num_attention_heads", "n_head")
+    kv_heads = number("num_key_value_heads", default=heads)
+    return Base(
+        str(place), architecture, number("num_hidden_layers", "n_layer"), heads, kv_heads, hf_model.is_tied(config)
+    )
+
+
+def gguf_base(file: File) -> Base:
+    """Return the facts of a base model in a GGUF file. Raises `ConfigError` for other architectures."""
+    name = file.value("general.architecture")
+    found = next((each for each in ARCHITECTURES.values() if each.name == name), None)
+    architecture = _find_architecture(found, name, file.path)
+    if file.value("general.type", "model") != "model":
+        raise FormatError(f"{file.path}: expected a whole model, found general.type {file.value('general.type')!r}")
+    if (parts := file.value("split.count", 1)) != 1:
+        raise FormatError(
+            f"{file.path}: one of the {parts} files of a model; join them first (llama-gguf-split --merge {file.path}"
+            " MODEL.gguf) and pass the result"
+        )
+    layers, heads = (file.value(f"{name}.{field}") for field in ("block_count", "attention.head_count"))
+    kv_heads = file.value(f"{name}.attention.head_count_kv", heads)
+    numbers = {"block_count": layers, "attention.head_count": heads, "attention.head_count_kv": kv_heads}
+    if wrong := [f"{name}.{field}={x!r}" for field, x in numbers.items() if not is_int(x) or x < 1]:
+        raise FormatError(f"{file.path}: expected one positive integer for each field, found {', '.join(wrong)}")
+    if layers > (count := len(file.tensors)):  # each has tensors
+        raise FormatError(f"{file.path}: expected the tensors of {layers} layers ({name}.block_count), found {count}")
+    return Base(str(file.path), architecture, layers, heads, kv_heads, "output.weight" not in file.tensors)
+
+
+def _find_architecture(found: Architecture | None, name: object, source: Any) -> Architecture:
+    if found is None:
+        raise ConfigError(
+            f"{source}: cannot write GGUF for the architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}."
+            " For another, merge the adapter (`jaxadapt merge`) and convert the model with llama.cpp's own converter"
+        )
+    return found
+
+
+def interleave_rows(values: Array, heads: int | None) -> Array:
+    """Return the rows of queries or keys in llama.cpp's order: row i and row i + half of a head become neighbours.
+
+    Without heads, the rows stay.
+
+    >>> import numpy as np
+    >>> interleave_rows(np.array([[0], [1], [2], [3]]), heads=1).T
+    array([[0, 2, 1, 3]])
+    """
+    turned = values if heads is None else values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2)
+    return turned.reshape(values.shape)
+
+
+def deinterleave_rows(values: Array, heads: int | None) -> Array:
+    """Return rows in transformers' order; the inverse of `interleave_rows`.
+
+    >>> import numpy as np
+    >>> deinterleave_rows(np.array([[0], [2], [1], [3]]), heads=1).T
+    array([[0, 1, 2, 3]])
+    """
+    turned = values if heads is None else values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
+    return turned.reshape(values.shape)
+
+
+# ---------------------------------------------------------------- model
+
+
+_FLAT_MODULES = ("embed_tokens", "norm")
+_LAYER_MODULES = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj",
+    "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj",
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+_GPT2_FLAT = ("wte", "wpe", "ln_f")
+_GPT2_LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+
+
+class GgufTensors(TensorSource):
+    """The tensors of a GGUF file under PyTorch's keys, in float32 and in PyTorch's row order."""
+
+    def __init__(self, file: File, base: Base) -> None:
+        """Find the PyTorch key of each tensor; tensors without one (rotary factors) are left out."""
+        self.source = str(file.path)
+        self._file, self.base = file, base
+        name_of = tensor_names(base.architecture.name, base.layers)
+        self.names, self._kinds = dict[str, str](), dict[str, str]()
+        for key in _candidates(base, "blk.0.ffn_gate.weight" in file.tensors):
+            kind, name = name_of(key) or ("", "")
+            if name in file.tensors and name not in self.names.values():
+                self.names[key], self._kinds[key] = name, kind
+        rows = {key: (self.specs[key].shape[0], base.head_count(kind)) for key, kind in self._kinds.items()}
+        uneven = [
+            f"{self.names[key]}: {n} rows for {heads} heads"
+            for key, (n, heads) in rows.items()
+            if heads and n % (2 * heads)
+        ]
+        raise_listed(FormatError, f"{file.path}: the fields state other heads than the tensors have:", uneven)
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        shapes = {key: self._file.tensors[name].shape for key, name in self.names.items()}
+        return {
+            key: TensorSpec(shape[::-1] if self._is_turned(key) else shape, np.dtype("float32"))
+            for key, shape in shapes.items()
+        }
+
+    def _is_turned(self, key: str) -> bool:
+        is_linear = self._kinds[key] in LINEAR and key.endswith(".weight")
+        return self.base.architecture.turned and is_linear and key != "lm_head.weight"
+
+    def _shift(self, key: str) -> float:
+        return 1.0 if self.base.architecture.shifted and key.endswith("norm.weight") else 0.0
+
+    def read(self, key: str) -> np.ndarray:
+        values = deinterleave_rows(self._file.read(self.names[key]), self.base.head_count(self._kinds[key]))
+        values = values.T if self._is_turned(key) else values
+        return np.ascontiguousarray(values - np.float32(self._shift(key)) if self._shift(key) else values)
+
+    def to_gguf(self, key: str, values: np.ndarray) -> np.ndarray:
+        """Return a tensor with GGUF's rows and layout, the inverse of `read`."""
+        values = np.asarray(values, "float32")
+        if key not in self.names:
+            return values  # a head of its own
+        values = values + np.float32(self._shift(key)) if self._shift(key) else values
+        values = values.T if self._is_turned(key) else values
+        return interleave_rows(values, self.base.head_count(self._kinds[key]))
+
+
+def _candidates(base: Base, has_gate: bool) -> Iterator[str]:
+    """Yield the keys that a model of the architecture may have; fused and separate ones exclude each other."""
+    if base.architecture.turned:
+        flat, layer, prefix, lists = _GPT2_FLAT, _GPT2_LAYER, "transformer", "h"
+    else:
+        flat, layer, prefix, lists = _FLAT_MODULES, _LAYER_MODULES, "model", "layers"
+    left_out = "mlp.gate_up_proj" if has_gate else "mlp.up_proj"
+    modules = [f"{prefix}.{name}" for name in flat]
+    modules += [f"{prefix}.{lists}.{i}.{name}" for i in range(base.layers) for name in layer if name != left_out]
+    for module in [*modules, "lm_head"]:
+        yield f"{module}.weight"
+        yield f"{module}.bias"
+
+
+# ---------------------------------------------------------------- adapter
+
+
+def write_adapter(
+    tensors: PeftTensors, path: str | os.PathLike[str], base: Base, dtype: str | None, report: Report
+) -> int:
+    """Write a LoRA in its plain form as a GGUF file. Return the number of its tensors.
+
+    Args:
+        tensors: the adapter in its plain form.
+        path: the file.
+        base: the facts of the base model.
+        dtype: "float32" (default), "float16" or "bfloat16". llama.cpp rounds activations to the dtype of A.
+        report: called with ("export", bytes done, total bytes).
+
+    Raises:
+        MismatchError: llama.cpp has no form for a tensor; the message lists all of them.
+    """
+    arrays = as_source(tensors.tensors)
+    require_floats(tensors.config, arrays.specs, os.fspath(path))
+    plan = _plan(tensors, arrays, base)
+    shapes = {name: tuple(arrays.specs[key].shape)[:: -1 if turned else 1] for name, (key, _, turned) in plan.items()}
+    config: Any = tensors.config
+    fields = {
+        "general.type": Field("adapter", "STRING"),
+        "adapter.type": Field("lora", "STRING"),
+        "adapter.lora.alpha": Field(float(config.lora_alpha), "FLOAT32"),
+    }
+
+    def get(name: str) -> np.ndarray:
+        key, heads, turned = plan[name]
+        values = np.asarray(arrays[key])
+        return values.T if turned else interleave_rows(values, heads)
+
+    specs = {name: (TYPES[dtype or "float32"], shape) for name, shape in shapes.items()}
+    write(path, base.architecture.name, fields, specs, get, report, "export", ahead=True)
+    return len(specs)
+
+
+def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, tuple[str, int | None, bool]]:
+    """Return `{GGUF name: (key, the heads whose rows are reordered, True for swapped axes)}`.
+
+    Raises `MismatchError` listing the modules without a form.
+    """
+    name_of = tensor_names(base.architecture.name, base.layers)
+    plan: dict[str, tuple[str, int | None, bool]] = {}
+    problems: list[str] = []
+    for module, keys in lora_pairs(arrays).items():
+        kind, name = name_of(f"{module.replace('language_model.', '')}.weight") or ("", "")
+        is_table = "lora_embedding" in keys["A"]
+        a, b = (arrays.specs[keys[side]].shape for side in "AB")
+        heads = base.head_count(kind)
+        if not name:
+            problems.append(f"{module}: {base.architecture.name} has no such tensor in GGUF")
+        elif kind not in LINEAR and kind != "TOKEN_EMBD":
+            problems.append(f"{module}: llama.cpp adds no LoRA to {name}")
+        elif kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False:
+            problems.append(f"{module}: the head is tied to the token embedding, which llama.cpp cannot adapt")
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1] or (is_table != (kind == "TOKEN_EMBD")):
+            problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
+        elif heads is not None and b[0] % (2 * heads):
+            problems.append(f"{module}: expected rows for {heads} heads ({base.source}), found {b[0]}")
+        else:
+            plan |= {f"{name}.lora_a": (keys["A"], None, is_table), f"{name}.lora_b": (keys["B"], heads, False)}
+    advice = lora.merge_advice(tensors.config)
+    raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {advice}:", problems)
+    return plan

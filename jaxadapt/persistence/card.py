@@ -53,18 +53,13 @@ class Facts:
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     image: str | None = None
 
-    @property
-    def parameters(self) -> int:
-        return sum(map(math.prod, self.tensors.values()))
-
 
 def card_text(config: Config, facts: Facts) -> str:
     """Return a complete card, with valid front matter."""
     readers = consumers.judge_readers(config, facts.tensors)
     refused = any(reader.name == "vLLM" and reader.verdict != consumers.RIGHT for reader in readers)
-    parts = [*_title(config), *_usage(config, facts, refused), *_settings(config, facts)]
-    body = "\n".join([*parts, *_readers(readers)])
-    return _with_mark(_front_matter(config, facts), body)
+    lines = [*_title(config), *_usage(config, facts, refused), *_settings(config, facts), *_readers(readers)]
+    return _with_mark(_front_matter(config, facts), "\n".join(lines))
 
 
 def refresh_card(old: str | None, new: str) -> str:
@@ -107,8 +102,7 @@ def size_text(count: int) -> str:
 
 
 def _digest(part: str) -> str:
-    lines = "\n".join(line.rstrip() for line in part.strip().splitlines())
-    return hashlib.sha256(lines.encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(map(str.rstrip, part.strip().splitlines())).encode()).hexdigest()[:12]
 
 
 def _with_mark(front: str, body: str) -> str:
@@ -125,8 +119,7 @@ def _parts(card: str) -> tuple[str | None, bool, str, bool]:
     mark = _MARK.search(card)
     if mark is None:
         return front, False, body, False
-    inner = _MARK.sub("", body)
-    return front, front is not None and mark[1] == _digest(front), body, mark[2] == _digest(inner)
+    return front, front is not None and mark[1] == _digest(front), body, mark[2] == _digest(_MARK.sub("", body))
 
 
 def _with_missing(front: str, wanted: str) -> str:
@@ -149,15 +142,13 @@ def _with_tags(front: str, tags: list[str]) -> str:
         return front  # another form, which a person wrote
     if match["row"] is not None:
         have = [t.strip().strip("\"'") for t in match["row"].split(",")]
-        missing = [t for t in tags if t not in have]
-        row = ", ".join([*filter(None, [match["row"].strip()]), *missing])
+        row = ", ".join([*filter(None, [match["row"].strip()]), *(t for t in tags if t not in have)])
         return front[: match.start("row")] + row + front[match.end("row") :]
     items = match["list"]
     have = [line.strip().removeprefix("- ").strip().strip("\"'") for line in items.splitlines()]
-    indent = re.match(r"[ \t]*", items)
-    pad = indent[0] if indent else ""
-    lines = "".join(f"{pad}- {t}\n" for t in tags if t not in have)
-    return front[: match.end("list")] + lines + front[match.end("list") :]
+    pad = items[: len(items) - len(items.lstrip(" \t"))]
+    missing = "".join(f"{pad}- {t}\n" for t in tags if t not in have)
+    return front[: match.end("list")] + missing + front[match.end("list") :]
 
 
 # ---------------------------------------------------------------- its text
@@ -175,46 +166,28 @@ def _base(config: Config) -> str | None:
 
 
 def _front_matter(config: Config, facts: Facts) -> str:
-    base = _base(config)
-    lines = [f"base_model: {_plain(base)}"] if base else []
-    lines += ["library_name: peft"]
-    if facts.license:
-        lines.append(f"license: {_plain(facts.license)}")
-    pipeline = _PIPELINES.get(config.task_type or "")
-    if pipeline:
-        lines.append(f"pipeline_tag: {pipeline}")
-    tags = [f"base_model:adapter:{base}"] if base else []
-    lines += ["tags:", *(f"- {_plain(t)}" for t in [*tags, config.peft_type.lower(), "jax", "jaxadapt"])]
-    return "\n".join(lines) + "\n"
+    base, pipeline = _base(config), _PIPELINES.get(config.task_type or "")
+    fields = {"base_model": base, "library_name": "peft", "license": facts.license, "pipeline_tag": pipeline}
+    lines = [f"{name}: {_plain(value)}" for name, value in fields.items() if value]
+    tags = [*([f"base_model:adapter:{base}"] if base else []), config.peft_type.lower(), "jax", "jaxadapt"]
+    return "\n".join([*lines, "tags:", *(f"- {_plain(tag)}" for tag in tags)]) + "\n"
 
 
 def _title(config: Config) -> list[str]:
     base = _base(config)
-    for_base = f" for [{base}](https://huggingface.co/{base})" if base else ""
-    return [
-        f"# {config.peft_type} adapter{f' for {base}' if base else ''}",
-        "",
-        f"An adapter{for_base} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
-        "",
-    ]
+    title, link = (f" for {base}", f" for [{base}](https://huggingface.co/{base})") if base else ("", "")
+    text = f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch."
+    return [f"# {config.peft_type} adapter{title}", "", text, ""]
 
 
 def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:
     base = _base(config)
-    below = f"/{facts.subfolder}" if facts.subfolder else ""
-    here = json.dumps(f"hf://{facts.repo}{below}" if facts.repo else "path/to/this/folder")
-    there = json.dumps(facts.repo or "path/to/this/folder")
-    there += f", subfolder={json.dumps(facts.subfolder)}" if facts.repo and facts.subfolder else ""
+    here = there = json.dumps("path/to/this/folder")
+    if facts.repo:
+        here = json.dumps(f"hf://{facts.repo}{'/' if facts.subfolder else ''}{facts.subfolder}")
+        there = json.dumps(facts.repo) + (f", subfolder={json.dumps(facts.subfolder)}" if facts.subfolder else "")
     name = _CLASSES.get(config.task_type or "")
-    if base and name:
-        torch = [
-            "from peft import PeftModel",
-            f"from transformers import {name}",
-            "",
-            f"base_model = {name}.from_pretrained({json.dumps(base)})",
-        ]
-    else:
-        torch = ["from peft import PeftModel", ""]
+    load_base = f"from transformers import {name}\n\nbase_model = {name}.from_pretrained({json.dumps(base)})"
     return [
         "## Use it",
         "",
@@ -230,7 +203,8 @@ def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:
         "In PyTorch (`pip install peft`):",
         "",
         "```python",
-        *torch,
+        "from peft import PeftModel",
+        load_base if base and name else "",
         f"model = PeftModel.from_pretrained(base_model, {there})",
         "```",
         "",
@@ -262,24 +236,21 @@ def _settings(config: Config, facts: Facts) -> list[str]:
     if target is not None:
         rows.append(("target_modules", target if isinstance(target, str) else ", ".join(sorted(target))))
     rows += [(name, _value(value)) for name, value in config.shown_fields().items()]
-    size = f"{facts.parameters:,} parameters in {len(facts.tensors)} tensors, {'/'.join(facts.dtypes)}"
+    parameters = sum(map(math.prod, facts.tensors.values()))
+    size = f"{parameters:,} parameters in {len(facts.tensors)} tensors, {'/'.join(facts.dtypes)}"
     rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
     if facts.metrics:
         results = [(name, _value(_plain_number(name, value))) for name, value in facts.metrics.items()]
         lines += ["## Results", "", *_table(("metric", "value"), results)]
     if facts.image:
-        alt = "How much the adapter changes each weight, layer by module"
-        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_image_caption(config), ""]
+        from jaxadapt.methods.registry import METHODS  # imports JAX, which a card without a picture does not need
+
+        method, alt = METHODS.get(config.peft_type), "How much the adapter changes each weight, layer by module"
+        what = None if method is None else method.describe_change(config)
+        caption = f"Layer by module: how much each weight changes{f' ({what})' if what else ''}."
+        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", caption, ""]
     return lines
-
-
-def _image_caption(config: Config) -> list[str]:
-    from jaxadapt.methods.registry import METHODS  # imports JAX, which a card without a picture does not need
-
-    method = METHODS.get(config.peft_type)
-    what = None if method is None else method.describe_change(config)
-    return [f"Layer by module: how much each weight changes{f' ({what})' if what else ''}."]
 
 
 def _readers(readers: Sequence[consumers.Reader]) -> list[str]:
@@ -324,10 +295,8 @@ def _value(value: Any) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
     def cell(value: str) -> str:
         return value.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
-    return [line(head), f"|{'---|' * len(head)}", *(line([*map(cell, row)]) for row in rows), ""]
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in (head, *rows)]
+    return [lines[0], f"|{'---|' * len(head)}", *lines[1:], ""]

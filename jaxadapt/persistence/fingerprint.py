@@ -13,6 +13,9 @@ others; `merge` joins the fingerprints of all processes.
 
 from __future__ import annotations
 
+import math
+import re
+import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,10 +85,9 @@ def of_base(
 
     by_module = {module: site for site in sites if not site.method.copies for module in site.modules}
     modules = choose_modules(by_module) if keys is None else [key.removesuffix(".weight") for key in keys]
-    found: dict[str, dict[str, Any]] = {}
-    requests: list[tuple[Any, list[tuple[int, ...]], Any]] = []
     if any(module not in by_module for module in modules):
         return None
+    requests: dict[str, _Request] = {}
     arrays = leaves({by_module[module].leaf for module in modules})
     for module in modules:
         leaf = by_module[module].leaf
@@ -96,16 +98,14 @@ def of_base(
         members = [i for i, name in enumerate(entry.keys) if plan.file_key(name) == key]
         if len(members) != 1 or entry.keys[members[0]] != key:
             continue  # an expert's parameter, or a part of PyTorch's tensor
-        shape = entry.form.file_shape
-        if 0 in shape:
+        if 0 in entry.form.file_shape:
             return None
-        found[key] = {"shape": list(shape), "bf16": ""}
-        requests.append((array, entry.form.locate(members[0], positions(key, shape)), entry.form))
-    if not found or (keys is not None and len(found) < len(modules)):
+        indices = entry.form.locate(members[0], positions(key, entry.form.file_shape))
+        requests[key] = array, indices, entry.form
+    if not requests or (keys is not None and len(requests) < len(modules)):
         return None
-    for each, digits in zip(found.values(), _take(requests), strict=True):
-        each["bf16"] = digits
-    return found
+    shapes = {key: list(form.file_shape) for key, (_, _, form) in requests.items()}
+    return {key: {"shape": shapes[key], "bf16": digits} for key, digits in _take(requests).items()}
 
 
 def is_complete(found: Fingerprint) -> bool:
@@ -145,11 +145,9 @@ def of_file(tensors: TensorSource, names: Mapping[str, str]) -> Fingerprint | No
         if name not in tensors or tensors.specs[name].dtype.kind in "iub":
             return None
         shape = tuple(tensors.specs[name].shape)
-        taken = [
-            tensors.read_slice(name, tuple(slice(i, i + 1) for i in position)) for position in positions(key, shape)
-        ]
-        values = np.asarray([np.asarray(x).reshape(()) for x in taken])
-        found[key] = {"shape": list(shape), "bf16": _hex(values)}
+        places = [tuple(slice(i, i + 1) for i in position) for position in positions(key, shape)]
+        values = [np.asarray(tensors.read_slice(name, place)).reshape(()) for place in places]
+        found[key] = {"shape": list(shape), "bf16": _hex(np.asarray(values))}
     return found
 
 
@@ -159,8 +157,6 @@ def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
     A value may differ by one unit in its last place of bfloat16, because a keymap's factor adds a rounding; but not
     most values.
     """
-    import numpy as np
-
     different: list[str] = []
     rounded = total = 0
     for key, one in stored.items():
@@ -172,13 +168,11 @@ def differences(stored: Fingerprint, found: Fingerprint) -> list[str]:
         if len(digits[0]) != len(digits[1]):
             different.append(f"{key}: no values")
             continue
-        pairs = [pair for pair in zip(*digits, strict=True) if _ELSEWHERE not in pair]
-        x, y = (_values(column) for column in (zip(*pairs, strict=True) if pairs else ((), ())))
-        unequal = x != y
-        with np.errstate(invalid="ignore", over="ignore"):  # infinities
-            near = np.isfinite(x - y) & (np.abs(x - y) <= 2.0**-7 * np.maximum(np.abs(x), np.abs(y)))
-        rounded, total = rounded + int((unequal & near).sum()), total + x.size
-        if not (near | ~unequal | (np.isnan(x) & np.isnan(y))).all():
+        pairs = [(_value(x), _value(y)) for x, y in zip(*digits, strict=True) if _ELSEWHERE not in (x, y)]
+        unequal = [(x, y) for x, y in pairs if x != y and not (math.isnan(x) and math.isnan(y))]
+        far = sum(not abs(x - y) <= 2.0**-7 * max(abs(x), abs(y)) < math.inf for x, y in unequal)
+        rounded, total = rounded + len(unequal) - far, total + len(pairs)
+        if far:
             different.append(f"{key}: other values")
     if not different and 4 * rounded > total:
         different.append("all weights: values that differ in the last place")
@@ -212,17 +206,16 @@ def check(stored: Fingerprint | None, found: Fingerprint | None, source: str, *,
 
 def parse(value: Any) -> Fingerprint | None:
     """Return the fingerprint in a header's document; None if it has none or a damaged one."""
-    if not isinstance(value, dict) or not value:
-        return None
-    for key, each in value.items():
-        if not isinstance(key, str) or not isinstance(each, dict):
-            return None
-        shape, text = each.get("shape"), each.get("bf16")
-        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-            return None
-        if not isinstance(text, str) or len(text) != 4 * VALUES or set(text) - set("0123456789abcdef"):
-            return None
-    return value
+
+    def is_sound(weight: object) -> bool:
+        match weight:
+            case {"shape": list(shape), "bf16": str(text)}:
+                is_shape = all(type(n) is int and n > 0 for n in shape)
+                return is_shape and re.fullmatch(rf"[0-9a-f]{{{4 * VALUES}}}", text) is not None
+            case _:
+                return False
+
+    return value if isinstance(value, dict) and value and all(map(is_sound, value.values())) else None
 
 
 # ---------------------------------------------------------------- values
@@ -234,17 +227,22 @@ def _has_values(array: Any) -> bool:
     import numpy as np
     from jax.core import Tracer
 
-    if isinstance(array, Tracer) or not isinstance(array, np.ndarray | jax.Array):
-        return False
-    if isinstance(array, jax.Array) and array.is_deleted():
-        return False
-    return bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    if isinstance(array, jax.Array):
+        is_readable = not isinstance(array, Tracer) and not array.is_deleted()
+    else:
+        is_readable = isinstance(array, np.ndarray)
+    return is_readable and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
-def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[str]:
+_Request = tuple[Any, list[tuple[int, ...]], Any]
+"""An array, indices into it, and its layout in the file."""
+
+
+def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     """Return the digits of the values at some indices of each array, in the file's scale.
 
-    Arrays in the host's memory are read in place. The others are read on their devices, all at once.
+    Arrays in the host's memory are read in place. The others are read on their devices, each shard on its own, all at
+    once.
     """
     import jax
     import numpy as np
@@ -252,15 +250,15 @@ def _take(requests: Sequence[tuple[Any, list[tuple[int, ...]], Any]]) -> list[st
     from jaxadapt.arrays.layout import to_file_scale
 
     gather = jax.jit(lambda array, where: array[where])
-    pieces = [_pieces(array, indices) for array, indices, _ in requests]
-    taken = [[_read(gather, part, list(where.values())) for part, where in each] for each in pieces]
-    digits: list[str] = []
-    for (_, indices, form), each, values in zip(requests, pieces, jax.device_get(taken), strict=True):
+    pieces = {key: _pieces(array, indices) for key, (array, indices, _) in requests.items()}
+    taken = {key: [_read(gather, part, list(where.values())) for part, where in each] for key, each in pieces.items()}
+    taken, digits = jax.device_get(taken), dict[str, str]()
+    for key, (_, indices, form) in requests.items():
         found = dict.fromkeys(range(len(indices)), _ELSEWHERE)
-        for (_, where), some in zip(each, values, strict=True):
+        for (_, where), some in zip(pieces[key], taken[key], strict=True):
             scaled = to_file_scale(np.asarray(some)[: len(where)], form.factor, form.shift)
             found |= zip(where, _split(_hex(scaled)), strict=True)
-        digits.append("".join(found.values()))
+        digits[key] = "".join(found.values())
     return digits
 
 
@@ -274,9 +272,7 @@ def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
     """
     import jax
 
-    devices = array.sharding.device_set if isinstance(array, jax.Array) else ()
-    in_parts = len(devices) > 1 and all(device.platform == "cpu" for device in devices)  # of the host's memory
-    if not isinstance(array, jax.Array) or (array.is_fully_addressable and not in_parts):
+    if not isinstance(array, jax.Array):
         return [(array, dict(enumerate(indices)))]
     left, pieces = dict(enumerate(indices)), list[_Piece]()
     for shard in array.addressable_shards:
@@ -297,9 +293,7 @@ def _read(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> Any:
     import jax
     import numpy as np
 
-    if not isinstance(array, jax.Array):
-        return array[tuple(zip(*indices, strict=True))]
-    if all(device.platform == "cpu" for device in array.sharding.device_set):
+    if not isinstance(array, jax.Array) or all(device.platform == "cpu" for device in array.sharding.device_set):
         return np.asarray(array)[tuple(zip(*indices, strict=True))]
     padded = [*indices, *indices[-1:] * (VALUES - len(indices))]
     return gather(array, tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True)))
@@ -320,9 +314,6 @@ def _split(digits: str) -> list[str]:
     return [digits[i : i + 4] for i in range(0, len(digits), 4)]
 
 
-def _values(digits: Iterable[str]) -> Any:
-    import ml_dtypes
-    import numpy as np
-
-    bits = np.asarray([int(each, 16) for each in digits], np.uint16)
-    return bits.view(ml_dtypes.bfloat16).astype(np.float32)
+def _value(digits: str) -> float:
+    """Return the number of bfloat16 that has these digits."""
+    return struct.unpack(">f", bytes.fromhex(f"{digits}0000"))[0]

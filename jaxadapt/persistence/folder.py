@@ -22,10 +22,9 @@ from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, re
 from jaxadapt.persistence import findings, formats, reading
 from jaxadapt.persistence.formats import Place, peft_folder
 from jaxadapt.storage import location
-from jaxadapt.storage.location import Location
 
 
-def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
+def adapter_folder(path: str | os.PathLike[str], name: str) -> location.Location:
     """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
     if location.is_hub_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")

@@ -26,7 +26,6 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import findings, formats, run_folder
 from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning
 from jaxadapt.persistence.formats import Place, peft_folder
-from jaxadapt.persistence.formats.image_names import LYCORIS
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import location
 
@@ -308,7 +307,7 @@ def read_stored(stored: StoredAdapter) -> Reading:
     found = (*stored.findings, *about_config)
     if not stored.specs:
         return Reading(found, config)
-    passes = config is not None and config.peft_type == LYCORIS  # the names of its own program are right
+    passes = config is not None and config.peft_type == formats.OPAQUE  # the names of its own program are right
     foreign = None if passes else _foreign_tensors(stored, config)
     if foreign is not None:
         return Reading((*[f for f in found if f.code not in ("configuration-missing", foreign.code)], foreign), config)

@@ -275,13 +275,13 @@ def read_document(path: Location, header: safetensors.Header) -> dict[str, Any]:
             f"{path}: expected schema {SCHEMA}, found {document.get('schema')!r}; a newer version of"
             " jaxadapt wrote it, or it is damaged"
         )
-    objective = document.get("objective", {})  # older versions did not store it
-    known = objective == {} or (isinstance(objective, dict) and list(objective) in (["minimize"], ["maximize"]))
-    match document.get("best"):  # nor this
-        case None | [int(), int() | float()]:
-            pass
+    # Older versions stored neither an objective nor the best step.
+    match document.get("metrics"), document.get("odd"), document.get("objective", {}), document.get("best"):
+        case dict(), dict(), dict(objective), None | [int(), int() | float()] if list(objective) in (
+            [],
+            ["minimize"],
+            ["maximize"],
+        ):
+            return document
         case _:
-            known = False
-    if not isinstance(document.get("metrics"), dict) or not isinstance(document.get("odd"), dict) or not known:
-        raise FormatError(f"{path}: the metadata {META!r} of its header is damaged")
-    return document
+            raise FormatError(f"{path}: the metadata {META!r} of its header is damaged")

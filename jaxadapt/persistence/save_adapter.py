@@ -24,10 +24,9 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import experts, sites
+from jaxadapt.adapters import experts, selection, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.adapters.selection import rename_targets
 from jaxadapt.adapters.sites import may_need_embeddings, repeat_for_heads, repeats_heads
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
@@ -35,10 +34,18 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import Config
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, raise_listed
-from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    AttachError,
+    FileError,
+    MismatchError,
+    Progress,
+    Report,
+    bullets,
+    no_report,
+    raise_listed,
+    reporter,
+)
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
@@ -49,7 +56,6 @@ from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, folder, formats
 from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import location, sharded_write
-from jaxadapt.storage.sharded_write import Group, TensorPart
 
 # ---------------------------------------------------------------- multihost
 
@@ -86,7 +92,7 @@ def write_shared(
     """
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = location.to_location(path)
-    group = Group(target, timeout)
+    group = sharded_write.Group(target, timeout)
     stored = encoded if dtype is None else cast(encoded, dtype)
     tensors = dataclasses.replace(tensors, tensors=stored)
     specs = {key: (spec.dtype, spec.shape) for key, spec in stored.specs.items()}
@@ -94,7 +100,7 @@ def write_shared(
     def size(values: Iterable[Any]) -> int:
         return sum(x.size * (dtype or x.dtype).itemsize for x in values)
 
-    def parts(file_is_shared: bool) -> tuple[int, Iterator[TensorPart]]:
+    def parts(file_is_shared: bool) -> tuple[int, Iterator[sharded_write.TensorPart]]:
         if file_is_shared:
             owned = owned_regions(encoded.leaves, group.index)
             return size(x for each in owned.values() for x in each.values()), _owned_parts(encoded, owned, dtype)
@@ -124,7 +130,7 @@ def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], t
 
     Raises `FileError` in all processes if `combine` failed, or if a process did not answer for `timeout` seconds.
     """
-    group = Group(task, timeout, ("combined",))
+    group = sharded_write.Group(task, timeout, ("combined",))
     if group.index > 0:
         group.send("value", value)
         return group.receive("combined")
@@ -234,7 +240,7 @@ def gather_array(leaf: Any) -> np.ndarray:
 
 def _owned_parts(
     encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
-) -> Iterator[TensorPart]:
+) -> Iterator[sharded_write.TensorPart]:
     """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
     left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
@@ -244,7 +250,7 @@ def _owned_parts(
             yield from _parts(entry, box, values, dtype)
 
 
-def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterator[TensorPart]:
+def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterator[sharded_write.TensorPart]:
     """Yield all parts in process 0, one leaf after the other; yield nothing in the others, which only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         with name_donated_arrays(encoded.leaves):
@@ -253,14 +259,14 @@ def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterat
             yield from _parts(entry, array_regions.full_region(entry.shape), value, dtype)
 
 
-def _parts(entry: PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[TensorPart]:
+def _parts(entry: PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[sharded_write.TensorPart]:
     """Yield the file parts of one region of a leaf."""
     for piece in array_regions.file_regions(entry.form, box):
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
         keys = entry.keys_of(piece.number)
         tile = tile if dtype is None else cast({keys[0]: tile}, dtype)[keys[0]]
         for key in keys:
-            yield TensorPart(key, piece.shape, piece.tensor_region, tile)
+            yield sharded_write.TensorPart(key, piece.shape, piece.tensor_region, tile)
 
 
 # ---------------------------------------------------------------- encode
@@ -290,19 +296,19 @@ class Source:
         return self.held.leaves() if self.held.has_base else None
 
 
-def take_adapter(held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Source:
+def take_adapter(held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Adapter:
     """Take the adapter out of a tree, with the target names of the given keymap.
 
     Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
     """
     adapter, config = held.extract(name, keymap), held.given.config
-    source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
-    require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
+    adapter = adapter if config is None else dataclasses.replace(adapter, config=config)
+    require_values(adapter.flat(), traced=in_memory, elsewhere=not in_memory)
     if keymap in (None, "auto"):
-        return source
+        return adapter
     new = families.resolve_keymap(keymap, {})
-    config = rename_targets(source.adapter.config, source.sites, new)
-    return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
+    config = selection.rename_targets(adapter.config, sites.sites_of(adapter), new)
+    return dataclasses.replace(adapter, config=config, keymap=new)
 
 
 def encode_tree(
@@ -331,12 +337,8 @@ def encode_tree(
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, keymap)
         may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
-        if not isinstance(tensors.tensors, Encoded):
-            return tensors
-        repeated = _repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap, None)
-        return dataclasses.replace(tensors, tensors=repeated)
-    source = take_adapter(held, name, keymap, in_memory=in_memory)
-    adapter = source.adapter
+        return _repeat_for_heads(tensors, known.own_keymap, None)
+    adapter = take_adapter(held, name, keymap, in_memory=in_memory)
     if stored := get_method(adapter.config).stored(adapter.config, adapter.shared):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
     source = Source(held, adapter, save_embedding_layers)
@@ -383,14 +385,13 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
 
 
 def _encode(source: Source) -> Encoded:
-    adapter, leaves = source.adapter, source.leaves
-    warn_unproved(adapter.keymap)
-    adapter_sites = source.sites
+    leaves, adapter_sites = source.leaves, source.sites
+    warn_unproved(source.adapter.keymap)
     sites.require_complete(leaves, adapter_sites)
     if adapter_sites.untargeted:
         raise MismatchError(
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
-            " does not name them, so a reader would drop them:\n" + paths.bullets(adapter_sites.untargeted)
+            " does not name them, so a reader would drop them:\n" + bullets(adapter_sites.untargeted)
         )
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:
@@ -416,12 +417,14 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
     )
 
 
-def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap, leaves: Iterable[str] | None) -> Encoded:
+def _repeat_for_heads(tensors: PeftTensors, keymap: KeyMap, leaves: Iterable[str] | None) -> PeftTensors:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
-    if not repeats_heads(config, keymap, leaves):
-        return encoded
-    more = repeat_for_heads(config, encoded.plan.entries, keymap)
-    return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
+    encoded = tensors.tensors
+    if not isinstance(encoded, Encoded) or not repeats_heads(tensors.config, keymap, leaves):
+        return tensors
+    more = repeat_for_heads(tensors.config, encoded.plan.entries, keymap)
+    repeated = dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
+    return dataclasses.replace(tensors, tensors=repeated)
 
 
 def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
@@ -436,8 +439,7 @@ def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Add the tensors of a tied head, as PEFT stores them under both names."""
     leaves = source.base if METHODS[tensors.config.peft_type].ties_heads else None
-    repeated = _repeat_for_heads(tensors.config, _encoded(tensors), source.adapter.keymap, leaves)
-    return dataclasses.replace(tensors, tensors=repeated)
+    return _repeat_for_heads(tensors, source.adapter.keymap, leaves)
 
 
 def split_experts(tensors: PeftTensors, source: Source) -> PeftTensors:
@@ -506,11 +508,6 @@ class MultihostFolder:
     shared: bool | None = None
     timeout: float = 300
 
-    @classmethod
-    def of(cls, path: str | os.PathLike[str] | MultihostFolder) -> MultihostFolder:
-        """Return a path as a `MultihostFolder`, without options unless it is one."""
-        return path if isinstance(path, cls) else cls(path)
-
     def __fspath__(self) -> str:
         return os.fspath(self.path)
 
@@ -575,7 +572,7 @@ def save(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
             " jaxadapt.write(tensors, path)"
         )
-    place = MultihostFolder.of(path)
+    place = path if isinstance(path, MultihostFolder) else MultihostFolder(path)
     dtype = None if dtype is None else float_dtype(dtype)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
@@ -585,13 +582,15 @@ def save(
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = take_adapter(held, name, keymap, in_memory=False).adapter
+        adapter = take_adapter(held, name, keymap, in_memory=False)
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
                 adapter = finite.cast_tree(adapter, dtype, "this adapter")
+        write = formats.writer("orbax").write_adapter
+        assert write is not None
         with reporter(progress) as report:
-            formats.write_adapter("orbax", adapter, target, report)
+            write(adapter, target, report)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", target, len(adapter.flat()))
         return
     tensors = encode_tree(

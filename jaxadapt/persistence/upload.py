@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from jaxadapt.core.progress import LOGGER, Progress
 from jaxadapt.persistence import card as cards
 from jaxadapt.persistence import folder
 from jaxadapt.storage import hub, location
-from jaxadapt.storage.location import Location
 
 PICTURE = "adapter_norms.png"
 _LONG = 24 * 3600.0  # seconds
@@ -111,32 +110,25 @@ def push(
             if saving:
                 raise AttachError(f"{', '.join(saving)}: applies to models only; PeftTensors are uploaded unchanged")
             folder.write(source, made, progress=progress)
-        else:
-            # here, so that a folder uploads without JAX
-            from jaxadapt.persistence.save_adapter import MultihostFolder, save
+            return _push(Path(made), place, page, commit, progress)
+        # here, so that a folder uploads without JAX
+        import jax
 
-            own = MultihostFolder(made, shared=False)  # each process has its own folder
-            save(source, own, name=name, progress=progress, **saving)
-        below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
+        from jaxadapt.models.carriers import carrier
+        from jaxadapt.persistence import save_adapter
+
+        own = save_adapter.MultihostFolder(made, shared=False)  # each process has its own folder
+        save_adapter.save(source, own, name=name, progress=progress, **saving)
+        below = Path(made) if name == "default" else Path(made) / name
         send = functools.partial(_push, below, place, page, commit, progress)
-        return send() if isinstance(source, PeftTensors) else _run_once(source, f"push to {place}", send)
-
-
-def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
-    """Upload from process 0 only if the arrays are spread over several processes, which then all call this."""
-    import jax
-
-    from jaxadapt.models.carriers import carrier
-    from jaxadapt.persistence import save_adapter
-
-    if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
-        return send()
-    # A long timeout: if process 0 dies, the lost connection to it ends the others.
-    return Pushed(*save_adapter.run_on_leader(task, send, _LONG))
+        if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
+            return send()
+        # All processes call this. A long timeout: if process 0 dies, the lost connection to it ends the others.
+        return Pushed(*save_adapter.run_on_leader(f"push to {place}", send, _LONG))
 
 
 def _push(
-    source: Location, place: location.HubAddress, page: Card, commit: dict[str, Any], progress: Progress
+    source: location.Location, place: location.HubAddress, page: Card, commit: dict[str, Any], progress: Progress
 ) -> Pushed:
     info = folder.inspect(source)  # raises for unreadable files before anything is sent
     weights = next((name for name in location.WEIGHTS if location.exists(source / name)), None)
@@ -162,7 +154,7 @@ def _push(
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
 
 
-def _card(source: Location, new: str, place: location.HubAddress, token: hub.Token) -> str:
+def _card(source: location.Location, new: str, place: location.HubAddress, token: hub.Token) -> str:
     """Return the card to upload: an edited one of the folder, else an edited one of the Hub, else `new`."""
     path = source / location.CARD
     if location.exists(path):
@@ -176,7 +168,7 @@ def _card(source: Location, new: str, place: location.HubAddress, token: hub.Tok
     return cards.merge_card(on_hub, new)
 
 
-def _read_card(path: Location) -> str:
+def _read_card(path: location.Location) -> str:
     try:
         return location.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -188,7 +180,7 @@ def _read_card(path: Location) -> str:
         raise FileError(f"{error}; delete it to have a new card written") from error
 
 
-def _picture(source: Location, info: folder.Info, wanted: bool | None) -> bytes | None:
+def _picture(source: location.Location, info: folder.Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
     from jaxadapt.analysis import norms

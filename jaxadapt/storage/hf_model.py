@@ -1,7 +1,7 @@
-"""A model's weights in the layout of Hugging Face: `model.safetensors`, or several shards and their index.
+"""A model's folder in the layout of Hugging Face: `model.safetensors`, or several shards and their index; config.json.
 
 One rename replaces an old set of files by the new one: the rename of the single file, or of the index. The files of the
-old set are deleted after that.
+old set are deleted after that. The other files of the folder are the configuration and the tokenizer.
 """
 
 from __future__ import annotations
@@ -181,3 +181,123 @@ def _current_files(folder: Location) -> set[str]:
     """Return the names of the folder's current weight files, which a new set replaces."""
     names = {name for name in (SINGLE_FILE, INDEX) if location.is_file(folder / name)}
     return names | set(read_index(folder / INDEX).values()) if INDEX in names else names
+
+
+# ---------------------------------------------------------------- configuration and other files
+
+
+CONFIG = "config.json"
+
+_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+"""Suffixes of a model's other files: configuration, tokenizer, chat template."""
+
+TIE_FIELD = "tie_word_embeddings"
+"""The field of config.json that ties the head to the embedding."""
+
+TIE_DEFAULTS: Mapping[str, bool] = {
+    **dict.fromkeys(
+        "bert bloom cohere cohere2 falcon gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gpt2"
+        " gpt_bigcode gpt_neo opt paligemma roberta smollm3 starcoder2 whisper xlm-roberta".split(),
+        True,
+    ),
+    **dict.fromkeys(
+        "deepseek_v2 deepseek_v3 glm glm4 gpt_neox gpt_oss gptj granite llama llama4 llama4_text llava mistral mixtral"
+        " nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe"
+        " qwen3_next qwen3_vl stablelm".split(),
+        False,
+    ),
+}
+"""The default of the field by model type."""
+
+
+def read_model_config(path: Location) -> dict[str, Any] | None:
+    """Read the fields of a config.json; return None if the file does not exist."""
+    try:
+        document: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise local_files.file_error("read", str(path), error) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: expected JSON, but reading failed: {error}") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return cast("dict[str, Any]", document)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Return True if a config.json ties the head to the token embedding, None if it is ambiguous.
+
+    transformers 5 reads the field beside `text_config`, transformers 4 the field in it. Without the field, both use the
+    default of the model type.
+
+    >>> is_tied({"model_type": "gpt2"}), is_tied({"model_type": "gpt2", "tie_word_embeddings": False})
+    (True, False)
+    """
+    text, outer = config.get("text_config"), _tie_field(config)
+    if outer is None:
+        outer = TIE_DEFAULTS.get(str(config.get("model_type")))
+    inner = _tie_field(cast("Mapping[str, Any]", text)) if isinstance(text, Mapping) else None
+    return outer if inner is None or inner == outer else None
+
+
+def _tie_field(config: Mapping[str, Any]) -> bool | None:
+    value = config.get(TIE_FIELD)
+    return value if isinstance(value, bool) else None
+
+
+def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json with the head untied from the embedding."""
+    text: Any = config.get("text_config")
+    inner = {"text_config": {**text, TIE_FIELD: False}} if isinstance(text, Mapping) else {}
+    return {**config, **inner, TIE_FIELD: False}
+
+
+def read_tied(path: Location) -> bool | None:
+    """Return what `is_tied` says of a config.json; None if the file does not exist."""
+    config = read_model_config(path)
+    return None if config is None else is_tied(config)
+
+
+def _read_bytes(path: Location) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise local_files.file_error("read", str(path), error) from error
+
+
+def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
+    """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
+    files: dict[str, bytes] = {}
+    is_folder = location.is_dir(source)
+    try:
+        members = sorted(source.iterdir(), key=str) if is_folder else []
+    except OSError as error:
+        raise local_files.file_error("read", str(source), error) from error
+    for path in members:
+        name = path.name
+        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != location.CONFIG
+        if is_copied and location.is_file(path):
+            files[name] = _read_bytes(path)
+    path = (source if is_folder else source.parent) / CONFIG
+    if untie and read_model_config(path) is not None:
+        files[path.name] = _read_bytes(path)  # also if the base is a single file
+    if path.name in files and dtype is not None:
+        files[path.name] = _set_dtype(path, files[path.name], dtype)
+    if path.name in files and untie:
+        files[path.name] = json.dumps(untie_config(json.loads(files[path.name])), indent=2).encode() + b"\n"
+    return files
+
+
+def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
+    """Set the dtype in a config.json, because transformers loads a model in this dtype."""
+
+    def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+        return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
+
+    try:
+        return json.dumps(json.loads(config, object_hook=replace_dtype), indent=2).encode() + b"\n"
+    except ValueError as error:
+        raise FormatError(
+            f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
+        ) from error

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import jaxadapt
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.cli import main
-from jaxadapt.export import gguf_model, merge_files
+from jaxadapt.export import merge_files
 from jaxadapt.persistence import fingerprint
 
 torch = pytest.importorskip("torch")
@@ -99,9 +99,9 @@ def test_a_merge_into_another_base_warns(family, tmp_path):
     jaxadapt.write(dataclasses.replace(tensors, fingerprint=base), tmp_path / "in")
     for name, each in (("right", model), ("wrong", other)):
         write_base(family, each, tmp_path / f"{name}.gguf")
-    gguf_model.merge_gguf(tmp_path / "right.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
+    merge_files.merge_gguf(tmp_path / "right.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
     with pytest.warns(UserWarning, match="was trained on another base"):
-        gguf_model.merge_gguf(tmp_path / "wrong.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
+        merge_files.merge_gguf(tmp_path / "wrong.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype="q8_0")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -112,7 +112,7 @@ def test_the_merged_file_holds_pefts_merged_weights(family, tmp_path):
     options = {"fan_in_fan_out": True} if family == "gpt2" else {"use_dora": True, **norms}
     wrapped = adapted(model_of(family), targets, use_rslora=True, **options)
     wrapped.save_pretrained(tmp_path / "in")
-    count = gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
+    count = merge_files.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
     want = named(family, wrapped.merge_and_unload())
     got = read(tmp_path / "out.gguf")
     assert got.keys() == want.keys()
@@ -133,7 +133,7 @@ def test_types(dtype, kinds, rtol, tmp_path):
     write_base("llama", model_of("llama"), tmp_path / "base.gguf")
     wrapped = adapted(model_of("llama"), ["q_proj"])
     wrapped.save_pretrained(tmp_path / "in")
-    gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype=dtype)
+    merge_files.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf", dtype=dtype)
     assert {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors} == kinds
     for name, x in named("llama", wrapped.merge_and_unload()).items():
         np.testing.assert_allclose(read(tmp_path / "out.gguf")[name], x, rtol=rtol, atol=1e-7, err_msg=name)
@@ -173,7 +173,7 @@ def test_another_alignment_of_the_tensors(tmp_path):
     write_base("llama", model_of("llama"), tmp_path / "base.gguf", lambda writer: writer.add_custom_alignment(128))
     wrapped = adapted(model_of("llama"), ["q_proj"])
     wrapped.save_pretrained(tmp_path / "in")
-    gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
+    merge_files.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
     assert all(t.data_offset % 128 == 0 for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors)
     got = read(tmp_path / "out.gguf")
     for name, x in named("llama", wrapped.merge_and_unload()).items():
@@ -193,7 +193,7 @@ def test_fields_that_contradict_the_tensors_are_refused(tmp_path):
     ):
         write_base("llama", model_of("llama"), tmp_path / "base.gguf", change)
         with pytest.raises(jaxadapt.FormatError, match=message):
-            gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
+            merge_files.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / "out.gguf")
     writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
     writer.add_block_count(1)
     writer.add_head_count(4)
@@ -202,7 +202,7 @@ def test_fields_that_contradict_the_tensors_are_refused(tmp_path):
         getattr(writer, f"write_{part}_to_file")()
     writer.close()
     with pytest.raises(jaxadapt.FormatError, match="expected the matrices of a model, found none"):
-        gguf_model.merge_gguf(tmp_path / "none.gguf", tmp_path / "in", tmp_path / "out.gguf")
+        merge_files.merge_gguf(tmp_path / "none.gguf", tmp_path / "in", tmp_path / "out.gguf")
 
 
 def test_a_damaged_count_is_refused(tmp_path):
@@ -220,7 +220,7 @@ def test_a_damaged_count_is_refused(tmp_path):
     ):
         (tmp_path / "bad.gguf").write_bytes(data)
         with pytest.raises(jaxadapt.FormatError, match=r"bad\.gguf: expected a GGUF file"):
-            gguf_model.merge_gguf(tmp_path / "bad.gguf", tmp_path / "in", tmp_path / "out.gguf")
+            merge_files.merge_gguf(tmp_path / "bad.gguf", tmp_path / "in", tmp_path / "out.gguf")
 
 
 def test_refusals(tmp_path):
@@ -228,13 +228,13 @@ def test_refusals(tmp_path):
     adapted(model_of("llama"), ["q_proj"]).save_pretrained(tmp_path / "in")
     for out, message in (("base.gguf", "this is the base model"), ("folder", "a file name ending in .gguf")):
         with pytest.raises(jaxadapt.FileError, match=message):
-            gguf_model.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / out)
+            merge_files.merge_gguf(tmp_path / "base.gguf", tmp_path / "in", tmp_path / out)
     model_of("llama").save_pretrained(tmp_path / "base")
     with pytest.raises(jaxadapt.FileError, match="written only for a base that is one"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "in", tmp_path / "out.gguf")
     (tmp_path / "no.gguf").write_bytes(b"no")
     with pytest.raises(jaxadapt.FormatError, match="expected a GGUF file"):
-        gguf_model.merge_gguf(tmp_path / "no.gguf", tmp_path / "in", tmp_path / "out.gguf")
+        merge_files.merge_gguf(tmp_path / "no.gguf", tmp_path / "in", tmp_path / "out.gguf")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.add_tensor("x.weight", np.zeros((2, 2), "float32"))
     writer.write_header_to_file()
@@ -242,5 +242,5 @@ def test_refusals(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(jaxadapt.ConfigError, match="cannot write GGUF for the architecture 'mamba'; expected one of"):
-        gguf_model.merge_gguf(tmp_path / "other.gguf", tmp_path / "in", tmp_path / "out.gguf")
+        merge_files.merge_gguf(tmp_path / "other.gguf", tmp_path / "in", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

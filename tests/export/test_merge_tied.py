@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt.export import merge_files, untying
+from jaxadapt.export import merge_files
+from jaxadapt.storage import hf_model
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -238,14 +239,14 @@ def test_a_classifier_has_no_head_to_untie(tmp_path):
 
 
 def test_config_json_is_read_as_transformers_reads_it():
-    for kind in sorted(untying.DEFAULTS):
+    for kind in sorted(hf_model.TIE_DEFAULTS):
         made = CONFIG_MAPPING[kind]()
-        assert made.tie_word_embeddings is untying.is_tied({"model_type": kind}), kind
+        assert made.tie_word_embeddings is hf_model.is_tied({"model_type": kind}), kind
     both = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
-    assert untying.is_tied(both) is True
-    assert untying.is_tied({"model_type": "mine"}) is None
-    assert untying.is_tied({"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}}) is None
-    assert untying.untie_config(both) == {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+    assert hf_model.is_tied(both) is True
+    assert hf_model.is_tied({"model_type": "mine"}) is None
+    assert hf_model.is_tied({"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}}) is None
+    assert hf_model.untie_config(both) == {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
 
 
 def tree(own_head: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 import jaxadapt
 from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps import pytorch
-from jaxadapt.persistence.formats import Wanted, image_files, image_names
+from jaxadapt.persistence.formats import Wanted, image_files
 
 P = "base_model.model."
 SHARED: dict[str, Any] = {
@@ -46,7 +46,7 @@ def test_every_module_is_what_diffusers_takes_it_for(version: str, tmp_path: Pat
         name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
     assert modules.keys() <= set(pytorch.dotted_names("unet").values())
-    names = image_names.kohya_keys(f"unet.{name}" for name in modules)
+    names = image_files.kohya_keys(f"unet.{name}" for name in modules)
     tensors: dict[str, torch.Tensor] = {}
     for number, (name, module) in enumerate(modules.items()):
         (rows, columns), window = module.weight.shape[:2], module.weight.shape[2:]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.keymaps import pytorch
-from jaxadapt.persistence.formats import Wanted, image_files, image_names
+from jaxadapt.persistence.formats import Wanted, image_files
 from tests.support import fuzz_image_files
 
 P = "base_model.model."
@@ -126,10 +126,10 @@ OLD_DIFFUSERS = {
 
 
 def test_the_names_of_diffusers():
-    found = image_names.find_layout(OLD_DIFFUSERS)
+    found = image_files.find_layout(OLD_DIFFUSERS)
     assert found is not None
     assert found.keys == {P + peft: key for key, peft in OLD_DIFFUSERS.items()}
-    assert image_names.find_layout([*OLD_DIFFUSERS, "epoch"]) is None
+    assert image_files.find_layout([*OLD_DIFFUSERS, "epoch"]) is None
 
 
 def test_a_file_of_diffusers_keeps_its_names(tmp_path: Path):
@@ -172,7 +172,7 @@ def test_the_ranks_and_alphas_in_the_header_of_diffusers_are_read(tmp_path: Path
     assert {f.severity for f in jaxadapt.verify(RECORDED)} == {"note"}
     assert run("convert", RECORDED, tmp_path / "k.safetensors", "--format", "kohya-ss").exit_code == 0
     kohya_file = load_file(tmp_path / "k.safetensors")
-    names = image_names.kohya_keys(SCALES)
+    names = image_files.kohya_keys(SCALES)
     found = {m: kohya_file[f"{n}.alpha"] / len(kohya_file[f"{n}.lora_down.weight"]) for m, n in names.items()}
     assert found == pytest.approx(SCALES, rel=1e-15)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxadapt import AdapterError
 from jaxadapt.arrays.tensor_source import as_source
-from jaxadapt.persistence.formats import image_files, image_names
+from jaxadapt.persistence.formats import image_files
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 NAMES = (
@@ -70,19 +70,19 @@ def draw(rng: random.Random) -> Arrays:
 
 def check(arrays: Arrays) -> str:
     """Read a file and write it back; return what became of it."""
-    layout = image_names.find_layout(arrays)
+    layout = image_files.find_layout(arrays)
     if layout is None:
         return "no image adapter"
     try:
         read = image_files.read_tensors(as_source(arrays), layout, {}, Path("a file"))
-        specs, get, _ = image_files.file_tensors(read.tensors, read.names.style, read.names)
+        file, _ = image_files.file_tensors(read.tensors, read.names.style, read.names)
     except AdapterError:
         return "refused"
-    extra = {key for key in specs if key not in arrays}
-    assert specs.keys() - extra == arrays.keys(), (arrays.keys(), specs.keys())
+    extra = {key for key in file if key not in arrays}
+    assert set(file) - extra == arrays.keys(), (arrays.keys(), list(file))
     assert all(key.endswith(".alpha") for key in extra), extra  # of a module that has none: its rank
     for key, value in arrays.items():
-        again = np.asarray(get(key))
+        again = np.asarray(file[key])
         if read.names.alphas and key in read.names.alphas.values():
             lokr = read.names.method == "LOKR"  # two full matrices are not scaled
             assert lokr or float(again) == float(value.reshape(())), key

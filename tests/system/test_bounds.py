@@ -132,13 +132,13 @@ def test_a_gguf_file_is_read_as_its_package_reads_it(tmp_path):
     ours, theirs = gguf_files.File(tmp_path / "x.gguf"), gguf.GGUFReader(tmp_path / "x.gguf")
     fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
     types = {name: [kind.name for kind in field.types] for name, field in fields.items()}
-    assert ours.fields() == {
+    assert ours.fields == {
         name: (field.contents(), types[name][0], types[name][1] if len(types[name]) > 1 else None)
         for name, field in fields.items()
     }
-    assert ours.names == [tensor.name for tensor in theirs.tensors]
+    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
     for tensor in theirs.tensors:
-        assert ours.kind(tensor.name) == tensor.tensor_type.name
+        assert ours.tensors[tensor.name].kind == tensor.tensor_type.name
         np.testing.assert_array_equal(
             ours.read(tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(2, 64)
         )

@@ -27,16 +27,34 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.findings import Finding
     from jaxadapt.persistence.rules import Options
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "peft_folder": location.WEIGHTS,
-    "mlx_files": (location.MLX_WEIGHTS,),
-    "image_files": (".safetensors",),
-    "orbax_folder": orbax.MARKERS,
-}
-"""{module of a format: ends of file names}, in the order in which they are asked what a path holds.
 
-A module is imported when the path, or a name in its folder, has one of these ends, or when the format is to be written.
-"""
+class Row(NamedTuple):
+    """A row of `FORMATS`.
+
+    Attributes:
+        ends: ends of file names. The module is imported when the path, or a name in its folder, has one of them, or
+            when the format is to be written.
+        folders: the styles of a folder that a user chooses in a conversion.
+        files: those of a single file, whose name ends in .safetensors.
+        exports: the styles that only an export for a program writes.
+    """
+
+    ends: tuple[str, ...]
+    folders: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    exports: tuple[str, ...] = ()
+
+
+FORMATS: dict[str, Row] = {
+    "peft_folder": Row(location.WEIGHTS, folders=("safetensors", "bin")),
+    "mlx_files": Row((location.MLX_WEIGHTS,), exports=("mlx",)),
+    "image_files": Row((".safetensors",), files=("kohya-ss", "diffusers")),
+    "orbax_folder": Row(orbax.MARKERS, folders=("orbax",)),
+}
+"""{module of a format: its row}, in the order in which they are asked what a path holds."""
+
+OPAQUE = "LYCORIS"
+"""The type of tensors that PEFT has no method for: they pass through under the names of their own program."""
 
 
 class Place(NamedTuple):
@@ -81,7 +99,7 @@ class Wanted:
     """The choices for a file to write.
 
     Attributes:
-        style: one of the format's styles.
+        style: one of the styles in the format's row.
         origin: the open adapter from which the tensors come, whose names may be kept.
         tied: True if the base ties its head to the token embedding; None if that is unknown.
         ahead: True for tensors that a thread may read and compute while others are written.
@@ -103,11 +121,9 @@ class Format:
         write: writes tensors to a location and returns their number.
         read_config: reads only the configuration; None to open the place for it.
         join: makes one adapter of one for each model, for a file that may change several.
-        write_adapter: writes an adapter in its model's layout, for a format that keeps it.
+        write_adapter: writes an adapter in its model's layout, for a format that keeps it; every process calls it.
         read_adapter: reads an adapter into the layout of a base, for a format that keeps a model's layout.
         describe: returns the finding of `verify` about an open file, or about one that `open` refused.
-        styles: the names by which a user chooses the format.
-        suffix: the end of the name of a single file; "" for a folder.
     """
 
     recognises: Callable[[Place], bool]
@@ -121,8 +137,6 @@ class Format:
     ) = None
     describe: Callable[[str, Opened | AdapterError], Finding] | None = None
     join: Callable[[Mapping[str, PeftTensors], str], PeftTensors] | None = None
-    styles: tuple[str, ...] = ()
-    suffix: str = ""
 
 
 def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Place:
@@ -141,11 +155,11 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         return Place(path, at, None)
     except FileNotFoundError as error:
         why = error.strerror if isinstance(at, location.Address) else "no such folder"
-        on_hub = (
-            f"; for the Hub's repository give {location.HUB}{path}" if location.could_be_repository(str(path)) else ""
-        )
-        expected = f"expected a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}"
-        raise FileError(f"{at}: {why}; {expected}{on_hub}") from None
+        is_repository = location.could_be_repository(str(path))
+        on_hub = f"; for the Hub's repository give {location.HUB}{path}" if is_repository else ""
+        raise FileError(
+            f"{at}: {why}; expected a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}{on_hub}"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error
 
@@ -166,10 +180,8 @@ def load_format(name: str) -> Format:
 def find(place: Place) -> Format | None:
     """Return the format of a place; None if no format recognises it."""
     names = place.names if place.names is not None else [place.at.name]
-    for module, ends in FORMATS.items():
-        if any(name.endswith(ends) for name in names) and (found := load_format(module)).recognises(place):
-            return found
-    return None
+    known = (module for module, row in FORMATS.items() if any(name.endswith(row.ends) for name in names))
+    return next((found for found in map(load_format, known) if found.recognises(place)), None)
 
 
 def open_place(place: Place) -> AbstractContextManager[Opened]:
@@ -178,15 +190,8 @@ def open_place(place: Place) -> AbstractContextManager[Opened]:
 
 
 def writer(style: str) -> Format:
-    """Return the format that writes a style, one of the `styles` of a format."""
-    return next(each for each in map(load_format, FORMATS) if style in each.styles)
-
-
-def write_adapter(style: str, adapter: Adapter, target: Location, report: Report) -> None:
-    """Write an adapter in its model's layout, in a style that keeps it; every process calls this."""
-    write = writer(style).write_adapter
-    assert write is not None
-    write(adapter, target, report)
+    """Return the format that writes a style, one of those in the rows."""
+    return load_format(next(m for m, row in FORMATS.items() if style in (*row.folders, *row.files, *row.exports)))
 
 
 def read_adapter(

@@ -1,11 +1,14 @@
 """Image adapters in one file (kohya-ss, LyCORIS, diffusers) ↔ `PeftTensors`.
 
-The values never change: a file that is read and written again has the same tensors, bit for bit (an alpha becomes one
-number in the dtype of its module, where that holds it). kohya-ss stores each module's alpha as a tensor; in PEFT it is
-`lora_alpha` (or `alpha`) of the configuration, with a pattern for each module that differs. A file without alphas has
-the scale 1, so that its alpha is the rank.
+    kohya-ss    lora_unet_down_blocks_0_…_to_q.lora_down.weight     one alpha for each module, as a tensor
+    diffusers   unet.down_blocks.0.….to_q.lora_A.weight             the modules' real names
 
-The configuration is inferred from the tensors and alphas.
+The name in PEFT is base_model.model.<model>.<module>.<tensor>, with the model of the pipeline: unet, text_encoder, …
+
+The values never change: a file that is read and written again has the same tensors, bit for bit (an alpha becomes
+one number in the dtype of its module, where that holds it). kohya-ss stores each module's alpha as a tensor; in PEFT
+it is `lora_alpha` (or `alpha`) of the configuration, with a pattern for each module that differs. A file without
+alphas has the scale 1, so that its alpha is the rank. The configuration is inferred from the tensors and alphas.
 """
 
 from __future__ import annotations
@@ -15,23 +18,189 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+import re
+from collections.abc import Collection, Generator, Iterable, Mapping
 from typing import Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.progress import Report, byte_counter
+from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.findings import Finding, note
-from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, image_names
-from jaxadapt.persistence.formats.image_names import DIFFUSERS, KOHYA, Layout
-from jaxadapt.storage import safetensors
-from jaxadapt.storage.location import Location
+from jaxadapt.persistence.formats import OPAQUE, Format, Opened, Place, Wanted
+from jaxadapt.storage import location, safetensors
 
-# ---------------------------------------------------------------- image configs
+# ---------------------------------------------------------------- names
+
+
+KOHYA, DIFFUSERS = "kohya-ss", "diffusers"
+ALPHA = "alpha"
+# {tensor of kohya-ss or LyCORIS: (method of PEFT, its tensor)}
+_TENSORS: Mapping[str, tuple[str, str]] = {
+    "lora_down.weight": ("LORA", "lora_A.weight"),
+    "lora_up.weight": ("LORA", "lora_B.weight"),
+    "dora_scale": ("LORA", "lora_magnitude_vector"),
+    **{name: ("LOHA", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{name: ("LOKR", name) for name in (
+        "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
+}  # fmt: skip
+# {beginning of a tensor's name: the type of LyCORIS that has it}, for tensors that pass through.
+_LYCORIS_TYPES: Mapping[str, str] = {
+    "oft_blocks": "OFT or BOFT, in another form than PEFT's", "a1.": "GLoRA", "diff": "full", "on_input": "IA3",
+    "lora_mid": "LoCon with a middle tensor", "hada_": "LoHa", "lokr_": "LoKr in sizes that PEFT lacks",
+    "w_norm": "Norms", "lora_": "LoRA",
+}  # fmt: skip
+KOHYA_ENDINGS = {(method, name): key for key, (method, name) in _TENSORS.items()}
+_METHODS = {name: method for method, name in _TENSORS.values()}
+
+# {prefix of kohya-ss: model of the pipeline}
+_PREFIXES: Mapping[str, str] = {
+    "lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2",
+}  # fmt: skip
+_KOHYA = re.compile(r"(lora_(?:unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_([^.]+)\.(.+)")
+
+_DIFFUSERS = re.compile(
+    r"(unet|text_encoder(?:_[23])?|transformer|prior|denoiser|controlnet)\.(.+?)"
+    r"\.(lora_[AB]\.weight|lora_magnitude_vector|lora(?:_linear_layer)?\.(?:down|up)\.weight|alpha)"
+)
+# The attention processors of diffusers before 0.22.
+_PROCESSOR = re.compile(
+    r"(?:(unet|text_encoder(?:_2)?)\.)?(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight"
+)
+_MATRICES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names of one file.
+
+    Attributes:
+        style: "kohya-ss" or "diffusers".
+        method: PEFT's type; `OPAQUE` for tensors of another method, which only pass through.
+        keys: {PEFT's key: the file's key}.
+        alphas: {module: the file's key of its alpha}.
+        unknown: modules that no list has; their names stay flattened.
+    """
+
+    style: str
+    method: str
+    keys: Mapping[str, str]
+    alphas: Mapping[str, str]
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of the pipeline that the file adapts."""
+        return tuple(dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(".")[0] for key in self.keys))
+
+
+def find_layout(keys: Collection[str]) -> Layout | None:
+    """Return the layout of a file's keys; None if they are not those of an image adapter.
+
+    >>> list(find_layout(["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"]).keys)
+    ['base_model.model.unet.mid_block.attentions.0.proj_in.lora_A.weight']
+    """
+    for style, parse in ((KOHYA, _parse_kohya), (DIFFUSERS, _parse_diffusers)):
+        parsed = {key: parts for key in keys if (parts := parse(key)) is not None}
+        if parsed and len(parsed) == len(keys):
+            return _layout(style, parsed)
+    return None
+
+
+def _layout(style: str, parsed: Mapping[str, tuple[str, str, bool]]) -> Layout:
+    tensors = {key: (module, name) for key, (module, name, _) in parsed.items() if name != ALPHA}
+    methods = {"LORA" if style == DIFFUSERS else _METHODS.get(name, "") for _, name in tensors.values()}
+    method = methods.pop() if len(methods) == 1 else ""
+    renamed = {f"{PEFT_PREFIX}{module}.{name}": key for key, (module, name) in tensors.items()}
+    alphas = {module: key for key, (module, name, _) in parsed.items() if name == ALPHA}
+    unknown = tuple(dict.fromkeys(module for module, _, is_known in parsed.values() if not is_known))
+    is_clear = len(renamed) + len(alphas) == len(parsed) and alphas.keys() <= {module for module, _ in tensors.values()}
+    if not method or not is_clear:
+        return Layout(style, OPAQUE, {key: key for key in parsed}, {}, unknown)
+    return Layout(style, method, renamed, alphas, unknown)
+
+
+def lycoris_types(keys: Iterable[str]) -> str:
+    """Return the types of LyCORIS whose tensors are among the keys.
+
+    >>> lycoris_types(["lora_unet_conv_in.oft_blocks", "lora_unet_conv_out.diff"])
+    "LyCORIS' OFT or BOFT, in another form than PEFT's; full"
+    """
+    endings = {key.partition(".")[2] for key in keys}
+    found = {next((t for name, t in _LYCORIS_TYPES.items() if end.startswith(name)), "") for end in endings - {ALPHA}}
+    known = [text for text in _LYCORIS_TYPES.values() if text in found]
+    return f"LyCORIS' {'; '.join(known)}" if known else "a type that jaxadapt does not know"
+
+
+def _parse_kohya(key: str) -> tuple[str, str, bool] | None:
+    """Return (model and module, tensor's name in PEFT, whether a list has the module)."""
+    match = _KOHYA.fullmatch(key)
+    if match is None:
+        return None
+    prefix, flat, ending = match.groups()
+    model = _PREFIXES.get(prefix)
+    module = None if model is None else pytorch.dotted_names(model).get(flat)
+    name = ALPHA if ending == ALPHA else _TENSORS.get(ending, ("", ending))[1]
+    # Without "lora_", which begins the names of LoRA's tensors.
+    return (
+        (f"{prefix.removeprefix('lora_')}_{flat}", name, False) if module is None else (f"{model}.{module}", name, True)
+    )
+
+
+def _parse_diffusers(key: str) -> tuple[str, str, bool] | None:
+    old = _PROCESSOR.fullmatch(key)
+    if old is not None:
+        model, module, name, side = old.groups()
+        model = model or "unet"
+        target = {"unet": f"to_{name}" + (".0" if name == "out" else "")}.get(model, f"{name}_proj")
+        return f"{model}.{module}.{target}", _MATRICES[side], True
+    match = _DIFFUSERS.fullmatch(key)
+    if match is None:
+        return None
+    model, module, ending = match.groups()
+    side = re.fullmatch(r"lora(?:_linear_layer)?\.(down|up)\.weight", ending)
+    return f"{model}.{module}", _MATRICES[side[1]] if side else ending, True
+
+
+def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
+    """Return {module with its model: the name that kohya-ss gives it}; modules without one keep theirs.
+
+    SDXL's UNet gets Stability AI's names, and its text encoders the numbers 1 and 2, as kohya-ss writes them.
+
+    >>> kohya_keys(["unet.mid_block.attentions.0.proj_in"])
+    {'unet.mid_block.attentions.0.proj_in': 'lora_unet_mid_block_attentions_0_proj_in'}
+    """
+    modules = list(modules)
+    split = {module: module.partition(".")[::2] for module in modules}
+    is_sdxl = pytorch.is_sdxl(name for model, name in split.values() if model == "unet") or any(
+        model == "text_encoder_2" for model, _ in split.values()
+    )
+    names: dict[str, str] = {}
+    for module, (model, name) in split.items():
+        if is_sdxl and model == "unet":
+            name = pytorch.sdxl_names().get(name, name)
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te"}.get(model, "lora_te2")
+        is_model = model in pytorch.MODULES
+        flat = module if module.startswith("lycoris_") else f"lora_{module.replace('.', '_')}"
+        names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
+    return names
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Return the module and the tensor's name of a key of PEFT.
+
+    >>> split_key("base_model.model.unet.conv_in.lora_A.weight")
+    ('unet.conv_in', 'lora_A.weight')
+    """
+    name = key.removeprefix(PEFT_PREFIX)
+    match = re.fullmatch(r"(.+)\.((?:lora_|hada_|lokr_)\w*(?:\.weight|\.bias)?)", name)
+    return (name, "") if match is None else (match[1], match[2])
+
+
+# ---------------------------------------------------------------- configurations
 
 
 METADATA = "lora_adapter_metadata"
@@ -41,18 +210,15 @@ _RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Tensors whose first axis is the rank, the first of them in a module."""
 
 
-def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> tuple[Config, str]:
-    """Return the configuration that the tensors, the alphas and diffusers' metadata show, and its method."""
-    opaque = Config.from_dict({"peft_type": image_names.LYCORIS, "peft_version": None, "inference_mode": True})
-    if layout.method == image_names.LYCORIS:
-        return opaque, image_names.LYCORIS
+def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> Config | None:
+    """Return the configuration that the tensors, the alphas and diffusers' metadata show; None if PEFT has none."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, spec in tensors.specs.items():
-        module, name = image_names.split_key(key)
-        modules.setdefault(module, {})[name] = tuple(spec.shape)
-    fields = _FIELDS[layout.method](modules)
+    for key, shape in tensors.shapes.items():
+        module, name = split_key(key)
+        modules.setdefault(module, {})[name] = shape
+    fields = None if layout.method == OPAQUE else _FIELDS[layout.method](modules)
     if fields is None:
-        return opaque, image_names.LYCORIS
+        return None
     ranks = {module: _rank(shapes) for module, shapes in modules.items()}
     values = {module: _alpha(file, key) for module, key in layout.alphas.items()}
     stated = _stated_alphas(layout, ranks, values, file.source, metadata)
@@ -67,7 +233,7 @@ def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Ma
         "peft_type": layout.method, "r": r, "rank_pattern": rank_pattern, alpha_field: alpha,
         "alpha_pattern": alpha_pattern, "target_modules": sorted(modules), "inference_mode": True, **fields,
     }  # fmt: skip
-    return Config.from_dict(values_by_field, file.source), layout.method
+    return Config.from_dict(values_by_field, file.source)
 
 
 def _stated_alphas(
@@ -147,15 +313,16 @@ def _lora_fields(modules: Modules) -> dict[str, Any] | None:
     if any(0 in s or len(s) < 2 for shapes in modules.values() for n, s in shapes.items() if n.endswith(".weight")):
         return None
     vectors = [shapes for shapes in modules.values() if "lora_magnitude_vector" in shapes]
-    for shapes in vectors:
-        b = shapes["lora_B.weight"]
-        if shapes["lora_magnitude_vector"] not in ((b[0],), (1, b[0], *(1 for _ in b[2:]))) or len(b) < 2:
-            return None
-        if (len(shapes["lora_magnitude_vector"]) == 1) != (len(b) == 2):
-            return None
+    if any(shapes["lora_magnitude_vector"] != _magnitude_shape(shapes["lora_B.weight"]) for shapes in vectors):
+        return None
     if vectors and len(vectors) < len(modules):
         return None
     return {"use_dora": True} if vectors else {}
+
+
+def _magnitude_shape(b: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of PEFT's magnitude for the shape of B, whose window of a convolution has size 1."""
+    return (b[0],) if len(b) == 2 else (1, b[0], *(1 for _ in b[2:]))
 
 
 def _loha_fields(modules: Modules) -> dict[str, Any] | None:
@@ -234,23 +401,23 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
     )
 
 
-# ---------------------------------------------------------------- image files
+# ---------------------------------------------------------------- reading
 
 
 def recognises(place: Place) -> bool:
     """Return True for a file with the names of an image adapter. Reads only the header."""
     is_file = place.names is None and place.at.suffix == ".safetensors"
-    return is_file and image_names.find_layout(safetensors.read_header(place.at).tensors) is not None
+    return is_file and find_layout(safetensors.read_header(place.at).tensors) is not None
 
 
 @contextlib.contextmanager
-def open_file(place: Location) -> Generator[Opened]:
+def open_file(place: location.Location) -> Generator[Opened]:
     """Open an image adapter; its tensors are read on demand.
 
     Raises `FormatError` if the file is not one, or `FileError` if it cannot be read.
     """
     with safetensors.TensorFile(place) as file:
-        layout = image_names.find_layout(file.header.tensors)
+        layout = find_layout(file.header.tensors)
         if layout is None:
             raise FormatError(
                 f"{place}: expected the keys of an image adapter of kohya-ss, LyCORIS or diffusers, such as"
@@ -259,32 +426,24 @@ def open_file(place: Location) -> Generator[Opened]:
         yield read_tensors(file, layout, file.header.metadata, place)
 
 
-def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str], place: Location) -> Opened:
+def read_tensors(file: TensorSource, layout: Layout, metadata: Mapping[str, str], place: location.Location) -> Opened:
     """Return the content of an open file; its tensors are read on demand.
 
     Raises `FormatError` for an alpha that is no number, and for metadata of diffusers that contradicts the tensors.
     """
     scales = [name for name, key in layout.keys.items() if key.endswith(".dora_scale") and layout.method == "LORA"]
-    if not all(_outputs(file, layout, name) for name in scales):  # one magnitude for each input, or a damaged one
-        layout = dataclasses.replace(layout, method=image_names.LYCORIS, keys={key: key for key in file}, alphas={})
-    tensors = _rename(file, layout)
-    config, method = infer_config(tensors, layout, file, metadata)
-    if method != layout.method:  # PEFT's configuration cannot describe these tensors: they only pass through
-        layout = dataclasses.replace(layout, method=method, keys={key: key for key in file}, alphas={})
+    outputs = {name: _outputs(file, layout, name) for name in scales}
+    config, tensors = None, rename(file, layout.keys)
+    if all(outputs.values()):  # else one magnitude for each input, or a damaged one
+        shaped = as_source({name: tensors[name].reshape(_magnitude_shape(b)) for name, b in outputs.items()})
+        tensors = View(file.source, {name: (shaped if name in shaped else tensors, name) for name in tensors})
+        config = infer_config(tensors, layout, file, metadata)
+    if config is None:  # PEFT's configuration cannot describe these tensors: they only pass through
+        config = Config.from_dict({"peft_type": OPAQUE, "peft_version": None, "inference_mode": True})
+        layout = dataclasses.replace(layout, method=OPAQUE, keys={key: key for key in file}, alphas={})
         tensors = rename(file, layout.keys)
     adapter = PeftTensors(config, tensors, file.source)
     return Opened(adapter, place, "an image adapter's file", layout.style, layout, dict(metadata), split_models)
-
-
-def _rename(file: TensorSource, layout: Layout) -> View:
-    """Return the tensors under PEFT's names; DoRA's magnitudes get PEFT's shape."""
-    shaped: dict[str, Any] = {}
-    for name, key in layout.keys.items():
-        b = _outputs(file, layout, name) if layout.method == "LORA" and key.endswith(".dora_scale") else ()
-        if b:
-            shaped[name] = file[key].reshape((b[0],) if len(b) == 2 else (1, b[0], *(1 for _ in b[2:])))
-    origins: dict[str, tuple[TensorSource, str]] = {name: (file, key) for name, key in layout.keys.items()}
-    return View(file.source, origins | {name: (as_source(shaped), name) for name in shaped})
 
 
 def _outputs(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
@@ -297,11 +456,7 @@ def _outputs(file: TensorSource, layout: Layout, name: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------- writing
 
 
-Specs = dict[str, tuple[Any, Sequence[int]]]
-_NAMED = "\nkohya-ss has names for LoRA, LoHa and LoKr (--format kohya-ss); keep PEFT's folder for all else"
-
-
-def write_file(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
+def write_file(tensors: PeftTensors, target: location.Location, wanted: Wanted, report: Report) -> int:
     """Write an image adapter as one file, durably and atomically; return the number of its tensors.
 
     Args:
@@ -315,57 +470,46 @@ def write_file(tensors: PeftTensors, target: Location, wanted: Wanted, report: R
     source, origin = as_source(tensors.tensors), wanted.origin
     require_floats(tensors.config, source.specs, target)
     layout = origin.names if origin is not None and origin.style == wanted.style else None
-    specs, get, alphas = file_tensors(tensors, wanted.style, layout)
+    file, alphas = file_tensors(tensors, wanted.style, layout)
     header = dict(origin.metadata if origin is not None and origin.metadata else {"format": "pt"})
     stated = header.pop(METADATA, None) if tensors.config.peft_type == "LORA" else None
     if alphas and (stated is not None or any(rank != alpha for rank, alpha in alphas.values())):
         header[METADATA] = diffusers_metadata(alphas, bool(tensors.config.get("use_dora")))
-    count = byte_counter(report, "save", sum(map(source.nbytes, source)))
-    safetensors.write(target, specs, get, header, progress=count)
+    specs = {name: (spec.dtype, spec.shape) for name, spec in file.specs.items()}
+    count = byte_counter(report, "save", sum(map(file.nbytes, file)))
+    safetensors.write(target, specs, file.read, header, progress=count)
     return len(specs)
 
 
-def file_tensors(
-    tensors: PeftTensors, style: str, layout: Layout | None
-) -> tuple[Specs, Callable[[str], Any], dict[str, tuple[int, float]]]:
-    """Return `{the file's key: (dtype, shape)}`, a function that returns one tensor, and what the header must state.
+def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tuple[View, dict[str, tuple[int, float]]]:
+    """Return the tensors of the file, and {module: (rank, alpha)} that its header must state.
 
     The header of diffusers' file states the rank and alpha of each module. It has no tensors of alphas, which its
     loader refuses for most pipelines, unless the file that the adapter came from has them.
     """
+    import numpy as np
+
     names, alphas, stated = _file_keys(tensors, style, layout)
-    source = as_source(tensors.tensors)
-    specs: Specs = {}
-    origins: dict[str, str] = {}
+    source, small = as_source(tensors.tensors), dict[str, np.ndarray]()
     dtypes: dict[str, Any] = {}
     for key, name in names.items():
-        shape = tuple(source.specs[key].shape)
+        dtypes.setdefault(split_key(key)[0], source.specs[key].dtype)
         if name.endswith(".dora_scale") and key != name:
             b = source.specs[key.replace("lora_magnitude_vector", "lora_B.weight")].shape
-            shape = (b[0], *(1 for _ in b[1:]))
-        specs[name], origins[name] = (source.specs[key].dtype, shape), key
-        dtypes.setdefault(image_names.split_key(key)[0], source.specs[key].dtype)
-    values: dict[str, Any] = {}
+            small[name] = np.asarray(source[key]).reshape(b[0], *(1 for _ in b[1:]))
     for module, (name, alpha) in alphas.items():
-        specs[name], values[name] = (_exact_dtype(alpha, dtypes[module]), ()), alpha
-
-    def get(name: str) -> Any:
-        import numpy as np
-
-        if name in values:
-            return np.asarray(values[name], specs[name][0])
-        return np.asarray(source[origins[name]]).reshape(specs[name][1])
-
-    return specs, get, stated
+        small[name] = _exact(alpha, dtypes[module])
+    origins: dict[str, tuple[TensorSource, str]] = {name: (source, key) for key, name in names.items()}
+    return View(tensors.source, origins | {name: (as_source(small), name) for name in small}), stated
 
 
-def _exact_dtype(number: float, dtype: Any) -> Any:
-    """Return the dtype if it holds the number exactly, or else the narrowest one that does."""
+def _exact(number: float, dtype: Any) -> Any:
+    """Return a number in the dtype if that holds it exactly, or else in the narrowest one that does."""
     import numpy as np
 
     with np.errstate(over="ignore"):
-        fitting = [d for d in (np.dtype(dtype), np.dtype("float32")) if float(np.asarray(number, d)) == number]
-    return fitting[0] if fitting else np.dtype("float64")
+        arrays = [np.asarray(number, each) for each in (dtype, "float32", "float64")]
+    return next((array for array in arrays if float(array) == number), arrays[-1])
 
 
 def _file_keys(
@@ -375,9 +519,9 @@ def _file_keys(
     method = tensors.config.peft_type
     if method not in ("LORA", "LOHA", "LOKR"):
         return {key: key for key in tensors.tensors}, {}, {}
-    modules = {key: image_names.split_key(key) for key in tensors.tensors}
+    modules = {key: split_key(key) for key in tensors.tensors}
     settings = _file_settings(tensors, modules)
-    kohya, known = image_names.kohya_keys(settings), {} if layout is None else layout.keys
+    kohya, known = kohya_keys(settings), {} if layout is None else layout.keys
 
     def file_key(key: str) -> str | None:
         module, name = modules[key]
@@ -385,13 +529,16 @@ def _file_keys(
             return known[key]
         if style == DIFFUSERS:
             return key.removeprefix(PEFT_PREFIX) if method == "LORA" and name else None
-        ending = image_names.KOHYA_ENDINGS.get((method, name))
+        ending = KOHYA_ENDINGS.get((method, name))
         return None if ending is None else f"{kohya[module]}.{ending}"
 
     names = {key: found for key in modules if (found := file_key(key)) is not None}
-    others = [key for key, (_, name) in modules.items() if key not in names or not name]
-    problem = f"{tensors.source}: cannot write one file of {style}, which has no name for:"
-    raise_listed(MismatchError, problem, others, _NAMED)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: cannot write one file of {style}, which has no name for:",
+        (key for key, (_, name) in modules.items() if key not in names or not name),
+        "\nkohya-ss has names for LoRA, LoHa and LoKr (--format kohya-ss); keep PEFT's folder for all else",
+    )
     if layout is None:
         _require_pipeline(tensors, style, {name: modules[key][0] for key, name in names.items()})
     stored = {} if layout is None else layout.alphas
@@ -400,7 +547,7 @@ def _file_keys(
     alphas: dict[str, tuple[str, float]] = {}
     for module, (rank, alpha) in settings.items():
         if module in stored or rank != alpha or (style == KOHYA and layout is None):
-            end = f"{kohya[module] if style == KOHYA else module}.{image_names.ALPHA}"
+            end = f"{kohya[module] if style == KOHYA else module}.{ALPHA}"
             alphas[module] = (stored.get(module, end), alpha)
     return names, alphas, {}
 
@@ -420,12 +567,12 @@ def _file_settings(tensors: PeftTensors, modules: Mapping[str, tuple[str, str]])
 
 def _require_pipeline(tensors: PeftTensors, style: str, modules: Mapping[str, str]) -> None:
     """Raise `MismatchError` if readers would not recognise a file, from {the file's key: module}."""
-    if image_names.find_layout(modules) is None:
+    if find_layout(modules) is None:
         raise_listed(
             MismatchError,
             f"{tensors.source}: cannot write one file of {style}: these modules are in no model of a pipeline (unet,"
             " text_encoder, transformer …):",
-            list(dict.fromkeys(m for name, m in modules.items() if image_names.find_layout([name]) is None)),
+            list(dict.fromkeys(m for name, m in modules.items() if find_layout([name]) is None)),
             "\nName a PEFT folder as its model, and convert the folder above it. The flattened names of an unknown"
             " model have only kohya-ss' form",
         )
@@ -440,16 +587,16 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
     Raises `MismatchError` for modules whose names stay flattened, because no list has them, and for tensors of a method
     that PEFT does not have.
     """
-    if tensors.config.peft_type == image_names.LYCORIS:
+    if tensors.config.peft_type == OPAQUE:
         raise MismatchError(
-            f"{tensors.source}: PEFT has no method for these tensors ({image_names.lycoris_types(tensors.tensors)}), so"
+            f"{tensors.source}: PEFT has no method for these tensors ({lycoris_types(tensors.tensors)}), so"
             " that they only pass through; write one file (.safetensors) instead"
         )
     by_model: dict[str, dict[str, str]] = {}
     flat: list[str] = []
     for key in tensors.tensors:
         model, dot, rest = key.removeprefix(PEFT_PREFIX).partition(".")
-        if "." not in image_names.split_key(key)[0] or not dot:
+        if "." not in split_key(key)[0] or not dot:
             flat.append(key)
         by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
     raise_listed(
@@ -495,7 +642,7 @@ def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
     for model, part in parts.items():
         tensors = as_source(part.tensors)
         for key in tensors:
-            module, _ = image_names.split_key(key)
+            module, _ = split_key(key)
             ranks[f"{model}.{module}"], alphas[f"{model}.{module}"] = find_settings(part.config, module)
             origins[f"{PEFT_PREFIX}{model}.{key.removeprefix(PEFT_PREFIX)}"] = (tensors, key)
     (r, rank_pattern), (alpha, alpha_pattern) = split_common(ranks), split_common(alphas)
@@ -511,8 +658,8 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     if isinstance(opened, AdapterError):
         raise opened
     layout = opened.names
-    if layout.method == image_names.LYCORIS:
-        types = image_names.lycoris_types(layout.keys)
+    if layout.method == OPAQUE:
+        types = lycoris_types(layout.keys)
         text = f"a file of {layout.style} whose method PEFT does not have ({types}); it passes through as it is"
     elif layout.unknown:
         text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
@@ -521,12 +668,4 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     return note("image-file", layout.unknown, text)
 
 
-FORMAT = Format(
-    recognises,
-    lambda place: open_file(place.at),
-    write_file,
-    describe=describe,
-    join=join_models,
-    styles=(KOHYA, DIFFUSERS),
-    suffix=".safetensors",
-)
+FORMAT = Format(recognises, lambda place: open_file(place.at), write_file, describe=describe, join=join_models)

@@ -10,16 +10,15 @@ The source is mlx-lm 0.32.2 (`tuner/utils.py`, `tuner/lora.py`, `tuner/dora.py`)
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import re
 from collections.abc import Generator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
-from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, combine, rename, transpose
+from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
@@ -31,7 +30,6 @@ from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
 from jaxadapt.persistence.findings import EXPECTED, Finding, error
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, read_text
 from jaxadapt.storage import atomic, location, safetensors
-from jaxadapt.storage.location import Location
 
 CONFIG, WEIGHTS = location.CONFIG, location.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
@@ -94,32 +92,20 @@ def recognises(place: Place) -> bool:
 # ---------------------------------------------------------------- the configuration
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of mlx-lm's adapter_config.json that its tensors need."""
-
-    rank: int
-    scale: float
-    dropout: float
-    dora: bool
-    model: str | None
-
-
-def parse_settings(text: str, source: str) -> Settings:
-    """Parse mlx-lm's adapter_config.json.
+def parse_settings(text: str, source: str) -> LoraConfig:
+    """Return PEFT's configuration for mlx-lm's adapter_config.json, without the modules, which the tensors name.
 
     Raises `ConfigError` for a full fine-tune, for missing or invalid numbers, and for a scale with two meanings.
     """
     try:
-        document: object = json.loads(text)
+        values: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: expected a JSON object, found invalid JSON ({error}); write it again") from error
-    if not isinstance(document, dict) or not mlx_keys(cast("dict[str, Any]", document)):
+    if not isinstance(values, dict) or not mlx_keys(values):
         raise ConfigError(
             f"{source}: expected mlx-lm's configuration with lora_parameters beside its weights; pass the folder that"
             " mlx_lm.lora wrote"
         )
-    values = cast("dict[str, Any]", document)
     kind = values.get("fine_tune_type", "dora" if values.get("use_dora") is True else "lora")
     if kind == "full":
         raise ConfigError(
@@ -128,10 +114,9 @@ def parse_settings(text: str, source: str) -> Settings:
         )
     if kind not in ("lora", "dora"):
         raise ConfigError(f'{source}: fine_tune_type: expected "lora", "dora" or "full", found {kind!r}; {FUSE}')
-    parameters: object = values.get("lora_parameters")
-    if not isinstance(parameters, dict):
-        raise ConfigError(f"{source}: lora_parameters: expected an object, found {parameters!r}; write rank and scale")
-    fields = cast("dict[str, Any]", parameters)
+    fields: Any = values.get("lora_parameters")
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{source}: lora_parameters: expected an object, found {fields!r}; write rank and scale")
     rank, scale, dropout = fields.get("rank"), _number(fields.get("scale")), _number(fields.get("dropout", 0.0))
     problems: list[str] = []
     if type(rank) is not int or not 1 <= rank < 2**31:
@@ -146,7 +131,15 @@ def parse_settings(text: str, source: str) -> Settings:
     assert dropout is not None
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
-    return Settings(rank, scale, dropout, kind == "dora", model if isinstance(model, str) and model else None)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model if isinstance(model, str) and model else None,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha_of(scale, rank),
+        lora_dropout=dropout,
+        use_dora=kind == "dora",
+    )
 
 
 def _number(value: object) -> float | None:
@@ -198,13 +191,12 @@ def open_files(place: Place) -> Generator[Opened]:
         FileError: a file cannot be read.
     """
     folder, weights = (place.at.parent, place.at) if place.names is None else (place.at, place.at / WEIGHTS)
-    config = folder / CONFIG
-    settings = parse_settings(read_text(config), str(config))
+    settings = parse_settings(read_text(folder / CONFIG), str(folder / CONFIG))
     with safetensors.TensorFile(weights) as file:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
 
-def read_tensors(file: TensorSource, settings: Settings, source: str) -> PeftTensors:
+def read_tensors(file: TensorSource, settings: LoraConfig, source: str) -> PeftTensors:
     """Return the content of an open file as PEFT's; see `open_files`."""
     modules: dict[str, dict[str, str]] = {}
     problems: list[str] = []
@@ -226,54 +218,36 @@ def read_tensors(file: TensorSource, settings: Settings, source: str) -> PeftTen
     if not modules:
         problems.append("no module with lora_a and lora_b")
     raise_listed(MismatchError, f"{source}: cannot read mlx-lm's adapter in PEFT's form; {FUSE}:", problems)
-    turned: dict[str, str] = {}
-    origins: dict[str, tuple[TensorSource, str]] = {}
+    matrices: dict[str, str] = {}
     for module, keys in modules.items():
         endings = _EMBEDDING if _EMBEDDINGS.fullmatch(names[module]) else _LINEAR
-        for name, key in sorted(keys.items()):
-            new = f"{PEFT_PREFIX}{names[module]}.{endings[name]}"
-            if name == "m":
-                origins[new] = file, key
-            else:
-                turned[new] = key
-    matrices = transpose(file, turned)
-    tensors = View(source, {**{key: (matrices, key) for key in matrices}, **origins})
-    return PeftTensors(_config(settings, list(names.values())), tensors, source)
+        matrices |= {f"{PEFT_PREFIX}{names[module]}.{endings[name]}": key for name, key in sorted(keys.items())}
+    vectors = {new: matrices.pop(new) for new in list(matrices) if new.endswith(MAGNITUDE)}
+    tensors = combine(source, [transpose(file, matrices), rename(file, vectors)])
+    is_conv1d = all(map(_CONV1D.fullmatch, names.values()))
+    config = settings.replace(target_modules=sorted(names.values()), fan_in_fan_out=is_conv1d)
+    return PeftTensors(config, tensors, source)
 
 
-def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: Settings, untied: bool) -> str:
+def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: LoraConfig, untied: bool) -> str:
     """Return why a module has no form in PEFT; "" if it has one."""
     a, b, m = shapes.get("lora_a"), shapes.get("lora_b"), shapes.get("m")
-    if a is None or b is None or (m is None) == settings.dora:
-        wanted = "lora_a, lora_b and m" if settings.dora else "lora_a and lora_b"
+    if a is None or b is None or (m is None) == settings.use_dora:
+        wanted = "lora_a, lora_b and m" if settings.use_dora else "lora_a and lora_b"
         return f"expected {wanted}, found {', '.join(sorted(shapes))}"
     if len(a) == len(b) == 3:
         return f"one tensor holds all {a[0]} experts (mlx-lm's switch layer), which PEFT does not adapt as one module"
-    rank = settings.rank
+    rank = settings.r
     if len(a) != 2 or len(b) != 2 or a[1] != rank or b[0] != rank or 0 in (*a, *b):
         return f"expected lora_a (in, {rank}) and lora_b ({rank}, out), found {list(a)} and {list(b)}"
     if m is not None and m != b[1:]:
         return f"expected m ({b[1]},), found {list(m)}"
     if _EMBEDDINGS.fullmatch(name):
-        if settings.dora:
+        if settings.use_dora:
             return "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns"
         if not untied:
             return "mlx-lm also changes a head that is tied to the embedding, PEFT does not; the head may be tied"
     return ""
-
-
-def _config(settings: Settings, modules: list[str]) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=settings.model,
-        inference_mode=True,
-        r=settings.rank,
-        lora_alpha=alpha_of(settings.scale, settings.rank),
-        lora_dropout=settings.dropout,
-        target_modules=sorted(modules),
-        use_dora=settings.dora,
-        fan_in_fan_out=all(map(_CONV1D.fullmatch, modules)),
-    )
 
 
 # ---------------------------------------------------------------- writing
@@ -282,7 +256,7 @@ def _config(settings: Settings, modules: list[str]) -> LoraConfig:
 _TABLES = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
 
 
-def write_folder(tensors: PeftTensors, folder: Location, wanted: Wanted, report: Report) -> int:
+def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted, report: Report) -> int:
     """Write a LoRA or DoRA in its plain form as mlx-lm's folder. Return the number of its tensors.
 
     Args:
@@ -356,4 +330,4 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     )  # fmt: skip
 
 
-FORMAT = Format(recognises, open_files, write_folder, describe=describe, styles=("mlx",))
+FORMAT = Format(recognises, open_files, write_folder, describe=describe)

@@ -38,8 +38,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import Report
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
-from jaxadapt.storage import orbax
-from jaxadapt.storage.location import Location
+from jaxadapt.storage import location, orbax
 
 if TYPE_CHECKING:
     from jaxadapt.models.planning import BaseParams
@@ -68,7 +67,7 @@ class StoredAdapter:
     change_base: bool | None = None
 
 
-def write(adapter: Adapter, path: Location, report: Report) -> None:
+def write(adapter: Adapter, path: location.Location, report: Report) -> None:
     """Write an adapter; every process calls this, with the same path. See `orbax.save`."""
     flat = adapter.flat()
     document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
@@ -246,7 +245,7 @@ def read_adapter(
     return adapter, target_sites, stored.change_base
 
 
-def write_tensors(tensors: PeftTensors, target: Location, wanted: Wanted, report: Report) -> int:
+def write_tensors(tensors: PeftTensors, target: location.Location, wanted: Wanted, report: Report) -> int:
     """Write tensors as the adapter of a model whose parameters have PyTorch's names and layouts.
 
     Raises `MismatchError` for tensors that only the model itself has places for.
@@ -278,5 +277,4 @@ FORMAT = Format(
     read_config=lambda place: read_config(place.at),
     write_adapter=write,
     read_adapter=read_adapter,
-    styles=("orbax",),
 )

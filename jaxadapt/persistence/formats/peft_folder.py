@@ -37,7 +37,6 @@ from jaxadapt.persistence.findings import Finding, error, warning
 from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Format, Opened, Place, read_text
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
-from jaxadapt.storage.location import Location
 
 # ---------------------------------------------------------------- the configuration and its copy
 
@@ -50,7 +49,7 @@ _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
 """Seconds before each retry if the two files differ: a concurrent save renames one right after the other."""
 
 
-def resolve_config(path: Location, header: safetensors.Header | None, weights: Location) -> Config:
+def resolve_config(path: location.Location, header: safetensors.Header | None, weights: location.Location) -> Config:
     """Return the configuration that belongs to the tensors.
 
     If the JSON at `path` equals jaxadapt's copy in the header, that is it. If the JSON is the one that the save was
@@ -116,7 +115,7 @@ def _has_text(raw: str, text: str) -> bool:
         return False
 
 
-def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
+def parse_copy(raw: str, weights: location.Location) -> tuple[Config, object]:
     """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
     try:
         document = json.loads(raw)
@@ -125,17 +124,6 @@ def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
         raise FormatError(
             f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
         ) from error
-
-
-def stored_fingerprint(header: safetensors.Header) -> Fingerprint | None:
-    """Return the fingerprint of the base in a header; None if it has none, or a damaged one."""
-    raw = header.metadata.get(META)
-    if raw is None or fingerprint.FIELD not in raw:
-        return None
-    try:
-        return fingerprint.parse(json.loads(raw).get(fingerprint.FIELD))
-    except (ValueError, AttributeError, RecursionError):
-        return None
 
 
 def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -236,7 +224,7 @@ class StoredAdapter:
     text: Callable[[], str] | None = None
     tensors: TensorSource | None = None
     header: safetensors.Header | None = None
-    weights: Location | None = None
+    weights: location.Location | None = None
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -246,8 +234,14 @@ class StoredAdapter:
 
     @property
     def fingerprint(self) -> Fingerprint | None:
-        """The fingerprint of the base in the header; None without one."""
-        return None if self.header is None else stored_fingerprint(self.header)
+        """The fingerprint of the base in the header; None without one, or for a damaged one."""
+        raw = "" if self.header is None else self.header.metadata.get(META, "")
+        if fingerprint.FIELD not in raw:
+            return None
+        try:
+            return fingerprint.parse(json.loads(raw).get(fingerprint.FIELD))
+        except (ValueError, AttributeError, RecursionError):
+            return None
 
 
 def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
@@ -272,18 +266,24 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
         else:
             stored = dataclasses.replace(stored, tensors=torch_bin.open_tensors(weights))
     except FileError as problem:
-        expected, remedy = "a complete file of tensors", "fetch or save it again"
-        found.append(error("unreadable", (weights.name,), str(problem), expected, remedy, problem=problem))
+        found.append(error(
+            "unreadable", (weights.name,), str(problem), "a complete file of tensors", "fetch or save it again",
+            problem=problem,
+        ))  # fmt: skip
     is_damaged_file = place.names is None and stored.tensors is None
     if text is None and not has_copy(stored.header) and not is_damaged_file:
         found.insert(0, findings.missing_config(weights, stored.specs))
     if stored.tensors is not None and not stored.tensors:
         problem = MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
-        expected, remedy = "an adapter's tensors", "save the adapter again"
-        found.append(error("no-tensors", (weights.name,), str(problem), expected, remedy, problem=problem))
+        found.append(error(
+            "no-tensors", (weights.name,), str(problem), "an adapter's tensors", "save the adapter again",
+            problem=problem,
+        ))  # fmt: skip
     if place.names is not None and place.names.issuperset(location.WEIGHTS):
-        text_of_two, remedy = "the folder holds two files of weights", f"delete {WEIGHTS_BIN} if it is older"
-        found.append(warning("two-files", location.WEIGHTS, text_of_two, f"one; readers take {WEIGHTS}", remedy))
+        found.append(warning(
+            "two-files", location.WEIGHTS, "the folder holds two files of weights", f"one; readers take {WEIGHTS}",
+            f"delete {WEIGHTS_BIN} if it is older",
+        ))  # fmt: skip
     return dataclasses.replace(stored, findings=tuple(found))
 
 
@@ -349,22 +349,29 @@ def write_with(
         )
     if location.is_hub_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
-    folder, count = location.to_location(path), len(tensors.tensors)
-    if not count:
-        raise MismatchError(f"{folder}: cannot write an adapter without tensors")
+    folder = location.to_location(path)
+    specs = _file_specs(tensors, folder)
     made = atomic.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report, as_bin, ahead)
+            _write(tensors, specs, folder, put, report, as_bin, ahead)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
-    return count
+    return len(specs)
 
 
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool, ahead: bool) -> None:
+def _write(
+    tensors: PeftTensors,
+    specs: Mapping[str, tuple[Any, tuple[int, ...]]],
+    folder: location.Location,
+    put: Put | None,
+    report: Report,
+    as_bin: bool,
+    ahead: bool,
+) -> None:
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
@@ -372,7 +379,6 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     document: dict[str, Any] = {"config": json.loads(text), "replaces": replaces, "schema": 1}
     if tensors.fingerprint is not None:
         document[fingerprint.FIELD] = dict(tensors.fingerprint)
-    specs = _file_specs(tensors, folder)
     metadata = {"format": "pt", META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
@@ -396,17 +402,25 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
         if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
-    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
+    dtypes = tuple(sorted(map(dtype_name, {dtype for dtype, _ in specs.values()})))
     shapes = {key: shape for key, (_, shape) in specs.items()}
     _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
 
 
-def _file_specs(tensors: PeftTensors, folder: Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
+def _file_specs(tensors: PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Return `{key: (dtype, shape)}`. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
     import numpy as np
 
-    specs = array_specs(tensors.tensors)
+    arrays = tensors.tensors
+    if not isinstance(arrays, TensorSource):
+        from jaxadapt.adapters.adapter import is_array
+
+        others = [f"{k}: {type(v).__name__}" for k, v in arrays.items() if not is_array(v)]
+        raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
+    specs = arrays.specs if isinstance(arrays, TensorSource) else arrays
+    if not specs:
+        raise MismatchError(f"{folder}: cannot write an adapter without tensors")
     raise_listed(
         MismatchError,
         f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
@@ -417,7 +431,7 @@ def _file_specs(tensors: PeftTensors, folder: Location) -> dict[str, tuple[Any, 
     return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
 
 
-def _replaced_text(folder: Location, as_bin: bool) -> str | None:
+def _replaced_text(folder: location.Location, as_bin: bool) -> str | None:
     """Return the text of the configuration that a write replaces; None if there is none.
 
     Raises `FileError` for files that a write must not replace.
@@ -448,7 +462,7 @@ def with_integral_alpha(config: Config) -> Config:
     return config
 
 
-def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
+def _write_card(path: location.Location, config: Config, facts: card.Facts) -> None:
     """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
     try:
         new = card.card_text(config, facts)
@@ -467,7 +481,7 @@ def _value(tensors: Mapping[str, Any], key: str) -> Any:
     import numpy as np
 
     try:
-        return np.asarray(tensors[key])
+        return np.asarray(tensors.read(key) if isinstance(tensors, TensorSource) else tensors[key])
     except RuntimeError as error:  # JAX has no class for this error
         if "deleted" not in str(error):
             raise
@@ -477,7 +491,7 @@ def _value(tensors: Mapping[str, Any], key: str) -> Any:
         ) from error
 
 
-def _blank_digest(weights: Location, replaces: str) -> None:
+def _blank_digest(weights: location.Location, replaces: str) -> None:
     """Overwrite the digest of the replaced JSON with zeros, so that equal content gives equal bytes.
 
     Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An
@@ -498,17 +512,6 @@ def _blank_digest(weights: Location, replaces: str) -> None:
             file.write(_NOTHING.encode())
 
 
-def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
-    from jaxadapt.adapters.adapter import is_array
-
-    if isinstance(tensors, TensorSource):
-        return tensors.specs
-    others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
-    raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
-    return tensors
-
-
 FORMAT = Format(
     recognises,
     open_folder,
@@ -516,5 +519,4 @@ FORMAT = Format(
         tensors, target, None, report, as_bin=wanted.style == "bin", ahead=wanted.ahead
     ),
     read_config,
-    styles=("safetensors", "bin"),
 )

@@ -20,8 +20,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxadapt import AdapterError
+from jaxadapt.core.errors import no_report
 from jaxadapt.demo.smollm2 import SmolLM2
-from jaxadapt.export import export_adapter, gguf_files, gguf_model, merge_files
+from jaxadapt.export import export_adapter, gguf_files, merge_files
 from tests.export import test_adapter_export as tiny
 from tests.full.programs import environments
 
@@ -63,11 +64,11 @@ def smollm2(work: Path) -> Base:
     # transformers 5 writes rope_theta into rope_parameters, where mlx-lm does not look for it.
     (folder / "config.json").write_text(json.dumps(packed.config.to_hf()))
     file = gguf_files.File(packed.path)
-    fields = file.fields()
+    fields = dict(file.fields)
     architecture = fields.pop("general.architecture").value
     fields["general.file_type"] = gguf_files.Field(0, "UINT32")
-    specs = {name: ("F32", file.shape(name)) for name in file.names}
-    gguf_files.write(path, architecture, fields, specs, file.read, lambda _: None)
+    specs = {name: ("F32", tensor.shape) for name, tensor in file.tensors.items()}
+    gguf_files.write(path, architecture, fields, specs, file.read, no_report, "export")
     return Base(folder, path, packed.tokenizer().encode(TEXT).ids)
 
 
@@ -256,7 +257,7 @@ def measure_merged(base: Base, programs: Path, work: Path, names: list[str]) -> 
         results[name] = {"folder": float(np.abs(got - want).max())}
         for dtype in ("float32", "bfloat16", "float16", "q8_0"):
             path = Path(f"{folder}-{dtype}.gguf")
-            gguf_model.merge_gguf(base.gguf, folder, path, dtype=dtype)
+            merge_files.merge_gguf(base.gguf, folder, path, dtype=dtype)
             (got,) = run("llama", programs, path, [None], base, work / "merged.npy")
             results[name][dtype] = float(np.abs(got - want).max())
     return results
