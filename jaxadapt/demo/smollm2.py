@@ -109,22 +109,20 @@ class SmolLM2:
             rope_theta=float(self._field("llama.rope.freq_base")),
             # The file stores eps as float32, so 1e-5 is read as 9.99999974e-06; use its shortest decimal form.
             rms_norm_eps=float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon")))),
-            tie_word_embeddings="output.weight" not in self.file.names,
+            tie_word_embeddings="output.weight" not in self.file.tensors,
             max_position_embeddings=self._field("llama.context_length"),
         )
 
     def parameters(self) -> int:
         """Return the number of the model's parameters."""
-        return sum(int(np.prod(self.file.shape(name))) for name in self.file.names)
+        return sum(int(np.prod(tensor.shape)) for tensor in self.file.tensors.values())
 
     def weights(self) -> TensorSource:
         """Return the tensors with Hugging Face's names and layouts (out, in), each unpacked to float32 when it is read.
 
         A process thus holds the model only once, in the form that it computes with.
         """
-        from jaxadapt.export.gguf_model import GgufTensors, gguf_base
-
-        return GgufTensors(self.file, gguf_base(self.file))
+        return gguf_files.GgufTensors(self.file, gguf_files.gguf_base(self.file))
 
     def tokenizer(self) -> Tokenizer:
         """Build the byte-level BPE tokenizer from the file's vocabulary and merges."""
