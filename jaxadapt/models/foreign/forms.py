@@ -99,8 +99,8 @@ class HeadPair:
         xp: Any = jnp if isinstance(a, jax.Array) else np
         a = self._split_heads(a)
         layers, count, inputs, rank = a.shape
-        if self.shares_b:
-            b = xp.broadcast_to(b[None, None], (layers, count, *b.shape))
+        if self.shares_b:  # b may be traced beside a constant a
+            b = (jnp if isinstance(b, jax.Array) else np).broadcast_to(b[None, None], (layers, count, *b.shape))
         elif self.is_input:
             first = len(self._axes[0])
             b = b.sum(tuple(range(first, first + len(self.heads))), dtype=b.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
+from jaxadapt import KeyMap, Weight
 from jaxadapt.models import LoraTree
 from jaxadapt.models.foreign import forms, survey
 from jaxadapt.models.foreign.dialects import DIALECTS, Dialect, Pair, import_dialect
@@ -133,6 +134,18 @@ def test_inside_jit(case: Case):
     else:
         back = through(adapter, other)
         equal(back, nest(flat(tree) | {case.base[0]: flat(other)[case.base[0]]}))
+
+
+def test_heads_with_one_constant_a_inside_jit():
+    """B alone may be traced, as where only B is trained: then the As of heads can be compared."""
+    keymap = KeyMap("heads", (Weight("q.kernel", "q.weight", "d n h -> (n h) d"),))
+    a, b = np.ones((6, 3, 2), "float32"), jnp.arange(8.0).reshape(2, 4)
+
+    def out(b: Any) -> Any:
+        tree = {"q": {"kernel": np.ones((6, 3, 4)), "lora_kernel_a": a, "lora_kernel_b": b}}
+        return dict(jaxadapt.to_peft(LoraTree(tree, lora_alpha=4), keymap=keymap).tensors)
+
+    equal(jax.jit(out)(b), out(b))
 
 
 @each
