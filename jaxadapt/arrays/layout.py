@@ -223,7 +223,12 @@ class FileLayout:
 
     def part_layout(self, i: int) -> FileLayout:
         """Return the layout of tensor `i` in its part of the array, as `index` selects it."""
-        return self.single_layout if self.ranks is None else with_rank(self, self.ranks[i]).single_layout
+        return self.single_layout if self.ranks is None else with_rank(self._whole, self.ranks[i]).single_layout
+
+    @functools.cached_property
+    def _whole(self) -> FileLayout:
+        """The layout without `file_entries` and `ranks`, whose hash would take a time that grows with the tensors."""
+        return dataclasses.replace(self, file_entries=None, ranks=None)
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""

@@ -58,3 +58,16 @@ def test_the_axes_of_a_pattern():
     assert layout.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
     assert layout.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
+
+
+def test_tensors_of_several_ranks_take_a_time_that_grows_with_their_number():
+    """No step for one tensor reads the ranks of all."""
+
+    class Ranks(tuple[int, ...]):
+        def __hash__(self) -> int:
+            raise AssertionError("reads all ranks")
+
+    form = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), ranks=Ranks([4, 3, 4]))
+    leaf = np.arange(24.0).reshape(3, 4, 2)
+    assert [form.shape_of(i) for i in range(3)] == [(4, 2), (3, 2), (4, 2)]
+    assert np.array_equal(form.encode(leaf, 1), leaf[1, :3])
