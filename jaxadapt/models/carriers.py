@@ -82,7 +82,7 @@ class Carrier:
     def leaves(self) -> dict[str, Any]:
         """Return `{path: array}` of the base parameters, without boxes."""
         leaves = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
-        return {jax.tree_util.keystr(keys, simple=True, separator="."): unbox(leaf) for keys, leaf in leaves}
+        return {_dotted_path(keys): unbox(leaf) for keys, leaf in leaves}
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
@@ -93,7 +93,7 @@ class Carrier:
         """Replace the base parameters at some paths, in their boxes or with them."""
 
         def put(keys: Any, leaf: Any) -> Any:
-            path = jax.tree_util.keystr(keys, simple=True, separator=".")
+            path = _dotted_path(keys)
             return leaf if path not in new else rebox(leaf, new[path]) if boxes else new[path]
 
         params = self.params
@@ -175,6 +175,11 @@ class Carrier:
     def with_rest(self, rest: Any) -> Any:
         """Return the tree with another `rest`."""
         return self.tree
+
+
+def _dotted_path(keys: Sequence[Any]) -> str:
+    """Return the path of a leaf as `paths.flatten` returns it, without empty names."""
+    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
 
 
 def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,7 +11,10 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.core import paths
+from jaxadapt.models import LoraTree
 from jaxadapt.models.carriers import Carrier, carrier, lora_carrier
+from jaxadapt.models.nnx import graph
 
 CONFIG = jaxadapt.LoraConfig(r=2, target_modules=["q"])
 BASE = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -54,3 +58,19 @@ def test_leaves_are_replaced_where_they_are():
         again: Carrier = carrier(carrier(tree).replace(new))
         assert not again.leaves()["q.kernel"].any()
     assert BASE["q"]["kernel"].all()
+
+
+def test_leaves_have_the_paths_of_flattened_trees():
+    """An empty name is in no path, in mappings as in plans."""
+    params = {"": {"q": {"kernel": np.ones((4, 6), "float32")}}}
+    assert list(carrier(params).leaves()) == list(paths.flatten(params)) == ["q.kernel"]
+    merged = jaxadapt.merge(params, jaxadapt.init(params, CONFIG, key=jax.random.key(0)))
+    assert merged[""]["q"]["kernel"].shape == (4, 6)
+
+
+def test_a_model_with_lora_of_another_library_is_walked_once(monkeypatch: pytest.MonkeyPatch):
+    model, walks, walk = Net(), list[object](), graph.walk
+    model.q.kernel_lora_a, model.q.kernel_lora_b = nnx.Param(jnp.ones((4, 2))), nnx.Param(jnp.ones((2, 6)))
+    monkeypatch.setattr(graph, "walk", lambda node: walks.append(node) or walk(node))
+    jaxadapt.to_peft(LoraTree(model, lora_alpha=4))
+    assert walks == [model]

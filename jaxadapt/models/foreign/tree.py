@@ -285,7 +285,8 @@ class LoraTree:
 class ForeignTree:
     """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
 
-    `stored` is the alpha of each base leaf, if the tree stores it; `sizes` are axis sizes passed by the caller.
+    `stored` is the alpha of each base leaf, if the tree stores it; `sizes` are axis sizes passed by the caller, and
+    `walked` is the walk over an NNX model.
     """
 
     given: LoraTree
@@ -295,6 +296,7 @@ class ForeignTree:
     base: dict[str, tuple[int, ...]]
     stored: dict[str, float]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    walked: graph.ModelWalk | None = None
 
     @functools.cached_property
     def claimed(self) -> dict[str, list[tuple[str, str, int]]]:
@@ -310,6 +312,8 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     """
     if isinstance(given.tree, ForeignTree):
         return dataclasses.replace(given.tree, given=dataclasses.replace(given, tree=given.tree.given.tree))
+    if walked is None and isinstance(given.tree, nnx.Module):
+        walked = graph.walk_model(given.tree)
     tree = given.tree if walked is None else walked
     if not trees.may_have_path(tree, dialects.like_pattern().search):
         return None
@@ -321,7 +325,7 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     lora = dialect.owned(leaves)
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
     own = {path: leaf for path, leaf in leaves.items() if path in lora}
-    return ForeignTree(given, dialect, own, put, base, trees.lorax_alphas(given.tree))
+    return ForeignTree(given, dialect, own, put, base, trees.lorax_alphas(given.tree), walked=walked)
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
@@ -359,8 +363,8 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     )
     if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(foreign_tree.given.tree, nnx.Module):
-        owners = graph.walk_model(foreign_tree.given.tree).leaves
+    if foreign_tree.walked is not None:
+        owners = foreign_tree.walked.leaves
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
         entries = class_entries(owners, shapes, bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
