@@ -352,7 +352,7 @@ class PeanutConfig(InitConfig, ExcludesConfig, peft_type="PEANUT"):
         r: the width of the network.
         depth: the number of hidden layers on each side of the network, 0 or more.
         act_fn: the activation function, by its name in transformers. jaxadapt computes with those listed in
-            `methods/weight_dependent.py`.
+            `methods/peanut.py`.
         scaling: the factor of the change.
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in `LoraConfig`.
         init_weights: true starts without a change of the weight, false with a random one.

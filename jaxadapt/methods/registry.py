@@ -11,26 +11,6 @@ from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import ConfigError, raise_listed
 from jaxadapt.methods.base import ROLES, Method
 
-_KIN = {
-    "blocks": ("GRALORA", "MISS"),
-    "lycoris": ("LOHA", "LOKR"),
-    "outputs": ("BEFT", "ROAD"),
-    "projections": ("PVERA", "RANDLORA", "VERA"),
-    "rotations": ("BOFT", "HRA", "OFT"),
-    "shared_vectors": ("TINYLORA", "UNILORA", "VBLORA"),
-    "sparse": ("SHIRA", "SUPERTUNING"),
-    "trained_copies": ("LN_TUNING", "TRAINABLE_TOKENS"),
-    "transforms": ("C3A", "FOURIERFT", "WAVEFT"),
-    "virtual_tokens": ("CARTRIDGE", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
-    "weight_dependent": ("DEFT", "DELORA", "HIRA", "OSF", "PEANUT"),
-}
-_FILES = {peft_type: file for file, types in _KIN.items() for peft_type in types}
-
-
-def file_of(peft_type: str) -> str:
-    """Return the file of a method in this package: the name of its type in lower case, or the file that it shares."""
-    return _FILES.get(peft_type, peft_type.lower())
-
 
 class Methods(Mapping[str, Method]):
     """`{peft_type: method}`."""
@@ -40,7 +20,7 @@ class Methods(Mapping[str, Method]):
 
     def __getitem__(self, peft_type: str) -> Method:
         if peft_type not in self._loaded and peft_type in FACTS:
-            module = importlib.import_module(f"jaxadapt.methods.{file_of(peft_type)}")
+            module = importlib.import_module(f"jaxadapt.methods.{peft_type.lower()}")
             classes = (x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Method))
             self._loaded[peft_type] = next(x for x in classes if vars(x).get("peft_type") == peft_type)()
         return self._loaded[peft_type]

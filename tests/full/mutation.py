@@ -61,7 +61,7 @@ POOL = [
 EQUIVALENT = {
     ("jaxadapt/arrays/products.py", "if a.shape[rank_axis] > _MAX_TERMS:"): "both ways compute the same sum",
     (
-        "jaxadapt/methods/shared_vectors.py",
+        "jaxadapt/methods/tinylora.py",
         "return start.w.astype(a.dtype) @ a.T",
     ): "the product is zero where the divisor is",
     ("jaxadapt/keymaps/check.py", "layers[_stack_prefix(w)] = max("): "no layer is none, however far below zero",

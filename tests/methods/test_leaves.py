@@ -21,12 +21,11 @@ import jaxadapt
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.methods import METHODS
-from jaxadapt.methods.registry import file_of
 
 folder = Path(sys.argv[1])
 entry = jaxadapt.Weight("q_proj.kernel", "q_proj.weight", "i o -> o i")
 keymap = jaxadapt.KeyMap("net", (entry,), order=("q_proj",))
-files = {peft_type: f"jaxadapt.methods.{file_of(peft_type)}" for peft_type in FACTS}
+files = {peft_type: f"jaxadapt.methods.{peft_type.lower()}" for peft_type in FACTS}
 assert not set(files.values()) & set(sys.modules), "imported with the package"
 sys.modules |= dict.fromkeys(files.values())  # no file of a method can be imported
 

@@ -38,7 +38,7 @@ def test_projections_that_are_too_small_are_named(config: str, tensor: str, axis
 
 
 def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
-    from jaxadapt.methods.projections import Vera
+    from jaxadapt.methods.vera import Vera
 
     shared = Vera.shared
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import ConfigError
-from jaxadapt.methods.shared_vectors import choose_vectors
+from jaxadapt.methods.vblora import choose_vectors
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
 FIELDS: dict[str, Any] = {"r": 2, "num_vectors": 6, "vector_length": 4, "topk": 3, "target_modules": ["q"]}

@@ -32,7 +32,7 @@ def folder_of(here: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
 
 
 def test_projections_are_not_drawn_before_the_files_tensors_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxadapt.methods.projections.draw_projections", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("jaxadapt.methods.vera.draw_projections", lambda *_: pytest.fail("drawn"))
     config = {"peft_type": "VERA", "r": 10**8, "target_modules": ["q_proj"]}
     one = {"base_model.model.q_proj.vera_lambda_d": np.ones(2, "f4")}
     here = folder_of(tmp_path / "vera", config, one)
@@ -45,7 +45,7 @@ def test_projections_are_not_drawn_before_the_files_tensors_fit(tmp_path, monkey
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_rank_that_no_tensor_of_the_file_confirms_is_bounded_by_the_base(strict, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxadapt.methods.shared_vectors.deal_indices", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("jaxadapt.methods.unilora.deal_indices", lambda *_: pytest.fail("drawn"))
     config = {"peft_type": "UNILORA", "r": 10**8, "theta_d_length": 4, "target_modules": ["q_proj"]}
     here = folder_of(tmp_path / "unilora", config, {"base_model.unilora_theta_d": np.ones(4, "f4")})
     with pytest.raises(MismatchError, match="2800000000 values that the file lacks: expected at most 16777216"):

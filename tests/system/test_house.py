@@ -291,7 +291,6 @@ NAMING = {
     "cli.adapter_reports": "the words for these",
     "configs.listing": "the types of PEFT",
     "configs.table": "the table of the methods",
-    "methods.registry": "the methods that share a file",
     "persistence.consumers": "the methods that other programs read",
     "persistence.formats.image_files": "the methods of kohya-ss and LyCORIS",
     "adapters.peft_tensors": "the types that only pass through, which have no file of their own",
@@ -305,8 +304,7 @@ def test_only_its_own_files_name_a_method():
 
     A method's own are its file in `methods` and the class of its configuration, among others in one file.
     """
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in (PACKAGE / "methods").glob("*.py")}
-    own = {name for name, text in texts.items() if re.search(r'peft_type = "[A-Z]', text)} - {"lora"}
+    own = {peft_type.lower() for peft_type in PEFT_TYPES} - {"lora"}
     types = {(f"configs.{facts.module}", facts.config): peft_type for peft_type, facts in FACTS.items()}
     classes = {name for _, name in types} - {"LoraConfig"}
     found = set()

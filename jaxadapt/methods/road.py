@@ -1,10 +1,4 @@
-"""Changes of a layer's output: BEFT and RoAd.
-
-BEFT with PEFT's conventions: a trained vector is added to the layer's output, as a bias.
-
-It changes no weight. A merge adds it to the layer's bias and needs one, as in PEFT (`tuners/beft/layer.py`).
-
-RoAd (Liao & Monz 2024, arXiv:2409.00119) with PEFT's conventions: R·(W·x + b), where R turns pairs of outputs.
+"""RoAd (Liao & Monz 2024, arXiv:2409.00119) with PEFT's conventions: R·(W·x + b), where R turns pairs of outputs.
 
 In each group of `group_size` outputs, output n of the first half is paired with output n of the second half. A pair
 (y, z) becomes (c·y − s·z, c'·z + s'·y), with c = α·cos θ and s = α·sin θ. `road_theta` and `road_alpha` have out/2
@@ -21,57 +15,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.configs.full_rank import BeftConfig, RoadConfig
+from jaxadapt.configs.full_rank import RoadConfig
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Effects,
     MatrixMethod,
     MethodTensor,
-    OwnHparams,
     Params,
     Start,
     Target,
-    axes_tensor,
     own_tensor,
     tensor_roles,
 )
-
-# ---------------------------------------------------------------- beft
-
-
-class Beft(MatrixMethod):
-    """A trained bias."""
-
-    peft_type = "BEFT"
-    scaled = frozenset({"beft_bias"})
-    roles = tensor_roles(bias="beft_bias")
-
-    def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
-        return (axes_tensor("beft_bias", "1 out"),)
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("adds", form="use", bias="adds")
-
-    def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
-        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
-
-    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
-        return jnp.zeros_like(w)
-
-    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
-        return y + params["beft_bias"][0]
-
-    def shift(self, own: OwnHparams, params: Params, bias: Array, undo: bool) -> Array:
-        change = params["beft_bias"][0]
-        return bias - change if undo else bias + change
-
-    def describe_change(self, config: BeftConfig) -> None:
-        return None
-
-
-# ---------------------------------------------------------------- road
-
 
 _SHAPES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 """{variant: the number of (θ and α apart for c and s, outputs of a pair apart)}."""

@@ -1,0 +1,53 @@
+"""BEFT with PEFT's conventions: a trained vector is added to the layer's output, as a bias.
+
+It changes no weight. A merge adds it to the layer's bias and needs one, as in PEFT (`tuners/beft/layer.py`).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxadapt.configs.full_rank import BeftConfig
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    Effects,
+    MatrixMethod,
+    MethodTensor,
+    OwnHparams,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    tensor_roles,
+)
+
+
+class Beft(MatrixMethod):
+    """A trained bias."""
+
+    peft_type = "BEFT"
+    scaled = frozenset({"beft_bias"})
+    roles = tensor_roles(bias="beft_bias")
+
+    def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
+        return (axes_tensor("beft_bias", "1 out"),)
+
+    def effect(self, own: OwnHparams) -> Effects:
+        return Effects("adds", form="use", bias="adds")
+
+    def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
+        return jnp.zeros_like(w)
+
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
+        return y + params["beft_bias"][0]
+
+    def shift(self, own: OwnHparams, params: Params, bias: Array, undo: bool) -> Array:
+        change = params["beft_bias"][0]
+        return bias - change if undo else bias + change
+
+    def describe_change(self, config: BeftConfig) -> None:
+        return None

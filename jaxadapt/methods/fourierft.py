@@ -1,0 +1,44 @@
+"""FourierFT (Gao et al. 2024, arXiv:2405.03003) with PEFT's conventions: W + s·Re(ifft2(S)).
+
+S (out, in) is zero except at n random positions, the same in every module of one shape, whose values are trained. The
+positions are PyTorch's random numbers, which follow from the seed and are in no file. A use of the weight needs two
+one-dimensional transforms and no change (out, in): y + s·Re(ifft(S·ifft(x))). The arithmetic follows PEFT's
+`tuners/fourierft/layer.py`, in float32; PEFT too starts with a random change by default.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.products import transform
+from jaxadapt.configs.fixed_bases import FourierFTConfig
+from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, at_least_float32, tensor_roles
+from jaxadapt.methods.spectrum import Spectrum, SpectrumHparams, positions, used_values
+
+
+class FourierFt(Spectrum):
+    """A change with a sparse spectrum."""
+
+    peft_type = "FOURIERFT"
+    scaled = frozenset({"fourierft_spectrum"})
+    roles = tensor_roles(vector="fourierft_spectrum")
+    examples = (
+        {"n_frequency": 12, "scaling": 20.0},
+        {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {".*q(_proj)?": 14}},
+    )
+
+    def init(self, config: FourierFTConfig, tensor: MethodTensor, start: Start) -> Draw:
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+
+    def delta(self, own: SpectrumHparams, params: Params, w: Array) -> Array:
+        values = used_values(params["fourierft_spectrum"], own.count)
+        rows, columns = positions(own.seed, *w.shape, len(values))
+        dense = jnp.zeros(w.shape, values.dtype).at[rows, columns].set(values)
+        return own.scaling * transform(jnp.fft.ifft2, dense).real
+
+    def after(self, own: SpectrumHparams, params: Params, x: Array, y: Array) -> Array:
+        values = used_values(params["fourierft_spectrum"], own.count)
+        rows, columns = positions(own.seed, y.shape[-1], x.shape[-1], len(values))
+        h = transform(jnp.fft.ifft, at_least_float32(x))[..., columns] * values
+        dense = jnp.zeros((*h.shape[:-1], y.shape[-1]), h.dtype).at[..., rows].add(h)
+        return y + own.scaling * transform(jnp.fft.ifft, dense).real

@@ -1,0 +1,32 @@
+"""TRAINABLE_TOKENS: full training of single rows of a token embedding, as LoRA's `trainable_token_indices`.
+
+The rows are those of `methods/copies.py`. PEFT writes them once more under the name of a head that is tied to the
+embedding; so does `save` if it sees the base, and a reader does not insist on it.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from jaxadapt.configs.full_rank import TrainableTokensConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.methods.base import Method
+from jaxadapt.methods.copies import ROWS, CopyingMethod, RowCopy
+
+
+class TrainableTokens(CopyingMethod):
+    """Training of single rows of the targets."""
+
+    peft_type = "TRAINABLE_TOKENS"
+    as_head = MappingProxyType({ROWS: ROWS})
+    ties_heads = True
+    examples = ({"target_modules": ["embed_tokens"], "token_indices": [3, 1, 20]},)
+
+    def check(self, config: TrainableTokensConfig) -> None:
+        if not config.token_indices:
+            raise ConfigError("token_indices: expected the tokens to train, found none")
+
+    def copy_of(self, config: TrainableTokensConfig, parameter: str) -> Method | None:
+        if parameter != "weight":
+            return None
+        return RowCopy(tuple(config.token_indices), "token_indices", "", not config.init_weights)
