@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import freeze
+from flax.core import freeze, unfreeze
 
 import jaxadapt
 from jaxadapt.core import paths
@@ -284,6 +284,16 @@ def test_bind(net):
     module, values = bound.unbind()
     assert isinstance(module, Net)
     assert jax.tree.structure(values) == jax.tree.structure(variables)
+
+
+def test_the_variables_of_a_bound_submodule_are_those_that_it_had():
+    module = nn.Sequential([nn.Dense(8), nn.Dense(6)])
+    model = jaxadapt.adapt(module, lora("layers_0", modules_to_save=["layers_1"]))
+    variables = trained(model.init(KEY, layers.x()))
+    for layer, name in zip(model.bind(variables).layers, ("layers_0", "layers_1"), strict=True):
+        for found in (layer.variables, layer.unbind()[1]):
+            assert found["lora"].keys() == variables["lora"].keys()
+            jax.tree.map(np.testing.assert_array_equal, unfreeze(found["params"]), variables["params"][name])
 
 
 # ---------------------------------------------------------------- training

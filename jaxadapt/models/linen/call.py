@@ -220,14 +220,18 @@ class Overlay:
             return dict(self.base)
         return {**self.base, "params": collections.overlay(self.base["params"], self.leaves)}
 
-    def restore(self, changed: Mapping[str, Any], mutable: Any) -> Any:
-        """Return the collections that a call returned, without the added leaves and with the adapters' collections."""
-        out = dict(changed)
-        if "params" in out and self.leaves:
-            replaced = {
-                keys: collections.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]
-            }
-            out["params"] = collections.overlay(_without(out["params"], self.leaves.keys() - replaced.keys()), replaced)
+    def restore(self, changed: Mapping[str, Any], mutable: Any, path: Keys = ()) -> Any:
+        """Return the collections that a call returned, without the added leaves and with the adapters' collections.
+
+        Args:
+            changed: the collections of the module, or of the submodule at `path`.
+            mutable: the collections to return.
+        """
+        out, size = dict(changed), len(path)
+        leaves = [keys[size:] for keys in self.leaves if keys[:size] == path]
+        if "params" in out and leaves:
+            replaced = {k: collections.lookup(self.base["params"], (*path, *k)) for k in leaves if SEP not in k[-1]}
+            out["params"] = collections.overlay(_without(out["params"], set(leaves) - replaced.keys()), replaced)
         out |= {c: tree for c, tree in self.adapters.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 

@@ -560,12 +560,12 @@ class BoundModule:
     @property
     def variables(self) -> Any:
         """The variables, including the adapters' collections."""
-        return self.overlay.restore(self.module.variables, True)
+        return self.overlay.restore(self.module.variables, True, self.module.path)
 
     def unbind(self) -> tuple[nn.Module, Any]:
         """Return the unbound base module and the variables, including the adapters' collections."""
         module, variables = self.module.unbind()
-        return module, self.overlay.restore(variables, True)
+        return module, self.overlay.restore(variables, True, self.module.path)
 
     def __getattr__(self, name: str) -> Any:
         return self._wrap(getattr(self.module, name), name)
