@@ -271,19 +271,18 @@ def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ada
 
 def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
     """Raise `KeyMapError` for weights whose PyTorch layout is unknown: a copy could fit the file transposed."""
-    matches = {leaf: keymap.match(leaf) for leaf in shapes}
     kernels = {leaf: shape for leaf, shape in shapes.items() if leaf.rpartition(".")[2] == "kernel"}
-    problems = [
-        f"{leaf} {shape}: no entry, and more than two axes (a ConvTranspose of PyTorch flips its window, which no"
-        " pattern can express)"
-        for leaf, shape in kernels.items()
-        if len(shape) > 2 and matches[leaf] is None
-    ]
-    problems += [
-        f"{leaf} {shape}: its entry has another number of axes (a convolution's kernel has more than a Linear's)"
-        for leaf, shape in shapes.items()
-        if (match := matches[leaf]) is not None and len(match.weight.left) != len(shape)
-    ]
+    problems: list[str] = []
+    for leaf, shape in shapes.items():
+        match = keymap.match(leaf)
+        fits = match is not None and len(match.weight.left) == len(shape)
+        if not fits and leaf in kernels and len(shape) > 2:
+            problems.append(
+                f"{leaf} {shape}: no entry with as many axes (a ConvTranspose of PyTorch flips its window, which no"
+                " pattern can express)"
+            )
+        elif not fits and match is not None:
+            problems.append(f"{leaf} {shape}: its entry has another number of axes")
     if config.get("fan_in_fan_out"):
         problems += [
             f"{leaf} {shape}: square, and with fan_in_fan_out its layout is ambiguous: (in, out) as in Conv1D of"

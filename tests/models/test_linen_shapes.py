@@ -165,6 +165,35 @@ def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
     np.testing.assert_array_equal(jaxadapt.to_peft(adapter).tensors["base_model.model.conv.weight"], stored)
 
 
+@pytest.mark.parametrize(
+    ("keymap", "leaf", "shape", "problem"),
+    [
+        (None, "kernel", (4, 4, 4), "no entry with as many axes .*ConvTranspose.* flips"),
+        ("generic", "kernel", (4, 4, 4), "no entry with as many axes .*ConvTranspose.* flips"),
+        (None, "embedding", (2, 9, 4), "its entry has another number of axes"),
+    ],
+)
+def test_a_copy_whose_entry_has_other_axes_is_refused(
+    keymap: str | None, leaf: str, shape: tuple[int, ...], problem: str
+):
+    """The generic keymap has an entry for any kernel, so that of a transposed convolution is not without one."""
+    base = {
+        "q": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")},
+        "c": {leaf: jax.ShapeDtypeStruct(shape, "float32")},
+    }
+    table = jaxadapt.KeyMap(
+        "mine",
+        (
+            jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
+            jaxadapt.Weight("c.kernel", "c.weight", "i o -> o i"),
+            jaxadapt.Weight("c.embedding", "c.weight", "i o -> i o", kind="embedding"),
+        ),
+    )
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["c"])
+    with pytest.raises(jaxadapt.KeyMapError, match=rf"in full.*\n  c\.{leaf} .*: {problem}"):
+        jaxadapt.init(base, config, key=KEY, keymap=keymap or table)
+
+
 # ---------------------------------------------------------------- a keymap that transposes a kernel
 
 
