@@ -556,7 +556,7 @@ class LinenLlama(nn.Module):
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
-    >>> variables = Llama(config).init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    >>> variables = LinenLlama(config).init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
     >>> variables["params"]["model"]["layers"]["1"]["self_attn"]["k_proj"]["kernel"].shape
     (16, 8)
     """

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, DeftConfig, DeloraConfig, FourierFTConfig, PeanutConfig, WaveFTConfig
-from jaxadapt.methods import METHODS, transforms
+from jaxadapt.methods import METHODS, waveft
 from jaxadapt.methods.applied import AppliedMethods
 from jaxadapt.methods.matrix import TorchRandom
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
@@ -135,7 +135,7 @@ def test_a_wavelet_that_is_not_used_is_not_refused():
 @pytest.mark.parametrize("order", range(1, 11))
 def test_the_filters_are_orthogonal_and_smooth(order):
     """The two properties that define Daubechies' filters: unit products, and a zero of the order at −1."""
-    low = transforms._daubechies(order)
+    low = waveft._daubechies(order)
     for shift in range(order):
         assert low[2 * shift :] @ low[: len(low) - 2 * shift] == pytest.approx(float(shift == 0), abs=1e-9)
     for power in range(order):
