@@ -380,9 +380,7 @@ def _check_names(
 
 
 def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
-    tensors, specs = stored.tensors or {}, stored.specs
-    contents = ({(specs[key], tensors[key].tobytes()) for key in keys} for keys in duplicates.values())
-    equal = has_config and all(len(different) == 1 for different in contents)
+    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
     name, keys = next(iter(duplicates.items()))
     again = {key: None for keys in duplicates.values() for key in keys[1:]}
     done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
@@ -395,6 +393,12 @@ def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *
         "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
         Fix((done,), names=again) if equal else None,
     )
+
+
+def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
+    """Return True if tensors have equal shapes, dtypes and bytes. Tensors of different dtypes are not read."""
+    tensors, specs = stored.tensors or {}, stored.specs
+    return len({specs[key] for key in keys}) == 1 and len({tensors[key].tobytes() for key in keys}) == 1
 
 
 def guess_method(specs: Kinds) -> str:

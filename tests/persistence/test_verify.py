@@ -367,6 +367,16 @@ def test_other_damage_is_found_and_not_repaired(case: str, folder: Path):
         assert jaxadapt.repair(found).path is None
 
 
+def test_a_second_tensor_of_a_dtype_that_numpy_lacks_is_found_too(folder: Path):
+    name = next(iter(sound())).replace(".weight", ".default.weight")
+    found = damaged(folder, sound() | {name: np.zeros(12, "uint8")})
+    raw = (found / WEIGHTS).read_bytes()
+    (found / WEIGHTS).write_bytes(raw.replace(b'"U8","shape":[12]', b'"F4","shape":[24]'))
+    assert codes(found, BASE)[0] == "duplicate"
+    with pytest.raises(jaxadapt.MismatchError, match="with different values; remove the wrong one of each"):
+        jaxadapt.repair(found)
+
+
 def other_folders(tmp: Path) -> dict[str, Path]:
     """Folders and files that hold no adapter of PEFT."""
     for name in ("run", "model", "mlx", "diffusers", "parent/fr", "empty", "config"):
