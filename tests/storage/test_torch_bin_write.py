@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_our_reader_and_zipfile_read_it(tmp_path: Path):
     assert zipfile.ZipFile(tmp_path / "f").testzip() is None
     for key, value in torch_bin.read(tmp_path / "f").items():
         assert (native(value), value.shape) == (native(tensors[key]), tensors[key].shape)
+
+
+def test_every_record_begins_at_a_multiple_of_64_bytes(tmp_path: Path):
+    """Readers that map a file into memory need it."""
+    write(tmp_path / "f", everything() | {"x" * n: np.ones(n, "i1") for n in range(1, 130)})
+    raw = (tmp_path / "f").read_bytes()
+    for record in zipfile.ZipFile(tmp_path / "f").infolist():
+        lengths = struct.unpack_from("<HH", raw, record.header_offset + 26)  # of the name and of the extra fields
+        assert (record.header_offset + 30 + sum(lengths)) % 64 == 0, record.filename
 
 
 @pytest.mark.peft
