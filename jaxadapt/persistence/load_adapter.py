@@ -451,7 +451,8 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
         return np.dtype(stored)
     if requested not in (None, AUTOCAST):
         return np.dtype(requested)
-    return np.dtype("float32" if np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2) else stored)
+    is_narrow = np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2)
+    return np.dtype("float32" if is_narrow else stored)
 
 
 def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:

@@ -206,7 +206,8 @@ def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, S
     for start, field, having in _VARIANTS:
         if config.get(field):
             present = [name for name in tensors if name.startswith(start)]
-            expected |= dict.fromkeys(present or ([] if tensors.keys().isdisjoint(having) else [start]), Spec())
+            due = [] if tensors.keys().isdisjoint(having) else [start]
+            expected |= dict.fromkeys(present or due, Spec())
     return expected
 
 
@@ -358,7 +359,8 @@ def _check_layers(modules: Iterable[str], config: Config) -> Iterator[Finding]:
         absent = sorted({*every, *range(min(every), max(every) + 1)} - numbers)
         if len(absent) * 5 <= len(numbers) + len(absent):
             gaps += [f"{stack}.{number}.{name}".lstrip(".") for number in absent]
-    if gaps and not (config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)):
+    is_chosen = config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)
+    if gaps and not is_chosen:
         yield warning(
             "layers",
             gaps,

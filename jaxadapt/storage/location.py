@@ -420,7 +420,7 @@ def _kind(place: Location, shown: Location | None = None) -> str | None:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise file_error("read", str(place if shown is None else shown), error) from error
-    return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+    return {stat.S_IFDIR: "directory", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
 def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> bytes:

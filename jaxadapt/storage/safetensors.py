@@ -4,8 +4,7 @@ A file consists of 8 bytes (the header's length, little endian), the header (JSO
 8), and the tensors' bytes without gaps. Format: https://huggingface.co/docs/safetensors
 
 This is an own implementation of the format; its files equal those of the safetensors library byte for byte. Reading a
-header, with full validation, needs only the standard library. numpy (and ml_dtypes, for bfloat16 and float8) are
-imported with the first tensor.
+header, with full validation, needs only the standard library. numpy and ml_dtypes are imported with the first tensor.
 """
 
 from __future__ import annotations
