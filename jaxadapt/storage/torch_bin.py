@@ -240,9 +240,12 @@ def _check_naturals(value: object, name: str) -> tuple[int, ...]:
     items = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
     if len(items) > _MAX_AXES:
         raise UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(items)}")
-    if not all(type(item) is int and 0 <= item < _INTEGER_LIMIT for item in items):
-        raise UnsupportedPickle(f"expected {name} of integers >= 0 and below 2^63, found another value")
-    return cast("tuple[int, ...]", items)
+    if not all(type(item) is int and item >= 0 for item in items):
+        raise UnsupportedPickle(f"expected {name} of integers >= 0, found another value")
+    integers = cast("tuple[int, ...]", items)
+    if any(item >= _INTEGER_LIMIT for item in integers):
+        raise UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
+    return integers
 
 
 def _parse_storage(identity: object) -> _Storage:
