@@ -328,24 +328,37 @@ class FileLayout:
     def _front(self) -> tuple[int, ...]:
         return (*self.split, *(i for i in range(len(self.shape)) if i not in self.split))
 
+    def to_torch(self, leaf: Array) -> Array:
+        """Return the tensors of all entries as one array (*split axes, *file_shape).
+
+        The split axes stay apart, because an array on an explicit mesh cannot merge sharded axes.
+        """
+        lead = [self.shape[axis] for axis in self.split]
+        order = (*range(len(lead)), *(len(lead) + axis for axis in self.orders[0]))
+        pieces = leaf.transpose(self._front).reshape((*lead, *self.inner.values())).transpose(order)
+        return to_file_scale(pieces.reshape((*lead, *self.file_shape)), self.factor, self.shift)
+
+    def from_torch(self, tensors: Array) -> Array:
+        """Return the array for the tensors of all entries: the inverse of `to_torch`."""
+        lead = [self.shape[axis] for axis in self.split]
+        order = (*range(len(lead)), *(len(lead) + axis for axis in self.orders[1]))
+        pieces = tensors.reshape((*lead, *self.flat.values())).transpose(order)
+        back = [self._front.index(axis) for axis in range(len(self.shape))]
+        leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(back)
+        return to_model_scale(leaf, self.factor, self.shift)
+
     def to_rows(self, leaf: Array) -> Array:
         """Return all tensors as one array (count, *file_shape); smaller tensors are padded with zeros."""
-        pieces = leaf.transpose(self._front).reshape((self._entries, *self.inner.values()))
-        if self.file_entries is not None:
-            pieces = pieces[_indices(self.file_entries)]
-        out = pieces.transpose((0, *(1 + i for i in self.orders[0]))).reshape((self.count, *self.file_shape))
-        return to_file_scale(out, self.factor, self.shift)
+        rows = self.to_torch(leaf).reshape((self._entries, *self.file_shape))
+        return rows if self.file_entries is None else rows[_indices(self.file_entries)]
 
     def from_rows(self, rows: Array) -> Array:
         """Return the array for all tensors `rows`: the inverse of `to_rows`."""
-        pieces = rows.reshape((self.count, *self.flat.values())).transpose((0, *(1 + i for i in self.orders[1])))
         if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
             xp = rows.__array_namespace__()
-            pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
-            pieces = pieces[_indices(self.number_of.get(i, self.count) for i in range(self._entries))]
-        back = [self._front.index(axis) for axis in range(len(self.shape))]
-        leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(back)
-        return self.clear_gaps(to_model_scale(leaf, self.factor, self.shift))
+            rows = xp.concat([rows, xp.zeros_like(rows[:1])])
+            rows = rows[_indices(self.number_of.get(i, self.count) for i in range(self._entries))]
+        return self.clear_gaps(self.from_torch(rows))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -435,19 +448,18 @@ class TorchLayout:
 
     def weight_to_torch(self, w: Array) -> Array:
         """Return a weight in PyTorch's layout and scale, (batch..., *file axes)."""
-        return self._to_torch(self._weight_form(w.shape), w)
+        return self._weight_form(w.shape).to_torch(w)
 
     def weight_from_torch(self, shape: Sequence[int], matrix: Array) -> Array:
         """Return a weight of this shape in the model's layout and scale."""
-        form = self._weight_form(shape)
-        return form.from_rows(matrix.reshape(form.count, *form.file_shape))
+        return self._weight_form(shape).from_torch(matrix)
 
     def to_torch(self, name: str, x: Array) -> Array:
         """Return a tensor in the file's layout, (batch..., *file axes); a shared tensor as it is."""
         if name not in self._tensors:
             return x
         left, right = self._tensors[name]
-        return self._to_torch(self._form(left, right, x.shape), x)
+        return self._form(left, right, x.shape).to_torch(x)
 
     def has_batch(self, name: str) -> bool:
         """Return True if a tensor has the batch axes."""
@@ -461,9 +473,6 @@ class TorchLayout:
     def _form(self, left: Names, right: Groups, shape: Sequence[int]) -> FileLayout:
         split = tuple(left.index(name) for name in self.batch if name in left)
         return FileLayout(tuple(shape), left, right, split, sizes=self.sizes)
-
-    def _to_torch(self, form: FileLayout, x: Array) -> Array:
-        return form.to_rows(x).reshape(*(form.shape[axis] for axis in form.split), *form.file_shape)
 
     def _rows_form(self, role: str, letters: Mapping[str, str], over: str, shape: Sequence[int]) -> FileLayout:
         """Return the layout of values over the inputs or outputs; the names of other axes are "~" and their letter."""
@@ -481,12 +490,11 @@ class TorchLayout:
             letters: the letter of each axis of the weight, by its name.
             x: the array, whose axes are the letters `over`.
         """
-        return self._to_torch(self._rows_form(role, letters, over, x.shape), x)
+        return self._rows_form(role, letters, over, x.shape).to_torch(x)
 
     def rows_from_torch(self, role: str, letters: Mapping[str, str], like: Array, over: str, rows: Array) -> Array:
         """Return rows in the layout of `like`: the inverse of `rows_to_torch`."""
-        form = self._rows_form(role, letters, over, like.shape)
-        return form.from_rows(rows.reshape(form.count, *form.file_shape))
+        return self._rows_form(role, letters, over, like.shape).from_torch(rows)
 
 
 # ---------------------------------------------------------------- axes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxadapt.arrays import layout
-from jaxadapt.arrays.layout import RANK, FileLayout, to_file_scale, to_model_scale
+from jaxadapt.arrays.layout import RANK, FileLayout, TorchLayout, to_file_scale, to_model_scale
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -71,3 +73,23 @@ def test_tensors_of_several_ranks_take_a_time_that_grows_with_their_number():
     leaf = np.arange(24.0).reshape(3, 4, 2)
     assert [form.shape_of(i) for i in range(3)] == [(4, 2), (3, 2), (4, 2)]
     assert np.array_equal(form.encode(leaf, 1), leaf[1, :3])
+
+
+def test_rows_of_activations_keep_an_explicit_sharding():
+    """MaxText's rotated queries split an axis, and experts may be fused: neither may be merged with sharded axes."""
+    mesh = jax.make_mesh((2, 4), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    queries = TorchLayout(("d", "(n p)"), (("p", "n"), ("d",)), (), ("d",), ("p", "n"), (("p", 2),))
+    experts = TorchLayout(("{p}", "{e}", "d", "o"), (("o",), ("d",)), ("{p}", "{e}"), ("d",), ("o",))
+    for form, over, shape, spec, rows_spec in (
+        (queries, "bsn", (4, 3, 8), ("dp", None, None), ("dp", None, None)),
+        (experts, "bpeo", (4, 2, 8, 6), ("dp", None, "tp", None), (None, "tp", "dp", None)),
+    ):
+        letters = {axis: axis.strip("{}()")[0] for axis in form.left}
+        x = np.arange(np.prod(shape), dtype="float32").reshape(shape)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+            rows = form.rows_to_torch("out", letters, placed, over)
+            back = form.rows_from_torch("out", letters, placed, over, rows)
+        assert (rows.sharding.spec, back.sharding.spec) == (PartitionSpec(*rows_spec), PartitionSpec(*spec))
+        np.testing.assert_array_equal(back, x)
+        np.testing.assert_array_equal(rows, form.rows_to_torch("out", letters, x, over))
