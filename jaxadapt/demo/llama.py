@@ -251,7 +251,8 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Any]) -> Iterator[tup
     found = given.shapes
     if config.tie_word_embeddings and {head, table} <= found.keys() and np.array_equal(given[head], given[table]):
         del found[head]
-    findings = compare(*({name: Spec(shape) for name, shape in shapes.items()} for shapes in (expected, found)))
+    specs = {name: Spec(shape) for name, shape in expected.items()}
+    findings = compare(specs, {name: Spec(shape) for name, shape in found.items()})
     raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, findings), limit=64)
 
     sources: dict[str, list[str]] = {}

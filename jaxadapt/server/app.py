@@ -522,7 +522,7 @@ def run(server: Server, *, host: str = "127.0.0.1", port: int = 8000, started: C
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # as Linux, which takes both on "::"
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # IPv4 too on "::", as Linux does
         return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual)
     except OSError as error:
         raise FileError(f"cannot listen on {host}, port {port}: {error}. Choose another one with --port") from error

@@ -139,7 +139,8 @@ class Scores(NamedTuple):
 
 def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
     """Return the scores of tokens (N) by their logits (N, V); zeros, which cost nothing, if `wanted` () is False."""
-    places, count = len(logits), min(TOP, logits.shape[1])
+    places, size = logits.shape
+    count = min(TOP, size)
 
     def compute_one(given: tuple[jax.Array, jax.Array]) -> Scores:
         logs = log_softmax(given[0].astype(jnp.float32))

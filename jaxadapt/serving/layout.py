@@ -406,14 +406,13 @@ def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
         if (row.method, row.hparams, row.shared) == (site.method, hparams, shared):
             return number
     own = _fields(hparams, shared)
-    others = [
-        {name: x for name, x in _fields(row.hparams, row.shared).items() if x != own[name]}
-        if row.method == site.method
-        else {}
-        for row in at_leaf.values()
-    ]
-    differ = {name: own[name] for each in others for name in each}
-    found = [_kind(row.method.peft_type, each) for row, each in zip(at_leaf.values(), others, strict=True)]
+    found: list[str] = []
+    differ: dict[str, Any] = {}
+    for row in at_leaf.values():
+        fields = _fields(row.hparams, row.shared).items() if row.method == site.method else ()
+        others = {name: x for name, x in fields if x != own[name]}
+        differ |= {name: own[name] for name in others}
+        found.append(_kind(row.method.peft_type, others))
     raise AttachError(
         f"{site.leaf}: the adapter is {_kind(site.method.peft_type, differ)}; the bank has {', '.join(found)}"
     )

@@ -328,7 +328,7 @@ def _write_parts(
 ) -> None:
     """Write all parts into an open file whose tensors begin at `start`.
 
-    After an error, still exhaust them, since other processes may wait in it.
+    After an error, still exhaust the iterator, since other processes may wait in it.
     """
     total, each = parts
     count = byte_counter(report, "save", total)
