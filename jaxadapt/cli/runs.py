@@ -88,7 +88,6 @@ def checkpoints_command(
       jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
     from jaxadapt.persistence.run_folder import RunFolder
-    from jaxadapt.storage import location
 
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:

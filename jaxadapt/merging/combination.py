@@ -429,7 +429,7 @@ def _draw_masks(options: Options, a: Array, b: Array, key: Any) -> tuple[Array, 
 def _given_masks(
     adapter: factors.Plain, pairs: Mapping[str, Pair], masks: Mapping[str, Any], i: int, method: str
 ) -> dict[str, Pair]:
-    """Return the caller's masks by module, as `combine_pairs` takes them.
+    """Return the caller's masks by module, as `_combine_pairs` takes them.
 
     Raises `MismatchError` if they are missing or have other shapes.
     """
