@@ -329,9 +329,15 @@ def _create_temporary(directory: str | os.PathLike[str], name: str, *, folder: b
             temporary.mkdir()
         # Mode 0666: the kernel applies the umask, which Python can only read by changing it for all threads.
         fd = os.open(temporary, _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        lock(fd, wait=True)
-        # Before we locked it, another writer may have locked it and removed it as a leftover.
-        if os.path.lexists(temporary):
+        try:
+            lock(fd, wait=True)
+            # Before we locked it, another writer may have locked it and removed it as a leftover.
+            is_there = os.path.lexists(temporary) if folder else os.fstat(fd).st_nlink > 0
+        except OSError:
+            close_fd(fd)
+            temporary.unlink()
+            raise
+        if is_there:
             return temporary, fd
         close_fd(fd)
 
