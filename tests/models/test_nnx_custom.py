@@ -277,6 +277,20 @@ def test_a_layer_that_makes_variables_while_it_is_called():
         model(layers.x())
 
 
+def test_a_layer_that_removes_a_variable_while_it_is_called():
+    class Popping(nnx.Module):
+        def __init__(self) -> None:
+            self.w, self.mean = layers_nnx.normal(1, 8, 6), nnx.Variable(jnp.zeros(()))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            nnx.pop(self, lambda _, value: type(value) is nnx.Variable)
+            return x @ self.w[...]
+
+    model, x = adapt(layers_nnx.Held(layer=Popping()), lora("layer"), example=(layers.x(),)), layers.x()
+    y, adapter = model(x), jaxadapt.extract(model)
+    np.testing.assert_allclose(jaxadapt.merge(jaxadapt.detach(model), adapter)(x), y, atol=1e-5)
+
+
 class Pair(nnx.Module):
     """A layer with two weights and one bias."""
 

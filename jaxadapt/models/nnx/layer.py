@@ -118,9 +118,10 @@ def changed_values(name: str, before: Mapping[str, Any], after: Mapping[str, Any
     Raises `AttachError` if the call added or removed variables; its text ends with `remedy`.
     """
     if odd := sorted(before.keys() ^ after.keys()):
+        verb, advice = ("adds", "Create them in __init__") if odd[0] in after else ("removes", "Keep them")
         raise AttachError(
-            f"{name} {'adds' if odd[0] in after else 'removes'} variables while it is called ({', '.join(odd)}), so an"
-            f" adapter cannot run its call. Create them in __init__{remedy}"
+            f"{name} {verb} variables while it is called ({', '.join(odd)}), so an adapter cannot run its call."
+            f" {advice}{remedy}"
         )
     return {path: x for path, x in after.items() if x is not before[path]}
 
@@ -143,7 +144,8 @@ def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]
                 " only its own variables, such as a random stream or a count. Store the object with the variable in the"
                 " layer (self.rngs = rngs), or exclude the layer with exclude_modules"
             ) from error
-        after = graph.values_of(layer_state(copy)) if state else {}
+        # A variable that the call removes stays in the layer, with its value.
+        after = state | graph.values_of(layer_state(copy)) if state else {}
         return y, changed_values(base.__name__, state, after, ", or exclude the layer with exclude_modules")
 
     def write_back(changed: Mapping[str, Any]) -> None:
