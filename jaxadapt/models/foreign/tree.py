@@ -86,8 +86,8 @@ def place_tensors(
                 groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
                 if len(set(groups)) > 1:
                     names = [half.modules[i] for i in sharers]
-                    names[4:] = ["…"] * (len(names) > 4)
-                    found.differ.append(f"{half.path} is shared by {', '.join(names)}")
+                    more = ", …" if len(names) > 4 else ""
+                    found.differ.append(f"{half.path} is shared by {', '.join(names[:4])}{more}")
                 ends: dict[int, int] = {}
                 end = 0
                 for i, group in zip(sharers, groups, strict=True):
