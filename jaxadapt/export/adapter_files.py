@@ -367,9 +367,6 @@ def _has_tensors(keys: Collection[str], config: Config) -> bool:
 def _from_orbax(
     path: Path, name: str, config: Config | None, keymap: str | None, lora_alpha: float | None
 ) -> PeftTensors:
-    import jax
-    import numpy as np
-
     from jaxadapt.models.attachment import init
     from jaxadapt.models.foreign import tree as foreign
     from jaxadapt.persistence.formats import orbax_folder

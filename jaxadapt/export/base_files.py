@@ -189,9 +189,8 @@ def export_base(
     refuse = not_finite_error if strict else None
     with reporter(progress) as report, name_donated_arrays(leaves):
         total = write_folder(target, specs, read, refuse, max_shard_size, other_files, "export", report)
-    if not isinstance(keymap, KeyMap) and not location.exists(
-        target / hf_model.CONFIG
-    ):  # else the names may be of any program
+    # With a KeyMap of the caller's, the names may be those of any program.
+    if not isinstance(keymap, KeyMap) and not location.exists(target / hf_model.CONFIG):
         warn(
             f"{target}: has no {hf_model.CONFIG}, so transformers' from_pretrained would build a model of its default"
             " sizes. Copy it and the tokenizer's files from the folder of the base, as export_base(…, like=folder) does"

@@ -147,7 +147,6 @@ def _decide(tied: bool | None, changes: str, head: str, more: bool | str) -> str
         head: the head in the folder beside the embedding: "absent", "equal", "different", or "both" for several heads.
         more: for more heads than one: "absent" if a changed one is absent, else "stored"; False for one head.
     """
-
     case = {"tied": tied, "changes": changes, "head": head, "more": more}
     return next(outcome for values, outcome in _OUTCOMES if all(case[name] in of for name, of in values.items()))
 

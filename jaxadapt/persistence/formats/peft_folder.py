@@ -402,7 +402,7 @@ def _write(
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
         if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
-    dtypes = tuple(sorted(map(dtype_name, {dtype for dtype, _ in specs.values()})))
+    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
     _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))

@@ -113,6 +113,13 @@ def test_hyperparameters_sizes_and_results():
     assert "## Results" not in written(lora())
 
 
+def test_each_dtype_is_named_once_whatever_its_byte_order(tmp_path):
+    a, b = (np.ones(KEYS[key][:: -1 if "lora_B" in key else 1], "f4") for key in KEYS)
+    tensors = dict(zip(KEYS, (a, b.astype(">f4")), strict=True))
+    jaxadapt.write(jaxadapt.PeftTensors(lora(r=2), tensors), tmp_path)
+    assert "32 parameters in 2 tensors, F32, " in (tmp_path / CARD).read_text()
+
+
 @pytest.mark.parametrize(
     ("fields", "facts", "line"),
     [
