@@ -257,9 +257,8 @@ def in_layers(config: Config, name: str) -> bool:
         # Any layer list: a segment, a number, and more. As in PEFT, another segment must precede it.
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
-        hits = (
-            match("layers_pattern", entry, name) for entry in ((patterns,) if isinstance(patterns, str) else patterns)
-        )
+        entries = (patterns,) if isinstance(patterns, str) else patterns
+        hits = (match("layers_pattern", entry, name) for entry in entries)
         hit = next((hit for hit in hits if hit), None)
     # An alternation ("layers|h") can match without reaching the number; then the layer is unknown.
     number = None if hit is None else hit["idx"]

@@ -408,9 +408,10 @@ def one_of(*known: str | bool | None, optional: bool = False) -> Check:
     values = (*known, None) if optional else known
     *others, last = (json.dumps(value) for value in values)
     listed = ", ".join(others)
-    expected = (
-        f"{listed} or {last}" if isinstance(known[0], bool) else f"one of {listed}{' or ' if optional else ', '}{last}"
-    )
+    if isinstance(known[0], bool):
+        expected = f"{listed} or {last}"
+    else:
+        expected = f"one of {listed}{' or ' if optional else ', '}{last}"
     return expects(expected, lambda x: any(x is value or (isinstance(x, str) and x == value) for value in values))
 
 
