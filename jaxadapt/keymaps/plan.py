@@ -130,7 +130,7 @@ def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Ar
         names = groups.get(name, ())
         parts = {key: value for key in names if (part := parse_part_key(key)) and part.axis is None}
         parts |= {key: value[index] for key, (_, index) in locate_parts({name: value.shape}, names).items()}
-        out |= parts if names and len(parts) == len(names) else {**parts, name: value}
+        out |= parts if names and parts.keys() >= set(names) else {**parts, name: value}
     return out
 
 
