@@ -200,6 +200,12 @@ def test_nothing_matched_lists_near_misses_and_what_there_is():
     assert "the last segments k_proj, norm, o_proj, q_proj, v_proj" in text
 
 
+def test_nothing_similar_is_no_near_miss():
+    with pytest.raises(TargetError) as caught:
+        select_names(LoraConfig(target_modules=["q_proj"]), ["model.norm"])
+    assert "near misses" not in str(caught.value)
+
+
 def test_a_name_written_as_a_string_is_explained():
     with pytest.raises(TargetError, match="to give names, write a list"):
         select_names(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
