@@ -1,4 +1,4 @@
-"""What the library tells its user when something is wrong: errors, warnings and the words of their messages.
+"""Errors, warnings and the words of their messages.
 
 Every error that the library raises on purpose is one of these:
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Rope = tuple[jax.Array, jax.Array]
 Carry = tuple[jax.Array, "KVCache | None"]
-"""What a layer takes and returns: x (B, T, D), and the cache."""
+"""The argument and the result of a layer: x (B, T, D), and the cache."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
