@@ -23,7 +23,7 @@ from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.registry import get_method
 from jaxadapt.server.protocol import INCOMPLETE
 from jaxadapt.serving.layout import becomes_lora, compare_shared
-from jaxadapt.serving.pool import BASE, find_folders
+from jaxadapt.serving.pool import BASE, find_folders, is_adapter
 from jaxadapt.storage import hf_model, location
 
 # ---------------------------------------------------------------- base
@@ -205,8 +205,7 @@ def find(root: Path, name: str, given: str | None = None) -> Path:
         )
     places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
     inside = [path for path in places if given is None or _is_inside(root, path)]
-    # `Path.is_file` raises errors.
-    path = next((path for path in inside if os.path.isfile(path / location.CONFIG)), None)  # noqa: PTH113
+    path = next(filter(is_adapter, inside), None)
     if path is None:
         raise FileError(
             f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with"
@@ -235,7 +234,7 @@ def is_there(root: Path, path: Path) -> bool:
 
     It looks at these files only: it is called at each request.
     """
-    return os.path.isfile(path / location.CONFIG) and all(_is_inside(root, path / name) for name in FILES)  # noqa: PTH113
+    return is_adapter(path) and all(_is_inside(root, path / name) for name in FILES)
 
 
 def _is_inside(root: Path, path: Path) -> bool:

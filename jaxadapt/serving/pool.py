@@ -89,7 +89,7 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read.
     """
     try:
-        found = {path.name: path for path in sorted(Path(root).iterdir()) if _is_adapter(path)}
+        found = {path.name: path for path in sorted(Path(root).iterdir()) if is_adapter(path)}
     except OSError as error:
         raise FileError(f"cannot list the adapters in {os.fspath(root)}: {error}") from error
     if BASE in found:
@@ -97,7 +97,7 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
     """Return True for a folder with a configuration; False also for a circular link."""
     return os.path.isfile(path / location.CONFIG)  # noqa: PTH113 (`Path.is_file` raises errors)
 
@@ -258,7 +258,7 @@ class AdapterPool(RowsByName):
         """Return the folder of a name, which may be new in the root; raise `AttachError` for an unknown name."""
         if name not in self._newest and name not in self._removed and self._root is not None:
             found = Path(self._root, name)
-            if name == found.name and name not in ("", "..") and _is_adapter(found):  # the others lead elsewhere
+            if name == found.name and name not in ("", "..") and is_adapter(found):  # the others lead elsewhere
                 return found
         return self.version(name).path
 
