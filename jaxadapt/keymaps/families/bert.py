@@ -3,9 +3,7 @@
 The encoder's names start with "bert." or "roberta." in a model with a head, and have no prefix in one without.
 """
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, bare, dense, embeddings, norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import FROM, INTO, KeyMap, Weight, bare, dense, embeddings, norms
 
 
 def _encoder(prefix: str) -> tuple[Weight, ...]:

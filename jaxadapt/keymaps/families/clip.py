@@ -1,8 +1,6 @@
 """Both towers of CLIP under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.entries import KEYS_FIRST_ORDER, convs, dense, embeddings, norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import KEYS_FIRST_ORDER, KeyMap, Weight, convs, dense, embeddings, norms
 
 
 def _tower(name: str, *final_norms: str) -> tuple[Weight, ...]:

@@ -3,8 +3,7 @@
 "easydel:llama" is for dense decoders with Llama's layer names: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM 3, Phi 3.
 """
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, LAYER, biases, decoder_keymap, dense, embeddings, layer_norms
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import FROM, INTO, LAYER, Weight, biases, decoder_keymap, dense, embeddings, layer_norms
 
 _ATTENTION = tuple(f"{LAYER}self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o"))
 _OUT = (f"{LAYER}self_attn.o_proj", f"{LAYER}mlp.down_proj")

@@ -5,9 +5,7 @@ In Gemma 4 k may serve as v in layers with global attention. The last layers of 
 layers, but still have weights for them in JAX. These weights are missing in transformers' models, and may be in files.
 """
 
-from jaxadapt.keymaps.families.entries import LAYER, decoder_keymap, layer_norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
 
 _Names = tuple[tuple[str, str], ...]
 _GM, _TUNIX = "layer_{l}.", "layers.{l}."

@@ -5,9 +5,18 @@ B (out, r). transformers' Flax classes store its kernels as (out, in), other mod
 the same names. The sizes distinguish a kernel from its transpose: the axis "d" has one size (`same`).
 """
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, KEYS_FIRST_ORDER, bare, biases, dense, embeddings, norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import (
+    FROM,
+    INTO,
+    KEYS_FIRST_ORDER,
+    KeyMap,
+    Weight,
+    bare,
+    biases,
+    dense,
+    embeddings,
+    norms,
+)
 
 _LAYER = "transformer.h.{l}."
 _TURNED = {"attn.c_attn": "o d", "attn.c_proj": "d o", "mlp.c_fc": "f d", "mlp.c_proj": "d f"}

@@ -3,9 +3,7 @@
 A leaf is the `path` of a variable, with dots in place of slashes. `load`, `merge` and `import_base` accept such a tree.
 """
 
-from jaxadapt.keymaps.families.entries import LAYER, Names, decoder_keymap, layer_norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import LAYER, KeyMap, Names, Weight, decoder_keymap, layer_norms
 
 
 def _keymap(

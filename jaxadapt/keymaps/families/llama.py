@@ -1,7 +1,6 @@
 """Llama, Mistral, Qwen 2, Qwen 3 and similar models under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.entries import LAYER, biases, decoder_keymap, embeddings, layer_kernels, layer_norms
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import LAYER, Weight, biases, decoder_keymap, embeddings, layer_kernels, layer_norms
 
 _MODULES = (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
 

@@ -18,9 +18,7 @@ one in Kimi K2.
 from collections.abc import Iterable
 from typing import Any
 
-from jaxadapt.keymaps.families.entries import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, Modules, decoder_keymap
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, KeyMap, Modules, Weight, decoder_keymap
 
 # ---------------------------------------------------------------- dense models
 

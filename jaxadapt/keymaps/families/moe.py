@@ -6,20 +6,20 @@ PEFT reads this from a module's `is_transposed`, which only GPT-OSS has. A of a 
 outputs, and the entries follow PEFT. Routers are parameters of separate classes, not of nn.Linear.
 """
 
-from jaxadapt.keymaps.families.entries import (
+from jaxadapt.keymaps.families import (
     EACH_DEEPSEEK,
     EACH_MIXTRAL,
     EACH_QWEN3,
     LAYER,
+    KeyMap,
     Modules,
+    Weight,
     biases,
     decoder_keymap,
     embeddings,
     layer_kernels,
     layer_norms,
 )
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _QKVO = tuple(f"self_attn.{p}_proj" for p in "qkvo")

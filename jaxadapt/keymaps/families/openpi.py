@@ -9,8 +9,7 @@ the same names in LeRobot's PyTorch model.
 there is no specimen of openpi's PyTorch model, which needs a changed transformers.
 """
 
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import KeyMap, Weight
 
 _PI0 = "PaliGemma.llm."
 _LANGUAGE_MODEL = "paligemma_with_expert.paligemma.model.language_model."

@@ -1,8 +1,6 @@
 """T5, T5 v1.1 and mT5 under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, dense, embeddings
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import FROM, INTO, KeyMap, Weight, dense, embeddings
 
 _SUBLAYERS = (
     ("encoder.block.{l}.layer.0", "SelfAttention", "qkvo"),

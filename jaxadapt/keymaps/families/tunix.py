@@ -1,8 +1,6 @@
 """Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX, names of google-tunix 0.1.7); heads are separate axes."""
 
-from jaxadapt.keymaps.families.entries import EACH_QWEN3, LAYER, Modules, decoder_keymap, layer_norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import EACH_QWEN3, LAYER, KeyMap, Modules, Weight, decoder_keymap, layer_norms
 
 _OURS = "layers.{l}."
 _MLP = (

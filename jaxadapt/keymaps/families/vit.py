@@ -4,9 +4,7 @@ Model files use the earlier names, also when transformers 5 writes them. Adapter
 version that they were trained with.
 """
 
-from jaxadapt.keymaps.families.entries import convs, dense, norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import KeyMap, Weight, convs, dense, norms
 
 _MODULES = (
     *((f"attention.attention.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value")),

@@ -1,8 +1,17 @@
 """Whisper under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.entries import FROM, INTO, KEYS_FIRST_ORDER, bare, convs, dense, embeddings, norms
-from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.families import (
+    FROM,
+    INTO,
+    KEYS_FIRST_ORDER,
+    KeyMap,
+    Weight,
+    bare,
+    convs,
+    dense,
+    embeddings,
+    norms,
+)
 
 
 def _stack(name: str, *attentions: str) -> tuple[Weight, ...]:
