@@ -30,9 +30,8 @@ from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs
-from jaxadapt.models.foreign import dialects, survey
+from jaxadapt.models.foreign import DIALECTS, Dialect, dialect_of, get_dialect, like_pattern, survey
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.foreign.dialects import Dialect
 from jaxadapt.persistence import folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors
@@ -377,8 +376,8 @@ def _read_tree(path: location.Location, options: TreeOptions, like: str | os.Pat
     """
     leaves = _with_dotted_paths(safetensors.read(path), path)
     alpha = options.lora_alpha if options.lora_alpha is not None else _noted_alpha(path)
-    if not any(map(dialects.like_pattern().search, leaves)):
-        known = ", ".join(dialects.DIALECTS)
+    if not any(map(like_pattern().search, leaves)):
+        known = ", ".join(DIALECTS)
         raise FileError(
             f"{path}: expected a tree with LoRA leaves of a known dialect ({known}), found no leaf that looks like one"
         )
@@ -480,11 +479,11 @@ def _per_expert(keymap: KeyMap, tensors: PeftTensors, on_shared: str | None) -> 
 
 def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
     """Return the LoRA layout of a tree to write: the named one, or that of the family's library."""
-    dialect = dialects.dialect_of(keymap.name.partition(":")[0]) if name is None else dialects.get_dialect(name)
+    dialect = dialect_of(keymap.name.partition(":")[0]) if name is None else get_dialect(name)
     if dialect is None:
         raise ConfigError(
             f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
-            f" {', '.join(dialects.DIALECTS)}"
+            f" {', '.join(DIALECTS)}"
         )
     if dialect.slots is not None:
         raise ConfigError(
@@ -513,5 +512,5 @@ def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
         return {}
     header = safetensors.read_header(like).tensors
     leaves = _with_dotted_paths({path: info.shape for path, info in header.items()}, like)
-    is_like = dialects.like_pattern().search
+    is_like = like_pattern().search
     return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}

@@ -18,7 +18,7 @@ from jaxadapt.adapters.adapter import CONFIG_NODE, is_array
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import DIALECTS
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
 
@@ -73,7 +73,7 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
 
 def _is_slot_variable(path: Sequence[Any]) -> bool:
     """Return True for variables that are not parameters but belong to a dialect: the ranks and scales of slots."""
-    return bool(path) and any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
+    return bool(path) and any(str(path[-1]) in (d.slots or ()) for d in DIALECTS.values())
 
 
 def is_box(node: Any) -> bool:

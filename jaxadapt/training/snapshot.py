@@ -26,7 +26,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
 from jaxadapt.core.paths import Spec, compare
 from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import get_dialect
 from jaxadapt.models.foreign import tree as foreign
 
 # ---------------------------------------------------------------- snapshot
@@ -421,7 +421,7 @@ def _decode(name: str, stored: Any) -> Any:
 def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.ForeignTree:
     """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
     try:
-        dialect = dialects.get_dialect(stored.foreign["dialect"])
+        dialect = get_dialect(stored.foreign["dialect"])
         base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
         stored_form, given = dict(stored.foreign["stored"]), foreign.LoraTree(None)
         return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, stored_form)

@@ -32,7 +32,7 @@ from jax.core import Tracer
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models.foreign.dialects import Dialect
+from jaxadapt.models.foreign import Dialect
 
 Array = Any
 Leaves = Mapping[str, Array]

@@ -26,7 +26,7 @@ from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
 from jaxadapt.methods.base import Target
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models.foreign.dialects import Dialect, Dims, Pair, layouts
+from jaxadapt.models.foreign import Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes
 
 # ---------------------------------------------------------------- sites

@@ -1,6 +1,6 @@
 """Foreign trees: `read_tree` converts their LoRA leaves to PEFT's tensors, and `fill_tree` writes such tensors.
 
-The paths and layouts are in `dialects/`, the sites in `survey.py`, arrays of heads and of slots in `forms.py`,
+The paths and layouts are in the dialects' files, the sites in `survey.py`, arrays of heads and of slots in `forms.py`,
 access to the trees in `models/trees.py`.
 """
 
@@ -35,8 +35,7 @@ from jaxadapt.core.paths import Spec, bullets, compare, group_findings, unflatte
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import trees
-from jaxadapt.models.foreign import dialects, forms, survey
-from jaxadapt.models.foreign.dialects import Dialect
+from jaxadapt.models.foreign import DIALECTS, Dialect, forms, like_pattern, recognize_dialect, survey
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
@@ -315,11 +314,11 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if walked is None and isinstance(given.tree, nnx.Module):
         walked = graph.walk_model(given.tree)
     tree = given.tree if walked is None else walked
-    if not trees.may_have_path(tree, dialects.like_pattern().search):
+    if not trees.may_have_path(tree, like_pattern().search):
         return None
     leaves, put = trees.open_tree(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
-    dialect = dialects.recognize_dialect(leaves)
+    dialect = recognize_dialect(leaves)
     if dialect is None:
         return None
     lora = dialect.owned(leaves)
@@ -351,7 +350,7 @@ def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
     if not (like := [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
-    known = ", ".join(dialects.DIALECTS)
+    known = ", ".join(DIALECTS)
     return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{bullets(like)}"
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.models import LoraTree
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import like_pattern
 from tests.keymaps.families import jax_side, specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, HEADS, IDS, Specimen, values
 from tests.support.twins import trees
@@ -164,7 +164,7 @@ def crcs(tree: Any) -> dict[str, int]:
     """Of the LoRA leaves' bytes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
     named = {".".join(str(key.key) for key in path): np.ascontiguousarray(x) for path, x in leaves}
-    return {path: zlib.crc32(x.tobytes()) for path, x in named.items() if dialects.like_pattern().search(path)}
+    return {path: zlib.crc32(x.tobytes()) for path, x in named.items() if like_pattern().search(path)}
 
 
 def _inputs(name: str) -> tuple[Any, ...]:
@@ -183,7 +183,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {".".join(map(str, path)): tuple(v.shape) for path, v in flat}
     leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
     named = {".".join(str(key.key) for key in path): tuple(x.shape) for path, x in leaves}
-    return {path: shape for path, shape in named.items() if dialects.like_pattern().search(path)}
+    return {path: shape for path, shape in named.items() if like_pattern().search(path)}
 
 
 def recorded(name: str) -> dict[str, Any]:

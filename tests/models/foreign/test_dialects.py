@@ -12,8 +12,7 @@ import pytest
 import jaxadapt
 from jaxadapt import KeyMap, Weight
 from jaxadapt.models import LoraTree
-from jaxadapt.models.foreign import forms, survey
-from jaxadapt.models.foreign.dialects import DIALECTS, Dialect, Pair, import_dialect
+from jaxadapt.models.foreign import DIALECTS, Dialect, Pair, forms, import_dialect, survey
 from tests.models.foreign.cases import CASES, Case, D, E, F, R, flat, nest
 
 ALPHA = 2.0 * R  # a scale of 2, exact in every format

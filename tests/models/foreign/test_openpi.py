@@ -18,7 +18,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.models import LoraTree
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import recognize_dialect
 
 L, D, F, N, K, H, R, ALPHA = 3, 10, 14, 4, 1, 6, 2, 8.0
 P = "base_model.model.paligemma_with_expert.paligemma.model.language_model.layers."
@@ -211,6 +211,6 @@ def test_extract_takes_heads_that_differ():
 
 def test_it_is_recognised_before_dialects_with_any_module():
     for names in (leaves(), [p for p in leaves() if "attn" in p], [p for p in leaves() if "mlp" in p]):
-        found = dialects.recognize_dialect(list(names))
+        found = recognize_dialect(list(names))
         assert found is not None
         assert found.name == "openpi"

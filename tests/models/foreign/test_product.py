@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import jaxadapt
 from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.keymaps.families import FAMILIES
-from jaxadapt.models.foreign.dialects import DIALECTS
+from jaxadapt.models.foreign import DIALECTS
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, RECORDED, SPECIMENS, recorded
 from tests.support.configs import value_of

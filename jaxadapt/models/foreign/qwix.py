@@ -4,7 +4,7 @@ An einsum keeps the weight's axes: A has the axes shared with the input, B the r
 inputs and the outputs, and its batch axes lead. A convolution's A keeps the window.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "qwix",

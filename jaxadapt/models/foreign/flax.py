@@ -1,6 +1,6 @@
 """Flax's own `nnx.LoRA(base_module=)` and `nnx.LoRALinear`; EasyDeL wraps its layers in the former."""
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "nnx.LoRA",

@@ -4,7 +4,7 @@ Its modules have Hugging Face's names (the keymap "llama"). Later versions fuse 
 which would need another keymap.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "SkyRL-tx",

@@ -4,7 +4,7 @@ The weights of gemma's own Einsum are in a further module, called after the weig
 a weight called `w`, after a number. Fused parts (k and v, gate and up) share one A.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 _AXES = (("in r", "r outs"), ("ins r", "r out"), ("batch in r", "batch r out"))
 

@@ -6,7 +6,7 @@ map into it together, and the sum of their Bs maps it out. The feed-forward laye
 alpha/r. The layers are always stacked on axis 0.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 _AXES = (("batch in r", "batch r out"),)
 _ATTENTION = tuple(f"{name}_einsum{end}" for end in ("", "_1") for name in ("q", "kv", "qkv", "attn_vec"))

@@ -1,6 +1,6 @@
 """Levanter 1.1: `LoraLinear(wrapped, lora)`. Both weights of `lora` have PyTorch's layout, output axes first."""
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "levanter",

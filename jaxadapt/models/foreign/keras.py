@@ -4,7 +4,7 @@ B has the kernel's last axis and A all others. So in the queries, keys and value
 its own A, and all heads share one B. A leaf's path is the variable's `path`, with dots instead of slashes.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "keras",

@@ -3,7 +3,7 @@
 (MaxText trains in Qwix' format.) Its layers are stacked on axis 1; its output for other stack axes is malformed.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "maxtext",

@@ -3,7 +3,7 @@
 For a Flax kernel (in, out) the input side is b; for a weight (out, in) it is a.
 """
 
-from jaxadapt.models.foreign.dialects import Dialect, Pair
+from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "lorax",
