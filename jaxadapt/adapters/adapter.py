@@ -292,13 +292,9 @@ class Site:
     def leaf(self) -> str:
         return self.match.leaf
 
-    @property
+    @functools.cached_property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
-        return self._axes
-
-    @functools.cached_property
-    def _axes(self) -> Axes:
         axes = self.match.axes
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 
@@ -469,9 +465,10 @@ def bind_site(
         known = method_tensors(config, method, Target(match, modules, {}, existing))
         sizes = sizes | plan.axis_sizes_from_tensors(match, known, shapes)
     target = Target(match, modules, sizes, existing, has_bias)
-    keymap = _with_prefix(keymap, METHODS[config.peft_type].key_prefix)
+    own = METHODS[config.peft_type].key_prefix
+    prefix = keymap.prefix if own == PEFT_PREFIX else own
     tensors = method_tensors(config, method, target)
-    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
+    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes, prefix) for tensor in tensors)
     fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
     return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
 
@@ -508,22 +505,13 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     }
 
 
-@functools.lru_cache(maxsize=64)
-def _with_prefix(keymap: KeyMap, prefix: str) -> KeyMap:
-    """Return the keymap for a method whose keys have this prefix."""
-    return keymap if prefix in (keymap.prefix, PEFT_PREFIX) else dataclasses.replace(keymap, prefix=prefix)
-
-
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
     """Return the tensors of a target; an entry that is not adapted has none in the file."""
-    tensors, modules = method.tensors(config, target), target.modules
-    if modules.all or not method.torch_layout:
+    tensors, names = method.tensors(config, target), target.modules.names
+    if target.modules.all or not method.torch_layout:
         return tensors
-
-    def used(tensor: MethodTensor) -> tuple[int, ...]:
-        return modules.each(lambda _: dict(tensor.own).get("r", 1), 0)
-
-    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used(t)) for t in tensors)
+    used = {t: tuple(0 if name is None else dict(t.own).get("r", 1) for name in names) for t in tensors}
+    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used[t]) for t in tensors)
 
 
 def torch_layout(site: Site) -> TorchLayout:
@@ -598,7 +586,6 @@ def map_layers(
 
     `params` include `Site.data`, and those named in `shared` are not stacked.
     """
-    import jax
 
     def apply_change(params: Mapping[str, Any], w: Any) -> Any:
         return change(AppliedMethod(method, hparams, params, axes), w)

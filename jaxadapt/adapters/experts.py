@@ -40,7 +40,7 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import Part, cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
+from jaxadapt.keymaps.plan import cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
 from jaxadapt.keymaps.weight import Weight, name_regex
 
 # ---------------------------------------------------------------- parts of one tensor
@@ -62,7 +62,7 @@ def join_tensors(
     """
     groups = group_by_file_key(tensors)
     parts_of = {name: parts for name, parts in groups.items() if name not in tensors}
-    first = {name: _parse_part(parts[0]) for name, parts in parts_of.items()}
+    first = {name: parse_part_key(parts[0]) for name, parts in parts_of.items()}
     raise_listed(
         MismatchError,
         "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
@@ -87,26 +87,25 @@ def join_tensors(
     joined: dict[str, Array] = {name: tensors[name] for name in groups if name not in parts_of}
     for name, parts in parts_of.items():
         joined[name] = join_parts([tensors[key] for key in parts], parts, tensors[parts[0]].__array_namespace__())
+    if not different:
+        return config, joined
+    assert isinstance(config, LoraConfig)
     places = {
         key: (site, entry, i)
         for site in sites
         for entry in site.entries
-        for i, key in enumerate(entry.keys if different and len(entry.keys) == len(site.modules) else ())
+        for i, key in enumerate(entry.keys if len(entry.keys) == len(site.modules) else ())
     }
-    growth: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for name in different:
         site, entry, number = places[parts_of[name][0]]
-        growth[site.modules[number]] = first[name].n
+        module, growth = site.modules[number], first[name].n
+        ranks[module] = config.rank_of(module) * growth
+        alphas[module] = config.alpha_of(module) * config.scale_divisor(growth)
         rank = dict(site.tensors[0].own)["r"] if entry.form.ranks is None else entry.form.ranks[number]
         _concatenate_module(name, rank, site.match.weight.kind == "attention", parts_of, tensors, joined)
-    return _with_grown_ranks(config, sites, growth), joined
-
-
-def _parse_part(key: str) -> Part:
-    """Return the part that a plan's key names."""
-    part = parse_part_key(key)
-    assert part is not None
-    return part
+    return _with_ranks(config, adapted_modules(sites), ranks, alphas), joined
 
 
 def bitwise_equal(arrays: Sequence[Array]) -> bool:
@@ -155,7 +154,7 @@ def concatenate_ranks(
     wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
     out: list[Array] = []
     for tensors, keys, flat_shape in ((wide_a, keys_a, (-1, a[0].shape[1])), (wide_b, keys_b, (b[0].shape[0], -1))):
-        if _parse_part(keys[0]).axis is None:
+        if parse_part_key(keys[0]).axis is None:
             out.append(xp.concatenate(tensors, axis=1).reshape(flat_shape))
             continue
         padded = [
@@ -166,18 +165,13 @@ def concatenate_ranks(
     return out[0], out[1]
 
 
-def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str, int]) -> Config:
-    """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
-    if not growth:
-        return config
-    assert isinstance(config, LoraConfig)
-    modules = adapted_modules(sites)
-    ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
-    alphas = {
-        module: config.alpha_of(module) * (config.scale_divisor(growth[module]) if module in growth else 1)
-        for module in modules
-    }
-    return config.with_ranks(ranks, alphas)
+def _with_ranks(
+    config: LoraConfig, modules: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoraConfig:
+    """Return the configuration with some ranks and alphas, by module or parameter, and those that `modules` have."""
+    all_ranks = {module: config.rank_of(module) for module in modules} | dict(ranks)
+    all_alphas = {module: config.alpha_of(module) for module in modules} | dict(alphas)
+    return config.with_ranks(all_ranks, all_alphas)
 
 
 # ---------------------------------------------------------------- expert parameters
@@ -207,20 +201,14 @@ class ExpertParameter:
         """The module that holds the parameter."""
         return self.name.rpartition(".")[0]
 
-    def find(self, module: str) -> tuple[str, int, int] | None:
-        """Return the full name of the parameter, the part and the expert's number for a single expert's module."""
-        matches = (re.fullmatch(name_regex(template), module) for template in self.modules)
-        found = ((part, match.groupdict()) for part, match in enumerate(matches) if match is not None)
-        return next(((self.name.format(**texts), part, int(texts.get("e", 0))) for part, texts in found), None)
-
     def module(self, name: str, part: int, expert: int) -> str:
         """Return the module of a single expert, for a part of the parameter with the full name `name`."""
-        match = re.fullmatch(name_regex(self.name), name)
+        match = name_regex(self.name).fullmatch(name)
         return self.modules[part].format(**({} if match is None else match.groupdict()), e=expert)
 
     def in_module(self, module: str) -> str | None:
         """Return the full name of this parameter in a module; None if the module is of another kind."""
-        match = re.fullmatch(name_regex(self.owner), module)
+        match = name_regex(self.owner).fullmatch(module)
         return None if match is None else self.name.format(**match.groupdict())
 
 
@@ -361,13 +349,13 @@ def _find_factors(
     rest: list[str] = []
     for key in tensors.tensors:
         module, _, suffix = key.removeprefix(keymap.prefix).rpartition(".lora_")
-        places = ((each, place) for each in candidates if (place := each.find(module)) is not None)
-        found = next(places, None) if suffix in _SIDES else None
-        if found is None or matching.is_parameter(config, found[1][0]):
+        places = ((each, pytorch.find_expert(each.name, each.modules, module)) for each in candidates)
+        found = next(((each, *place) for each, place in places if place is not None), None)
+        if found is None or suffix not in _SIDES or matching.is_parameter(config, found[1]):
             rest.append(key)
             continue
-        parameter, (name, part, expert) = found
-        factors = fused.setdefault(name, (parameter, {}))[1].setdefault((part, expert), {})
+        parameter, name, part, expert = found
+        factors = fused.setdefault(name, (parameter, {}))[1].setdefault((part, expert or 0), {})
         side, array = _SIDES[suffix], tensors.tensors[key]
         factors[{"A": "B", "B": "A"}[side] if parameter.turned else side] = array.T if parameter.turned else array
     return fused, rest
@@ -457,8 +445,6 @@ def _with_target_parameters(
             f"lora_dropout={config.lora_dropout} becomes 0: PEFT has no dropout for experts in one parameter (trained"
             " outputs do not depend on it)",
         )
-    all_ranks = {module: config.rank_of(module) for module in modules} | dict(ranks)
-    all_alphas = {module: config.alpha_of(module) for module in modules} | dict(alphas)
     targets = config.target_modules
     if isinstance(targets, str):  # it may match the experts' modules too
         remaining: Any = list(modules)
@@ -470,7 +456,7 @@ def _with_target_parameters(
         ]
     parameters = [*(config.target_parameters or ()), *_shorten_names(list(ranks), config, others)]
     config = config.replace(target_modules=remaining, target_parameters=parameters, lora_dropout=0.0)
-    return config.with_ranks(all_ranks, all_alphas)
+    return _with_ranks(config, modules, ranks, alphas)
 
 
 def _shorten_names(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
@@ -510,15 +496,15 @@ def split_experts(
             continue
         parameter, name, side = found
         names = [f"x{part}" for part in parameter.keys(side)]
-        is_whole = parse_part_key(key) is None and len(names) > 1
+        is_whole = len(names) > 1 and parse_part_key(key).n == 1
         pieces = cut_parts({"x": tensors[key]}, names) if is_whole else {"x": tensors[key]}
         sides = factors.setdefault((parameter, name), {})
         sides.setdefault(side, []).extend(pieces.values())
     if not factors:
         return config, dict(tensors)
     modules = _lora_modules(new_tensors, keymap)
-    ranks = {name: config.rank_of(name) for name in modules}
-    alphas = {name: config.alpha_of(name) for name in modules}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     experts: dict[str, str] = {}
     for (parameter, name), sides in factors.items():
         rank, alpha = config.rank_of(name), config.alpha_of(name)
@@ -531,7 +517,7 @@ def split_experts(
                 new_tensors[f"{stem}A.weight"] = one_b.T if parameter.turned else one_a
                 new_tensors[f"{stem}B.weight"] = one_a.T if parameter.turned else one_b
                 ranks[module], alphas[module], experts[module] = rank, alpha, template
-    return _with_target_modules(config, keymap, modules, experts).with_ranks(ranks, alphas), new_tensors
+    return _with_ranks(_with_target_modules(config, keymap, modules, experts), modules, ranks, alphas), new_tensors
 
 
 def _find_parameter(
@@ -560,13 +546,12 @@ def _with_target_modules(
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    others = _ends_of_others(keymap, other_modules)
+    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
+    others = {name.rpartition(".")[2] for name in (*plain, *other_modules)}
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
-    layers = sorted(
-        {re.sub(r"\{e\}", r"\\d+", _layer_pattern(template, module)) for module, template in experts.items()}
-    )
+    layers = sorted({_layer_pattern(template, module) for module, template in experts.items()})
     return config.replace(
         target_modules="|".join(dict.fromkeys([*map(re.escape, other_modules), *layers])),
         target_parameters=remaining,
@@ -575,14 +560,8 @@ def _with_target_modules(
     )
 
 
-def _ends_of_others(keymap: KeyMap, modules: Iterable[str]) -> set[str]:
-    """Return the last parts of the names of modules that are no experts."""
-    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
-    return {name.rpartition(".")[2] for name in (*plain, *modules)}
-
-
 def _layer_pattern(template: str, module: str) -> str:
     """Return a pattern for all experts of one layer."""
-    match = re.fullmatch(name_regex(template), module)
+    match = name_regex(template).fullmatch(module)
     assert match is not None
-    return re.escape(template.format(**(match.groupdict() | {"e": "{e}"}))).replace(r"\{e\}", "{e}")
+    return re.escape(template.format(**(match.groupdict() | {"e": "{e}"}))).replace(r"\{e\}", r"\d+")

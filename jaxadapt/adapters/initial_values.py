@@ -221,7 +221,7 @@ def init_values(
             keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
             copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
             values[path] = regions.move_to(copy, shardings[path]) if path in shardings else copy
-    values |= {each.entry.path: _cast(values[each.entry.path], dtype_of(each)) for each in wanted}
+    values |= {each.entry.path: values[each.entry.path].astype(dtype_of(each), copy=False) for each in wanted}
     return {each.entry.path: values[each.entry.path] for each in _list_tensors(sites)}
 
 
@@ -381,10 +381,6 @@ def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:
     factor = site.match.weight.factor(dict(zip(left, w.shape, strict=True)))
     whole = FileLayout(tuple(w.shape), left, layout.right, split, factor, layout.sizes, layout.shift, form.file_entries)
     return whole.to_rows(w)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def has_value(leaf: Any, abstract: bool) -> bool:

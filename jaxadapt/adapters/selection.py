@@ -34,7 +34,6 @@ from jaxadapt.adapters.adapter import (
     adapted_modules,
     bind_shared,
     bind_site,
-    single_entry_sizes,
 )
 from jaxadapt.adapters.sites import (
     bind_copies,
@@ -166,7 +165,10 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
         f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
     ]
     warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
-    if containers := _selected_containers(config, names):
+    is_expression = isinstance(config.get("target_modules"), str)
+    parents = {name[:i] for name in names if is_expression for i, letter in enumerate(name) if letter == "."}
+    containers = [name for name in sorted(parents.difference(names)) if matching.is_target(config, name)]
+    if containers:
         warnings.append(
             "target_modules also selects modules that contain modules, which PEFT refuses:"
             f" {errors.quote_list(containers)}"
@@ -179,14 +181,6 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
             continue
         warnings += _patterns(field, patterns, chosen)
     return warnings
-
-
-def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
-    """Return the modules that contain `names` and that an expression selects."""
-    if not isinstance(config.get("target_modules"), str):
-        return []
-    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
-    return [name for name in sorted(parents) if matching.is_target(config, name)]
 
 
 def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
@@ -247,11 +241,9 @@ def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) ->
     ]
     first: dict[str, str] = {}
     pairs: dict[tuple[str, str], str] = {}
-    for key, names in names_by_pattern.items():
-        for name in names:
-            other = first.setdefault(name, key)
-            if other != key:
-                pairs.setdefault((other, key), name)
+    for key, name in ((key, name) for key, names in names_by_pattern.items() for name in names):
+        if (other := first.setdefault(name, key)) != key:
+            pairs.setdefault((other, key), name)
     ambiguous = [f"{field}: {a!r} and {b!r} both match {name}, where the first wins" for (a, b), name in pairs.items()]
     return [
         *(*unmatched[:_LIMIT], *_remaining(unmatched, field + ": {} more match none of the targets")),
@@ -396,9 +388,8 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
-    parameter_sites = _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else []
+    parameter_sites, unmatched = _bind_parameters(config, method, keymap, shapes)
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
-    unmatched = _unmatched_parameters(config, keymap, shapes, parameter_sites)
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))
     warnings += unmatched
@@ -423,17 +414,6 @@ def _select_sites(
     shared = bind_shared(config, method, sites, found.shared)
     sites += bind_copies(config, keymap, shapes, sites)
     return Sites(sites, shared, method, keymap), tuple(warnings)
-
-
-def _unmatched_parameters(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], found: Sequence[Site]
-) -> list[str]:
-    """Return a warning for each entry of `target_parameters` that names no parameter of a model."""
-    if not config.get("target_parameters"):
-        return []
-    matches = (match for match in map(keymap.match, shapes) if match is not None)
-    known = [name for match in matches for name in parameter_names(match, single_entry_sizes(match)).values()]
-    return unmatched_parameters(config, dict.fromkeys((*known, *adapted_modules(found))))
 
 
 def _refuse_selected(
@@ -491,13 +471,18 @@ def _select_for_model(
     return Sites(bind_copies(config, keymap, shapes, ()), bind_shared(config, method, read, found), method)
 
 
-def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
-    """Return the sites of the leaves that `target_parameters` names by a parameter.
+def _bind_parameters(
+    config: Config, method: Method, keymap: KeyMap, shapes: Mapping[str, Shape]
+) -> tuple[list[Site], list[str]]:
+    """Return the sites of the leaves that `target_parameters` names by a parameter, and warnings of unused entries.
 
     Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
     `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
     """
+    if not config.get("target_parameters"):
+        return [], []
     selected: list[tuple[Covered, list[Index]]] = []
+    known: dict[str, None] = {}
     unmapped: list[str] = []
     refused: list[str] = []
     ambiguous: list[str] = []
@@ -508,6 +493,7 @@ def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Map
             continue
         sizes = plan.axis_sizes(match, shape)
         names = parameter_names(match, sizes)
+        known |= dict.fromkeys(names.values())
         targeted = [index for index, name in names.items() if matching.is_parameter(config, name)]
         if not targeted:
             continue
@@ -541,10 +527,11 @@ def _bind_parameters(config: Config, method: Method, keymap: KeyMap, shapes: Map
         refused,
     )
     depths = wrapper_depths(keymap, (covered[0] for covered, _ in selected))
-    return [
+    bound = [
         bind_site(config, method.for_parameter(depths[covered[0].leaf]), keymap, covered, targeted)
         for covered, targeted in selected
     ]
+    return bound, unmatched_parameters(config, known)
 
 
 def unselected_matrices(
@@ -632,15 +619,17 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     renamed: list[str] = []
     for site, match in matches:
         assert match is not None
-        if not site.method.on_parameters and not site.method.copies:
-            old_modules += site.modules
-            new_names += _renamed_modules(site, match)
-            continue
-        names = parameter_names(match, _braced_sizes(site, match)).values()
+        sizes = _braced_sizes(site, match)
+        parameters, modules = parameter_names(match, sizes).values(), [*match.modules(sizes).values()]
         if site.method.copies:
-            renamed += [name for name in site.modules if name not in names]
+            renamed += [name for name in site.modules if name not in parameters]
+        elif site.method.on_parameters:
+            renamed += [name for name in parameters if not matching.is_parameter(config, name)]
         else:
-            renamed += [name for name in names if not matching.is_parameter(config, name)]
+            old_modules += site.modules
+            is_aligned = len(modules) == len(site.named.names)
+            pairs = zip(modules, site.named.names if is_aligned else modules, strict=True)
+            new_names += [name for name, old_name in pairs if old_name is not None]
     raise_listed(
         ConfigError,
         f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
@@ -665,14 +654,6 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     if all(matching.is_target(config, name) for name in new_names):
         return config
     return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
-
-
-def _renamed_modules(site: Site, match: Match) -> list[str]:
-    """Return the modules that a site adapts under the names of another keymap's entry."""
-    names, old_names = [*match.modules(_braced_sizes(site, match)).values()], site.named.names
-    if len(names) != len(old_names):
-        return names
-    return [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
 
 
 def _braced_sizes(site: Site, match: Match) -> dict[str, int]:

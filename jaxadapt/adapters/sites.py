@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.adapters.adapter import (
@@ -252,9 +252,12 @@ def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ada
         return []
     found = _sized_matches(config, keymap, shapes)
     inputs, counts = _token_embedding(config, found), wrapper_counts(adapted)
-    entries = [(match, sizes, copied_entries(config, match, sizes, counts, inputs)) for match, sizes in found]
     _check_token_indices(config, found, inputs)
-    copies = [(match, sizes, copied) for match, sizes, copied in entries if copied]
+    copies = [
+        (match, sizes, copied)
+        for match, sizes in found
+        if (copied := copied_entries(config, match, sizes, counts, inputs))
+    ]
     _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, _ in copies})
     adapted_leaves = {site.leaf for site in adapted}
     raise_listed(
@@ -330,13 +333,21 @@ def _check_token_indices(
         return
     problems: list[str] = []
     matched: set[str] = set()
-    for module, indices, size in _modules_with_rows(config, matches, inputs):
-        matched.add(module)
-        if matching.is_saved(config, module):
-            problems.append(f"{module}: modules_to_save already trains all its rows")
-        repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
-        problems += [f"{module}: token {i} is given twice" for i in repeated]
-        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        size = sizes[axes[0]] if axes else 0
+        for module in (module for module, parameter in match.parameters(sizes).values() if parameter == "weight"):
+            indices = trained_rows(config, module, inputs)
+            if indices is None:
+                continue
+            matched.add(module)
+            if matching.is_saved(config, module):
+                problems.append(f"{module}: modules_to_save already trains all its rows")
+            counts = sorted(Counter(indices).items())
+            problems += [f"{module}: token {i} is given twice" for i, count in counts if count > 1]
+            problems += [
+                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
+            ]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
@@ -348,18 +359,6 @@ def _check_token_indices(
         " file):",
         problems,
     )
-
-
-def _modules_with_rows(
-    config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
-) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
-    for match, sizes in matches:
-        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
-        for module, parameter in match.parameters(sizes).values():
-            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
-            if indices is not None:
-                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -494,31 +493,36 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
     found_shared = leaves.pop(SHARED_NODE, {})
-    sites: list[Site] = []
-    copied: list[tuple[Match, Mapping[str, Shape]]] = []
-    adapting: list[tuple[Match, Mapping[str, Shape]]] = []
-    unmapped: list[str] = []
-    for leaf, shapes in leaves.items():
-        match = keymap.match(leaf)
-        if match is None:
-            unmapped.append(leaf)
-        elif not TENSORS.isdisjoint(shapes):
-            copied.append((match, shapes))
-        else:
-            adapting.append((match, shapes))
+    matches = {leaf: match for leaf in leaves if (match := keymap.match(leaf)) is not None}
+    copied = [match for leaf, match in matches.items() if not TENSORS.isdisjoint(leaves[leaf])]
+    # The sizes depend on which entries are targeted, and the entries on the sizes, so the stacked sizes come first.
+    adapting = [
+        (match, _stacked_sizes(config, method, match, leaves[leaf]))
+        for leaf, match in matches.items()
+        if TENSORS.isdisjoint(leaves[leaf])
+    ]
     depths = wrapper_depths(
-        keymap, (match for match, shapes in adapting if _is_adapted_by_name(config, method, match, shapes))
+        keymap,
+        (
+            match
+            for match, sizes in adapting
+            if config.get("target_parameters")
+            and any(matching.is_parameter(config, name) for name in parameter_names(match, sizes).values())
+        ),
     )
-    for match, shapes in adapting:
+    sites: list[Site] = []
+    for match, sizes in adapting:
         depth = depths.get(match.leaf)
-        site_method = method if depth is None else method.for_parameter(depth)
-        sites.append(_recover_site(config, site_method, keymap, match, shapes))
+        own = method if depth is None else method.for_parameter(depth)
+        names = match.modules(sizes) if depth is None else parameter_names(match, sizes)
+        targeted = [index for index, name in names.items() if _is_targeted(config, own, name)]
+        sites.append(bind_site(config, own, keymap, (match, sizes, names), targeted, shapes=leaves[match.leaf]))
     adapted = wrapper_counts(sites)
-    sites += [_recover_copy(config, keymap, match, shapes, adapted) for match, shapes in copied]
+    sites += [_recover_copy(config, keymap, match, leaves[match.leaf], adapted) for match in copied]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} has no entry for these adapted leaves:",
-        unmapped,
+        [leaf for leaf in leaves if leaf not in matches],
         "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
         " extract(model).keymap",
     )
@@ -601,23 +605,6 @@ def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping
         tensor for name in probed for tensor in method.tensors(config, Target(match, Modules((name,)), found=found))
     ]
     return sizes | plan.stack_sizes(match, probe, shapes)
-
-
-def _is_adapted_by_name(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
-    """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
-    if not config.get("target_parameters"):
-        return False
-    names = parameter_names(match, _stacked_sizes(config, method, match, shapes))
-    return any(matching.is_parameter(config, name) for name in names.values())
-
-
-def _recover_site(config: Config, method: Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]) -> Site:
-    """Return the site of one adapted leaf, from the shapes of its tensors."""
-    # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
-    sizes = _stacked_sizes(config, method, match, shapes)
-    names = parameter_names(match, sizes) if method.on_parameters else match.modules(sizes)
-    targeted = [index for index, name in names.items() if _is_targeted(config, method, name)]
-    return bind_site(config, method, keymap, (match, sizes, names), targeted, shapes=shapes)
 
 
 def _is_targeted(config: Config, method: Method, name: str) -> bool:

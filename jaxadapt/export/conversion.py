@@ -482,8 +482,7 @@ def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
     dialect = dialect_of(keymap.name.partition(":")[0]) if name is None else get_dialect(name)
     if dialect is None:
         raise ConfigError(
-            f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
-            f" {', '.join(DIALECTS)}"
+            f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of {', '.join(DIALECTS)}"
         )
     if dialect.slots is not None:
         raise ConfigError(

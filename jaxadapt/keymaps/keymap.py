@@ -112,7 +112,7 @@ def index_entries(
     return combinations
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class KeyMap:
     """The `Weight` entries of one model family.
 
@@ -163,15 +163,8 @@ class KeyMap:
     per_expert: bool = False
     relative_positions: bool = False
 
-    @functools.cached_property
-    def _identity(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
     def __hash__(self) -> int:
         return hash(self.name)  # cheap, because each leaf's keymap is part of jit's cache key
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, KeyMap) and self._identity == other._identity)
 
     def __repr__(self) -> str:
         # Short, because every adapter parameter has its keymap, and printing a model prints them all.
@@ -255,8 +248,7 @@ def _scanned(keymap: KeyMap, axis: int) -> KeyMap:
 @functools.lru_cache(maxsize=32)
 def _best_spelling(keymap: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...]) -> KeyMap:
     kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
-    sites = [matched for leaf in kinds.values() if (matched := keymap.match(leaf)) is not None]
-    used = {matched.weight.leaf for matched in sites}
+    used = {matched.weight.leaf for matched in map(keymap.match, kinds.values()) if matched is not None}
 
     def count_matches(spelling: KeyMap) -> int:
         prefixes = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in spelling.weights if w.leaf in used)
@@ -352,24 +344,19 @@ def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
     must agree in size, which distinguishes layers stacked on axis 0 from those stacked on axis 1; so must the axes
     in `same`.
     """
-    if next(misfits(keymap, shapes), None) is not None:
-        return 0
-    return sum(keymap.match(leaf) is not None for leaf in shapes)
-
-
-def identifies(keymap: KeyMap, leaves: Iterable[str]) -> bool:
-    """Return True if one of these leaves matches the entry of a layer's matrix."""
-    return any((matched := keymap.match(leaf)) is not None and matched.weight.is_layer_matrix for leaf in leaves)
+    fits = next(misfits(keymap, shapes), None) is None
+    return sum(keymap.match(leaf) is not None for leaf in shapes) if fits else 0
 
 
 def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
     sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
     identified, matched_leaves, counts = False, set[str](), dict(keymap.counts)
+    known = {_first_name(w.leaf) for w in keymap.weights} if keymap.complete else set[str]()
     for leaf, shape in shapes.items():
         matched = keymap.match(leaf)
         if matched is None:
-            if keymap.complete and _first_name(leaf) in _known_first_names(keymap):
+            if _first_name(leaf) in known:
                 yield f"{leaf} {shape}: no entry matches it"
             continue
         matched_leaves.add(matched.weight.leaf)
@@ -405,11 +392,6 @@ def _leaf_suffixes(keymap: KeyMap, scanned: bool) -> tuple[tuple[str, ...], tupl
     suffixes = [((w.scanned_leaf if scanned else w.leaf).rpartition("}")[2], w) for w in keymap.weights]
     identifying = {suffix for suffix, weight in suffixes if weight.is_layer_matrix}
     return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
-
-
-@functools.lru_cache(maxsize=512)
-def _known_first_names(keymap: KeyMap) -> frozenset[str]:
-    return frozenset(_first_name(w.leaf) for w in keymap.weights)
 
 
 def _first_name(leaf: str) -> str:

@@ -31,7 +31,7 @@ from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.weight import MethodTensor, Weight
+from jaxadapt.keymaps.weight import MethodTensor
 
 # ---------------------------------------------------------------- parts
 
@@ -42,7 +42,7 @@ _PART_KEY = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(
 
 
 class Part(NamedTuple):
-    """Part `i` of `n` of a file tensor.
+    """Part `i` of `n` of a file tensor; a whole tensor is part 0 of 1.
 
     Attributes:
         key: the file tensor.
@@ -53,10 +53,10 @@ class Part(NamedTuple):
     """
 
     key: str
-    axis: int | None
-    i: int
-    n: int
-    turns: bool
+    axis: int | None = None
+    i: int = 0
+    n: int = 1
+    turns: bool = False
 
 
 def part_key(key: str, axis: int | None, part: str) -> str:
@@ -69,11 +69,11 @@ def part_key(key: str, axis: int | None, part: str) -> str:
     return f"{key}[{prefix}{part}]"
 
 
-def parse_part_key(key: str) -> Part | None:
-    """Return the part that a plan's key denotes, or None if the key denotes a whole tensor."""
+def parse_part_key(key: str) -> Part:
+    """Return the part that a plan's key denotes."""
     match = _PART_KEY.fullmatch(key) if key.endswith("]") else None
     if match is None:
-        return None
+        return Part(key)
     axis = None if match["same"] else int(match["axis"] or 0)
     return Part(match["key"], axis, int(match["i"]), int(match["n"]), match["how"] == "::")
 
@@ -89,8 +89,7 @@ def file_key(key: str) -> str:
     >>> file_key("attn.in_proj_weight[0/3]"), file_key("head.weight")
     ('attn.in_proj_weight', 'head.weight')
     """
-    part = parse_part_key(key)
-    return part.key if part else key
+    return parse_part_key(key).key
 
 
 def group_by_file_key(keys: Iterable[str]) -> dict[str, list[str]]:
@@ -99,11 +98,10 @@ def group_by_file_key(keys: Iterable[str]) -> dict[str, list[str]]:
     >>> group_by_file_key(["w[10/12]", "w[2/12]", "b"])
     {'w': ['w[2/12]', 'w[10/12]'], 'b': ['b']}
     """
-    groups: dict[str, list[tuple[int, str]]] = {}
+    groups: dict[str, list[str]] = {}
     for key in keys:
-        part = parse_part_key(key)
-        groups.setdefault(part.key if part else key, []).append((part.i if part else 0, key))
-    return {name: [key for _, key in sorted(parts)] for name, parts in groups.items()}
+        groups.setdefault(file_key(key), []).append(key)
+    return {name: sorted(parts, key=lambda part: parse_part_key(part).i) for name, parts in groups.items()}
 
 
 def joined_shape(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
@@ -113,7 +111,7 @@ def joined_shape(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
     (4, 6)
     """
     first = parse_part_key(parts[0])
-    if first is None or first.axis is None:
+    if first.axis is None:
         return tuple(shape)
     return (*shape[: first.axis], shape[first.axis] * first.n, *shape[first.axis + 1 :])
 
@@ -128,7 +126,7 @@ def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Ar
     for name in tensors:
         value = tensors[name]
         names = groups.get(name, ())
-        parts = {key: value for key in names if (part := parse_part_key(key)) and part.axis is None}
+        parts = {key: value for key in names if parse_part_key(key).axis is None}
         parts |= {key: value[index] for key, (_, index) in locate_parts({name: value.shape}, names).items()}
         out |= parts if names and parts.keys() >= set(names) else {**parts, name: value}
     return out
@@ -145,7 +143,7 @@ def locate_parts(
     out: dict[str, tuple[str, tuple[slice, ...]]] = {}
     for key in keys:
         part = parse_part_key(key)
-        if part is None or part.axis is None or part.key not in shapes:
+        if part.axis is None or part.key not in shapes:
             continue
         shape, axis = shapes[part.key], part.axis
         if len(shape) > axis and shape[axis] % part.n == 0:
@@ -158,7 +156,7 @@ def locate_parts(
 def join_parts(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
     """Return a file tensor from its parts in order; `xp` is `numpy` or `jax.numpy`."""
     part = parse_part_key(next(iter(keys)))
-    if part is None or part.axis is None:
+    if part.axis is None:
         return parts[0]
     if not part.turns:
         return xp.concatenate(parts, axis=part.axis)
@@ -224,23 +222,21 @@ def scale_factor(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapp
     return match.weight.factor(sizes) ** tensor.scale_power
 
 
-def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping[str, str]) -> str:
-    """Return the key of one tensor in the file; the name of the root module is empty."""
+def tensor_key(prefix: str, match: Match, tensor: MethodTensor, text: Mapping[str, str]) -> str:
+    """Return the key of one tensor in the file, a part key if the file tensor holds several leaves.
+
+    The name of the root module is empty.
+    """
     weight = match.weight
-    if tensor.is_copy:
-        module, parameter = match.parameter(text)
-        return tensor_part_key(
-            weight, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), weight.right
-        )
-    suffix = f".base_layer.out_proj{tensor.suffix}" if weight.products == 2 else tensor.suffix
-    module = match.parameter(text)[0] if weight.kind == "experts" else match.module(text)
-    return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, tensor_layout(match, tensor)[1])
-
-
-def tensor_part_key(weight: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
-    """Return the key of a tensor with these axes; a part key if the file tensor holds several leaves."""
+    module, parameter = match.parameter(text)
+    if not tensor.is_copy and weight.kind != "experts":
+        module = match.module(text)
+    middle = ".base_layer.out_proj" if weight.products == 2 and not tensor.is_copy else ""
+    key = f"{prefix}{module}".rstrip(".") + middle + tensor.suffix
+    key = paths.join(key, parameter) if tensor.is_copy else key
     if not weight.part:
         return key
+    axes = tensor_layout(match, tensor)[1]
     return part_key(key, next((i for i, axis in enumerate(axes) if axis == weight.part_axis), None), weight.part)
 
 
@@ -489,12 +485,19 @@ class Encoded(TensorSource):
         return entry.form.encode(np.asarray(leaf) if self.host else leaf, entry.tensor_number(i))
 
 
-def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:
-    """Return the entry of one tensor of one site; `sizes` are the sizes of the base leaf's axes, by name."""
+def plan_entry(
+    keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int], prefix: str | None = None
+) -> PlanEntry:
+    """Return the entry of one tensor of one site.
+
+    Args:
+        sizes: the sizes of the base leaf's axes, by name.
+        prefix: the start of the keys; by default that of the keymap.
+    """
     form, texts = _file_layout(keymap, match, tensor, sizes)
-    return PlanEntry(
-        paths.join(match.leaf, tensor.name), form, tuple(tensor_key(keymap, match, tensor, text) for text in texts)
-    )
+    start = keymap.prefix if prefix is None else prefix
+    keys = tuple(tensor_key(start, match, tensor, text) for text in texts)
+    return PlanEntry(paths.join(match.leaf, tensor.name), form, keys)
 
 
 def _file_layout(
@@ -578,8 +581,4 @@ def base_plan_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> PlanEntr
     Raises `KeyMapError` if several entries match; `MismatchError` if the entry contradicts the shape.
     """
     match = keymap.match(leaf)
-    if match is None:
-        return None
-    form, texts = _file_layout(keymap, match, _BASE_WEIGHT, axis_sizes(match, shape))
-    keys = (paths.join(*match.parameter(text)) for text in texts)
-    return PlanEntry(leaf, form, tuple(tensor_part_key(match.weight, key, match.weight.right) for key in keys))
+    return None if match is None else plan_entry(keymap, match, _BASE_WEIGHT, axis_sizes(match, shape), "")

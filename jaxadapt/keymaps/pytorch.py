@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
@@ -224,22 +224,16 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     parts_of: dict[str, dict[tuple[int, int], str]] = {}
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
-    for parameter, modules in keymap.expert_modules:
-        patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
-        for key in available:
-            for part, single in enumerate(patterns):
-                texts = single.fullmatch(key)
-                if texts is None:
-                    continue
-                name = parameter.format(**texts.groupdict())
-                if name in available:
-                    break
-                if "e" in single.groupindex:
-                    parts_of.setdefault(name, {})[int(texts["e"]), part] = key
-                    width[name] = len(modules)
-                else:
-                    renamed[name] = key
-                break
+    for (parameter, modules), key in itertools.product(keymap.expert_modules, available):
+        found = find_expert(parameter, modules, key.removesuffix(_WEIGHT)) if key.endswith(_WEIGHT) else None
+        if found is None or found[0] in available:
+            continue
+        name, part, expert = found
+        if expert is None:
+            renamed[name] = key
+        else:
+            parts_of.setdefault(name, {})[expert, part] = key
+            width[name] = len(modules)
     joined: dict[str, Rows] = {}
     missing: list[str] = []
     for name, parts in parts_of.items():
@@ -252,6 +246,24 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
         joined[name] = tuple(tuple(parts.get((e, p), "") for p in range(width[name])) for e in experts)
     raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
     return joined, renamed
+
+
+def find_expert(parameter: str, modules: Sequence[str], module: str) -> tuple[str, int, int | None] | None:
+    """Return the parameter's full name, the part and the expert's number for a single expert's module.
+
+    Args:
+        parameter: the name of a parameter of all experts, with holes.
+        modules: the names of its parts as modules of single experts; without `{e}`, a module has no number.
+
+    >>> find_expert("h.{l}.gate_up", ("h.{l}.{e}.gate", "h.{l}.{e}.up"), "h.3.7.up")
+    ('h.3.gate_up', 1, 7)
+    """
+    matches = (name_regex(template).fullmatch(module) for template in modules)
+    found = next(((part, match.groupdict()) for part, match in enumerate(matches) if match is not None), None)
+    if found is None:
+        return None
+    part, texts = found
+    return parameter.format(**texts), part, int(texts["e"]) if "e" in texts else None
 
 
 def expert_numbers(experts: Collection[int]) -> list[int]:
@@ -276,7 +288,7 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
         (name, modules, match.groupdict())
         for parameter, modules in keymap.expert_modules
         for name in shapes
-        if (match := re.fullmatch(name_regex(parameter), name)) is not None
+        if (match := name_regex(parameter).fullmatch(name)) is not None
     ]
     split = {
         name: tuple(tuple(m.format(**texts, e=e) + _WEIGHT for m in modules) for e in range(shapes[name][0]))

@@ -24,8 +24,8 @@ from jaxadapt.core.errors import KeyMapError, raise_listed
 _NAME_HOLE = re.compile(r"(\{\w+\})")
 
 
-def template_regex(template: str, names: Mapping[str, tuple[str, ...]]) -> re.Pattern[str]:
-    """Return the expression of a text with holes: digits, any path for `{path}`, or one of the names of a hole."""
+def template_regex(template: str, names: Mapping[str, tuple[str, ...]], number: str = r"\d+") -> re.Pattern[str]:
+    """Return the expression of a text with holes: a number, any path for `{path}`, or one of the names of a hole."""
     seen: set[str] = set()
 
     def part_regex(text: str) -> str:
@@ -35,23 +35,22 @@ def template_regex(template: str, names: Mapping[str, tuple[str, ...]]) -> re.Pa
         if name in seen:
             return f"(?P={name})"
         seen.add(name)
-        default = ".+" if name == "path" else r"\d+"
+        default = ".+" if name == "path" else number
         return f"(?P<{name}>{'|'.join(map(re.escape, names[name])) if name in names else default})"
 
     return re.compile("".join(map(part_regex, _NAME_HOLE.split(template))))
 
 
-def name_regex(template: str) -> str:
+@functools.cache
+def name_regex(template: str) -> re.Pattern[str]:
     """Return the regular expression of a name with holes for numbers, which excludes leading zeros.
 
     Without leading zeros, no two names denote the same expert.
 
-    >>> [bool(re.fullmatch(name_regex("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
+    >>> [bool(name_regex("experts.{e}.w1").fullmatch(f"experts.{e}.w1")) for e in ("0", "12", "012")]
     [True, True, False]
     """
-    return "".join(
-        rf"(?P<{p[1:-1]}>0|[1-9][0-9]*)" if p.startswith("{") else re.escape(p) for p in _NAME_HOLE.split(template)
-    )
+    return template_regex(template, {}, "0|[1-9][0-9]*")
 
 
 # ---------------------------------------------------------------- weight
@@ -350,11 +349,6 @@ class Weight:
         )
 
     @functools.cached_property
-    def fused(self) -> tuple[str, ...]:
-        """The axes whose indices have names: the parts of a fused weight."""
-        return tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
-
-    @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
         """The leaf's axes by role.
 
@@ -363,22 +357,15 @@ class Weight:
         convolution includes the window; "channels" does not.
         """
         axis_of = {n: axis for axis in self.left for n in axis_parts(axis)}
-        torch = self.torch_roles
-        return {
-            "stack": tuple(self.left[i] for i in self.stack),
-            "fused": self.fused,
-            "experts": torch["experts"],
-            "batch": torch["batch"],
-            "in": tuple(dict.fromkeys(axis_of[n] for n in torch["in"])),
-            "channels": tuple(dict.fromkeys(axis_of[n] for n in torch["channels"])),
-            "out": tuple(dict.fromkeys(axis_of[n] for n in torch["out"])),
-        }
+        torch = {role: dict.fromkeys(axis_of[n] for n in names) for role, names in self.torch_roles.items()}
+        return {"stack": tuple(self.left[i] for i in self.stack), **{role: tuple(axes) for role, axes in torch.items()}}
 
     @functools.cached_property
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The axes of the file's tensors by role: as `roles`, with split axes replaced by their parts."""
         groups = self.right
-        batch = self.fused + tuple(n for n in self.left if n == EXPERTS)
+        fused = tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
+        batch = fused + tuple(n for n in self.left if n == EXPERTS)
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups
         out, inputs = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
@@ -388,7 +375,8 @@ class Weight:
             inputs = tuple(n for group in groups[1:] for n in group)
         if self.is_stored_in_out:
             out, inputs = inputs, out
-        return {"batch": batch + experts, "experts": experts, "in": inputs, "out": out, "channels": channels}
+        sides = {"in": inputs, "out": out, "channels": channels}
+        return {"fused": fused, "batch": batch + experts, "experts": experts, **sides}
 
     @functools.cached_property
     def axes(self) -> Axes:

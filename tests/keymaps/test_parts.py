@@ -67,7 +67,7 @@ def test_parts_are_located_in_their_tensors():
 def test_keys_say_whether_they_are_parts():
     assert plan.has_parts(["a", "w[0/2]"])
     assert not plan.has_parts(["a", "b.weight"])
-    assert plan.parse_part_key("b.weight") is None
+    assert plan.parse_part_key("b.weight") == plan.Part("b.weight")
     assert plan.parse_part_key("a.weight[=1/3]") == plan.Part("a.weight", None, 1, 3, False)
     assert plan.parse_part_key("a.weight[2:1::3]") == plan.Part("a.weight", 2, 1, 3, True)
     assert plan.file_key("a.weight[2:1::3]") == "a.weight"

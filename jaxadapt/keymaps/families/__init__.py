@@ -2,9 +2,9 @@
 
 A new family is a file and a row of `TABLE`. A family's file imports this module alone, and no other family's.
 
-The entries here are of Flax's built-in layers (kernels, norms, embeddings), for keymaps whose paths are PyTorch's names.
-The spellings are other prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the linear
-layers and embeddings in PyTorch's classes, for `KeyMap.order`.
+The entries here are of Flax's built-in layers (kernels, norms, embeddings), for keymaps whose paths are PyTorch's
+names. The spellings are other prefixes of the same keys in PyTorch, for `KeyMap.spellings`. The orders are those of the
+linear layers and embeddings in PyTorch's classes, for `KeyMap.order`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxadapt.core import errors, paths
 from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import KeyMap, coverage, identifies, max_coverage, misfits
+from jaxadapt.keymaps.keymap import KeyMap, coverage, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
 # ---------------------------------------------------------------- flax entries
@@ -284,11 +284,8 @@ def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     The text is empty if no family is similar.
     """
     stacked = [keymap.scanned(axis) for keymap in FAMILIES.values() for axis in _SCAN_AXES]
-    known = {
-        t: sum(t.match(leaf) is not None for leaf in shapes)
-        for t in (*FAMILIES.values(), *stacked)
-        if identifies(t, shapes)
-    }
+    entries = {t: [w for w in _matched_entries(t, shapes) if w is not None] for t in (*FAMILIES.values(), *stacked)}
+    known = {t: len(matched) for t, matched in entries.items() if any(w.is_layer_matrix for w in matched)}
     most = max(known.values(), default=0)
     candidates = [(keymap, list(misfits(keymap, shapes))) for keymap, count in known.items() if count == most]
     if not candidates:

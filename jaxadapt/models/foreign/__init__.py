@@ -2,8 +2,8 @@
 
 A dialect has a `Pair` for each kind of site: the paths of the two arrays of a site, their base leaf, and the axes of
 the base weight in each array. The family's keymap gives PyTorch's names of those axes. So dialects and families
-combine freely. A new dialect is a file of this package that defines `DIALECT`, and a row of `_FILES`. `tree.py` converts
-the leaves.
+combine freely. A new dialect is a file of this package that defines `DIALECT`, and a row of `_FILES`. The leaves are
+converted in `tree.py`.
 
 Uses only strings and shapes.
 """

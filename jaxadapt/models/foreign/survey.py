@@ -299,7 +299,7 @@ def _bind_array(
     return FactorArray(
         path,
         form,
-        tuple(plan.tensor_key(keymap, match, tensor, text) for _, text in texts),
+        tuple(plan.tensor_key(keymap.prefix, match, tensor, text) for _, text in texts),
         tuple(match.module(text) for _, text in texts),
         math.prod(sizes[n] for n in missing),
     )
