@@ -546,8 +546,7 @@ def _with_target_modules(
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
-    others = {name.rpartition(".")[2] for name in (*plain, *other_modules)}
+    others = _ends_of_others(keymap, other_modules)
     if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
@@ -558,6 +557,12 @@ def _with_target_modules(
         layers_to_transform=None,
         layers_pattern=None,
     )
+
+
+def _ends_of_others(keymap: KeyMap, modules: Iterable[str]) -> set[str]:
+    """Return the last parts of the names of modules that are no experts."""
+    plain = (entry.module for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
+    return {name.rpartition(".")[2] for name in (*plain, *modules)}
 
 
 def _layer_pattern(template: str, module: str) -> str:

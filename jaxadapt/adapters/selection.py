@@ -165,10 +165,7 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
         f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
     ]
     warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
-    is_expression = isinstance(config.get("target_modules"), str)
-    parents = {name[:i] for name in names if is_expression for i, letter in enumerate(name) if letter == "."}
-    containers = [name for name in sorted(parents.difference(names)) if matching.is_target(config, name)]
-    if containers:
+    if containers := _selected_containers(config, names):
         warnings.append(
             "target_modules also selects modules that contain modules, which PEFT refuses:"
             f" {errors.quote_list(containers)}"
@@ -181,6 +178,14 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
             continue
         warnings += _patterns(field, patterns, chosen)
     return warnings
+
+
+def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
+    """Return the modules that contain `names` and that an expression selects."""
+    if not isinstance(config.get("target_modules"), str):
+        return []
+    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
+    return [name for name in sorted(parents) if matching.is_target(config, name)]
 
 
 def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
@@ -388,7 +393,8 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
-    parameter_sites, unmatched = _bind_parameters(config, method, keymap, shapes)
+    by_name = bool(config.get("target_parameters"))
+    parameter_sites, unmatched = _bind_parameters(config, method, keymap, shapes) if by_name else ([], [])
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))
@@ -479,8 +485,6 @@ def _bind_parameters(
     Raises `KeyMapError` for a named leaf without an entry in the keymap, or with an ambiguous layout. Raises
     `TargetError` for a leaf that PEFT cannot adapt by its name, or whose PyTorch layout PEFT would misread.
     """
-    if not config.get("target_parameters"):
-        return [], []
     selected: list[tuple[Covered, list[Index]]] = []
     known: dict[str, None] = {}
     unmapped: list[str] = []

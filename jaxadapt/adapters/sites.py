@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.adapters.adapter import (
@@ -333,21 +333,13 @@ def _check_token_indices(
         return
     problems: list[str] = []
     matched: set[str] = set()
-    for match, sizes in matches:
-        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
-        size = sizes[axes[0]] if axes else 0
-        for module in (module for module, parameter in match.parameters(sizes).values() if parameter == "weight"):
-            indices = trained_rows(config, module, inputs)
-            if indices is None:
-                continue
-            matched.add(module)
-            if matching.is_saved(config, module):
-                problems.append(f"{module}: modules_to_save already trains all its rows")
-            counts = sorted(Counter(indices).items())
-            problems += [f"{module}: token {i} is given twice" for i, count in counts if count > 1]
-            problems += [
-                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
-            ]
+    for module, indices, size in _modules_with_rows(config, matches, inputs):
+        matched.add(module)
+        if matching.is_saved(config, module):
+            problems.append(f"{module}: modules_to_save already trains all its rows")
+        counts = sorted(Counter(indices).items())
+        problems += [f"{module}: token {i} is given twice" for i, count in counts if count > 1]
+        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
@@ -359,6 +351,18 @@ def _check_token_indices(
         " file):",
         problems,
     )
+
+
+def _modules_with_rows(
+    config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is not None:
+                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -495,28 +499,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     found_shared = leaves.pop(SHARED_NODE, {})
     matches = {leaf: match for leaf in leaves if (match := keymap.match(leaf)) is not None}
     copied = [match for leaf, match in matches.items() if not TENSORS.isdisjoint(leaves[leaf])]
-    # The sizes depend on which entries are targeted, and the entries on the sizes, so the stacked sizes come first.
-    adapting = [
-        (match, _stacked_sizes(config, method, match, leaves[leaf]))
-        for leaf, match in matches.items()
-        if TENSORS.isdisjoint(leaves[leaf])
-    ]
-    depths = wrapper_depths(
-        keymap,
-        (
-            match
-            for match, sizes in adapting
-            if config.get("target_parameters")
-            and any(matching.is_parameter(config, name) for name in parameter_names(match, sizes).values())
-        ),
-    )
-    sites: list[Site] = []
-    for match, sizes in adapting:
-        depth = depths.get(match.leaf)
-        own = method if depth is None else method.for_parameter(depth)
-        names = match.modules(sizes) if depth is None else parameter_names(match, sizes)
-        targeted = [index for index, name in names.items() if _is_targeted(config, own, name)]
-        sites.append(bind_site(config, own, keymap, (match, sizes, names), targeted, shapes=leaves[match.leaf]))
+    sites = _recover_adapted(config, method, keymap, matches.values(), leaves)
     adapted = wrapper_counts(sites)
     sites += [_recover_copy(config, keymap, match, leaves[match.leaf], adapted) for match in copied]
     raise_listed(
@@ -540,6 +523,32 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         if not _is_targeted(config, site.method, name)
     )
     return Sites(sites, shared, method, keymap, untargeted)
+
+
+def _recover_adapted(
+    config: Config, method: Method, keymap: KeyMap, matches: Iterable[Match], shapes: Mapping[str, Mapping[str, Shape]]
+) -> list[Site]:
+    """Return the sites of the leaves that are adapted, not copied, from the shapes of their tensors."""
+    # The sizes depend on which entries are targeted, and the entries on the sizes, so the stacked sizes come first.
+    sized = [
+        (match, _stacked_sizes(config, method, match, shapes[match.leaf]))
+        for match in matches
+        if TENSORS.isdisjoint(shapes[match.leaf])
+    ]
+    by_name = (
+        match
+        for match, sizes in (sized if config.get("target_parameters") else ())
+        if any(matching.is_parameter(config, name) for name in parameter_names(match, sizes).values())
+    )
+    depths = wrapper_depths(keymap, by_name)
+    sites: list[Site] = []
+    for match, sizes in sized:
+        depth = depths.get(match.leaf)
+        own = method if depth is None else method.for_parameter(depth)
+        names = match.modules(sizes) if depth is None else parameter_names(match, sizes)
+        targeted = [index for index, name in names.items() if _is_targeted(config, own, name)]
+        sites.append(bind_site(config, own, keymap, (match, sizes, names), targeted, shapes=shapes[match.leaf]))
+    return sites
 
 
 def _recover_copy(

@@ -151,12 +151,9 @@ def _compare(
             counts[entry] += 1
             mismatches[entry] += tensors.get(file_key(key), tensors.get(ties.get(key, ""))) != shape
     reported = leaves.keys() - found.keys()
-    claimed = {
-        key
-        for key, w in itertools.product(tensors, keymap.weights)
-        if (texts := w.match_key(key)) is not None and w.fill_leaf(texts) in reported
+    optional = ties.keys() | {
+        key for key in tensors if is_buffer(keymap, key) or reported.intersection(_possible_leaves(keymap, key))
     }
-    optional = ties.keys() | claimed | {key for key in tensors if is_buffer(keymap, key)}
     return dataclasses.replace(
         model,
         unclaimed=(*model.unclaimed, *(key for key in tensors if key not in expected and key not in optional)),
@@ -269,6 +266,11 @@ def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Ite
 def _stack_prefix(weight: Weight) -> str:
     """Return the part of a key before the layer's number, which is common to all layers of a stack."""
     return weight.key.partition("{l}")[0]
+
+
+def _possible_leaves(keymap: KeyMap, key: str) -> set[str]:
+    """Return the leaves that may claim a key."""
+    return {w.fill_leaf(texts) for w in keymap.weights if (texts := w.match_key(key)) is not None}
 
 
 def is_buffer(keymap: KeyMap, key: str) -> bool:

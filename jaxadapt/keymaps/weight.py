@@ -364,7 +364,7 @@ class Weight:
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The axes of the file's tensors by role: as `roles`, with split axes replaced by their parts."""
         groups = self.right
-        fused = tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
+        fused = tuple(n for n in self.left if self.index_names(n) is not None)
         batch = fused + tuple(n for n in self.left if n == EXPERTS)
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups

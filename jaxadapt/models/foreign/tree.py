@@ -107,6 +107,21 @@ def place_tensors(
     return found
 
 
+def _refuse_misfits(sites: ForeignSites, found: Placement, concat: bool) -> None:
+    """Raise one `MismatchError` with every array that cannot hold the file's tensors exactly.
+
+    `concat` allows arrays whose tensors differ.
+    """
+    raise_listed(
+        MismatchError,
+        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
+        [] if concat else dict.fromkeys(found.differ),
+        "\nTrain the modules with one A, or build the target with a larger rank and pass"
+        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
+    )
+    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
+
+
 def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
     """Return for each tensor the number of the first that is equal."""
     groups: list[int] = []
@@ -488,6 +503,17 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
 
+def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
+    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
+    traced = any(isinstance(x, Tracer) for x in arrays)
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
+        raise MismatchError(
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
+        )
+    return traced
+
+
 def _build_arrays(
     room: ForeignTree,
     sites: ForeignSites,
@@ -498,25 +524,12 @@ def _build_arrays(
 ) -> tuple[dict[str, tuple[FactorArray, Placed]], dict[str, Array]]:
     """Return the content of each array, and the arrays, `{path: array}`; warn of rounding and of NaN and infinity.
 
-    `values` are the file's tensors by key, and `ratios` the factors of each module's B. Raises one `MismatchError` with
-    every array that cannot hold the file's tensors exactly, or if tensors must be compared inside jit.
+    `values` are the file's tensors by key, and `ratios` the factors of each module's B.
     """
     on_shared = room.given.on_shared
-    traced = any(isinstance(x, Tracer) for x in (*values.values(), *room.leaves.values()))
-    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
-        raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
-        )
+    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
     found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
-    raise_listed(
-        MismatchError,
-        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
-        [] if on_shared == "concat" else dict.fromkeys(found.differ),
-        "\nTrain the modules with one A, or build the target with a larger rank and pass"
-        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
-    )
-    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
+    _refuse_misfits(sites, found, on_shared == "concat")
     placed = found.placed
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
