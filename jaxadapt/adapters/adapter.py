@@ -24,8 +24,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, Match, from_data, to_data
+from jaxadapt.keymaps.keymap import GENERIC, PEFT_PREFIX, KeyMap, Match, from_data, to_data
 from jaxadapt.keymaps.weight import MethodTensor, Modules
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number

@@ -47,9 +47,8 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import matching_patterns
 from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
-from jaxadapt.keymaps import generic, plan
-from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
-from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import MAIN_WEIGHT_NAMES, KeyMap, Match, is_guess, is_square, layout_advice, with_layout
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import PromptMethod
@@ -336,7 +335,7 @@ def resolve_config(
                 if (leaf in unsure or len(shapes[leaf]) > 2)
                 and all(matching.is_target(all_modules, name) for name in possible_names)
             ],
-            generic.layout_advice(config, "name them in exclude_modules"),
+            layout_advice(config, "name them in exclude_modules"),
         )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
     selected = [
@@ -454,7 +453,7 @@ def _refuse_selected(
         "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"
         f" keymap {keymap.name!r} does not define their layout):",
         [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
-        generic.layout_advice(config, "leave them out of target_modules"),
+        layout_advice(config, "leave them out of target_modules"),
     )
 
 
@@ -506,7 +505,7 @@ def _bind_parameters(
             refused.append(f"{leaf} {shape}: kind {kind!r}")
         elif kind == "linear" and match.weight.fan_in_fan_out:
             refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), and PEFT would read it as (out, in)")
-        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(match, shape):
+        elif is_guess(keymap, leaf, shape) and is_square(match, shape):
             ambiguous.append(f"{leaf} {shape}")
         selected.append(((match, sizes, names), targeted))
     raise_listed(

@@ -42,8 +42,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
-from jaxadapt.keymaps import generic, plan
-from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 from jaxadapt.methods.base import Method, Target
@@ -226,7 +226,7 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
     """Return the leaf's match in the keymap, or else one under its JAX path; a copy needs no roles."""
     match = keymap.match(leaf)
     fits = match is not None and len(match.weight.left) == len(shape)
-    return match if match is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
+    return match if match is not None and fits else Match(leaf, entry_for_copy(leaf, shape))
 
 
 def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[tuple[Match, dict[str, int]]]:
@@ -292,13 +292,13 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
             " transformers, or (out, in) as in nn.Linear. Give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for"
             " a Conv1D, Weight(leaf, key, 'i o -> o i') for an nn.Linear"
             for leaf, shape in kernels.items()
-            if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
+            if is_guess(keymap, leaf, shape) and is_square(match_for_copy(keymap, leaf, shape), shape)
         ]
     raise_listed(
         KeyMapError,
         f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:",
         problems,
-        generic.layout_advice(config, "leave them out of modules_to_save"),
+        layout_advice(config, "leave them out of modules_to_save"),
     )
 
 

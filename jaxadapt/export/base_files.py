@@ -33,8 +33,7 @@ from jaxadapt.arrays.tensor_source import (
 from jaxadapt.core.errors import AttachError, FileError, KeyMapError, MismatchError, bullets, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import check, families, plan, pytorch
-from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
-from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, keymap_from_paths, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.nnx import graph, layer

@@ -26,7 +26,7 @@ from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.generic import GENERIC
+from jaxadapt.keymaps.keymap import GENERIC
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, Variables, carrier

@@ -541,7 +541,7 @@ def input_embedding(keymap: KeyMap, leaves: Iterable[str]) -> str | None:
     The candidates are the embedding entries of the keymap, or for a model of no known family the leaves that Flax's
     embedding layers create. Of several, the one that the head is tied to in PyTorch's model is it.
 
-    >>> from jaxadapt.keymaps.generic import GENERIC
+    >>> from jaxadapt.keymaps.keymap import GENERIC
     >>> input_embedding(GENERIC, ["embed.embedding", "layers.0.q.kernel"])
     'embed.embedding'
     """

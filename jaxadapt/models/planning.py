@@ -18,8 +18,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, TargetError, raise_listed
-from jaxadapt.keymaps import families, generic
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps import families
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, linen_example
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
@@ -138,7 +138,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
         "these weights cannot carry the adapter if they belong to Flax's own layers:",
         reverse,
         "\nFor custom layers, create the collection with the adapted module, which records their layout:"
-        + generic.linen_example(config),
+        + linen_example(config),
     )
 
 
@@ -158,13 +158,13 @@ def _plan_on_model(
     entries, traced = layer.class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
-        known = dataclasses.replace(keymap, weights=()) if keymap == generic.GENERIC else keymap
+        known = dataclasses.replace(keymap, weights=()) if keymap == GENERIC else keymap
         wanted = layer.custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
         traced, others = attach.trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         entries = layer.class_entries(owners, base.shapes, keymap, stack_axes, traced)
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
-    unsure = frozenset(layer.custom_leaves(owners, shapes)) if keymap == generic.GENERIC else selection.NONE
+    unsure = frozenset(layer.custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
         _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)

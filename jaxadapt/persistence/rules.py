@@ -38,9 +38,9 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, MismatchError, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
-from jaxadapt.keymaps import check, generic
+from jaxadapt.keymaps import check
 from jaxadapt.keymaps import plan as plans
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess
 from jaxadapt.keymaps.plan import Plan, PlanEntry
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
@@ -253,7 +253,7 @@ def _judge_base_weight(
     embeds = is_embedding(keymap, keymap.match(path))
     kind, shape = "embeddings" if embeds else "base weights", tuple(source.specs[key].shape)
     # A guessed layout may be a Conv1D's, which stores (in, out).
-    turns = not embeds and len(form.file_shape) == 2 and generic.is_guess(keymap, path, expected.base.shapes[path])
+    turns = not embeds and len(form.file_shape) == 2 and is_guess(keymap, path, expected.base.shapes[path])
     if shape != form.file_shape and not (turns and shape[::-1] == form.file_shape):
         return kind, f"{key}: expected {list(form.file_shape)} as in the base, found {list(shape)}"
     if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
@@ -271,7 +271,7 @@ def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
     keymap, shapes = expected.recipe.keymap, expected.base.shapes
     matches = {leaf: keymap.match(leaf) for leaf in shapes}
     unmapped = [leaf for leaf, each in matches.items() if each is None or len(each.weight.left) != len(shapes[leaf])]
-    full = keymap.with_entries(generic.entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
+    full = keymap.with_entries(entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
     entries = (plans.base_plan_entry(full, leaf, shape) for leaf, shape in shapes.items())
     known = {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
     return {alias: known[name] for alias, name in keymap.tied if name in known} | known

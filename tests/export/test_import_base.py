@@ -17,7 +17,7 @@ import jaxadapt
 from jaxadapt import KeyMapError, MismatchError
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families
-from jaxadapt.keymaps.generic import GENERIC
+from jaxadapt.keymaps.keymap import GENERIC
 from tests.keymaps.test_keymap import gpt2_shapes, llama_shapes
 
 WIDTH, HEADS, VOCAB = 16, 4, 32

@@ -6,7 +6,15 @@ import pytest
 
 from jaxadapt import IA3Config, KeyMap, LoraConfig, Weight
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.keymaps import generic
+from jaxadapt.keymaps.keymap import (
+    GENERIC,
+    entry_for_copy,
+    entry_from_axes,
+    is_guess,
+    is_square,
+    keymap_from_paths,
+    with_layout,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +38,7 @@ from jaxadapt.keymaps import generic
     ],
 )  # fmt: skip
 def test_entries_from_axes(leaf, shape, axes, options, key, pattern):
-    entry = generic.entry_from_axes(leaf, shape, axes, **options)
+    entry = entry_from_axes(leaf, shape, axes, **options)
     assert (entry.key, entry.pattern, entry.groups) == (key, pattern, options.get("groups", 1))
     assert entry.kind == options.get("kind", "linear")
     if "{b0}" in key:
@@ -44,7 +52,7 @@ def test_a_model_whose_paths_are_pytorchs_names():
         "bias": (2, 3), "norm.scale": (4,), "t.embedding": (9, 4), "wide.weight": (4, 6), "flat.w": (2, 3),
     }  # fmt: skip
     known = Weight("known.kernel", "known.weight", "d n h -> (n h) d")
-    keymap, unsure = generic.keymap_from_paths(shapes, [known], custom=["own.kernel"])
+    keymap, unsure = keymap_from_paths(shapes, [known], custom=["own.kernel"])
     assert unsure == ["own.kernel", "w.weight", "x.w"]
     found = {leaf: (match.weight.key, match.weight.pattern) for leaf in shapes if (match := keymap.match(leaf))}
     assert found == {
@@ -59,12 +67,12 @@ def test_a_model_whose_paths_are_pytorchs_names():
 
 def test_a_guess_is_an_entry_of_no_family():
     family = KeyMap("f", (Weight("q.kernel", "q.weight", "o i -> o i"), Weight("b.kernel", "b.weight", "i o -> o i")))
-    assert not generic.is_guess(family, "q.kernel", (4, 6))
-    assert generic.is_guess(family, "q.kernel", (4, 6, 2))
-    assert generic.is_guess(family, "other.kernel", (4, 6))
-    assert generic.is_guess(generic.GENERIC, "q.kernel", (4, 6))
-    derived = generic.entry_from_axes("d.kernel", (4, 6), Axes((0,), (1,)))
-    assert generic.is_guess(family.with_entries([derived]), "d.kernel", (4, 6))
+    assert not is_guess(family, "q.kernel", (4, 6))
+    assert is_guess(family, "q.kernel", (4, 6, 2))
+    assert is_guess(family, "other.kernel", (4, 6))
+    assert is_guess(GENERIC, "q.kernel", (4, 6))
+    derived = entry_from_axes("d.kernel", (4, 6), Axes((0,), (1,)))
+    assert is_guess(family.with_entries([derived]), "d.kernel", (4, 6))
 
 
 @pytest.mark.parametrize(("shape", "square"), [((4, 2, 2), True), ((4, 2, 3), False), ((6, 2, 2), False)])
@@ -72,15 +80,15 @@ def test_square_weights(shape, square):
     keymap = KeyMap(
         "f", (Weight("q", "q.weight", "d n h -> (n h) d"), Weight("t", "t.weight", "v d -> v d", kind="embedding"))
     )
-    assert generic.is_square(keymap.match("q"), shape) is square
-    assert not generic.is_square(keymap.match("t"), (4, 4))
+    assert is_square(keymap.match("q"), shape) is square
+    assert not is_square(keymap.match("t"), (4, 4))
 
 
 def test_fan_in_fan_out_is_that_of_the_last_linear_weight():
     """As PEFT sets it: a custom head comes after the family's modules."""
     conv1d = Weight("a", "a.weight", "i o -> i o", fan_in_fan_out=True)
     linear, table = Weight("b", "b.weight", "i o -> o i"), Weight("t", "t.weight", "v d -> v d", kind="embedding")
-    head = generic.entry_from_axes("head.kernel", (4, 6), Axes((0,), (1,)))
+    head = entry_from_axes("head.kernel", (4, 6), Axes((0,), (1,)))
     config = LoraConfig(target_modules=["q"])
     for order, chosen, expected in (
         ((conv1d, linear, table), (linear, conv1d), False),
@@ -92,15 +100,15 @@ def test_fan_in_fan_out_is_that_of_the_last_linear_weight():
     ):
         keymap = KeyMap("f", order)
         matches = [keymap.match(w.leaf) for w in chosen]
-        found = generic.with_layout(config, keymap, matches)
+        found = with_layout(config, keymap, matches)
         assert found.fan_in_fan_out is expected
         assert (found is config) == (not expected)
     turned = config.replace(fan_in_fan_out=True)
     keymap = KeyMap("f", (conv1d, linear))
-    assert generic.with_layout(turned, keymap, [keymap.match("b")]).fan_in_fan_out is False
-    assert generic.with_layout(turned, keymap, [keymap.match("a")]) is turned
+    assert with_layout(turned, keymap, [keymap.match("b")]).fan_in_fan_out is False
+    assert with_layout(turned, keymap, [keymap.match("a")]) is turned
     ia3 = IA3Config(target_modules=["q"], feedforward_modules=[])
-    assert generic.with_layout(ia3, keymap, [keymap.match("a")]).get("fan_in_fan_out") is True
+    assert with_layout(ia3, keymap, [keymap.match("a")]).get("fan_in_fan_out") is True
 
 
 @pytest.mark.parametrize(
@@ -114,5 +122,5 @@ def test_fan_in_fan_out_is_that_of_the_last_linear_weight():
     ],
 )
 def test_copies_keep_their_layout_but_for_kernels(leaf, shape, key, pattern, kind):
-    entry = generic.entry_for_copy(leaf, shape)
+    entry = entry_for_copy(leaf, shape)
     assert (entry.key, entry.pattern, entry.kind) == (key, pattern, kind)

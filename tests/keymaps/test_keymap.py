@@ -13,8 +13,7 @@ from jaxadapt import KeyMapError, MismatchError, Weight
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.keymaps import families, keymap, plan
 from jaxadapt.keymaps.families import FAMILIES
-from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
-from jaxadapt.keymaps.keymap import KeyMap, Match, from_data, to_data
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes, from_data, to_data
 
 
 def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):

@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 import jaxadapt
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
-from jaxadapt.keymaps.generic import entry_from_axes
+from jaxadapt.keymaps.keymap import entry_from_axes
 from tests.support.twins import layers
 
 KINDS = ("LORA", "IA3")

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
+from jaxadapt.keymaps.keymap import GENERIC, entry_from_axes
 from tests.support.twins import layers, trees
 
 ALPHA, R = 6, 3

@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core import errors, paths
-from jaxadapt.keymaps.generic import GENERIC
-from jaxadapt.keymaps.keymap import KeyMap, coverage, max_coverage, misfits
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, coverage, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
 # ---------------------------------------------------------------- flax entries

@@ -21,8 +21,7 @@ from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.generic import with_layout
-from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
+from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
 from jaxadapt.methods.base import Target
 from jaxadapt.methods.registry import get_method

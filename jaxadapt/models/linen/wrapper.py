@@ -25,8 +25,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed, warn
-from jaxadapt.keymaps import families, generic, plan
-from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
@@ -92,12 +92,12 @@ class Survey:
         for leaf, shape in self.shapes.items():
             match = keymap.match(leaf)
             fits = match is not None and len(match.weight.left) == len(shape)
-            if match is not None and fits and keymap.name != generic.GENERIC.name:
+            if match is not None and fits and keymap.name != GENERIC.name:
                 self._refuse_contradiction(leaf, match)
             elif leaf in self.roles and leaf not in self.unknown and leaf in self.stack:
                 roles, stack = self.roles[leaf], self.stack[leaf]
                 if match is None or not fits or (match.axes, match.stack) != (roles.axes, stack):
-                    entries.append(generic.entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
+                    entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
             elif fits and leaf in self.vectors:
                 letters = " ".join(f"a{i}" for i in range(len(shape)))
                 entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
@@ -118,7 +118,7 @@ class Survey:
 
     def check(self, config: Config, keymap: KeyMap) -> None:
         """Raise `AttachError` naming every leaf that the configuration targets and that cannot be adapted."""
-        reasons = self.unknown | self.refused if keymap.name == generic.GENERIC.name else self.refused
+        reasons = self.unknown | self.refused if keymap.name == GENERIC.name else self.refused
         problems: list[str] = []
         for leaf, reason in reasons.items():
             match = keymap.match(leaf)

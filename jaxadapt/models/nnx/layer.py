@@ -25,8 +25,7 @@ from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.generic import entry_from_axes
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.keymap import KeyMap, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, apply_rows, together
 from jaxadapt.methods.base import Drop, Method
