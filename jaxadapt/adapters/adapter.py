@@ -310,8 +310,7 @@ class Site:
     @functools.cached_property
     def layers(self) -> dict[str, int]:
         """`{module: index of its layer among those that the leaf stacks}`."""
-        per_layer = self.named.per_layer
-        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
+        return {name: i // self.named.per_layer for i, name in enumerate(self.named.names) if name is not None}
 
     @functools.cached_property
     def axis_sizes(self) -> dict[str, int]:

@@ -110,9 +110,8 @@ def join_tensors(
 
 def bitwise_equal(arrays: Sequence[Array]) -> bool:
     """Return True if the arrays are equal; False for traced arrays, whose values are unknown."""
-    if any(isinstance(x, Tracer) for x in arrays):
-        return False
-    return all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
+    known = not any(isinstance(x, Tracer) for x in arrays)
+    return known and all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
 
 
 def _concatenate_module(
@@ -465,9 +464,8 @@ def _shorten_names(names: Sequence[str], config: LoraConfig, others: Collection[
     is_partial = (
         config.layers_to_transform is not None or isinstance(config.target_modules, str) or config.exclude_modules
     )
-    if is_partial if others is None else any(name.endswith(ends) for name in others):
-        return list(names)
-    return list(ends)
+    is_ambiguous = is_partial if others is None else any(name.endswith(ends) for name in others)
+    return list(names) if is_ambiguous else list(ends)
 
 
 # ---------------------------------------------------------------- split
@@ -532,9 +530,8 @@ def _find_parameter(
         for each in parameters
         if (name := each.in_module(owner)) is not None and matching.is_parameter(config, name)
     ]
-    if suffix not in _SIDES or len(adapted) <= depth:
-        return None
-    return *adapted[len(adapted) - 1 - depth], _SIDES[suffix]
+    is_known = suffix in _SIDES and depth < len(adapted)
+    return (*adapted[len(adapted) - 1 - depth], _SIDES[suffix]) if is_known else None
 
 
 def _with_target_modules(

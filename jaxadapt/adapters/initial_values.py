@@ -288,7 +288,7 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
         draws.append(draw)
     if draws[0].kind == "constant" or len(set(draws)) == 1:
         return None
-    scales = dict(zip(sizes, (draw.scale for draw in draws), strict=True))
+    scales = {size: draw.scale for size, draw in zip(sizes, draws, strict=True)}
     return [scales[rank] for rank in each.entry.form.ranks or ()]
 
 

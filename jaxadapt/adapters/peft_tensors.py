@@ -135,7 +135,7 @@ def is_known_method(peft_type: str) -> bool:
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
     known = {*matching.tensor_prefixes(), *_OTHER_PREFIXES.values()}
-    prefixes = (*tuple(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
+    prefixes = (*(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
     whole = matching.file_tensors()
     return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 

@@ -336,9 +336,8 @@ def max_coverage(keymap: KeyMap, leaves: Collection[str], scanned: bool) -> int:
     It compares only the ends of names, so it is much cheaper.
     """
     identifying, countable = _leaf_suffixes(keymap, scanned)
-    if not any(leaf.endswith(identifying) for leaf in leaves):
-        return 0
-    return sum(leaf.endswith(countable) for leaf in leaves)
+    is_candidate = any(leaf.endswith(identifying) for leaf in leaves)
+    return sum(leaf.endswith(countable) for leaf in leaves) if is_candidate else 0
 
 
 def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -527,9 +526,8 @@ def keymap_from_paths(
 def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
     """Return True if no family's keymap defines a leaf's PyTorch layout, so that its entry assumes Flax's layout."""
     matched = keymap.match(leaf)
-    if matched is None or len(matched.weight.left) != len(shape):
-        return True
-    return matched.weight in GENERIC.weights or _is_from_axes(matched.weight)
+    entry = matched.weight if matched is not None and len(matched.weight.left) == len(shape) else None
+    return entry is None or entry in GENERIC.weights or _is_from_axes(entry)
 
 
 def _is_from_axes(entry: Weight) -> bool:

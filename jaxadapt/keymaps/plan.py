@@ -111,9 +111,7 @@ def joined_shape(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
     (4, 6)
     """
     first = parse_part_key(parts[0])
-    if first.axis is None:
-        return tuple(shape)
-    return (*shape[: first.axis], shape[first.axis] * first.n, *shape[first.axis + 1 :])
+    return tuple(size * first.n if axis == first.axis else size for axis, size in enumerate(shape))
 
 
 def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:

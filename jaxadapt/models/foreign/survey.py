@@ -418,9 +418,7 @@ def _possible_layouts(dialect: Dialect, pair: Pair, weight: Weight) -> list[tupl
         *rest, first, last = ((axis,) for axis in weight.left)
         return [((*rest, first, (RANK,)), (*rest, (RANK,), last))]
     choices = layouts(pair, weight, dialect.shares)
-    if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
-        return [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
-    return choices
+    return [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices  # these hold any file
 
 
 def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:

@@ -374,16 +374,16 @@ def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> K
     if isinstance(keymap, KeyMap) or keymap not in (None, "auto"):
         return families.resolve_keymap(keymap, {})
     leaves = list(foreign_tree.claimed)
-    if any(leaf in foreign_tree.base for leaf in leaves):
-        return families.resolve_keymap(keymap, foreign_tree.base)
-    return families.family_of_leaves(leaves)  # the tree has only LoRA leaves
+    has_base = any(leaf in foreign_tree.base for leaf in leaves)  # else the tree has only LoRA leaves
+    return families.resolve_keymap(keymap, foreign_tree.base) if has_base else families.family_of_leaves(leaves)
 
 
 def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[forms.HeadPair]:
     """Return the pairs of leaves with head axes."""
-    if not foreign_tree.dialect.heads:
-        return []
-    return forms.find_heads(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
+    dialect = foreign_tree.dialect
+    return (
+        forms.find_heads(dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves) if dialect.heads else []
+    )
 
 
 def _scales_some(foreign_tree: ForeignTree) -> bool:
