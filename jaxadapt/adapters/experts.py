@@ -40,13 +40,10 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan, pytorch
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
+from jaxadapt.keymaps.plan import Array, cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
 from jaxadapt.keymaps.weight import Weight, name_regex
 
 # ---------------------------------------------------------------- parts of one tensor
-
-
-Array = Any
 
 
 def join_tensors(

@@ -31,7 +31,6 @@ from jaxadapt.adapters.adapter import (
 )
 from jaxadapt.arrays import quantized, random_draws, regions
 from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -245,7 +244,7 @@ def new_dtype(dtype: Any) -> Any:
 
 def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, context: _Context) -> dict[str, Any]:
     """Return random and constant values, and arrays that do not depend on the base, `{path: array}`."""
-    draws: dict[str, tuple[Draw, Sequence[int]]] = {}
+    draws: dict[str, tuple[random_draws.Draw, Sequence[int]]] = {}
     values: dict[str, Any] = {}
     scales: dict[str, list[float]] = {}
     forms = {each.entry.path: each.entry.form for each in wanted}
@@ -253,7 +252,7 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
         for each in wanted:
             path, site = each.entry.path, each.site
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
-            if not isinstance(first, Draw):
+            if not isinstance(first, random_draws.Draw):
                 starts = (_start(each, key, i, context) for i in range(1, each.entry.form.count))
                 values[path] = _all_entries(config, each, first, starts)
                 continue
@@ -279,12 +278,12 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
     sizes = [size for size in tensor.used_sizes or () if size]
     if len(set(sizes)) < 2:
         return None
-    draws: list[Draw] = []
+    draws: list[random_draws.Draw] = []
     for size in sizes:
         own_sizes = tuple((name, size if name == "r" else value) for name, value in tensor.own)
         ranked = dataclasses.replace(each, tensor=dataclasses.replace(tensor, own=own_sizes))
         draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, {}))
-        assert isinstance(draw, Draw)
+        assert isinstance(draw, random_draws.Draw)
         draws.append(draw)
     if draws[0].kind == "constant" or len(set(draws)) == 1:
         return None

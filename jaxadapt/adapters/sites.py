@@ -42,9 +42,8 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
-from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice
-from jaxadapt.keymaps.plan import Encoded, PlanEntry
+from jaxadapt.keymaps.plan import Encoded, PlanEntry, axis_sizes, make_plan, plan_entry, stack_sizes
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 from jaxadapt.methods.base import Method, Target
 from jaxadapt.methods.copies import ROWS, FullCopy, RowCopy
@@ -237,7 +236,7 @@ def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
     found: list[tuple[Match, dict[str, int]]] = []
     for leaf, shape in shapes.items():
         match = match_for_copy(keymap, leaf, shape)
-        module, sizes = "" if match.braced else match.parameter({})[0], plan.axis_sizes(match, shape)
+        module, sizes = "" if match.braced else match.parameter({})[0], axis_sizes(match, shape)
         if module in tied and matching.is_saved(config, module):
             pattern, scale, key = match.weight.pattern, match.weight.scale, ".".join(match.parameter({}))
             match = Match(leaf, Weight(leaf, key, pattern, kind="lookup", fan_in_fan_out=True, scale=scale))
@@ -430,11 +429,11 @@ def add_embeddings(
     for module, match in modules.items():
         inner = ".base_layer" if module in adapted else ""
         tensor = MethodTensor("base", inner, (), (), is_copy=True, scale_power=1)
-        entry = plan.plan_entry(keymap, match, tensor, plan.axis_sizes(match, base[match.leaf].shape))
+        entry = plan_entry(keymap, match, tensor, axis_sizes(match, base[match.leaf].shape))
         if (inner or not targeted) and tensors.plan.keys.keys().isdisjoint(entry.keys):
             entries.append(entry)
             leaves[entry.path] = base[match.leaf]
-    return dataclasses.replace(tensors, plan=plan.make_plan(entries), leaves=leaves)
+    return dataclasses.replace(tensors, plan=make_plan(entries), leaves=leaves)
 
 
 def vocabulary_axes(site: Site, keymap: KeyMap) -> tuple[str, ...]:
@@ -613,7 +612,7 @@ def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping
     probe = [
         tensor for name in probed for tensor in method.tensors(config, Target(match, Modules((name,)), found=found))
     ]
-    return sizes | plan.stack_sizes(match, probe, shapes)
+    return sizes | stack_sizes(match, probe, shapes)
 
 
 def _is_targeted(config: Config, method: Method, name: str) -> bool:

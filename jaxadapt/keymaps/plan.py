@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt.arrays.layout import RANK, FileLayout, part_sizes
+from jaxadapt.arrays.layout import RANK, Array, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
@@ -35,8 +35,6 @@ from jaxadapt.keymaps.weight import MethodTensor
 
 # ---------------------------------------------------------------- parts
 
-
-Array = Any
 
 _PART_KEY = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
 

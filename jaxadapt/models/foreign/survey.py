@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt.arrays.layout import RANK, FileLayout, axis_parts
+from jaxadapt.arrays.layout import RANK, Array, FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
@@ -32,7 +32,6 @@ from jaxadapt.models.foreign.forms import head_axes
 
 
 Shape = tuple[int, ...]
-Array = Any
 
 
 @dataclasses.dataclass(frozen=True)

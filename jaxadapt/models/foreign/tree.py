@@ -25,7 +25,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import finite
-from jaxadapt.arrays.layout import with_rank
+from jaxadapt.arrays.layout import Array, with_rank
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -34,18 +34,15 @@ from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_
 from jaxadapt.core.paths import Spec, bullets, compare, group_findings, unflatten
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
-from jaxadapt.models import trees
 from jaxadapt.models.foreign import DIALECTS, Dialect, forms, like_pattern, recognize_dialect, survey
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx.layer import class_entries
-from jaxadapt.models.trees import Leaves, Put
+from jaxadapt.models.trees import Leaves, Put, lorax_alphas, may_have_path, open_tree
 
 # ---------------------------------------------------------------- fill
 
-
-Array = Any
 
 Placed = dict[int, tuple[Array, slice, float]]
 """The content of an array: `{number of a key: (tensor, its rows on the rank's axis, factor)}`."""
@@ -311,9 +308,9 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if walked is None and isinstance(given.tree, nnx.Module):
         walked = graph.walk_model(given.tree)
     tree = given.tree if walked is None else walked
-    if not trees.may_have_path(tree, like_pattern().search):
+    if not may_have_path(tree, like_pattern().search):
         return None
-    leaves, put = trees.open_tree(tree)
+    leaves, put = open_tree(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     dialect = recognize_dialect(leaves)
     if dialect is None:
@@ -321,7 +318,7 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     lora = dialect.owned(leaves)
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
     own = {path: leaf for path, leaf in leaves.items() if path in lora}
-    return ForeignTree(given, dialect, own, put, base, trees.lorax_alphas(given.tree), walked=walked)
+    return ForeignTree(given, dialect, own, put, base, lorax_alphas(given.tree), walked=walked)
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
@@ -345,7 +342,7 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
 
 def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
-    if not (like := [path for path in trees.open_tree(tree)[0] if _NEARLY.search(path)]):
+    if not (like := [path for path in open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
     known = ", ".join(DIALECTS)
     return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{bullets(like)}"
