@@ -24,7 +24,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import GENERIC, PEFT_PREFIX, KeyMap, Match, from_data, to_data
+from jaxadapt.keymaps.keymap import GENERIC, PEFT_PREFIX, KeyMap, Match, from_data, tied_heads, to_data
 from jaxadapt.keymaps.weight import MethodTensor, Modules
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
@@ -501,6 +501,16 @@ def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
         for name, shape in shapes.items()
     }
+
+
+def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) -> bool:
+    """Return True if PEFT's file has an embedding's tensors once more for the head tied to it.
+
+    Args:
+        leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
+    """
+    ties = leaves is not None and config.peft_type in METHODS and METHODS[config.peft_type].ties_heads
+    return bool(config.get("ensure_weight_tying") or (ties and tied_heads(keymap, leaves)))
 
 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:

@@ -35,20 +35,23 @@ from jaxadapt.adapters.adapter import (
     bind_shared,
     bind_site,
 )
-from jaxadapt.adapters.sites import (
-    bind_copies,
-    parameter_names,
-    resolve_tying,
-    tied_heads,
-    wrapper_depths,
-)
+from jaxadapt.adapters.sites import bind_copies, parameter_names, resolve_tying, wrapper_depths
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import matching_patterns
 from jaxadapt.core import errors, paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import MAIN_WEIGHT_NAMES, KeyMap, Match, is_guess, is_square, layout_advice, with_layout
+from jaxadapt.keymaps.keymap import (
+    MAIN_WEIGHT_NAMES,
+    KeyMap,
+    Match,
+    is_guess,
+    is_square,
+    layout_advice,
+    tied_heads,
+    with_layout,
+)
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import Method
 from jaxadapt.methods.prompt import PromptMethod
@@ -318,7 +321,8 @@ def resolve_config(
     """
     if get_method(config).scope == "model":
         return matching.with_task_heads(config)
-    config = resolve_tying(config, keymap, shapes)
+    if config.get("ensure_weight_tying"):
+        config = resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config

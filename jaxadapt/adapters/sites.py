@@ -42,7 +42,7 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
-from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice
+from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice, tied_heads
 from jaxadapt.keymaps.plan import Encoded, PlanEntry, axis_sizes, make_plan, plan_entry, stack_sizes
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 from jaxadapt.methods.base import Method, Target
@@ -58,25 +58,11 @@ NAMES = ("embed_tokens", "lm_head")
 """The module names that PEFT recognises as embeddings."""
 
 
-def tied_heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
-    """Return `{head: token embedding whose weight it uses}` for a model with these leaves, as PyTorch modules."""
-    if not keymap.tied:
-        return {}
-    keys = {match.weight.key for leaf in leaves if (match := keymap.match(leaf)) is not None}
-    return {
-        head.removesuffix(".weight"): embedding.removesuffix(".weight")
-        for head, embedding in keymap.tied
-        if head not in keys and embedding in keys
-    }
-
-
 def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
-    """Return the configuration as PEFT rewrites it for `ensure_weight_tying`: the token embedding replaces the head.
+    """Return a configuration with `ensure_weight_tying` as PEFT rewrites it: the token embedding replaces the head.
 
     Raises `ConfigError` if, by its keymap, the model ties no weights.
     """
-    if not config.get("ensure_weight_tying"):
-        return config
     tied = tied_heads(keymap, leaves)
     if not tied:
         raise ConfigError(
@@ -110,18 +96,6 @@ def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]
         first = next((name for name in replaced if re.match(rf"(^|.*\.){name}($|\..*)", head)), None)
         replaced = [name for name in replaced if name != first]
     return replaced
-
-
-def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) -> bool:
-    """Return True if PEFT's file has an embedding's tensors once more for the head tied to it.
-
-    Args:
-        leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
-    """
-    if config.get("ensure_weight_tying"):
-        return True
-    method = METHODS.get(config.peft_type)
-    return method is not None and method.ties_heads and leaves is not None and bool(tied_heads(keymap, leaves))
 
 
 def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:

@@ -403,6 +403,16 @@ def _first_name(leaf: str) -> str:
     return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
 
 
+def tied_heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
+    """Return `{head: token embedding whose weight it uses}` for a model with these leaves, as PyTorch modules."""
+    keys = {match.weight.key for leaf in leaves if keymap.tied and (match := keymap.match(leaf)) is not None}
+    return {
+        head.removesuffix(".weight"): embedding.removesuffix(".weight")
+        for head, embedding in keymap.tied
+        if head not in keys and embedding in keys
+    }
+
+
 # ---------------------------------------------------------------- module order
 
 

@@ -227,7 +227,7 @@ def tensor_key(prefix: str, match: Match, tensor: MethodTensor, text: Mapping[st
     module, parameter = match.parameter(text)
     if not tensor.is_copy and weight.kind != "experts":
         module = match.module(text)
-    middle = ".base_layer.out_proj" if weight.products == 2 and not tensor.is_copy else ""
+    middle = ".base_layer.out_proj" if not tensor.is_copy and weight.products == 2 else ""
     key = f"{prefix}{module}".rstrip(".") + middle + tensor.suffix
     key = paths.join(key, parameter) if tensor.is_copy else key
     if not weight.part:
@@ -493,7 +493,8 @@ def plan_entry(
     form, texts = _file_layout(keymap, match, tensor, sizes)
     start = keymap.prefix if prefix is None else prefix
     keys = tuple(tensor_key(start, match, tensor, text) for text in texts)
-    return PlanEntry(paths.join(match.leaf, tensor.name), form, keys)
+    path = paths.join(match.leaf, tensor.name) if tensor.name else match.leaf
+    return PlanEntry(path, form, keys)
 
 
 def _file_layout(

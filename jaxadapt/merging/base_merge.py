@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Site, Sites, map_layers, not_an_adapter
-from jaxadapt.adapters.sites import require_complete, sites_of, tied_heads
+from jaxadapt.adapters.sites import require_complete, sites_of
 from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER
@@ -26,7 +26,7 @@ from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import GENERIC
+from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, Variables, carrier

@@ -29,8 +29,8 @@ from jax.core import Tracer
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import initial_values, peft_tensors
-from jaxadapt.adapters.adapter import Recipe, Site, Sites, file_entries, tensor_entries
-from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, repeats_heads, vocabulary_axes
+from jaxadapt.adapters.adapter import Recipe, Site, Sites, file_entries, repeats_heads, tensor_entries
+from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, vocabulary_axes
 from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename

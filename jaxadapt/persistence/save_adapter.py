@@ -25,9 +25,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, selection, sites
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays, repeats_heads
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.adapters.sites import may_need_embeddings, repeat_for_heads, repeats_heads
+from jaxadapt.adapters.sites import may_need_embeddings, repeat_for_heads
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
