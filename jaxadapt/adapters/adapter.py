@@ -291,9 +291,13 @@ class Site:
     def leaf(self) -> str:
         return self.match.leaf
 
-    @functools.cached_property
+    @property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
+        return self._axes
+
+    @functools.cached_property
+    def _axes(self) -> Axes:
         axes = self.match.axes
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 
@@ -509,8 +513,8 @@ def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) 
     Args:
         leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
     """
-    ties = leaves is not None and config.peft_type in METHODS and METHODS[config.peft_type].ties_heads
-    return bool(config.get("ensure_weight_tying") or (ties and tied_heads(keymap, leaves)))
+    ties = config.peft_type in METHODS and METHODS[config.peft_type].ties_heads
+    return bool(config.get("ensure_weight_tying") or (ties and leaves is not None and tied_heads(keymap, leaves)))
 
 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
