@@ -513,8 +513,10 @@ def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) 
     Args:
         leaves: the leaves of the base; None if they are not known, and then a method that does so by itself does not.
     """
-    ties = config.peft_type in METHODS and METHODS[config.peft_type].ties_heads
-    return bool(config.get("ensure_weight_tying") or (ties and leaves is not None and tied_heads(keymap, leaves)))
+    if config.get("ensure_weight_tying"):
+        return True
+    method = METHODS.get(config.peft_type)
+    return method is not None and method.ties_heads and leaves is not None and bool(tied_heads(keymap, leaves))
 
 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:

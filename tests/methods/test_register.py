@@ -22,10 +22,9 @@ from jaxadapt import Config, ConfigError, methods
 from jaxadapt.configs.base import MethodConfig
 from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
-from jaxadapt.keymaps.weight import MethodTensor, own_tensor
 from jaxadapt.methods import METHODS, Effects, Method, describe_methods
 from jaxadapt.methods.base import tensor_roles
-from jaxadapt.methods.matrix import Draw, MatrixMethod
+from jaxadapt.methods.matrix import Draw, MatrixMethod, MethodTensor, own_tensor
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
 X = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
