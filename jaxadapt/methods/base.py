@@ -277,7 +277,7 @@ class Start:
 
     Attributes:
         shape: the shape to return, with the file's axes (`MatrixMethod`) or the model's.
-        fan_in: the number of inputs of the module.
+        fan_in: the number of inputs of the module, with a convolution's window. fan_out: the number of outputs.
         w: the base weight, in the same layout; None unless the tensor is marked `from_base`.
         axes: the roles of the weight's axes.
         hparams: the hyperparameters of the site, None for a shared tensor.
@@ -298,6 +298,7 @@ class Start:
     params: Params = dataclasses.field(default_factory=dict[str, Any])
     module: str = ""
     has_bias: bool | None = None
+    fan_out: int = 1
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None
