@@ -147,6 +147,7 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
         (r"(?>a*)" * 20 + "a", True),
         (r"(?i)(a*B){20}c", True),  # without case, letters are not compared
         (r"(a{3}a){20}c", False),  # a repeat of one length has one way
+        (r"(a{3,}a){20}c", True),  # no upper bound
         (r"(a{3,4}a){20}c", False),  # 2^20 ways
         (r"(a{3,4}a){40}c", True),  # 2^40
         (r"(ab|cd){40}e", False),  # no alternative is the beginning of another one

@@ -13,6 +13,7 @@ These changes are left out, because no test can or should see them:
 - messages: f-strings, what is raised or warned, and names used only there;
 - annotations, decorators (cache sizes, frozen dataclasses), docstrings, imports, asserts, `__repr__` and `__hash__`;
 - `strict=` of `zip`, `stacklevel=`; swapped arguments of functions that are symmetric, such as `min` (`SYMMETRIC`);
+- a method's `examples`, which are the tests' own input;
 - the tables of families (data, proved by tests/keymaps/families) and the lines of `EQUIVALENT`, each with its reason.
 """
 
@@ -71,6 +72,7 @@ EQUIVALENT = {
     ("jaxadapt/configs/table.py", "accuracy="): "a figure that benchmarks/ measures",
     ("jaxadapt/configs/table.py", "time="): "a figure that benchmarks/ measures",
     ("jaxadapt/configs/table.py", "learning_rate="): "the demo's value, which benchmarks/ found",
+    ("jaxadapt/storage/local_files.py", "_GAP ="): "a matter of speed, which benchmarks/ measures",
 }
 
 
@@ -151,7 +153,7 @@ def _visited_children(node: ast.AST) -> list[ast.AST]:
         defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)]
         return [*node.body, *defaults]
     if isinstance(node, ast.ClassDef):
-        return list(node.body)
+        return [x for x in node.body if not (isinstance(x, ast.Assign) and ast.unparse(x.targets[0]) == "examples")]
     if isinstance(node, ast.AnnAssign):
         return [node.value] if node.value is not None else []
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -344,13 +346,15 @@ class Records:
     seconds: dict[str, float]
 
     def tests_for(self, mutant: Mutant, budget: float) -> list[str]:
-        """The module's doctests, then the tests that execute the line, the fastest first, up to a time."""
+        """The module's doctests, then the tests that execute the line, up to a time: of its package first, then by time."""
         of_file = self.lines.get(mutant.file, {})
         tests = of_file.get(mutant.line, set()) - {""}
         if not tests:  # executed at import: everything that uses the module
             tests = {test for tests in of_file.values() for test in tests} - {""}
         chosen: list[str] = []
-        for test in sorted(tests, key=lambda t: (_stem(mutant.file) not in t, round(self.seconds.get(t, 1.0), 1), t)):
+        own, package = _stem(mutant.file), f"tests/{Path(mutant.file).parts[1]}/"
+        of = {t: (own not in t, not t.startswith(package), round(self.seconds.get(t, 1.0), 1), t) for t in tests}
+        for test in sorted(tests, key=of.__getitem__):
             if chosen and budget < self.seconds.get(test, 1.0):
                 continue
             budget -= self.seconds.get(test, 1.0)

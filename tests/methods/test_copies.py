@@ -159,6 +159,7 @@ def test_copies_of_other_rows_of_one_weight_are_no_rivals():
 def test_a_parameter_of_the_outputs_size_may_be_a_bias():
     both, _, _ = two()
     check_biases(both.hooks, {"gain": jnp.ones(5)})
+    check_biases(both.hooks[1:], {"gain": jnp.ones(5)})
     check_biases(both.hooks[:1], {"shift": jnp.ones(4)})
     with pytest.raises(AttachError, match="its parameter 'shift' has the size of the output"):
         check_biases(both.hooks, {"gain": jnp.ones(5), "shift": jnp.ones(4)})

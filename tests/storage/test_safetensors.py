@@ -83,6 +83,12 @@ def test_library_reads_ours_and_we_read_theirs(tmp_path: Path) -> None:
     assert codec.read_header(tmp_path / "theirs").metadata == {"a": "b"}
 
 
+def test_the_bits_of_a_dtype_are_numpys() -> None:
+    assert {code: codec.BITS[code] for code in NAMES.values()} == {
+        code: 8 * numpy_dtype(code).itemsize for code in NAMES.values()
+    }
+
+
 def test_output_does_not_depend_on_the_order_of_arguments(tmp_path: Path) -> None:
     a, b = np.ones(2, "f4"), np.ones(3, "f4")
     first = save(tmp_path / "1", {"a": a, "b": b}, {"x": "1", "y": "2"})

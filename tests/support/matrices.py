@@ -260,7 +260,6 @@ LINEN_GRADIENTS = "tests/methods/test_conformance_peft.py::test_pefts_file_gives
 THIRDS = (
     "tests/merging/test_combine_kinds_peft.py::test_equal_to_peft",
     "tests/models/test_linen_registry.py::test_computes_what_the_merged_weights_compute",
-    "tests/methods/test_one_layer.py::test_outputs_weights_and_gradients_are_pefts",
     "tests/reference/test_ia3_conv.py::test_pefts_file_computes_here_what_it_computes_there",
     "tests/reference/test_interchange.py::test_peft_loads_what_we_save",
     "tests/reference/test_interchange.py::test_we_load_what_peft_saves",

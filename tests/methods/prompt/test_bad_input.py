@@ -102,3 +102,4 @@ def test_fields_that_contradict_each_other() -> None:
             jaxadapt.PromptTuningConfig(**{"num_virtual_tokens": 3, **fields})
     with pytest.raises(ConfigError, match="num_frozen_tokens: expected at most num_virtual_tokens=3"):
         jaxadapt.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=4)
+    assert jaxadapt.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=3).num_frozen_tokens == 3
