@@ -308,8 +308,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         site.fan_in,
         hparams=site.hparams.own if in_torch else site.hparams,
         module=module.removeprefix(PEFT_PREFIX).removesuffix(each.tensor.suffix),
-        has_bias=site.target.has_bias,
-        fan_out=site.target.out_size if site.target.is_known else 1,
+        target=site.target,
         **common,
     )
 

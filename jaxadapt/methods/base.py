@@ -277,13 +277,13 @@ class Start:
 
     Attributes:
         shape: the shape to return, with the file's axes (`MatrixMethod`) or the model's.
-        fan_in: the number of inputs of the module, with a convolution's window. fan_out: the number of outputs.
+        fan_in: the number of inputs of the module, with a convolution's window.
         w: the base weight, in the same layout; None unless the tensor is marked `from_base`.
         axes: the roles of the weight's axes.
         hparams: the hyperparameters of the site, None for a shared tensor.
         params: the tensors of the site that precede this one, and the shared tensors.
         module: the PyTorch module; "" for a shared tensor.
-        has_bias: whether the base has a bias beside the weight, as in `Target`; None for a shared tensor.
+        target: the weight's sizes, and whether it has a bias; None for a shared tensor.
         shared: `{name: shape}` of the adapter's shared tensors.
         modules: the PyTorch modules of all sites of the adapter, in the order of the base.
         make_key: returns `key`.
@@ -297,8 +297,7 @@ class Start:
     hparams: Any = None
     params: Params = dataclasses.field(default_factory=dict[str, Any])
     module: str = ""
-    has_bias: bool | None = None
-    fan_out: int = 1
+    target: Target | None = None
     shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     modules: tuple[str, ...] = ()
     make_key: Callable[[], Array] = lambda: None

@@ -346,7 +346,7 @@ class Records:
     seconds: dict[str, float]
 
     def tests_for(self, mutant: Mutant, budget: float) -> list[str]:
-        """The module's doctests, then the tests that execute the line, up to a time: of its package first, then by time."""
+        """The module's doctests, then the tests that execute the line, its package's first, up to a time."""
         of_file = self.lines.get(mutant.file, {})
         tests = of_file.get(mutant.line, set()) - {""}
         if not tests:  # executed at import: everything that uses the module
