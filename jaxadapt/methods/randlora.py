@@ -84,9 +84,10 @@ class Randlora(MatrixMethod):
         if tensor.name == "randlora_lambda":
             return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
         if tensor.name == "randlora_gamma":
-            weight = start.target  # PEFT begins with one of two values
-            inner = config.init_weights or weight is None
-            return Draw("constant", 1 / max(start.shape if inner else (weight.in_size, weight.out_size)))
+            weight = start.target
+            # PEFT begins with one of two values.
+            sizes = start.shape if config.init_weights or weight is None else (weight.in_size, weight.out_size)
+            return Draw("constant", 1 / max(sizes))
         random, made = TorchRandom(config.projection_prng_key), {}
         for name in ("randlora_A", "randlora_B"):
             x = random.uniform(start.shared[name], 0.0, 1.0)

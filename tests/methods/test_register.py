@@ -66,7 +66,7 @@ def test_a_method_is_told_whether_each_layer_has_a_bias():
             seen[target.leaf] = target.has_bias
 
         def init(self, config: Any, tensor: MethodTensor, start: Any) -> Draw:
-            told[start.module] = start.target.has_bias
+            told[start.module] = start.target and start.target.has_bias
             return super().init(config, tensor, start)
 
     with registered(Asks()):
