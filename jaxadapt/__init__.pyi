@@ -40,7 +40,9 @@ from jaxadapt.models.attachment import inject as inject
 from jaxadapt.models.attachment import select as select
 from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
 from jaxadapt.models.summary_table import summary as summary
+from jaxadapt.persistence.folder import Card as Card
 from jaxadapt.persistence.folder import inspect as inspect
+from jaxadapt.persistence.folder import push as push
 from jaxadapt.persistence.folder import read as read
 from jaxadapt.persistence.folder import read_config as read_config
 from jaxadapt.persistence.folder import write as write
@@ -49,8 +51,6 @@ from jaxadapt.persistence.load_adapter import load as load
 from jaxadapt.persistence.load_adapter import to_peft as to_peft
 from jaxadapt.persistence.save_adapter import MultihostFolder as MultihostFolder
 from jaxadapt.persistence.save_adapter import save as save
-from jaxadapt.persistence.upload import Card as Card
-from jaxadapt.persistence.upload import push as push
 from jaxadapt.persistence.verify_folder import repair as repair
 from jaxadapt.persistence.verify_folder import verify as verify
 from jaxadapt.storage.hub import pull as pull

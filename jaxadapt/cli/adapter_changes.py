@@ -14,6 +14,7 @@ import click
 import jaxadapt
 from jaxadapt.cli import output
 from jaxadapt.cli.adapter_reports import print_finding
+from jaxadapt.persistence import FILES, FOLDERS
 
 # ---------------------------------------------------------------- repair
 
@@ -190,7 +191,7 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
 @click.option("--on-shared", type=click.Choice(["concat"]),
               help="If modules share one A in TARGET, concatenate their As.")  # fmt: skip
-@click.option("--format", "form", type=click.Choice(["safetensors", "bin", "orbax", "kohya-ss", "diffusers"]),
+@click.option("--format", "form", type=click.Choice([*FOLDERS, *FILES]),
               help="Format of TARGET: a folder of PEFT's safetensors (the default), PyTorch's .bin or Orbax; or the one"
               " file of an image adapter.")  # fmt: skip
 @output.dtype

@@ -32,13 +32,9 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.models.foreign import DIALECTS, Dialect, dialect_of, get_dialect, like_pattern, survey
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import folder, formats
+from jaxadapt.persistence import FILES, FOLDERS, folder, formats
 from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors
-
-FOLDERS = tuple(style for row in formats.FORMATS.values() for style in row.folders)
-FILES = tuple(style for row in formats.FORMATS.values() for style in row.files)
-"""The styles of a target: folders, and single files."""
 
 
 class Written(NamedTuple):

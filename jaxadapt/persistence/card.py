@@ -58,8 +58,21 @@ def card_text(config: Config, facts: Facts) -> str:
     """Return a complete card, with valid front matter."""
     readers = consumers.judge_readers(config, facts.tensors)
     refused = any(reader.name == "vLLM" and reader.verdict != consumers.RIGHT for reader in readers)
-    lines = [*_title(config), *_usage(config, facts, refused), *_settings(config, facts), *_readers(readers)]
-    return _with_mark(_front_matter(config, facts), "\n".join(lines))
+    base = _base(config)
+    title, link = (f" for {base}", f" for [{base}](https://huggingface.co/{base})") if base else ("", "")
+    lines = [
+        f"# {config.peft_type} adapter{title}",
+        "",
+        f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
+        "",
+        *_usage(config, facts, refused),
+        *_settings(config, facts),
+        *_readers(readers),
+    ]
+    text = "\n".join(lines).strip()
+    front, body = _front_matter(config, facts), f"\n{text}\n"
+    mark = f"<!-- jaxadapt card {_digest(front)} {_digest(body)}: written anew until you edit it; then it is yours -->"
+    return f"---\n{front}---\n{body}\n{mark}\n"
 
 
 def refresh_card(old: str | None, new: str) -> str:
@@ -103,12 +116,6 @@ def size_text(count: int) -> str:
 
 def _digest(part: str) -> str:
     return hashlib.sha256("\n".join(map(str.rstrip, part.strip().splitlines())).encode()).hexdigest()[:12]
-
-
-def _with_mark(front: str, body: str) -> str:
-    body = f"\n{body.strip()}\n"
-    mark = f"<!-- jaxadapt card {_digest(front)} {_digest(body)}: written anew until you edit it; then it is yours -->"
-    return f"---\n{front}---\n{body}\n{mark}\n"
 
 
 def _parts(card: str) -> tuple[str | None, bool, str, bool]:
@@ -171,13 +178,6 @@ def _front_matter(config: Config, facts: Facts) -> str:
     lines = [f"{name}: {_plain(value)}" for name, value in fields.items() if value]
     tags = [*([f"base_model:adapter:{base}"] if base else []), config.peft_type.lower(), "jax", "jaxadapt"]
     return "\n".join([*lines, "tags:", *(f"- {_plain(tag)}" for tag in tags)]) + "\n"
-
-
-def _title(config: Config) -> list[str]:
-    base = _base(config)
-    title, link = (f" for {base}", f" for [{base}](https://huggingface.co/{base})") if base else ("", "")
-    text = f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch."
-    return [f"# {config.peft_type} adapter{title}", "", text, ""]
 
 
 def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:

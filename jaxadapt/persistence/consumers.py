@@ -365,38 +365,29 @@ class Program:
         name: its name on the command line.
         style: that of its files in `formats`: "safetensors" (PEFT's folder, with the adapter in its plain form), "gguf"
             or "mlx".
-        reader: its name in `consumers`; "" for every reader of PEFT's folders.
+        reader: its name in `_RULES`; "" for every reader of PEFT's folders.
+        version: the version with which the form was measured, or in whose source it was read.
         keeps: fields of the configuration that it reads although a plain LoRA has none.
     """
 
     name: str
     style: Style
     reader: str
+    version: str
     keeps: tuple[str, ...] = ()
-
-    @property
-    def version(self) -> str:
-        """The version with which the form was measured, or in whose source it was read."""
-        return VERSIONS.get(self.name) or _RULES[self.reader][0]
 
 
 PROGRAMS: Mapping[str, Program] = {
     program.name: program
     for program in (
-        Program("plain", "safetensors", ""),
-        Program("transformers", "safetensors", "transformers load_adapter"),
-        Program("vllm", "safetensors", "vLLM"),
-        Program("gguf", "gguf", "llama.cpp"),
-        Program("mlx", "mlx", "MLX", keeps=("use_dora",)),
-        Program("sglang", "safetensors", "SGLang"),
-        Program("tgi", "safetensors", "TGI and LoRAX"),
-        Program("tensorrt-llm", "safetensors", "TensorRT-LLM"),
+        Program("plain", "safetensors", "", "every program that reads PEFT's LoRA"),
+        Program("transformers", "safetensors", "transformers load_adapter", _RULES["transformers load_adapter"][0]),
+        Program("vllm", "safetensors", "vLLM", _RULES["vLLM"][0]),
+        Program("gguf", "gguf", "llama.cpp", "llama.cpp in llama-cpp-python 0.3.36, measured"),
+        Program("mlx", "mlx", "MLX", _RULES["MLX"][0], keeps=("use_dora",)),
+        Program("sglang", "safetensors", "SGLang", _RULES["SGLang"][0]),
+        Program("tgi", "safetensors", "TGI and LoRAX", _RULES["TGI and LoRAX"][0]),
+        Program("tensorrt-llm", "safetensors", "TensorRT-LLM", _RULES["TensorRT-LLM"][0]),
     )
 }
 """{name: program}, in the order of the command's help."""
-
-VERSIONS: Mapping[str, str] = {
-    "plain": "every program that reads PEFT's LoRA",
-    "gguf": "llama.cpp in llama-cpp-python 0.3.36, measured",
-}
-"""{name: version}, of the forms that are not those of `consumers`."""

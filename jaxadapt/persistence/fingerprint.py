@@ -104,8 +104,8 @@ def of_base(
         requests[key] = array, indices, entry.form
     if not requests or (keys is not None and len(requests) < len(modules)):
         return None
-    shapes = {key: list(form.file_shape) for key, (_, _, form) in requests.items()}
-    return {key: {"shape": shapes[key], "bf16": digits} for key, digits in _take(requests).items()}
+    digits = _take(requests)
+    return {key: {"shape": list(form.file_shape), "bf16": digits[key]} for key, (_, _, form) in requests.items()}
 
 
 def is_complete(found: Fingerprint) -> bool:
@@ -227,11 +227,9 @@ def _has_values(array: Any) -> bool:
     import numpy as np
     from jax.core import Tracer
 
-    if isinstance(array, jax.Array):
-        is_readable = not isinstance(array, Tracer) and not array.is_deleted()
-    else:
-        is_readable = isinstance(array, np.ndarray)
-    return is_readable and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    if isinstance(array, jax.Array) and (isinstance(array, Tracer) or array.is_deleted()):
+        return False
+    return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
 
 _Request = tuple[Any, list[tuple[int, ...]], Any]

@@ -1,38 +1,38 @@
-"""Read, describe and write adapter files in any format of `formats`: paths ↔ `PeftTensors`. Needs no model and no Flax.
+"""Read, describe, write and upload adapter files in any format of `formats`: paths ↔ `PeftTensors`. Needs no Flax.
 
 A path may be an address: of an object store, `s3://bucket/folder` (see `storage.location`), or of the Hub,
-`hf://org/name@revision/subfolder`; its files are then read from the cache.
+`hf://org/name@revision/subfolder`; its files are then read from the cache. `push` uploads an adapter and its model card
+in one commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import math
 import os
+import tempfile
 from collections.abc import Generator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source
-from jaxadapt.configs.base import Config, loads
-from jaxadapt.core.errors import FileError, MismatchError
-from jaxadapt.core.progress import Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import findings, formats, reading
-from jaxadapt.persistence.formats import Place, peft_folder
+from jaxadapt.configs.base import Config
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
+from jaxadapt.persistence import card as cards
+from jaxadapt.persistence import formats, reading
+from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location
 
+if TYPE_CHECKING:
+    from jaxadapt.storage import hub
 
-def adapter_folder(path: str | os.PathLike[str], name: str) -> location.Location:
-    """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
-    if location.is_hub_address(path):
-        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
-    if name == "default":
-        return location.to_location(path)
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
-    return location.to_location(path) / name
+# ---------------------------------------------------------------- read and write
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -55,12 +55,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         file = hub.fetch_config(str(path))
         path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(formats.read_text(file)) else file
     place = formats.look(path)
-    file_format = formats.find(place)
-    if file_format is None:
-        config = place.at if place.names is None else place.at / peft_folder.CONFIG
-        if place.names is None or peft_folder.CONFIG in place.names:
-            return loads(formats.read_text(config), str(config))
-        findings.refuse(peft_folder.missing(place))
+    file_format = formats.find(place) or peft_folder.FORMAT
     if file_format.read_config is not None:
         return file_format.read_config(place)
     with file_format.open(place) as opened:
@@ -160,7 +155,7 @@ class Info:
     @property
     def modules(self) -> tuple[str, ...]:
         """The last segments of the adapted modules' names; empty for methods that adapt no module."""
-        modules = {peft_folder.tensor_module(self.config, key) for key in self.tensors}
+        modules = (peft_folder.tensor_module(self.config, key) for key in self.tensors)
         return tuple(sorted({name.rpartition(".")[2] for name in modules if name is not None}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,7 +194,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
         config, source = opened.tensors.config, as_source(opened.tensors.tensors)
         tensors, nbytes = source.kinds, sum(map(source.nbytes, source))
-    found = findings.not_an_adapter(tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
+    found = formats.not_an_adapter(tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
     return Info(os.fspath(path), config, tensors, nbytes, location.total_size(opened.weights), opened.form)
@@ -235,4 +230,177 @@ def write(
     """
     if format not in ("safetensors", "bin"):
         raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
-    peft_folder.write_with(tensors, path, None, progress, as_bin=format == "bin")
+    peft_folder.write_folder(tensors, path, Wanted(format), progress)
+
+
+# ---------------------------------------------------------------- push
+
+
+PICTURE = "adapter_norms.png"
+_LONG = 24 * 3600.0  # seconds
+
+
+class Pushed(NamedTuple):
+    """The place of an uploaded adapter.
+
+    Attributes:
+        address: the address for `load`, pinned to the commit.
+        url: the page of the commit, or of the pull request.
+    """
+
+    address: str
+    url: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Texts and results for a model card, which states the facts of the adapter's files by itself.
+
+    Args:
+        license: the license, such as "apache-2.0".
+        metrics: `{name: value}` of results.
+        picture: True for a picture of how much each weight is changed; None: if matplotlib is installed.
+
+    >>> Card(metrics={"loss": 3.2})
+    Card(license=None, metrics={'loss': 3.2}, picture=None)
+    """
+
+    license: str | None = None
+    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    picture: bool | None = None
+
+
+def push(
+    source: Any,
+    repo: str,
+    *,
+    name: str = "default",
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    token: hub.Token = None,
+    card: Card | None = None,
+    progress: Progress = None,
+    **saving: Any,
+) -> Pushed:
+    """Upload an adapter to the Hugging Face Hub in one commit: configuration, weights and model card.
+
+    Args:
+        source: an adapter's folder; or a model, variables, an `Adapter` or `PeftTensors`, which are first saved to a
+            temporary folder. `saving` are then the arguments of `save` (`base_model=`, …).
+        repo: "org/name", or in full "hf://org/name@branch/subfolder". Repository and branch are created if they do not
+            exist; a slash in the branch is written "%2F". The subfolder is for several adapters in one repository.
+        name: the adapter's name in the model; all but "default" go to the subfolder of their name, as in PEFT.
+        private: makes a new repository private. True is an error for an existing public one.
+        create_pr: open a pull request instead of committing to the branch.
+        tag: a tag for the commit.
+        token: by default `HF_TOKEN` or the stored one.
+        card: what the model card says beside the facts of the files.
+        progress: None, True (the client's bars, on a terminal or in a notebook) or a function of ("upload", bytes sent,
+            bytes in all); for a model also of "save". With hf_xet, which the client uses where it is installed and the
+            Hub supports it, the function is called only at the beginning and the end.
+
+    For arrays spread over several processes, all of them call this, and process 0 uploads the gathered adapter.
+
+    A card on the Hub that a person wrote or edited is kept, and only missing front matter is added. A card in the
+    folder that a person wrote replaces it. The same commit deletes weights of the other format at the same place.
+
+    Raises `FileError` for errors of the Hub or the connection and, before anything is sent, for an unreadable card in
+    the folder; and every error of `save`.
+
+        jaxadapt.push(model, "org/name", base_model="org/base", card=jaxadapt.Card(metrics={"loss": 3.2})).url
+    """
+    place = location.parse_hub_address(repo)
+    page = card or Card()
+    commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
+    if isinstance(source, str | os.PathLike):
+        if saving or name != "default":
+            given = ", ".join([*saving, *(["name"] if name != "default" else [])])
+            raise AttachError(f"{given}: applies to models only; the folder {os.fspath(source)} is uploaded unchanged")
+        if location.is_hub_address(source):
+            raise FileError(f"{source}: already on the Hub; pull it and push the folder")
+        return _push(location.to_location(source), place, page, commit, progress)
+    if name != "default" and not place.subfolder:
+        place = place._replace(subfolder=name)
+    with tempfile.TemporaryDirectory(prefix="jaxadapt-push-") as made:
+        if isinstance(source, PeftTensors):
+            if saving:
+                raise AttachError(f"{', '.join(saving)}: applies to models only; PeftTensors are uploaded unchanged")
+            write(source, made, progress=progress)
+            return _push(Path(made), place, page, commit, progress)
+        # here, so that a folder uploads without JAX
+        import jax
+
+        from jaxadapt.models.carriers import carrier
+        from jaxadapt.persistence import save_adapter
+
+        own = save_adapter.MultihostFolder(made, shared=False)  # each process has its own folder
+        save_adapter.save(source, own, name=name, progress=progress, **saving)
+        below = Path(made) if name == "default" else Path(made) / name
+        send = functools.partial(_push, below, place, page, commit, progress)
+        if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
+            return send()
+        # All processes call this. A long timeout: if process 0 dies, the lost connection to it ends the others.
+        return Pushed(*save_adapter.run_on_leader(f"push to {place}", send, _LONG))
+
+
+def _push(
+    source: location.Location, place: location.HubAddress, page: Card, commit: dict[str, Any], progress: Progress
+) -> Pushed:
+    from jaxadapt.storage import hub  # imports the client of the Hub
+
+    info = inspect(source)  # raises for unreadable files before anything is sent
+    weights = next((name for name in location.WEIGHTS if location.exists(source / name)), None)
+    if weights is None:
+        raise FileError(
+            f"{source}: cannot upload an Orbax checkpoint or mlx-lm's folder, which other readers of the Hub do not"
+            " know. Convert it to PEFT's folder with jaxadapt.write(jaxadapt.read(source), folder)"
+        )
+    files: dict[str, Path | bytes] = {}
+    for path in (source / location.CONFIG, source / weights):
+        files[path.name] = path if isinstance(path, Path) else path.read_bytes()
+    image = _picture(source, info, page.picture)
+    if image is not None:
+        files[PICTURE] = image
+    facts = cards.Facts(
+        {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
+        place.subfolder, page.license, page.metrics, PICTURE if image else None,
+    )  # fmt: skip
+    new, path = cards.card_text(info.config, facts), source / location.CARD
+    card = _read_card(path) if location.exists(path) else None
+    if card is None or not cards.is_edited(card):
+        card = hub.fetch_text(place, location.CARD, commit["token"])
+        if card is not None and cards.is_edited(card):
+            LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
+    files[location.CARD] = cards.merge_card(card, new).encode()
+    commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
+    stale = [name for name in location.WEIGHTS if name != weights]
+    uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)
+    return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
+
+
+def _read_card(path: location.Location) -> str:
+    """Return the card of a folder. `write` only warns of an unreadable one; here another would be uploaded instead."""
+    try:
+        return location.read_text_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: expected text in UTF-8, found byte 0x{error.object[error.start]:02x} at {error.start}; save it as"
+            " UTF-8, or delete it to have a new one written"
+        ) from error
+    except FileError as error:
+        raise FileError(f"{error}; delete it to have a new card written") from error
+
+
+def _picture(source: location.Location, info: Info, wanted: bool | None) -> bytes | None:
+    if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
+        return None
+    from jaxadapt.analysis import norms
+
+    try:
+        return norms.norms_png(norms.measure_norms(read(source)), info.config)
+    except AdapterError:
+        if wanted:
+            raise
+        return None  # this method's change depends on the base

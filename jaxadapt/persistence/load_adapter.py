@@ -130,16 +130,17 @@ def load(
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )  # fmt: skip
     with reporter(progress) as report, _open(source, name, held, report) as opened:
-        if held.foreign is not None and not isinstance(opened, Place):
+        if held.foreign is not None and isinstance(opened, PeftTensors):
             tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
             return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
         parameters, present = held.base(), held.attached(name)
-        if isinstance(opened, Place):
-            text, stored = os.fspath(opened.path), None
-            adapter, adapter_sites, policy = formats.read_adapter(opened, parameters, present, name, options, report)
-        else:
+        if isinstance(opened, PeftTensors):
             text, stored, policy = opened.source, opened.fingerprint, opened.change_base
             adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, check=True)
+        else:
+            place, read_adapter = opened
+            text, stored = os.fspath(place.path), None
+            adapter, adapter_sites, policy = read_adapter(place, parameters, present, name, options, report)
         _check_base(stored, parameters, adapter, adapter_sites, text, strict == "base")
     LOGGER.info("%s: %d weights adapted, by the keymap %s", text, len(adapter_sites), adapter.keymap.name)
     if present is not None and not replace:
@@ -153,8 +154,8 @@ def load(
 @contextlib.contextmanager
 def _open(
     source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
-) -> Generator[PeftTensors | Place]:
-    """Open an adapter. Return the place of a format that keeps a model's layout, unless it fills foreign leaves."""
+) -> Generator[PeftTensors | tuple[Place, formats.ReadAdapter]]:
+    """Open an adapter, or find the place and the reader of one in a model's layout, unless it fills foreign leaves."""
     place = source if isinstance(source, PeftTensors) else _find(source, name, report)
     if isinstance(place, PeftTensors):
         if place.fit_vocabulary and held.foreign is not None:
@@ -163,7 +164,7 @@ def _open(
             )
         yield peft_tensors.without_names(place)
     elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
-        yield place
+        yield place, found.read_adapter
     else:
         with formats.open_place(place) as opened:
             yield opened.tensors
@@ -175,7 +176,7 @@ def _find(path: str | os.PathLike[str], name: str, report: Report) -> Place:
         from jaxadapt.storage import hub  # imports the client of the Hub
 
         path = hub.fetch_folder(str(path), None if name == DEFAULT else name, report)
-    if name != DEFAULT and location.is_dir(subfolder := folder.adapter_folder(path, name)):
+    if name != DEFAULT and location.is_dir(subfolder := save_adapter.adapter_folder(path, name)):
         place = formats.look(subfolder)
         if formats.find(place) is not None or location.CONFIG in (place.names or ()):
             return place

@@ -23,9 +23,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import findings, formats, run_folder
-from jaxadapt.persistence.findings import Finding, Fix, count, error, note, warning
-from jaxadapt.persistence.formats import Place, peft_folder
+from jaxadapt.persistence import formats, run_folder
+from jaxadapt.persistence.formats import Finding, Fix, Place, count, error, note, peft_folder, warning
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import location
 
@@ -47,7 +46,7 @@ def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     if place.names is None and at.suffix == ".json":
         return StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
-        return StoredAdapter(source, findings=(findings.training_step(at.parent, at.name),))
+        return StoredAdapter(source, findings=(formats.training_step(at.parent, at.name),))
     is_named = place.names is None and at.name in location.WEIGHTS  # a file with PEFT's name, whatever its keys are
     file_format = None if is_named else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:
@@ -90,7 +89,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     try:
         text = stored.text()
         values, repairs = mend_text(text)
-        if values is not None and (foreign := findings.foreign_config(values)) is not None:
+        if values is not None and (foreign := formats.foreign_config(values)) is not None:
             return None, [*found, foreign]
         config = loads(text, location.CONFIG)
     except (ConfigError, FileError) as problem:
@@ -100,10 +99,12 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
             return None, found
     else:
         if copy is not None and (changed := config.changed_keys(copy)):
-            text = f"{location.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}"
-            expected = "two equal configurations: it was edited, or a save was interrupted"
-            remedy = "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)"
-            found.append(warning("edited", changed, text, expected, remedy))
+            found.append(warning(
+                "edited", changed,
+                f"{location.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}",
+                "two equal configurations: it was edited, or a save was interrupted",
+                "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)",
+            ))  # fmt: skip
     return config, [*found, *_check_values(config, None if config is copy else values or {})]
 
 
@@ -262,10 +263,10 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> Iterator[
             f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
         )
     if not peft_tensors.is_known_method(config.peft_type):
-        text = f"PEFT {PEFT_VERSION} has no method {config.peft_type}"
         yield warning(
-            "unknown-method", ("peft_type",), text, "a method of PEFT", "load it with the program that wrote it"
-        )
+            "unknown-method", ("peft_type",), f"PEFT {PEFT_VERSION} has no method {config.peft_type}",
+            "a method of PEFT", "load it with the program that wrote it",
+        )  # fmt: skip
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -321,9 +322,9 @@ def read_stored(stored: StoredAdapter) -> Reading:
 
 def _foreign_tensors(stored: StoredAdapter, config: Config | None) -> Finding | None:
     """Return a finding if the tensors are not those of an adapter of PEFT."""
-    foreign = findings.foreign_library(stored.specs, config is not None)
+    foreign = formats.foreign_library(stored.specs, config is not None)
     is_known = config is None or peft_tensors.is_known_method(config.peft_type)
-    return findings.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
+    return formats.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
 
 
 def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:

@@ -414,8 +414,7 @@ def _warn_of_others(missing: Collection[str], unexpected: Collection[str], file:
     }
     notes = [f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
     if notes:
-        start = "strict=False loads the tensors that fit. Of the adapter's tensors"
-        warn("\n".join([f"{file}: {start}", *notes]))
+        warn("\n".join([f"{file}: strict=False loads the tensors that fit. Of the adapter's tensors", *notes]))
 
 
 def _new_tensors(absent: set[str], source: TensorSource, expected: Expected) -> dict[str, Any]:

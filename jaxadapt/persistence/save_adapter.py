@@ -1,6 +1,6 @@
 """Save an adapter as a folder.
 
-model / variables ──extract──► Adapter ──encode──► PeftTensors ──folder.write──► files
+model / variables ──extract──► Adapter ──encode──► PeftTensors ──peft_folder.write_folder──► files
 
 The adapter of a tree is extracted once, then encoded as `PeftTensors`. If arrays are spread over processes, each
 process writes the regions that it owns into one file.
@@ -43,7 +43,7 @@ from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import fingerprint, folder, formats
+from jaxadapt.persistence import fingerprint, formats
 from jaxadapt.persistence.formats import peft_folder
 from jaxadapt.storage import location, sharded_write
 
@@ -98,7 +98,8 @@ def write_shared(
         return total, _gathered_parts(encoded, group.index, dtype)
 
     def commit(put: sharded_write.Put) -> None:
-        peft_folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
+        wanted = formats.Wanted("safetensors")
+        peft_folder.write_folder(tensors, target, wanted, None, lambda writer, _, metadata: put(writer, metadata))
 
     alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
     sharded_write.write(
@@ -224,8 +225,8 @@ def _is_one_run(box: Region, layout: FileLayout | array_regions.Shape) -> bool:
 
 def gather_array(leaf: Any) -> np.ndarray:
     """Gather an array in every process. Collective."""
-    whole = leaf if is_local(leaf) or leaf.is_fully_replicated else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(whole)
+    has_all = is_local(leaf) or leaf.is_fully_replicated
+    return np.asarray(leaf if has_all else multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def _owned_parts(
@@ -412,9 +413,8 @@ def _repeat_for_heads(tensors: PeftTensors, keymap: KeyMap, leaves: Iterable[str
     encoded = tensors.tensors
     if not isinstance(encoded, Encoded) or not repeats_heads(tensors.config, keymap, leaves):
         return tensors
-    more = repeat_for_heads(tensors.config, encoded.plan.entries, keymap)
-    repeated = dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
-    return dataclasses.replace(tensors, tensors=repeated)
+    entries = [*encoded.plan.entries, *repeat_for_heads(tensors.config, encoded.plan.entries, keymap)]
+    return dataclasses.replace(tensors, tensors=dataclasses.replace(encoded, plan=plans.make_plan(entries)))
 
 
 def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
@@ -422,8 +422,8 @@ def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
     config, mode = tensors.config, source.save_embedding_layers
     if not may_need_embeddings(config, mode):
         return tensors
-    given = _encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode
-    return dataclasses.replace(tensors, tensors=sites.add_embeddings(*given))
+    more = sites.add_embeddings(_encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode)
+    return dataclasses.replace(tensors, tensors=more)
 
 
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
@@ -473,6 +473,17 @@ RULES: tuple[Callable[[PeftTensors, Source], PeftTensors], ...] = (
 
 
 # ---------------------------------------------------------------- save adapter
+
+
+def adapter_folder(path: str | os.PathLike[str], name: str) -> location.Location:
+    """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
+    if location.is_hub_address(path):
+        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
+    if name == "default":
+        return location.to_location(path)
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
+    return location.to_location(path) / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,7 +578,7 @@ def save(
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
-    target = folder.adapter_folder(place.path, name)
+    target = adapter_folder(place.path, name)
     if format == "orbax":
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
@@ -595,4 +606,4 @@ def save(
             write_shared(tensors, target, dtype, place.shared, place.timeout, report)
     else:
         tensors = tensors if dtype is None else dataclasses.replace(tensors, tensors=cast(tensors.tensors, dtype))
-        folder.write(tensors, target, format=format, progress=progress)
+        peft_folder.write_folder(tensors, target, formats.Wanted(format), progress)

@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.paths import Spec
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.findings import Finding, count, error, warning
+from jaxadapt.persistence.formats import Finding, count, error, warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,7 +219,9 @@ def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Fi
         or not FACTS[config.peft_type].target_is_expression
     ):
         return
-    adapted = [name for name, tensors in modules.items() if not _is_of_rows(name, tensors)]
+    # No target selects the rows of an embedding, and the tensors of the whole adapter.
+    others = {name for name, tensors in modules.items() if all(part.startswith("token_adapter") for part in tensors)}
+    adapted = [name for name in modules if name not in ("", "base_model", *others)]
     targets: str | Sequence[str] | None = config.get("target_modules")
     by_parameters = config.get("target_parameters")
     if targets is None:
@@ -258,15 +260,10 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
             remedy,
         )
     elif ignored:
-        text = f"target_modules is null: for the type {family} PEFT takes {targets} and ignores"
         yield error(
-            "untargeted", ignored, f"{text} {count(ignored, 'module')}, such as {ignored[0]}", _ALL_SELECTED, remedy
-        )
-
-
-def _is_of_rows(module: str, tensors: Iterable[str]) -> bool:
-    """Return True for the rows of an embedding, and for tensors of the whole adapter, which no target selects."""
-    return module in ("", "base_model") or all(name.startswith("token_adapter") for name in tensors)
+            "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {targets} and ignores"
+            f" {count(ignored, 'module')}, such as {ignored[0]}", _ALL_SELECTED, remedy,
+        )  # fmt: skip
 
 
 def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
@@ -323,8 +320,10 @@ def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> Ite
         )
     has_rows = any("trainable_tokens_delta" in tensor for tensors in modules.values() for tensor in tensors)
     if config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows:
-        text, expected = "the rows of trainable_token_indices are missing", "one tensor of rows for each embedding"
-        yield error("missing", ("trainable_tokens_delta",), text, expected, _SAVE_AGAIN)
+        yield error(
+            "missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
+            "one tensor of rows for each embedding", _SAVE_AGAIN,
+        )  # fmt: skip
     unexpected = [key for key, name in names.items() if not _is_expected(key, name, config)]
     if unexpected:
         yield warning(

@@ -30,7 +30,7 @@ from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
-from jaxadapt.persistence.findings import SEVERITIES, Finding, count, error, note, warning
+from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, note, warning
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
 from jaxadapt.persistence.tensor_checks import Shapes
@@ -118,8 +118,9 @@ def _stored_shapes(place: Location) -> Shapes:
         values: Any = json.loads(location.read_text_bytes(place))
         return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as problem:
-        text = f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
-        raise FormatError(text) from problem
+        raise FormatError(
+            f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
+        ) from problem
 
 
 # ---------------------------------------------------------------- findings about the base

@@ -29,13 +29,18 @@ from jaxadapt.persistence.load_adapter import from_peft
 from jaxadapt.serving import bank as banks
 from jaxadapt.serving.bank import Bank, RowsByName
 from jaxadapt.serving.layout import Tensors
-from jaxadapt.storage import atomic, location, orbax
+from jaxadapt.storage import atomic, location
 
 # ---------------------------------------------------------------- index
 
 
 BASE = "__base__"  # PEFT's name of the base in `adapter_names`
-_NAMES = (location.CONFIG, *location.WEIGHTS, location.MLX_WEIGHTS, *orbax.MARKERS)  # other files are not the adapter's
+_NAMES = (
+    location.CONFIG,
+    *location.WEIGHTS,
+    location.MLX_WEIGHTS,
+    *location.ORBAX_MARKERS,
+)  # other files are not the adapter's
 
 
 class File(NamedTuple):

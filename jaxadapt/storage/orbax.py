@@ -34,15 +34,13 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Address, Location
+from jaxadapt.storage.location import ORBAX_MARKERS, Address, Location
 from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
 
-MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
-"""The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts."""
 _ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder
 _JSON = "data.json"
 COMMITTED = "commit_success.txt"
@@ -67,14 +65,14 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return True if a path holds a complete Orbax checkpoint."""
     place = location.to_location(path)
     if isinstance(place, Path):
-        return any(location.exists(place / marker, shown=place) for marker in MARKERS)
+        return any(location.exists(place / marker, shown=place) for marker in ORBAX_MARKERS)
     if place.scheme == "hf":  # adapters of the Hub are recognised in its cache
         return False
     try:
         names = {entry.name for entry in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return bool(names & set(MARKERS)) and COMMITTED in names
+    return bool(names & set(ORBAX_MARKERS)) and COMMITTED in names
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
@@ -204,7 +202,9 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
 
     place = _resolve_location(path)
     if not is_checkpoint(place):
-        raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(MARKERS)}")
+        raise FileError(
+            f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(ORBAX_MARKERS)}"
+        )
     try:
         names = sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
     except OSError as error:

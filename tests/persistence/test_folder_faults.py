@@ -20,6 +20,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import FileError
+from jaxadapt.persistence.formats import Wanted
 from jaxadapt.persistence.formats import peft_folder as folder
 from jaxadapt.storage import safetensors
 from tests.support import small
@@ -37,7 +38,7 @@ def save_as_several_processes_do(adapter: jaxadapt.Adapter, path: Path) -> None:
     def put(writer: Any, specs: Any, metadata: Any) -> safetensors.Header:
         return safetensors.write_to(writer, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
 
-    folder.write_with(tensors, path, put, None)
+    folder.write_folder(tensors, path, Wanted("safetensors"), None, put)
 
 
 WAYS: list[Save] = [jaxadapt.save, save_as_several_processes_do]

@@ -1,7 +1,9 @@
 """The file formats of adapters: one file each, and one row of `FORMATS`.
 
 A format recognises the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
-a `Place` once; the formats decide by the names in it. No other file asks what a path holds.
+a `Place` once; the formats decide by the names in it. No other file asks what a path holds. What is wrong with files is
+a `Finding`: `read` raises its error, `verify` returns it. Those about files that hold no adapter of PEFT (adapters of
+other libraries, whole models, checkpoints of a run) are here.
 """
 
 from __future__ import annotations
@@ -9,49 +11,31 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.core.progress import Report, no_report
-from jaxadapt.storage import location, orbax
+from jaxadapt.persistence import FORMATS, run_folder
+from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter, Site
     from jaxadapt.models.planning import BaseParams
-    from jaxadapt.persistence.findings import Finding
     from jaxadapt.persistence.rules import Options
 
-
-class Row(NamedTuple):
-    """A row of `FORMATS`.
-
-    Attributes:
-        ends: ends of file names. The module is imported when the path, or a name in its folder, has one of them, or
-            when the format is to be written.
-        folders: the styles of a folder that a user chooses in a conversion.
-        files: those of a single file, whose name ends in .safetensors.
-        exports: the styles that only an export for a program writes.
-    """
-
-    ends: tuple[str, ...]
-    folders: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    exports: tuple[str, ...] = ()
-
-
-FORMATS: dict[str, Row] = {
-    "peft_folder": Row(location.WEIGHTS, folders=("safetensors", "bin")),
-    "mlx_files": Row((location.MLX_WEIGHTS,), exports=("mlx",)),
-    "image_files": Row((".safetensors",), files=("kohya-ss", "diffusers")),
-    "orbax_folder": Row(orbax.MARKERS, folders=("orbax",)),
-}
-"""{module of a format: its row}, in the order in which they are asked what a path holds."""
+    ReadAdapter = Callable[
+        ["Place", BaseParams, Adapter | None, str, Options, Report], tuple[Adapter, Sequence[Site], bool | None]
+    ]
 
 OPAQUE = "LYCORIS"
 """The type of tensors that PEFT has no method for: they pass through under the names of their own program."""
@@ -122,7 +106,9 @@ class Format:
         read_config: reads only the configuration; None to open the place for it.
         join: makes one adapter of one for each model, for a file that may change several.
         write_adapter: writes an adapter in its model's layout, for a format that keeps it; every process calls it.
-        read_adapter: reads an adapter into the layout of a base, for a format that keeps a model's layout.
+        read_adapter: reads an adapter into the layout of a base, for a format that keeps a model's layout. Takes the
+            adapter attached under the name, if there is one, which may identify the leaves to read; returns the
+            adapter, its sites and its `change_base`, as in `PeftTensors`.
         describe: returns the finding of `verify` about an open file, or about one that `open` refused.
     """
 
@@ -131,10 +117,7 @@ class Format:
     write: Callable[[PeftTensors, Location, Wanted, Report], int]
     read_config: Callable[[Place], Config] | None = None
     write_adapter: Callable[[Adapter, Location, Report], None] | None = None
-    read_adapter: (
-        Callable[[Place, BaseParams, Adapter | None, str, Options, Report], tuple[Adapter, Sequence[Site], bool | None]]
-        | None
-    ) = None
+    read_adapter: ReadAdapter | None = None
     describe: Callable[[str, Opened | AdapterError], Finding] | None = None
     join: Callable[[Mapping[str, PeftTensors], str], PeftTensors] | None = None
 
@@ -194,16 +177,238 @@ def writer(style: str) -> Format:
     return load_format(next(m for m, row in FORMATS.items() if style in (*row.folders, *row.files, *row.exports)))
 
 
-def read_adapter(
-    place: Place, base: BaseParams, attached: Adapter | None, name: str, options: Options, report: Report
-) -> tuple[Adapter, Sequence[Site], bool | None]:
-    """Read an adapter into the layout of a base; return it, its sites and its `change_base`, as in `PeftTensors`.
+# ---------------------------------------------------------------- findings
+
+
+SEVERITIES = ("error", "warning", "note")
+"""From bad to harmless: readers refuse or misread the file; the file is suspicious; a fact about a sound file."""
+
+
+class Fix(NamedTuple):
+    """The one possible remedy of a finding.
+
+    Attributes:
+        done: a sentence for each change.
+        names: {key of the file: PEFT's name}, of the keys that change; None for a tensor to leave out.
+        config: the configuration to write; None if the finding is not about it.
+    """
+
+    done: tuple[str, ...]
+    names: Mapping[str, str | None]
+    config: Config | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One finding of `verify`. All problems of one kind are one finding.
+
+    Attributes:
+        severity: "error" if readers refuse the adapter, lose a part of it or compute something else; "warning" if the
+            adapter loads but something is suspicious; "note" for a fact about a sound adapter.
+        code: the kind of the finding, one word for programs, such as "missing" or "not-finite".
+        subjects: the tensors, modules, fields or files concerned, in the file's order.
+        found: a sentence about the file.
+        expected: what a sound file has; "" for a note.
+        remedy: what to do; "" if there is nothing to do.
+        fix: the change that `repair` makes, if only one original is possible.
+        problem: the error that `read` raises, if the files cannot be opened.
+    """
+
+    severity: str
+    code: str
+    subjects: tuple[str, ...]
+    found: str
+    expected: str = ""
+    remedy: str = ""
+    fix: Fix | None = dataclasses.field(default=None, repr=False, compare=False)
+    problem: AdapterError | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def repairable(self) -> bool:
+        """True if `repair` corrects it."""
+        return self.fix is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        names = ("severity", "code", "subjects", "found", "expected", "remedy", "repairable")
+        return {name: getattr(self, name) for name in names} | {"subjects": list(self.subjects)}
+
+
+def count(items: int | Collection[object], noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> count(1, "module"), count(["a", "b"], "module")
+    ('1 module', '2 modules')
+    """
+    number = items if isinstance(items, int) else len(items)
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def error(
+    code: str,
+    subjects: Iterable[str],
+    found: str,
+    expected: str,
+    remedy: str,
+    fix: Fix | None = None,
+    problem: AdapterError | None = None,
+) -> Finding:
+    """Return a finding of severity "error"."""
+    return Finding("error", code, tuple(subjects), found, expected, remedy, fix, problem)
+
+
+def warning(
+    code: str, subjects: Iterable[str], found: str, expected: str, remedy: str, fix: Fix | None = None
+) -> Finding:
+    """Return a finding of severity "warning"."""
+    return Finding("warning", code, tuple(subjects), found, expected, remedy, fix)
+
+
+def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Finding:
+    """Return a finding of severity "note"."""
+    return Finding("note", code, tuple(subjects), found, "", remedy)
+
+
+# ---------------------------------------------------------------- files that hold no adapter of PEFT
+
+
+EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
+MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX)
+_MLX = (
+    "name the weights adapters.safetensors, with mlx-lm's own adapter_config.json beside them; jaxadapt convert FOLDER"
+    " OUT then writes PEFT's folder"
+)
+_IMAGE = (
+    "give the file a name of its own, without a configuration beside it: diffusers (pipe.load_lora_weights) and"
+    " jaxadapt then read it, and jaxadapt convert writes PEFT's folders"
+)
+# {library: (pattern of its keys, remedy)}. The first one with a matching key applies.
+_LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "mlx-lm": (
+        re.compile(r".+\.(lora_[ab]|switch_mlp\..+\.lora_[ab])"),
+        _MLX,
+    ),
+    "kohya-ss": (
+        re.compile(
+            r"(lora_(unet|te\d?|transformer|prior)_|lycoris_).+\.(lora_(down|up|mid)\.weight|alpha|hada_.*|lokr_.*)"
+        ),
+        _IMAGE,
+    ),
+    "diffusers": (
+        re.compile(
+            r"(unet|text_encoder(_2)?|transformer|prior|denoiser)\..+\.(lora_[AB](\.[^.]+)?\.weight"
+            r"|lora(_linear_layer)?\.(down|up)\.weight)|.+\.processor\..+_lora\.(down|up)\.weight"
+        ),
+        _IMAGE,
+    ),
+    "an image trainer": (
+        re.compile(r".+\.lora_(down|up)(\.weight)?"),
+        "rename lora_down to lora_A and lora_up to lora_B with the program that wrote it, and add the configuration",
+    ),
+}  # fmt: skip
+
+
+def missing_files(at: object, names: Collection[str], adapters: Sequence[str]) -> Finding:
+    """Return the finding for a folder without PEFT's weights; it names the files there, and the remedy.
 
     Args:
-        place: of a format that keeps a model's layout.
-        attached: the adapter on the target called `name`, if there is one; it may identify the leaves to read.
+        at: the folder.
+        names: the names in it.
+        adapters: its subfolders that hold adapters.
     """
-    file_format = find(place)
-    assert file_format is not None
-    assert file_format.read_adapter is not None
-    return file_format.read_adapter(place, base, attached, name, options, report)
+    present, has_config = sorted(names), location.CONFIG in names
+    steps = [name for name in present if run_folder.NAME.fullmatch(name)]
+    model = [name for name in present if name in MODEL_FILES and not has_config]
+    mlx = sorted({location.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
+    diffusers = [name for name in present if name.startswith("pytorch_lora_weights.")]
+    rows = (
+        ("training-run", steps,
+         f"; it contains training checkpoints: `jaxadapt checkpoints {at}` lists and exports them",
+         f"run: jaxadapt checkpoints {at} --step latest --export OUT"),
+        ("subfolders", adapters, f"; these subfolders contain adapters: {', '.join(adapters)}", "pass one of them"),
+        ("other-library", mlx, f"; {', '.join(mlx)} is mlx-lm's", _MLX),
+        ("other-library", diffusers, f"; {', '.join(diffusers)} is diffusers'", _IMAGE),
+        ("whole-model", model, "; it is the folder of a whole model",
+         "pass the adapter's folder, and this one as --base"),
+        ("no-weights", [location.CONFIG] * has_config, "", "fetch or copy the weights as well"),
+    )  # fmt: skip
+    code, subjects, hint, remedy = next((row for row in rows if row[1]), ("no-adapter", [], "", "check the path"))
+    absent = [
+        *([] if has_config else [location.CONFIG]),
+        *([] if location.MLX_WEIGHTS in names else [location.WEIGHTS[0]]),
+    ]
+    files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
+    found = f"no {' and no '.join(absent)}; found {files or 'an empty folder'}{hint}"
+    return error(code, subjects, found, EXPECTED, remedy, problem=FileError(f"{at}: {found}; {remedy}"))
+
+
+def refuse(found: Finding) -> NoReturn:
+    """Raise the error of a finding."""
+    raise found.problem or FileError(found.found)
+
+
+def missing_config(weights: Location, tensors: Kinds) -> Finding:
+    """Return the finding for weights without a configuration, and without a copy of it."""
+    found = f"no {location.CONFIG} beside {weights.name}"
+    ranks = sorted({shape[0] for key, (_, shape) in tensors.items() if "lora_A" in key.split(".") and shape})
+    shown = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
+    remedy = f"copy it from where the adapter was trained, or write one{shown}"
+    return error(
+        "configuration-missing", (location.CONFIG,), found,
+        f"{location.CONFIG}: the tensors do not contain the scale or the method's settings", remedy,
+        problem=FileError(f"{weights.parent}: {found}; {remedy}"),
+    )  # fmt: skip
+
+
+def training_step(folder: object, name: str) -> Finding:
+    """Return the finding for a checkpoint of a run."""
+    step = name.removeprefix("step-").partition(".")[0].lstrip("0") or "0"
+    return error(
+        "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", EXPECTED,
+        f"run: jaxadapt checkpoints {folder} --step {step} --export OUT",
+    )  # fmt: skip
+
+
+def foreign_config(values: Mapping[str, Any]) -> Finding | None:
+    """Return a finding if a JSON object is another library's configuration."""
+    expected = "a configuration with peft_type"
+    if "peft_type" in values:
+        return None
+    if mlx := mlx_keys(values):
+        text = f"adapter_config.json is mlx-lm's (no peft_type, but {', '.join(mlx)})"
+        return error("other-library", mlx, text, expected, _MLX)
+    if "architectures" in values or "model_type" in values:
+        text = "the configuration is that of a whole model (architectures, model_type)"
+        return error("whole-model", (), text, expected, "pass the adapter's folder")
+    return None
+
+
+def foreign_library(keys: Collection[str], has_config: bool) -> Finding | None:
+    """Return a finding if most keys are those of another library's adapter format.
+
+    With a configuration of PEFT, names such as "transformer.h.0.q.lora_A.weight" are PEFT's without their prefix, and
+    not diffusers'.
+    """
+    for library, (pattern, remedy) in _LIBRARIES.items():
+        if library == "diffusers" and has_config:
+            continue
+        matching = [key for key in keys if pattern.fullmatch(key)]
+        if 2 * len(matching) > len(keys):
+            return error(
+                "other-library", matching, f"the tensors are named as {library} names them, such as {matching[0]}",
+                "PEFT's names, such as base_model.model.<module>.lora_A.weight", remedy,
+            )  # fmt: skip
+    return None
+
+
+def not_an_adapter(keys: Collection[str], source: str) -> Finding | None:
+    """Return a finding if no tensor belongs to an adapter."""
+    if not keys or peft_tensors.has_adapter_tensors(keys):
+        return None
+    text = f"none of the {len(keys)} tensors belongs to an adapter of PEFT, such as {next(iter(keys))}"
+    if not any(key.endswith(".weight") for key in keys):
+        return error("no-adapter", (), text, "an adapter's tensors", "check the path")
+    return error(
+        "whole-model", (), f"{text}: these seem to be the weights of a whole model", "an adapter's tensors",
+        f"if {source} is a complete model, load it as one",
+    )  # fmt: skip

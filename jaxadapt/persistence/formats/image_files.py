@@ -30,8 +30,7 @@ from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence.findings import Finding, note
-from jaxadapt.persistence.formats import OPAQUE, Format, Opened, Place, Wanted
+from jaxadapt.persistence.formats import OPAQUE, Finding, Format, Opened, Place, Wanted, note
 from jaxadapt.storage import location, safetensors
 
 # ---------------------------------------------------------------- names

@@ -27,8 +27,7 @@ from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchE
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
-from jaxadapt.persistence.findings import EXPECTED, Finding, error
-from jaxadapt.persistence.formats import Format, Opened, Place, Wanted, read_text
+from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text
 from jaxadapt.storage import atomic, location, safetensors
 
 CONFIG, WEIGHTS = location.CONFIG, location.MLX_WEIGHTS
@@ -210,11 +209,11 @@ def read_tensors(file: TensorSource, settings: LoraConfig, source: str) -> PeftT
     untied = any(name.rpartition(".")[2] in _HEADS for name in names.values())
     for module, keys in modules.items():
         shapes = {name: tuple(file.specs[key].shape) for name, key in keys.items()}
-        problem = _problem(names[module], shapes, settings, untied)
-        if problem:
+        if problem := _problem(names[module], shapes, settings, untied):
             problems.append(f"{module}: {problem}")
-    twice = paths.repeated(names.values())
-    problems += [f"{name}: two modules of the file have this name in PyTorch" for name in twice]
+    problems += [
+        f"{name}: two modules of the file have this name in PyTorch" for name in paths.repeated(names.values())
+    ]
     if not modules:
         problems.append("no module with lora_a and lora_b")
     raise_listed(MismatchError, f"{source}: cannot read mlx-lm's adapter in PEFT's form; {FUSE}:", problems)

@@ -69,10 +69,9 @@ class StoredAdapter:
 
 def write(adapter: Adapter, path: location.Location, report: Report) -> None:
     """Write an adapter; every process calls this, with the same path. See `orbax.save`."""
-    flat = adapter.flat()
-    document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
+    flat, documents = adapter.flat(), {_RECIPE: {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}}
     with name_donated_arrays(flat):
-        orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, {_RECIPE: document}, jax.process_count() == 1)
+        orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, documents, jax.process_count() == 1)
     report_total(report, "save", adapter)
 
 
@@ -195,7 +194,7 @@ def recognises(place: Place) -> bool:
     """Return True for a complete Orbax checkpoint."""
     names = place.names or frozenset()
     is_complete = isinstance(place.at, pathlib.Path) or orbax.COMMITTED in names
-    return is_complete and not names.isdisjoint(orbax.MARKERS)
+    return is_complete and not names.isdisjoint(location.ORBAX_MARKERS)
 
 
 @contextlib.contextmanager

@@ -32,10 +32,9 @@ from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import card, findings, fingerprint
-from jaxadapt.persistence.findings import Finding, error, warning
+from jaxadapt.persistence import card, fingerprint, formats
 from jaxadapt.persistence.fingerprint import Fingerprint
-from jaxadapt.persistence.formats import Format, Opened, Place, read_text
+from jaxadapt.persistence.formats import Finding, Format, Opened, Place, Wanted, error, read_text, warning
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
 
 # ---------------------------------------------------------------- the configuration and its copy
@@ -179,7 +178,7 @@ def missing(place: Place) -> Finding:
         return error("no-adapter", (), text, "a folder", "", problem=FileError(f"{place.at}: {text}"))
     with contextlib.suppress(FileError):
         adapters = [name for name in sorted(names)[:64] if location.exists(place.at / name / CONFIG)]
-    return findings.missing_files(place.at, names, adapters)
+    return formats.missing_files(place.at, names, adapters)
 
 
 def parse_json(text: str) -> dict[str, Any] | None:
@@ -272,7 +271,7 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
         ))  # fmt: skip
     is_damaged_file = place.names is None and stored.tensors is None
     if text is None and not has_copy(stored.header) and not is_damaged_file:
-        found.insert(0, findings.missing_config(weights, stored.specs))
+        found.insert(0, formats.missing_config(weights, stored.specs))
     if stored.tensors is not None and not stored.tensors:
         problem = MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
         found.append(error(
@@ -293,12 +292,13 @@ def has_copy(header: safetensors.Header | None) -> bool:
 
 
 def read_config(place: Place) -> Config:
-    """Read the configuration that belongs to the tensors of a folder."""
-    names = place.names or frozenset()
-    header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in names else None
+    """Read the configuration that belongs to the tensors of a folder, or the one in a file of its own."""
+    if place.names is None:
+        return loads(read_text(place.at), str(place.at))
+    header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in place.names else None
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
-    if CONFIG not in names and not has_copy(header):
-        findings.refuse(findings.missing_config(weights, {}))
+    if CONFIG not in place.names and not has_copy(header):
+        formats.refuse(formats.missing_config(weights, {}) if recognises(place) else missing(place))
     return resolve_config(place.at / CONFIG, header, weights)
 
 
@@ -312,7 +312,7 @@ def open_folder(place: Place) -> Generator[Opened]:
         stored = StoredAdapter("", findings=(missing(place),)) if place.names is None else open_files(place, stack)
         for found in stored.findings:
             if found.problem is not None:
-                findings.refuse(found)
+                formats.refuse(found)
         assert stored.weights is not None
         assert stored.tensors is not None
         config = resolve_config(place.at / CONFIG, stored.header, stored.weights)
@@ -327,20 +327,17 @@ Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensor
 """Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
 
 
-def write_with(
+def write_folder(
     tensors: PeftTensors,
     path: str | os.PathLike[str],
-    put: Put | None,
+    wanted: Wanted,
     progress: Progress,
-    *,
-    as_bin: bool = False,
-    ahead: bool = False,
+    put: Put | None = None,
 ) -> int:
     """Write an adapter folder as `folder.write` does; return the number of its tensors.
 
     Args:
         put: writes the file of tensors, if given.
-        ahead: True for tensors that a thread may read and compute while others are written.
     """
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
@@ -354,7 +351,7 @@ def write_with(
     made = atomic.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, specs, folder, put, report, as_bin, ahead)
+            _replace(tensors, specs, folder, wanted, report, put)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
@@ -363,15 +360,16 @@ def write_with(
     return len(specs)
 
 
-def _write(
+def _replace(
     tensors: PeftTensors,
     specs: Mapping[str, tuple[Any, tuple[int, ...]]],
     folder: location.Location,
-    put: Put | None,
+    wanted: Wanted,
     report: Report,
-    as_bin: bool,
-    ahead: bool,
+    put: Put | None,
 ) -> None:
+    """Write the files of a locked folder."""
+    as_bin = wanted.style == "bin"
     config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
@@ -382,8 +380,7 @@ def _write(
     metadata = {"format": "pt", META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
-    replaced = [weights] if old_text == text else [weights, config]
-    with atomic.replacing_all(replaced) as (writer, *others):
+    with atomic.replacing_all([weights] if old_text == text else [weights, config]) as (writer, *others):
         for other in others:
             other.write(memoryview(text.encode()))
         if put is not None:
@@ -394,7 +391,7 @@ def _write(
             size = (
                 torch_bin.write_to(writer, specs, get, count)
                 if as_bin
-                else safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=ahead).size
+                else safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=wanted.ahead).size
             )
     if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
@@ -512,11 +509,4 @@ def _blank_digest(weights: location.Location, replaces: str) -> None:
             file.write(_NOTHING.encode())
 
 
-FORMAT = Format(
-    recognises,
-    open_folder,
-    lambda tensors, target, wanted, report: write_with(
-        tensors, target, None, report, as_bin=wanted.style == "bin", ahead=wanted.ahead
-    ),
-    read_config,
-)
+FORMAT = Format(recognises, open_folder, write_folder, read_config)
