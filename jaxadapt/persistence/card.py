@@ -14,10 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import consumers
+from jaxadapt.storage.location import HubAddress
 
 _PIPELINES = {
     "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
@@ -36,27 +38,42 @@ _NO_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # not
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """The values on a card besides the configuration.
+class Card:
+    """Texts and results for a model card, which states the facts of the adapter's files by itself.
 
-    Attributes:
-        nbytes: the size of the weights' file in bytes.
-        image: the name of an image file beside the card.
+    Args:
+        license: the license, such as "apache-2.0".
+        metrics: `{name: value}` of results.
+        picture: True for a picture of how much each weight is changed; None: if matplotlib is installed.
+
+    >>> Card(metrics={"loss": 3.2})
+    Card(license=None, metrics={'loss': 3.2}, picture=None)
     """
 
-    tensors: Mapping[str, tuple[int, ...]]
-    dtypes: tuple[str, ...]
-    nbytes: int
-    repo: str | None = None
-    subfolder: str = ""
     license: str | None = None
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    image: str | None = None
+    picture: bool | None = None
 
 
-def card_text(config: Config, facts: Facts) -> str:
-    """Return a complete card, with valid front matter."""
-    readers = consumers.judge_readers(config, facts.tensors)
+def card_text(
+    config: Config,
+    tensors: Kinds,
+    nbytes: int,
+    page: Card,
+    place: HubAddress | None = None,
+    image: str | None = None,
+) -> str:
+    """Return a complete card, with valid front matter.
+
+    Args:
+        config: the configuration.
+        tensors: those of the file.
+        nbytes: the size of the weights' file in bytes.
+        page: what the card says beside the facts of the files.
+        place: the repository that the card is for, if there is one.
+        image: the name of an image file beside the card.
+    """
+    readers = consumers.judge_readers(config, tensors)
     refused = any(reader.name == "vLLM" and reader.verdict != consumers.RIGHT for reader in readers)
     base = _base(config)
     title, link = (f" for {base}", f" for [{base}](https://huggingface.co/{base})") if base else ("", "")
@@ -65,12 +82,12 @@ def card_text(config: Config, facts: Facts) -> str:
         "",
         f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
         "",
-        *_usage(config, facts, refused),
-        *_settings(config, facts),
+        *_usage(config, place, refused),
+        *_settings(config, tensors, nbytes, page, image),
         *_readers(readers),
     ]
     text = "\n".join(lines).strip()
-    front, body = _front_matter(config, facts), f"\n{text}\n"
+    front, body = _front_matter(config, page.license), f"\n{text}\n"
     mark = f"<!-- jaxadapt card {_digest(front)} {_digest(body)}: written anew until you edit it; then it is yours -->"
     return f"---\n{front}---\n{body}\n{mark}\n"
 
@@ -172,20 +189,20 @@ def _base(config: Config) -> str | None:
     return base if base and _HUB_NAME.fullmatch(base) and ".." not in base else None
 
 
-def _front_matter(config: Config, facts: Facts) -> str:
+def _front_matter(config: Config, license_name: str | None) -> str:
     base, pipeline = _base(config), _PIPELINES.get(config.task_type or "")
-    fields = {"base_model": base, "library_name": "peft", "license": facts.license, "pipeline_tag": pipeline}
-    lines = [f"{name}: {_plain(value)}" for name, value in fields.items() if value]
+    fields = {"base_model": base, "library_name": "peft", "license": license_name, "pipeline_tag": pipeline}
     tags = [*([f"base_model:adapter:{base}"] if base else []), config.peft_type.lower(), "jax", "jaxadapt"]
+    lines = [f"{name}: {_plain(value)}" for name, value in fields.items() if value]
     return "\n".join([*lines, "tags:", *(f"- {_plain(tag)}" for tag in tags)]) + "\n"
 
 
-def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:
+def _usage(config: Config, place: HubAddress | None, refused: bool) -> list[str]:
     base = _base(config)
     here = there = json.dumps("path/to/this/folder")
-    if facts.repo:
-        here = json.dumps(f"hf://{facts.repo}{'/' if facts.subfolder else ''}{facts.subfolder}")
-        there = json.dumps(facts.repo) + (f", subfolder={json.dumps(facts.subfolder)}" if facts.subfolder else "")
+    if place is not None:
+        here = json.dumps(str(place._replace(revision=None)))
+        there = json.dumps(place.repo) + (f", subfolder={json.dumps(place.subfolder)}" if place.subfolder else "")
     name = _CLASSES.get(config.task_type or "")
     load_base = f"from transformers import {name}\n\nbase_model = {name}.from_pretrained({json.dumps(base)})"
     return [
@@ -208,18 +225,17 @@ def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:
         f"model = PeftModel.from_pretrained(base_model, {there})",
         "```",
         "",
-        *([] if refused else _vllm(config, facts, base)),
+        *([] if refused else _vllm(config, place, base)),
     ]
 
 
-def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
-    source = facts.repo or "path/to/this/folder"
-    called = (facts.subfolder or source).rpartition("/")[2]
-    if facts.repo and facts.subfolder:
-        source = f"$(jaxadapt pull {facts.repo}/{facts.subfolder})"
+def _vllm(config: Config, place: HubAddress | None, base: str | None) -> list[str]:
+    source, subfolder = ("path/to/this/folder", "") if place is None else (place.repo, place.subfolder)
+    called = (subfolder or source).rpartition("/")[2]
+    if subfolder:
+        source = f"$(jaxadapt pull {source}/{subfolder})"
     rank = config.largest_rank if isinstance(config, LoraConfig) else 0
-    max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
-    option = f" --max-lora-rank {max_rank}" if rank > 16 else ""
+    option = f" --max-lora-rank {next((r for r in _VLLM_RANKS if r >= rank), rank)}" if rank > 16 else ""
     return [
         "In vLLM:",
         "",
@@ -230,26 +246,26 @@ def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
     ]
 
 
-def _settings(config: Config, facts: Facts) -> list[str]:
+def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: str | None) -> list[str]:
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
     target = config.get("target_modules")
     if target is not None:
         rows.append(("target_modules", target if isinstance(target, str) else ", ".join(sorted(target))))
     rows += [(name, _value(value)) for name, value in config.shown_fields().items()]
-    parameters = sum(map(math.prod, facts.tensors.values()))
-    size = f"{parameters:,} parameters in {len(facts.tensors)} tensors, {'/'.join(facts.dtypes)}"
-    rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
+    size = f"{sum(math.prod(shape) for _, shape in tensors.values()):,} parameters in {len(tensors)} tensors"
+    dtypes = "/".join(sorted({dtype for dtype, _ in tensors.values()}))
+    rows.append(("size", f"{size}, {dtypes}, {size_text(nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
-    if facts.metrics:
-        results = [(name, _value(_plain_number(name, value))) for name, value in facts.metrics.items()]
+    if page.metrics:
+        results = [(name, _value(_plain_number(name, value))) for name, value in page.metrics.items()]
         lines += ["## Results", "", *_table(("metric", "value"), results)]
-    if facts.image:
+    if image:
         from jaxadapt.methods.registry import METHODS  # imports JAX, which a card without a picture does not need
 
         method, alt = METHODS.get(config.peft_type), "How much the adapter changes each weight, layer by module"
         what = None if method is None else method.describe_change(config)
         caption = f"Layer by module: how much each weight changes{f' ({what})' if what else ''}."
-        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", caption, ""]
+        lines += ["## How much it changes", "", f"![{alt}]({image})", "", caption, ""]
     return lines
 
 
@@ -263,8 +279,7 @@ def _readers(readers: Sequence[consumers.Reader]) -> list[str]:
         for verdict, names, reasons, remedy in consumers.grouped(readers)
     ]
     lines += _table(("program", "what it does", "why", "what helps"), rows)
-    versions = ", ".join(f"{reader.name} ({reader.version})" for reader in readers)
-    return [*lines, f"These rules hold for {versions}.", ""]
+    return [*lines, f"These rules hold for {', '.join(f'{reader.name} ({reader.version})' for reader in readers)}.", ""]
 
 
 def _code(remedy: str) -> str:

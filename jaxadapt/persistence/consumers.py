@@ -218,8 +218,7 @@ def _judge(name: str, version: str, rule: _Rule, properties: Mapping[str, str]) 
     hits = {prop: rule[prop] for prop in properties if prop in rule}
     if not hits:
         return Reader(name, version, RIGHT)
-    verdicts = {verdict for verdict, _ in hits.values()}
-    verdict = next(v for v in (REFUSED, WRONG, UNKNOWN) if v in verdicts)
+    verdict = min((verdict for verdict, _ in hits.values()), key=(REFUSED, WRONG, UNKNOWN).index)
     reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
     return Reader(name, version, verdict, reasons, _remedy(name, hits, verdict, properties))
 
@@ -228,10 +227,8 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     """Return the way out: an export if it has a form for the adapter, else the merged model; "" if there is none."""
     if verdict == UNKNOWN or "type" in hits:
         return ""
-    export = _EXPORTS.get(name, _PLAIN)
-    start = _START if "init" in properties else ""
     if _is_exported(name, properties):
-        return f"{export}{start}"
+        return _EXPORTS.get(name, _PLAIN) + (_START if "init" in properties else "")
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
     facts = FACTS[peft_type]
@@ -310,8 +307,8 @@ def _target_properties(config: Config, keys: Iterable[str], tied: bool | None) -
         found, named = dict[str, str](), [name for name in target or () if name in _EMBEDDINGS]
     adapts = named or any(key.endswith("lora_embedding_A") for key in keys)
     if config.peft_type == "LORA" and adapts and tied is not False:
-        setting = f"target_modules={named}" if named else "an adapted embedding"
-        found["tied embedding" if tied else "embedding"] = setting
+        kind = "tied embedding" if tied else "embedding"
+        found[kind] = f"target_modules={named}" if named else "an adapted embedding"
     return found
 
 

@@ -100,8 +100,7 @@ def of_base(
             continue  # an expert's parameter, or a part of PyTorch's tensor
         if 0 in entry.form.file_shape:
             return None
-        indices = entry.form.locate(members[0], positions(key, entry.form.file_shape))
-        requests[key] = array, indices, entry.form
+        requests[key] = array, entry.form.locate(members[0], positions(key, entry.form.file_shape)), entry.form
     if not requests or (keys is not None and len(requests) < len(modules)):
         return None
     digits = _take(requests)
@@ -126,7 +125,7 @@ def merge(parts: Sequence[Fingerprint | None]) -> Fingerprint | None:
     merged: dict[str, dict[str, Any]] = {}
     for key, each in known[0].items():
         columns = zip(*(_split(part[key]["bf16"]) for part in known), strict=True)
-        digits = [next((x for x in column if x != _ELSEWHERE), _ELSEWHERE) for column in columns]
+        digits = (next((x for x in column if x != _ELSEWHERE), _ELSEWHERE) for column in columns)
         merged[key] = {"shape": each["shape"], "bf16": "".join(digits)}
     return merged if is_complete(merged) else None
 
@@ -248,16 +247,14 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     from jaxadapt.arrays.layout import to_file_scale
 
     gather = jax.jit(lambda array, where: array[where])
-    pieces = {key: _pieces(array, indices) for key, (array, indices, _) in requests.items()}
-    taken = {key: [_read(gather, part, list(where.values())) for part, where in each] for key, each in pieces.items()}
-    taken, digits = jax.device_get(taken), dict[str, str]()
-    for key, (_, indices, form) in requests.items():
-        found = dict.fromkeys(range(len(indices)), _ELSEWHERE)
-        for (_, where), some in zip(pieces[key], taken[key], strict=True):
-            scaled = to_file_scale(np.asarray(some)[: len(where)], form.factor, form.shift)
-            found |= zip(where, _split(_hex(scaled)), strict=True)
-        digits[key] = "".join(found.values())
-    return digits
+    pieces = [(key, *piece) for key, (array, indices, _) in requests.items() for piece in _pieces(array, indices)]
+    taken = jax.device_get([_read(gather, part, list(where.values())) for _, part, where in pieces])
+    found = {key: dict.fromkeys(range(len(indices)), _ELSEWHERE) for key, (_, indices, _) in requests.items()}
+    for (key, _, where), some in zip(pieces, taken, strict=True):
+        form = requests[key][2]
+        values = to_file_scale(np.asarray(some)[: len(where)], form.factor, form.shift)
+        found[key] |= zip(where, _split(_hex(values)), strict=True)
+    return {key: "".join(digits.values()) for key, digits in found.items()}
 
 
 _Piece = tuple[Any, dict[int, tuple[int, ...]]]

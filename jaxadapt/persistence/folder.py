@@ -26,6 +26,7 @@ from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatErr
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card as cards
 from jaxadapt.persistence import formats, reading
+from jaxadapt.persistence.card import Card
 from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location
 
@@ -252,24 +253,6 @@ class Pushed(NamedTuple):
     url: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """Texts and results for a model card, which states the facts of the adapter's files by itself.
-
-    Args:
-        license: the license, such as "apache-2.0".
-        metrics: `{name: value}` of results.
-        picture: True for a picture of how much each weight is changed; None: if matplotlib is installed.
-
-    >>> Card(metrics={"loss": 3.2})
-    Card(license=None, metrics={'loss': 3.2}, picture=None)
-    """
-
-    license: str | None = None
-    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    picture: bool | None = None
-
-
 def push(
     source: Any,
     repo: str,
@@ -363,11 +346,8 @@ def _push(
     image = _picture(source, info, page.picture)
     if image is not None:
         files[PICTURE] = image
-    facts = cards.Facts(
-        {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
-        place.subfolder, page.license, page.metrics, PICTURE if image else None,
-    )  # fmt: skip
-    new, path = cards.card_text(info.config, facts), source / location.CARD
+    picture, path = None if image is None else PICTURE, source / location.CARD
+    new = cards.card_text(info.config, info.tensors, info.file_bytes, page, place, picture)
     card = _read_card(path) if location.exists(path) else None
     if card is None or not cards.is_edited(card):
         card = hub.fetch_text(place, location.CARD, commit["token"])
@@ -375,7 +355,7 @@ def _push(
             LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
     files[location.CARD] = cards.merge_card(card, new).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
-    stale = [name for name in location.WEIGHTS if name != weights]
+    stale = sorted(set(location.WEIGHTS) - {weights})
     uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
 

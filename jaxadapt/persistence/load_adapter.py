@@ -198,8 +198,8 @@ def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site
     if config != attached or lora.changes_base(config):
         return adapter, adapter_sites
     before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
-    same = sites.sites_of(before) == sites.sites_of(after)
-    return (after, sites.sites_of(after)) if same else (adapter, adapter_sites)
+    old_sites, new_sites = sites.sites_of(before), sites.sites_of(after)
+    return (after, new_sites) if old_sites == new_sites else (adapter, adapter_sites)
 
 
 def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, source: str, *, replace: bool, name: str) -> Adapter:
@@ -388,11 +388,12 @@ def adapter_from_tensors(
     dtype = None if options.dtype == AUTOCAST else options.dtype
     dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
     placement = adapter_placement(options.shardings, base, adapter_sites)
-    plan, on_device = expected.plan, expected.on_device
-    arrays = dict(source) if on_device else source
-    leaves = rules.load_arrays(plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check)
-    if dtype is None and on_device and dtypes != own:  # arrays in memory keep their own dtypes
-        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in plan.entries}
+    arrays = dict(source) if expected.on_device else source
+    leaves = rules.load_arrays(
+        expected.plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check
+    )
+    if dtype is None and expected.on_device and dtypes != own:  # arrays in memory keep their own dtypes
+        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in expected.plan.entries}
     if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
         leaves = initial_values.init_values(
             recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
@@ -452,8 +453,8 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
         return np.dtype(stored)
     if requested not in (None, AUTOCAST):
         return np.dtype(requested)
-    is_narrow = np.dtype(stored).itemsize < (4 if requested == AUTOCAST else 2)
-    return np.dtype("float32" if is_narrow else stored)
+    smallest = 4 if requested == AUTOCAST else 2  # bytes
+    return np.dtype("float32" if np.dtype(stored).itemsize < smallest else stored)
 
 
 def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:

@@ -381,7 +381,11 @@ def _check_names(
 
 
 def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
-    equal = has_config and all(_are_equal(keys, stored) for keys in duplicates.values())
+    tensors, specs = stored.tensors or {}, stored.specs
+    equal = has_config and all(  # tensors of different dtypes or shapes are not read
+        len({specs[key] for key in keys}) == 1 and len({tensors[key].tobytes() for key in keys}) == 1
+        for keys in duplicates.values()
+    )
     name, keys = next(iter(duplicates.items()))
     again = {key: None for keys in duplicates.values() for key in keys[1:]}
     done = f"{len(duplicates)} tensors that were stored twice with equal values kept once"
@@ -394,12 +398,6 @@ def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *
         "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
         Fix((done,), names=again) if equal else None,
     )
-
-
-def _are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
-    """Return True if tensors have equal shapes, dtypes and bytes. Tensors of different dtypes are not read."""
-    tensors, specs = stored.tensors or {}, stored.specs
-    return len({specs[key] for key in keys}) == 1 and len({tensors[key].tobytes() for key in keys}) == 1
 
 
 def guess_method(specs: Kinds) -> str:

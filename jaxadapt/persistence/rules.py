@@ -236,8 +236,8 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
 
 
 def _is_saved(name: str, config: Config) -> bool:
-    saved = config.get("modules_to_save") or ()
-    return name.removesuffix(".weight").rpartition(".")[2] in {str(each).rpartition(".")[2] for each in saved}
+    ends = {str(each).rpartition(".")[2] for each in config.get("modules_to_save") or ()}
+    return name.removesuffix(".weight").rpartition(".")[2] in ends
 
 
 def _judge_base_weight(
@@ -296,8 +296,7 @@ def _repeats_tied_module(source: TensorSource, key: str, ties: Mapping[str, str]
 
 def repeat_shared(source: TensorSource, expected: Expected) -> TensorSource:
     """Give a tensor of the whole adapter all its names; tensors that repeat it must be equal."""
-    shared = (each.entry for each in expected.sites.shared)
-    repeats = {key: entry.keys[0] for entry in shared for key in entry.keys[entry.form.count :]}
+    repeats = {key: s.entry.keys[0] for s in expected.sites.shared for key in s.entry.keys[s.entry.form.count :]}
     _require_equal(source, repeats, expected)
     missing = {key: name for key, name in repeats.items() if name in source and key not in source}
     return rename(source, {**{key: key for key in source}, **missing}) if missing else source
@@ -492,8 +491,8 @@ def load_arrays(
         new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
         place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
-        checked = check or any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
-        return _Leaf(entry, new, place, size * new.itemsize, checked)
+        is_cast = any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
+        return _Leaf(entry, new, place, size * new.itemsize, check or is_cast)
 
     position = {key: number for number, key in enumerate(source)}
     order = sorted(map(leaf_of, plan.entries), key=lambda leaf: position[leaf.entry.keys[0]])  # file order
@@ -516,8 +515,8 @@ def _decode_in_memory(
     plan: Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
-    decoded = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-    leaves = decoded if dtype is None else finite.cast_tree(decoded, dtype, name)
+    leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
+    leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
     return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 

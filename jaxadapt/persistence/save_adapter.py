@@ -101,7 +101,10 @@ def write_shared(
         wanted = formats.Wanted("safetensors")
         peft_folder.write_folder(tensors, target, wanted, None, lambda writer, _, metadata: put(writer, metadata))
 
-    alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
+    # The arrays that each process has in full must agree, since process 0 writes its own.
+    alike = {"the configuration": sharded_write.digest(tensors.config.to_json())}
+    with name_donated_arrays(encoded.leaves):
+        alike |= {p: sharded_write.digest(np.asarray(x)) for p, x in encoded.leaves.items() if is_local(x)}
     sharded_write.write(
         target / location.WEIGHTS[0], specs, parts, group, commit, shared=shared, alike=alike, report=report
     )
@@ -136,12 +139,6 @@ def is_local(leaf: Any) -> bool:
     """Return True if this process has all of an array; other processes then have their own array, or none."""
     # A traced array has no devices yet, so JAX does not know if it is addressable.
     return not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_fully_addressable
-
-
-def local_digests(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Return digests of the arrays that each process has in full; they must agree, since process 0 writes its own."""
-    with name_donated_arrays(leaves):
-        return {path: sharded_write.digest(np.asarray(leaf)) for path, leaf in leaves.items() if is_local(leaf)}
 
 
 def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Region, np.ndarray]]:

@@ -547,7 +547,8 @@ def repair(
             raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
         if not done:
             return Repaired(None, (), _problems(path))
-        if _is_same(target, path):  # the file is replaced
+        new, old = (location.absolute(location.to_location(each)) for each in (target, path))
+        if new in (old, old.parent if location.is_file(old) else old):  # the file is replaced
             tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
             stack.close()
         elif any(location.exists(location.to_location(target) / name) for name in _NAMES):
@@ -567,11 +568,6 @@ def _default_target(path: str | os.PathLike[str]) -> str:
     if isinstance(folder_path, Path) and folder_path.name in ("", ".."):  # "." and ".." have no name to add to
         folder_path = folder_path.resolve()
     return f"{os.fspath(folder_path).rstrip('/')}-repaired"
-
-
-def _is_same(target: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
-    one, other = location.absolute(location.to_location(target)), location.absolute(location.to_location(path))
-    return one in (other, other.parent if location.is_file(other) else other)
 
 
 def _problems(path: str | os.PathLike[str]) -> tuple[Finding, ...]:

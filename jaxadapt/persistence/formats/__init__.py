@@ -8,12 +8,12 @@ other libraries, whole models, checkpoints of a run) are here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from jaxadapt.adapters import peft_tensors
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 OPAQUE = "LYCORIS"
 """The type of tensors that PEFT has no method for: they pass through under the names of their own program."""
+
+
+_FOLDER = f"a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}"
 
 
 class Place(NamedTuple):
@@ -113,7 +116,7 @@ class Format:
     """
 
     recognises: Callable[[Place], bool]
-    open: Callable[[Place], AbstractContextManager[Opened]]
+    open: Callable[[Place], contextlib.AbstractContextManager[Opened]]
     write: Callable[[PeftTensors, Location, Wanted, Report], int]
     read_config: Callable[[Place], Config] | None = None
     write_adapter: Callable[[Adapter, Location, Report], None] | None = None
@@ -140,9 +143,7 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         why = error.strerror if isinstance(at, location.Address) else "no such folder"
         is_repository = location.could_be_repository(str(path))
         on_hub = f"; for the Hub's repository give {location.HUB}{path}" if is_repository else ""
-        raise FileError(
-            f"{at}: {why}; expected a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}{on_hub}"
-        ) from None
+        raise FileError(f"{at}: {why}; expected {_FOLDER}{on_hub}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error
 
@@ -167,7 +168,7 @@ def find(place: Place) -> Format | None:
     return next((found for found in map(load_format, known) if found.recognises(place)), None)
 
 
-def open_place(place: Place) -> AbstractContextManager[Opened]:
+def open_place(place: Place) -> contextlib.AbstractContextManager[Opened]:
     """Open an adapter. Raises `FileError` if no format recognises the place, and what its format raises."""
     return (find(place) or load_format("peft_folder")).open(place)  # its error names the missing files
 
@@ -308,17 +309,17 @@ _LIBRARIES: Mapping[str, tuple[re.Pattern[str], str]] = {
 }  # fmt: skip
 
 
-def missing_files(at: object, names: Collection[str], adapters: Sequence[str]) -> Finding:
-    """Return the finding for a folder without PEFT's weights; it names the files there, and the remedy.
-
-    Args:
-        at: the folder.
-        names: the names in it.
-        adapters: its subfolders that hold adapters.
-    """
+def missing_files(place: Place) -> Finding:
+    """Return the finding for a place without PEFT's weights; it names the files there, and the remedy."""
+    at, names, adapters = place.at, place.names, list[str]()
+    if names is None:
+        text = f"expected {_FOLDER}, found a file; pass its folder"
+        return error("no-adapter", (), text, "a folder", "", problem=FileError(f"{at}: {text}"))
     present, has_config = sorted(names), location.CONFIG in names
-    steps = [name for name in present if run_folder.NAME.fullmatch(name)]
-    model = [name for name in present if name in MODEL_FILES and not has_config]
+    with contextlib.suppress(FileError):
+        adapters = [name for name in present[:64] if location.exists(at / name / location.CONFIG)]
+    steps = list(filter(run_folder.NAME.fullmatch, present))
+    model = [] if has_config else sorted(names.intersection(MODEL_FILES))
     mlx = sorted({location.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
     diffusers = [name for name in present if name.startswith("pytorch_lora_weights.")]
     rows = (
@@ -351,8 +352,8 @@ def missing_config(weights: Location, tensors: Kinds) -> Finding:
     """Return the finding for weights without a configuration, and without a copy of it."""
     found = f"no {location.CONFIG} beside {weights.name}"
     ranks = sorted({shape[0] for key, (_, shape) in tensors.items() if "lora_A" in key.split(".") and shape})
-    shown = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
-    remedy = f"copy it from where the adapter was trained, or write one{shown}"
+    remedy = "copy it from where the adapter was trained, or write one"
+    remedy += f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
     return error(
         "configuration-missing", (location.CONFIG,), found,
         f"{location.CONFIG}: the tensors do not contain the scale or the method's settings", remedy,

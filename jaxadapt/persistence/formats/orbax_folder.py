@@ -202,12 +202,9 @@ def open_checkpoint(place: Place) -> Generator[Opened]:
     """Open a checkpoint under PEFT's names; all arrays are read at the first access to one."""
     stored = find_adapter(place.at)
     abstract = adapter_tensors(stored.adapter, place.path)
-
-    def read_all() -> Mapping[str, Any]:
-        return adapter_tensors(read(place.at, stored), place.path).tensors
-
     kinds = as_source(abstract.tensors).kinds
-    yield Opened(dataclasses.replace(abstract, tensors=Whole(abstract.source, kinds, read_all)), place.at)
+    whole = Whole(abstract.source, kinds, lambda: adapter_tensors(read(place.at, stored), place.path).tensors)
+    yield Opened(dataclasses.replace(abstract, tensors=whole), place.at)
 
 
 def read_adapter(

@@ -170,17 +170,6 @@ def recognises(place: Place) -> bool:
     return place.names is not None and not place.names.isdisjoint(location.WEIGHTS)
 
 
-def missing(place: Place) -> Finding:
-    """Return the finding for a place without PEFT's weights; its error is raised by `read`."""
-    adapters, names = list[str](), place.names
-    if names is None:
-        text = f"expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
-        return error("no-adapter", (), text, "a folder", "", problem=FileError(f"{place.at}: {text}"))
-    with contextlib.suppress(FileError):
-        adapters = [name for name in sorted(names)[:64] if location.exists(place.at / name / CONFIG)]
-    return formats.missing_files(place.at, names, adapters)
-
-
 def parse_json(text: str) -> dict[str, Any] | None:
     """Return the JSON object of a text; None if it is no object or has a key twice."""
     try:
@@ -257,7 +246,7 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     text = functools.partial(read_text, config) if has_config else None
     stored, found = StoredAdapter(os.fspath(place.path), text, weights=weights), list[Finding]()
     if place.names is not None and place.names.isdisjoint(location.WEIGHTS):
-        return dataclasses.replace(stored, findings=(missing(place),))
+        return dataclasses.replace(stored, findings=(formats.missing_files(place),))
     try:
         if weights.suffix == ".safetensors":
             file = stack.enter_context(safetensors.TensorFile(weights))
@@ -298,7 +287,7 @@ def read_config(place: Place) -> Config:
     header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in place.names else None
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
     if CONFIG not in place.names and not has_copy(header):
-        formats.refuse(formats.missing_config(weights, {}) if recognises(place) else missing(place))
+        formats.refuse(formats.missing_config(weights, {}) if recognises(place) else formats.missing_files(place))
     return resolve_config(place.at / CONFIG, header, weights)
 
 
@@ -309,7 +298,9 @@ def open_folder(place: Place) -> Generator[Opened]:
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` for a file without tensors.
     """
     with contextlib.ExitStack() as stack:
-        stored = StoredAdapter("", findings=(missing(place),)) if place.names is None else open_files(place, stack)
+        if place.names is None:
+            formats.refuse(formats.missing_files(place))
+        stored = open_files(place, stack)
         for found in stored.findings:
             if found.problem is not None:
                 formats.refuse(found)
@@ -399,9 +390,8 @@ def _replace(
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
         if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
-    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
-    shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
+    kinds = {key: (dtype_name(dtype), shape) for key, (dtype, shape) in specs.items()}
+    _write_card(folder / CARD, adapter_config, kinds, size)
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
 
 
@@ -459,10 +449,10 @@ def with_integral_alpha(config: Config) -> Config:
     return config
 
 
-def _write_card(path: location.Location, config: Config, facts: card.Facts) -> None:
+def _write_card(path: location.Location, config: Config, tensors: Kinds, nbytes: int) -> None:
     """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
     try:
-        new = card.card_text(config, facts)
+        new = card.card_text(config, tensors, nbytes, card.Card())
         if isinstance(path, Path) and path.is_symlink():
             return  # a person made it
         old = read_text(path) if location.exists(path) else None

@@ -12,14 +12,16 @@ import yaml
 import jaxadapt
 from jaxadapt import Config
 from jaxadapt.persistence import card
+from jaxadapt.storage import location
 from tests.support import small
 from tests.support.small import CARD
 
 KEYS = {f"base_model.model.model.layers.0.q_proj.lora_{side}.weight": (2, 8) for side in "AB"}
 
 
-def written(config: Config, **facts) -> str:
-    return card.card_text(config, card.Facts(KEYS, ("F32",), 160, **facts))
+def written(config: Config, place: str | None = None, **page) -> str:
+    address = None if place is None else location.parse_hub_address(place)
+    return card.card_text(config, {key: ("F32", shape) for key, shape in KEYS.items()}, 160, card.Card(**page), address)
 
 
 def lora(**fields) -> Config:
@@ -121,18 +123,18 @@ def test_each_dtype_is_named_once_whatever_its_byte_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "facts", "line"),
+    ("fields", "place", "line"),
     [
-        ({}, {"repo": "org/me"}, "vllm serve org/base --enable-lora --lora-modules me=org/me"),
-        ({"r": 60}, {"repo": "org/me"}, "--enable-lora --max-lora-rank 64 --lora-modules me=org/me"),
-        ({}, {"repo": "org/me", "subfolder": "fr"}, "--lora-modules fr=$(jaxadapt pull org/me/fr)"),
-        ({"base": None}, {}, "vllm serve path/to/the/base/model --enable-lora"),
-        ({"use_dora": True}, {"repo": "org/me"}, None),
-        ({"bias": "all"}, {"repo": "org/me"}, None),
+        ({}, "org/me", "vllm serve org/base --enable-lora --lora-modules me=org/me"),
+        ({"r": 60}, "org/me", "--enable-lora --max-lora-rank 64 --lora-modules me=org/me"),
+        ({}, "hf://org/me@v1/fr", "--lora-modules fr=$(jaxadapt pull org/me/fr)"),
+        ({"base": None}, None, "vllm serve path/to/the/base/model --enable-lora"),
+        ({"use_dora": True}, "org/me", None),
+        ({"bias": "all"}, "org/me", None),
     ],
 )
-def test_vllm_where_it_takes_the_file(fields, facts, line):
-    text = written(lora(**fields), **facts)
+def test_vllm_where_it_takes_the_file(fields, place, line):
+    text = written(lora(**fields), place)
     assert line in text if line else ("In vLLM" not in text and re.search(r"\| [^|]*vLLM[^|]* \| refuses it", text))
 
 
