@@ -209,23 +209,19 @@ def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = 
     >>> found["vLLM"].verdict, found["llama.cpp"].verdict, found["llama.cpp"].reasons
     ('right', 'wrong', ('use_rslora: ignored',))
     """
-    properties = _properties(config, list(keys), tied)
-    return tuple(_judge(name, version, rule, properties) for name, (version, rule) in _RULES.items())
-
-
-def _judge(name: str, version: str, rule: _Rule, properties: Mapping[str, str]) -> Reader:
-    require_known(properties, name)
-    hits = {prop: rule[prop] for prop in properties if prop in rule}
-    if not hits:
-        return Reader(name, version, RIGHT)
-    verdict = min((verdict for verdict, _ in hits.values()), key=(REFUSED, WRONG, UNKNOWN).index)
-    reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
-    return Reader(name, version, verdict, reasons, _remedy(name, hits, verdict, properties))
+    properties, readers = _properties(config, list(keys), tied), list[Reader]()
+    require_known(properties, "this adapter")
+    for name, (version, rule) in _RULES.items():
+        hits = {prop: rule[prop] for prop in properties if prop in rule}
+        verdict = min((each for each, _ in hits.values()), key=(REFUSED, WRONG, UNKNOWN).index, default=RIGHT)
+        reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
+        readers.append(Reader(name, version, verdict, reasons, _remedy(name, hits, verdict, properties)))
+    return tuple(readers)
 
 
 def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[str, str]) -> str:
     """Return the way out: an export if it has a form for the adapter, else the merged model; "" if there is none."""
-    if verdict == UNKNOWN or "type" in hits:
+    if verdict in (RIGHT, UNKNOWN) or "type" in hits:
         return ""
     if _is_exported(name, properties):
         return _EXPORTS.get(name, _PLAIN) + (_START if "init" in properties else "")

@@ -136,8 +136,10 @@ def _unreadable(
     elif copy is not None:
         remedy = "jaxadapt repair corrects it from the copy in the weights' header"
         config, done = copy, (_FROM_COPY,)
-    fix = None if config is None else Fix(done, {}, config)
-    return error("configuration", (location.CONFIG,), str(problem), "a configuration that PEFT reads", remedy, fix)
+    return error(
+        "configuration", (location.CONFIG,), str(problem), "a configuration that PEFT reads", remedy,
+        None if config is None else Fix(done, {}, config),
+    )  # fmt: skip
 
 
 def mend_text(text: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -182,9 +184,8 @@ def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[
     meant = {"peft_type": kind} | {field: _number(values[field], field == "r") for field in numbers if field in values}
     for field in sorted(_PATTERNS.keys() & values.keys(), reverse=True):
         items = cast("dict[str, Any]", values[field]).items() if isinstance(values[field], dict) else ()
-        is_rank = field == "rank_pattern"
-        pattern = {name: _number(value, is_rank) for name, value in items}
-        meant[field] = pattern if items or values[field] is None else values[field]
+        if items or values[field] is None:
+            meant[field] = {name: _number(value, field == "rank_pattern") for name, value in items}
     changed = {field: value for field, value in meant.items() if json.dumps(value) != json.dumps(values.get(field))}
     return {**values, **changed}, [_describe(field, values.get(field), value) for field, value in changed.items()]
 

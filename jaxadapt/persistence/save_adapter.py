@@ -98,8 +98,9 @@ def write_shared(
         return total, _gathered_parts(encoded, group.index, dtype)
 
     def commit(put: sharded_write.Put) -> None:
-        wanted = formats.Wanted("safetensors")
-        peft_folder.write_folder(tensors, target, wanted, None, lambda writer, _, metadata: put(writer, metadata))
+        peft_folder.write_folder(
+            tensors, target, formats.Wanted("safetensors"), None, lambda writer, _, metadata: put(writer, metadata)
+        )
 
     # The arrays that each process has in full must agree, since process 0 writes its own.
     alike = {"the configuration": sharded_write.digest(tensors.config.to_json())}

@@ -268,9 +268,12 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
 
 def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
     """Return the modules that no target selects. With weight tying, PEFT also adapts the head of an embedding."""
-    ignored = [name for name in adapted if not _is_targeted(config, name)]
     is_tied = config.get("ensure_weight_tying")
-    return [name for name in ignored if not (is_tied and _is_head(modules[name], modules))]
+    return [
+        name
+        for name in adapted
+        if not _is_targeted(config, name) and not (is_tied and _is_head(modules[name], modules))
+    ]
 
 
 def _check_unused(targets: Iterable[str], adapted: Sequence[str], config: Config) -> Iterator[Finding]:

@@ -100,8 +100,8 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
     path = (place if location.is_dir(place) else place.parent) / "config.json"
     if not location.exists(path):
         return ""
-    values = parse_json(location.read_text_bytes(path).decode("utf-8", "replace")) or {}
-    return str(values.get("model_type") or "")
+    values = parse_json(location.read_text_bytes(path).decode("utf-8", "replace"))
+    return str((values or {}).get("model_type") or "")
 
 
 def _stored_shapes(place: Location) -> Shapes:
@@ -153,9 +153,8 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
 
 def _modules(shapes: Shapes, config: Config) -> list[str]:
     """Return the adapted modules, as the base names them."""
-    splits = (peft_tensors.split_key(key, config.peft_type) for key in shapes)
-    found = dict.fromkeys(split[0] for split in splits if split is not None)
-    return list(dict.fromkeys(m.replace(".base_layer", "") for m in found if m and m != "base_model"))
+    modules, _ = tensor_checks.split_modules(shapes, config)
+    return list(dict.fromkeys(m.replace(".base_layer", "") for m in modules if m and m != "base_model"))
 
 
 def _has_module(base: Shapes, module: str) -> bool:

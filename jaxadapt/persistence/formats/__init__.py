@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 OPAQUE = "LYCORIS"
 """The type of tensors that PEFT has no method for: they pass through under the names of their own program."""
-
-
 _FOLDER = f"a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}"
 
 

@@ -229,11 +229,10 @@ def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Ma
     alpha_field = "lora_alpha" if layout.method == "LORA" else "alpha"
     r, rank_pattern = split_common(ranks)
     alpha, alpha_pattern = split_common({m: int(a) if a.is_integer() else a for m, a in alphas.items()})
-    values_by_field = {
+    return Config.from_dict({
         "peft_type": layout.method, "r": r, "rank_pattern": rank_pattern, alpha_field: alpha,
         "alpha_pattern": alpha_pattern, "target_modules": sorted(modules), "inference_mode": True, **fields,
-    }  # fmt: skip
-    return Config.from_dict(values_by_field, file.source)
+    }, file.source)  # fmt: skip
 
 
 def _stated_alphas(
@@ -646,11 +645,11 @@ def join_models(parts: Mapping[str, PeftTensors], source: str) -> PeftTensors:
             ranks[f"{model}.{module}"], alphas[f"{model}.{module}"] = find_settings(part.config, module)
             origins[f"{PEFT_PREFIX}{model}.{key.removeprefix(PEFT_PREFIX)}"] = (tensors, key)
     (r, rank_pattern), (alpha, alpha_pattern) = split_common(ranks), split_common(alphas)
-    values = first | {
+    config = Config.from_dict(first | {
         "r": r, "rank_pattern": rank_pattern, scale: alpha, "alpha_pattern": alpha_pattern,
         "target_modules": sorted(ranks), "auto_mapping": None, "base_model_name_or_path": None,
-    }  # fmt: skip
-    return PeftTensors(Config.from_dict(values), View(source, origins), source)
+    })  # fmt: skip
+    return PeftTensors(config, View(source, origins), source)
 
 
 def describe(source: str, opened: Opened | AdapterError) -> Finding:
@@ -659,8 +658,8 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
         raise opened
     layout = opened.names
     if layout.method == OPAQUE:
-        types = lycoris_types(layout.keys)
-        text = f"a file of {layout.style} whose method PEFT does not have ({types}); it passes through as it is"
+        text = f"a file of {layout.style} whose method PEFT does not have ({lycoris_types(layout.keys)})"
+        text += "; it passes through as it is"
     elif layout.unknown:
         text = f"a file of {layout.style} with modules of an unknown model, whose names stay flattened"
     else:

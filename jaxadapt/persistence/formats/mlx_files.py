@@ -224,8 +224,8 @@ def read_tensors(file: TensorSource, settings: LoraConfig, source: str) -> PeftT
     vectors = {new: matrices.pop(new) for new in list(matrices) if new.endswith(MAGNITUDE)}
     tensors = combine(source, [transpose(file, matrices), rename(file, vectors)])
     is_conv1d = all(map(_CONV1D.fullmatch, names.values()))
-    config = settings.replace(target_modules=sorted(names.values()), fan_in_fan_out=is_conv1d)
-    return PeftTensors(config, tensors, source)
+    settings = settings.replace(target_modules=sorted(names.values()), fan_in_fan_out=is_conv1d)
+    return PeftTensors(settings, tensors, source)
 
 
 def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: LoraConfig, untied: bool) -> str:
@@ -312,8 +312,8 @@ def _refuse_modules(
             problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
         elif dora and "lora_embedding" in keys["A"]:
             problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
-    advice = lora.merge_advice(tensors.config)
-    raise_listed(MismatchError, f"{tensors.source}: mlx-lm has no form for these modules; {advice}:", problems)
+    text = f"{tensors.source}: mlx-lm has no form for these modules; {lora.merge_advice(tensors.config)}:"
+    raise_listed(MismatchError, text, problems)
 
 
 def describe(source: str, opened: Opened | AdapterError) -> Finding:

@@ -141,10 +141,9 @@ def _find_leaves(
     complete = [p for p in parameters if len(candidates[p]) == len(wanted)]
     if not complete:
         best = max((candidates[p] for p in parameters), key=len, default={})
-        missing = sorted(wanted - set(best))
         raise MismatchError(
             f"{os.fspath(path)}: this checkpoint does not contain the adapter {name!r} ({own[0]}); missing:\n"
-            + paths.bullets(missing)
+            + paths.bullets(sorted(wanted - set(best)))
         )
     shortest = min(len(prefix) for _, prefix in complete)
     nearest = [p for p in complete if len(p[1]) == shortest]
@@ -178,8 +177,8 @@ def read(path: Path, stored: StoredAdapter, like: Mapping[str, Any] | None = Non
         return jax.ShapeDtypeStruct(flat[dotted].shape, flat[dotted].dtype, sharding=sharding)
 
     arrays = orbax.load(path, stored.item, {key: spec(dotted) for dotted, key in stored.keys.items()})
-    values = {dotted: arrays[key] for dotted, key in stored.keys.items()}
-    return dataclasses.replace(stored.adapter, params=paths.unflatten(values))
+    params = paths.unflatten({dotted: arrays[key] for dotted, key in stored.keys.items()})
+    return dataclasses.replace(stored.adapter, params=params)
 
 
 def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
