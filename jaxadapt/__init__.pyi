@@ -48,9 +48,9 @@ from jaxadapt.persistence.folder import read_config as read_config
 from jaxadapt.persistence.folder import write as write
 from jaxadapt.persistence.load_adapter import from_peft as from_peft
 from jaxadapt.persistence.load_adapter import load as load
-from jaxadapt.persistence.load_adapter import to_peft as to_peft
 from jaxadapt.persistence.save_adapter import MultihostFolder as MultihostFolder
 from jaxadapt.persistence.save_adapter import save as save
+from jaxadapt.persistence.save_adapter import to_peft as to_peft
 from jaxadapt.persistence.verify_folder import repair as repair
 from jaxadapt.persistence.verify_folder import verify as verify
 from jaxadapt.storage.hub import pull as pull

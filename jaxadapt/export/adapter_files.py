@@ -392,7 +392,7 @@ def _from_orbax(
     base = {p: jax.ShapeDtypeStruct(*s) for p, s in own.items() if f".{name}." not in f".{p}."}
     like = init(paths.unflatten(base), config, keymap=keymap)
     adapter = orbax_folder.read(path, orbax_folder.find_adapter(path, like, name))
-    return load_adapter.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
+    return save_adapter.to_peft(dataclasses.replace(adapter, config=config.replace(inference_mode=True)))
 
 
 # ---------------------------------------------------------------- other programs
@@ -604,7 +604,7 @@ def nearest_lora(
     keymap, params = _read_adapted_weights(tensors, base)
     reduced = combination.to_lora(load_adapter.from_peft(tensors, params, keymap=keymap), rank, params=params)
     encoded = dataclasses.replace(
-        load_adapter.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint
+        save_adapter.to_peft(reduced.adapter), source=tensors.source, fingerprint=tensors.fingerprint
     )
     return encoded, {name: float(e) for name, e in reduced.error.items()}
 
@@ -632,7 +632,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
     keymap, params = _read_adapted_weights(tensors, base)
     with jax.default_matmul_precision("highest"):
         first = start(params, config, keymap=keymap, dtype="float32").adapter
-    return dataclasses.replace(load_adapter.to_peft(first), config=config, source=f"the start of {tensors.source}")
+    return dataclasses.replace(save_adapter.to_peft(first), config=config, source=f"the start of {tensors.source}")
 
 
 def _read_adapted_weights(tensors: PeftTensors, base: str | os.PathLike[str]) -> tuple[KeyMap, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Load an adapter into a model, and convert between a model's layout and PEFT's.
+"""Load an adapter into a model, and convert PEFT's tensors to a model's layout.
 
     file ──formats.open_place──► PeftTensors, read on demand
     model ──carriers.lora_carrier──► Carrier, whose `base` walks it ──planning.plan_adapter──► Sites and their plan
@@ -289,36 +289,7 @@ def _changed_base(
     return start_adapter.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
 
-# ---------------------------------------------------------------- to and from PEFT
-
-
-def to_peft(
-    model: Any,
-    *,
-    name: str = DEFAULT,
-    keymap: KeyMap | str | None = None,
-) -> PeftTensors:
-    """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
-
-    Args:
-        model: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
-            or a `LoraTree` of one, which has the configuration if the tree has lost it.
-        keymap: needed only if the tree does not store it, or to rename by another keymap.
-
-    Each tensor is encoded on access, as a numpy view where the layouts allow (inside jit: as a traced array).
-    Raises `AttachError` or `KeyMapError`.
-
-    >>> import jax, jaxadapt
-    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
-    >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
-    {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
-    """
-    if isinstance(model, PeftTensors):
-        raise AttachError(
-            "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
-        )
-    return save_adapter.encode_tree(model, name, keymap, in_memory=True)
+# ---------------------------------------------------------------- from PEFT
 
 
 def from_peft(

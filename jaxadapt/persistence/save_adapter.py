@@ -328,7 +328,7 @@ def encode_tree(
         may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         return _repeat_for_heads(tensors, known.own_keymap, None)
     adapter = take_adapter(held, name, keymap, in_memory=in_memory)
-    if stored := get_method(adapter.config).stored(adapter.config, adapter.shared):
+    if adapter.shared and (stored := get_method(adapter.config).stored(adapter.config, adapter.shared)):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
     source = Source(held, adapter, save_embedding_layers)
     tensors = PeftTensors(adapter.config, _encode(source), "this adapter")
@@ -468,6 +468,38 @@ RULES: tuple[Callable[[PeftTensors, Source], PeftTensors], ...] = (
     add_embeddings, repeat_tied, split_experts, join_parts,
 )  # fmt: skip
 """The rules by which the leaves of an adapter become the tensors of PEFT's file."""
+
+
+# ---------------------------------------------------------------- to PEFT
+
+
+def to_peft(
+    model: Any,
+    *,
+    name: str = DEFAULT,
+    keymap: KeyMap | str | None = None,
+) -> PeftTensors:
+    """Convert an adapter to PEFT's names and PyTorch's layout, in memory.
+
+    Args:
+        model: an `Adapter`, an NNX model or state, Linen variables, or another library's tree, as in `extract`;
+            or a `LoraTree` of one, which has the configuration if the tree has lost it.
+        keymap: needed only if the tree does not store it, or to rename by another keymap.
+
+    Each tensor is encoded on access, as a numpy view where the layouts allow (inside jit: as a traced array).
+    Raises `AttachError` or `KeyMapError`.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+    >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
+    {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
+    """
+    if isinstance(model, PeftTensors):
+        raise AttachError(
+            "to_peft: expected an adapter in a model's layout, found PeftTensors, which need no conversion"
+        )
+    return encode_tree(model, name, keymap, in_memory=True)
 
 
 # ---------------------------------------------------------------- save adapter

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
-from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name
+from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name, is_float
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
@@ -414,7 +414,8 @@ def _file_specs(tensors: PeftTensors, folder: location.Location) -> dict[str, tu
         " a model and save that:",
         [key for key in specs if key.endswith("]")],
     )
-    require_floats(tensors.config, specs, folder)
+    if integers := {key: spec for key, spec in specs.items() if not is_float(spec.dtype)}:
+        require_floats(tensors.config, integers, folder)
     return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
 
 
