@@ -26,7 +26,7 @@ _NAMES = {
     "models.attachment": "activate adapt delete detach disable extract init inject select",
     "models.nnx.graph": "AdapterParam",
     "models.summary_table": "summary",
-    "persistence.card": "Card",
+    "persistence.consumers": "Card",
     "persistence.folder": "inspect push read read_config write",
     "persistence.load_adapter": "from_peft load",
     "persistence.save_adapter": "MultihostFolder save to_peft",

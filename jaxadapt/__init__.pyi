@@ -40,7 +40,7 @@ from jaxadapt.models.attachment import inject as inject
 from jaxadapt.models.attachment import select as select
 from jaxadapt.models.nnx.graph import AdapterParam as AdapterParam
 from jaxadapt.models.summary_table import summary as summary
-from jaxadapt.persistence.card import Card as Card
+from jaxadapt.persistence.consumers import Card as Card
 from jaxadapt.persistence.folder import inspect as inspect
 from jaxadapt.persistence.folder import push as push
 from jaxadapt.persistence.folder import read as read

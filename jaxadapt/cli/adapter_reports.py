@@ -91,10 +91,10 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
 
 
 def _print_info(info: Info, tensors: bool) -> None:
-    from jaxadapt.persistence import card
+    from jaxadapt.persistence import consumers
 
     config, targets = info.config, info.config.get("target_modules")
-    dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
+    dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
     rows = [  # None leaves a row out
         ("method", config.peft_type + (f", {config.task_type}" if config.task_type else "")),
         ("format", None if info.form == "PEFT" else f"{info.form}; the programs below read it after jaxadapt convert"),

@@ -24,9 +24,8 @@ from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card as cards
-from jaxadapt.persistence import formats, reading
-from jaxadapt.persistence.card import Card
+from jaxadapt.persistence import consumers, formats, reading
+from jaxadapt.persistence.consumers import Card
 from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location
 
@@ -347,13 +346,13 @@ def _push(
     if image is not None:
         files[PICTURE] = image
     picture, path = None if image is None else PICTURE, source / location.CARD
-    new = cards.card_text(info.config, info.tensors, info.file_bytes, page, place, picture)
+    new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, picture)
     card = _read_card(path) if location.exists(path) else None
-    if card is None or not cards.is_edited(card):
+    if card is None or not consumers.is_edited(card):
         card = hub.fetch_text(place, location.CARD, commit["token"])
-        if card is not None and cards.is_edited(card):
+        if card is not None and consumers.is_edited(card):
             LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
-    files[location.CARD] = cards.merge_card(card, new).encode()
+    files[location.CARD] = consumers.merge_card(card, new).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
     stale = sorted(set(location.WEIGHTS) - {weights})
     uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)

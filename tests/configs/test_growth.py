@@ -140,8 +140,8 @@ def test_layers_by_the_billion_are_refused():
 def test_a_card_of_blanks():
     """Its front matter once took a square of them in time: hours for these."""
     code = (
-        "from jaxadapt.persistence import card\n"
-        "card.merge_card('---\\ntags:' + ' ' * 3_000_000 + 'x\\n---\\nmine', '---\\ntags:\\n- a\\n---\\n')"
+        "from jaxadapt.persistence import consumers\n"
+        "consumers.merge_card('---\\ntags:' + ' ' * 3_000_000 + 'x\\n---\\nmine', '---\\ntags:\\n- a\\n---\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, "")

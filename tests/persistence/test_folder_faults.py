@@ -343,7 +343,7 @@ def test_a_card_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch:
     (tmp_path / "run" / CARD).unlink()
     odd_card(tmp_path / "run" / CARD, kind)
     if kind == "no text can be made":
-        monkeypatch.setattr(folder.card, "refresh_card", lambda *_: 1 / 0)
+        monkeypatch.setattr(folder.consumers, "refresh_card", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match=rf"run is saved, but not its model card: .*{'zero' if '1' in kind else ''}"):
         jaxadapt.save(NEW, tmp_path / "run")
     assert pair(tmp_path / "run") == expected(tmp_path / "other", NEW)

@@ -32,7 +32,7 @@ from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.persistence import card, fingerprint, formats
+from jaxadapt.persistence import consumers, fingerprint, formats
 from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Finding, Format, Opened, Place, Wanted, error, read_text, warning
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
@@ -392,7 +392,7 @@ def _replace(
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     kinds = {key: (dtype_name(dtype), shape) for key, (dtype, shape) in specs.items()}
     _write_card(folder / CARD, adapter_config, kinds, size)
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), consumers.size_text(size))
 
 
 def _file_specs(tensors: PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -453,11 +453,11 @@ def with_integral_alpha(config: Config) -> Config:
 def _write_card(path: location.Location, config: Config, tensors: Kinds, nbytes: int) -> None:
     """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
     try:
-        new = card.card_text(config, tensors, nbytes, card.Card())
+        new = consumers.card_text(config, tensors, nbytes, consumers.Card())
         if isinstance(path, Path) and path.is_symlink():
             return  # a person made it
         old = read_text(path) if location.exists(path) else None
-        text = new if old is None else card.refresh_card(old, new)
+        text = new if old is None else consumers.refresh_card(old, new)
         if text != old:
             atomic.write_bytes(path, text.encode())
     except Exception as error:  # any error: the adapter itself is complete

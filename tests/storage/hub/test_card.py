@@ -11,7 +11,7 @@ import yaml
 
 import jaxadapt
 from jaxadapt import Config
-from jaxadapt.persistence import card
+from jaxadapt.persistence import consumers
 from jaxadapt.storage import location
 from tests.support import small
 from tests.support.small import CARD
@@ -21,7 +21,9 @@ KEYS = {f"base_model.model.model.layers.0.q_proj.lora_{side}.weight": (2, 8) for
 
 def written(config: Config, place: str | None = None, **page) -> str:
     address = None if place is None else location.parse_hub_address(place)
-    return card.card_text(config, {key: ("F32", shape) for key, shape in KEYS.items()}, 160, card.Card(**page), address)
+    return consumers.card_text(
+        config, {key: ("F32", shape) for key, shape in KEYS.items()}, 160, consumers.Card(**page), address
+    )
 
 
 def lora(**fields) -> Config:
@@ -204,7 +206,7 @@ MINE = {
 def test_a_persons_card_keeps_every_word_and_gets_the_front_matter_it_lacks(name):
     mine = MINE[name]
     new = written(lora(r=16), license="apache-2.0")
-    once = card.merge_card(mine, new)
+    once = consumers.merge_card(mine, new)
     found, before = front(once), front(mine.replace("\r\n", "\n")) if mine.startswith("---") else {}
     assert found["library_name"] == "peft"
     for key, value in before.items():
@@ -217,16 +219,16 @@ def test_a_persons_card_keeps_every_word_and_gets_the_front_matter_it_lacks(name
     assert body(once).strip("\n") == words.strip("\n")
     if "# kept" in mine:
         assert "# kept: yes\nlicense: mit # so\n" in once
-    assert card.merge_card(once, new) == once  # and no more the next time
-    assert card.refresh_card(mine, new) == mine  # saving touches nothing of it
+    assert consumers.merge_card(once, new) == once  # and no more the next time
+    assert consumers.refresh_card(mine, new) == mine  # saving touches nothing of it
 
 
 def test_a_card_that_nobody_touched_is_written_anew():
     old, new = written(lora(r=4)), written(lora(r=8))
-    assert card.refresh_card(old, new) == card.merge_card(old, new) == new
-    assert card.refresh_card(None, new) == card.merge_card(None, new) == new
-    assert card.is_edited(old.replace("r | 4", "r | 5"))
-    assert not card.is_edited(old.replace("\n", "\r\n"))  # what git does on some machines
+    assert consumers.refresh_card(old, new) == consumers.merge_card(old, new) == new
+    assert consumers.refresh_card(None, new) == consumers.merge_card(None, new) == new
+    assert consumers.is_edited(old.replace("r | 4", "r | 5"))
+    assert not consumers.is_edited(old.replace("\n", "\r\n"))  # what git does on some machines
 
 
 @pytest.mark.parametrize("word", ["no", "Off", "true", "null", "y", "apache-2.0", "a: b"])

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import constants
 
 import jaxadapt
-from jaxadapt.persistence import card
+from jaxadapt.persistence import consumers
 from jaxadapt.storage import hub as door
 from jaxadapt.storage import location
 from jaxadapt.storage.hub import client_bars
@@ -432,7 +432,7 @@ def test_the_card_of_a_push(hub, saved):
     loads = 'load("hf://org/tuned/fr", model)', '"org/tuned", subfolder="fr")', "vllm serve org/base"
     for piece in (*loads, "| held-out loss | 1.5 |"):
         assert piece in text
-    assert not card.is_edited(text)
+    assert not consumers.is_edited(text)
 
 
 def test_a_picture_goes_with_the_card(hub, saved):
