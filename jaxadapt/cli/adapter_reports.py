@@ -20,7 +20,7 @@ from jaxadapt.cli import output
 if TYPE_CHECKING:
     from jaxadapt.analysis.differences import Difference
     from jaxadapt.analysis.norms import Norms
-    from jaxadapt.persistence.findings import Finding
+    from jaxadapt.persistence.formats import Finding
     from jaxadapt.persistence.folder import Info
 
 
