@@ -20,8 +20,8 @@ from jaxadapt.cli import output
 if TYPE_CHECKING:
     from jaxadapt.analysis.differences import Difference
     from jaxadapt.analysis.norms import Norms
-    from jaxadapt.persistence.formats import Finding
     from jaxadapt.persistence.folder import Info
+    from jaxadapt.persistence.formats import Finding
 
 
 # ---------------------------------------------------------------- inspect

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import consumers, formats, reading
-from jaxadapt.persistence.consumers import Card
 from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location
 
@@ -69,7 +67,7 @@ def read(
     change_base: bool | None = None,
     fit_vocabulary: bool = False,
     progress: Progress = None,
-) -> PeftTensors:
+) -> peft_tensors.PeftTensors:
     """Read an adapter folder as `PeftTensors`, without a model: PEFT's names, PyTorch's layout, the file's dtypes.
 
     `load` and `from_peft` take the result, with what it says of its base and its vocabulary.
@@ -109,7 +107,7 @@ def read(
     return dataclasses.replace(tensors, change_base=change_base, fit_vocabulary=fit_vocabulary)
 
 
-def in_memory(adapter: PeftTensors, report: Report) -> PeftTensors:
+def in_memory(adapter: peft_tensors.PeftTensors, report: Report) -> peft_tensors.PeftTensors:
     """Return an open adapter with all its tensors in memory. Reports ("read", bytes done, bytes in all)."""
     source = as_source(adapter.tensors)
     count = byte_counter(report, "read", sum(map(source.nbytes, source)))
@@ -117,7 +115,9 @@ def in_memory(adapter: PeftTensors, report: Report) -> PeftTensors:
 
 
 @contextlib.contextmanager
-def open_adapter(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Generator[PeftTensors]:
+def open_adapter(
+    path: str | os.PathLike[str] | Place, report: Report = no_report
+) -> Generator[peft_tensors.PeftTensors]:
     """Open an adapter: like `read`, but read each tensor on demand while it is open."""
     with formats.open_place(formats.look(path, report)) as opened:
         yield opened.tensors
@@ -201,7 +201,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
 
 
 def write(
-    tensors: PeftTensors,
+    tensors: peft_tensors.PeftTensors,
     path: str | os.PathLike[str],
     *,
     format: str = "safetensors",  # noqa: A002 (as in `save`)
@@ -262,7 +262,7 @@ def push(
     create_pr: bool = False,
     tag: str | None = None,
     token: hub.Token = None,
-    card: Card | None = None,
+    card: consumers.Card | None = None,
     progress: Progress = None,
     **saving: Any,
 ) -> Pushed:
@@ -294,7 +294,7 @@ def push(
         jaxadapt.push(model, "org/name", base_model="org/base", card=jaxadapt.Card(metrics={"loss": 3.2})).url
     """
     place = location.parse_hub_address(repo)
-    page = card or Card()
+    page = card or consumers.Card()
     commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
     if isinstance(source, str | os.PathLike):
         if saving or name != "default":
@@ -306,7 +306,7 @@ def push(
     if name != "default" and not place.subfolder:
         place = place._replace(subfolder=name)
     with tempfile.TemporaryDirectory(prefix="jaxadapt-push-") as made:
-        if isinstance(source, PeftTensors):
+        if isinstance(source, peft_tensors.PeftTensors):
             if saving:
                 raise AttachError(f"{', '.join(saving)}: applies to models only; PeftTensors are uploaded unchanged")
             write(source, made, progress=progress)
@@ -328,7 +328,11 @@ def push(
 
 
 def _push(
-    source: location.Location, place: location.HubAddress, page: Card, commit: dict[str, Any], progress: Progress
+    source: location.Location,
+    place: location.HubAddress,
+    page: consumers.Card,
+    commit: dict[str, Any],
+    progress: Progress,
 ) -> Pushed:
     from jaxadapt.storage import hub  # imports the client of the Hub
 

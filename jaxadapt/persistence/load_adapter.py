@@ -38,9 +38,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
-from jaxadapt.models.planning import BaseParams
 from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
-from jaxadapt.persistence.formats import Place
 from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- load
@@ -154,7 +152,7 @@ def load(
 @contextlib.contextmanager
 def _open(
     source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
-) -> Generator[PeftTensors | tuple[Place, formats.ReadAdapter]]:
+) -> Generator[PeftTensors | tuple[formats.Place, formats.ReadAdapter]]:
     """Open an adapter, or find the place and the reader of one in a model's layout, unless it fills foreign leaves."""
     place = source if isinstance(source, PeftTensors) else _find(source, name, report)
     if isinstance(place, PeftTensors):
@@ -170,7 +168,7 @@ def _open(
             yield opened.tensors
 
 
-def _find(path: str | os.PathLike[str], name: str, report: Report) -> Place:
+def _find(path: str | os.PathLike[str], name: str, report: Report) -> formats.Place:
     """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
     if location.is_hub_address(path):
         from jaxadapt.storage import hub  # imports the client of the Hub
@@ -226,7 +224,7 @@ def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, source: str, *,
 
 def _check_base(
     stored: fingerprint.Fingerprint | None,
-    parameters: BaseParams,
+    parameters: planning.BaseParams,
     adapter: Adapter,
     adapter_sites: Sequence[Site],
     source: str,
@@ -262,7 +260,7 @@ def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
 
 
 def _changed_base(
-    parameters: BaseParams,
+    parameters: planning.BaseParams,
     policy: bool | None,
     present: Adapter | None,
     adapter: Adapter,
@@ -342,7 +340,11 @@ def from_peft(
 
 
 def adapter_from_tensors(
-    tensors: PeftTensors, base: BaseParams, options: rules.Options, report: Report = no_report, check: bool = False
+    tensors: PeftTensors,
+    base: planning.BaseParams,
+    options: rules.Options,
+    report: Report = no_report,
+    check: bool = False,
 ) -> tuple[Adapter, Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
@@ -373,7 +375,9 @@ def adapter_from_tensors(
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
 
 
-def bind(tensors: PeftTensors, base: BaseParams, options: rules.Options, *, has_values: bool = True) -> rules.Expected:
+def bind(
+    tensors: PeftTensors, base: planning.BaseParams, options: rules.Options, *, has_values: bool = True
+) -> rules.Expected:
     """Bind a file's configuration to a base, whose experts may be fused.
 
     `has_values` is False for tensors that are shapes only, whose experts cannot be fused.
@@ -428,7 +432,7 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     return np.dtype("float32" if np.dtype(stored).itemsize < smallest else stored)
 
 
-def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
+def adapter_placement(shardings: Any, base: planning.BaseParams, adapter_sites: Sequence[Site]) -> dict[str, Any]:
     """Return {path: sharding}: the requested shardings, else those that follow from the base; none on one device."""
     if shardings is not None:
         shardings = shardings.flat() if isinstance(shardings, Adapter) else shardings

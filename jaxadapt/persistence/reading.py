@@ -16,7 +16,6 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import NormalKeys, PeftTensors, normalize_keys
 from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
 from jaxadapt.core import paths
@@ -25,14 +24,15 @@ from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import formats, run_folder
 from jaxadapt.persistence.formats import Finding, Fix, Place, count, error, note, peft_folder, warning
-from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- files
 
 
 @contextlib.contextmanager
-def open_stored(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Generator[StoredAdapter]:
+def open_stored(
+    path: str | os.PathLike[str] | Place, report: Report = no_report
+) -> Generator[peft_folder.StoredAdapter]:
     """Open an adapter's folder or file without the demands of `read`. Tensors are read on demand, one at a time.
 
     Raises `FileError` if nothing at the path can be read at all.
@@ -41,12 +41,12 @@ def open_stored(path: str | os.PathLike[str] | Place, report: Report = no_report
         yield _open(formats.look(path, report), stack)
 
 
-def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
+def _open(place: Place, stack: contextlib.ExitStack) -> peft_folder.StoredAdapter:
     source, at = os.fspath(place.path), place.at
     if place.names is None and at.suffix == ".json":
-        return StoredAdapter(source, lambda: formats.read_text(at))
+        return peft_folder.StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
-        return StoredAdapter(source, findings=(formats.training_step(at.parent, at.name),))
+        return peft_folder.StoredAdapter(source, findings=(formats.training_step(at.parent, at.name),))
     is_named = place.names is None and at.name in location.WEIGHTS  # a file with PEFT's name, whatever its keys are
     file_format = None if is_named else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:
@@ -56,9 +56,11 @@ def _open(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     except AdapterError as problem:
         if file_format.describe is None:
             raise
-        return StoredAdapter(source, findings=(file_format.describe(source, problem),))
+        return peft_folder.StoredAdapter(source, findings=(file_format.describe(source, problem),))
     found = () if file_format.describe is None else (file_format.describe(source, opened),)
-    return StoredAdapter(source, opened.tensors.config.to_json, as_source(opened.tensors.tensors), findings=found)
+    return peft_folder.StoredAdapter(
+        source, opened.tensors.config.to_json, as_source(opened.tensors.tensors), findings=found
+    )
 
 
 # ---------------------------------------------------------------- configuration
@@ -69,7 +71,7 @@ _OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
 _MAX_COMMAS = 16  # each costs a reading of the text
 
 
-def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+def check_config(stored: peft_folder.StoredAdapter) -> tuple[Config | None, list[Finding]]:
     """Return the configuration of stored adapter files, with the fix of its finding, and the findings about it.
 
     The configuration is None if it cannot be read, even with a fix.
@@ -108,7 +110,7 @@ def check_config(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
     return config, [*found, *_check_values(config, None if config is copy else values or {})]
 
 
-def _header_copy(stored: StoredAdapter) -> tuple[Config | None, list[Finding]]:
+def _header_copy(stored: peft_folder.StoredAdapter) -> tuple[Config | None, list[Finding]]:
     """Return jaxadapt's copy of the configuration, if the header has one that can be read."""
     if stored.weights is None or stored.header is None or not peft_folder.has_copy(stored.header):
         return None, []
@@ -124,7 +126,11 @@ _FROM_COPY = f"{location.CONFIG} written again from the copy in the weights' hea
 
 
 def _unreadable(
-    stored: StoredAdapter, copy: Config | None, values: Mapping[str, Any], repairs: list[str], problem: AdapterError
+    stored: peft_folder.StoredAdapter,
+    copy: Config | None,
+    values: Mapping[str, Any],
+    repairs: list[str],
+    problem: AdapterError,
 ) -> Finding:
     """Return the finding for a configuration that PEFT refuses, with the one that it stands for if that is certain."""
     mended, more = mend_values(values, stored.specs)
@@ -301,7 +307,7 @@ class Reading:
         return self.config is not None and bool(self.keys) and not self.has_several and not twice
 
 
-def read_stored(stored: StoredAdapter) -> Reading:
+def read_stored(stored: peft_folder.StoredAdapter) -> Reading:
     """Read the configuration and the keys of adapter files, with findings in place of errors."""
     if stored.tensors is None and stored.text is None:
         return Reading(stored.findings)
@@ -314,21 +320,25 @@ def read_stored(stored: StoredAdapter) -> Reading:
     if foreign is not None:
         return Reading((*[f for f in found if f.code not in ("configuration-missing", foreign.code)], foreign), config)
     kind = guess_method(stored.specs) if config is None else config.peft_type
-    names = NormalKeys({key: key for key in stored.specs}) if passes else normalize_keys(stored.specs, kind)
+    names = (
+        peft_tensors.NormalKeys({key: key for key in stored.specs})
+        if passes
+        else peft_tensors.normalize_keys(stored.specs, kind)
+    )
     left_out = left_out_by_peft(names, config)
     found += tuple(_check_names(names, stored, left_out, has_config=config is not None))
     keys = {name: key for name, key in names.keys_of().items() if key not in left_out}
     return Reading(found, config, keys, names.has_several)
 
 
-def _foreign_tensors(stored: StoredAdapter, config: Config | None) -> Finding | None:
+def _foreign_tensors(stored: peft_folder.StoredAdapter, config: Config | None) -> Finding | None:
     """Return a finding if the tensors are not those of an adapter of PEFT."""
     foreign = formats.foreign_library(stored.specs, config is not None)
     is_known = config is None or peft_tensors.is_known_method(config.peft_type)
     return formats.not_an_adapter(stored.specs, stored.source) if foreign is None and is_known else foreign
 
 
-def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
+def left_out_by_peft(names: peft_tensors.NormalKeys, config: Config | None) -> set[str]:
     """Return the keys of a complete PEFT model's state dict that PEFT does not save, such as the base's weights."""
     if config is None or not names.owners:
         return set()
@@ -336,7 +346,7 @@ def left_out_by_peft(names: NormalKeys, config: Config | None) -> set[str]:
 
 
 def _check_names(
-    names: NormalKeys, stored: StoredAdapter, left_out: Collection[str], *, has_config: bool
+    names: peft_tensors.NormalKeys, stored: peft_folder.StoredAdapter, left_out: Collection[str], *, has_config: bool
 ) -> Iterator[Finding]:
     """Return the findings about the keys."""
     if names.models:
@@ -381,7 +391,9 @@ def _check_names(
         yield _duplicate(duplicates, stored, has_config=has_config)
 
 
-def _duplicate(duplicates: Mapping[str, Sequence[str]], stored: StoredAdapter, *, has_config: bool) -> Finding:
+def _duplicate(
+    duplicates: Mapping[str, Sequence[str]], stored: peft_folder.StoredAdapter, *, has_config: bool
+) -> Finding:
     tensors, specs = stored.tensors or {}, stored.specs
     equal = has_config and all(  # tensors of different dtypes or shapes are not read
         len({specs[key] for key in keys}) == 1 and len({tensors[key].tobytes() for key in keys}) == 1
@@ -411,7 +423,7 @@ def guess_method(specs: Kinds) -> str:
 # ---------------------------------------------------------------- fixes
 
 
-def apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, ...]]:
+def apply_fixes(stored: peft_folder.StoredAdapter) -> tuple[peft_tensors.PeftTensors | None, tuple[str, ...]]:
     """Return the adapter with the fixes of all findings, and a sentence for each; None if it has no certain reading."""
     reading = read_stored(stored)
     fixes = [found.fix for found in reading.findings if found.fix is not None]
@@ -421,14 +433,14 @@ def apply_fixes(stored: StoredAdapter) -> tuple[PeftTensors | None, tuple[str, .
     for fix in fixes:
         names |= fix.names
     keys = {name: key for key, name in names.items() if name is not None}
-    if fixes and normalize_keys(keys, reading.config.peft_type).steps:
+    if fixes and peft_tensors.normalize_keys(keys, reading.config.peft_type).steps:
         return None, ()  # keys with two readings, such as a module that is called lora_A
-    tensors = PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.fingerprint)
+    tensors = peft_tensors.PeftTensors(reading.config, rename(stored.tensors, keys), stored.source, stored.fingerprint)
     return tensors, tuple(sentence for fix in fixes for sentence in fix.done)
 
 
 @contextlib.contextmanager
-def open_repaired(place: Place) -> Generator[PeftTensors]:
+def open_repaired(place: Place) -> Generator[peft_tensors.PeftTensors]:
     """Open an adapter with every certain repair, and warn of each.
 
     A file that no repair helps raises the error of its format.

@@ -41,7 +41,6 @@ from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps import check
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess
-from jaxadapt.keymaps.plan import Plan, PlanEntry
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.storage import local_files
@@ -86,7 +85,7 @@ class Expected:
         return not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values())
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> plans.Plan:
         """The plan of the file."""
         return self.sites.file_plan
 
@@ -241,7 +240,7 @@ def _is_saved(name: str, config: Config) -> bool:
 
 
 def _judge_base_weight(
-    source: TensorSource, key: str, place: tuple[PlanEntry, int], expected: Expected
+    source: TensorSource, key: str, place: tuple[plans.PlanEntry, int], expected: Expected
 ) -> tuple[str, str | None]:
     """Return the kind of a weight of the base in a file, and how it differs from the base's.
 
@@ -266,7 +265,7 @@ def _judge_base_weight(
     return kind, f"{key}: its values differ from the base's"
 
 
-def _base_tensors(expected: Expected) -> dict[str, tuple[PlanEntry, int]]:
+def _base_tensors(expected: Expected) -> dict[str, tuple[plans.PlanEntry, int]]:
     """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights, also under names tied to them."""
     keymap, shapes = expected.recipe.keymap, expected.base.shapes
     matches = {leaf: keymap.match(leaf) for leaf in shapes}
@@ -454,7 +453,7 @@ _JOB = 8 << 20
 
 
 def load_arrays(
-    plan: Plan,
+    plan: plans.Plan,
     tensors: Mapping[str, Any],
     dtypes: Mapping[str, Any],
     dtype: Any = None,
@@ -486,7 +485,7 @@ def load_arrays(
         return _decode_in_memory(plan, tensors, dtype, shardings, name)
     source = as_source(tensors)
 
-    def leaf_of(entry: PlanEntry) -> _Leaf:
+    def leaf_of(entry: plans.PlanEntry) -> _Leaf:
         wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
         new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
         place = shardings.get(entry.path)
@@ -512,7 +511,7 @@ def load_arrays(
 
 
 def _decode_in_memory(
-    plan: Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
+    plan: plans.Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
     leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
@@ -532,7 +531,7 @@ class _Leaf:
         not_finite: the number of values that are NaN or infinite, if there are any.
     """
 
-    entry: PlanEntry
+    entry: plans.PlanEntry
     dtype: np.dtype[Any]
     sharding: Sharding | None
     nbytes: int
@@ -587,7 +586,7 @@ def _allocate(leaf: _Leaf, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _read_leaf(entry: PlanEntry, source: TensorSource, places: Mapping[Region, np.ndarray]) -> None:
+def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[Region, np.ndarray]) -> None:
     """Read the regions of a leaf into their arrays."""
     covers = regions.merge_neighbours(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():

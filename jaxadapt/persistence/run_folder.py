@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, warn
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Location
 
 NAME = re.compile(r"step-(\d{9,18})\.safetensors")
 META = "jaxadapt_step"
@@ -59,7 +58,7 @@ class RunFolder:
         if isinstance(self.folder, location.Address):
             self.folder.store()  # a missing package raises here, not in the background
         self.minimize, self.maximize = minimize, maximize
-        self._said: dict[tuple[Location, object], StepRecord] = {}
+        self._said: dict[tuple[location.Location, object], StepRecord] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -105,7 +104,7 @@ class RunFolder:
         number = step_number(step)
         return dict(self._read_record(number, self._path(number)).metrics)
 
-    def _list_steps(self) -> dict[int, Location]:
+    def _list_steps(self) -> dict[int, location.Location]:
         """Return {step: path} of the steps that count, ascending."""
         return list_steps(self.folder)
 
@@ -115,14 +114,14 @@ class RunFolder:
         given = {"minimize": self.minimize, "maximize": self.maximize}
         return {mode: metric for mode, metric in given.items() if metric is not None}
 
-    def _find_objective(self, paths: Mapping[int, Location]) -> dict[str, str]:
+    def _find_objective(self, paths: Mapping[int, location.Location]) -> dict[str, str]:
         """Return the objective: this object's own, else that of the newest step that stores one."""
         if self._own_objective:
             return self._own_objective
         records = (self._read_record_if_present(step, path) for step, path in sorted(paths.items(), reverse=True))
         return next((record.objective for record in records if record is not None and record.objective), {})
 
-    def _read_record(self, step: int, path: Location) -> StepRecord:
+    def _read_record(self, step: int, path: location.Location) -> StepRecord:
         """Read a step's metrics and objective from its header, once for each version of the file."""
         try:
             key = (path, location.content_version(path))
@@ -136,7 +135,7 @@ class RunFolder:
             )
         return self._said[key]
 
-    def _read_record_if_present(self, step: int, path: Location) -> StepRecord | None:
+    def _read_record_if_present(self, step: int, path: location.Location) -> StepRecord | None:
         """Call `_read_record`; return None if a save in another thread has deleted the step since it was listed."""
         try:
             return self._read_record(step, path)
@@ -145,7 +144,7 @@ class RunFolder:
                 raise
             return None
 
-    def _rank_steps(self, paths: Mapping[int, Location]) -> dict[int, float]:
+    def _rank_steps(self, paths: Mapping[int, location.Location]) -> dict[int, float]:
         """Return `{step: metric}`, best first, of the given steps and of the best ones that they record."""
         objective = self._find_objective(paths)
         ((mode, name),) = objective.items()
@@ -158,7 +157,7 @@ class RunFolder:
                     recorded |= dict([record.best])
         return _rank_values(recorded | values, mode)
 
-    def _path(self, step: int) -> Location:
+    def _path(self, step: int) -> location.Location:
         paths = self._list_steps()
         if step in paths:
             return paths[step]
@@ -207,7 +206,7 @@ def step_number(step: Any) -> int:
     return number
 
 
-def step_path(folder: Location, step: int) -> Location:
+def step_path(folder: location.Location, step: int) -> location.Location:
     """Return a step's path. The number is padded, so that names sort like numbers."""
     return folder / f"step-{step:0>9}.safetensors"
 
@@ -218,7 +217,7 @@ def number_in(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def list_steps(folder: Location) -> dict[int, Location]:
+def list_steps(folder: location.Location) -> dict[int, location.Location]:
     """Return {step: path} of the complete steps in a folder, ascending."""
     try:
         names = [entry.name for entry in folder.iterdir()]
@@ -236,7 +235,7 @@ def head_crc(document: str, layout: Mapping[str, tuple[str, Sequence[int]]]) -> 
     return f"{zlib.crc32(chr(10).join([document, *lines]).encode()):08x}"
 
 
-def check_document(path: Location, header: safetensors.Header, document: Mapping[str, Any]) -> dict[str, int]:
+def check_document(path: location.Location, header: safetensors.Header, document: Mapping[str, Any]) -> dict[str, int]:
     """Return the CRC of each array of a step by name; none of a step of older versions, which stored none.
 
     Raises `FormatError` if the header is not the one that was written, or if the step has another number.
@@ -262,7 +261,7 @@ def array_crcs(header: safetensors.Header) -> dict[str, int]:
     return dict(zip(sorted(header.tensors), found, strict=False))
 
 
-def read_document(path: Location, header: safetensors.Header) -> dict[str, Any]:
+def read_document(path: location.Location, header: safetensors.Header) -> dict[str, Any]:
     """Return the JSON document in a step's header, which stores all but the arrays. Raises `FormatError`."""
     try:
         document = json.loads(header.metadata.get(META, "null"))

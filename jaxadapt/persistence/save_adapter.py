@@ -27,7 +27,6 @@ from jax.sharding import Sharding
 from jaxadapt.adapters import experts, selection, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays, repeats_heads
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.adapters.sites import may_need_embeddings, repeat_for_heads
 from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
@@ -39,7 +38,6 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
-from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
@@ -57,7 +55,7 @@ def is_distributed(leaves: Iterable[Any]) -> bool:
 
 def is_spread(tensors: PeftTensors) -> bool:
     """Return True if some arrays of an adapter are partly in other processes."""
-    return isinstance(tensors.tensors, Encoded) and is_distributed(tensors.tensors.leaves.values())
+    return isinstance(tensors.tensors, plans.Encoded) and is_distributed(tensors.tensors.leaves.values())
 
 
 def write_shared(
@@ -80,7 +78,7 @@ def write_shared(
     Raises:
         FileError: in all processes, if one of them failed, died, or did not call. The old adapter then remains.
     """
-    encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
+    encoded: plans.Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = location.to_location(path)
     group = sharded_write.Group(target, timeout)
     stored = encoded if dtype is None else cast(encoded, dtype)
@@ -228,7 +226,7 @@ def gather_array(leaf: Any) -> np.ndarray:
 
 
 def _owned_parts(
-    encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
+    encoded: plans.Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
 ) -> Iterator[sharded_write.TensorPart]:
     """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
     left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
@@ -239,7 +237,7 @@ def _owned_parts(
             yield from _parts(entry, box, values, dtype)
 
 
-def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterator[sharded_write.TensorPart]:
+def _gathered_parts(encoded: plans.Encoded, process: int, dtype: Any = None) -> Iterator[sharded_write.TensorPart]:
     """Yield all parts in process 0, one leaf after the other; yield nothing in the others, which only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         with name_donated_arrays(encoded.leaves):
@@ -248,7 +246,7 @@ def _gathered_parts(encoded: Encoded, process: int, dtype: Any = None) -> Iterat
             yield from _parts(entry, array_regions.full_region(entry.shape), value, dtype)
 
 
-def _parts(entry: PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[sharded_write.TensorPart]:
+def _parts(entry: plans.PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[sharded_write.TensorPart]:
     """Yield the file parts of one region of a leaf."""
     for piece in array_regions.file_regions(entry.form, box):
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
@@ -325,7 +323,7 @@ def encode_tree(
     if held.foreign is not None:
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, keymap)
-        may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        sites.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
         return _repeat_for_heads(tensors, known.own_keymap, None)
     adapter = take_adapter(held, name, keymap, in_memory=in_memory)
     if adapter.shared and (stored := get_method(adapter.config).stored(adapter.config, adapter.shared)):
@@ -373,7 +371,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
     raise_listed(AttachError, "these parameters have no values to save:", problems)
 
 
-def _encode(source: Source) -> Encoded:
+def _encode(source: Source) -> plans.Encoded:
     leaves, adapter_sites = source.leaves, source.sites
     warn_unproved(source.adapter.keymap)
     sites.require_complete(leaves, adapter_sites)
@@ -409,16 +407,16 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
 def _repeat_for_heads(tensors: PeftTensors, keymap: KeyMap, leaves: Iterable[str] | None) -> PeftTensors:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
     encoded = tensors.tensors
-    if not isinstance(encoded, Encoded) or not repeats_heads(tensors.config, keymap, leaves):
+    if not isinstance(encoded, plans.Encoded) or not repeats_heads(tensors.config, keymap, leaves):
         return tensors
-    entries = [*encoded.plan.entries, *repeat_for_heads(tensors.config, encoded.plan.entries, keymap)]
+    entries = [*encoded.plan.entries, *sites.repeat_for_heads(tensors.config, encoded.plan.entries, keymap)]
     return dataclasses.replace(tensors, tensors=dataclasses.replace(encoded, plan=plans.make_plan(entries)))
 
 
 def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Add the base's token embedding and head where PEFT saves them with the adapter."""
     config, mode = tensors.config, source.save_embedding_layers
-    if not may_need_embeddings(config, mode):
+    if not sites.may_need_embeddings(config, mode):
         return tensors
     more = sites.add_embeddings(_encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode)
     return dataclasses.replace(tensors, tensors=more)
@@ -450,8 +448,8 @@ def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
     return dataclasses.replace(tensors, config=config, tensors=joined)
 
 
-def _encoded(tensors: PeftTensors) -> Encoded:
-    assert isinstance(tensors.tensors, Encoded)
+def _encoded(tensors: PeftTensors) -> plans.Encoded:
+    assert isinstance(tensors.tensors, plans.Encoded)
     return tensors.tensors
 
 

@@ -20,7 +20,6 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
-from jaxadapt.core.paths import Spec
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.formats import Finding, count, error, warning
 
@@ -172,27 +171,27 @@ def _check_variants(unexpected: Sequence[str]) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _first_size(spec: Spec | None) -> int | None:
+def _first_size(spec: paths.Spec | None) -> int | None:
     return spec.shape[0] if spec is not None and spec.shape else None
 
 
 def _compare_parts(modules: Modules, config: Config) -> list[paths.Finding]:
     """Compare the tensors of each module with those that it must have; others of a module are left aside."""
-    expected: dict[str, Spec] = {}
-    found: dict[str, Spec] = {}
+    expected: dict[str, paths.Spec] = {}
+    found: dict[str, paths.Spec] = {}
     starts = tuple(start for start, _, _ in _VARIANTS)
     for module, tensors in modules.items():
         own = _expected_parts(module, tensors, config)
         expected |= {f"{PEFT_PREFIX}{module}.{name}": spec for name, spec in own.items()}
         compared = {name: shape for name, shape in tensors.items() if name in own or name.startswith(starts)}
-        found |= {f"{PEFT_PREFIX}{module}.{name}": Spec(shape) for name, shape in compared.items()}
+        found |= {f"{PEFT_PREFIX}{module}.{name}": paths.Spec(shape) for name, shape in compared.items()}
     return paths.compare(expected, found)
 
 
-def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, Spec]:
+def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, paths.Spec]:
     """Return {tensor: its shape} that a module with some of them must have; None for a size that the file decides."""
     pairs = [pair for pair in FACTS[config.peft_type].tensor_pairs if not tensors.keys().isdisjoint(pair)]
-    expected = {name: Spec() for pair in pairs for name in pair}
+    expected = {name: paths.Spec() for pair in pairs for name in pair}
     if not isinstance(config, LoraConfig):
         return expected
     parameter = named_parameter(config, module)
@@ -201,13 +200,13 @@ def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, S
         if a and b and 0 not in (*a, *b):
             if matching.is_parameter(config, parameter) and a[0] % rank == 0:  # experts, in one tensor
                 rank = a[0]
-            expected[a_name] = Spec((rank, *(None,) * (len(a) - 1)))
-            expected[b_name] = Spec((None, None if config.use_bdlora else a[0], *(None,) * (len(b) - 2)))
+            expected[a_name] = paths.Spec((rank, *(None,) * (len(a) - 1)))
+            expected[b_name] = paths.Spec((None, None if config.use_bdlora else a[0], *(None,) * (len(b) - 2)))
     for start, field, having in _VARIANTS:
         if config.get(field):
             present = [name for name in tensors if name.startswith(start)]
             due = [] if tensors.keys().isdisjoint(having) else [start]
-            expected |= dict.fromkeys(present or due, Spec())
+            expected |= dict.fromkeys(present or due, paths.Spec())
     return expected
 
 

@@ -25,7 +25,6 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import errors, paths
-from jaxadapt.core.errors import FileError, FormatError, KeyMapError, MismatchError
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -33,10 +32,7 @@ from jaxadapt.persistence import fingerprint, folder, tensor_checks
 from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, note, warning
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
-from jaxadapt.persistence.tensor_checks import Shapes
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
-from jaxadapt.storage.location import Location
-from jaxadapt.storage.safetensors import BITS
 
 # ---------------------------------------------------------------- the base
 
@@ -60,7 +56,7 @@ _IS_THE_BASE = "check that the adapter belongs to this base model"
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
 
-def base_shapes(base: Any) -> Shapes | KeyMap:
+def base_shapes(base: Any) -> tensor_checks.Shapes | KeyMap:
     """Return the shapes of a base's PyTorch parameters by key, or the keymap of a family. Reads no tensor.
 
     Args:
@@ -80,12 +76,12 @@ def base_shapes(base: Any) -> Shapes | KeyMap:
 
         try:
             return families.get_family(str(base))
-        except KeyMapError as problem:
-            raise FileError(f"{base}: no such folder or file, and {problem}") from problem
-    raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
+        except errors.KeyMapError as problem:
+            raise errors.FileError(f"{base}: no such folder or file, and {problem}") from problem
+    raise errors.FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
 
 
-def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
+def base_family(base: Any, known: tensor_checks.Shapes | KeyMap | None) -> str:
     """Return the model type that a base's config.json states, or the name of its family; "" if neither is known.
 
     Args:
@@ -104,7 +100,7 @@ def base_family(base: Any, known: Shapes | KeyMap | None) -> str:
     return str((values or {}).get("model_type") or "")
 
 
-def _stored_shapes(place: Location) -> Shapes:
+def _stored_shapes(place: location.Location) -> tensor_checks.Shapes:
     """Return the shapes in a folder of weights, or in one file."""
     if location.is_dir(place):
         main = hf_model.main_file(place)
@@ -118,7 +114,7 @@ def _stored_shapes(place: Location) -> Shapes:
         values: Any = json.loads(location.read_text_bytes(place))
         return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as problem:
-        raise FormatError(
+        raise errors.FormatError(
             f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
         ) from problem
 
@@ -126,7 +122,9 @@ def _stored_shapes(place: Location) -> Shapes:
 # ---------------------------------------------------------------- findings about the base
 
 
-def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: str) -> Iterator[Finding]:
+def check_base(
+    shapes: tensor_checks.Shapes, config: Config, base: tensor_checks.Shapes | KeyMap, source: str
+) -> Iterator[Finding]:
     """Find the modules of an adapter that do not fit the base.
 
     Args:
@@ -151,19 +149,19 @@ def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: st
         yield from _check_completeness(modules, config, base, source)
 
 
-def _modules(shapes: Shapes, config: Config) -> list[str]:
+def _modules(shapes: tensor_checks.Shapes, config: Config) -> list[str]:
     """Return the adapted modules, as the base names them."""
     modules, _ = tensor_checks.split_modules(shapes, config)
     return list(dict.fromkeys(m.replace(".base_layer", "") for m in modules if m and m != "base_model"))
 
 
-def _has_module(base: Shapes, module: str) -> bool:
+def _has_module(base: tensor_checks.Shapes, module: str) -> bool:
     # The parameters of stacked experts have no ".weight"; their module is a prefix of the key.
     return f"{module}.weight" in base or any(key.startswith(f"{module}.") for key in base)
 
 
 def _explain_missing(
-    modules: Sequence[str], missing: Sequence[str], names: Mapping[str, str], base: Shapes, source: str
+    modules: Sequence[str], missing: Sequence[str], names: Mapping[str, str], base: tensor_checks.Shapes, source: str
 ) -> Finding:
     """Return the finding for modules that the base lacks; `names` are those that it has in their place, if known."""
     first = missing[0]
@@ -212,7 +210,7 @@ def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str]
     )  # fmt: skip
 
 
-def names_in_base(modules: Sequence[str], base: Shapes | KeyMap) -> dict[str, str] | None:
+def names_in_base(modules: Sequence[str], base: tensor_checks.Shapes | KeyMap) -> dict[str, str] | None:
     """Return {module: its name in the base}, also where transformers renamed it; None if one is not there.
 
     Args:
@@ -226,7 +224,7 @@ def names_in_base(modules: Sequence[str], base: Shapes | KeyMap) -> dict[str, st
     return _renamed_modules(modules, base) or _prefixed_modules(modules, base)
 
 
-def _renamed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+def _renamed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dict[str, str] | None:
     """Return {module: its name in the base} by the renames of transformers; None if one has no or two counterparts."""
     names: dict[str, str] = {}
     for module in modules:
@@ -243,14 +241,16 @@ def _renamed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | N
     return names
 
 
-def _prefixed_modules(modules: Sequence[str], base: Shapes) -> dict[str, str] | None:
+def _prefixed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dict[str, str] | None:
     """Return {module: its name in the base}, with one beginning added to or removed from all; None if none fits."""
     keys = pytorch.match_model_keys(base, modules)
     by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
     return {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
 
 
-def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> Iterator[Finding]:
+def _check_shapes(
+    shapes: tensor_checks.Shapes, config: Config, base: tensor_checks.Shapes, names: Mapping[str, str]
+) -> Iterator[Finding]:
     """Compare the sizes of the tensors with the base's weights."""
     compared: list[tuple[str, str, tuple[int, ...], tuple[int, ...], str]] = []
     has_own_layout = config.get("use_qalora") or config.get("use_bdlora")
@@ -288,7 +288,9 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
         )
 
 
-def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> Iterator[Finding]:
+def _check_completeness(
+    modules: Collection[str], config: Config, base: tensor_checks.Shapes, source: str
+) -> Iterator[Finding]:
     """Find targets of the configuration in the base for which the file has no tensors."""
     if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
         return
@@ -349,7 +351,9 @@ def check_identity(
     if place.suffix == ".json":
         return
     keys, found = weight_names(stored, shapes), None
-    with contextlib.suppress(FileError, FormatError):  # the other checks report it, or the base is quantized
+    with contextlib.suppress(
+        errors.FileError, errors.FormatError
+    ):  # the other checks report it, or the base is quantized
         if keys is not None:
             with hf_model.open_model(place) as tensors:
                 hf_model.refuse_packed(tensors)
@@ -423,7 +427,9 @@ def _check_content(
         return [] if config is None or tensors is not None else [_describe_method(config, None)]
     shapes = {name: specs[key][1] for name, key in keys.items()}
     dtypes = {name: specs[key][0] for name, key in keys.items()}
-    sizes = [math.prod(shapes[name]) * BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()]  # C128 of .bin
+    sizes = [
+        math.prod(shapes[name]) * safetensors.BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()
+    ]  # C128 of .bin
     progress = byte_counter(report, "verify", sum(sizes))
 
     def get(key: str) -> Any:
@@ -538,12 +544,14 @@ def repair(
     """
     target = _default_target(path) if out is None else out
     if location.is_hub_address(target):
-        raise FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
+        raise errors.FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
     with reporter(progress) as report, contextlib.ExitStack() as stack:
         tensors, done = apply_fixes(stack.enter_context(open_stored(path, report)))
         if tensors is None:
             lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
-            raise MismatchError(f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines))
+            raise errors.MismatchError(
+                f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines)
+            )
         if not done:
             return Repaired(None, (), _problems(path))
         new, old = (location.absolute(location.to_location(each)) for each in (target, path))
@@ -551,7 +559,7 @@ def repair(
             tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
             stack.close()
         elif any(location.exists(location.to_location(target) / name) for name in _NAMES):
-            raise FileError(
+            raise errors.FileError(
                 f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter;"
                 " choose another folder with out="
             )
@@ -561,7 +569,7 @@ def repair(
 
 def _default_target(path: str | os.PathLike[str]) -> str:
     if location.is_hub_address(path):
-        raise FileError(f"{os.fspath(path)}: pass out=, the folder to write the repaired adapter to")
+        raise errors.FileError(f"{os.fspath(path)}: pass out=, the folder to write the repaired adapter to")
     place = location.to_location(path)
     folder_path = place.parent if location.is_file(place) else place
     if isinstance(folder_path, Path) and folder_path.name in ("", ".."):  # "." and ".." have no name to add to

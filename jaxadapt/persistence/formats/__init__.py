@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import mlx_keys
@@ -26,7 +25,6 @@ from jaxadapt.core.progress import Report, no_report
 from jaxadapt.persistence import FORMATS, run_folder
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Location
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter, Site
@@ -52,7 +50,7 @@ class Place(NamedTuple):
     """
 
     path: str | os.PathLike[str]
-    at: Location
+    at: location.Location
     names: frozenset[str] | None
 
 
@@ -70,13 +68,13 @@ class Opened:
         split: returns one adapter for each model, if a file may change several.
     """
 
-    tensors: PeftTensors
-    weights: Location
+    tensors: peft_tensors.PeftTensors
+    weights: location.Location
     form: str = "PEFT"
     style: str = ""
     names: Any = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    split: Callable[[PeftTensors], dict[str, PeftTensors]] | None = None
+    split: Callable[[peft_tensors.PeftTensors], dict[str, peft_tensors.PeftTensors]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +113,12 @@ class Format:
 
     recognises: Callable[[Place], bool]
     open: Callable[[Place], contextlib.AbstractContextManager[Opened]]
-    write: Callable[[PeftTensors, Location, Wanted, Report], int]
+    write: Callable[[peft_tensors.PeftTensors, location.Location, Wanted, Report], int]
     read_config: Callable[[Place], Config] | None = None
-    write_adapter: Callable[[Adapter, Location, Report], None] | None = None
+    write_adapter: Callable[[Adapter, location.Location, Report], None] | None = None
     read_adapter: ReadAdapter | None = None
     describe: Callable[[str, Opened | AdapterError], Finding] | None = None
-    join: Callable[[Mapping[str, PeftTensors], str], PeftTensors] | None = None
+    join: Callable[[Mapping[str, peft_tensors.PeftTensors], str], peft_tensors.PeftTensors] | None = None
 
 
 def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Place:
@@ -130,7 +128,7 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
     if location.is_hub_address(path):
         from jaxadapt.storage import hub  # imports the client of the Hub
 
-        at: Location = hub.fetch_folder(str(path), report=report)
+        at: location.Location = hub.fetch_folder(str(path), report=report)
     else:
         at = location.to_location(path)
     try:
@@ -146,7 +144,7 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         raise file_error("read", str(at), error) from error
 
 
-def read_text(path: Location) -> str:
+def read_text(path: location.Location) -> str:
     """Read a UTF-8 file. Raises `ConfigError` if it is not UTF-8."""
     try:
         return location.read_text_bytes(path).decode("utf-8")
@@ -346,7 +344,7 @@ def refuse(found: Finding) -> NoReturn:
     raise found.problem or FileError(found.found)
 
 
-def missing_config(weights: Location, tensors: Kinds) -> Finding:
+def missing_config(weights: location.Location, tensors: Kinds) -> Finding:
     """Return the finding for weights without a configuration, and without a copy of it."""
     found = f"no {location.CONFIG} beside {weights.name}"
     ranks = sorted({shape[0] for key, (_, shape) in tensors.items() if "lora_A" in key.split(".") and shape})

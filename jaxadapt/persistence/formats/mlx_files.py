@@ -20,7 +20,6 @@ from typing import Any
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
-from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
@@ -91,7 +90,7 @@ def recognises(place: Place) -> bool:
 # ---------------------------------------------------------------- the configuration
 
 
-def parse_settings(text: str, source: str) -> LoraConfig:
+def parse_settings(text: str, source: str) -> lora.LoraConfig:
     """Return PEFT's configuration for mlx-lm's adapter_config.json, without the modules, which the tensors name.
 
     Raises `ConfigError` for a full fine-tune, for missing or invalid numbers, and for a scale with two meanings.
@@ -130,7 +129,7 @@ def parse_settings(text: str, source: str) -> LoraConfig:
     assert dropout is not None
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
-    return LoraConfig(
+    return lora.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=model if isinstance(model, str) and model else None,
         inference_mode=True,
@@ -195,7 +194,7 @@ def open_files(place: Place) -> Generator[Opened]:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
 
-def read_tensors(file: TensorSource, settings: LoraConfig, source: str) -> PeftTensors:
+def read_tensors(file: TensorSource, settings: lora.LoraConfig, source: str) -> PeftTensors:
     """Return the content of an open file as PEFT's; see `open_files`."""
     modules: dict[str, dict[str, str]] = {}
     problems: list[str] = []
@@ -228,7 +227,7 @@ def read_tensors(file: TensorSource, settings: LoraConfig, source: str) -> PeftT
     return PeftTensors(settings, tensors, source)
 
 
-def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: LoraConfig, untied: bool) -> str:
+def _problem(name: str, shapes: Mapping[str, tuple[int, ...]], settings: lora.LoraConfig, untied: bool) -> str:
     """Return why a module has no form in PEFT; "" if it has one."""
     a, b, m = shapes.get("lora_a"), shapes.get("lora_b"), shapes.get("m")
     if a is None or b is None or (m is None) == settings.use_dora:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name, is_float
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads
@@ -33,7 +32,6 @@ from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatErro
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import consumers, fingerprint, formats
-from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Finding, Format, Opened, Place, Wanted, error, read_text, warning
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
 
@@ -221,7 +219,7 @@ class StoredAdapter:
         return {} if self.tensors is None else self.tensors.kinds
 
     @property
-    def fingerprint(self) -> Fingerprint | None:
+    def fingerprint(self) -> fingerprint.Fingerprint | None:
         """The fingerprint of the base in the header; None without one, or for a damaged one."""
         raw = "" if self.header is None else self.header.metadata.get(META, "")
         if fingerprint.FIELD not in raw:
@@ -307,7 +305,7 @@ def open_folder(place: Place) -> Generator[Opened]:
         assert stored.weights is not None
         assert stored.tensors is not None
         config = resolve_config(place.at / CONFIG, stored.header, stored.weights)
-        tensors = PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
+        tensors = peft_tensors.PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
         yield Opened(peft_tensors.without_names(tensors), stored.weights)
 
 
@@ -319,7 +317,7 @@ Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensor
 
 
 def write_folder(
-    tensors: PeftTensors,
+    tensors: peft_tensors.PeftTensors,
     path: str | os.PathLike[str],
     wanted: Wanted,
     progress: Progress,
@@ -330,7 +328,7 @@ def write_folder(
     Args:
         put: writes the file of tensors, if given.
     """
-    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(tensors, peft_tensors.PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " write models, variables and Adapters with jaxadapt.save"
@@ -352,7 +350,7 @@ def write_folder(
 
 
 def _replace(
-    tensors: PeftTensors,
+    tensors: peft_tensors.PeftTensors,
     specs: Mapping[str, tuple[Any, tuple[int, ...]]],
     folder: location.Location,
     wanted: Wanted,
@@ -395,7 +393,7 @@ def _replace(
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), consumers.size_text(size))
 
 
-def _file_specs(tensors: PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
+def _file_specs(tensors: peft_tensors.PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Return `{key: (dtype, shape)}`. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
     import numpy as np
 
@@ -415,7 +413,7 @@ def _file_specs(tensors: PeftTensors, folder: location.Location) -> dict[str, tu
         [key for key in specs if key.endswith("]")],
     )
     if integers := {key: spec for key, spec in specs.items() if not is_float(spec.dtype)}:
-        require_floats(tensors.config, integers, folder)
+        peft_tensors.require_floats(tensors.config, integers, folder)
     return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
 
 
