@@ -204,9 +204,7 @@ def require_known(names: Collection[str], place: str) -> None:
         raise ValueError(f"{place}: unknown properties of an adapter: {unknown}")
 
 
-for _name, (_, _rule) in _RULES.items():
-    require_known(_rule, _name)
-require_known(_CURED, "the properties that an export removes")
+require_known([*_CURED, *(name for _, rule in _RULES.values() for name in rule)], "the rules of the programs")
 
 
 def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = None) -> tuple[Reader, ...]:

@@ -137,16 +137,14 @@ def of_file(tensors: TensorSource, names: Mapping[str, str]) -> Fingerprint | No
         tensors: the base's tensors.
         names: {key in the fingerprint: key in the files}.
     """
-    import numpy as np
-
     found: dict[str, dict[str, Any]] = {}
     for key, name in names.items():
         if name not in tensors or tensors.specs[name].dtype.kind in "iub":
             return None
         shape = tuple(tensors.specs[name].shape)
         places = [tuple(slice(i, i + 1) for i in position) for position in positions(key, shape)]
-        values = [np.asarray(tensors.read_slice(name, place)).reshape(()) for place in places]
-        found[key] = {"shape": list(shape), "bf16": _hex(np.asarray(values))}
+        values = [tensors.read_slice(name, place).reshape(()) for place in places]
+        found[key] = {"shape": list(shape), "bf16": _hex(values)}
     return found
 
 
@@ -242,7 +240,6 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     once.
     """
     import jax
-    import numpy as np
 
     from jaxadapt.arrays.layout import to_file_scale
 
@@ -252,7 +249,7 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     found = {key: dict.fromkeys(range(len(indices)), _ELSEWHERE) for key, (_, indices, _) in requests.items()}
     for (key, _, where), some in zip(pieces, taken, strict=True):
         form = requests[key][2]
-        values = to_file_scale(np.asarray(some)[: len(where)], form.factor, form.shift)
+        values = to_file_scale(some[: len(where)], form.factor, form.shift)
         found[key] |= zip(where, _split(_hex(values)), strict=True)
     return {key: "".join(digits.values()) for key, digits in found.items()}
 

@@ -33,8 +33,8 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, bullets, raise_listed
-from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
+from jaxadapt.core.errors import AttachError, FileError, MismatchError, bullets
+from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
@@ -59,12 +59,7 @@ def is_spread(tensors: PeftTensors) -> bool:
 
 
 def write_shared(
-    tensors: PeftTensors,
-    path: str | os.PathLike[str],
-    dtype: Any,
-    shared: bool | None,
-    timeout: float,
-    report: Report = no_report,
+    tensors: PeftTensors, target: location.Location, dtype: Any, shared: bool | None, timeout: float, report: Report
 ) -> None:
     """Write an adapter folder as `folder.write` does; all processes call this.
 
@@ -79,7 +74,6 @@ def write_shared(
         FileError: in all processes, if one of them failed, died, or did not call. The old adapter then remains.
     """
     encoded: plans.Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
-    target = location.to_location(path)
     group = sharded_write.Group(target, timeout)
     stored = encoded if dtype is None else cast(encoded, dtype)
     tensors = dataclasses.replace(tensors, tensors=stored)
@@ -367,8 +361,8 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
             return "partly in other processes: only jaxadapt.save can write it"
         return None
 
-    problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := obstacle(leaf))]
-    raise_listed(AttachError, "these parameters have no values to save:", problems)
+    if problems := [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := obstacle(leaf))]:
+        raise AttachError("these parameters have no values to save:\n" + bullets(problems))
 
 
 def _encode(source: Source) -> plans.Encoded:
@@ -394,14 +388,13 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
         xp: Any = np if is_local(leaf) else jnp
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")
-    raise_listed(
-        MismatchError,
-        "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
-        " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
-        " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
-        " own:",
-        nonzero,
-    )
+    if nonzero:
+        raise MismatchError(
+            "these arrays have nonzero values in layers, parts or ranks that the configuration excludes"
+            " (target_modules, layers_to_transform, exclude_modules, rank_pattern), and a file would lose them."
+            " Training keeps them at zero: either other code wrote to them, or the configuration is not the adapter's"
+            " own:\n" + bullets(nonzero)
+        )
 
 
 def _repeat_for_heads(tensors: PeftTensors, keymap: KeyMap, leaves: Iterable[str] | None) -> PeftTensors:
@@ -424,8 +417,11 @@ def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
 
 def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
     """Add the tensors of a tied head, as PEFT stores them under both names."""
+    keymap = source.adapter.keymap
+    if not keymap.tied:
+        return tensors
     leaves = source.base if METHODS[tensors.config.peft_type].ties_heads else None
-    return _repeat_for_heads(tensors, source.adapter.keymap, leaves)
+    return _repeat_for_heads(tensors, keymap, leaves)
 
 
 def split_experts(tensors: PeftTensors, source: Source) -> PeftTensors:

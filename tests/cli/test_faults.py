@@ -125,8 +125,8 @@ class Counted(str):
 
 
 def test_the_modules_of_mlx_are_compared_a_few_times_each(tmp_path, monkeypatch):
-    name = mlx_files.torch_name
-    monkeypatch.setattr(mlx_files, "torch_name", lambda module: Counted(name(module)))
+    name = mlx_files.translate_name
+    monkeypatch.setattr(mlx_files, "translate_name", lambda module, to: Counted(name(module, to)))
     weights = {f"model.layers.{i}.q.{part}": np.ones((2, 2), "f4") for i in range(200) for part in ("lora_a", "lora_b")}
     save_file(weights, tmp_path / "adapters.safetensors")
     config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}

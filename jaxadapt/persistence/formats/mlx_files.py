@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Generator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, rename, transpose
@@ -53,27 +53,18 @@ _LINEAR = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magn
 _EMBEDDING = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 
 
-def mlx_name(module: str) -> str:
-    """Return mlx-lm's name of a module.
+def translate_name(module: str, to: Literal["mlx", "torch"]) -> str:
+    """Return the name that mlx-lm or PyTorch gives to a module of the other.
 
-    >>> mlx_name("transformer.h.0.attn.c_attn"), mlx_name("model.layers.0.mlp.up_proj")
-    ('model.h.0.attn.c_attn', 'model.layers.0.mlp.up_proj')
+    >>> translate_name("transformer.h.0.attn.c_attn", "mlx"), translate_name("model.h.0.attention.dense", "torch")
+    ('model.h.0.attn.c_attn', 'gpt_neox.layers.0.attention.dense')
+    >>> translate_name("model.layers.0.mlp.up_proj", "mlx")
+    'model.layers.0.mlp.up_proj'
     """
     for torch, mlx, rest in _NAMES:
-        if module.startswith(torch) and rest.match(module, len(torch)):
-            return mlx + module.removeprefix(torch)
-    return module
-
-
-def torch_name(module: str) -> str:
-    """Return PyTorch's name of a module of mlx-lm.
-
-    >>> torch_name("model.h.0.attn.c_attn"), torch_name("model.h.0.attention.dense")
-    ('transformer.h.0.attn.c_attn', 'gpt_neox.layers.0.attention.dense')
-    """
-    for torch, mlx, rest in _NAMES:
-        if module.startswith(mlx) and rest.match(module, len(mlx)):
-            return torch + module.removeprefix(mlx)
+        old, new = (torch, mlx) if to == "mlx" else (mlx, torch)
+        if module.startswith(old) and rest.match(module, len(old)):
+            return new + module.removeprefix(old)
     return module
 
 
@@ -204,7 +195,7 @@ def read_tensors(file: TensorSource, settings: lora.LoraConfig, source: str) -> 
             problems.append(f"{key}: expected lora_a, lora_b or m of a module")
         else:
             modules.setdefault(match[1], {})[match[2]] = key
-    names = {module: torch_name(module) for module in modules}
+    names = {module: translate_name(module, "torch") for module in modules}
     untied = any(name.rpartition(".")[2] in _HEADS for name in names.values())
     for module, keys in modules.items():
         shapes = {name: tuple(file.specs[key].shape) for name, key in keys.items()}
@@ -276,7 +267,7 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
     modules = lora_pairs(arrays)
     require_floats(tensors.config, arrays.specs, folder)
     _refuse_modules(tensors, arrays, modules, wanted.tied, bool(config.use_dora))
-    keys = {name: mlx_name(name) for name in modules}
+    keys = {name: translate_name(name, "mlx") for name in modules}
     sides = {f"{keys[name]}.lora_{side.lower()}": pair[side] for name, pair in modules.items() for side in "AB"}
     vectors = {f"{keys[name]}.m": f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in modules if config.use_dora}
     file = combine(tensors.source, [transpose(arrays, sides), rename(arrays, vectors)])

@@ -32,6 +32,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatErro
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import consumers, fingerprint, formats
+from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Finding, Format, Opened, Place, Wanted, error, read_text, warning
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
 
@@ -71,9 +72,8 @@ def resolve_config(path: location.Location, header: safetensors.Header | None, w
     config = None if replaces == hashlib.sha256(text.encode()).hexdigest() else loads(text, str(path))
     if config is not None and not config.changed_keys(stored):
         return config
-    for wait in _WAITS:
-        if config is not None and wait:
-            break  # no save leaves such a pair of files, so there is none to wait for
+    # Without an interrupted save there is none to wait for: no save leaves such a pair of files.
+    for wait in _WAITS if config is None else _WAITS[:2]:
         time.sleep(wait)
         current = safetensors.read_header(weights).metadata.get(META)
         if current is None or parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
@@ -219,13 +219,11 @@ class StoredAdapter:
         return {} if self.tensors is None else self.tensors.kinds
 
     @property
-    def fingerprint(self) -> fingerprint.Fingerprint | None:
+    def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the base in the header; None without one, or for a damaged one."""
-        raw = "" if self.header is None else self.header.metadata.get(META, "")
-        if fingerprint.FIELD not in raw:
-            return None
         try:
-            return fingerprint.parse(json.loads(raw).get(fingerprint.FIELD))
+            document = {} if self.header is None else json.loads(self.header.metadata.get(META, "{}"))
+            return fingerprint.parse(document.get(fingerprint.FIELD))
         except (ValueError, AttributeError, RecursionError):
             return None
 
