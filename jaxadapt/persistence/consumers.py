@@ -290,18 +290,17 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
     elif config.peft_type != "LORA":
         found["method" if peft_tensors.is_known_method(config.peft_type) else "type"] = config.peft_type
     found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
-    if variants := [name for name in _VARIANTS if config.get(name)]:
-        found["variant"] = ", ".join(variants)
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config"):
-        found["init"] = f"init_lora_weights={init!r}"
-    found |= _copy_properties(config)
-    if config.get("bias", "none") != "none":
-        found["bias"] = f"bias={config.get('bias')!r}"
-    alpha: Any = config.get("lora_alpha")
-    if isinstance(alpha, float) and not alpha.is_integer():
-        found["fraction"] = f"lora_alpha={alpha:g}"
-    found |= _target_properties(config, keys, tied)
+    init, bias, alpha = config.get("init_lora_weights"), config.get("bias", "none"), config.get("lora_alpha")
+    is_other_base = isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config")
+    settings = {
+        "variant": ", ".join(name for name in _VARIANTS if config.get(name)),
+        "init": f"init_lora_weights={init!r}" if is_other_base else "",
+        **_copy_properties(config),
+        "bias": f"bias={bias!r}" if bias != "none" else "",
+        "fraction": f"lora_alpha={alpha:g}" if isinstance(alpha, float) and not alpha.is_integer() else "",
+        **_target_properties(config, keys, tied),
+    }
+    found |= {prop: setting for prop, setting in settings.items() if setting}
     return found | _key_properties(config, keys, found)
 
 

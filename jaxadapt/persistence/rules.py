@@ -312,12 +312,12 @@ def _require_equal(
 
     Those in `turned` are transposed.
     """
-    different: list[str] = []
-    for key, name in originals.items():
-        if key in source and name in source:  # `require_fit` refuses a missing one
-            one = np.asarray(source[name])
-            if not np.array_equal(one.T if key in turned else one, np.asarray(source[key])):
-                different.append(f"{key} and {name}")
+    here = {key: name for key, name in originals.items() if key in source and name in source}  # `require_fit` asks
+    different = [
+        f"{key} and {name}"
+        for key, name in here.items()
+        if not np.array_equal(source[key].T if key in turned else source[key], source[name])
+    ]
     expected.refuse(f"{message}, and they differ:", different)
 
 

@@ -307,14 +307,13 @@ Modules = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
 def _lora_fields(modules: Modules) -> dict[str, Any] | None:
-    if any(not {"lora_A.weight", "lora_B.weight"} <= shapes.keys() for shapes in modules.values()):
-        return None
-    if any(0 in s or len(s) < 2 for shapes in modules.values() for n, s in shapes.items() if n.endswith(".weight")):
-        return None
     vectors = [shapes for shapes in modules.values() if "lora_magnitude_vector" in shapes]
-    if any(shapes["lora_magnitude_vector"] != _magnitude_shape(shapes["lora_B.weight"]) for shapes in vectors):
-        return None
-    if vectors and len(vectors) < len(modules):
+    if (
+        any(not {"lora_A.weight", "lora_B.weight"} <= shapes.keys() for shapes in modules.values())
+        or any(0 in s or len(s) < 2 for shapes in modules.values() for n, s in shapes.items() if n.endswith(".weight"))
+        or any(shapes["lora_magnitude_vector"] != _magnitude_shape(shapes["lora_B.weight"]) for shapes in vectors)
+        or 0 < len(vectors) < len(modules)
+    ):
         return None
     return {"use_dora": True} if vectors else {}
 

@@ -107,17 +107,13 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
     if not isinstance(fields, dict):
         raise ConfigError(f"{source}: lora_parameters: expected an object, found {fields!r}; write rank and scale")
     rank, scale, dropout = fields.get("rank"), _number(fields.get("scale")), _number(fields.get("dropout", 0.0))
-    problems: list[str] = []
-    if type(rank) is not int or not 1 <= rank < 2**31:
-        problems.append(f"rank: expected a positive integer, found {rank!r}")
-    if scale is None:
-        problems.append(f"scale: expected a number, found {fields.get('scale')!r}")
-    if dropout is None or not 0 <= dropout < 1:
-        problems.append(f"dropout: expected a number from 0 to 1, found {fields.get('dropout')!r}")
+    rules = {
+        f"rank: expected a positive integer, found {rank!r}": type(rank) is int and 1 <= rank < 2**31,
+        f"scale: expected a number, found {fields.get('scale')!r}": not math.isnan(scale),
+        f"dropout: expected a number from 0 to 1, found {fields.get('dropout')!r}": 0 <= dropout < 1,
+    }
+    problems = [text for text, is_kept in rules.items() if not is_kept]
     raise_listed(ConfigError, f"{source}: invalid lora_parameters; correct them:", problems)
-    assert type(rank) is int
-    assert scale is not None
-    assert dropout is not None
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
     return lora.LoraConfig(
@@ -131,15 +127,15 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
     )
 
 
-def _number(value: object) -> float | None:
-    """Return a finite number; None for anything else."""
+def _number(value: object) -> float:
+    """Return a finite number; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+        return math.nan
     try:
         number = float(value)
     except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _refuse_two_scales(values: Mapping[str, Any], alpha: Any, rank: int, scale: float, source: str) -> None:
@@ -147,7 +143,7 @@ def _refuse_two_scales(values: Mapping[str, Any], alpha: Any, rank: int, scale: 
     if alpha is None or "fine_tune_type" in values or alpha == rank:
         return
     number = _number(alpha)
-    old = "" if number is None else f" = {scale * number / rank:g}"
+    old = "" if math.isnan(number) else f" = {scale * number / rank:g}"
     raise ConfigError(
         f"{source}: the scale has two meanings: mlx-lm before 0.14.2 scales by scale·alpha/rank{old}, later versions by"
         f" scale = {scale:g}, and the file does not name its version. Remove alpha from lora_parameters, and set scale"
@@ -290,18 +286,21 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
 def _refuse_modules(
     tensors: PeftTensors, arrays: TensorSource, modules: dict[str, dict[str, str]], tied: bool | None, dora: bool
 ) -> None:
-    problems: list[str] = []
+    problems, has_parameters = list[str](), bool(tensors.config.get("target_parameters"))
+    why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
     for module, keys in modules.items():
         a, b = (arrays.specs[keys[side]].shape for side in "AB")
-        if tensors.config.get("target_parameters"):
-            problems.append(f"{module}: mlx-lm adapts modules, and this is a parameter (target_parameters)")
-        elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
-        elif _TABLES.search(module) and tied is not False:
-            why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
-            problems.append(f"{module}: mlx-lm would change the token embedding and the head; {why}")
-        elif dora and "lora_embedding" in keys["A"]:
-            problems.append(f"{module}: mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns")
+        obstacles = {
+            "mlx-lm adapts modules, and this is a parameter (target_parameters)": has_parameters,
+            f"expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}": (
+                len(a) != 2 or len(b) != 2 or a[0] != b[1]
+            ),
+            f"mlx-lm would change the token embedding and the head; {why}": (
+                tied is not False and _TABLES.search(module) is not None
+            ),
+            "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns": dora and "lora_embedding" in keys["A"],
+        }
+        problems += [f"{module}: {text}" for text, is_met in obstacles.items() if is_met][:1]
     text = f"{tensors.source}: mlx-lm has no form for these modules; {lora.merge_advice(tensors.config)}:"
     raise_listed(MismatchError, text, problems)
 
