@@ -1,9 +1,9 @@
 """The file formats of adapters: one file each, and one row of `FORMATS`.
 
 A format recognises the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
-a `Place` once; the formats decide by the names in it. No other file asks what a path holds. What is wrong with files is
-a `Finding`: `read` raises its error, `verify` returns it. Those about files that hold no adapter of PEFT (adapters of
-other libraries, whole models, checkpoints of a run) are here.
+a `Place` once; the formats decide by the names in it. No other file asks what a path holds. Each problem of the files
+is a `Finding`: `read` raises its error, and `verify` returns it. The findings about files that hold no adapter of PEFT
+(adapters of other libraries, whole models, checkpoints of a run) stand here.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
     }
     problems = [text for text, is_kept in rules.items() if not is_kept]
     raise_listed(ConfigError, f"{source}: invalid lora_parameters; correct them:", problems)
+    assert type(rank) is int
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
     return lora.LoraConfig(
