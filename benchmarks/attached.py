@@ -26,7 +26,7 @@ from flax import nnx
 import jaxadapt
 from benchmarks import io_alone
 from benchmarks.measure import Way, apart, ratio, serve, table
-from jaxadapt.models.nnx import graph
+from jaxadapt.models import graph
 
 LAYERS, HIDDEN, KV, INNER, RANK = 30, 576, 192, 1536, 8
 PROJECTIONS = {

@@ -24,7 +24,7 @@ _NAMES = {
     "merging.base_merge": "merge unmerge",
     "merging.combination": "combine",
     "models.attachment": "activate adapt delete detach disable extract init inject select",
-    "models.nnx.graph": "AdapterParam",
+    "models.graph": "AdapterParam",
     "models.summary_table": "summary",
     "persistence.consumers": "Card",
     "persistence.folder": "inspect push read read_config write",

@@ -21,7 +21,7 @@ from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.core.paths import Spec, compare, unflatten
 from jaxadapt.models.attention_calls import attention
-from jaxadapt.models.nnx.graph import SharedParam
+from jaxadapt.models.graph import SharedParam
 
 if TYPE_CHECKING:
     from jaxadapt.serving.generation import KVCache

@@ -36,7 +36,7 @@ from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, keymap_from_paths, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.nnx import graph, layer
+from jaxadapt.models import graph, planning
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.save_adapter import require_values
 from jaxadapt.storage import atomic, hf_model, location
@@ -69,7 +69,7 @@ def collect_base_leaves(
     if resolved is GENERIC and not allow_generic:
         raise unknown_names_error(leaf_shapes(leaves))
     if walk is not None:
-        state = {path: var.get_value() for path, var in layer.layer_state(params).items() if resolved.match(path)}
+        state = {path: var.get_value() for path, var in graph.layer_state(params).items() if resolved.match(path)}
         leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: graph.natural_key(item[0])))
     return leaves, resolved
 
@@ -547,8 +547,8 @@ def _with_path_names(
     rest = {path: shape for path, shape in shapes.items() if keymap is GENERIC or keymap.match(path) is None}
     walk = carrier(target).walk()
     owners = {} if walk is None else {path: owner for path, owner in walk.leaves.items() if path in rest}
-    entries = layer.class_entries(owners, shapes, KeyMap(GENERIC.name, ()))
-    by_path, ambiguous = keymap_from_paths(rest, entries, layer.custom_leaves(owners, owners))
+    entries = planning.class_entries(owners, shapes, KeyMap(GENERIC.name, ()))
+    by_path, ambiguous = keymap_from_paths(rest, entries, planning.custom_leaves(owners, owners))
     added = [entry for entry in by_path.weights if entry.key in file_keys]
     if keymap is GENERIC:
         if not added:

@@ -36,11 +36,9 @@ from jaxadapt.methods.base import Method, PerEntry, at_least_float32
 from jaxadapt.methods.lora import DIAGONAL
 from jaxadapt.methods.prompt import PromptMethod, StartData
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import planning
+from jaxadapt.models import nnx_adapters, planning, trees
 from jaxadapt.models.attention_calls import input_embedding
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach
 
 # ---------------------------------------------------------------- start prompt
 
@@ -319,7 +317,7 @@ def start(
     if held.in_place:
         check_free(name, held.names())
     if key is None and rngs is not None:
-        key = attach.draw_params_key(rngs)
+        key = nnx_adapters.draw_params_key(rngs)
     base = base_params(model)
     _check_arguments(config, method, key, data)
 
@@ -427,9 +425,9 @@ def _source_tensors(source: Adapter | PeftTensors | None) -> Mapping[str, Array]
 def _attach(held: Carrier, adapter: Adapter, on: Sequence[Site], name: str, rngs: Any, base: Any) -> Started:
     """Attach an adapter to a model; leave it beside a tree of parameters, `base`."""
     if held.in_place:
-        attach.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
+        nnx_adapters.attach(held.tree, adapter.recipe, on, name, adapter.flat(), rngs)
         return Started(held.tree, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base, collections.box_like_base(adapter, base_params(base).held))
+    return Started(base, trees.box_like_base(adapter, base_params(base).held))
 
 
 # ---------------------------------------------------------------- from data

@@ -30,11 +30,9 @@ from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.base import Array, Drop, Effects, Method, MethodTensor, Operation, Params, Use
-from jaxadapt.models import attachment
+from jaxadapt.models import attachment, nnx_adapters, trees
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.call import SEP, LeafAdapter, intercept, key_paths
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.linen_call import SEP, LeafAdapter, intercept, key_paths
 
 # ---------------------------------------------------------------- statistics
 
@@ -244,13 +242,13 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     gradient = attachment.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
-        before = attach.active_names(model)
-        attach.attach(model, recipe, probes, _NAME, values)
+        before = nnx_adapters.active_names(model)
+        nnx_adapters.attach(model, recipe, probes, _NAME, values)
         try:
             return gradient(model, batch)[_NAME]
         finally:
-            attach.delete(model, _NAME)
-            attach.activate(model, before)
+            nnx_adapters.delete(model, _NAME)
+            nnx_adapters.activate(model, before)
 
     return run
 
@@ -271,7 +269,7 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
             for leaf, keys in probes.items()
         }
         with intercept(adapters):
-            return sum_outputs(forward(collections.overlay(params, tensors), batch))
+            return sum_outputs(forward(trees.overlay(params, tensors), batch))
 
     gradient = jax.jit(jax.grad(loss))
 

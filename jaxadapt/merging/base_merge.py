@@ -30,7 +30,7 @@ from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models.carriers import Carrier, Module, Variables, carrier
-from jaxadapt.models.nnx import attach, graph
+from jaxadapt.models import graph, nnx_adapters
 
 # ---------------------------------------------------------------- changed leaf
 
@@ -276,14 +276,14 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
     if len(adapters) > 1:
         refuse_dependent(adapters)
     walked = graph.walk_model(model)
-    attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
-    attach.activate(walked, ())
+    nnx_adapters.require_current_trace(layer for _, layer in nnx_adapters.adapted_layers(walked))
+    nnx_adapters.activate(walked, ())
     try:
         _apply_changes(model, tuple(adapters.values()), *options)
     except BaseException:
-        attach.activate(walked, tuple(adapters))
+        nnx_adapters.activate(walked, tuple(adapters))
         raise
-    attach.delete(walked, *adapters)
+    nnx_adapters.delete(walked, *adapters)
     return model
 
 

@@ -4,7 +4,7 @@ from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
     "models.foreign.tree": "LoraTree",
-    "models.nnx.graph": "BaseParam FrozenParam LayerNumber SharedParam",
+    "models.graph": "BaseParam FrozenParam LayerNumber SharedParam",
     "models.attention_calls": "RelativeBias TakesEmbeddings TakesKeys attention",
     "models.prompts": "extend_labels",
     "models.quantization": "dequantize from_qwix quantize",

@@ -9,10 +9,10 @@ from jaxadapt.models.attention_calls import TakesEmbeddings as TakesEmbeddings
 from jaxadapt.models.attention_calls import TakesKeys as TakesKeys
 from jaxadapt.models.attention_calls import attention as attention
 from jaxadapt.models.foreign.tree import LoraTree as LoraTree
-from jaxadapt.models.nnx.graph import BaseParam as BaseParam
-from jaxadapt.models.nnx.graph import FrozenParam as FrozenParam
-from jaxadapt.models.nnx.graph import LayerNumber as LayerNumber
-from jaxadapt.models.nnx.graph import SharedParam as SharedParam
+from jaxadapt.models.graph import BaseParam as BaseParam
+from jaxadapt.models.graph import FrozenParam as FrozenParam
+from jaxadapt.models.graph import LayerNumber as LayerNumber
+from jaxadapt.models.graph import SharedParam as SharedParam
 from jaxadapt.models.prompts import extend_labels as extend_labels
 from jaxadapt.models.quantization import dequantize as dequantize
 from jaxadapt.models.quantization import from_qwix as from_qwix

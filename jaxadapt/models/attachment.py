@@ -28,11 +28,9 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import planning
+from jaxadapt.models import graph, planning, trees
 from jaxadapt.models.carriers import DEFAULT, Model, Wrapper, base_params, carrier, lora_carrier
-from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.call import repeat_on_stack
-from jaxadapt.models.nnx import graph
+from jaxadapt.models.linen_call import repeat_on_stack
 
 # ---------------------------------------------------------------- attachment
 
@@ -125,7 +123,7 @@ def init(
     base = base_params(model)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
-    return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
+    return trees.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- extract and inject

@@ -20,12 +20,9 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import planning
+from jaxadapt.models import graph, nnx_adapters, planning, trees
 from jaxadapt.models.foreign import tree as foreign_tree
-from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.wrapper import Adapted
-from jaxadapt.models.nnx import attach, graph, layer
-from jaxadapt.models.trees import is_box, rebox, unbox
+from jaxadapt.models.linen_wrapper import Adapted
 
 DEFAULT = "default"
 Describe = Callable[[str, Adapter], Mapping[str, Any]]
@@ -81,8 +78,8 @@ class Carrier:
 
     def leaves(self) -> dict[str, Any]:
         """Return `{path: array}` of the base parameters, without boxes."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
-        return {_dotted_path(keys): unbox(leaf) for keys, leaf in leaves}
+        leaves = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=trees.is_box)
+        return {_dotted_path(keys): trees.unbox(leaf) for keys, leaf in leaves}
 
     def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
         """Return `{path: array}` of some base parameters."""
@@ -94,11 +91,11 @@ class Carrier:
 
         def put(keys: Any, leaf: Any) -> Any:
             path = _dotted_path(keys)
-            return leaf if path not in new else rebox(leaf, new[path]) if boxes else new[path]
+            return leaf if path not in new else trees.rebox(leaf, new[path]) if boxes else new[path]
 
         params = self.params
-        filled = jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
-        return filled if params is self.tree else collections.with_value(self.tree, filled, "params")
+        filled = jax.tree_util.tree_map_with_path(put, params, is_leaf=trees.is_box)
+        return filled if params is self.tree else trees.with_value(self.tree, filled, "params")
 
     def abstract(self) -> Any:
         """Return a copy of the tree with shapes instead of arrays."""
@@ -245,7 +242,7 @@ class _Variables(Carrier):
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         if not self.names() and (unknown := foreign_tree.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
-        return attach.extract(self._contents, name)
+        return nnx_adapters.extract(self._contents, name)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         variables = graph.adapter_variables(self._contents).get(name)
@@ -279,7 +276,7 @@ class State(_Variables):
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
         new: dict[int, Any] = {}
         for name, by_path in variables.items():
-            values = f(name, attach.extract(self.tree, name))
+            values = f(name, nnx_adapters.extract(self.tree, name))
             new |= {id(var): values[path] for path, var in by_path.items()}
         flat = nnx.to_flat_state(self.tree)
         others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
@@ -335,21 +332,21 @@ class Model(_Variables, Object):
         return functools.partial(nnx.merge, graphdef), state
 
     def statistics(self) -> list[str]:
-        return [path for path, var in layer.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
+        return [path for path, var in graph.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        owners, others = self._contents.leaves, layer.layer_state(self.tree) if new else {}
+        owners, others = self._contents.leaves, graph.layer_state(self.tree) if new else {}
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)
                 continue
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
-            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
+            nnx_adapters.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
         return self.tree
 
     def active(self) -> list[str]:
-        return list(attach.active_names(self._contents))
+        return list(nnx_adapters.active_names(self._contents))
 
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
@@ -365,10 +362,10 @@ class Model(_Variables, Object):
         if rngs is None and not abstract:
             raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
         if rngs is not None:
-            attach.require_stream(rngs, "params")
-        key = None if rngs is None else attach.draw_params_key(rngs)
+            nnx_adapters.require_stream(rngs, "params")
+        key = None if rngs is None else nnx_adapters.draw_params_key(rngs)
         values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
-        attach.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
+        nnx_adapters.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
         self._walk_again()
         return self.tree
 
@@ -382,8 +379,8 @@ class Model(_Variables, Object):
 
         def put(model: Any, walk: graph.ModelWalk, rngs: Any) -> None:
             if present is not None:
-                attach.delete(walk, name)
-            attach.attach(model, adapter.recipe, sites, name, values, rngs, walk)
+                nnx_adapters.delete(walk, name)
+            nnx_adapters.attach(model, adapter.recipe, sites, name, values, rngs, walk)
 
         if present is not None or changes:
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
@@ -395,22 +392,22 @@ class Model(_Variables, Object):
 
     def delete(self, name: str) -> Any:
         check_name(name, self.names())
-        attach.delete(self._contents, name)
+        nnx_adapters.delete(self._contents, name)
         self._walk_again()
         return self.tree
 
     def detach(self) -> Any:
-        attach.delete(self._contents, *self.names())
+        nnx_adapters.delete(self._contents, *self.names())
         self._walk_again()
         return self.tree
 
     def activate(self, names: Sequence[str]) -> Any:
-        attach.activate(self._contents, names)
+        nnx_adapters.activate(self._contents, names)
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         trained = State(nnx.state(self.tree, graph.AdapterParam))
-        return trained.map_adapters(lambda name, _: f(name, attach.extract(self.tree, name)), names)  # all its tensors
+        return trained.map_adapters(lambda name, _: f(name, nnx_adapters.extract(self.tree, name)), names)  # all its tensors
 
     def with_rest(self, rest: Any) -> Any:
         return self.fill(rest)
@@ -491,22 +488,22 @@ class Params(Carrier):
         return planning.read_params(self.params, self.tree)
 
     def names(self) -> list[str]:
-        return collections.adapter_names(self.tree)
+        return trees.adapter_names(self.tree)
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        present, config = collections.adapter_tree(self.tree, name), self.given.config
-        if present is not None and (config is None or (keymap is None and collections.has_config(present))):
-            adapter = collections.read_adapter(present, name)
+        present, config = trees.adapter_tree(self.tree, name), self.given.config
+        if present is not None and (config is None or (keymap is None and trees.has_config(present))):
+            adapter = trees.read_adapter(present, name)
             return adapter if config is None else dataclasses.replace(adapter, config=config)
         names = self.names()
         if present is None and names:
             raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
-        return collections.adapter_from_arrays(self.tree, name, config, keymap)
+        return trees.adapter_from_arrays(self.tree, name, config, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         present = self.extract(name)
         check_fit(adapter, present.config, present.flat(), name)
-        return collections.replace_adapter_values(self.tree, name, adapter.flat())
+        return trees.replace_adapter_values(self.tree, name, adapter.flat())
 
     def delete(self, name: str) -> Any:
         collection = collection_name(self.extract(name).config)
@@ -517,29 +514,29 @@ class Params(Carrier):
         return out
 
     def detach(self) -> Any:
-        return collections.without_adapters(self.tree)
+        return trees.without_adapters(self.tree)
 
     def adapters(self) -> list[tuple[str, Adapter]]:
-        found = collections.find_adapters(self.tree)
-        return [(keys[1], collections.read_adapter(tree, keys[1])) for keys, tree in found.items() if len(keys) == 2]
+        found = trees.find_adapters(self.tree)
+        return [(keys[1], trees.read_adapter(tree, keys[1])) for keys, tree in found.items() if len(keys) == 2]
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""
         new: dict[tuple[str, ...], Any] = {}
-        for keys, inner in collections.find_adapters(self.tree).items():
+        for keys, inner in trees.find_adapters(self.tree).items():
             if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
-                values = f(keys[-1], collections.read_adapter(inner, keys[-1]))
-                for at in collections.places(self.tree, keys):
-                    tree = collections.lookup(self.tree, at)
+                values = f(keys[-1], trees.read_adapter(inner, keys[-1]))
+                for at in trees.places(self.tree, keys):
+                    tree = trees.lookup(self.tree, at)
                     kept = {k: v for k, v in tree.items() if k == CONFIG_NODE}
                     leaves = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
                     new[at] = {**paths.unflatten({path: values[path] for path in leaves}), **kept}
-        return collections.overlay(self.tree, new)
+        return trees.overlay(self.tree, new)
 
     def rest(self) -> Any:
-        if not (collections.collection_names(self.tree) or self.has_base):
+        if not (trees.collection_names(self.tree) or self.has_base):
             return {}
-        return {k: v for k, v in collections.without_adapters(self.tree).items() if k not in _PER_CALL}
+        return {k: v for k, v in trees.without_adapters(self.tree).items() if k not in _PER_CALL}
 
     def with_rest(self, rest: Any) -> Any:
         mapping_type: Any = type(self.tree)
@@ -561,8 +558,8 @@ class Variables(Params):
         return [f"batch_stats.{path}" for path in paths.flatten(self.tree.get("batch_stats", {}))]
 
     def attached(self, name: str) -> Adapter | None:
-        found = (tree for each, tree in collections.variable_adapters(self.tree) if each == name)
-        return next((collections.read_adapter(tree, name) for tree in found), None)
+        found = (tree for each, tree in trees.variable_adapters(self.tree) if each == name)
+        return next((trees.read_adapter(tree, name) for tree in found), None)
 
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
@@ -570,10 +567,10 @@ class Variables(Params):
         changed = Variables(self.replace(new) if new else self.tree)
         if present is not None and present.config == adapter.config and present.shapes == adapter.shapes:
             recipe = None if is_same(present, adapter) else adapter.recipe
-            return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
+            return trees.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
         variables: Any = changed.tree if present is None else changed.delete(name)
-        for collection, tree in collections.box_like_base(adapter, changed.params).named(name).items():
-            variables = collections.with_value(variables, tree[name], collection, name)
+        for collection, tree in trees.box_like_base(adapter, changed.params).named(name).items():
+            variables = trees.with_value(variables, tree[name], collection, name)
         return variables
 
 
@@ -588,7 +585,7 @@ class Value(Carrier):
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         check_fit(adapter, self.tree.config, self.tree.flat(), name)
-        return dataclasses.replace(self.tree, params=collections.replace_values(self.tree.params, adapter.flat()))
+        return dataclasses.replace(self.tree, params=trees.replace_values(self.tree.params, adapter.flat()))
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         return dataclasses.replace(self.tree, params=paths.unflatten(f(DEFAULT, self.tree)))

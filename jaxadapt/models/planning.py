@@ -1,32 +1,38 @@
 """Planning of an adapter: binds a configuration to a model or to a tree of base parameters, for NNX and Linen.
 
-`BaseParams` has the base parameters of a model or of a tree by dotted path, traversed once.
+`BaseParams` has the base parameters of a model or of a tree by dotted path, traversed once. The classes of Flax's own
+NNX layers show the roles of their weights' axes. Abstract calls of a model show those of custom layers, and which uses
+no adapter can follow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Recipe, Site, Sites, is_array
 from jaxadapt.arrays import quantized
+from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families
-from jaxadapt.keymaps.keymap import GENERIC, KeyMap, linen_example
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes, linen_example
+from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call
-from jaxadapt.models.attention_calls import with_width
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach, graph, layer
+from jaxadapt.models import call, graph, prompts, tracing, trees
+from jaxadapt.models.attention_calls import Findable, is_findable, with_width
 
 # ---------------------------------------------------------------- base params
 
@@ -47,7 +53,7 @@ class BaseParams:
         """`{path: array or spec}`, without boxes."""
         if self.walked is not None:
             return graph.base_values(self.held)
-        return {path: collections.unbox_tree(leaf) for path, leaf in self.held.items()}
+        return {path: trees.unbox_tree(leaf) for path, leaf in self.held.items()}
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,7 +63,7 @@ class BaseParams:
     @functools.cached_property
     def shardings(self) -> dict[str, Any]:
         """`{path: sharding}`; None for a leaf without a sharding."""
-        return (collections if self.walked is None else graph).base_shardings(self.held)
+        return (trees if self.walked is None else graph).base_shardings(self.held)
 
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
@@ -65,8 +71,8 @@ class BaseParams:
         if self.walked is not None:
             known = (var for by_path in self.walked.adapters.values() for var in by_path.values())
             return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
-        found = collections.variable_adapters(self.target)
-        return next((collections.read_adapter(tree, name).keymap for name, tree in found), None)
+        found = trees.variable_adapters(self.target)
+        return next((trees.read_adapter(tree, name).keymap for name, tree in found), None)
 
 
 def read_params(params: Any, target: Any = None) -> BaseParams:
@@ -82,6 +88,352 @@ def read_params(params: Any, target: Any = None) -> BaseParams:
         ],
     )
     return base
+
+
+# ---------------------------------------------------------------- Flax's own layer classes
+
+
+_NEVER_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose)
+_SHAPES: dict[Any, Callable[[Any], Sequence[int]]] = {
+    nnx.Linear.__call__: lambda m: (m.in_features, m.out_features),
+    nnx.LinearGeneral.__call__: lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
+    nnx.Embed.__call__: lambda m: (m.num_embeddings, m.features),
+    nnx.Einsum.__call__: lambda m: m.kernel_shape,
+    nnx.Conv.__call__: lambda m: m.kernel_shape,
+}
+"""The shapes without stacked layers of the weights whose roles `call.roles_of` knows."""
+
+
+def kernel_roles(module: nnx.Module, attr: str) -> call.Roles | None:
+    """Return the roles of a weight if its layer class is one of Flax's own, else None.
+
+    Raises `AttachError` for an einsum equation that no adapter can follow.
+    """
+    return call.roles_of(module, graph.base_class(module).__call__, attr)
+
+
+def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
+    """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
+    problems: list[str] = []
+    for site in adapter_sites:
+        try:
+            roles = (
+                None
+                if site.effects.weight == "replaces" and site.effects.form == "weight"
+                else kernel_roles(*owners[site.leaf])
+            )
+        except AttachError as error:
+            problems.append(f"{site.leaf}: {error}")
+            continue
+        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+        if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
+            problems.append(f"{site.leaf}: {contradiction_message(site.axes, roles.axes)}")
+    return problems
+
+
+def describe_use(module: nnx.Module) -> str:
+    """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
+    base = graph.base_class(module)
+    return f"{base.__name__}'s own call" if base.__call__ in call.KERNELS else f"traced {base.__name__}"
+
+
+# ---------------------------------------------------------------- entries for leaves without one
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedAxes:
+    """The traced axes of a custom layer's weight, and the shape that the layer's call sees."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+
+
+def _find_stack(
+    leaf: str, shape: tuple[int, ...], layer_shape: tuple[int, ...], stack_axes: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the axes of a leaf that stack layers, given the unstacked shape of one layer.
+
+    Raises `AttachError` if the shapes do not determine the axes, or contradict `stack_axes`.
+    """
+    extra = len(shape) - len(layer_shape)
+    if extra == 0:
+        return ()
+    if stack_axes is not None and len(stack_axes) == extra:
+        chosen = tuple(sorted(a % len(shape) for a in stack_axes))
+        if tuple(size for i, size in enumerate(shape) if i not in chosen) == layer_shape:
+            return chosen
+        raise AttachError(
+            f"{leaf!r} has shape {shape}, which is not {layer_shape} stacked on stack_axes={tuple(stack_axes)}"
+        )
+    candidates = [i for i in range(len(shape)) if extra == 1 and shape[:i] + shape[i + 1 :] == layer_shape]
+    if len(candidates) == 1:
+        return (candidates[0],)
+    raise AttachError(
+        f"{leaf!r} has shape {shape}, and one layer has {layer_shape}, so the axis that stacks the layers is unclear."
+        " Pass it, for example stack_axes=(0,)"
+    )
+
+
+def class_entries(
+    owners: Mapping[str, graph.Owner],
+    shapes: Mapping[str, tuple[int, ...]],
+    keymap: KeyMap,
+    stack_axes: Sequence[int] | None = None,
+    traced: Mapping[str, TracedAxes] | None = None,
+) -> list[Weight]:
+    """Return keymap entries for the leaves that a keymap does not cover, from their layer's class or a trace."""
+    entries: list[Weight] = []
+    for leaf, (module, attr) in owners.items():
+        shape = shapes[leaf]
+        if traced is not None and leaf in traced:
+            stack = _find_stack(leaf, shape, traced[leaf].shape, stack_axes)
+            entries.append(entry_from_axes(leaf, shape, traced[leaf].axes, stack))
+            continue
+        match = None if attr == "bias" else keymap.match(leaf)
+        if attr == "bias" or (match is not None and len(match.weight.left) == len(shape)):
+            continue
+        try:
+            roles = kernel_roles(module, attr)
+        except AttachError:
+            continue  # `attach` raises it again if the leaf is targeted
+        if roles is not None:
+            stack = _find_stack(leaf, shape, tuple(_SHAPES[graph.base_class(module).__call__](module)), stack_axes)
+            entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
+    return entries
+
+
+def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> list[str]:
+    """Return the matrices among these leaves whose axis roles only a trace can show."""
+    owned = [(leaf, *owners[leaf]) for leaf in leaves]
+    matrices = [(leaf, m, attr) for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2]
+    # The roles of a kernel are known from its class, even those that no adapter can follow.
+    return [
+        leaf
+        for leaf, module, attr in matrices
+        if (attr != "kernel" or graph.base_class(module).__call__ not in call.KERNELS) and kernel_roles(module, attr) is None
+    ]
+
+
+def is_never_linear(owner: graph.Owner) -> bool:
+    """Return True if the leaf's layer is one of Flax's own that "all-linear" does not select."""
+    return graph.base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]
+
+
+_REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
+"""Modules that change the parameters inside them, adapters included, at every call."""
+
+# ---------------------------------------------------------------- the model's leaves
+
+
+def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
+    """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
+
+    Args:
+        saved: the leaves that `modules_to_save` copies. Their modules must not keep state besides parameters.
+    """
+    problems: dict[str, str] = {}
+    for path, node in walk.modules:
+        if isinstance(node, _REWRITERS):
+            inside = [leaf for leaf in leaves if not path or leaf.startswith(f"{path}.")]
+            problem = f"{type(node).__name__} rewrites the parameters inside it at every call"
+            problems |= {leaf: f"{leaf}: {problem}" for leaf in inside}
+    holders = _list_holders(walk, leaves)
+    for leaf in leaves:
+        module, attr = walk.leaves[leaf]
+        other_paths = [path for path in holders[id(vars(module)[attr])] if path != leaf]
+        if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
+            problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
+            problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
+        state = graph.layer_state(module).values() if leaf in saved else ()
+        if types := sorted({type(v).__name__ for v in state if not isinstance(v, nnx.RngState)}):
+            name = graph.base_class(module).__name__
+            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({', '.join(types)}); leave it out"
+    return problems
+
+
+def _list_holders(walk: graph.ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
+    """Return `{id of a leaf's parameter: every path of an attribute that holds it}`."""
+    owners = [walk.leaves[leaf] for leaf in leaves]
+    holders: dict[int, list[str]] = {id(vars(module)[attr]): [] for module, attr in owners}
+    for path, node in walk.modules:
+        for attr, var in vars(node).items():
+            if id(var) in holders:
+                holders[id(var)].append(paths.join(path, attr))
+    return holders
+
+
+# ---------------------------------------------------------------- abstract call
+
+
+Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping[str, Any]]
+"""`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
+
+
+def instrument(
+    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: call.Args
+) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
+    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model and lets `observe` see calls of its layers.
+
+    Args:
+        leaves: the leaves whose layers are observed.
+
+    `inputs` holds every array of the model by its path, and the arrays among `args`. The other arguments are constants.
+    """
+    copy, variables = graph.open_copy(model)
+    values, tree = jax.tree.flatten(tuple(args))
+    arrays = {f"~{i}": v for i, v in enumerate(values) if isinstance(v, jax.Array | jax.ShapeDtypeStruct)}
+
+    def f(inputs: Mapping[str, Any]) -> list[Any]:
+        called = copy(inputs)
+        for leaf, (module, attr) in graph.walk_model(called).leaves.items():
+            if leaf in leaves:
+                base = graph.base_class(module)
+                body = {name: _observed(leaf, attr, base, f, observe) for name, f in graph.entry_points(base).items()}
+                graph.set_class(module, type(base.__name__, (base,), body))
+        outputs = called(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
+        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
+
+    return f, variables | arrays
+
+
+def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any], observe: Observe) -> Any:
+    """Return the method that runs in place of a layer's own."""
+
+    def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        values = observe(leaf, attr, graph.bind_layer(self, base, f), args, kwargs)
+        return f(graph.plain_view(self, base, values), *args, **kwargs)
+
+    return method
+
+
+def trace_axes(
+    model: nnx.Module, walk: graph.ModelWalk, args: call.Args, leaves: Sequence[str], required: bool
+) -> tuple[dict[str, TracedAxes], set[str]]:
+    """Trace the axis roles of custom layers' leaves in one abstract call of the model.
+
+    Returns `{leaf: traced axes}`, and the leaves that are used but have no single set of roles. Leaves that the call
+    does not use are in neither.
+
+    Raises `AttachError` if `required` and the roles of any leaf are not found, listing all such leaves.
+    """
+    blocked = find_obstacles(walk, leaves)
+    raise_listed(AttachError, "these layers cannot carry the adapter:", blocked.values() if required else ())
+    leaves = [leaf for leaf in leaves if leaf not in blocked]
+    if not leaves:
+        return {}, set()
+    traced: dict[str, TracedAxes] = {}
+    problems: dict[str, str] = {}
+
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        weight = layer.params[attr]
+        try:
+            found = tracing.uses(functools.partial(layer.output, **kwargs), {attr: weight}, *args)[attr]
+            seen = TracedAxes(call.infer_axes(found, attr), tuple(weight.shape))
+            if traced.setdefault(leaf, seen) != seen:
+                problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
+        except AttachError as error:
+            problems[leaf] = str(error)
+        return {}
+
+    jax.eval_shape(*instrument(model, leaves, observe, args))
+    not_called = "its module's __call__ never ran with these inputs"
+    unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
+    raise_listed(
+        AttachError,
+        "the axis roles of these weights could not be traced:",
+        (f"{leaf}: {reason}" for leaf, reason in unclear.items() if required),
+    )
+    return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
+
+
+def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: call.Args) -> dict[str, str]:
+    """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
+    notes: dict[str, str] = {}
+    owners = graph.walk_model(model).leaves
+    leaves = custom_leaves(owners, adapted)
+
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
+        return {}
+
+    jax.eval_shape(*instrument(model, leaves, observe, args))
+    return {leaf: f"{graph.base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves} | notes
+
+
+def check_calls(
+    model: nnx.Module,
+    adapted: Mapping[str, tracing.Hook],
+    dropped: Sequence[str],
+    forward: Sequence[str],
+    args: call.Args,
+) -> None:
+    """Raise `AttachError` for uses that an adapter cannot follow in one abstract call of the model.
+
+    These are a weight read outside its own module's call, dropout on a weight whose use is not a product along its
+    axis roles, and a keymap entry that swaps a layer's inputs and outputs.
+
+    Args:
+        dropped: the leaves whose adapter has dropout.
+        forward: the leaves whose axis roles are checked against their layer's products.
+    """
+    stray_uses: dict[str, str] = {}
+    products: dict[str, list[tracing.Contraction]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def observe(
+        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        weight = layer.params[attr]
+        # The module reads a copy, so only reads outside its call keep the weight itself live.
+        alias = jnp.zeros(weight.shape, weight.dtype)
+        if not layer.known:
+            uses = tracing.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
+            shapes[leaf] = weight.shape
+            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, tracing.Contraction))
+            unfollowed = call.unfollowed_uses(uses, adapted[leaf])
+            if leaf in dropped and unfollowed:
+                stray_uses[leaf] = ", ".join(unfollowed)
+        return {attr: alias}
+
+    live = call.live_weights(*instrument(model, list(adapted), observe, args))
+    own = {
+        leaf: transposed_axes(adapted[leaf].axes, products[leaf], shapes[leaf]) for leaf in forward if leaf in products
+    }
+    raise_listed(
+        AttachError,
+        "these layers cannot carry the adapter:",
+        (
+            f"{leaf}: {contradiction_message(adapted[leaf].axes, axes)}"
+            for leaf, axes in own.items()
+            if axes is not None
+        ),
+    )
+    call.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
+    raise_listed(
+        AttachError,
+        "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
+        " an effective weight can replace it:",
+        (f"{leaf}: {reason}" for leaf, reason in stray_uses.items()),
+        "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules",
+    )
+
+
+def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
+    """Return the sizes of a base model that a trace of its call with these inputs shows."""
+    copy: Any = nnx.clone(model)
+    mark_attention(copy)
+    return prompts.measure_base(*instrument(copy, (), lambda *_: {}, tuple(example)))
+
+
+def mark_attention(model: nnx.Module) -> None:
+    """Let a trace find the calls of the attention layers."""
+    for _, node in graph.walk_model(model).modules:
+        if isinstance(node, nnx.MultiHeadAttention) and not is_findable(node.attention_fn):
+            node.attention_fn = Findable(node.attention_fn)
 
 
 # ---------------------------------------------------------------- planning
@@ -105,7 +457,7 @@ def plan_adapter(
         )
     keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
-        sizes = BaseSizes() if example is None else attach.measure_base(base.target, example)
+        sizes = BaseSizes() if example is None else measure_base(base.target, example)
         config = method.complete(config, with_width(sizes, keymap, base.shapes))
         return selection.make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:
@@ -120,7 +472,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        problems = layer.list_contradictions(sites, base.walked.leaves)
+        problems = list_contradictions(sites, base.walked.leaves)
         raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
         return
     attached = base.keymap
@@ -154,17 +506,17 @@ def _plan_on_model(
     owners, shapes = walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
     if all_linear:
-        shapes = {leaf: shape for leaf, shape in shapes.items() if not layer.is_never_linear(owners[leaf])}
-    entries, traced = layer.class_entries(owners, base.shapes, keymap, stack_axes), {}
+        shapes = {leaf: shape for leaf, shape in shapes.items() if not is_never_linear(owners[leaf])}
+    entries, traced = class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(keymap, weights=()) if keymap == GENERIC else keymap
-        wanted = layer.custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
-        traced, others = attach.trace_axes(base.target, walked, example, wanted, required=not all_linear)
+        wanted = custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
+        traced, others = trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        entries = layer.class_entries(owners, base.shapes, keymap, stack_axes, traced)
+        entries = class_entries(owners, base.shapes, keymap, stack_axes, traced)
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
-    unsure = frozenset(layer.custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
+    unsure = frozenset(custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
         _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
@@ -199,7 +551,7 @@ def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> Non
         return
     dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
     hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
-    attach.check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
+    check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:

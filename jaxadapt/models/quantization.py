@@ -18,9 +18,8 @@ from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import planning
+from jaxadapt.models import graph, nnx_adapters, planning
 from jaxadapt.models.carriers import base_params, carrier
-from jaxadapt.models.nnx import attach, graph, layer
 
 
 def quantize(
@@ -60,7 +59,7 @@ def quantize(
     sites = planning.plan_adapter(params, LoraConfig(target_modules=modules), keymap)[1]
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
-    problems = [] if params.walked is None else list(attach.find_obstacles(params.walked, leaves).values())
+    problems = [] if params.walked is None else list(planning.find_obstacles(params.walked, leaves).values())
     problems += [f"{site.leaf}: {why}" for site in sites if (why := _obstacle(site, weights[site.leaf]))]
     raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
@@ -79,7 +78,7 @@ def quantize(
     )
     model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
-        attach.install_adapters(owners[leaf][0])
+        nnx_adapters.install_adapters(owners[leaf][0])
     return model
 
 
@@ -156,8 +155,8 @@ def from_qwix(model: Any) -> Any:
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
         setattr(node, at[1], nnx.Param(new[at].array))
-        attach.install_adapters(node)
-    layer.set_class(model, _without_qwix(type(model)))
+        nnx_adapters.install_adapters(node)
+    graph.set_class(model, _without_qwix(type(model)))
     return model
 
 

@@ -22,9 +22,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.registry import METHODS, get_method
-from jaxadapt.models import attachment
+from jaxadapt.models import attachment, graph, planning
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
-from jaxadapt.models.nnx import attach, graph, layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Summary:
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("adapter", "weight", "count", "shape", "tensors", "dtype", "scale", "how"):
             table.add_column(column, overflow="fold")
-        for pattern, rows in self._group_rows().items():
+        for pattern, rows in self._group_rows():
             first = rows[0]
             cells = (
                 first.adapter + ("" if first.adapter in self.active else " (inactive)"),
@@ -111,20 +110,15 @@ class Summary:
                     factors[match.weight.leaf] = factor
         return factors
 
-    def _group_rows(self) -> dict[str, list[Row]]:
+    def _group_rows(self) -> list[tuple[str, list[Row]]]:
+        """Return `(leaf, or its pattern, rows)` of the rows that differ only in the numbers of their layers."""
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             stem = ".".join("*" if p.isdecimal() else p for p in row.leaf.split("."))
             tensors = tuple(row.tensors.items())
             same = stem, row.adapter, row.shape, tensors, row.dtype, row.hparams, row.how, row.entries
             groups.setdefault(same, []).append(row)
-        out: dict[str, list[Row]] = {}
-        for (stem, *_), rows in groups.items():
-            label = stem if len(rows) > 1 else rows[0].leaf
-            while label in out:  # groups of one pattern that differ in adapter, rank or shape
-                label += " "
-            out[label] = rows
-        return out
+        return [(stem if len(rows) > 1 else rows[0].leaf, rows) for (stem, *_), rows in groups.items()]
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -218,7 +212,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
     if (walk := held.walk()) is None:
         return {}
-    how = {leaf: layer.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
+    how = {leaf: planning.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
     if not inputs:
         return how
     variables = [pair for by_path in graph.adapter_variables(walk).values() for pair in by_path.items()]
@@ -226,7 +220,7 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    return how | attach.record_uses(held.tree, used, inputs)
+    return how | planning.record_uses(held.tree, used, inputs)
 
 
 # ---------------------------------------------------------------- sizes of methods

@@ -1,26 +1,330 @@
-"""Conversion of any tree to `{dotted path: array}` and back: NNX models and states, Linen variables, other pytrees.
+"""Trees of parameters: boxes, the adapter collections of Linen variables, and any tree as `{dotted path: array}`.
 
-Boxes are opened, and restored on the way back. The nodes of lorax are recognised by their type. A slash in a key
-separates names, as in keras' `variable.path`. A "value" at the end of every path, as in an NNX state that was stored as
-plain dicts, is no name.
+`open_tree` takes NNX models and states, Linen variables and other pytrees. Boxes are opened, and restored on the way
+back. The nodes of lorax are recognised by their type. A slash in a key separates names, as in keras' `variable.path`. A
+"value" at the end of every path, as in an NNX state that was stored as plain dicts, is no name.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
-from flax import nnx
+from flax import nnx, serialization
+from flax.core import meta
+from flax.linen import spmd
 from jax.tree_util import FlattenedIndexKey, keystr
 
-from jaxadapt.adapters.adapter import CONFIG_NODE, is_array
+from jaxadapt.adapters import initial_values
+from jaxadapt.adapters.adapter import (
+    CONFIG_NODE,
+    SHARED_NODE,
+    Adapter,
+    Recipe,
+    collection_name,
+    integers_name,
+    is_array,
+)
+from jaxadapt.adapters.sites import sites_of
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.quantized import is_quantized
+from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
+from jaxadapt.keymaps import families
+from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.models import graph
 from jaxadapt.models.foreign import DIALECTS
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import graph
+
+# ---------------------------------------------------------------- boxes and nested mappings
+
+
+Keys = tuple[str, ...]
+
+
+def unbox_tree(tree: Any) -> Any:
+    """Return a tree with its boxed leaves (`nn.Partitioned` …) replaced by their values."""
+
+    def unbox(x: Any) -> Any:
+        # Partitioned.unbox() is not used: it applies a sharding constraint.
+        return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
+
+    return (
+        unbox(tree) if is_array(tree) else jax.tree.map(unbox, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+    )
+
+
+def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{path: sharding}` for the base leaves: the sharding of the array or spec, else that of the box."""
+    shardings: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        value = unbox_tree(leaf)
+        shardings[path] = regions.sharding_of(value)
+        if regions.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
+            spec: Any = leaf.get_partition_spec()
+            if isinstance(leaf, nn.LogicallyPartitioned):
+                spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
+            shardings[path] = regions.sharding_from_spec(tuple(spec), leaf.mesh)
+    return shardings
+
+
+def lookup(tree: Any, keys: Sequence[str]) -> Any:
+    """Return the value at these keys of nested mappings."""
+    return functools.reduce(lambda node, key: node[key], keys, tree)
+
+
+def overlay(tree: Mapping[str, Any], leaves: Mapping[Keys, Any]) -> dict[str, Any]:
+    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
+    inner: dict[str, dict[Keys, Any]] = {}
+    out = dict(tree)
+    for (first, *rest), value in leaves.items():
+        if rest:
+            inner.setdefault(first, {})[tuple(rest)] = value
+        else:
+            out[first] = value
+    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}
+
+
+def with_value(tree: Any, value: Any, *keys: str) -> Any:
+    """Return nested mappings of the same types with `value` at these keys."""
+    if not keys:
+        return value
+    mapping_type: Any = type(tree)
+    return mapping_type({**tree, keys[0]: with_value(tree.get(keys[0], {}), value, *keys[1:])})
+
+
+def replace_adapter_values(
+    tree: Mapping[str, Any], name: str, values: Mapping[str, Any], recipe: Recipe | None = None
+) -> Any:
+    """Return a tree with other values in one adapter, and with the same boxes and mapping types.
+
+    Args:
+        tree: Linen variables, an adapter collection, or the tree of one adapter, as for `adapter_tree`.
+        values: `{path: array}` for all parameters of the adapter.
+        recipe: replaces the adapter's recipe, if given.
+    """
+    for keys in places(tree, next(keys for keys in find_adapters(tree) if keys[-1:] in ((), (name,)))):
+        tree = with_value(tree, replace_values(lookup(tree, keys), values, recipe), *keys)
+    return tree
+
+
+def replace_values(
+    tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe | None = None, within: str = ""
+) -> Any:
+    """Return the tree of one adapter, with or without its recipe, with other values.
+
+    Args:
+        tree: the tree, or a subtree at the path `within`.
+        values: `{path: array}` for all parameters of the adapter.
+        recipe: replaces the adapter's recipe, if given.
+        within: the path of `tree` in the adapter.
+    """
+    filled: dict[str, Any] = {}
+    for key, leaf in tree.items():
+        path = paths.join(within, str(key))
+        if key == CONFIG_NODE:
+            filled[key] = recipe or leaf
+        elif isinstance(leaf, Mapping):
+            filled[key] = replace_values(leaf, values, recipe, path)
+        else:
+            filled[key] = leaf.replace_boxed(values[path]) if isinstance(leaf, meta.AxisMetadata) else values[path]
+    mapping_type: Any = type(tree)
+    return mapping_type(filled)
+
+
+# ---------------------------------------------------------------- finding and reading adapters
+
+
+def find_adapters(tree: Mapping[str, Any]) -> dict[Keys, Mapping[str, Any]]:
+    """Return `{keys: tree of one adapter}` of Linen variables, of one collection, or of one adapter, with the keys ().
+
+    The tree of an adapter in variables has the integer tensors of the collection beside its own.
+    """
+    if CONFIG_NODE in tree:
+        return {(): tree}
+    groups: list[tuple[Keys, Any, Mapping[str, Any]]] = [
+        ((), tree, {}),
+        *(((c,), tree[c], tree.get(integers_name(c), {})) for c in collection_names(tree)),
+    ]
+    return {
+        (*keys, name): with_integers(inner, integers.get(name, {}))
+        for keys, group, integers in groups
+        if isinstance(group, Mapping)
+        for name, inner in group.items()
+        if isinstance(inner, Mapping) and (keys or CONFIG_NODE in inner)
+    }
+
+
+def with_integers(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tree of one adapter with the integer tensors that its own collection holds."""
+    added = {
+        key: with_integers(tree.get(key, {}), value) if isinstance(value, Mapping) else value
+        for key, value in integers.items()
+    }
+    return {**tree, **added}
+
+
+def places(tree: Mapping[str, Any], keys: Keys) -> list[Keys]:
+    """Return the keys of an adapter that `find_adapters` found, and those of its integer tensors, if it has some."""
+    integers = [(integers_name(collection), name) for collection, name in [keys] * (len(keys) == 2)]
+    return [keys, *(each for each in integers if each[1] in tree.get(each[0], {}))]
+
+
+def variable_adapters(variables: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return `(name, tree of one adapter)` of the collections in Linen variables.
+
+    Returns none for a tree without "params": in a parameter tree, "lora" may be the name of a module.
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        return []
+    return [(keys[1], inner) for keys, inner in find_adapters(variables).items() if len(keys) == 2]
+
+
+def adapter_names(tree: Mapping[str, Any]) -> list[str]:
+    """Return the names of the adapters with a configuration in Linen variables, or in one collection of them."""
+    return sorted(keys[-1] for keys, inner in find_adapters(tree).items() if keys and CONFIG_NODE in inner)
+
+
+def collection_names(tree: Mapping[str, Any]) -> list[str]:
+    """Return the names of the adapter collections in Linen variables, without those of integer tensors."""
+    return [name for name in COLLECTIONS if name in tree]
+
+
+def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Linen variables without the adapters' collections."""
+    held = collection_names(tree)
+    dropped = {*held, *map(integers_name, held)}
+    return {name: value for name, value in tree.items() if name not in dropped}
+
+
+def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """Return the tree of one adapter, or None.
+
+    Args:
+        tree: Linen variables, an adapter collection, or the tree of one adapter, which is returned as it is.
+
+    Raises `AttachError` if several collections have an adapter of this name.
+    """
+    found = {keys: inner for keys, inner in find_adapters(tree).items() if keys[-1:] in ((), (name,))}
+    if len(found) > 1 and all(len(keys) == 2 for keys in found):
+        raise AttachError(
+            f"several adapters are called {name!r} here, in {' and '.join(keys[0] for keys in found)}. Rename one of"
+            " them, for example with adapter.named('other')"
+        )
+    return next(iter(found.values()), None)
+
+
+def is_moment(path: str) -> bool:
+    """Return True if a leaf is part of an optimizer state, whose moments have the same names as the parameters."""
+    return "opt_state" in path.split(".")
+
+
+def has_config(tree: Mapping[str, Any]) -> bool:
+    """Return True if the tree of one adapter has its recipe, as an object or as text."""
+    return isinstance(tree.get(CONFIG_NODE), Recipe | str)
+
+
+def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
+    """Return the adapter whose tree is given; `name` is for messages.
+
+    Raises `AttachError` if the tree has no configuration, or if parts of the adapter are missing.
+    """
+    recipe = tree.get(CONFIG_NODE)
+    if isinstance(recipe, str):  # from Flax's msgpack, restored without a target
+        recipe = Recipe.from_text(recipe)
+    if not isinstance(recipe, Recipe):
+        raise AttachError(
+            f"the adapter {name!r} has lost its configuration, as a restore without a target does. Pass"
+            " jaxadapt.models.LoraTree(variables, config=config) in place of the variables (and keymap=, if it was"
+            " adapted with one), or put the configuration back with extract: variables |"
+            f" extract(LoraTree(variables, config=config), name={name!r}).named({name!r})"
+        )
+    adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
+    recipe.check_complete(len(adapter.sites), name)
+    return adapter
+
+
+def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
+    """Return the adapter called `name` from a tree that holds only arrays.
+
+    Raises `AttachError` if `config` is None, or if the tree has no such adapter.
+    """
+    if config is None:
+        raise AttachError(
+            "this tree carries no adapter configuration (it has no adapter, as after merge, or to_pure_dict or a"
+            " restore without a target dropped it). Save a merged adapter from the variables before the merge; else"
+            " pass jaxadapt.models.LoraTree(tree, config=config) in place of the tree, and keymap= if the model was"
+            " adapted with one"
+        )
+    collection = collection_name(config)
+    values = _named_arrays({k: v for k, v in tree.items() if k != "params" or collection not in tree}, collection, name)
+    if not values:
+        # The tree may be that of one adapter, without a collection around it.
+        leaves = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
+        values = {path: leaf for path, leaf in leaves.items() if is_array(unbox_tree(leaf))}
+        if not values or any(collection in path.split(".") for path in values):
+            raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree. Check name=")
+    base_leaves = {path.rpartition(".")[0] for path in values} - {SHARED_NODE}
+    resolved = (
+        families.family_of_leaves(base_leaves) if keymap in (None, "auto") else families.resolve_keymap(keymap, {})
+    )
+    return Adapter(config, paths.unflatten(values), resolved)
+
+
+def _named_arrays(tree: Mapping[str, Any], collection: str, name: str) -> dict[str, Any]:
+    """Return `{path in the adapter: array}` of the arrays below a collection and a name, wherever these are."""
+    values: dict[str, Any] = {}
+    for path, leaf in paths.flatten(tree).items():
+        parts = [p for p in path.split(".") if p != CONFIG_NODE]
+        if not is_array(unbox_tree(leaf)) or is_moment(path):
+            continue
+        if parts[-1] == "value":  # Orbax restores an nnx.Variable without a target as {"value": array}
+            parts.pop()
+        heads = {(collection, name), (integers_name(collection), name)}
+        at = next((i for i, pair in enumerate(itertools.pairwise(parts)) if pair in heads), None)
+        if at is not None:
+            values[paths.join(*parts[:at], *parts[at + 2 :])] = leaf
+    return values
+
+
+def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
+    """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
+
+    Args:
+        base: the base parameters with their boxes, nested or by dotted path.
+    """
+    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
+    if not boxes:
+        return adapter
+    values = adapter.flat()
+    for site in sites_of(adapter):
+        if site.leaf in boxes:
+            box = boxes[site.leaf]
+            for entry in site.entries:
+                names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
+                values[entry.path] = box.replace(value=values[entry.path], names=names)
+    return dataclasses.replace(adapter, params=paths.unflatten(values))
+
+
+def _recipe_from_text(target: Recipe, state: Any) -> Recipe:
+    if not isinstance(state, str):
+        raise AttachError(
+            f"cannot restore an adapter's configuration: expected text, found {type(state).__name__}."
+            " Restore from a file that flax.serialization wrote"
+        )
+    return Recipe.from_text(state)
+
+
+serialization.register_serialization_state(Recipe, Recipe.to_text, _recipe_from_text)
+
+
+# ---------------------------------------------------------------- any tree
+
 
 Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
@@ -78,7 +382,7 @@ def _is_slot_variable(path: Sequence[Any]) -> bool:
 
 def is_box(node: Any) -> bool:
     """Return True if a node wraps one array with metadata (`nn.Partitioned`, an NNX variable), or is quantised."""
-    return isinstance(node, collections.meta.AxisMetadata | nnx.Variable) or is_quantized(node)
+    return isinstance(node, meta.AxisMetadata | nnx.Variable) or is_quantized(node)
 
 
 def _node_path(keys: Sequence[Any]) -> str:
@@ -148,13 +452,13 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
 
 def unbox(node: Any) -> Any:
     """Return the value in a box; any other node unchanged."""
-    if isinstance(node, collections.meta.AxisMetadata):
-        return collections.unbox_tree(node)
+    if isinstance(node, meta.AxisMetadata):
+        return unbox_tree(node)
     return node.get_value() if isinstance(node, nnx.Variable) else node
 
 
 def rebox(node: Any, value: Any) -> Any:
     """Return the box with another value; `value` itself if `node` is not a box."""
-    if isinstance(node, collections.meta.AxisMetadata):
+    if isinstance(node, meta.AxisMetadata):
         return node.replace_boxed(value)
     return node.replace(value) if isinstance(node, nnx.Variable) else value

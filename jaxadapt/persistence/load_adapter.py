@@ -34,10 +34,9 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.base import file_sizes
 from jaxadapt.methods.lora import is_newer_attention_file
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import planning
+from jaxadapt.models import planning, trees
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections
 from jaxadapt.persistence import fingerprint, folder, formats, rules, save_adapter
 from jaxadapt.storage import location
 
@@ -336,7 +335,7 @@ def from_peft(
     parameters = carrier(given.tree).base()
     options = rules.Options(keymap, requested_dtype(dtype), shardings, strict, given)
     tensors = peft_tensors.without_names(tensors)
-    return collections.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
+    return trees.box_like_base(adapter_from_tensors(tensors, parameters, options)[0], parameters.held)
 
 
 def adapter_from_tensors(

@@ -27,11 +27,10 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.applied import IDS, WEIGHTS, Implementation, sort_ids, take_slots
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import planning
+from jaxadapt.models import nnx_adapters, planning
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
-from jaxadapt.models.linen.wrapper import Adapted
-from jaxadapt.models.nnx import attach as nnx_rows
+from jaxadapt.models.linen_wrapper import Adapted
 from jaxadapt.serving.layout import (
     Layout,
     Place,
@@ -461,7 +460,7 @@ def attach(model: Any, bank: Bank) -> Any:
     """
     held, layout = carrier(model), bank.layout.rows
     if isinstance(held, Model):
-        nnx_rows.attach_rows(model, layout)
+        nnx_adapters.attach_rows(model, layout)
         return model
     if not isinstance(held, Module):
         raise held.unsupported(_EXPECTED)
@@ -484,7 +483,7 @@ def detach(model: Any) -> Any:
     """
     held = carrier(model)
     if isinstance(held, Model):
-        nnx_rows.detach_rows(model)
+        nnx_adapters.detach_rows(model)
         return model
     if not isinstance(held, Wrapper):
         raise held.unsupported(_EXPECTED + " with a bank")
@@ -538,8 +537,8 @@ def route(
         return
     if not isinstance(held, Model):
         raise held.unsupported(_EXPECTED + " with a bank")
-    nnx_rows.set_rows(model, rows)
+    nnx_adapters.set_rows(model, rows)
     try:
         yield model
     finally:
-        nnx_rows.set_rows(model, None)
+        nnx_adapters.set_rows(model, None)

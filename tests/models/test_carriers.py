@@ -14,7 +14,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.models import LoraTree
 from jaxadapt.models.carriers import Carrier, carrier, lora_carrier
-from jaxadapt.models.nnx import graph
+from jaxadapt.models import graph
 
 CONFIG = jaxadapt.LoraConfig(r=2, target_modules=["q"])
 BASE = {"q": {"kernel": np.ones((4, 6), "float32")}}

@@ -17,7 +17,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, TargetError
-from jaxadapt.models.nnx.attach import draw_params_key
+from jaxadapt.models.nnx_adapters import draw_params_key
 from tests.support.twins import layers, layers_nnx
 
 R1 = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q", "o"], init_lora_weights=False)

@@ -15,7 +15,7 @@ from flax import linen, nnx
 import jaxadapt
 from jaxadapt import AttachError, KeyMapError, TargetError, Weight
 from jaxadapt.keymaps.keymap import GENERIC, entry_from_axes
-from jaxadapt.models.nnx.graph import adapter_variables
+from jaxadapt.models.graph import adapter_variables
 from tests.support.twins import layers, layers_nnx
 
 CASE = {case.name: case for case in layers.NNX}

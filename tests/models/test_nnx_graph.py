@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import jaxadapt
 from jaxadapt.demo import llama
-from jaxadapt.models.nnx import graph
+from jaxadapt.models import graph
 from tests.keymaps.families import jax_side, specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME
 from tests.support import small

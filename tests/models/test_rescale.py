@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError
-from jaxadapt.models.nnx import graph
+from jaxadapt.models import graph
 from tests.support import small
 from tests.support.small import X
 

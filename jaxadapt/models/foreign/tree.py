@@ -34,12 +34,10 @@ from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, raise_
 from jaxadapt.core.paths import Spec, bullets, compare, group_findings, unflatten
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
+from jaxadapt.models import graph, planning
 from jaxadapt.models.foreign import DIALECTS, Dialect, forms, like_pattern, recognize_dialect, survey
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import graph
-from jaxadapt.models.nnx.layer import class_entries
-from jaxadapt.models.trees import Leaves, Put, lorax_alphas, may_have_path, open_tree
+from jaxadapt.models.trees import Leaves, Put, is_moment, lorax_alphas, may_have_path, open_tree
 
 # ---------------------------------------------------------------- fill
 
@@ -311,7 +309,7 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if not may_have_path(tree, like_pattern().search):
         return None
     leaves, put = open_tree(tree)
-    leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
+    leaves = {path: leaf for path, leaf in leaves.items() if not is_moment(path)}
     dialect = recognize_dialect(leaves)
     if dialect is None:
         return None
@@ -359,7 +357,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     if foreign_tree.walked is not None:
         owners = foreign_tree.walked.leaves
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
-        entries = class_entries(owners, shapes, bound_keymap)
+        entries = planning.class_entries(owners, shapes, bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
     tree = foreign_tree
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}

@@ -30,10 +30,9 @@ from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, tracing
+from jaxadapt.models import call, tracing, trees
 from jaxadapt.models.attention_calls import with_width
-from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.call import (
+from jaxadapt.models.linen_call import (
     DROPOUT,
     MAPPED,
     SEP,
@@ -207,7 +206,7 @@ def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Surve
     model's transforms add to a marker are those that stack the leaf. If they differ between the two, the transform
     counts its axis from the end.
     """
-    variables = dict(collections.unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
+    variables = dict(trees.unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
     base = paths.flatten(variables.pop("params", {}))
     state = variables.keys() - _PER_CALL_COLLECTIONS
     stateful = frozenset(leaf.rpartition(".")[0] for name in state for leaf in paths.flatten(variables[name]))
@@ -217,7 +216,7 @@ def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Surve
         with nn.intercept_methods(survey.intercept):
             return module.init(rngs, *args, **kwargs)
 
-    specs = paths.flatten(collections.unbox_tree(jax.eval_shape(init_with_markers)).get("params", {}))
+    specs = paths.flatten(trees.unbox_tree(jax.eval_shape(init_with_markers)).get("params", {}))
     for leaf in survey.shapes:
         added = [
             tuple(i for i, size in enumerate(specs[name].shape) if size < _MARKER_SIZE)
@@ -252,7 +251,7 @@ def check_reads(
     Returns the scope paths of the modules that the call enters.
     """
     names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
-    stored = {name: collections.lookup(params, keys) for keys, name in names.items()}
+    stored = {name: trees.lookup(params, keys) for keys, name in names.items()}
     # A quantised weight is made dense within the trace, where nothing is computed.
     values = {
         name: jax.eval_shape(quantized.to_dense, x) if quantized.is_quantized(x) else x for name, x in stored.items()
@@ -279,7 +278,7 @@ def check_reads(
 
     def output(weights: Mapping[str, Any]) -> Any:
         copies = {(*keys[:-1], keys[-1] + SEP): stored[name] for keys, name in names.items()}
-        overlaid = collections.overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
+        overlaid = trees.overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
     call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, values).items() if is_live)
@@ -380,15 +379,15 @@ class Adapted:
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
         out: dict[str, Any] = dict(variables)
         leaves = paths.flatten(out.get("params", {}))
-        base = {path: collections.unbox_tree(leaf) for path, leaf in leaves.items()}
-        shardings = collections.base_shardings(leaves)
+        base = {path: trees.unbox_tree(leaf) for path, leaf in leaves.items()}
+        shardings = trees.base_shardings(leaves)
         for name, (recipe, sites) in plans.items():
             key = _adapter_key(rngs, collection_name(recipe.config), name)
             values = initial_values.init_values(
                 recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
             )
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for collection, tree in collections.box_like_base(adapter, leaves).named(name).items():
+            for collection, tree in trees.box_like_base(adapter, leaves).named(name).items():
                 out[collection] = {**out.get(collection, {}), **tree}
         return y, out
 
@@ -527,8 +526,8 @@ class Adapted:
             called: the scope paths of the modules that the call enters.
         """
         keys_by_leaf = key_paths(overlay.base["params"])
-        base = collections.unbox_tree(overlay.base["params"])
-        shapes = {leaf: tuple(collections.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
+        base = trees.unbox_tree(overlay.base["params"])
+        shapes = {leaf: tuple(trees.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
         for name, adapter in overlay.active.items():
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             if used := [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in called]:

@@ -1,7 +1,7 @@
-"""A walk over the object graph of an NNX model: its modules, variables and arrays, with Flax's paths, in Flax's order.
+"""NNX models: their contents, listed in one walk with Flax's paths and order, and their layers, bound for a call.
 
-`nnx.iter_graph` takes about eight times as long, because it also lists every static attribute, and asks Flax about
-each value instead of each type. `nnx.state` takes as long, and copies the tree. The types of an adapted model's
+`nnx.iter_graph` takes about eight times as long as `walk`, because it also lists every static attribute, and asks Flax
+about each value instead of each type. `nnx.state` takes as long, and copies the tree. The types of an adapted model's
 variables tell adapter and base parameters apart.
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from flax import errors, nnx
 from flax.nnx import graphlib
 from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import SHARED_NODE
-from jaxadapt.arrays import regions
+from jaxadapt.arrays import quantized, regions
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.models import call
 
 # ---------------------------------------------------------------- params
 
@@ -442,3 +444,127 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
             spec = nnx.get_partition_spec({"": var})[""]
             shardings[leaf] = regions.sharding_from_spec(spec.get_value(), var.get_metadata("mesh", None))
     return shardings
+
+
+# ---------------------------------------------------------------- one layer
+
+
+DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
+
+
+class AdaptedMeta(type(nnx.Module)):
+    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
+
+    base: type[nnx.Module]
+
+
+def base_class(module: nnx.Module) -> type[nnx.Module]:
+    """Return a layer's own class, whether the layer is adapted or not."""
+    cls = type(module)
+    return cls.base if isinstance(cls, AdaptedMeta) else cls
+
+
+def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
+    """Change a module's class."""
+    # A plain assignment would go through nnx's attribute handling and change the graph definition.
+    object.__setattr__(module, "__class__", cls)
+
+
+def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
+    """Return `{name: method}` for the methods that may read a layer's weight.
+
+    These are `__call__` and the public methods of the class; for Flax's own layers, only `__call__`.
+    """
+    if base.__call__ in call.KERNELS:
+        return {"__call__": base.__call__}
+    classes = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
+    functions = {name: f for cls in reversed(classes) for name, f in vars(cls).items() if inspect.isfunction(f)}
+    return {name: f for name, f in functions.items() if name == "__call__" or not name.startswith("_")}
+
+
+def quantized_params(module: nnx.Module) -> dict[str, Any]:
+    """Return `{attribute: value}` for the layer's quantised parameters."""
+    values = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
+    return {attr: value for attr, value in values.items() if quantized.is_quantized(value)}
+
+
+def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
+    """Return a shallow copy of a layer as an instance of `base`, with `values` replaced and all parameters dense."""
+    view = object.__new__(base)
+    attributes = vars(view)
+    attributes.update(vars(module))
+    for leaf, value in {**quantized_params(module), **values}.items():
+        # A copy keeps the variable's type and metadata.
+        attributes[leaf] = attributes[leaf].copy(quantized.to_dense(value))
+    return view
+
+
+def layer_state(module: nnx.Module) -> dict[str, Any]:
+    """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
+    is_state = instance_test(nnx.Variable, (nnx.Param, LayerNumber))
+    variables = [(path, var) for path, var, _ in walk(module) if is_state(var)]
+    return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
+
+
+def open_copy(model: nnx.Module) -> tuple[Callable[[Mapping[str, Any]], Any], dict[str, Any]]:
+    """Return a function that copies a model with other values at some paths, and the values of all its variables.
+
+    A variable belongs to the trace that creates it, so a model that is called in a trace is copied inside it. The copy
+    holds the model's own variables at the other paths.
+    """
+    graphdef, state = nnx.split(model)
+    flat = {paths.join(*map(str, path)): (path, var) for path, var in nnx.to_flat_state(state)}
+    variables = {name: var for name, (_, var) in flat.items() if isinstance(var, nnx.Variable)}
+
+    def copy(values: Mapping[str, Any]) -> Any:
+        new = {**values, **{name: var.copy(values[name]) for name, var in variables.items() if name in values}}
+        filled = [(path, new.get(name, var)) for name, (path, var) in flat.items()]
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    return copy, {name: var for name, (_, var) in flat.items()} | values_of(variables)
+
+
+def changed_values(name: str, before: Mapping[str, Any], after: Mapping[str, Any], remedy: str = "") -> dict[str, Any]:
+    """Return the values of the variables that a call of a layer changed, by path.
+
+    Raises `AttachError` if the call added or removed variables; its text ends with `remedy`.
+    """
+    if odd := sorted(before.keys() ^ after.keys()):
+        verb, advice = ("adds", "Create them in __init__") if odd[0] in after else ("removes", "Keep them")
+        raise AttachError(
+            f"{name} {verb} variables while it is called ({', '.join(odd)}), so an adapter cannot run its call."
+            f" {advice}{remedy}"
+        )
+    return {path: x for path, x in after.items() if x is not before[path]}
+
+
+def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]) -> call.Layer:
+    """Return one method of a layer, as its class `base` has it, as a layer that an adapter can run.
+
+    Its `run` raises `AttachError` if the call adds variables to the layer, or changes a variable outside it.
+    """
+    params = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
+
+    def run(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        view, state = plain_view(module, base, weights), values_of(layer_state(module))
+        copy = open_copy(view)[0](state) if state else view
+        try:
+            y = f(copy, *args, **kwargs)
+        except errors.TraceContextError as error:
+            raise AttachError(
+                f"{base.__name__}: the call changes a variable outside the layer. An adapted layer may change"
+                " only its own variables, such as a random stream or a count. Store the object with the variable in the"
+                " layer (self.rngs = rngs), or exclude the layer with exclude_modules"
+            ) from error
+        # A variable that the call removes stays in the layer, with its value.
+        after = state | values_of(layer_state(copy)) if state else {}
+        return y, changed_values(base.__name__, state, after, ", or exclude the layer with exclude_modules")
+
+    def write_back(changed: Mapping[str, Any]) -> None:
+        variables = layer_state(module) if changed else {}
+        for path, value in changed.items():
+            variables[path].set_value(value)
+
+    return call.Layer(
+        base.__name__, module, f, f is base.__call__, params, functools.partial(f, module), run, write_back
+    )

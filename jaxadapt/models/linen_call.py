@@ -40,10 +40,9 @@ from jaxadapt.methods.applied import (
 from jaxadapt.methods.base import Drop, Method
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, prompts
+from jaxadapt.models import call, prompts, trees
 from jaxadapt.models.attention_calls import Findable, is_findable
-from jaxadapt.models.linen import collections
-from jaxadapt.models.linen.collections import Keys
+from jaxadapt.models.trees import Keys
 
 SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
 DROPOUT = "dropout"  # the random stream that `flax.linen.Dropout` uses
@@ -218,7 +217,7 @@ class Overlay:
         """Return the variables with which the module is called."""
         if not self.leaves:
             return dict(self.base)
-        return {**self.base, "params": collections.overlay(self.base["params"], self.leaves)}
+        return {**self.base, "params": trees.overlay(self.base["params"], self.leaves)}
 
     def restore(self, changed: Mapping[str, Any], mutable: Any, path: Keys = ()) -> Any:
         """Return the collections that a call returned, without the added leaves and with the adapters' collections.
@@ -230,8 +229,8 @@ class Overlay:
         out, size = dict(changed), len(path)
         leaves = [keys[size:] for keys in self.leaves if keys[:size] == path]
         if "params" in out and leaves:
-            replaced = {k: collections.lookup(self.base["params"], (*path, *k)) for k in leaves if SEP not in k[-1]}
-            out["params"] = collections.overlay(_without(out["params"], set(leaves) - replaced.keys()), replaced)
+            replaced = {k: trees.lookup(self.base["params"], (*path, *k)) for k in leaves if SEP not in k[-1]}
+            out["params"] = trees.overlay(_without(out["params"], set(leaves) - replaced.keys()), replaced)
         out |= {c: tree for c, tree in self.adapters.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 
@@ -330,7 +329,7 @@ def build_overlay(
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
                 old = quantized.to_dense(
-                    overlay.leaves[keys] if keys in overlay.leaves else collections.lookup(params, keys)
+                    overlay.leaves[keys] if keys in overlay.leaves else trees.lookup(params, keys)
                 )
                 overlay.leaves[keys] = meta.replace_boxed(
                     old, map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
@@ -339,7 +338,7 @@ def build_overlay(
             if site.method.dropout(site.hparams):
                 overlay.with_dropout[name] = None
             number = order, has_stream, name in overlay.with_dropout
-            tensors = values[site.leaf] | _repeat_data(site, data.get(name, {}), collections.lookup(params, keys))
+            tensors = values[site.leaf] | _repeat_data(site, data.get(name, {}), trees.lookup(params, keys))
             overlay.add(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
     return overlay
@@ -348,13 +347,13 @@ def build_overlay(
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
     """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
     collection = collection_name(config)
-    tree = collections.find_adapters(adapters).get((collection, name))
+    tree = trees.find_adapters(adapters).get((collection, name))
     if tree is None:
         raise AttachError(
             f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"
         )
     # meta.unbox applies the sharding constraints of the boxes, as it does for the base.
-    adapter = collections.read_adapter(meta.unbox(tree), name)
+    adapter = trees.read_adapter(meta.unbox(tree), name)
     if adapter.config != _resolve_like(config, adapter.config):
         argument = "" if name == "default" else f", name={name!r}"
         raise AttachError(
@@ -401,7 +400,7 @@ def _repeat_data(site: Site, of_call: Mapping[str, Any], w: Any) -> dict[str, An
     # The axes of the layer numbers become the weight's stacked axes, which a scan slices.
     added = [axis for axis in range(max(stack, default=0)) if axis not in stack]
     numbers = {key: jnp.expand_dims(jnp.asarray(x), added) for key, x in site.data.items()}
-    shape = collections.unbox_tree(w).shape if of_call else ()
+    shape = trees.unbox_tree(w).shape if of_call else ()
     return numbers | {key: repeat_on_stack(x, stack, shape) for key, x in of_call.items()}
 
 
@@ -421,7 +420,7 @@ def _without(tree: Mapping[str, Any], added: Collection[Keys], path: Keys = ()) 
 def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Config]) -> dict[str, Any]:
     """Return the collections of the wrapper's adapters, and of all others that have a configuration."""
     names = {collection_name(config) for config in configs.values()}
-    names |= {k[0] for k, inner in collections.find_adapters(variables).items() if k[1:] and CONFIG_NODE in inner}
+    names |= {k[0] for k, inner in trees.find_adapters(variables).items() if k[1:] and CONFIG_NODE in inner}
     names |= set(map(integers_name, names))
     return {c: variables[c] for c in variables if c in names}
 
@@ -510,7 +509,7 @@ def call_module(
             return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
 
     def base() -> dict[str, Any]:
-        return paths.flatten(collections.unbox_tree(variables.get("params", {})))
+        return paths.flatten(trees.unbox_tree(variables.get("params", {})))
 
     state = (variables, options.get("rngs"))
     return prompts.call_with_keys(run, prompt, type(module).__call__, args, rest, state, base)

@@ -1,4 +1,4 @@
-"""Attach adapters to NNX models in place.
+"""Adapters on NNX models: attached in place, and applied in the calls of their layers.
 
 Each adapted layer gets a run-time subclass of its class, and the adapter's variables become attributes of the layer.
 The paths, the values and the sharing of base parameters do not change. `delete` undoes it.
@@ -7,17 +7,22 @@ The paths, the values and the sharing of base parameters do not change. `delete`
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
     layer.active_adapters              ("default",)
 
-The adapters of the rows of a batch are variables beside the weights, which the model's scans slice.
+The call of an adapted layer is its own function, with active adapters applied and quantised weights made dense. The
+tensors of a prompt method are attributes of the model itself, whose call adds the virtual tokens:
 
-Abstract calls of the model show how its layers use their weights, and which uses no adapter can follow.
+    model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
+
+The adapters of the rows of a batch are variables beside the weights, which the model's scans slice.
 """
 
 from __future__ import annotations
 
 import collections
+import copyreg
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,248 +37,14 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, collection_name, shared_tensors
 from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
-from jaxadapt.methods.applied import refuse_rivals
-from jaxadapt.methods.base import Method
-from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, apply_rows, refuse_rivals, together
+from jaxadapt.methods.base import Drop, Method
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, prompts, tracing
-from jaxadapt.models.nnx import graph
-from jaxadapt.models.nnx.layer import (
-    ACTIVE,
-    DROPOUT,
-    ROWS,
-    AdaptedMeta,
-    Attached,
-    TracedAxes,
-    adapted_class,
-    adapters_on,
-    attached_to,
-    base_class,
-    bind_layer,
-    custom_leaves,
-    entry_points,
-    layer_state,
-    list_contradictions,
-    mark_attention,
-    open_copy,
-    plain_view,
-    quantized_params,
-    set_class,
-)
-
-_REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
-"""Modules that change the parameters inside them, adapters included, at every call."""
-
-# ---------------------------------------------------------------- the model's leaves
-
-
-def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
-    """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
-
-    Args:
-        saved: the leaves that `modules_to_save` copies. Their modules must not keep state besides parameters.
-    """
-    problems: dict[str, str] = {}
-    for path, node in walk.modules:
-        if isinstance(node, _REWRITERS):
-            inside = [leaf for leaf in leaves if not path or leaf.startswith(f"{path}.")]
-            problem = f"{type(node).__name__} rewrites the parameters inside it at every call"
-            problems |= {leaf: f"{leaf}: {problem}" for leaf in inside}
-    holders = _list_holders(walk, leaves)
-    for leaf in leaves:
-        module, attr = walk.leaves[leaf]
-        other_paths = [path for path in holders[id(vars(module)[attr])] if path != leaf]
-        if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
-            problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
-            problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
-        state = layer_state(module).values() if leaf in saved else ()
-        if types := sorted({type(v).__name__ for v in state if not isinstance(v, nnx.RngState)}):
-            name = base_class(module).__name__
-            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({', '.join(types)}); leave it out"
-    return problems
-
-
-def _list_holders(walk: graph.ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
-    """Return `{id of a leaf's parameter: every path of an attribute that holds it}`."""
-    owners = [walk.leaves[leaf] for leaf in leaves]
-    holders: dict[int, list[str]] = {id(vars(module)[attr]): [] for module, attr in owners}
-    for path, node in walk.modules:
-        for attr, var in vars(node).items():
-            if id(var) in holders:
-                holders[id(var)].append(paths.join(path, attr))
-    return holders
-
-
-# ---------------------------------------------------------------- abstract call
-
-
-Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping[str, Any]]
-"""`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
-
-
-def instrument(
-    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: call.Args
-) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
-    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model and lets `observe` see calls of its layers.
-
-    Args:
-        leaves: the leaves whose layers are observed.
-
-    `inputs` holds every array of the model by its path, and the arrays among `args`. The other arguments are constants.
-    """
-    copy, variables = open_copy(model)
-    values, tree = jax.tree.flatten(tuple(args))
-    arrays = {f"~{i}": v for i, v in enumerate(values) if isinstance(v, jax.Array | jax.ShapeDtypeStruct)}
-
-    def f(inputs: Mapping[str, Any]) -> list[Any]:
-        called = copy(inputs)
-        for leaf, (module, attr) in graph.walk_model(called).leaves.items():
-            if leaf in leaves:
-                base = base_class(module)
-                body = {name: _observed(leaf, attr, base, f, observe) for name, f in entry_points(base).items()}
-                set_class(module, type(base.__name__, (base,), body))
-        outputs = called(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
-        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
-
-    return f, variables | arrays
-
-
-def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any], observe: Observe) -> Any:
-    """Return the method that runs in place of a layer's own."""
-
-    def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        values = observe(leaf, attr, bind_layer(self, base, f), args, kwargs)
-        return f(plain_view(self, base, values), *args, **kwargs)
-
-    return method
-
-
-def trace_axes(
-    model: nnx.Module, walk: graph.ModelWalk, args: call.Args, leaves: Sequence[str], required: bool
-) -> tuple[dict[str, TracedAxes], set[str]]:
-    """Trace the axis roles of custom layers' leaves in one abstract call of the model.
-
-    Returns `{leaf: traced axes}`, and the leaves that are used but have no single set of roles. Leaves that the call
-    does not use are in neither.
-
-    Raises `AttachError` if `required` and the roles of any leaf are not found, listing all such leaves.
-    """
-    blocked = find_obstacles(walk, leaves)
-    raise_listed(AttachError, "these layers cannot carry the adapter:", blocked.values() if required else ())
-    leaves = [leaf for leaf in leaves if leaf not in blocked]
-    if not leaves:
-        return {}, set()
-    traced: dict[str, TracedAxes] = {}
-    problems: dict[str, str] = {}
-
-    def observe(
-        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        weight = layer.params[attr]
-        try:
-            found = tracing.uses(functools.partial(layer.output, **kwargs), {attr: weight}, *args)[attr]
-            seen = TracedAxes(call.infer_axes(found, attr), tuple(weight.shape))
-            if traced.setdefault(leaf, seen) != seen:
-                problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
-        except AttachError as error:
-            problems[leaf] = str(error)
-        return {}
-
-    jax.eval_shape(*instrument(model, leaves, observe, args))
-    not_called = "its module's __call__ never ran with these inputs"
-    unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
-    raise_listed(
-        AttachError,
-        "the axis roles of these weights could not be traced:",
-        (f"{leaf}: {reason}" for leaf, reason in unclear.items() if required),
-    )
-    return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
-
-
-def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: call.Args) -> dict[str, str]:
-    """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
-    notes: dict[str, str] = {}
-    owners = graph.walk_model(model).leaves
-    leaves = custom_leaves(owners, adapted)
-
-    def observe(
-        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
-        return {}
-
-    jax.eval_shape(*instrument(model, leaves, observe, args))
-    return {leaf: f"{base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves} | notes
-
-
-def check_calls(
-    model: nnx.Module,
-    adapted: Mapping[str, tracing.Hook],
-    dropped: Sequence[str],
-    forward: Sequence[str],
-    args: call.Args,
-) -> None:
-    """Raise `AttachError` for uses that an adapter cannot follow in one abstract call of the model.
-
-    These are a weight read outside its own module's call, dropout on a weight whose use is not a product along its
-    axis roles, and a keymap entry that swaps a layer's inputs and outputs.
-
-    Args:
-        dropped: the leaves whose adapter has dropout.
-        forward: the leaves whose axis roles are checked against their layer's products.
-    """
-    stray_uses: dict[str, str] = {}
-    products: dict[str, list[tracing.Contraction]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def observe(
-        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        weight = layer.params[attr]
-        # The module reads a copy, so only reads outside its call keep the weight itself live.
-        alias = jnp.zeros(weight.shape, weight.dtype)
-        if not layer.known:
-            uses = tracing.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
-            shapes[leaf] = weight.shape
-            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, tracing.Contraction))
-            unfollowed = call.unfollowed_uses(uses, adapted[leaf])
-            if leaf in dropped and unfollowed:
-                stray_uses[leaf] = ", ".join(unfollowed)
-        return {attr: alias}
-
-    live = call.live_weights(*instrument(model, list(adapted), observe, args))
-    own = {
-        leaf: transposed_axes(adapted[leaf].axes, products[leaf], shapes[leaf]) for leaf in forward if leaf in products
-    }
-    raise_listed(
-        AttachError,
-        "these layers cannot carry the adapter:",
-        (
-            f"{leaf}: {contradiction_message(adapted[leaf].axes, axes)}"
-            for leaf, axes in own.items()
-            if axes is not None
-        ),
-    )
-    call.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
-    raise_listed(
-        AttachError,
-        "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
-        " an effective weight can replace it:",
-        (f"{leaf}: {reason}" for leaf, reason in stray_uses.items()),
-        "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules",
-    )
-
-
-def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
-    """Return the sizes of a base model that a trace of its call with these inputs shows."""
-    copy: Any = nnx.clone(model)
-    mark_attention(copy)
-    return prompts.measure_base(*instrument(copy, (), lambda *_: {}, tuple(example)))
-
+from jaxadapt.models import call, graph, planning, prompts
+from jaxadapt.models.attention_calls import input_embedding
 
 # ---------------------------------------------------------------- shardings of parameters
 
@@ -358,7 +129,7 @@ def attach(
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
-    problems = [*find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
+    problems = [*planning.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
     raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
@@ -408,9 +179,9 @@ def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | No
         stream: Any = dropout.rngs
         stream.key.set_value(jax.random.split(stream.key.get_value(), sizes))
         stream.count.set_value(jnp.broadcast_to(stream.count.get_value(), sizes))
-    if DROPOUT not in vars(module):
-        setattr(module, DROPOUT, nnx.Dict())
-    vars(module)[DROPOUT][name] = dropout
+    if graph.DROPOUT not in vars(module):
+        setattr(module, graph.DROPOUT, nnx.Dict())
+    vars(module)[graph.DROPOUT][name] = dropout
 
 
 def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base: nnx.Variable[Any]) -> dict[str, Any]:
@@ -436,7 +207,7 @@ def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owne
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
-    problems += list_contradictions(adapter_sites, owners)
+    problems += planning.list_contradictions(adapter_sites, owners)
     for site in adapter_sites:
         if collection in (attributes := vars(owners[site.leaf][0])) and ACTIVE not in attributes:
             problems.append(f"{site.leaf}: its module already has an attribute {collection!r} of its own")
@@ -445,18 +216,18 @@ def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owne
 
 def install_adapters(layer: nnx.Module) -> None:
     """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
-    if not isinstance(type(layer), AdaptedMeta):
-        set_class(layer, adapted_class(type(layer)))
+    if not isinstance(type(layer), graph.AdaptedMeta):
+        graph.set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
     if (
-        isinstance(type(layer), AdaptedMeta)
+        isinstance(type(layer), graph.AdaptedMeta)
         and vars(layer).keys().isdisjoint((ACTIVE, ROWS))
-        and not quantized_params(layer)
+        and not graph.quantized_params(layer)
     ):
-        set_class(layer, base_class(layer))
+        graph.set_class(layer, graph.base_class(layer))
 
 
 def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
@@ -464,7 +235,7 @@ def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
     return [
         (path, node)
         for path, node in graph.walk_model(model).modules
-        if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)
+        if isinstance(type(node), graph.AdaptedMeta) and ACTIVE in vars(node)
     ]
 
 
@@ -506,7 +277,7 @@ def delete(model: graph.Model, *names: str) -> None:
     _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
-        for name, attr in itertools.product(names, (*graph.held_adapters(layer), DROPOUT)):
+        for name, attr in itertools.product(names, (*graph.held_adapters(layer), graph.DROPOUT)):
             if name in attributes.get(attr, ()):
                 del attributes[attr][name]
                 if not attributes[attr]:
@@ -561,7 +332,7 @@ def attach_rows(model: nnx.Module, layout: call.RowLayout) -> None:
         "the bank is for another base; the model lacks these weights:",
         (leaf for leaf in dict.fromkeys(leaves) if leaf not in walk.leaves),
     )
-    problems = list(find_obstacles(walk, leaves).values())
+    problems = list(planning.find_obstacles(walk, leaves).values())
     owners = [walk.leaves[leaf][0] for leaf in leaves]
     problems += [f"{p}: the model has a bank already" for p, m in walk.modules if ROWS in vars(m) and m in owners]
     raise_listed(AttachError, "these layers cannot take a bank:", problems)
@@ -602,3 +373,209 @@ def set_rows(model: nnx.Module, rows: call.Rows | None) -> None:
     for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):
         own = {name: graph.RowParam(x, row_site=site) for name, x in arrays.items()}
         banked[site.leaf][str(number)] = own if site.shared is None else own | shared[site.shared]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def active_prompt(module: nnx.Module, names: Sequence[str]) -> prompts.Prompt | None:
+    """Return the active adapter of a prompt method among `names`; None if there is none.
+
+    Raises `AttachError` if there are several.
+    """
+    found: dict[str, prompts.Prompt] = {}
+    for name, adapters in itertools.product(names, graph.held_adapters(module).values()):
+        if tensors := adapters.get(name, {}).get(SHARED_NODE):
+            values = {t: var.get_value() for t, var in tensors.items()}
+            data = {t: x for t, x in values.items() if isinstance(tensors[t], graph.CallData)}
+            params = {t: x for t, x in values.items() if t not in data}
+            recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
+            found[name] = prompts.Prompt(recipe, params, data)
+    return prompts.only_one(found)
+
+
+def embed_tokens(module: nnx.Module, prompt: prompts.Prompt, tokens: Any) -> Any:
+    """Return the embeddings of tokens, by the model's own layer."""
+    owners = graph.walk_model(module).leaves
+    leaf = input_embedding(prompt.recipe.keymap, owners)
+    layer = None if leaf is None else owners[leaf][0]
+    if not isinstance(layer, nnx.Embed):
+        raise AttachError(
+            f"{prompt.method.peft_type}: the nnx.Embed that embeds the tokens is unclear"
+            f" ({'none or several are candidates' if leaf is None else f'{leaf} is of another class'}). Pass embeddings"
+            " to the call in place of tokens"
+        )
+    return layer(tokens)
+
+
+def call_with_keys(
+    module: nnx.Module,
+    prompt: prompts.Prompt,
+    base: type[nnx.Module],
+    call: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Return `call(module, args, kwargs)` with keys and values of an adapter in every attention layer.
+
+    Raises `AttachError` if the call adds variables to the model.
+    """
+    # The model's transforms (nnx.scan, nnx.remat) write to all variables, so they must belong to the current trace.
+    open_model, inputs = graph.open_copy(graph.plain_view(module, base, {}))
+
+    def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        copy = open_model(inputs)
+        planning.mark_attention(copy)
+        y = call(copy, args, kwargs)
+        return y, graph.changed_values(base.__name__, inputs, graph.open_copy(copy)[1])
+
+    def base_parameters() -> dict[str, Any]:
+        return graph.base_values(graph.walk_model(module).leaves)
+
+    y, changed = prompts.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
+    variables = {paths.join(*map(str, path)): var for path, var in nnx.to_flat_state(nnx.state(module))}
+    for path, value in changed.items():
+        variables[path].set_value(value)
+    return y
+
+
+# ---------------------------------------------------------------- the call of a layer
+
+
+ACTIVE = "active_adapters"
+ROWS = "adapter_rows"
+"""The attribute of a layer with a bank: `{leaf: {number of the site: {tensor: RowParam}}}`, empty without a route."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attached:
+    """The metadata of an `AdapterParam`: its adapter's recipe, and the method, axes and hyperparameters of its site."""
+
+    recipe: Recipe
+    method: Method = dataclasses.field(repr=False)
+    axes: Axes = dataclasses.field(repr=False)
+    hparams: Any
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.recipe, self.method, self.axes, self.hparams))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
+    """Return the metadata of one adapter at one leaf.
+
+    Only its own tensors carry this metadata. Shared tensors carry their adapter's, and `LayerNumber`s carry none.
+    """
+    param = next(
+        var for var in tensors.values()
+        if isinstance(var, graph.AdapterParam | graph.FrozenParam) and not isinstance(var, graph.SharedParam)
+    )  # fmt: skip
+    attached: Attached = param.get_metadata()["adapter"]
+    return attached
+
+
+# ---------------------------------------------------------------- the run-time subclass
+
+
+@functools.cache
+def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
+    """Return the subclass of a layer class whose entry points (see `graph.entry_points`) apply the active adapters."""
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            return _call_adapted(self, base, f, args, kwargs)
+
+        return method
+
+    body: dict[str, Any] = {name: wrap(f) for name, f in graph.entry_points(base).items()}
+    body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    subclass: Any = graph.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
+    return subclass
+
+
+copyreg.pickle(graph.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
+
+
+# ---------------------------------------------------------------- calling
+
+
+def adapters_on(layer: nnx.Module, names: Iterable[str]) -> Iterator[tuple[str, str, Mapping[str, nnx.Variable[Any]]]]:
+    """Yield (adapter, leaf, tensors) for these adapters of one layer's weights."""
+    for name, adapters in itertools.product(names, graph.held_adapters(layer).values()):
+        for leaf, tensors in adapters.get(name, {}).items():
+            if leaf != SHARED_NODE:  # a prompt's tensors: see `prompt`
+                yield name, leaf, tensors
+
+
+def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethods]:
+    """Return `{leaf: hook}` for the active adapters of one layer."""
+    hooks: dict[str, list[AppliedMethod]] = {}
+    attributes = vars(module)
+    for name, leaf, tensors in adapters_on(module, attributes.get(ACTIVE, ())):
+        params = {tensor: _value_of(tensor, var) for tensor, var in tensors.items()}
+        hooks.setdefault(leaf, []).append(
+            AppliedMethod.in_call(attached_to(tensors), params, _active_dropout(module, name))
+        )
+    for leaf, sites in attributes.get(ROWS, {}).items():
+        if not sites:
+            raise AttachError(call.NO_ROUTE)
+        hooks.setdefault(leaf, []).extend(map(_row_hook, sites.values()))
+    return {leaf: together(each) for leaf, each in hooks.items()}
+
+
+def _active_dropout(module: nnx.Module, name: str) -> Drop | None:
+    """Return the dropout of an adapter; None if it has none, or if the layer is in evaluation mode."""
+    dropouts = vars(module).get(graph.DROPOUT, ())
+    if name not in dropouts or (dropout := dropouts[name]).deterministic:
+        return None
+    if dropout.rngs is None:
+        raise AttachError(
+            f"the adapter {name!r} has dropout but no random stream, because it was loaded without rngs."
+            " Load it with load(…, rngs=nnx.Rngs(seed)) to train it, or call model.eval() to use it"
+        )
+    return Drop(dropout.rate, dropout.rngs)
+
+
+def _row_hook(tensors: Mapping[str, nnx.Variable[Any]]) -> AppliedMethod:
+    """Return the method of a bank's site with the tensors of a batch's rows."""
+    shared = {name: _value_of(name, var) for name, var in tensors.items() if isinstance(var, graph.SharedParam)}
+    own = {name: var for name, var in tensors.items() if name not in shared}
+    site: call.RowSite = next(iter(own.values())).get_metadata()["row_site"]
+    return apply_rows(site, site.how, {name: _value_of(name, var) for name, var in own.items()}, shared)
+
+
+def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
+    """Return a variable's value; raise `AttachError` for a slice of a shared tensor."""
+    value = variable.get_value()
+    if isinstance(variable, graph.SharedParam) and value.shape != (shape := variable.get_metadata()["whole"]):
+        raise AttachError(
+            f"cannot run a layer: {tensor} belongs to the whole adapter and has shape {list(shape)}, but this layer got"
+            f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type"
+            " jaxadapt.models.SharedParam whole: nnx.StateAxes({jaxadapt.models.SharedParam: None, nnx.Param: 0,"
+            " ...: 0})"
+        )
+    return value
+
+
+def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
+    if f is base.__call__ and (virtual := active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        if (hooked := prompts.hooked_call(module, virtual)) is not None:
+            name, first = hooked
+            return getattr(base, name)(graph.plain_view(module, base, {}), *first, *args, **kwargs)
+        if virtual.method.adds != "embeddings":
+            run: Any = functools.partial(_call_layer, base, f)
+            return call_with_keys(module, virtual, base, run, args, kwargs)
+        args, kwargs = prompts.with_embeddings(
+            virtual, base.__call__, args, kwargs, functools.partial(embed_tokens, module, virtual)
+        )
+    return _call_layer(base, f, module, args, kwargs)
+
+
+def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a layer with the adapters of its own weights."""
+    return call.apply(graph.bind_layer(module, base, f), _active_hooks(module), args, kwargs)

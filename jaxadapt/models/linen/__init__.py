@@ -1,1 +1,0 @@
-"""Adapters on Linen modules, by a wrapper."""
