@@ -35,8 +35,8 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, repor
 from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, keymap_from_paths, warn_unproved
 from jaxadapt.merging import base_merge
-from jaxadapt.models.carriers import carrier
 from jaxadapt.models import graph, planning
+from jaxadapt.models.carriers import carrier
 from jaxadapt.persistence import rules
 from jaxadapt.persistence.save_adapter import require_values
 from jaxadapt.storage import atomic, hf_model, location

@@ -29,8 +29,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
-from jaxadapt.models.carriers import Carrier, Module, Variables, carrier
 from jaxadapt.models import graph, nnx_adapters
+from jaxadapt.models.carriers import Carrier, Module, Variables, carrier
 
 # ---------------------------------------------------------------- changed leaf
 

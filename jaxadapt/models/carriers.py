@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, Site, collection_name, integers_name
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
@@ -76,15 +76,11 @@ class Carrier:
         """Return the modules and parameters of an NNX model, from one traversal; None for trees without modules."""
         return None
 
-    def leaves(self) -> dict[str, Any]:
-        """Return `{path: array}` of the base parameters, without boxes."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=trees.is_box)
-        return {_dotted_path(keys): trees.unbox(leaf) for keys, leaf in leaves}
-
-    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
-        """Return `{path: array}` of some base parameters."""
-        leaves = self.leaves()
-        return {path: leaves[path] for path in wanted}
+    def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
+        """Return `{path: array}` of the base parameters, or of the `wanted` ones, without boxes."""
+        pairs = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=trees.is_box)
+        leaves = {_dotted_path(keys): leaf for keys, leaf in pairs}
+        return {path: trees.unbox(leaves[path]) for path in (leaves if wanted is None else wanted)}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
         """Replace the base parameters at some paths, in their boxes or with them."""
@@ -187,10 +183,10 @@ def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name
     raise_listed(AttachError, f"cannot inject: the adapter does not fit {name!r}:", problems)
 
 
-def check_name(name: str, present: Sequence[str]) -> None:
-    """Raise `AttachError` unless an adapter is called `name`."""
-    if name not in present:
-        raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
+def check_names(names: Sequence[str], present: Sequence[str]) -> None:
+    """Raise `AttachError` unless there are adapters of all these names."""
+    if unknown := [name for name in names if name not in present]:
+        raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
 
 
 def check_free(name: str, present: Sequence[str]) -> None:
@@ -232,20 +228,37 @@ class _Variables(Carrier):
     """The operations that models and states share: their adapters are `AdapterParam`s."""
 
     @functools.cached_property
-    def _contents(self) -> Any:
-        """The state, or the walk over the model."""
-        return self.tree
+    def _adapters(self) -> dict[str, dict[str, Any]]:
+        return graph.adapter_variables(self.walk() or self.tree)
 
     def names(self) -> list[str]:
-        return list(graph.adapter_variables(self._contents))
+        return list(self._adapters)
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         if not self.names() and (unknown := foreign_tree.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
-        return nnx_adapters.extract(self._contents, name)
+        if (variables := self._adapters.get(name)) is None:
+            merged = (
+                ". If merge merged it, it is in the weights: save it from the model before the merge, or write the"
+                " merged weights with jaxadapt.export.export_base"
+            )
+            found = sorted(self._adapters)
+            raise AttachError(f"there is no adapter {name!r} here; found {found or 'none'}{'' if found else merged}")
+        values = graph.values_of(variables)
+        carried = {id(recipe := var.get_metadata("adapter").recipe): recipe for var in variables.values()}
+        recipe, *others = set(carried.values())  # comparing takes longer than finding that nearly all are one object
+        if others:
+            raise AttachError(
+                f"cannot extract the adapter {name!r}: its parameters carry {1 + len(others)} different configurations."
+                " Delete it and attach it again"
+            )
+        leaves = {path.rpartition(".")[0] for path in values}
+        if leaves != {SHARED_NODE}:  # the trained parameters of a method whose sites have none
+            recipe.check_complete(len(leaves - {SHARED_NODE}), name)
+        return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        variables = graph.adapter_variables(self._contents).get(name)
+        variables = self._adapters.get(name)
         if variables is None:
             raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
         attached = next(iter(variables.values())).get_metadata("adapter")
@@ -271,12 +284,12 @@ class State(_Variables):
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the variables; each must be an adapter's."""
-        variables = graph.adapter_variables(self.tree)
+        variables = self._adapters
         if not variables:
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
         new: dict[int, Any] = {}
         for name, by_path in variables.items():
-            values = f(name, nnx_adapters.extract(self.tree, name))
+            values = f(name, self.extract(name))
             new |= {id(var): values[path] for path, var in by_path.items()}
         flat = nnx.to_flat_state(self.tree)
         others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
@@ -308,28 +321,16 @@ class Model(_Variables, Object):
     def _contents(self) -> Any:
         return graph.walk_model(self.tree)
 
-    def _walk_again(self) -> None:
-        """Forget the walk, after modules got or lost attributes."""
-        vars(self).pop("_contents", None)
-
     def base(self) -> planning.BaseParams:
         return planning.BaseParams(self._contents.leaves, self.tree, self._contents)
 
-    def leaves(self) -> dict[str, Any]:
-        return graph.base_values(self._contents.leaves)
-
-    def some_leaves(self, wanted: Collection[str]) -> dict[str, Any]:
+    def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
         owners = self._contents.leaves
-        return graph.base_values({path: owners[path] for path in wanted})
+        return graph.base_values(owners if wanted is None else {path: owners[path] for path in wanted})
 
     def abstract(self) -> Any:
-        rebuild, state = self.split()
-        return rebuild(jax.eval_shape(lambda: state))
-
-    def split(self) -> tuple[Callable[[Any], Any], Any]:
-        """Return the function that builds the model from its state, and the state."""
         graphdef, state = nnx.split(self.tree)
-        return functools.partial(nnx.merge, graphdef), state
+        return nnx.merge(graphdef, jax.eval_shape(lambda: state))
 
     def statistics(self) -> list[str]:
         return [path for path, var in graph.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
@@ -366,7 +367,6 @@ class Model(_Variables, Object):
         key = None if rngs is None else nnx_adapters.draw_params_key(rngs)
         values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
         nnx_adapters.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
-        self._walk_again()
         return self.tree
 
     def attach(
@@ -374,7 +374,7 @@ class Model(_Variables, Object):
     ) -> Any:
         values, changes = adapter.flat(), rngs is not None or bool(new)
         if present is not None and not changes and is_same(present, adapter) and present.shapes == adapter.shapes:
-            graph.set_values(graph.adapter_variables(self._contents)[name], values)
+            graph.set_values(self._adapters[name], values)
             return self.activate((name,))
 
         def put(model: Any, walk: graph.ModelWalk, rngs: Any) -> None:
@@ -387,27 +387,25 @@ class Model(_Variables, Object):
             copy = self.abstract()
             put(copy, graph.walk_model(copy), None if rngs is None else nnx.clone(rngs))
         put(self.replace(new), self._contents, rngs)
-        self._walk_again()
         return self.tree
 
     def delete(self, name: str) -> Any:
-        check_name(name, self.names())
+        check_names([name], self.names())
         nnx_adapters.delete(self._contents, name)
-        self._walk_again()
         return self.tree
 
     def detach(self) -> Any:
         nnx_adapters.delete(self._contents, *self.names())
-        self._walk_again()
         return self.tree
 
     def activate(self, names: Sequence[str]) -> Any:
-        nnx_adapters.activate(self._contents, names)
+        check_names(names, self.names())
+        nnx_adapters.activate(self._contents, tuple(names))
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         trained = State(nnx.state(self.tree, graph.AdapterParam))
-        return trained.map_adapters(lambda name, _: f(name, nnx_adapters.extract(self.tree, name)), names)  # all its tensors
+        return trained.map_adapters(lambda name, _: f(name, self.extract(name)), names)  # all its tensors
 
     def with_rest(self, rest: Any) -> Any:
         return self.fill(rest)
@@ -429,7 +427,7 @@ class Module(Carrier):
 
     remedy = ", which holds no parameters; pass the variables, {'params': …}"
 
-    def leaves(self) -> dict[str, Any]:
+    def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
         return self.base().leaves
 
     def adapt(
@@ -464,7 +462,7 @@ class Wrapper(Module):
         return dataclasses.replace(self.tree, adapters=(*self.tree.adapters, (name, config)), active=(name,))
 
     def delete(self, name: str) -> Any:
-        check_name(name, self.names())
+        check_names([name], self.names())
         kept = tuple(pair for pair in self.tree.adapters if pair[0] != name)
         return dataclasses.replace(self.tree, adapters=kept, active=tuple(n for n in self.tree.active if n != name))
 
@@ -472,10 +470,7 @@ class Wrapper(Module):
         return self.tree.module
 
     def activate(self, names: Sequence[str]) -> Any:
-        present = self.names()
-        unknown = [name for name in names if name not in present]
-        if unknown:
-            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {present}")
+        check_names(names, self.names())
         return dataclasses.replace(self.tree, active=tuple(names))
 
 
@@ -522,16 +517,14 @@ class Params(Carrier):
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""
-        new: dict[tuple[str, ...], Any] = {}
-        for keys, inner in trees.find_adapters(self.tree).items():
+        tree = self.tree
+        for keys, inner in trees.find_adapters(tree).items():
             if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
                 values = f(keys[-1], trees.read_adapter(inner, keys[-1]))
-                for at in trees.places(self.tree, keys):
-                    tree = trees.lookup(self.tree, at)
-                    kept = {k: v for k, v in tree.items() if k == CONFIG_NODE}
-                    leaves = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
-                    new[at] = {**paths.unflatten({path: values[path] for path in leaves}), **kept}
-        return trees.overlay(self.tree, new)
+                for at in trees.places(tree, keys):
+                    new = trees.replace_values(trees.lookup(tree, at), values, boxes=False)
+                    tree = trees.with_value(tree, new, *at)
+        return tree
 
     def rest(self) -> Any:
         if not (trees.collection_names(self.tree) or self.has_base):

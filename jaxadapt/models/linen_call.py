@@ -328,9 +328,7 @@ def build_overlay(
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
-                old = quantized.to_dense(
-                    overlay.leaves[keys] if keys in overlay.leaves else trees.lookup(params, keys)
-                )
+                old = quantized.to_dense(overlay.leaves[keys] if keys in overlay.leaves else trees.lookup(params, keys))
                 overlay.leaves[keys] = meta.replace_boxed(
                     old, map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
                 )

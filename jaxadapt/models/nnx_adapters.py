@@ -34,7 +34,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, collection_name, shared_tensors
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, collection_name, shared_tensors
 from jaxadapt.arrays import random_draws, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
@@ -150,7 +150,7 @@ def attach(
         tensors = _site_variables(recipe, site, values, vars(module)[attr])
         _hold(module, collection, name, attr, tensors if site.method.copies else tensors | shared)
         _hold_dropout(module, name, site, rngs)
-    _set_active(adapted_layers(walk), (name,))
+    activate(walk, (name,))
 
 
 def _hold(module: nnx.Module, collection: str, name: str, leaf: str, tensors: dict[str, Any]) -> None:
@@ -239,20 +239,12 @@ def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
     ]
 
 
-def activate(model: graph.Model, names: Sequence[str]) -> None:
+def activate(model: graph.Model, names: tuple[str, ...]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
-    Raises `AttachError` for a name that no adapter has.
+    Raises `AttachError` if several of them each replace the same weight.
     """
-    walk = graph.walk_model(model)
-    layers, present = adapted_layers(walk), walk.adapters
-    unknown = [name for name in names if name not in present]
-    if unknown:
-        raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
-    _set_active(layers, tuple(names))
-
-
-def _set_active(layers: Sequence[tuple[str, Any]], names: tuple[str, ...]) -> None:
+    layers = adapted_layers(model)
     if len(names) > 1:
         methods_by_leaf: dict[str, dict[str, Method]] = {}
         for path, layer in layers:
@@ -274,7 +266,7 @@ def delete(model: graph.Model, *names: str) -> None:
     walk = graph.walk_model(model)
     layers = adapted_layers(walk)
     require_current_trace(layer for _, layer in layers)
-    _set_active(layers, tuple(name for name in active_names(walk) if name not in names))
+    activate(walk, tuple(name for name in active_names(walk) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
         for name, attr in itertools.product(names, (*graph.held_adapters(layer), graph.DROPOUT)):
@@ -285,38 +277,6 @@ def delete(model: graph.Model, *names: str) -> None:
         if not graph.held_adapters(layer):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-
-
-# ---------------------------------------------------------------- extracting and injecting values
-
-
-def extract(tree: graph.Tree, name: str) -> Adapter:
-    """Return the adapter called `name` as a value.
-
-    Raises `AttachError` if the tree has no such adapter, if parts of the adapter are missing, or if its parameters
-    carry several recipes.
-    """
-    adapters = graph.adapter_variables(tree)
-    if name not in adapters:
-        merged = (
-            ". If merge merged it, it is in the weights: save it from the model before the merge, or write the merged"
-            " weights with jaxadapt.export.export_base"
-        )
-        raise AttachError(
-            f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}{'' if adapters else merged}"
-        )
-    values = graph.values_of(adapters[name])
-    carried = {id(recipe := var.get_metadata("adapter").recipe): recipe for var in adapters[name].values()}
-    recipe, *others = set(carried.values())  # comparing takes longer than finding that nearly all are one object
-    if others:
-        raise AttachError(
-            f"cannot extract the adapter {name!r}: its parameters carry {1 + len(others)} different configurations."
-            " Delete it and attach it again"
-        )
-    leaves = {path.rpartition(".")[0] for path in values}
-    if leaves != {SHARED_NODE}:  # the trained parameters of a method whose sites have none
-        recipe.check_complete(len(leaves - {SHARED_NODE}), name)
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 
 # ---------------------------------------------------------------- rows

@@ -93,7 +93,8 @@ def read_params(params: Any, target: Any = None) -> BaseParams:
 # ---------------------------------------------------------------- Flax's own layer classes
 
 
-_NEVER_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose)
+_NEVER_LINEAR = (nnx.Embed.__call__, nnx.Conv.__call__, nnx.ConvTranspose.__call__)
+"""The calls of Flax's own layers that "all-linear" does not select."""
 _SHAPES: dict[Any, Callable[[Any], Sequence[int]]] = {
     nnx.Linear.__call__: lambda m: (m.in_features, m.out_features),
     nnx.LinearGeneral.__call__: lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
@@ -210,13 +211,9 @@ def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> l
     return [
         leaf
         for leaf, module, attr in matrices
-        if (attr != "kernel" or graph.base_class(module).__call__ not in call.KERNELS) and kernel_roles(module, attr) is None
+        if (attr != "kernel" or graph.base_class(module).__call__ not in call.KERNELS)
+        and kernel_roles(module, attr) is None
     ]
-
-
-def is_never_linear(owner: graph.Owner) -> bool:
-    """Return True if the leaf's layer is one of Flax's own that "all-linear" does not select."""
-    return graph.base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]
 
 
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
@@ -361,25 +358,21 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: ca
         return {}
 
     jax.eval_shape(*instrument(model, leaves, observe, args))
-    return {leaf: f"{graph.base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves} | notes
+    return {
+        leaf: f"{graph.base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves
+    } | notes
 
 
-def check_calls(
-    model: nnx.Module,
-    adapted: Mapping[str, tracing.Hook],
-    dropped: Sequence[str],
-    forward: Sequence[str],
-    args: call.Args,
-) -> None:
-    """Raise `AttachError` for uses that an adapter cannot follow in one abstract call of the model.
+def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None) -> None:
+    """Raise `AttachError` for uses of the sites' weights, in a call with these inputs, that no adapter can follow.
 
     These are a weight read outside its own module's call, dropout on a weight whose use is not a product along its
     axis roles, and a keymap entry that swaps a layer's inputs and outputs.
-
-    Args:
-        dropped: the leaves whose adapter has dropout.
-        forward: the leaves whose axis roles are checked against their layer's products.
     """
+    if example is None:
+        return
+    adapted = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
+    dropped = {site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)}
     stray_uses: dict[str, str] = {}
     products: dict[str, list[tracing.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -399,9 +392,11 @@ def check_calls(
                 stray_uses[leaf] = ", ".join(unfollowed)
         return {attr: alias}
 
-    live = call.live_weights(*instrument(model, list(adapted), observe, args))
+    live = call.live_weights(*instrument(model, list(adapted), observe, example))
     own = {
-        leaf: transposed_axes(adapted[leaf].axes, products[leaf], shapes[leaf]) for leaf in forward if leaf in products
+        leaf: transposed_axes(hook.axes, products[leaf], shapes[leaf])
+        for leaf, hook in adapted.items()
+        if hook.forward and leaf in products
     }
     raise_listed(
         AttachError,
@@ -506,7 +501,11 @@ def _plan_on_model(
     owners, shapes = walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
     if all_linear:
-        shapes = {leaf: shape for leaf, shape in shapes.items() if not is_never_linear(owners[leaf])}
+        shapes = {
+            leaf: shape
+            for leaf, shape in shapes.items()
+            if graph.base_class(owners[leaf][0]).__call__ not in _NEVER_LINEAR
+        }
     entries, traced = class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
@@ -543,15 +542,6 @@ def _plan_on_model(
     )
     _check_calls(base.target, sites, example)
     return recipe, sites
-
-
-def _check_calls(model: Any, sites: Sites, example: Sequence[Any] | None) -> None:
-    """Raise `AttachError` for uses of the sites' weights, in a call with these inputs, that no adapter can follow."""
-    if example is None:
-        return
-    dropped = [site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)]
-    hooks = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
-    check_calls(model, hooks, dropped, [leaf for leaf, hook in hooks.items() if hook.forward], example)
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:

@@ -114,7 +114,12 @@ def replace_adapter_values(
 
 
 def replace_values(
-    tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe | None = None, within: str = ""
+    tree: Mapping[str, Any],
+    values: Mapping[str, Any],
+    recipe: Recipe | None = None,
+    within: str = "",
+    *,
+    boxes: bool = True,
 ) -> Any:
     """Return the tree of one adapter, with or without its recipe, with other values.
 
@@ -123,6 +128,7 @@ def replace_values(
         values: `{path: array}` for all parameters of the adapter.
         recipe: replaces the adapter's recipe, if given.
         within: the path of `tree` in the adapter.
+        boxes: True if the values go into the present boxes, False if they replace them.
     """
     filled: dict[str, Any] = {}
     for key, leaf in tree.items():
@@ -130,9 +136,11 @@ def replace_values(
         if key == CONFIG_NODE:
             filled[key] = recipe or leaf
         elif isinstance(leaf, Mapping):
-            filled[key] = replace_values(leaf, values, recipe, path)
+            filled[key] = replace_values(leaf, values, recipe, path, boxes=boxes)
         else:
-            filled[key] = leaf.replace_boxed(values[path]) if isinstance(leaf, meta.AxisMetadata) else values[path]
+            filled[key] = (
+                leaf.replace_boxed(values[path]) if boxes and isinstance(leaf, meta.AxisMetadata) else values[path]
+            )
     mapping_type: Any = type(tree)
     return mapping_type(filled)
 

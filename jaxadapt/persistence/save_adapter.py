@@ -336,7 +336,7 @@ def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | No
     """
     if not source.held.has_base or lora.changes_base(source.adapter.config):
         return None
-    found = fingerprint.of_base(source.held.some_leaves, source.adapter.keymap, source.sites)
+    found = fingerprint.of_base(source.held.leaves, source.adapter.keymap, source.sites)
     if is_distributed(source.leaves.values()):
         return combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
     return found if found is None or fingerprint.is_complete(found) else None

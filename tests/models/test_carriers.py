@@ -12,9 +12,8 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.core import paths
-from jaxadapt.models import LoraTree
+from jaxadapt.models import LoraTree, graph
 from jaxadapt.models.carriers import Carrier, carrier, lora_carrier
-from jaxadapt.models import graph
 
 CONFIG = jaxadapt.LoraConfig(r=2, target_modules=["q"])
 BASE = {"q": {"kernel": np.ones((4, 6), "float32")}}

@@ -243,7 +243,7 @@ def test_libraries_have_their_doors():
 
 
 def test_flax_is_not_reached_through_other_modules():
-    """Neither as `attach.nnx.Module`, nor by `from jaxadapt.models.nnx_adapters import nnx`."""
+    """Neither as `graph.nnx.Module`, nor by `from jaxadapt.models.nnx_adapters import nnx`."""
     names, wrong = {"flax", "nnx", "nn", "linen", "meta"}, []
     for path in files():
         me = module_of(path)
