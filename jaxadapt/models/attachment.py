@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -612,17 +613,14 @@ def adapter_gradient(
     def is_wanted(path: Any, value: Any) -> bool:
         return isinstance(value, graph.AdapterParam) and path[-1] == tensor and name in path
 
-    def gradient(graphdef: Any, wanted: Any, rest: Any, batch: Any) -> Any:
-        def value(wanted: Any) -> Any:
-            copies = jax.tree.map(lambda x: x, rest)  # variables belong to the trace that creates them
-            return f(nnx.merge(graphdef, wanted, copies), batch)
+    gradient: Any = nnx.grad(f, argnums=nnx.DiffState(0, is_wanted))
 
-        return jax.grad(value)(wanted)
-
-    jitted = jax.jit(gradient, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
+    def compiled(graphdef: Any, state: Any, batch: Any) -> Any:
+        return gradient(nnx.merge(graphdef, state), batch)
 
     def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
-        variables = graph.adapter_variables(jitted(*nnx.split(model, is_wanted, ...), batch))
+        variables = graph.adapter_variables(compiled(*nnx.split(model), batch))
         return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
 
     return run

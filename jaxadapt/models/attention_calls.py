@@ -297,25 +297,8 @@ def _grouped_attention(
 Change = Callable[[AttentionCall, dict[str, Array], Any], Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionShapes:
-    """The shapes of the queries and keys in one call of `attention`, for each of the layers that a scan repeats."""
-
-    query: tuple[int, ...]
-    key: tuple[int, ...]
-
-
-def attention_calls(f: Callable[..., Any], *args: Any) -> list[AttentionShapes]:
-    """Return the calls of `attention` in `f(*args)`, in order, without computing anything.
-
-    Raises `AttachError` for a call inside a loop or a function with a gradient of its own.
-
-    >>> q = jax.ShapeDtypeStruct((1, 3, 2, 4), "float32")
-    >>> [call.key for call in attention_calls(lambda q: attention(q, q, q), q)]
-    [(1, 3, 2, 4)]
-    """
-    calls = _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr)
-    return [call for call in calls if call is not None]
+Heads = tuple[int, int, int]
+"""The queries' heads, the keys' heads and the size of a head in one call of `attention`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +370,7 @@ def _spec(variable: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
-def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes | None]:
+def _find(jaxpr: core.Jaxpr) -> list[Heads | None]:
     """Return the calls of `attention` in a jaxpr, in order; those in a scan once for each of its steps.
 
     A call that no prefix enters is None.
@@ -395,12 +378,12 @@ def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes | None]:
     return [call for eqn in jaxpr.eqns for call in _calls_in(eqn)]
 
 
-def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes | None]:
+def _calls_in(eqn: core.JaxprEqn) -> list[Heads | None]:
     if (call := _call(eqn)) is not None:
         if not call.prefix:
             return [None]
-        shapes = call.arrays([_spec(a) for a in eqn.invars])
-        return [AttentionShapes(shapes["query"].shape, shapes["key"].shape)]
+        specs = call.arrays([_spec(a) for a in eqn.invars])
+        return [(specs["query"].shape[-2], *specs["key"].shape[-2:])]
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
     bodies = (v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in values)
     inside = [call for body in bodies if isinstance(body, core.Jaxpr) for call in _find(body)]
@@ -532,7 +515,7 @@ class TakesKeys(Protocol):
         """
 
 
-# ---------------------------------------------------------------- embedding
+# ---------------------------------------------------------------- sizes of a base
 
 
 def input_embedding(keymap: KeyMap, leaves: Iterable[str]) -> str | None:
@@ -551,6 +534,28 @@ def input_embedding(keymap: KeyMap, leaves: Iterable[str]) -> str | None:
     tied = {same for _, same in keymap.tied}
     found = list(keys) if len(keys) == 1 else [leaf for leaf, key in keys.items() if key in tied]
     return found[0] if len(found) == 1 else None
+
+
+def measure_base(f: Callable[..., Any], *args: Any) -> BaseSizes:
+    """Return the sizes of a base model that a trace of one call, `f(*args)`, shows.
+
+    Raises `AttachError` if the layers differ, or for a call of `attention` inside a loop or a function with a gradient
+    of its own.
+
+    >>> q = jax.ShapeDtypeStruct((1, 3, 2, 4), "float32")
+    >>> measure_base(lambda q: attention(q, q, q), q).head_dim
+    4
+    """
+    calls = [heads for heads in _find(trace(lambda _, *a: f(*a), {}, args).closed.jaxpr) if heads is not None]
+    if not calls:
+        return BaseSizes()
+    if len(set(calls)) > 1:
+        raise AttachError(
+            "the attention layers of this model differ in their heads (queries' heads, keys' heads, size):"
+            f" {sorted(set(calls))}. Prefixes for such models are not implemented"
+        )
+    queries, keys, size = calls[0]
+    return BaseSizes(num_layers=len(calls), num_attention_heads=queries, num_kv_heads=keys, head_dim=size)
 
 
 def with_width(sizes: BaseSizes, keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> BaseSizes:

@@ -29,7 +29,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods.applied import (
     AppliedMethod,
-    AppliedMethods,
+    Hook,
     Implementation,
     check_biases,
     split_rows,
@@ -69,8 +69,7 @@ def einsum_letters(einsum_str: str, x_ndim: int) -> Letters:
     >>> einsum_letters("...F,NFH->...NH", 3)
     ('dea', 'bac', 'debc')
     """
-    text = einsum_str.replace(" ", "")
-    operands, arrow, y = text.partition("->")
+    operands, arrow, y = einsum_str.replace(" ", "").partition("->")
     x, comma, w = operands.partition(",")
     if not arrow or not comma or "," in w or "..." in w:
         raise AttachError(
@@ -180,7 +179,7 @@ def roles_of(layer: Any, method: Callable[..., Any], leaf: str, equation: str | 
 # ---------------------------------------------------------------- the call of a layer
 
 
-Hooks = Mapping[str, AppliedMethod | AppliedMethods]
+Hooks = Mapping[str, Hook]
 """`{leaf: the adapters on it}` of one layer."""
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
@@ -327,12 +326,11 @@ def _known_use(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Use | 
 def _is_along_roles(use: Use) -> bool:
     """Return True if a contraction runs over exactly all input axes, or exactly all output axes."""
     in_axes, out_axes = set(use.letters("in")), set(use.letters("out"))
-    in_x, out_x = in_axes & set(use.x), out_axes & set(use.x)
-    return (in_x == in_axes and not out_x) or (out_x == out_axes and not in_x)
+    return (in_axes | out_axes) & set(use.x) in (in_axes, out_axes)
 
 
 def _call_around(
-    hook: AppliedMethod | AppliedMethods,
+    hook: Hook,
     use: Use,
     weight: Any,
     call: Callable[..., Any],
@@ -345,7 +343,7 @@ def _call_around(
     return hook.output(use, x, call(x, *rest, **kwargs), weight)
 
 
-def describe(name: str, layer: Layer, hooks: Mapping[str, tracing.Hook], args: Args, kwargs: Kwargs) -> dict[str, str]:
+def describe(name: str, layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> dict[str, str]:
     """Return `{leaf: note}` on how each adapter follows its weight in a call of the method called `name`."""
     if layer.known:
         return dict.fromkeys(hooks, f"{name}'s own call")
@@ -360,7 +358,7 @@ def describe(name: str, layer: Layer, hooks: Mapping[str, tracing.Hook], args: A
 # ---------------------------------------------------------------- conclusions from the uses of a weight
 
 
-def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: tracing.Hook) -> list[str]:
+def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: Hook) -> list[str]:
     """Return the uses that need the effective weight, in a few words each."""
     axes = hook.axes
     along = (set(axes.in_axes), set(axes.out_axes))

@@ -329,8 +329,13 @@ class Model(_Variables, Object):
         return graph.base_values(owners if wanted is None else {path: owners[path] for path in wanted})
 
     def abstract(self) -> Any:
+        rebuild, state = self.split()
+        return rebuild(jax.eval_shape(lambda: state))
+
+    def split(self) -> tuple[Callable[[Any], Any], Any]:
+        """Return the function that builds the model from its state, and the state."""
         graphdef, state = nnx.split(self.tree)
-        return nnx.merge(graphdef, jax.eval_shape(lambda: state))
+        return functools.partial(nnx.merge, graphdef), state
 
     def statistics(self) -> list[str]:
         return [path for path, var in graph.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
@@ -483,11 +488,13 @@ class Params(Carrier):
         return planning.read_params(self.params, self.tree)
 
     def names(self) -> list[str]:
-        return trees.adapter_names(self.tree)
+        found = trees.find_adapters(self.tree)
+        return sorted(keys[-1] for keys, inner in found.items() if keys and CONFIG_NODE in inner)
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         present, config = trees.adapter_tree(self.tree, name), self.given.config
-        if present is not None and (config is None or (keymap is None and trees.has_config(present))):
+        stored = present is not None and isinstance(present.get(CONFIG_NODE), Recipe | str)
+        if present is not None and (config is None or (keymap is None and stored)):
             adapter = trees.read_adapter(present, name)
             return adapter if config is None else dataclasses.replace(adapter, config=config)
         names = self.names()

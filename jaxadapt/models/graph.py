@@ -452,18 +452,6 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
 
 
-class AdaptedMeta(type(nnx.Module)):
-    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
-
-    base: type[nnx.Module]
-
-
-def base_class(module: nnx.Module) -> type[nnx.Module]:
-    """Return a layer's own class, whether the layer is adapted or not."""
-    cls = type(module)
-    return cls.base if isinstance(cls, AdaptedMeta) else cls
-
-
 def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
     """Change a module's class."""
     # A plain assignment would go through nnx's attribute handling and change the graph definition.
@@ -502,8 +490,7 @@ def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, 
 def layer_state(module: nnx.Module) -> dict[str, Any]:
     """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
     is_state = instance_test(nnx.Variable, (nnx.Param, LayerNumber))
-    variables = [(path, var) for path, var, _ in walk(module) if is_state(var)]
-    return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
+    return {paths.join(*map(str, path)): x for path, x, _ in walk(module) if is_state(x) and DROPOUT not in path}
 
 
 def open_copy(model: nnx.Module) -> tuple[Callable[[Mapping[str, Any]], Any], dict[str, Any]]:
@@ -518,8 +505,9 @@ def open_copy(model: nnx.Module) -> tuple[Callable[[Mapping[str, Any]], Any], di
 
     def copy(values: Mapping[str, Any]) -> Any:
         new = {**values, **{name: var.copy(values[name]) for name, var in variables.items() if name in values}}
-        filled = [(path, new.get(name, var)) for name, (path, var) in flat.items()]
-        return nnx.merge(graphdef, nnx.from_flat_state(filled))
+        return nnx.merge(
+            graphdef, nnx.from_flat_state([(path, new.get(name, var)) for name, (path, var) in flat.items()])
+        )
 
     return copy, {name: var for name, (_, var) in flat.items()} | values_of(variables)
 
@@ -561,9 +549,7 @@ def bind_layer(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]
         return y, changed_values(base.__name__, state, after, ", or exclude the layer with exclude_modules")
 
     def write_back(changed: Mapping[str, Any]) -> None:
-        variables = layer_state(module) if changed else {}
-        for path, value in changed.items():
-            variables[path].set_value(value)
+        set_values(layer_state(module) if changed else {}, changed)
 
     return call.Layer(
         base.__name__, module, f, f is base.__call__, params, functools.partial(f, module), run, write_back

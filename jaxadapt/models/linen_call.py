@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, meta, unfreeze
 from flax.core.scope import Scope, in_filter, subtract_filters
+from flax.traverse_util import flatten_dict
 
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, map_stack
 from jaxadapt.adapters.sites import sites_from_shapes
@@ -32,7 +33,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import (
     Applicable,
     AppliedMethod,
-    AppliedMethods,
+    Hook,
     apply_rows,
     refuse_rivals,
     together,
@@ -40,8 +41,7 @@ from jaxadapt.methods.applied import (
 from jaxadapt.methods.base import Drop, Method
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, prompts, trees
-from jaxadapt.models.attention_calls import Findable, is_findable
+from jaxadapt.models import attention_calls, call, prompts, trees
 from jaxadapt.models.trees import Keys
 
 SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
@@ -210,8 +210,8 @@ class Overlay:
         text = repr((number, site.method.peft_type, site.hparams, site.axes, site.axes.torch))
         name = f"{leaf}{SEP}{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.leaves[(*path, name)] = {"own": dict(tensors), "shared": {} if stack else dict(shared)}
-        adapter = LeafAdapter(site, name, shared if stack else {})
-        self.sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(adapter)
+        of_leaf = self.sites.setdefault(tuple(path), {}).setdefault(leaf, [])
+        of_leaf.append(LeafAdapter(site, name, shared if stack else {}))
 
     def module_variables(self) -> dict[str, Any]:
         """Return the variables with which the module is called."""
@@ -258,7 +258,7 @@ class Overlay:
             self.notes.update({".".join((*module.scope.path, leaf)): note for leaf, note in notes.items()})
         return call.apply(layer, hooks, args, kwargs)
 
-    def _active_hooks(self, scope: Any) -> dict[str, AppliedMethod | AppliedMethods]:
+    def _active_hooks(self, scope: Any) -> dict[str, Hook]:
         """Return `{leaf: hook}` for the adapters of one module."""
         return {
             leaf: together([each.make_hook(scope, self._make_dropout(each.rate, scope)) for each in adapters])
@@ -398,8 +398,7 @@ def _repeat_data(site: Site, of_call: Mapping[str, Any], w: Any) -> dict[str, An
     # The axes of the layer numbers become the weight's stacked axes, which a scan slices.
     added = [axis for axis in range(max(stack, default=0)) if axis not in stack]
     numbers = {key: jnp.expand_dims(jnp.asarray(x), added) for key, x in site.data.items()}
-    shape = trees.unbox_tree(w).shape if of_call else ()
-    return numbers | {key: repeat_on_stack(x, stack, shape) for key, x in of_call.items()}
+    return numbers | {key: repeat_on_stack(x, stack, trees.unbox_tree(w).shape) for key, x in of_call.items()}
 
 
 def repeat_on_stack(x: Any, stack: Sequence[int], shape: Sequence[int]) -> Any:
@@ -423,19 +422,14 @@ def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Con
     return {c: variables[c] for c in variables if c in names}
 
 
-def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
+def key_paths(tree: Any) -> dict[str, Keys]:
     """Return `{dotted path: keys}` for the leaves of a tree whose keys may contain dots."""
-    out: dict[str, Keys] = {}
-    for key, value in tree.items():
-        keys = (*prefix, key)
-        out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
-    return out
+    return {".".join(keys): keys for keys in flatten_dict(tree)}
 
 
-def _quantized_modules(tree: Any, path: Keys = ()) -> frozenset[Keys]:
+def _quantized_modules(params: Any) -> frozenset[Keys]:
     """Return the paths of the modules that hold quantised weights."""
-    below = [_quantized_modules(v, (*path, k)) for k, v in tree.items() if isinstance(v, Mapping)]
-    return frozenset({path} if any(map(quantized.is_quantized, tree.values())) else ()).union(*below)
+    return frozenset(keys[:-1] for keys, x in flatten_dict(params).items() if quantized.is_quantized(x))
 
 
 # ---------------------------------------------------------------- rows
@@ -464,9 +458,11 @@ def find_attention(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Intercept the calls of Flax's attention modules, so that a trace shows those of their attention function."""
     module = context.module
     is_attention = isinstance(module, nn.MultiHeadDotProductAttention) and context.method_name == "__call__"
-    if not is_attention or is_findable(module.attention_fn):
+    if not is_attention or attention_calls.is_findable(module.attention_fn):
         return next_fun(*args, **kwargs)
-    return module.clone(parent=module.scope, attention_fn=Findable(module.attention_fn))(*args, **kwargs)
+    return module.clone(parent=module.scope, attention_fn=attention_calls.Findable(module.attention_fn))(
+        *args, **kwargs
+    )
 
 
 def call_module(
@@ -549,5 +545,4 @@ def measure_base(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> BaseSi
         with nn.intercept_methods(find_attention):
             return module.init(rngs, *args, **kwargs)
 
-    traced = jax.eval_shape(lambda x: x, (rngs, args, kwargs))
-    return prompts.measure_base(run, *traced)
+    return attention_calls.measure_base(run, *jax.eval_shape(lambda x: x, (rngs, args, kwargs)))

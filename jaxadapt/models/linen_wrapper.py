@@ -30,8 +30,7 @@ from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, tracing, trees
-from jaxadapt.models.attention_calls import with_width
+from jaxadapt.models import attention_calls, call, tracing, trees
 from jaxadapt.models.linen_call import (
     DROPOUT,
     MAPPED,
@@ -134,15 +133,6 @@ class Survey:
                 remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(params, config)"
                 problems.append(f"{leaf}: {reason}{remedy if is_matrix else ''}")
         raise_listed(AttachError, "these weights cannot carry the adapter:", problems)
-
-    def check_saved(self, leaves: Sequence[str]) -> None:
-        """Raise `AttachError` for leaves in `modules_to_save` whose module keeps state besides its parameters."""
-        raise_listed(
-            AttachError,
-            "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
-            " adapter's file cannot hold. Remove the modules from modules_to_save:",
-            (leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful),
-        )
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Record the roles of a module's leaves, and add markers beside them.
@@ -382,9 +372,13 @@ class Adapted:
         base = {path: trees.unbox_tree(leaf) for path, leaf in leaves.items()}
         shardings = trees.base_shardings(leaves)
         for name, (recipe, sites) in plans.items():
-            key = _adapter_key(rngs, collection_name(recipe.config), name)
             values = initial_values.init_values(
-                recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
+                recipe.config,
+                sites,
+                _adapter_key(rngs, collection_name(recipe.config), name),
+                self.dtype,
+                base=base,
+                base_shardings=shardings,
             )
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for collection, tree in trees.box_like_base(adapter, leaves).named(name).items():
@@ -408,10 +402,16 @@ class Adapted:
         for name, config in self.adapters:
             method = get_method(config)
             if isinstance(method, PromptMethod):
-                config = method.complete(config, with_width(sizes, keymap, model.shapes))
+                config = method.complete(config, attention_calls.with_width(sizes, keymap, model.shapes))
             plans[name] = selection.make_recipe(config, keymap, model.shapes, entries, check=model.check)
-        for _, sites in plans.values():
-            model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
+        copies = [site for _, sites in plans.values() for site in sites if site.method.copies]
+        saved = [site.leaf for site in copies if site.hparams.because == "modules_to_save"]
+        raise_listed(
+            AttachError,
+            "modules_to_save copies only parameters, but the modules of these parameters also have state, which the"
+            " adapter's file cannot hold. Remove the modules from modules_to_save:",
+            (leaf for leaf in saved if leaf.rpartition(".")[0] in model.stateful),
+        )
         return plans
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
@@ -526,8 +526,8 @@ class Adapted:
             called: the scope paths of the modules that the call enters.
         """
         keys_by_leaf = key_paths(overlay.base["params"])
-        base = trees.unbox_tree(overlay.base["params"])
-        shapes = {leaf: tuple(trees.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
+        base = paths.flatten(trees.unbox_tree(overlay.base["params"]))
+        shapes = {leaf: tuple(x.shape) for leaf, x in base.items()}
         for name, adapter in overlay.active.items():
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             if used := [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in called]:

@@ -40,11 +40,10 @@ from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
-from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, apply_rows, refuse_rivals, together
+from jaxadapt.methods.applied import AppliedMethod, Hook, apply_rows, refuse_rivals, together
 from jaxadapt.methods.base import Drop, Method
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, graph, planning, prompts
-from jaxadapt.models.attention_calls import input_embedding
+from jaxadapt.models import attention_calls, call, graph, planning, prompts
 
 # ---------------------------------------------------------------- shardings of parameters
 
@@ -208,26 +207,25 @@ def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owne
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
     problems += planning.list_contradictions(adapter_sites, owners)
-    for site in adapter_sites:
-        if collection in (attributes := vars(owners[site.leaf][0])) and ACTIVE not in attributes:
-            problems.append(f"{site.leaf}: its module already has an attribute {collection!r} of its own")
-    return problems
+    held = {site.leaf: vars(owners[site.leaf][0]) for site in adapter_sites}
+    own = [leaf for leaf, attributes in held.items() if collection in attributes and ACTIVE not in attributes]
+    return problems + [f"{leaf}: its module already has an attribute {collection!r} of its own" for leaf in own]
 
 
 def install_adapters(layer: nnx.Module) -> None:
     """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
-    if not isinstance(type(layer), graph.AdaptedMeta):
+    if not isinstance(type(layer), planning.AdaptedMeta):
         graph.set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
     if (
-        isinstance(type(layer), graph.AdaptedMeta)
+        isinstance(type(layer), planning.AdaptedMeta)
         and vars(layer).keys().isdisjoint((ACTIVE, ROWS))
         and not graph.quantized_params(layer)
     ):
-        graph.set_class(layer, graph.base_class(layer))
+        graph.set_class(layer, planning.base_class(layer))
 
 
 def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
@@ -235,7 +233,7 @@ def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
     return [
         (path, node)
         for path, node in graph.walk_model(model).modules
-        if isinstance(type(node), graph.AdaptedMeta) and ACTIVE in vars(node)
+        if isinstance(type(node), planning.AdaptedMeta) and ACTIVE in vars(node)
     ]
 
 
@@ -357,7 +355,7 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> prompts.Prompt | 
 def embed_tokens(module: nnx.Module, prompt: prompts.Prompt, tokens: Any) -> Any:
     """Return the embeddings of tokens, by the model's own layer."""
     owners = graph.walk_model(module).leaves
-    leaf = input_embedding(prompt.recipe.keymap, owners)
+    leaf = attention_calls.input_embedding(prompt.recipe.keymap, owners)
     layer = None if leaf is None else owners[leaf][0]
     if not isinstance(layer, nnx.Embed):
         raise AttachError(
@@ -394,8 +392,7 @@ def call_with_keys(
 
     y, changed = prompts.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
     variables = {paths.join(*map(str, path)): var for path, var in nnx.to_flat_state(nnx.state(module))}
-    for path, value in changed.items():
-        variables[path].set_value(value)
+    graph.set_values(variables, changed)
     return y
 
 
@@ -453,11 +450,11 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
     body: dict[str, Any] = {name: wrap(f) for name, f in graph.entry_points(base).items()}
     body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    subclass: Any = graph.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
+    subclass: Any = planning.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
     return subclass
 
 
-copyreg.pickle(graph.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
+copyreg.pickle(planning.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------- calling
@@ -471,7 +468,7 @@ def adapters_on(layer: nnx.Module, names: Iterable[str]) -> Iterator[tuple[str, 
                 yield name, leaf, tensors
 
 
-def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethods]:
+def _active_hooks(module: nnx.Module) -> dict[str, Hook]:
     """Return `{leaf: hook}` for the active adapters of one layer."""
     hooks: dict[str, list[AppliedMethod]] = {}
     attributes = vars(module)

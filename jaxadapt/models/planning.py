@@ -28,11 +28,10 @@ from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes, linen_example
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.applied import AppliedMethod, Hook
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.methods.registry import get_method
-from jaxadapt.models import call, graph, prompts, tracing, trees
-from jaxadapt.models.attention_calls import Findable, is_findable, with_width
+from jaxadapt.models import attention_calls, call, graph, tracing, trees
 
 # ---------------------------------------------------------------- base params
 
@@ -93,6 +92,18 @@ def read_params(params: Any, target: Any = None) -> BaseParams:
 # ---------------------------------------------------------------- Flax's own layer classes
 
 
+class AdaptedMeta(type(nnx.Module)):
+    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
+
+    base: type[nnx.Module]
+
+
+def base_class(module: nnx.Module) -> type[nnx.Module]:
+    """Return a layer's own class, whether the layer is adapted or not."""
+    cls = type(module)
+    return cls.base if isinstance(cls, AdaptedMeta) else cls
+
+
 _NEVER_LINEAR = (nnx.Embed.__call__, nnx.Conv.__call__, nnx.ConvTranspose.__call__)
 """The calls of Flax's own layers that "all-linear" does not select."""
 _SHAPES: dict[Any, Callable[[Any], Sequence[int]]] = {
@@ -110,7 +121,7 @@ def kernel_roles(module: nnx.Module, attr: str) -> call.Roles | None:
 
     Raises `AttachError` for an einsum equation that no adapter can follow.
     """
-    return call.roles_of(module, graph.base_class(module).__call__, attr)
+    return call.roles_of(module, base_class(module).__call__, attr)
 
 
 def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
@@ -134,7 +145,7 @@ def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, grap
 
 def describe_use(module: nnx.Module) -> str:
     """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
-    base = graph.base_class(module)
+    base = base_class(module)
     return f"{base.__name__}'s own call" if base.__call__ in call.KERNELS else f"traced {base.__name__}"
 
 
@@ -198,7 +209,7 @@ def class_entries(
         except AttachError:
             continue  # `attach` raises it again if the leaf is targeted
         if roles is not None:
-            stack = _find_stack(leaf, shape, tuple(_SHAPES[graph.base_class(module).__call__](module)), stack_axes)
+            stack = _find_stack(leaf, shape, tuple(_SHAPES[base_class(module).__call__](module)), stack_axes)
             entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
     return entries
 
@@ -211,8 +222,7 @@ def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> l
     return [
         leaf
         for leaf, module, attr in matrices
-        if (attr != "kernel" or graph.base_class(module).__call__ not in call.KERNELS)
-        and kernel_roles(module, attr) is None
+        if (attr != "kernel" or base_class(module).__call__ not in call.KERNELS) and kernel_roles(module, attr) is None
     ]
 
 
@@ -243,7 +253,7 @@ def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collecti
             problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
         state = graph.layer_state(module).values() if leaf in saved else ()
         if types := sorted({type(v).__name__ for v in state if not isinstance(v, nnx.RngState)}):
-            name = graph.base_class(module).__name__
+            name = base_class(module).__name__
             problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({', '.join(types)}); leave it out"
     return problems
 
@@ -284,7 +294,7 @@ def instrument(
         called = copy(inputs)
         for leaf, (module, attr) in graph.walk_model(called).leaves.items():
             if leaf in leaves:
-                base = graph.base_class(module)
+                base = base_class(module)
                 body = {name: _observed(leaf, attr, base, f, observe) for name, f in graph.entry_points(base).items()}
                 graph.set_class(module, type(base.__name__, (base,), body))
         outputs = called(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
@@ -345,7 +355,7 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: call.Args) -> dict[str, str]:
+def record_uses(model: nnx.Module, adapted: Mapping[str, Hook], args: call.Args) -> dict[str, str]:
     """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
     notes: dict[str, str] = {}
     owners = graph.walk_model(model).leaves
@@ -358,9 +368,7 @@ def record_uses(model: nnx.Module, adapted: Mapping[str, tracing.Hook], args: ca
         return {}
 
     jax.eval_shape(*instrument(model, leaves, observe, args))
-    return {
-        leaf: f"{graph.base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves
-    } | notes
+    return {leaf: f"{base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves} | notes
 
 
 def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None) -> None:
@@ -421,14 +429,14 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
     mark_attention(copy)
-    return prompts.measure_base(*instrument(copy, (), lambda *_: {}, tuple(example)))
+    return attention_calls.measure_base(*instrument(copy, (), lambda *_: {}, tuple(example)))
 
 
 def mark_attention(model: nnx.Module) -> None:
     """Let a trace find the calls of the attention layers."""
     for _, node in graph.walk_model(model).modules:
-        if isinstance(node, nnx.MultiHeadAttention) and not is_findable(node.attention_fn):
-            node.attention_fn = Findable(node.attention_fn)
+        if isinstance(node, nnx.MultiHeadAttention) and not attention_calls.is_findable(node.attention_fn):
+            node.attention_fn = attention_calls.Findable(node.attention_fn)
 
 
 # ---------------------------------------------------------------- planning
@@ -453,7 +461,7 @@ def plan_adapter(
     keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else measure_base(base.target, example)
-        config = method.complete(config, with_width(sizes, keymap, base.shapes))
+        config = method.complete(config, attention_calls.with_width(sizes, keymap, base.shapes))
         return selection.make_recipe(config, keymap, base.shapes, found=found)
     if base.walked is not None:
         return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
@@ -502,9 +510,7 @@ def _plan_on_model(
     all_linear = matching.is_all_linear(config)
     if all_linear:
         shapes = {
-            leaf: shape
-            for leaf, shape in shapes.items()
-            if graph.base_class(owners[leaf][0]).__call__ not in _NEVER_LINEAR
+            leaf: shape for leaf, shape in shapes.items() if base_class(owners[leaf][0]).__call__ not in _NEVER_LINEAR
         }
     entries, traced = class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
@@ -545,13 +551,16 @@ def _plan_on_model(
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
-    matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
     raise_listed(
         AttachError,
         "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
         " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
         " or pass exclude_modules:",
-        [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])],
+        (
+            leaf
+            for leaf, shape in walked.unowned.items()
+            if len(shape) > 1 and matching.is_target(config, leaf.rpartition(".")[0])
+        ),
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
-from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod, keys_and_values
+from jaxadapt.methods.prompt import PREFILLED, PromptMethod, keys_and_values
 from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models import attention_calls
 from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, hide_later
@@ -423,18 +423,3 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], key.shape[-3]))
         changed["mask"] = jnp.concatenate([jnp.ones((*mask.shape[:-1], n), bool), mask.astype(bool)], axis=-1)
     return call.run(changed, **changes)
-
-
-def measure_base(f: Callable[..., Any], *args: Any) -> BaseSizes:
-    """Return the sizes of a base model that a trace of one call, `f(*args)`, shows."""
-    calls = attention_calls.attention_calls(f, *args)
-    if not calls:
-        return BaseSizes()
-    heads = {(call.query[-2], call.key[-2], call.key[-1]) for call in calls}
-    if len(heads) > 1:
-        raise AttachError(
-            "the attention layers of this model differ in their heads (queries' heads, keys' heads, size):"
-            f" {sorted(heads)}. Prefixes for such models are not implemented"
-        )
-    ((queries, keys, size),) = heads
-    return BaseSizes(num_layers=len(calls), num_attention_heads=queries, num_kv_heads=keys, head_dim=size)

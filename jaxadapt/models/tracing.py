@@ -8,9 +8,13 @@ cond) receives the hook's effective weight: exact, but more expensive. `uses` re
 
 Operations that are linear in a weight are a `dot_general` of a rearranged view, a convolution, a lookup, and a product
 of tokens with their experts' matrices. The positions of a weight's axes follow from the shapes and axis numbers of an
-equation; nothing is evaluated for them. `Hook` is the interface of an adapter on one weight.
+equation; nothing is evaluated for them.
 
-Uses only public names of jax; independent of Flax and of the methods.
+A `Hook` is an adapter on one weight. `input` and `output` return what replaces the x and the y of a contraction, in
+their shapes and dtypes, if `follows_use` accepts it; `operand` and `output` do it for an operation that `follows`
+accepts. `weight` returns the effective weight, which all other uses get, in the weight's shape and dtype.
+
+Uses only public names of jax; independent of Flax.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import dataclasses
 import math
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,9 @@ from jax.extend.core import primitives
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, Contraction, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
+
+if TYPE_CHECKING:
+    from jaxadapt.methods.applied import Hook
 
 # ---------------------------------------------------------------- axis layout
 
@@ -159,21 +166,6 @@ def _matching_roles(
 Make = Callable[[core.JaxprEqn, Axes, Sequence[Any]], Operation | None]
 
 
-def find_operation(
-    eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None], axes: Axes, operands: Sequence[Any]
-) -> tuple[int, Operation] | None:
-    """Return the position of the weight operand, and the equation as a function of the weight; None if unsupported."""
-    side, make = _SIDES.get(eqn.primitive.name, (0, None))
-    others = [layout for i, layout in enumerate(layouts) if i != side]
-    layout = layouts[side] if side < len(layouts) else None
-    if make is None or layout is None or any(others) or len(axes.out_axes) != 1:
-        return None
-    if layout.groups != tuple((i,) for i in range(len(layout.sizes))):
-        return None  # after a transpose or reshape, an adapter's factors would need another layout
-    operation = make(eqn, axes, operands)
-    return None if operation is None else (side, operation)
-
-
 def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
     eqn_params = dict(eqn.params)
     numbers = eqn_params["dimension_numbers"]
@@ -248,42 +240,7 @@ _SIDES: dict[str, tuple[int, Make]] = {
 }
 
 
-# ---------------------------------------------------------------- hook
-
-
-class Hook(Protocol):
-    """The changes that a method makes to the uses of one weight."""
-
-    @property
-    def axes(self) -> Axes:
-        """The roles of the weight's axes."""
-
-    def input(self, use: Use, x: jax.Array) -> jax.Array:
-        """Return the `x` that the contraction receives, in x's shape and dtype."""
-
-    def operand(self, use: Operation, x: jax.Array, w: jax.Array) -> jax.Array:
-        """Return the `x` that an operation receives, in x's shape and dtype."""
-
-    def follows_use(self, use: Use) -> bool:
-        """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
-
-    def follows(self, primitive: str) -> bool:
-        """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
-
-    def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        """Return the `y` that replaces the result of the contraction, in y's shape and dtype.
-
-        `x` is the array that `input` returned, `w` the weight itself.
-        """
-
-    def weight(self, w: jax.Array) -> jax.Array:
-        """Return the effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
-
-
 # ---------------------------------------------------------------- rewriting
-
-
-Function = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +254,7 @@ WeightUse = Contraction | OtherUse
 
 
 def rewrite(
-    f: Function,
+    f: Callable[..., Any],
     weights: Mapping[str, jax.Array],
     hooks: Mapping[str, Hook],
     *args: Any,
@@ -347,7 +304,7 @@ def rewrite(
     return traced.result([scope.plain(out) for out in outs])
 
 
-def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[WeightUse, ...]]:
+def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[WeightUse, ...]]:
     """Return the uses of each weight in `f(weights, *args)`, in order, without computing anything.
 
     Weights and the arrays in `args` may be `jax.ShapeDtypeStruct`s.
@@ -375,7 +332,7 @@ class Traced:
     result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
 
 
-def trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> Traced:
+def trace(f: Callable[..., Any], weights: Mapping[str, Any], args: tuple[Any, ...]) -> Traced:
     leaves, tree = jax.tree.flatten(args)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
     results: list[Any] = []
@@ -620,14 +577,18 @@ def _evaluate_operation(
     eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
 ) -> list[Any] | None:
     """Evaluate a convolution, lookup or ragged product with its hook; return None if the hook does not follow it."""
-    first, *others = [layout.name for layout in layouts if layout is not None]
-    hook, w = scope.hooks[first], scope.weights[first]
-    operation = (
-        None if others or not hook.follows(eqn.primitive.name) else find_operation(eqn, layouts, hook.axes, operands)
-    )
-    if operation is None:
+    side, make = _SIDES.get(eqn.primitive.name, (0, None))
+    views = [layout for layout in layouts if layout is not None]
+    if make is None or views != [layouts[side]]:
         return None
-    side, use = operation
+    (layout,) = views
+    hook, w = scope.hooks[layout.name], scope.weights[layout.name]
+    # After a transpose or reshape, an adapter's factors would need another layout.
+    is_whole = layout == AxisLayout.identity(layout.name, layout.sizes)
+    if not is_whole or len(hook.axes.out_axes) != 1 or not hook.follows(eqn.primitive.name):
+        return None
+    if (use := make(eqn, hook.axes, operands)) is None:
+        return None
     x = operands[1 - side]
     hooked_x = _check_like("input", hook.operand(use, x, w), x)
     changed = [hooked_x if i == 1 - side else v.array if isinstance(v, _View) else v for i, v in enumerate(operands)]

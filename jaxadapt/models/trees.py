@@ -18,6 +18,7 @@ import jax
 from flax import nnx, serialization
 from flax.core import meta
 from flax.linen import spmd
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import FlattenedIndexKey, keystr
 
 from jaxadapt.adapters import initial_values
@@ -79,15 +80,8 @@ def lookup(tree: Any, keys: Sequence[str]) -> Any:
 
 
 def overlay(tree: Mapping[str, Any], leaves: Mapping[Keys, Any]) -> dict[str, Any]:
-    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
-    inner: dict[str, dict[Keys, Any]] = {}
-    out = dict(tree)
-    for (first, *rest), value in leaves.items():
-        if rest:
-            inner.setdefault(first, {})[tuple(rest)] = value
-        else:
-            out[first] = value
-    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}
+    """Return nested dicts with these leaves added or replaced."""
+    return unflatten_dict({**flatten_dict(tree, keep_empty_nodes=True), **leaves})
 
 
 def with_value(tree: Any, value: Any, *keys: str) -> Any:
@@ -193,11 +187,6 @@ def variable_adapters(variables: Any) -> list[tuple[str, Mapping[str, Any]]]:
     return [(keys[1], inner) for keys, inner in find_adapters(variables).items() if len(keys) == 2]
 
 
-def adapter_names(tree: Mapping[str, Any]) -> list[str]:
-    """Return the names of the adapters with a configuration in Linen variables, or in one collection of them."""
-    return sorted(keys[-1] for keys, inner in find_adapters(tree).items() if keys and CONFIG_NODE in inner)
-
-
 def collection_names(tree: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapter collections in Linen variables, without those of integer tensors."""
     return [name for name in COLLECTIONS if name in tree]
@@ -230,11 +219,6 @@ def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
 def is_moment(path: str) -> bool:
     """Return True if a leaf is part of an optimizer state, whose moments have the same names as the parameters."""
     return "opt_state" in path.split(".")
-
-
-def has_config(tree: Mapping[str, Any]) -> bool:
-    """Return True if the tree of one adapter has its recipe, as an object or as text."""
-    return isinstance(tree.get(CONFIG_NODE), Recipe | str)
 
 
 def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
