@@ -3,7 +3,6 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "analysis.differences": "diff",
-    "analysis.norms": "measure_norms norms_png",
+    "analysis.changes": "diff measure_norms norms_png",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -171,7 +171,7 @@ def print_heat(
     from rich.table import Table
     from rich.text import Text
 
-    from jaxadapt.analysis.norms import number_text
+    from jaxadapt.analysis.changes import number_text
 
     console = _console()
     title, rows, columns = escape_text(title), [*map(escape_text, rows)], [*map(escape_text, columns)]

@@ -1,8 +1,6 @@
 """LoRA's configuration, with the fields and defaults of PEFT 0.21.2, and what follows from it.
 
-`EFFECTS` names the fields that make an adapter more than W + s·B·A. `LoraConfig.measure_change` returns the size of the
-change from its factors, with NumPy. ΔW = s·B·A is not computed: with B = Qb·Rb and Aᵀ = Qa·Ra, its singular values are
-those of the small matrix s·Rb·Raᵀ.
+`EFFECTS` names the fields that make an adapter more than W + s·B·A.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from jaxadapt.configs.base import Change, Config, effective_rank
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
@@ -385,37 +383,6 @@ class LoraConfig(LoraFields, peft_type="LORA"):
 
     def describe_change(self) -> str:
         return "‖s·B·A‖, before DoRA's normalization" if self.use_dora else "‖ΔW‖ = ‖s·B·A‖"
-
-    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
-        import numpy as np
-
-        from jaxadapt.configs import matching
-
-        kind = "lora" if "lora_A" in arrays else "lora_embedding"
-        if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or self.use_qalora or self.use_bdlora:
-            return None
-        a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
-        if min(a.ndim, b.ndim) < 2:
-            return None
-        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-        if "lora_diag" in arrays:
-            a = arrays["lora_diag"][:, None] * a  # KaSA
-        rank, scale = self.rank_of(module), self.scale_of(module)
-        experts, remainder = divmod(a.shape[0], rank) if matching.is_parameter(self, module) else (1, 0)
-        if remainder or b.shape[1] != a.shape[0]:
-            return None  # a grouped convolution
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a diverged run, on which decompositions fail
-            return Change(math.nan, None, a.shape[0] // experts, float(scale))
-        # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
-        expert_a, expert_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
-        r_factors: list[Any] = [np.linalg.qr(x, mode="r") for x in (expert_b, np.swapaxes(expert_a, 1, 2))]
-        s = np.linalg.svd(r_factors[0] @ np.swapaxes(r_factors[1], 1, 2), compute_uv=False)
-        return Change(
-            abs(scale) * float(np.sqrt((s**2).sum())),
-            sum(map(effective_rank, s)) / experts,
-            expert_a.shape[1],
-            float(scale),
-        )
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)

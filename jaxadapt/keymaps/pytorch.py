@@ -19,7 +19,8 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from jaxadapt.configs.matching import tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.matching import is_parameter, tensor_prefixes, tensors_with_parts
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex
@@ -62,6 +63,39 @@ def adapted_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
         if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
             found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = key
     return found
+
+
+def named_parameter(config: Config, module: str) -> str:
+    """Return the parameter that a module path of a file stands for, or the module path if it has no such parameter.
+
+    PEFT wraps a module once per parameter in `target_parameters`. The module's first parameter is innermost, so with
+    gate_up_proj and down_proj, "experts.base_layer" stands for gate_up_proj.
+
+    >>> from jaxadapt.configs.lora import LoraConfig
+    >>> config = LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+    >>> named_parameter(config, "0.experts.base_layer")
+    '0.experts.gate_up_proj'
+    """
+    depth = len(module.split(".base_layer")) - 1
+    owner = module.removesuffix(".base_layer" * depth)
+    ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.get("target_parameters") or ())
+    adapted = sorted((end for end in ends if is_parameter(config, f"{owner}.{end}")), key=flow_position)
+    position = len(adapted) - 1 - depth
+    return f"{owner}.{adapted[position]}" if 0 <= position < len(adapted) else module
+
+
+# The order of data flow through a layer. Other names come after these, in the file's order.
+_FLOW = (
+    "qkv_proj", "c_attn", "query_key_value", "q_proj", "query", "to_q", "q", "k_proj", "key", "to_k", "k", "v_proj",
+    "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc",
+    "fc1", "wi_0", "wi_1", "wi", "down_proj", "fc2", "wo",
+)  # fmt: skip
+
+
+def flow_position(label: str) -> int:
+    """Return the position of a module in the data flow through a layer."""
+    last = label.removesuffix(".*").rpartition(".")[2]
+    return _FLOW.index(last) if last in _FLOW else len(_FLOW)
 
 
 @functools.cache

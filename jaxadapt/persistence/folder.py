@@ -379,10 +379,10 @@ def _read_card(path: location.Location) -> str:
 def _picture(source: location.Location, info: Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
-    from jaxadapt.analysis import norms
+    from jaxadapt.analysis import measure_norms, norms_png
 
     try:
-        return norms.norms_png(norms.measure_norms(read(source)), info.config)
+        return norms_png(measure_norms(read(source)), info.config)
     except AdapterError:
         if wanted:
             raise

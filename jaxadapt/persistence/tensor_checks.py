@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.analysis.norms import named_parameter
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
@@ -21,6 +20,7 @@ from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.keymaps.pytorch import named_parameter
 from jaxadapt.persistence.formats import Finding, count, error, warning
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.analysis import diff
-from jaxadapt.analysis.differences import difference_grid
+from jaxadapt.analysis.changes import difference_grid
 from jaxadapt.cli import main
 from tests.support import small
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt.analysis.norms import Norm, measure_norms, norms_grid, norms_png
+from jaxadapt.analysis.changes import Norm, measure_norms, norms_grid, norms_png
 from jaxadapt.cli import main
 from tests.support import small
 

@@ -22,7 +22,7 @@ import torch
 
 import jaxadapt
 from jaxadapt import optim
-from jaxadapt.analysis.norms import measure_norms
+from jaxadapt.analysis.changes import measure_norms
 from jaxadapt.core import paths
 from tests.reference import test_lora_matrix as matrix
 from tests.reference.test_lora_matrix import EMB, LINEAR, Case, Ours, close, lora

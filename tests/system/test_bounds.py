@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt import Config, MismatchError
-from jaxadapt.analysis import diff, norms
+from jaxadapt.analysis import diff, measure_norms
 from jaxadapt.cli import main
 from tests.support import small
 from tests.support.small import CONFIG, WEIGHTS
@@ -187,7 +187,7 @@ def test_tensors_that_do_not_fit_are_left_out_or_an_error(name):
     for tensors in misshapen({key: np.asarray(x) for key, x in good.tensors.items()}):
         bad = jaxadapt.PeftTensors(config, tensors, "x")
         for look in (
-            lambda bad=bad: norms.measure_norms(bad),
+            lambda bad=bad: measure_norms(bad),
             lambda bad=bad: diff(bad, bad),
             lambda bad=bad: diff(good, bad),
             lambda bad=bad: jaxadapt.from_peft(bad, base),

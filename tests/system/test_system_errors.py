@@ -20,7 +20,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import FileError
-from jaxadapt.analysis import norms
+from jaxadapt.analysis import measure_norms
 from jaxadapt.configs import validation
 from jaxadapt.export import merge_files
 from jaxadapt.storage import safetensors
@@ -241,7 +241,7 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path: Path, kind: str, fi
         lambda: json.dumps(jaxadapt.inspect(tmp_path).to_dict(), ensure_ascii=False).encode(),
         lambda: str(jaxadapt.inspect(tmp_path)).encode(),
         lambda: jaxadapt.load(tmp_path, {"params": no_rights.BASE}),
-        lambda: norms.measure_norms(jaxadapt.read(tmp_path)),
+        lambda: measure_norms(jaxadapt.read(tmp_path)),
     ]
     for value in ODD:
         (tmp_path / CONFIG).write_text(json.dumps(plain | {field: value}))
