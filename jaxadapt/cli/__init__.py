@@ -23,13 +23,13 @@ import jaxadapt
 from jaxadapt.core.errors import escape_text
 
 GROUPS = {
-    "Look at an adapter": ("adapter_reports", ("inspect", "verify", "diff")),
+    "Look at an adapter": ("reports", ("inspect", "verify", "diff")),
     "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "undo-start", "convert", "extract")),
     "Merge and combine": ("adapter_changes", ("merge", "combine")),
     "Share": ("runs", ("export", "push", "pull")),
     "Train and serve": ("runs", ("demo", "checkpoints", "serve")),
-    "Families and methods": ("families_and_methods", ("families", "check-keymap", "methods")),
-    "The shell": ("families_and_methods", ("completion",)),
+    "Families and methods": ("reports", ("families", "check-keymap", "methods")),
+    "The shell": ("reports", ("completion",)),
 }
 """`{purpose: (file, its commands)}`, in the order of the help page."""
 _FILES = {name: file for file, names in GROUPS.values() for name in names}

@@ -13,7 +13,7 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.cli.adapter_reports import print_finding
+from jaxadapt.cli.reports import print_finding
 from jaxadapt.persistence import FILES, FOLDERS
 
 # ---------------------------------------------------------------- repair

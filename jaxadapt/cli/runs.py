@@ -10,7 +10,7 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.cli.adapter_reports import reader_rows
+from jaxadapt.cli.reports import reader_rows
 from jaxadapt.core.errors import escape_text
 from jaxadapt.persistence import consumers
 from jaxadapt.storage import location

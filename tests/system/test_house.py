@@ -51,7 +51,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.progress"},
-    "matplotlib": {"demo", "analysis.norms"},
+    "matplotlib": {"demo", "analysis.changes"},
     "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
@@ -287,8 +287,8 @@ def test_files_stay_short():
 
 # Files outside a method's own that name it, and why.
 NAMING = {
-    "analysis.differences": "compares the changes of LORA and IA3, and the tensors of all other methods",
-    "cli.adapter_reports": "the words for these",
+    "analysis.changes": "compares the changes of LORA and IA3, and the tensors of all other methods",
+    "cli.reports": "the words for these",
     "configs.listing": "the types of PEFT",
     "configs.table": "the table of the methods",
     "persistence.consumers": "the methods that other programs read",
